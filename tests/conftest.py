@@ -1,0 +1,98 @@
+"""Fixtures that every test folder shares: real data where present, one Ray cluster, one S3 server."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+# One thread for each of the processes a test starts: they share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A loopback cluster for tests needs no token; see "Token authentication" in docs.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="folder of golden vectors (mols.npz, run_*.npz, params_*.npz) to check; may be repeated",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SHARED_DATA.is_dir():
+        return
+    skip = pytest.mark.skip(reason="the real molecules are not beside this checkout")
+    for item in items:
+        if "shared_data" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real molecules; tests that use it also carry the ``shared_data`` marker."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real molecules are not beside this checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray cluster for the whole session: starting one costs seconds."""
+    import ray
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[None]:
+    """An S3 server: the one of ``AWS_ENDPOINT_URL`` if set, else moto in this process."""
+    if os.environ.get("AWS_ENDPOINT_URL"):
+        yield
+        return
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    yield
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@pytest.fixture
+def s3_uri(s3_endpoint: None) -> str:
+    """An empty prefix of its own in a bucket that exists, as an ``s3://`` URI."""
+    import s3fs
+
+    filesystem = s3fs.S3FileSystem(use_listings_cache=False)
+    bucket = "moleblend-tests"
+    if not filesystem.exists(bucket):
+        filesystem.mkdir(bucket)
+    return f"s3://{bucket}/{uuid.uuid4().hex[:12]}"
