@@ -1,0 +1,49 @@
+"""Where the work runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moleblend_ray.config.builder import check_all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """The Ray cluster to use, and how much of it."""
+
+    address: str | None = None
+    """Ray address to attach to ("auto", "host:6379", "ray://host:10001"); null attaches to RAY_ADDRESS where
+    set (inside a submitted job), else starts a private local cluster that ends with the command."""
+    num_workers: int = 2
+    """Training workers, or parallel trials of a sweep. One process each, one GPU each with `use_gpu`."""
+    use_gpu: bool = False
+    """Give each training worker a GPU (NCCL); otherwise CPU (gloo)."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs each training worker reserves."""
+    num_data_actors: int = 1
+    """CPU actors that read shards and build relation matrices, or that featurize and embed molecules."""
+    local_cpus: int | None = None
+    """Logical CPUs of a cluster started here; null: the machine's, but never fewer than the job reserves."""
+    object_store_gib: float | None = None
+    """Object store of a cluster started here, in GiB; null: a tenth of the memory, at most 8 GiB."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (self.num_workers >= 1, f"num_workers: expected >= 1, found {self.num_workers}"),
+            (
+                self.cpus_per_worker > 0,
+                f"cpus_per_worker: expected > 0, found {self.cpus_per_worker}",
+            ),
+            (
+                self.num_data_actors >= 1,
+                f"num_data_actors: expected >= 1, found {self.num_data_actors}",
+            ),
+            (
+                self.local_cpus is None or self.local_cpus >= 1,
+                f"local_cpus: expected >= 1 or null, found {self.local_cpus}",
+            ),
+            (
+                self.object_store_gib is None or self.object_store_gib >= 0.1,
+                f"object_store_gib: expected >= 0.1 or null, found {self.object_store_gib}",
+            ),
+        )
