@@ -1,0 +1,235 @@
+"""The task table: what MoleculeNet and QM9 ask, how they are split and in which units they are scored.
+
+It is the only place that knows a task; ``conf/task/<name>.yaml`` merely names an entry. A user's own table of
+molecules is a task too: name its label columns and say whether they are classes or numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from moleblend_ray.errors import ConfigError
+
+
+class TaskKind(StrEnum):
+    """What a label is."""
+
+    CLASSIFICATION = "classification"
+    """0 or 1 in each column; several columns are several independent questions."""
+    REGRESSION = "regression"
+    """A real number in each column."""
+
+
+class Metric(StrEnum):
+    """How predictions are scored."""
+
+    ROC_AUC = "roc_auc"
+    """Area under the ROC curve, averaged over the columns that have both classes."""
+    RMSE = "rmse"
+    """Root mean square error in the task's units, averaged over columns."""
+    MAE = "mae"
+    """Mean absolute error in the task's units, averaged over columns."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger score is a better one."""
+        return self is Metric.ROC_AUC
+
+
+class SplitKind(StrEnum):
+    """How molecules are divided into training, validation and test."""
+
+    SCAFFOLD = "scaffold"
+    """Murcko scaffolds, largest groups first into training (DeepChem's order); no scaffold is in two parts."""
+    SCAFFOLD_BALANCED = "scaffold_balanced"
+    """Murcko scaffolds, groups too large for validation and test first, the rest in a seeded order (chemprop's)."""
+    RANDOM = "random"
+    """Seeded, over distinct SMILES; no molecule is in two parts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One benchmark or one user's question."""
+
+    name: str
+    """Name by which the task is asked for."""
+    kind: TaskKind
+    """Classes or numbers."""
+    metric: Metric
+    """How predictions are scored and configurations chosen."""
+    split: SplitKind
+    """How molecules are divided."""
+    columns: tuple[str, ...]
+    """Label columns; empty: every label column of the data."""
+    unit: str
+    """Unit of the labels; empty for classes and plain numbers."""
+    citation: str
+    """Where the data comes from."""
+    epochs: tuple[int, int] = (40, 100)
+    """Fewest and most epochs a sweep tries (the published search ranges)."""
+
+    def __post_init__(self) -> None:
+        if (self.kind is TaskKind.CLASSIFICATION) != (self.metric is Metric.ROC_AUC):
+            raise ConfigError(
+                f"task {self.name!r}: metric {self.metric.value} does not fit {self.kind.value}; "
+                "classification is scored by roc_auc, regression by rmse or mae"
+            )
+
+
+_MOLECULENET: Final = "Wu et al., Chem. Sci. 9, 513 (2018); "
+_QM9: Final = "Ruddigkeit et al., J. Chem. Inf. Model. 52, 2864 (2012); Ramakrishnan et al., Sci. Data 1, 140022 (2014)"
+
+_TOX21: Final = (
+    "NR-AR", "NR-AR-LBD", "NR-AhR", "NR-Aromatase", "NR-ER", "NR-ER-LBD",
+    "NR-PPAR-gamma", "SR-ARE", "SR-ATAD5", "SR-HSE", "SR-MMP", "SR-p53",
+)  # fmt: skip
+_MUV: Final = tuple(
+    f"MUV-{number}"
+    for number in (466, 548, 600, 644, 652, 689, 692, 712, 713, 733, 737, 810, 832, 846, 852, 858, 859)
+)  # fmt: skip
+
+_QM9_UNITS: Final = {
+    "mu": "Debye",
+    "alpha": "bohr^3",
+    "homo": "hartree",
+    "lumo": "hartree",
+    "gap": "hartree",
+    "r2": "bohr^2",
+    "zpve": "hartree",
+    "u0": "hartree",
+    "u298": "hartree",
+    "h298": "hartree",
+    "g298": "hartree",
+    "cv": "cal/(mol K)",
+    "u0_atom": "kcal/mol",
+    "u298_atom": "kcal/mol",
+    "h298_atom": "kcal/mol",
+    "g298_atom": "kcal/mol",
+}
+
+
+def _classes(
+    name: str, columns: tuple[str, ...], citation: str, epochs: tuple[int, int] = (40, 100)
+) -> Task:
+    return Task(
+        name=name,
+        kind=TaskKind.CLASSIFICATION,
+        metric=Metric.ROC_AUC,
+        split=SplitKind.SCAFFOLD,
+        columns=columns,
+        unit="",
+        citation=_MOLECULENET + citation,
+        epochs=epochs,
+    )
+
+
+def _numbers(name: str, column: str, unit: str, citation: str) -> Task:
+    return Task(
+        name=name,
+        kind=TaskKind.REGRESSION,
+        metric=Metric.RMSE,
+        split=SplitKind.SCAFFOLD,
+        columns=(column,),
+        unit=unit,
+        citation=_MOLECULENET + citation,
+    )
+
+
+def _qm9(column: str, unit: str) -> Task:
+    return Task(
+        name=f"qm9_{column}",
+        kind=TaskKind.REGRESSION,
+        metric=Metric.MAE,
+        split=SplitKind.RANDOM,
+        columns=(column,),
+        unit=unit,
+        citation=_QM9,
+    )
+
+
+_ALL: Final = (
+    _classes("bbbp", ("p_np",), "Martins et al., J. Chem. Inf. Model. 52, 1686 (2012)"),
+    _classes("tox21", _TOX21, "Huang et al., Front. Environ. Sci. 3, 85 (2016)"),
+    _classes("toxcast", (), "Richard et al., Chem. Res. Toxicol. 29, 1225 (2016)"),
+    _classes("sider", (), "Kuhn et al., Nucleic Acids Res. 44, D1075 (2016)"),
+    _classes(
+        "clintox", ("FDA_APPROVED", "CT_TOX"), "Gayvert et al., Cell Chem. Biol. 23, 1294 (2016)"
+    ),
+    _classes("muv", _MUV, "Rohrer & Baumann, J. Chem. Inf. Model. 49, 169 (2009)", (20, 40)),
+    _classes("hiv", ("HIV_active",), "DTP AIDS Antiviral Screen, NCI", (5, 15)),
+    _classes("bace", ("Class",), "Subramanian et al., J. Chem. Inf. Model. 56, 1936 (2016)"),
+    _numbers(
+        "esol",
+        "measured log solubility in mols per litre",
+        "log10(mol/L)",
+        "Delaney, J. Chem. Inf. Comput. Sci. 44, 1000 (2004)",
+    ),
+    _numbers(
+        "freesolv",
+        "expt",
+        "kcal/mol",
+        "Mobley & Guthrie, J. Comput. Aided Mol. Des. 28, 711 (2014)",
+    ),
+    _numbers("lipophilicity", "exp", "logD at pH 7.4", "Hersey, ChEMBL CHEMBL3301361 (2015)"),
+    *(_qm9(column, unit) for column, unit in _QM9_UNITS.items()),
+)
+
+TASKS: Final[dict[str, Task]] = {task.name: task for task in _ALL}
+"""Every known task by name."""
+
+
+def resolve_task(
+    name: str,
+    *,
+    columns: tuple[str, ...] = (),
+    kind: TaskKind | None = None,
+    metric: Metric | None = None,
+    split: SplitKind | None = None,
+    unit: str | None = None,
+) -> Task:
+    """The task of that name with the given fields replaced, or a user's own task described by them."""
+    known = TASKS.get(name)
+    if known is None:
+        return _own_task(name, columns, kind, metric, split, unit)
+    if kind is not None and kind is not known.kind:
+        raise ConfigError(
+            f"task {name!r} is {known.kind.value}, not {kind.value}; give your own task another name"
+        )
+    return dataclasses.replace(
+        known,
+        columns=columns or known.columns,
+        metric=metric or known.metric,
+        split=split or known.split,
+        unit=known.unit if unit is None else unit,
+    )
+
+
+def _own_task(
+    name: str,
+    columns: tuple[str, ...],
+    kind: TaskKind | None,
+    metric: Metric | None,
+    split: SplitKind | None,
+    unit: str | None,
+) -> Task:
+    if not columns or kind is None:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"task {name!r} is not in the table; {hint}Known: {', '.join(TASKS)}. For a table of your own, "
+            "set task.columns (label columns) and task.kind (classification or regression)"
+        )
+    usual = Metric.ROC_AUC if kind is TaskKind.CLASSIFICATION else Metric.RMSE
+    return Task(
+        name=name,
+        kind=kind,
+        metric=metric or usual,
+        split=split or SplitKind.SCAFFOLD,
+        columns=columns,
+        unit=unit or "",
+        citation="the user's own data",
+    )
