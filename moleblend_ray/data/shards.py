@@ -1,0 +1,511 @@
+"""The prepared data set on storage: its documented Parquet schema, its manifest, and the checked reader.
+
+See ``docs/data-format.md``. A data set is what its ``manifest.json`` names and nothing else; the manifest is
+written last, so a directory without one is unfinished. Needs neither RDKit nor ``chemistry``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import DataError
+
+FORMAT_VERSION: Final = 1
+"""Raised whenever older code could not read what newer code writes."""
+
+MANIFEST_NAME: Final = "manifest.json"
+QUARANTINE_DIR: Final = "quarantine"
+SPLITS: Final = ("train", "valid")
+LABEL_PREFIX: Final = "label:"
+
+Split = Literal["train", "valid"]
+
+MOLECULE_FIELDS: Final = (
+    pa.field("mol_id", pa.string()),
+    pa.field("source_row", pa.int64()),
+    pa.field("smiles", pa.string()),
+    pa.field("conformer_status", pa.string()),
+    pa.field("num_atoms", pa.uint16()),
+    pa.field("atom_features", pa.list_(pa.uint8())),
+    pa.field("bonds", pa.list_(pa.uint16())),
+    pa.field("bond_features", pa.list_(pa.uint8())),
+    pa.field("num_conformers", pa.uint8()),
+    pa.field("positions", pa.list_(pa.float32()), metadata={"unit": "angstrom"}),
+    pa.field("position_mask", pa.list_(pa.bool_())),
+)
+"""Columns of every shard, before its label columns. The graph columns stand together: one range read gets them."""
+
+GRAPH_COLUMNS: Final = (
+    "num_atoms",
+    "atom_features",
+    "bonds",
+    "bond_features",
+    "num_conformers",
+    "positions",
+    "position_mask",
+)
+"""What a model needs of a molecule."""
+
+QUARANTINE_SCHEMA: Final = pa.schema(
+    [
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("source_row", pa.int64(), nullable=False),
+        pa.field("mol_id", pa.string()),
+        pa.field("excerpt", pa.string()),
+        pa.field("reason", pa.string(), nullable=False),
+        pa.field("detail", pa.string()),
+    ]
+)
+"""One row for each source row that is in no shard: where it is, what it looks like, why it was refused."""
+
+_FOOTER_BYTES: Final = 1 << 16
+_MAX_FOOTERS: Final = 4096
+_FETCH_THREADS: Final = 8
+_PARQUET_MAGIC: Final = b"PAR1"
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelInfo:
+    """A label of the data set."""
+
+    name: str
+    """Name in the source; the shard's column is ``label:<name>``."""
+
+    unit: str | None
+    """Unit as the source states it (Parquet field metadata ``unit``), None if it states none."""
+
+    count: int
+    """Molecules that have a value."""
+
+    num_unreadable: int = 0
+    """Molecules whose source cell holds something that is not a number; their label is null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceInfo:
+    """A source file as it was when the data set was made."""
+
+    uri: str
+    format: str
+    size: int
+    """Bytes."""
+    probe: str
+    """SHA-256 of the file's first and last 64 KiB and its size: tells a changed file without reading it all."""
+    rows: int
+    """Records read from it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """One Parquet file of the data set."""
+
+    path: str
+    """Relative to the data set, such as ``train/00000-000003.parquet``."""
+    split: str
+    """``train``, ``valid`` or ``quarantine``."""
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What became of the source's rows; ``rows_in == rows_out + rows_quarantined``."""
+
+    rows_in: int
+    rows_out: int
+    rows_quarantined: int
+    quarantined_by_reason: dict[str, int]
+    """Rejection code -> rows."""
+    atoms_out: int
+    with_coordinates: int
+    """Molecules with at least one conformer that has a coordinate for some atom."""
+    conformer_status: dict[str, int]
+    """Conformer status -> molecules out."""
+    duplicate_ids: int
+    """Rows whose ``mol_id`` an earlier row has too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a prepared data set consists of; the only entry point to its files."""
+
+    format_version: int
+    featurizer_version: int
+    options: dict[str, Any]
+    """Settings that decided the content, as JSON values."""
+    sources: tuple[SourceInfo, ...]
+    labels: tuple[LabelInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    """Train, then valid, then quarantine files, each in source order."""
+    counts: Counts
+    row_group_rows: int
+    """Rows of each row group but the last of a shard."""
+    fingerprint: str
+    """SHA-256 over versions, options, labels and shard checksums: equal for equal content."""
+
+    def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
+        """The files of a split, in the order that defines molecule positions."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def num_molecules(self, split: str) -> int:
+        """Rows of a split."""
+        return sum(shard.num_rows for shard in self.shards_of(split))
+
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels, in column order."""
+        return tuple(label.name for label in self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """From a JSON value; KeyError or TypeError if it is not of this version's form."""
+        fields = dict(value)
+        fields["sources"] = tuple(SourceInfo(**source) for source in value["sources"])
+        fields["labels"] = tuple(LabelInfo(**label) for label in value["labels"])
+        fields["shards"] = tuple(ShardInfo(**shard) for shard in value["shards"])
+        fields["counts"] = Counts(**value["counts"])
+        return cls(**fields)
+
+
+def fingerprint(
+    featurizer_version: int,
+    options: Mapping[str, Any],
+    labels: Sequence[LabelInfo],
+    shards: Sequence[ShardInfo],
+) -> str:
+    """The identity of a data set's content, whatever its place or its sources' place."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "featurizer_version": featurizer_version,
+        "options": dict(options),
+        "labels": [asdict(label) for label in labels],
+        "shards": [[shard.path, shard.num_rows, shard.sha256] for shard in shards],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_manifest(uri: str) -> Manifest:
+    """The manifest of the data set in directory ``uri``, checked; DataError if there is none that can be used."""
+    manifest_uri = storage.join(uri, MANIFEST_NAME)
+    try:
+        value = storage.read_json(manifest_uri)
+    except storage.NotFoundError as error:
+        raise DataError(
+            f"{uri} holds no {MANIFEST_NAME}: it is not a prepared data set, or its preparation has not "
+            "finished. Run `moleblend prepare` with this `out` (an unfinished one is continued)."
+        ) from error
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if not isinstance(version, int):
+        raise DataError(f"{manifest_uri} is not a data set manifest: it has no format_version.")
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{manifest_uri} has format version {version}; this installation reads up to {FORMAT_VERSION}. "
+            "Upgrade moleblend-ray."
+        )
+    try:
+        manifest = Manifest.from_json(value)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{manifest_uri} is damaged: {error!s}. Prepare the data set again."
+        ) from error
+    found = fingerprint(
+        manifest.featurizer_version, manifest.options, manifest.labels, manifest.shards
+    )
+    if found != manifest.fingerprint:
+        raise DataError(
+            f"{manifest_uri} was changed after it was written: its fingerprint is {manifest.fingerprint}, "
+            f"its content gives {found}. Restore it or prepare the data set again."
+        )
+    return manifest
+
+
+def shard_schema(labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]]) -> pa.Schema:
+    """The schema of a shard with these labels (``LabelInfo`` or (name, unit))."""
+    label_fields = []
+    for label in labels:
+        name, unit = (label.name, label.unit) if isinstance(label, LabelInfo) else label
+        metadata = {"unit": unit} if unit else None
+        label_fields.append(pa.field(LABEL_PREFIX + name, pa.float64(), metadata=metadata))
+    return pa.schema(
+        [*MOLECULE_FIELDS, *label_fields],
+        metadata={"moleblend.format_version": str(FORMAT_VERSION)},
+    )
+
+
+def encode_shard(table: pa.Table, row_group_rows: int) -> bytes:
+    """A table as the bytes of a shard: the same bytes for the same table (and pyarrow version)."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=row_group_rows,
+        compression="zstd",
+        write_statistics=False,
+        write_page_checksum=True,
+        use_dictionary=["conformer_status"] if "conformer_status" in table.column_names else False,
+        store_schema=True,
+    )
+    return bytes(sink.getvalue())
+
+
+class _Place(NamedTuple):
+    """A row group of a shard."""
+
+    shard: int
+    group: int
+
+
+class ShardReader:
+    """Random and sequential access to the molecules of one split.
+
+    Position p is the p-th row of the split's shards in manifest order. Row groups are fetched by byte range,
+    several at a time, and the last used are kept up to ``cache_bytes``.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        manifest: Manifest,
+        split: str,
+        *,
+        columns: Sequence[str] | None = None,
+        cache_bytes: int = 256 << 20,
+        verify: bool = False,
+    ) -> None:
+        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened."""
+        self._uri = uri
+        self._shards = manifest.shards_of(split)
+        self._schema = shard_schema(manifest.labels)
+        self._columns = list(columns) if columns is not None else self._schema.names
+        unknown = [name for name in self._columns if name not in self._schema.names]
+        if unknown:
+            raise DataError(f"{uri} has no columns {unknown}; it has {self._schema.names}.")
+        self._split = split
+        self._group_rows = manifest.row_group_rows
+        self._starts = np.cumsum([0, *(shard.num_rows for shard in self._shards)], dtype=np.int64)
+        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
+        self._groups: OrderedDict[_Place, pa.Table] = OrderedDict()
+        self._cache_bytes = cache_bytes
+        self._cached_bytes = 0
+        self._verify = verify
+
+    @property
+    def num_rows(self) -> int:
+        """Molecules of the split."""
+        return int(self._starts[-1])
+
+    def read(self, positions: NDArray[np.int64]) -> pa.Table:
+        """The rows at ``positions`` (M,), in that order; repeats allowed."""
+        positions = np.asarray(positions, dtype=np.int64)
+        self._check_positions(positions)
+        if not len(positions):
+            return self._schema.empty_table().select(self._columns)
+        shard = np.searchsorted(self._starts, positions, side="right") - 1
+        row = positions - self._starts[shard]
+        group = row // self._group_rows
+        order = np.lexsort((row, group, shard))
+        key = np.stack([shard[order], group[order]])
+        cuts = np.flatnonzero(np.any(key[:, 1:] != key[:, :-1], axis=0)) + 1
+        parts = np.split(order, cuts)
+        places = [_Place(int(shard[part[0]]), int(group[part[0]])) for part in parts]
+        tables = []
+        for start in range(0, len(parts), _FETCH_THREADS):
+            batch = slice(start, start + _FETCH_THREADS)
+            groups = self._row_groups(places[batch])
+            for place, part in zip(places[batch], parts[batch], strict=True):
+                tables.append(groups[place].take(pa.array(row[part] % self._group_rows)))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return pa.concat_tables(tables).combine_chunks().take(pa.array(back))
+
+    def iter_tables(self) -> Iterator[pa.Table]:
+        """Each shard as one table, in order, past the cache."""
+        for index, shard in enumerate(self._shards):
+            content = self._read_range(index, 0, shard.num_bytes + 1)
+            if len(content) != shard.num_bytes:
+                raise self._damaged(
+                    index, f"it has not the {shard.num_bytes} bytes of the manifest"
+                )
+            self._check_sum(index, content)
+            with self._parquet_errors(index):
+                file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+                table = file.read(self._columns)
+            self._check_schema(index, table, shard.num_rows)
+            yield table
+
+    def _check_positions(self, positions: NDArray[np.int64]) -> None:
+        if positions.ndim != 1:
+            raise DataError(f"Positions must be one-dimensional, got shape {positions.shape}.")
+        if len(positions) and not 0 <= positions.min() <= positions.max() < self.num_rows:
+            raise DataError(
+                f"Positions {positions.min()} to {positions.max()} asked of split {self._split!r} of "
+                f"{self._uri}, which has {self.num_rows} molecules."
+            )
+
+    def _row_groups(self, places: Sequence[_Place]) -> dict[_Place, pa.Table]:
+        """The tables of these row groups, from the cache or storage."""
+        found = {place: self._groups[place] for place in places if place in self._groups}
+        missing = [place for place in places if place not in found]
+        for place in found:
+            self._groups.move_to_end(place)
+        self._fetch_footers(sorted({place.shard for place in missing}))
+        for place, table in zip(missing, _in_threads(self._fetch_group, missing), strict=True):
+            found[place] = table
+            self._groups[place] = table
+            self._cached_bytes += table.nbytes
+        while self._cached_bytes > self._cache_bytes and self._groups:
+            _, dropped = self._groups.popitem(last=False)
+            self._cached_bytes -= dropped.nbytes
+        return found
+
+    def _fetch_footers(self, shards: Sequence[int]) -> None:
+        missing = [index for index in shards if index not in self._footers]
+        for index, footer in zip(missing, _in_threads(self._read_footer, missing), strict=True):
+            self._footers[index] = footer
+        for index in shards:
+            self._footers.move_to_end(index)
+        while len(self._footers) > max(_MAX_FOOTERS, len(shards)):
+            self._footers.popitem(last=False)
+
+    def _read_footer(self, index: int) -> pq.FileMetaData:
+        """A shard's Parquet footer, after checking that the file is the one of the manifest."""
+        size = self._shards[index].num_bytes
+        if self._verify:
+            self._check_sum(index, self._read_range(index, 0, size + 1))
+        start = max(0, size - _FOOTER_BYTES)
+        tail = self._read_range(index, start, size - start + 1)
+        if len(tail) != size - start or tail[-4:] != _PARQUET_MAGIC:
+            raise self._damaged(index, f"it is not a Parquet file of {size} bytes")
+        footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+        if len(tail) < footer_bytes <= size:
+            start = size - footer_bytes
+            tail = self._read_range(index, start, footer_bytes)
+        with self._parquet_errors(index):
+            metadata = pq.read_metadata(_RangeFile(tail, start, size))
+            self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
+        return metadata
+
+    def _fetch_group(self, place: _Place) -> pa.Table:
+        """One row group, by one read of the byte range that holds its asked columns."""
+        metadata = self._footers[place.shard]
+        group = metadata.row_group(place.group)
+        start, end = _byte_range(group, frozenset(self._columns))
+        content = self._read_range(place.shard, start, end - start)
+        with self._parquet_errors(place.shard):
+            source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
+            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+            return file.read_row_group(place.group, self._columns, use_threads=False)
+
+    def _read_range(self, index: int, offset: int, length: int) -> bytes:
+        uri = storage.join(self._uri, self._shards[index].path)
+        try:
+            return storage.read_range(uri, offset, length)
+        except storage.NotFoundError as error:
+            raise self._damaged(index, "it does not exist") from error
+
+    def _check_sum(self, index: int, content: bytes) -> None:
+        found = storage.sha256_bytes(content)
+        if found != self._shards[index].sha256:
+            raise self._damaged(index, f"its SHA-256 is {found}, not {self._shards[index].sha256}")
+
+    def _check_schema(self, index: int, found: pa.Table | pa.Schema, num_rows: int) -> None:
+        expected = self._shards[index].num_rows
+        names = found.column_names if isinstance(found, pa.Table) else found.names
+        lacking = [name for name in self._columns if name not in names]
+        if lacking or num_rows != expected:
+            raise self._damaged(
+                index, f"it has {num_rows} rows instead of {expected}, and lacks columns {lacking}"
+            )
+
+    @contextmanager
+    def _parquet_errors(self, index: int) -> Iterator[None]:
+        """Report what Arrow says of undecodable bytes as a damaged shard."""
+        try:
+            yield
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(index, " ".join(str(error).split())) from error
+
+    def _damaged(self, index: int, reason: str) -> DataError:
+        return DataError(
+            f"Shard {self._shards[index].path} of {self._uri} is missing or damaged: {reason}. "
+            "Restore it, or prepare the data set again in an empty directory."
+        )
+
+
+def _byte_range(group: Any, columns: frozenset[str]) -> tuple[int, int]:
+    """First and one-past-last byte of a row group's asked columns."""
+    starts, ends = [], []
+    for index in range(group.num_columns):
+        column = group.column(index)
+        # "positions.list.element" belongs to "positions"; a label's own name may hold dots.
+        path = column.path_in_schema
+        if path in columns or path.split(".", 1)[0] in columns:
+            start = column.dictionary_page_offset or column.data_page_offset
+            starts.append(start)
+            ends.append(start + column.total_compressed_size)
+    return min(starts), max(ends)
+
+
+def _in_threads(function: Callable[[_Key], _Value], keys: Sequence[_Key]) -> list[_Value]:
+    """``function`` of each key, several at once: the waiting is on storage."""
+    if len(keys) <= 1:
+        return [function(key) for key in keys]
+    with ThreadPoolExecutor(min(_FETCH_THREADS, len(keys))) as pool:
+        return list(pool.map(function, keys))
+
+
+class _RangeFile(io.RawIOBase):
+    """A file of ``size`` bytes of which only ``content``, from ``start``, is at hand."""
+
+    def __init__(self, content: bytes, start: int, size: int) -> None:
+        super().__init__()
+        self._content = memoryview(content)
+        self._start = start
+        self._size = size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = base + offset
+        return self._position
+
+    def read(self, length: int = -1) -> bytes:
+        end = self._size if length < 0 else min(self._position + length, self._size)
+        if not self._start <= self._position <= end <= self._start + len(self._content):
+            raise ValueError(
+                f"bytes {self._position} to {end} asked, fetched were {self._start} to "
+                f"{self._start + len(self._content)}"
+            )
+        part = self._content[self._position - self._start : end - self._start]
+        self._position = end
+        return bytes(part)

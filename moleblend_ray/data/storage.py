@@ -1,0 +1,327 @@
+"""URI -> file system: the one place that knows ``s3://``, ``gs://``, ``file://``, ``https://`` and plain paths.
+
+Every function takes a URI (a plain path means a local file) and turns whatever the backend raises into a
+:class:`StorageError` that says what was tried, on what, and what to do. Writes are atomic: a local file appears
+by rename, an object by one PUT or one completed multipart upload. Listings are never cached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO, Final, NamedTuple, cast
+
+import fsspec
+
+from moleblend_ray.errors import DataError, StorageError
+
+_S3_ENVIRONMENT: Final = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "AWS_DEFAULT_REGION",
+    "AWS_REGION",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+)
+"""Settings an S3 client reads once: a client made under other values must not be used again."""
+
+_GLOB_CHARACTERS: Final = frozenset("*?[")
+
+
+class NotFoundError(StorageError):
+    """Nothing exists at the URI (the storage itself answered)."""
+
+
+class FileInfo(NamedTuple):
+    """A file found by :func:`list_files`."""
+
+    uri: str
+    """URI of the file; an absolute path if local."""
+
+    size: int
+    """Bytes."""
+
+
+def is_local(uri: str) -> bool:
+    """Whether the URI is a path on this machine."""
+    return _protocol(uri) == "file"
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of ``parts`` below ``uri``, with single slashes between."""
+    pieces = [uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)]
+    return "/".join(piece for index, piece in enumerate(pieces) if piece or index == 0)
+
+
+def name_of(uri: str) -> str:
+    """The last component of a URI."""
+    return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def exists(uri: str) -> bool:
+    """Whether a file, or a directory or prefix with something in it, is there."""
+    filesystem, path = _resolve(uri)
+    try:
+        with translate_errors("look at", uri):
+            filesystem.info(path)
+    except NotFoundError:
+        return False
+    return True
+
+
+def size(uri: str) -> int:
+    """Bytes of a file."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("look at", uri):
+        info = filesystem.info(path)
+    if info["type"] == "directory":
+        raise StorageError(f"{uri} is a directory, where a file is expected.")
+    return int(info["size"] or 0)
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole content of a file."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("read", uri):
+        return bytes(filesystem.cat_file(path))
+
+
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """Bytes ``[offset, offset + length)`` of a file, fewer if it ends before."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("read", uri):
+        return bytes(filesystem.cat_file(path, start=offset, end=offset + length))
+
+
+def open_read(uri: str) -> BinaryIO:
+    """A binary file object; wrap its reads in :func:`translate_errors`, they may fail late."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("open", uri):
+        return cast(BinaryIO, filesystem.open(path, "rb"))
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or all of the new, never a part."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("write", uri):
+        if is_local(uri):
+            with _local_replacement(path) as temporary:
+                temporary.write_bytes(data)
+        else:
+            filesystem.pipe_file(path, data)
+
+
+def upload(local_path: str | Path, uri: str) -> None:
+    """Copy a local file to a URI; it appears there whole or not at all."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("write", uri):
+        if is_local(uri):
+            with _local_replacement(path) as temporary:
+                shutil.copyfile(local_path, temporary)
+        else:
+            filesystem.put_file(str(local_path), path)
+
+
+def download(uri: str, local_path: str | Path) -> None:
+    """Copy a file to a local path; it appears there whole or not at all."""
+    filesystem, path = _resolve(uri)
+    with translate_errors("read", uri), _local_replacement(local_path) as temporary:
+        filesystem.get_file(path, str(temporary))
+
+
+def read_json(uri: str) -> Any:
+    """A JSON document; DataError if the file is not one."""
+    content = read_bytes(uri)
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DataError(
+            f"{uri} is not a JSON document ({error}): it is damaged, or another program wrote it."
+        ) from error
+
+
+def write_json(uri: str, value: Any) -> None:
+    """Write a JSON document, the same bytes for equal values."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes(uri, text.encode() + b"\n")
+
+
+def list_files(uri: str) -> list[FileInfo]:
+    """The files of a directory (recursively), of a glob, or the one file; sorted by URI.
+
+    Hidden files (a name that begins with a dot) are left out. A name that contains ``*``, ``?`` or ``[`` and exists as it is counts as that file, not as a pattern.
+    """
+    filesystem, path = _resolve(uri)
+    if _GLOB_CHARACTERS & set(path) and not exists(uri):
+        with translate_errors("list", uri):
+            found = filesystem.glob(path, detail=True)
+    else:
+        with translate_errors("list", uri):
+            info = filesystem.info(path)
+            if info["type"] == "directory":
+                found = filesystem.find(path, detail=True)
+            else:
+                found = {path: info}
+    files = (
+        FileInfo(_with_protocol(uri, name), int(info["size"] or 0))
+        for name, info in found.items()
+        if info["type"] != "directory" and (name == path or not name_of(name).startswith("."))
+    )
+    return sorted(files)
+
+
+def delete(uri: str) -> None:
+    """Remove a file if it is there."""
+    filesystem, path = _resolve(uri)
+    try:
+        with translate_errors("delete", uri):
+            filesystem.rm_file(path)
+    except NotFoundError:
+        return
+
+
+def delete_tree(uri: str) -> None:
+    """Remove a directory or prefix with all below it, if it is there."""
+    filesystem, path = _resolve(uri)
+    if not path.strip("/") or (not is_local(uri) and "/" not in path.strip("/")):
+        raise StorageError(f"Refused to delete {uri}: it is a whole file system or bucket.")
+    try:
+        with translate_errors("delete", uri):
+            filesystem.rm(path, recursive=True)
+    except NotFoundError:
+        return
+
+
+def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
+    """Hexadecimal SHA-256 of a buffer."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@contextmanager
+def translate_errors(action: str, uri: str) -> Iterator[None]:
+    """Raise what a storage backend raises inside as a StorageError about ``uri``."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except _backend_errors() as error:
+        raise _explain(action, uri, error) from error
+
+
+def _backend_errors() -> tuple[type[Exception], ...]:
+    """What backends raise; looked up only when something was raised, as botocore is slow to import."""
+    # NotImplementedError: a read-only backend such as https asked to write.
+    errors: tuple[type[Exception], ...] = (OSError, NotImplementedError)
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:
+        return errors
+    return (*errors, BotoCoreError, ClientError)
+
+
+def _explain(action: str, uri: str, error: Exception) -> StorageError:
+    """The sentence for one failure: what, where, why, what to do."""
+    kind = type(error).__name__
+    reason = " ".join(str(error).split()) or kind
+    failed = f"Cannot {action} {uri}: "
+    if isinstance(error, FileNotFoundError):
+        if "bucket" in reason.lower():
+            return NotFoundError(
+                failed + "the bucket does not exist. Create it or correct the URI."
+            )
+        return NotFoundError(failed + "it does not exist. Check the spelling of the URI.")
+    if isinstance(error, IsADirectoryError | NotADirectoryError):
+        return StorageError(failed + f"a directory and a file are mixed up ({reason}).")
+    if kind in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+        return StorageError(
+            failed
+            + "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE, or give the machine a role."
+        )
+    if isinstance(error, PermissionError):
+        return StorageError(failed + f"access was denied ({reason}). Check credentials and policy.")
+    if isinstance(error, NotImplementedError):
+        return StorageError(failed + "this kind of storage does not support it.")
+    if isinstance(error, ConnectionError | TimeoutError) or "Connect" in kind or "Timeout" in kind:
+        return StorageError(
+            failed
+            + f"the storage cannot be reached ({reason}). Check the network and AWS_ENDPOINT_URL."
+        )
+    return StorageError(failed + f"{kind}: {reason}")
+
+
+def _protocol(uri: str) -> str:
+    protocol, separator, _ = uri.partition("://")
+    return protocol if separator else "file"
+
+
+def _resolve(uri: str) -> tuple[Any, str]:
+    """The file system of a URI, and the path in it."""
+    if not uri:
+        raise StorageError(
+            "The URI is empty; expected a path or something like s3://bucket/prefix."
+        )
+    protocol = _protocol(uri)
+    is_s3 = protocol in {"s3", "s3a"}
+    environment = tuple(os.environ.get(name) for name in _S3_ENVIRONMENT) if is_s3 else ()
+    filesystem = _filesystem(protocol, environment, os.getpid())
+    return filesystem, str(filesystem._strip_protocol(uri))
+
+
+@lru_cache(maxsize=16)
+def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int) -> Any:
+    """One client for each protocol, environment and process (a client does not survive a fork)."""
+    del environment, process  # part of the cache's key only
+    options: dict[str, Any] = {"skip_instance_cache": True}
+    if protocol in {"s3", "s3a"}:
+        options |= {
+            "use_listings_cache": False,
+            "default_cache_type": "none",
+            "config_kwargs": {"connect_timeout": 10, "read_timeout": 60},
+        }
+    elif protocol in {"gs", "gcs"}:
+        options["use_listings_cache"] = False
+    try:
+        return fsspec.filesystem(protocol, **options)
+    except ValueError as error:
+        known = "a plain path, file://, s3://, gs://, https://"
+        raise StorageError(f"Unknown kind of storage {protocol}://; expected {known}.") from error
+    except ImportError as error:
+        raise StorageError(
+            f"{protocol}:// needs a package that is not installed: {error}"
+        ) from error
+
+
+def _with_protocol(asked: str, path: str) -> str:
+    """A path found by a backend as a URI: plain if local, with the asked protocol otherwise."""
+    return path if is_local(asked) else f"{_protocol(asked)}://{path.split('://', 1)[-1]}"
+
+
+@contextmanager
+def _local_replacement(path: str | Path) -> Iterator[Path]:
+    """The path of a new file, which takes the place of ``path`` when the block ends well."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, target)
+    except BaseException:  # also on an interrupt: no litter beside the target
+        temporary.unlink(missing_ok=True)
+        raise
