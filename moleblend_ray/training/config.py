@@ -1,0 +1,134 @@
+"""Settings of training. Without torch, so that configurations compose fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moleblend_ray.errors import ConfigError
+
+Strategy = Literal["fsdp", "ddp", "none"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """How parameters follow their gradients: AdamW, linear warm-up, cosine."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+
+    final_learning_rate: float = 0.0
+    """Learning rate that the cosine reaches after the last step."""
+
+    warmup_steps: int = 1000
+    """Optimizer steps of linear warm-up from 0; a shorter run only warms up."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's first and second moment."""
+
+    eps: float = 1e-8
+    """Term added to the denominator of Adam's update."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay per unit learning rate, on matrices only: no bias, norm or embedding."""
+
+    clip_norm: float = 5.0
+    """Largest global L2 norm of the gradient; a longer one is scaled down to it."""
+
+    def __post_init__(self) -> None:
+        peak, final = self.learning_rate, self.final_learning_rate
+        _check(
+            (peak > 0, f"learning_rate: expected > 0, found {peak}"),
+            (
+                0 <= final <= peak,
+                f"final_learning_rate: expected 0 to learning_rate ({peak}), found {final}",
+            ),
+            (self.warmup_steps >= 0, f"warmup_steps: expected >= 0, found {self.warmup_steps}"),
+            (
+                all(0 <= beta < 1 for beta in self.betas),
+                f"betas: expected two numbers in [0, 1), found {self.betas}",
+            ),
+            (self.eps > 0, f"eps: expected > 0, found {self.eps}"),
+            (self.weight_decay >= 0, f"weight_decay: expected >= 0, found {self.weight_decay}"),
+            (self.clip_norm > 0, f"clip_norm: expected > 0, found {self.clip_norm}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How long and on what arithmetic the loop runs."""
+
+    num_steps: int = 200_000
+    """Optimizer steps of the whole run."""
+
+    strategy: Strategy = "fsdp"
+    """fsdp: parameters, gradients and moments sharded over workers (FSDP2); ddp: a copy on each worker; none:
+    one worker alone."""
+
+    precision: Precision = "fp32"
+    """bf16: matrix products (and FSDP's gathering of layers) in bfloat16; weights and reductions stay float32."""
+
+    log_every: int = 1
+    """Steps between reports to tracker and progress display; the run's own JSON lines hold every step."""
+
+    validate_every: int = 1000
+    """Steps between validations (one more at the end); 0 for none."""
+
+    validation_molecules: int = 2048
+    """Molecules of the valid split that a validation sees, always the same; fewer if the split has fewer."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
+            (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
+            (
+                self.validate_every >= 0,
+                f"validate_every: expected >= 0, found {self.validate_every}",
+            ),
+            (
+                self.validation_molecules >= 1,
+                f"validation_molecules: expected >= 1, found {self.validation_molecules}",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the state of a run is committed, and how much of its past is kept."""
+
+    every_steps: int = 1000
+    """Optimizer steps between checkpoints; there is always one at the end."""
+
+    keep_last: int = 3
+    """Committed checkpoints kept; older ones are deleted after a newer one is committed."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.every_steps >= 1, f"every_steps: expected >= 1, found {self.every_steps}"),
+            (self.keep_last >= 1, f"keep_last: expected >= 1, found {self.keep_last}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    """Where the numbers of a run go besides its own JSON lines."""
+
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """offline: wandb files in `dir` for a later `wandb sync`; online: to the server; disabled: no wandb."""
+
+    project: str = "moleblend"
+    """wandb project."""
+
+    name: str | None = None
+    """Name of the run in wandb; null: the last part of the run's URI."""
+
+    dir: str = "runs/wandb"
+    """Local folder of the wandb files, on the machine of the first worker."""
+
+
+def _check(*checks: tuple[bool, str]) -> None:
+    """Raise one ConfigError with the message of every (condition, message) whose condition is false."""
+    problems = [message for holds, message in checks if not holds]
+    if problems:
+        raise ConfigError("\n".join(problems))

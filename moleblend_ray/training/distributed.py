@@ -1,0 +1,181 @@
+"""Processes, shards and sums: all that the loop knows of other ranks.
+
+Gradients are *summed* over ranks, never averaged: the loss is normalised by counts of the whole step before
+the backward pass, so the sum is the gradient of the global batch at any world size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.training.config import Precision, Strategy
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    """Number of this process, from 0."""
+
+    world_size: int = 1
+    """Number of processes."""
+
+    local_rank: int = 0
+    """Number of this process on its machine, from 0."""
+
+    device: torch.device = torch.device("cpu")
+    """Where this process computes."""
+
+    @property
+    def is_first(self) -> bool:
+        """True for the one rank that writes logs and markers."""
+        return self.rank == 0
+
+
+def current_ranks(*, use_gpu: bool = False, local_rank: int | None = None) -> Ranks:
+    """Rank and device of this process, from the process group if there is one.
+
+    ``local_rank`` defaults to the environment's ``LOCAL_RANK`` (as torchrun sets it).
+    """
+    if local_rank is None:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if use_gpu:
+        if not torch.cuda.is_available():
+            raise ConfigError("a GPU was asked for but torch finds none; set cluster.use_gpu=false")
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        return Ranks(local_rank=local_rank, device=device)
+    return Ranks(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=device,
+    )
+
+
+@contextlib.contextmanager
+def process_group(*, use_gpu: bool = False) -> Iterator[Ranks]:
+    """Join the process group that torchrun's environment describes; an existing one is used and left alone."""
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield current_ranks(use_gpu=use_gpu)
+        return
+    dist.init_process_group("nccl" if use_gpu else "gloo")
+    try:
+        yield current_ranks(use_gpu=use_gpu)
+    finally:
+        dist.destroy_process_group()
+
+
+def distribute(
+    objective: nn.Module,
+    layers: Iterable[nn.Module],
+    *,
+    strategy: Strategy,
+    precision: Precision,
+    ranks: Ranks,
+) -> nn.Module:
+    """Move ``objective`` to its device and spread it over the ranks; its forward then takes part in the collectives.
+
+    ``fsdp`` shards each of ``layers`` by itself and the rest as one group; ``ddp`` keeps a whole copy on each
+    rank. Without a process group both train the plain module.
+    """
+    objective.to(ranks.device)
+    if strategy == "none" and ranks.world_size > 1:
+        raise ConfigError(
+            f"train.strategy is none but {ranks.world_size} workers train; use fsdp or ddp"
+        )
+    if strategy == "none" or not dist.is_initialized():
+        return objective
+    if strategy == "ddp":
+        return _replicate(objective, ranks)
+    return _shard(objective, layers, precision)
+
+
+def _shard(objective: nn.Module, layers: Iterable[nn.Module], precision: Precision) -> nn.Module:
+    # Layers hold nearly all parameters, so only theirs are gathered in bf16; gradients are reduced in float32.
+    # Autocast (see `autocast`) decides the arithmetic, hence no casting of layer inputs.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for layer in layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(
+        objective,
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    )
+    for module in objective.modules():
+        if isinstance(module, FSDPModule):
+            # Divide by 1 and use plain sums: gloo has no averaging and no pre-multiplied reduction.
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return objective
+
+
+def _replicate(objective: nn.Module, ranks: Ranks) -> nn.Module:
+    replica = DistributedDataParallel(
+        objective,
+        device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    replica.register_comm_hook(None, _sum_bucket)
+    return replica
+
+
+def _sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook that sums a gradient bucket, where the built-in one averages."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+@contextlib.contextmanager
+def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Within, backward passes reduce gradients over ranks only if ``enabled``; else they add up locally."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+        module.set_is_last_backward(enabled)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Context of the forward pass: matrix products in bfloat16 if asked for, the rest in float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """``values`` summed over all ranks, in place, and returned."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_from_ranks(value: T) -> list[T]:
+    """The picklable ``value`` of every rank, in rank order; also a barrier."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,0 +1,91 @@
+"""The optimizer and its schedule.
+
+AdamW with decoupled weight decay; with ``weight_decay`` 0, as in the paper, it is Adam. The learning rate is a pure
+function of the step, so a resumed run needs no scheduler state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from moleblend_ray.training.config import OptimConfig
+
+
+def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
+    """Learning rate of the update that ends ``step`` (counted from 0) of a run of ``num_steps``.
+
+    Linear warm-up whose first update already moves, then a cosine that would reach ``final_learning_rate`` at
+    ``num_steps``.
+    """
+    warmup = min(config.warmup_steps, num_steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = value
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of ``model``, with its moments allocated at once.
+
+    Call it after sharding: the moments take the parameters' placement. They exist before the first update because a
+    checkpoint is restored into them, and because a head that sees no target for some steps must not change
+    which tensors a checkpoint holds.
+    """
+    decayed, kept = split_by_decay(model)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": kept, "weight_decay": 0.0},
+        ],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+    )
+    for parameter in (*decayed, *kept):
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trainable parameters that decay (matrices), and those that do not (biases, norms, embeddings)."""
+    embeddings = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_embedding = id(parameter) in embeddings or "embedding" in name.rsplit(".", 1)[-1]
+        (kept if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
+    return decayed, kept
+
+
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """Global L2 norm of the gradients over all ranks, a 0-dim float32 tensor that is the same on each."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    full_tensor = getattr(norm, "full_tensor", None)  # a DTensor when the parameters are sharded
+    return full_tensor() if full_tensor is not None else norm
+
+
+def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
+    """Scale the gradients in place so that their global ``norm`` is at most ``clip_norm``."""
+    nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
