@@ -15,7 +15,8 @@ class ClusterConfig:
     """Ray address to attach to ("auto", "host:6379", "ray://host:10001"); null attaches to RAY_ADDRESS where
     set (inside a submitted job), else starts a private local cluster that ends with the command."""
     num_workers: int = 2
-    """Training workers, or parallel trials of a sweep. One process each, one GPU each with `use_gpu`."""
+    """Training workers of one pretraining run: one process each, with `use_gpu` one GPU each. A sweep starts as
+    many trials as fit into the cluster."""
     use_gpu: bool = False
     """Give each training worker a GPU (NCCL); otherwise CPU (gloo)."""
     cpus_per_worker: float = 1.0

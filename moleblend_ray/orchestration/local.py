@@ -1,0 +1,144 @@
+"""Attach to the Ray cluster of the configuration, or start a quiet private one that ends with the command."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ray
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+GIB = 1024**3
+
+_QUIET_SETTINGS = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A trainer's report blocks for up to one interval, and a lost worker is noticed after one: the default
+    # of 2 s costs a short run half of its time, 0.2 s loads small machines.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Workers that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is: Ray's coming default, and without a warning.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+# A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and lets in
+# who has the token. One a process, because Ray keeps the first it has read; in the environment, because Ray's
+# own way is a file in the user's home.
+_TOKEN = secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+    """Ray for the body: this process's connection if there is one, else an attached or a private cluster.
+
+    What is started or connected here is shut down here; a connection that was there before is left alone.
+    """
+    if ray.is_initialized():
+        _quiet_data()
+        yield
+        return
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    access = {} if address or "RAY_AUTH_TOKEN_PATH" in os.environ else {"RAY_AUTH_TOKEN": _TOKEN}
+    with _environment_defaults(_QUIET_SETTINGS | access):
+        if address:
+            _attach(address)
+        else:
+            _start(cluster)
+        try:
+            _quiet_data()
+            yield
+        finally:
+            ray.shutdown()
+
+
+def logical_cpus(cluster: ClusterConfig) -> int:
+    """Logical CPUs of a private cluster: every worker, every actor and one task fit, whatever the machine has.
+
+    On a machine with fewer cores the processes then share them; waiting forever for a second core is worse.
+    """
+    if cluster.local_cpus is not None:
+        return cluster.local_cpus
+    reserved = math.ceil(cluster.num_workers * cluster.cpus_per_worker)
+    return max(len(os.sched_getaffinity(0)), reserved + cluster.num_data_actors + 1)
+
+
+def object_store_bytes(cluster: ClusterConfig) -> int:
+    """Shared memory for blocks in flight, never more than the machine's /dev/shm can hold."""
+    if cluster.object_store_gib is not None:
+        return int(cluster.object_store_gib * GIB)
+    wanted = min(_memory_bytes() // 10, 8 * GIB)
+    shared_memory = Path("/dev/shm")
+    if shared_memory.is_dir():
+        free = shutil.disk_usage(shared_memory).free
+        # Containers often get 64 MB there: Ray then falls back to /tmp by itself, and says so.
+        if free >= GIB // 4:
+            wanted = min(wanted, int(free * 0.8))
+    return max(wanted, GIB // 4)
+
+
+def _attach(address: str) -> None:
+    logger.info("attaching to the Ray cluster at %s", address)
+    try:
+        ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"cluster.address: no Ray cluster answers at {address!r} ({error}). "
+            "Start it, correct the address, or leave it (and RAY_ADDRESS) empty for a private one"
+        ) from error
+
+
+def _start(cluster: ClusterConfig) -> None:
+    """Start a private cluster. Worker output stays in its session folder: what matters comes as errors, or
+    through `progress`."""
+    cpus = logical_cpus(cluster)
+    # It would say at every start that the token below is asked for.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        object_store_memory=object_store_bytes(cluster),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+
+
+def _quiet_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def _memory_bytes() -> int:
+    """Memory this process may use: the machine's, or its container's limit if lower."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
+    return min(physical, int(limit)) if limit.isdigit() else physical
+
+
+@contextlib.contextmanager
+def _environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
+    """Set what the user has not set, for the body only."""
+    added = [name for name in settings if name not in os.environ]
+    # Ray turns this on by itself in the body, and would take it for the user's choice in the next session.
+    changed_by_ray = [name for name in ("RAY_AUTH_MODE",) if name not in os.environ]
+    os.environ.update({name: settings[name] for name in added})
+    try:
+        yield
+    finally:
+        for name in [*added, *changed_by_ray]:
+            os.environ.pop(name, None)

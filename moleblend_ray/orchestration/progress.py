@@ -1,0 +1,208 @@
+"""What work in other processes has done so far, on the driver's screen.
+
+Workers report to a small actor; a thread of the driver shows the newest report as a bar on a terminal, or as
+a log line now and then elsewhere. Log records of the package travel the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import ray
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+Values = Mapping[str, float | int | str]
+
+
+class Snapshot(NamedTuple):
+    """What the driver reads at a time."""
+
+    values: dict[str, float | int | str]
+    """Newest value of each name; "done" and "total" place the bar."""
+    records: list[tuple[int, str, str]]
+    """(level, logger name, message) of every record since the last snapshot."""
+
+
+class _Board:
+    """Holds the newest report of all workers."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, float | int | str] = {}
+        self._records: list[tuple[int, str, str]] = []
+
+    def update(self, values: Values) -> None:
+        self._values.update(values)
+
+    def log(self, level: int, name: str, message: str) -> None:
+        self._records.append((level, name, message))
+
+    def read(self) -> Snapshot:
+        records, self._records = self._records, []
+        return Snapshot(dict(self._values), records)
+
+
+class Reporter:
+    """A picklable callable for workers: `reporter({"done": 3, "total": 10, "loss": 1.2})`.
+
+    Reports never wait for an answer; those that come faster than `min_interval_s` after the last one are
+    kept and sent with the next, except the final one (done == total).
+    """
+
+    def __init__(self, board: Any, min_interval_s: float = 0.2) -> None:
+        self._board = board
+        self._min_interval_s = min_interval_s
+        self._held: dict[str, float | int | str] = {}
+        self._last_sent_s = 0.0
+
+    def __call__(self, values: Values) -> None:
+        """Send `values`, or hold them for the next call."""
+        self._held.update(values)
+        is_last = "total" in self._held and self._held.get("done") == self._held["total"]
+        now_s = time.monotonic()
+        if is_last or now_s - self._last_sent_s >= self._min_interval_s:
+            self._board.update.remote(self._held)
+            self._held, self._last_sent_s = {}, now_s
+
+    def forward_logs(self, prefix: str = "", level: int = logging.WARNING) -> None:
+        """Show this process's log records of the package (from `level` up) on the driver, behind `prefix`."""
+        package_logger = logging.getLogger("moleblend_ray")
+        if not any(isinstance(handler, _Forwarder) for handler in package_logger.handlers):
+            package_logger.addHandler(_Forwarder(self._board, prefix, level))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Reporter, (self._board, self._min_interval_s))
+
+
+class _Forwarder(logging.Handler):
+    def __init__(self, board: Any, prefix: str, level: int) -> None:
+        super().__init__(level)
+        self._board = board
+        self._prefix = prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._board.log.remote(record.levelno, record.name, self._prefix + record.getMessage())
+
+
+class Progress:
+    """Shows reports while the body runs: `with Progress("pretrain", unit="step") as progress: ...`.
+
+    `progress.reporter` goes to the workers. `total` may also come later, as the reported value "total".
+    """
+
+    def __init__(
+        self,
+        description: str,
+        *,
+        unit: str = "it",
+        total: int | None = None,
+        log_interval_s: float = 10.0,
+    ) -> None:
+        # Ray's own annotations lose the actor's methods.
+        self._board: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
+        self.reporter = Reporter(self._board)
+        is_terminal = sys.stderr.isatty()
+        self._display: _Bar | _Lines = (
+            _Bar(description, unit, total)
+            if is_terminal
+            else _Lines(description, unit, total, log_interval_s)
+        )
+        self._poll_interval_s = 0.5 if is_terminal else 1.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10.0)
+        self._show_newest(is_last=True)
+        self._display.close()
+        ray.kill(self._board)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._poll_interval_s):
+            self._show_newest()
+
+    def _show_newest(self, *, is_last: bool = False) -> None:
+        try:
+            snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=5.0)
+        except (ray.exceptions.RayError, TimeoutError):
+            # A busy or ending cluster: progress is only looked at, the work itself raises its own errors.
+            return
+        for level, name, message in snapshot.records:
+            logging.getLogger(name).log(level, message)
+        if isinstance(self._display, _Bar):
+            self._display.show(snapshot.values)
+        else:
+            self._display.show(snapshot.values, is_last=is_last)
+
+
+class _Bar:
+    """A tqdm bar on a terminal."""
+
+    def __init__(self, description: str, unit: str, total: int | None) -> None:
+        self._bar = tqdm(
+            desc=description, unit=unit, total=total, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def show(self, values: Values) -> None:
+        if "total" in values:
+            self._bar.total = int(values["total"])
+        done = int(values.get("done", 0))
+        if self._bar.n == 0 < done:
+            # A resumed run begins in the middle: its speed counts from there.
+            self._bar.initial = done
+        self._bar.n = done
+        self._bar.set_postfix_str(_format(values), refresh=False)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """A log line every `interval_s` where nobody watches a bar, and one at the end."""
+
+    def __init__(self, description: str, unit: str, total: int | None, interval_s: float) -> None:
+        self._description = description
+        self._unit = unit
+        self._total = total
+        self._interval_s = interval_s
+        self._last_s = time.monotonic()
+        self._shown: dict[str, float | int | str] = {}
+
+    def show(self, values: Values, *, is_last: bool) -> None:
+        is_due = time.monotonic() - self._last_s >= self._interval_s
+        if not values or dict(values) == self._shown or not (is_due or is_last):
+            return
+        self._last_s, self._shown = time.monotonic(), dict(values)
+        total = values.get("total", self._total)
+        of_total = f"/{total}" if total is not None else ""
+        done = f"{values.get('done', 0)}{of_total} {self._unit}"
+        logger.info("%s: %s %s", self._description, done, _format(values))
+
+    def close(self) -> None:
+        pass
+
+
+def _format(values: Values) -> str:
+    shown = {name: value for name, value in values.items() if name not in ("done", "total")}
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in shown.items()
+    )
