@@ -34,7 +34,7 @@ class FinetuneSettings:
     clip_norm: float = 5.0
     """Largest gradient norm."""
     micro_batch_size: int = 32
-    """Molecules computed at once: memory and speed, not the result."""
+    """Molecules computed at once: memory and speed; the result only through which dropout is drawn."""
 
     def __post_init__(self) -> None:
         _require(
