@@ -16,17 +16,6 @@ from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 NUM_ATOM_FEATURES: Final = len(ATOM_VOCAB_SIZES)
 NUM_BOND_FEATURES: Final = len(BOND_VOCAB_SIZES)
 
-BLOCK_COLUMNS: Final = (
-    "num_atoms",
-    "atom_features",
-    "bonds",
-    "bond_features",
-    "num_conformers",
-    "positions",
-    "position_mask",
-)
-"""Shard columns that a block is made of; reading no others keeps strings and labels out of the stream."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoleculeBlock:

@@ -1,0 +1,210 @@
+"""Which molecules an optimizer step sees: a pure function of (number of molecules, settings, step).
+
+There is no state, no shuffle buffer and no table of indices. Global position ``p`` belongs to epoch
+``p // N``; within the epoch it goes through two keyed bijections:
+
+1. The offset is shuffled within its window of ``shuffle_window`` consecutive offsets, so that rows of one
+   window mix while a reader of the window touches few row groups.
+2. The offset then addresses the epoch's sequence of chunks: runs of ``chunk_rows`` consecutive molecules,
+   permuted as wholes and laid end to end. The last chunk of a collection may be short; it sits at any place
+   of the sequence, and the chunks behind it begin that much earlier. Nothing needs chunks and windows to
+   line up.
+
+The bijections are Feistel networks on the smallest even number of bits that holds the domain, walked along
+their cycle until the value falls inside it; any N up to 10^12 costs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.relations.hashing import keyed_hash, mix
+
+MAX_MOLECULES: Final = 10**12
+"""Largest collection the integer arithmetic is tested for."""
+
+_ROUNDS: Final = 8
+_ROUND_KEYS: Final = np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+# First key words, so that the two bijections of an epoch are unrelated.
+_CHUNKS: Final = 1
+_WINDOW: Final = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OrderConfig:
+    """The order of the molecules; every field changes it, so none may change within a run."""
+
+    seed: int = 0
+    """Key of both shuffles."""
+
+    global_batch_size: int = 256
+    """Molecules of one optimizer step, over all workers."""
+
+    num_streams: int = 4
+    """Streams a step is cut into. Any number of workers that divides it sees the same global batches."""
+
+    shuffle_window: int = 65536
+    """Molecules within which single rows are shuffled. Larger mixes better; a reader caches about this many."""
+
+    chunk_rows: int = 1024
+    """Consecutive molecules that move together before rows are shuffled; best the rows of a row group."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that make no order."""
+        problems = [
+            f"{name}: expected at least 1, found {getattr(self, name)}"
+            for name in ("global_batch_size", "num_streams", "shuffle_window", "chunk_rows")
+            if getattr(self, name) < 1
+        ]
+        if not problems and self.global_batch_size % self.num_streams:
+            problems.append(
+                f"num_streams: expected a divisor of global_batch_size ({self.global_batch_size}), "
+                f"found {self.num_streams}"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def stream_batch_size(self) -> int:
+        """Molecules of one (step, stream)."""
+        return self.global_batch_size // self.num_streams
+
+
+@dataclass(frozen=True, slots=True)
+class DataOrder:
+    """Molecule numbers 0 ... N-1 in training order, each exactly once an epoch, for ever."""
+
+    num_molecules: int
+    """N, the molecules of the split."""
+
+    config: OrderConfig
+    """Batch size, streams and shuffle."""
+
+    def __post_init__(self) -> None:
+        """Refuse collections without an order."""
+        if not 1 <= self.num_molecules <= MAX_MOLECULES:
+            raise DataError(
+                f"a data order needs 1 to {MAX_MOLECULES} molecules, found {self.num_molecules}; "
+                "check that the split was prepared and is not empty"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which each molecule has been seen at least once; the last may reach into the next epoch."""
+        return -(-self.num_molecules // self.config.global_batch_size)
+
+    def epoch(self, step: int) -> int:
+        """Epoch of the first molecule of ``step``."""
+        return step * self.config.global_batch_size // self.num_molecules
+
+    def global_batch(self, step: int) -> NDArray[np.int64]:
+        """(global_batch_size,) int64, the molecules of ``step`` over all streams, stream by stream."""
+        size = self.config.global_batch_size
+        return self.molecules_at(np.arange(step * size, (step + 1) * size, dtype=np.int64))
+
+    def stream_batch(self, step: int, stream: int) -> NDArray[np.int64]:
+        """(global_batch_size / num_streams,) int64, the molecules of one stream of ``step``."""
+        return self.stream_batches(step, 1, stream).reshape(-1)
+
+    def stream_batches(self, first_step: int, num_steps: int, stream: int) -> NDArray[np.int64]:
+        """(num_steps, global_batch_size / num_streams) int64, consecutive steps of one stream."""
+        if not 0 <= stream < self.config.num_streams:
+            raise ConfigError(
+                f"stream {stream} does not exist; num_streams is {self.config.num_streams}"
+            )
+        size = self.config.stream_batch_size
+        steps = np.arange(first_step, first_step + num_steps, dtype=np.int64)[:, None]
+        rows = stream * size + np.arange(size, dtype=np.int64)
+        return self.molecules_at(steps * self.config.global_batch_size + rows)
+
+    def molecules_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The molecule at each global position (any shape, at least 0)."""
+        epoch, offset = np.divmod(positions.ravel(), self.num_molecules)
+        return self._chunk_sequence(epoch, self._shuffle_window(epoch, offset)).reshape(
+            positions.shape
+        )
+
+    def _shuffle_window(
+        self, epoch: NDArray[np.int64], offset: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        window = offset // self.config.shuffle_window
+        start = window * self.config.shuffle_window
+        size = np.minimum(self.config.shuffle_window, self.num_molecules - start)
+        key = keyed_hash(self.config.seed, _WINDOW, epoch, window)
+        return start + permute(offset - start, size, key)
+
+    def _chunk_sequence(
+        self, epoch: NDArray[np.int64], offset: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """The molecule at ``offset`` of the epoch's chunks laid end to end."""
+        rows = self.config.chunk_rows
+        chunks = -(-self.num_molecules // rows)
+        last_rows = self.num_molecules - (chunks - 1) * rows
+        epochs, which = np.unique(epoch, return_inverse=True)
+        key = keyed_hash(self.config.seed, _CHUNKS, epochs)
+        size = np.full(len(epochs), chunks, np.int64)
+        last_slot = unpermute(size - 1, size, key)[which]
+        # As if the short chunk were full: what lies behind it moves up by the rows it lacks.
+        behind = offset >= last_slot * rows + last_rows
+        slot, row = np.divmod(offset + np.where(behind, rows - last_rows, 0), rows)
+        chunk = permute(slot, size[which], key[which])
+        return chunk * rows + row
+
+
+def permute(
+    index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """Where the keyed bijection of 0 ... size-1 sends each index; all arrays (n,), 0 <= index < size."""
+    return _walk(index, size, key, range(_ROUNDS), backwards=False)
+
+
+def unpermute(
+    index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
+) -> NDArray[np.int64]:
+    """The inverse of :func:`permute`."""
+    return _walk(index, size, key, range(_ROUNDS - 1, -1, -1), backwards=True)
+
+
+def _walk(
+    index: NDArray[np.int64],
+    size: NDArray[np.int64],
+    key: NDArray[np.uint64],
+    rounds: range,
+    *,
+    backwards: bool,
+) -> NDArray[np.int64]:
+    # frexp gives the bit length exactly below 2**53, far above any collection.
+    bits = np.frexp((size - 1).astype(np.float64))[1]
+    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
+    value = index.astype(np.uint64)
+    outside = np.arange(len(value))
+    while len(outside):
+        moved = _feistel(value[outside], half[outside], key[outside], rounds, backwards)
+        value[outside] = moved
+        outside = outside[moved >= size[outside].astype(np.uint64)]
+    return value.astype(np.int64)
+
+
+def _feistel(
+    value: NDArray[np.uint64],
+    half: NDArray[np.uint64],
+    key: NDArray[np.uint64],
+    rounds: range,
+    backwards: bool,
+) -> NDArray[np.uint64]:
+    """A bijection of the ``2 * half``-bit words: the halves scramble each other in turn."""
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left: NDArray[np.uint64] = value >> half
+    right: NDArray[np.uint64] = value & mask
+    for number in rounds:
+        round_key = key + _ROUND_KEYS[number]
+        if backwards:
+            left, right = right ^ (mix(left + round_key) & mask), left
+        else:
+            left, right = right, left ^ (mix(right + round_key) & mask)
+    return (left << half) | right
