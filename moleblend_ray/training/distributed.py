@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -37,7 +37,7 @@ class Ranks:
     local_rank: int = 0
     """Number of this process on its machine, from 0."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
 
     @property
@@ -140,10 +140,12 @@ def _replicate(objective: nn.Module, ranks: Ranks) -> nn.Module:
     return replica
 
 
-def _sum_bucket(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DDP communication hook that sums a gradient bucket, where the built-in one averages."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+def _sum_bucket(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP communication hook that sums a gradient bucket (dist.GradBucket), where the built-in one averages."""
+    reduced: torch.futures.Future[list[Tensor]] = dist.all_reduce(
+        bucket.buffer(), async_op=True
+    ).get_future()
+    return reduced.then(lambda future: future.value()[0])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,284 @@
+"""Saving and restoring the state of training: shards by torch DCP, believed through :mod:`.commits`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pickle
+import platform
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, MoleBlendError
+from moleblend_ray.training.commits import (
+    COMMIT_FORMAT,
+    Commit,
+    CommittedFile,
+    delete_checkpoint,
+    delete_old_checkpoints,
+    read_commit,
+    step_uri,
+    write_commit,
+)
+from moleblend_ray.training.config import CheckpointConfig
+from moleblend_ray.training.distributed import Ranks, gather_from_ranks
+from moleblend_ray.training.metrics import Record, write_records
+
+_TRANSFER_THREADS: Final = 8
+_MODEL_PREFIX: Final = "model."
+_ADAM_STATE: Final = ("exp_avg", "exp_avg_sq", "step")
+
+# What the index of a checkpoint may be made of.
+_INDEX_ROOTS: Final = frozenset({"torch", "collections", "pathlib"})
+_INDEX_MODULES: Final = frozenset({"torch.distributed.checkpoint.metadata"})
+_INDEX_NAMES: Final = frozenset(
+    {
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("collections", "OrderedDict"),
+    }
+)
+
+T = TypeVar("T")
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters, buffers and Adam moments under names that do not depend on strategy or world size.
+
+    The tensors are the live ones (DTensors when sharded): writing into them restores the state. Learning rate and
+    step count are functions of the step, so there is nothing else to save, and nothing that needs pickle.
+    """
+    state = {_MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        for key in _ADAM_STATE:
+            if key in optimizer.state[parameter]:
+                state[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
+    return state
+
+
+class CheckpointWriter:
+    """Commits the state of a run, from all ranks together."""
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        run_uri: str,
+        ranks: Ranks,
+        *,
+        identity: Mapping[str, Any],
+        config_fingerprint: str,
+        start_step: int,
+    ) -> None:
+        self._config = config
+        self._run_uri = run_uri
+        self._ranks = ranks
+        self._identity = dict(identity)
+        self._config_fingerprint = config_fingerprint
+        self._committed_step = start_step
+
+    def is_due(self, step: int) -> bool:
+        """Whether the interval asks for a checkpoint after ``step`` steps."""
+        return step % self._config.every_steps == 0
+
+    def commit(self, step: int, state: dict[str, Tensor], records: Sequence[Record]) -> None:
+        """Save ``state`` as the checkpoint of ``step``, with the ``records`` since the last one (rank 0's count).
+
+        Every rank calls this. It returns when the marker is written; any rank's failure is raised on all.
+        """
+        folder = step_uri(self._run_uri, step)
+        # What an abandoned attempt left there: its marker must go before its files change.
+        _on_first_rank(self._ranks, lambda: delete_checkpoint(self._run_uri, step))
+        files = self._save_shards(folder, state)
+        _on_first_rank(self._ranks, lambda: self._write_marker(step, files, records))
+        self._committed_step = step
+
+    def _save_shards(self, folder: str, state: dict[str, Tensor]) -> list[CommittedFile]:
+        with tempfile.TemporaryDirectory(prefix="moleblend-save-") as local:
+            save_shards(
+                state,
+                storage_writer=FileSystemWriter(local, sync_files=False),
+                no_dist=not dist.is_initialized(),
+            )
+            return [
+                file
+                for files in _on_every_rank(lambda: _upload_files(Path(local), folder))
+                for file in files
+            ]
+
+    def _write_marker(
+        self, step: int, files: list[CommittedFile], records: Sequence[Record]
+    ) -> None:
+        commit = Commit(
+            format=COMMIT_FORMAT,
+            step=step,
+            world_size=self._ranks.world_size,
+            files=tuple(files),
+            identity=self._identity,
+            config_fingerprint=self._config_fingerprint,
+            versions=library_versions(),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_records(self._run_uri, records, self._committed_step, step)
+        write_commit(self._run_uri, commit)
+        delete_old_checkpoints(self._run_uri, self._config.keep_last)
+
+
+def restore_training_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, run_uri: str, step: int, ranks: Ranks
+) -> Commit:
+    """Read the checkpoint at ``step`` into model and optimizer, whatever the world size that wrote it.
+
+    Every rank calls this. Each machine downloads the files once and checks their checksums.
+    """
+    with _node_local_copy(run_uri, step, ranks) as (commit, local):
+        _load(training_state(model, optimizer), local, step_uri(run_uri, step))
+    return commit
+
+
+def load_model_state(run_uri: str, step: int, model: nn.Module) -> None:
+    """Read the parameters of the checkpoint at ``step`` into ``model``, in this process alone."""
+    commit = read_commit(run_uri, step)
+    state = {_MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory(prefix="moleblend-load-") as local:
+        _download_files(run_uri, commit, Path(local))
+        _load(state, Path(local), step_uri(run_uri, step), alone=True)
+
+
+def _load(state: dict[str, Tensor], local: Path, folder: str, *, alone: bool = False) -> None:
+    try:
+        load_shards(
+            state,
+            storage_reader=_SafeReader(local),
+            no_dist=alone or not dist.is_initialized(),
+        )
+    except (CheckpointException, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit the model: {error}. "
+            "It was written by another version or model; load it with the configuration it was made with."
+        ) from error
+
+
+class _SafeReader(FileSystemReader):
+    """DCP's reader, except that the index (a pickle) may only build DCP's own records.
+
+    Tensors are read by torch with ``weights_only=True`` and nothing else is in our checkpoints, so opening
+    a checkpoint from elsewhere runs no code of its maker.
+    """
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> Metadata:
+        """The index of the checkpoint."""
+        with (Path(self.path) / ".metadata").open("rb") as stream:
+            metadata: Metadata = _IndexUnpickler(stream).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module.split(".")[0] in _INDEX_ROOTS else None
+        is_record = module in _INDEX_MODULES and isinstance(found, type)
+        if is_record or (module, name) in _INDEX_NAMES or isinstance(found, torch.dtype):
+            return found
+        raise CheckpointError(
+            f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; it was tampered with"
+        )
+
+
+@contextlib.contextmanager
+def _node_local_copy(run_uri: str, step: int, ranks: Ranks) -> Iterator[tuple[Commit, Path]]:
+    """The marker and a verified local copy of its files, one for all processes of a machine."""
+    token = gather_from_ranks(uuid.uuid4().hex[:12])[0]
+    local = Path(tempfile.gettempdir()) / f"moleblend-load-{token}"
+
+    def fetch() -> Commit:
+        commit = read_commit(run_uri, step)
+        if ranks.local_rank == 0:
+            local.mkdir(mode=0o700)
+            _download_files(run_uri, commit, local)
+        return commit
+
+    try:
+        yield _on_every_rank(fetch)[ranks.rank], local
+        _on_every_rank(lambda: None)  # no rank may still be reading when the copy goes
+    finally:
+        if ranks.local_rank == 0:
+            shutil.rmtree(local, ignore_errors=True)
+
+
+def _download_files(run_uri: str, commit: Commit, local: Path) -> None:
+    folder = step_uri(run_uri, commit.step)
+
+    def download(file: CommittedFile) -> None:
+        target = local / file.name
+        storage.download(storage.join(folder, file.name), target)
+        with target.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != file.sha256:
+                raise CheckpointError(
+                    f"{storage.join(folder, file.name)} has another SHA-256 than its marker says: it is damaged"
+                )
+
+    with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
+        list(pool.map(download, commit.files))
+
+
+def _upload_files(local: Path, folder: str) -> list[CommittedFile]:
+    def upload(path: Path) -> CommittedFile:
+        storage.upload(path, storage.join(folder, path.name))
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return CommittedFile(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
+
+    with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
+        return list(pool.map(upload, sorted(local.iterdir())))
+
+
+def _on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
+    """Rank 0 does ``action`` while the others wait; its failure is raised on all."""
+    _on_every_rank(action if ranks.is_first else lambda: None)
+
+
+def _on_every_rank(action: Callable[[], T]) -> list[T]:
+    """Every rank does ``action``; the results in rank order. One rank's failure is raised on all.
+
+    Without this, the others would wait in the next collective for a rank that has already given up.
+    """
+    outcome: tuple[T | None, str]
+    try:
+        outcome = (action(), "")
+    except MoleBlendError as error:
+        outcome = (None, str(error))
+    outcomes = gather_from_ranks(outcome)
+    errors = sorted({text for _, text in outcomes if text})
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    return [cast("T", result) for result, _ in outcomes]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that may matter when an old checkpoint behaves oddly."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["numpy"] = np.__version__
+    with contextlib.suppress(PackageNotFoundError):  # run from a source tree
+        versions["moleblend-ray"] = version("moleblend-ray")
+    return versions

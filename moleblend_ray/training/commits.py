@@ -1,0 +1,223 @@
+"""Which checkpoints of a run can be believed: commit markers, their discovery and their checks.
+
+A run's folder (any storage URI) holds::
+
+    config.json                               the resolved configuration
+    checkpoints/step-00001000/
+        __0_0.distcp, __1_0.distcp, ...       shards, written by each rank (torch DCP)
+        .metadata                             which tensor piece lies where (torch DCP)
+        COMMIT.json                           the marker: every file with size and SHA-256, and what the run is
+    metrics/steps-00000000-00001000.jsonl     numbers of the steps that the checkpoint includes
+    export/model.safetensors, config.json     the finished model
+    FINISHED.json                             the summary of a finished run
+
+Nothing but what a marker names is believed. The number of a checkpoint is the number of steps done, which is the next
+step to run: data order and all randomness are functions of the step, so it is the whole data cursor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+COMMIT_NAME: Final = "COMMIT.json"
+FINISHED_NAME: Final = "FINISHED.json"
+COMMIT_FORMAT: Final = 1
+"""Raised whenever older code could not read newer checkpoints."""
+
+_STEP_DIR: Final = re.compile(r"/checkpoints/step-(\d{8,})/")
+_HASH_CHUNK_BYTES: Final = 8 << 20
+_CHECK_THREADS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommittedFile:
+    """One file of a checkpoint, as the marker names it."""
+
+    name: str
+    """Relative to the checkpoint's folder."""
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Commit:
+    """The marker of one checkpoint."""
+
+    format: int
+    """COMMIT_FORMAT of the writer."""
+    step: int
+    """Steps done, and so the next step to run."""
+    world_size: int
+    """Ranks that wrote it; any other number can read it."""
+    files: tuple[CommittedFile, ...]
+    identity: dict[str, Any]
+    """What must not change within a run: data fingerprint, model, data order, blend, seed."""
+    config_fingerprint: str
+    """SHA-256 of the run's resolved configuration."""
+    versions: dict[str, str]
+    """Versions of the libraries that wrote it."""
+    created: str
+    """UTC time, ISO 8601."""
+
+
+def step_uri(run_uri: str, step: int) -> str:
+    """Folder of the checkpoint at ``step``."""
+    return storage.join(run_uri, "checkpoints", f"step-{step:08d}")
+
+
+def committed_steps(run_uri: str) -> list[int]:
+    """Steps of all checkpoints with a marker, newest first; not yet checked."""
+    return sorted(
+        (step for step, files in _checkpoint_files(run_uri).items() if COMMIT_NAME in files),
+        reverse=True,
+    )
+
+
+def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | None:
+    """The newest checkpoint whose files are all there with the sizes of its marker; None if there never was one.
+
+    ``verify_content`` also reads every byte and compares checksums. A damaged checkpoint is reported and the one before
+    it is taken; if all are damaged that is an error, for starting again from nothing would hide it.
+    """
+    steps = committed_steps(run_uri)
+    damages: list[str] = []
+    for step in steps:
+        try:
+            commit = read_commit(run_uri, step)
+            check_files(run_uri, commit, verify_content=verify_content)
+        except CheckpointError as error:
+            damages.append(str(error))
+            logger.warning("skipped a damaged checkpoint: %s", error)
+        else:
+            return commit
+    if damages:
+        raise CheckpointError(
+            f"none of the {len(steps)} checkpoints of {run_uri} can be used: "
+            + "; ".join(damages)
+            + ". Restore the files, or start anew under another `out`."
+        )
+    return None
+
+
+def read_commit(run_uri: str, step: int) -> Commit:
+    """The marker of the checkpoint at ``step``."""
+    return _read_marker(storage.join(step_uri(run_uri, step), COMMIT_NAME))
+
+
+def _read_marker(uri: str) -> Commit:
+    try:
+        value = storage.read_json(uri)
+        found_format = value["format"]
+        if found_format > COMMIT_FORMAT:
+            raise CheckpointError(
+                f"{uri} has format {found_format}; this installation reads up to {COMMIT_FORMAT}. "
+                "Upgrade moleblend-ray."
+            )
+        files = tuple(CommittedFile(**file) for file in value["files"])
+        return Commit(**{**value, "files": files})
+    except storage.NotFoundError as error:
+        raise CheckpointError(f"{uri} does not exist: no checkpoint was committed there") from error
+    except (DataError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{uri} is not a commit marker: {error!r}") from error
+
+
+def check_files(run_uri: str, commit: Commit, *, verify_content: bool) -> None:
+    """Raise a CheckpointError naming every file of ``commit`` that is missing, cut off or (if asked) altered."""
+    folder = step_uri(run_uri, commit.step)
+    with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+        problems = pool.map(lambda file: _file_problem(folder, file, verify_content), commit.files)
+        found = [problem for problem in problems if problem]
+    if found:
+        raise CheckpointError(f"{folder}: " + ", ".join(found))
+
+
+def _file_problem(folder: str, file: CommittedFile, verify_content: bool) -> str | None:
+    uri = storage.join(folder, file.name)
+    try:
+        num_bytes = storage.size(uri)
+        if num_bytes != file.num_bytes:
+            return f"{file.name} has {num_bytes} bytes, its marker says {file.num_bytes}"
+        if verify_content and _sha256_of(uri) != file.sha256:
+            return f"{file.name} has another SHA-256 than its marker says"
+    except storage.NotFoundError:
+        return f"{file.name} is missing"
+    return None
+
+
+def _sha256_of(uri: str) -> str:
+    digest = hashlib.sha256()
+    with storage.translate_errors("read", uri), storage.open_read(uri) as stream:
+        while chunk := stream.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:
+    """Names of the (not hidden) files below the folder of every step."""
+    try:
+        infos = storage.list_files(storage.join(run_uri, "checkpoints"))
+    except storage.NotFoundError:
+        return {}
+    found: dict[int, set[str]] = {}
+    for info in infos:
+        if match := _STEP_DIR.search(info.uri):
+            found.setdefault(int(match[1]), set()).add(storage.name_of(info.uri))
+    return found
+
+
+def require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
+    """Refuse to continue a run under settings that would make it another one, naming each with both values."""
+    old, new = _flatten(stored), _flatten(wanted)
+    differences = [
+        f"{key}: the run has {old.get(key)!r}, the configuration asks for {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{run_uri} cannot be continued with this configuration:\n  "
+            + "\n  ".join(differences)
+            + "\nGive the run's own settings, or start a new run under another `out`."
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            # A marker comes from JSON, where tuples are lists.
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def write_commit(run_uri: str, commit: Commit) -> None:
+    """Write the marker that makes a checkpoint exist; its files must be in place."""
+    storage.write_json(storage.join(step_uri(run_uri, commit.step), COMMIT_NAME), asdict(commit))
+
+
+def delete_checkpoint(run_uri: str, step: int) -> None:
+    """Remove a checkpoint or what is left of one; its marker goes first, so that it is never half believed."""
+    folder = step_uri(run_uri, step)
+    storage.delete(storage.join(folder, COMMIT_NAME))
+    storage.delete_tree(folder)
+
+
+def delete_old_checkpoints(run_uri: str, keep_last: int) -> None:
+    """Remove all but the newest ``keep_last`` checkpoints, and older folders that never got a marker."""
+    kept = committed_steps(run_uri)[:keep_last]
+    for step in _checkpoint_files(run_uri):
+        if step < kept[-1]:
+            delete_checkpoint(run_uri, step)

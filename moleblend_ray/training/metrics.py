@@ -1,0 +1,84 @@
+"""The numbers of a run: one JSON line a step, committed together with the checkpoint that ends them.
+
+``metrics/steps-A-B.jsonl`` of a run holds steps A <= step < B. Such a file is written just before the commit
+marker of step B, so after a restart at a committed step every step before it is on file exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import DataError
+
+Record = dict[str, float | int]
+"""Numbers of one step: name -> value, "step" among them."""
+
+_FILE_NAME: Final = re.compile(r"steps-(\d{8,})-(\d{8,})\.jsonl$")
+
+TOTAL_LOSS: Final = "loss"
+"""The optimised, weighted loss in a record; a head's own, unweighted, is ``loss_<head>``."""
+
+VALID_PREFIX: Final = "valid_"
+
+
+class _File(NamedTuple):
+    first: int
+    end: int
+    uri: str
+
+
+def write_records(run_uri: str, records: Sequence[Record], first: int, end: int) -> None:
+    """Write the records of steps ``first`` to ``end`` (exclusive) as one file of the run."""
+    lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
+    storage.write_bytes(
+        storage.join(run_uri, "metrics", f"steps-{first:08d}-{end:08d}.jsonl"), lines.encode()
+    )
+
+
+def read_records(run_uri: str) -> list[Record]:
+    """The records of every committed step of a run, in step order; empty if there are none yet."""
+    records: list[Record] = []
+    for file in _files(run_uri):
+        try:
+            records.extend(json.loads(line) for line in storage.read_bytes(file.uri).splitlines())
+        except ValueError as error:
+            raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
+    return records
+
+
+def drop_records_from(run_uri: str, step: int) -> None:
+    """Remove what an abandoned attempt wrote for ``step`` and later; call when training starts at ``step``."""
+    for file in _files(run_uri):
+        if file.first >= step:
+            storage.delete(file.uri)
+
+
+def _files(run_uri: str) -> list[_File]:
+    try:
+        found = storage.list_files(storage.join(run_uri, "metrics"))
+    except storage.NotFoundError:
+        return []
+    matches = ((_FILE_NAME.search(info.uri), info.uri) for info in found)
+    return sorted(_File(int(match[1]), int(match[2]), uri) for match, uri in matches if match)
+
+
+def loss_ends(records: Sequence[Record]) -> tuple[dict[str, float], dict[str, float]]:
+    """Mean losses of the first and of the last steps of a run, the total and each head's.
+
+    The mean is over a tenth of the run, at least 1 and at most 50 steps: single steps are noisy.
+    """
+    width = max(1, min(50, len(records) // 10))
+    return _mean_losses(records[:width]), _mean_losses(records[-width:])
+
+
+def _mean_losses(records: Sequence[Record]) -> dict[str, float]:
+    names = [
+        name
+        for name in (records[0] if records else ())
+        if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_")
+    ]
+    return {name: sum(record[name] for record in records) / len(records) for name in names}
