@@ -1,0 +1,169 @@
+"""Which relation each atom pair shows, which feature each atom shows, and the noise on coordinates.
+
+Nothing here is drawn from a generator with a state: every number is Philox4x32-10 (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) of a counter made from what it is for, so it is the same on any device,
+in any batch and after any restart:
+
+    word 0   first atom << 16 | second atom          word 1   molecule id, bits 0 to 31
+    word 2   purpose << 24 | id, bits 32 to 55       word 3   optimizer step
+    key      seed, low and high 32 bits
+
+Shape legend: B molecules, N atoms (padded).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.batch import MoleculeBatch
+
+_MASK: Final = 0xFFFFFFFF
+_ROUND_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS: Final = (0x9E3779B9, 0xBB67AE85)
+_TWO_TO_32: Final = float(1 << 32)
+
+
+class Relation(IntEnum):
+    """What a pair can show; values of ``Blend.pair_choice``."""
+
+    SPD = 0
+    EDGE = 1
+    GEOMETRY = 2
+
+
+class AtomFeature(IntEnum):
+    """What an atom can show besides its categories; values of ``Blend.atom_choice``."""
+
+    DEGREE = 0
+    GEOMETRY = 1
+
+
+class _Purpose(IntEnum):
+    PAIR_CHOICE = 0
+    ATOM_CHOICE = 1
+    NOISE = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlendConfig:
+    """Probabilities of the relations and size of the coordinate noise."""
+
+    pair_probabilities: tuple[float, float, float] = (0.2, 0.2, 0.6)
+    """Probability that an ordered atom pair shows its shortest-path distance, bond path, 3D distance.
+    A pair without coordinates shares out the last one over the first two in proportion."""
+    atom_probabilities: tuple[float, float] = (0.4, 0.6)
+    """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
+    noise_std_angstrom: float = 0.2
+    """Standard deviation of the Gaussian noise added to each coordinate."""
+    per_batch: bool = False
+    """Draw one map of pair choices a step and share it among all molecules, as the official code does.
+    Pairs without coordinates then keep the choice 3D and show nothing."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, expected in (("pair_probabilities", 3), ("atom_probabilities", 2)):
+            values = getattr(self, name)
+            if len(values) != expected:
+                problems.append(f"{name} is {values}, expected {expected} numbers")
+            elif min(values) < 0.0 or abs(math.fsum(values) - 1.0) > 1e-6:
+                problems.append(
+                    f"{name} is {values} with sum {math.fsum(values):g}, expected none below 0 and sum 1"
+                )
+        if self.noise_std_angstrom < 0.0:
+            problems.append(f"noise_std_angstrom is {self.noise_std_angstrom}, expected at least 0")
+        if problems:
+            raise ConfigError("Blend configuration: " + "; ".join(problems) + ".")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blend:
+    """The random choices for one batch. Padding entries are undefined."""
+
+    pair_choice: Tensor
+    """(B, N, N) uint8, a Relation at [a, b]."""
+    atom_choice: Tensor
+    """(B, N) uint8, an AtomFeature."""
+    noise: Tensor
+    """(B, N, 3) float32, angstrom, added to the positions; 0 where they are missing."""
+
+
+def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 of four counter words (broadcastable int64 tensors, each 0 to 2**32 - 1)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # The product wraps modulo 2**64; shifting right copies the sign, which the mask removes again.
+        p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _MASK, (k1 + _KEY_INCREMENTS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def draw_blend(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Blend:
+    """The choices and the noise of ``batch``, a function of (seed, step, molecule id, atoms) alone."""
+    return Blend(
+        pair_choice=_pair_choice(batch, config, seed),
+        atom_choice=_atom_choice(batch, config, seed),
+        noise=_noise(batch, config, seed),
+    )
+
+
+def _pair_choice(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor:
+    B, N = batch.atom_mask.shape
+    atom = torch.arange(N, device=batch.atom_mask.device)
+    pair = (atom[:, None] << 16) | atom[None, :]
+    ids = batch.molecule_ids[:1] * 0 if config.per_batch else batch.molecule_ids
+    word, *_ = philox(_counter(_Purpose.PAIR_CHOICE, batch.step, ids[:, None, None], pair), seed)
+    uniform = word.double() / _TWO_TO_32
+    # Normalized, lest a relation of probability 0 be drawn from what rounding leaves of a sum below 1.
+    spd, edge, _ = (p / math.fsum(config.pair_probabilities) for p in config.pair_probabilities)
+    choice = (uniform >= spd).to(torch.uint8) + (uniform >= spd + edge).to(torch.uint8)
+    if config.per_batch:
+        return choice.expand(B, N, N)
+    # Without coordinates the same number chooses between the graph relations, in their proportion.
+    spd_share = spd / (spd + edge) if spd + edge > 0.0 else 0.5
+    graph_choice = (uniform >= spd_share).to(torch.uint8)
+    return torch.where(batch.pair_position_mask, choice, graph_choice)
+
+
+def _atom_choice(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor:
+    word, *_ = philox(_atom_counter(_Purpose.ATOM_CHOICE, batch), seed)
+    threshold = config.atom_probabilities[0] / math.fsum(config.atom_probabilities)
+    geometry = word.double() / _TWO_TO_32 >= threshold
+    return (geometry & batch.position_mask).to(torch.uint8)
+
+
+def _noise(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor:
+    words = philox(_atom_counter(_Purpose.NOISE, batch), seed)
+    u0, u1, u2, u3 = (word.double() for word in words)
+    # Box-Muller: (u + 1) / 2**32 lies in (0, 1], so the logarithm is finite.
+    radius0 = (-2.0 * ((u0 + 1.0) / _TWO_TO_32).log()).sqrt()
+    radius2 = (-2.0 * ((u2 + 1.0) / _TWO_TO_32).log()).sqrt()
+    angle0, angle2 = 2 * math.pi * u1 / _TWO_TO_32, 2 * math.pi * u3 / _TWO_TO_32
+    normal = torch.stack(
+        [radius0 * angle0.cos(), radius0 * angle0.sin(), radius2 * angle2.cos()], -1
+    )
+    noise = (config.noise_std_angstrom * normal).float()
+    return noise.masked_fill(~batch.position_mask[..., None], 0.0)
+
+
+def _atom_counter(purpose: _Purpose, batch: MoleculeBatch) -> tuple[Tensor, ...]:
+    atom = torch.arange(batch.max_atoms, device=batch.atom_mask.device)
+    return _counter(purpose, batch.step, batch.molecule_ids[:, None], atom << 16)
+
+
+def _counter(purpose: _Purpose, step: int, ids: Tensor, atoms: Tensor) -> tuple[Tensor, ...]:
+    high = (int(purpose) << 24) | ((ids >> 32) & 0xFFFFFF)
+    return atoms, ids & _MASK, high, torch.full_like(ids, step & _MASK)

@@ -1,0 +1,202 @@
+"""What the encoder is told: token embeddings, and one additive attention bias for each relation.
+
+Shape legend: B molecules, N atoms (padded), A real atoms packed, H heads, D width, K Gaussian kernels, L hops.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
+
+INIT_STD = 0.02
+"""Standard deviation of linear and embedding weights at the start (as the official code)."""
+
+NUM_DEGREES = 16
+"""Rows of the degree table; atoms with more neighbours share the last one."""
+
+NUM_SPD_CODES = 256
+"""Rows of the shortest-path table: 0 to 254 bonds, 255 unreachable."""
+
+MERGED_DISTANCE_SCALE = 0.01
+"""Factor of the 3D atom feature where it meets the token embedding (official code)."""
+
+DISPLACEMENT_EPSILON = 1e-5
+"""Angstrom added to a distance before dividing by it (official code)."""
+
+GAUSSIAN_NORM = (2 * 3.14159) ** 0.5
+"""Of the official code, its short pi included: its weights were trained with it."""
+
+MIN_GAUSSIAN_WIDTH = 1e-2
+"""Angstrom added to the learned width of a kernel (official code)."""
+
+
+class AtomEmbedding(nn.Module):
+    """Sum of the nine category embeddings of an atom, its degree embedding, and the graph token."""
+
+    offsets: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.categories = nn.Embedding(sum(ATOM_VOCAB_SIZES), config.dim)
+        self.degree = nn.Embedding(NUM_DEGREES, config.dim)
+        self.graph_token = nn.Parameter(torch.empty(1, config.dim))
+        self.register_buffer(
+            "offsets", torch.empty(len(ATOM_VOCAB_SIZES), dtype=torch.int64), persistent=False
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights; also fills the constant buffers, so a meta-device model becomes usable."""
+        for weight in (self.categories.weight, self.degree.weight, self.graph_token):
+            nn.init.normal_(weight, std=INIT_STD)
+        sizes = torch.tensor((0, *ATOM_VOCAB_SIZES[:-1]), device=self.offsets.device)
+        self.offsets.copy_(sizes.cumsum(0))
+
+    def forward(self, batch: MoleculeBatch) -> tuple[Tensor, Tensor]:
+        """Category sums and degree embeddings of the real atoms: two (A, D)."""
+        codes = batch.pack_atoms(batch.atom_features).long() + self.offsets
+        degrees = batch.pack_atoms(batch.degrees).long().clamp(max=NUM_DEGREES - 1)
+        return (
+            F.embedding_bag(codes, self.categories.weight, mode="sum"),
+            self.degree(degrees),
+        )
+
+
+class TopologyBias(nn.Module):
+    """Attention biases of the two graph relations, and of the graph token's links to the atoms.
+
+    A hop's bias is ``mean(type, stereo, conjugated embedding) @ matrix of that hop``. Only 60 bond codes exist,
+    so both are folded into one table of L x 61 rows a forward pass, and a pair costs L look-ups.
+    """
+
+    bond_rows: Tensor
+    no_hop: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H = config.num_heads
+        self.spd = nn.Embedding(NUM_SPD_CODES, H)
+        self.bonds = nn.Embedding(sum(BOND_VOCAB_SIZES), H)
+        self.hop_matrices = nn.Parameter(torch.empty(NUM_HOPS, H, H))
+        self.virtual_distance = nn.Parameter(torch.empty(H))
+        # What the official edge table holds for "no such hop": 0 after its usual initialisation, never trained,
+        # but some parameter files have other values there.
+        self.register_buffer("no_hop", torch.empty(H))
+        self.register_buffer(
+            "bond_rows",
+            torch.empty(NUM_BOND_CODES - 1, len(BOND_VOCAB_SIZES), dtype=torch.int64),
+            persistent=False,
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights; also fills the constant buffers."""
+        weights = (self.spd.weight, self.bonds.weight, self.hop_matrices, self.virtual_distance)
+        for weight in weights:
+            nn.init.normal_(weight, std=INIT_STD)
+        nn.init.zeros_(self.no_hop)
+        types, stereo, _ = BOND_VOCAB_SIZES
+        parts = [torch.arange(size, device=self.bond_rows.device) for size in BOND_VOCAB_SIZES]
+        rows = torch.cartesian_prod(parts[0], parts[1] + types, parts[2] + types + stereo)
+        self.bond_rows.copy_(rows)
+
+    def spd_bias(self, batch: MoleculeBatch) -> Tensor:
+        """(B, N, N, H) bias of the shortest-path distance."""
+        return F.embedding(batch.spd.int(), self.spd.weight)
+
+    def edge_bias(self, batch: MoleculeBatch) -> Tensor:
+        """(B, N, N, H) sum over hops, divided by the path length in bonds, 1 to 5 (unreachable: 5)."""
+        B, N, _, L = batch.path_codes.shape
+        bonds = self.bonds(self.bond_rows).mean(1)
+        codes = torch.cat([self.no_hop.to(bonds.dtype)[None], bonds])
+        table = (codes @ self.hop_matrices[:L]).flatten(0, 1)
+        first_row = torch.arange(L, device=table.device) * NUM_BOND_CODES
+        rows = (batch.path_codes.long() + first_row).reshape(-1, L)
+        total = F.embedding_bag(rows, table, mode="sum").view(B, N, N, -1)
+        return total / batch.spd.clamp(1, NUM_HOPS)[..., None]
+
+
+class GaussianDistance(nn.Module):
+    """K Gaussian kernels of a distance that each pair of elements scales and shifts first."""
+
+    def __init__(self, num_kernels: int) -> None:
+        super().__init__()
+        num_elements = ATOM_VOCAB_SIZES[0]
+        self.means = nn.Parameter(torch.empty(num_kernels))
+        self.widths = nn.Parameter(torch.empty(num_kernels))
+        self.scale = nn.Parameter(torch.empty(2, num_elements))
+        self.shift = nn.Parameter(torch.empty(2, num_elements))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scale 1, shift 0, means and widths uniform in 0 to 3 angstrom.
+
+        The official code means to do this, but a later global initialisation overwrites it with about 0.
+        """
+        nn.init.uniform_(self.means, 0.0, 3.0)
+        nn.init.uniform_(self.widths, 0.0, 3.0)
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.shift)
+
+    def forward(self, distance: Tensor, element: Tensor) -> Tensor:
+        """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code -> (B, N, N, K) float32."""
+        scale, shift = self.scale.float()[:, element], self.shift.float()[:, element]
+        value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
+        value = value + (shift[0][:, :, None] + shift[1][:, None, :])
+        width = self.widths.float().abs() + MIN_GAUSSIAN_WIDTH
+        standard = (value[..., None] - self.means.float()) / width
+        kernels: Tensor = torch.exp(-0.5 * standard.square()) / (GAUSSIAN_NORM * width)
+        return kernels
+
+
+class GeometryFeatures(NamedTuple):
+    """What the 3D relation says about the pairs and atoms of a batch."""
+
+    bias: Tensor
+    """(B, N, N, H), 0 where a pair takes no part."""
+    merged: Tensor
+    """(B, N, D), the 3D feature of each atom before scaling, 0 where an atom takes no part."""
+    displacement: Tensor
+    """(B, N, N, 3) float32, (position b - position a) / (distance + 1e-5) at [a, b], 0 where no part."""
+
+
+class GeometryBias(nn.Module):
+    """Attention bias and atom feature of the 3D relation, from Gaussian kernels of the pair distances."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        K = config.num_kernels
+        self.missing_positions = config.missing_positions
+        self.gaussian = GaussianDistance(K)
+        self.bias_in = nn.Linear(K, K)
+        self.bias_out = nn.Linear(K, config.num_heads)
+        self.merge = nn.Linear(K, config.dim)
+
+    def forward(self, batch: MoleculeBatch, positions: Tensor) -> GeometryFeatures:
+        """``positions`` (B, N, 3) float32, angstrom: possibly with noise, 0 where unknown."""
+        atoms, pairs = batch.position_mask, batch.pair_position_mask
+        if self.missing_positions == "origin":
+            atoms, pairs = batch.atom_mask, batch.pair_mask
+        delta = positions[:, None, :, :] - positions[:, :, None, :]
+        distance = delta.norm(dim=-1)
+        displacement = delta / (distance + DISPLACEMENT_EPSILON)[..., None]
+        element = batch.atom_features[:, :, 0].long()
+        # Kernels can be 0.01 angstrom wide: bfloat16 would not place a distance inside one.
+        with torch.autocast(positions.device.type, enabled=False):
+            kernels = self.gaussian(distance, element)
+        kernels = kernels.masked_fill(~pairs[..., None], 0.0)
+        hidden = F.gelu(self.bias_in(kernels.to(self.bias_in.weight.dtype)))
+        bias = self.bias_out(hidden).masked_fill(~pairs[..., None], 0.0)
+        merged = self.merge(kernels.sum(dim=2).to(self.merge.weight.dtype))
+        return GeometryFeatures(
+            bias=bias,
+            merged=merged.masked_fill(~atoms[..., None], 0.0),
+            displacement=displacement.masked_fill(~pairs[..., None], 0.0),
+        )

@@ -1,0 +1,117 @@
+"""Heads: one for each pair relation, one for coordinate noise, one for properties.
+
+Shape legend: B molecules, N atoms (padded), A real atoms packed, T = N + 1 tokens, H heads, D width,
+P width of a pair head's row and column vectors, C outputs of a pair head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.embeddings import INIT_STD
+
+PAIR_NORM_EPSILON = 1e-12
+"""LayerNorm epsilon of the pair heads (official code)."""
+
+
+class PairHead(nn.Module):
+    """C outputs for each atom pair: a linear map of the outer product of a row and a column vector.
+
+    The map is applied as a bilinear form, columns first, so that no (B, N, N, P * P) tensor ever exists.
+    """
+
+    def __init__(self, config: ModelConfig, num_outputs: int) -> None:
+        super().__init__()
+        P = config.pair_dim
+        self.row = nn.Linear(config.dim, P)
+        self.row_norm = nn.LayerNorm(P, eps=PAIR_NORM_EPSILON)
+        self.column = nn.Linear(config.dim, P)
+        self.column_norm = nn.LayerNorm(P, eps=PAIR_NORM_EPSILON)
+        self.weight = nn.Parameter(torch.empty(num_outputs, P, P))
+        self.bias = nn.Parameter(torch.empty(num_outputs))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new weights of the bilinear form."""
+        nn.init.normal_(self.weight, std=INIT_STD)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
+        """``atoms`` (A, D) -> (B, N, N, C): ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``."""
+        row = batch.pad_atoms(self.row_norm(F.gelu(self.row(atoms))))
+        column = self.column_norm(F.gelu(self.column(atoms)))
+        C, P, _ = self.weight.shape
+        # (P columns, C * P rows), so that the large result comes out in its final layout without a copy.
+        weight = self.weight.permute(2, 1, 0).flatten(1)
+        contracted = batch.pad_atoms(column @ weight.to(column.dtype))
+        N = contracted.shape[1]
+        contracted = contracted.view(-1, N, P, C).transpose(1, 2).flatten(2)
+        pairs = torch.bmm(row, contracted.to(row.dtype)).view(-1, N, N, C)
+        output: Tensor = pairs + self.bias
+        return output
+
+
+class DenoisingHead(nn.Module):
+    """Predicts the noise on each atom as an attention-weighted sum of its displacements to the other atoms."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dropout = config.attention_dropout
+        self.query = nn.Linear(config.dim, config.dim)
+        self.key = nn.Linear(config.dim, config.dim)
+        self.value = nn.Linear(config.dim, config.dim)
+        self.axes = nn.Linear(config.dim, 3)
+
+    def forward(
+        self, atoms: Tensor, bias: Tensor, displacement: Tensor, batch: MoleculeBatch
+    ) -> Tensor:
+        """``atoms`` (A, D), ``bias`` (B, H, N, N), ``displacement`` (B, N, N, 3) -> (B, N, 3) float32.
+
+        Axis x of an atom is ``axes_x . concat_h sum_b attention[h, a, b] displacement_x[a, b] value[h, b]``. The
+        projection is pulled inside the sum, which leaves one number for each head, atom and axis to be summed.
+        """
+        query, key = (
+            _split_heads(batch.pad_atoms(linear(atoms)), self.num_heads).transpose(1, 2)
+            for linear in (self.query, self.key)
+        )
+        score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+        attention = torch.softmax(score.float() + bias.float(), dim=-1)
+        attention = F.dropout(attention, self.dropout, self.training)
+        per_axis = self._projected_values(atoms, batch)
+        with torch.autocast(atoms.device.type, enabled=False):
+            # (B, N, N, 3): what atom b contributes to atom a, summed over heads.
+            contribution = torch.einsum("bhij,bjhx->bijx", attention, per_axis.float())
+            moved = (contribution * displacement).sum(dim=2)
+            return moved + self.axes.bias.float()
+
+    def _projected_values(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
+        """(B, N, H, 3): each head's value vector times the weights of each axis."""
+        value = _split_heads(self.value(atoms), self.num_heads)
+        axes = _split_heads(self.axes.weight, self.num_heads)
+        return batch.pad_atoms(torch.einsum("ahd,xhd->ahx", value, axes.to(value.dtype)))
+
+
+def _split_heads(features: Tensor, num_heads: int) -> Tensor:
+    return features.view(*features.shape[:-1], num_heads, -1)
+
+
+class PropertyHead(nn.Module):
+    """Two linear layers on the graph token."""
+
+    def __init__(self, dim: int, num_targets: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.hidden = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, num_targets)
+
+    def forward(self, graph: Tensor) -> Tensor:
+        """(B, D) -> (B, num_targets)."""
+        graph = F.dropout(graph, self.dropout, self.training)
+        hidden = F.dropout(F.gelu(self.hidden(graph)), self.dropout, self.training)
+        output: Tensor = self.out(hidden)
+        return output

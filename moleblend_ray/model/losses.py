@@ -1,0 +1,252 @@
+"""Pretraining losses as sums and counts, so that means can be taken over any set of micro-batches and ranks.
+
+Shape legend: B molecules, N atoms (padded), L = 5 hops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.blending import AtomFeature, Blend, Relation
+from moleblend_ray.model.config import NUM_PAPER_EDGE_CLASSES, PAPER_EDGE_VOCAB, ModelConfig
+from moleblend_ray.model.moleblend import MoleBlendOutput
+from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
+
+LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise")
+"""Order of the entries of ``loss_counts``."""
+
+IGNORE: Final = -100
+"""Class of entries without a target, as in torch.nn.functional.cross_entropy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the losses; a weight of 0 leaves a loss out of the sum (it is still reported)."""
+
+    spd_weight: float = 0.1
+    """Shortest-path distance: cross-entropy, mean over atom pairs."""
+    edge_weight: float = 0.1
+    """Bonds along the path: cross-entropy, mean over hops."""
+    direction_weight: float = 0.5
+    """Pair direction: 1 - cosine, mean over the pairs of a molecule, then over molecules."""
+    distance_weight: float = 0.0
+    """Pair distance: absolute error in angstrom, mean as for the direction. Needs ``ModelConfig.distance_head``."""
+    denoise_weight: float = 6.0
+    """Coordinate noise: 1 - cosine, mean over the atoms that show their 3D feature."""
+    visible_pair_weight: float = 1.0
+    """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
+    ignore_other_bonds: bool = False
+    """Leave bonds outside the paper's 24 edge classes out of the edge loss."""
+
+    def __post_init__(self) -> None:
+        names = [name for name in self.__slots__ if name.endswith("_weight")]
+        if problems := [
+            f"{name} is {getattr(self, name)}, expected at least 0"
+            for name in names
+            if not getattr(self, name) >= 0.0
+        ]:
+            raise ConfigError("Loss configuration: " + "; ".join(problems) + ".")
+
+    def weight(self, name: str) -> float:
+        """Weight of the loss ``name``, one of LOSS_NAMES."""
+        value: float = getattr(self, f"{name}_weight")
+        return value
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The losses with a weight above 0."""
+        return tuple(name for name in LOSS_NAMES if self.weight(name) > 0.0)
+
+
+def check_objective(model: ModelConfig, loss: LossConfig) -> None:
+    """Raise a ConfigError if the losses need heads or classes that the model does not have."""
+    problems = [
+        f"loss.{name}_weight is {loss.weight(name):g} but model.{name}_head is off"
+        for name in ("direction", "distance")
+        if loss.weight(name) > 0.0 and not getattr(model, f"{name}_head")
+    ]
+    if not model.edge_other_class and not loss.ignore_other_bonds:
+        problems.append(
+            "model.edge_other_class is off, so loss.ignore_other_bonds must be on: "
+            "bonds outside the 24 classes have no class"
+        )
+    if problems:
+        raise ConfigError("Model and loss do not fit: " + "; ".join(problems) + ".")
+
+
+def spd_targets(batch: MoleculeBatch, num_classes: int) -> Tensor:
+    """(B, N, N) int64: bonds - 1, at most num_classes - 1; IGNORE for self, unreachable and padding."""
+    target = (batch.spd.long() - 1).clamp(max=num_classes - 1)
+    known = (batch.spd > 0) & (batch.spd != UNREACHABLE) & batch.pair_mask
+    return target.masked_fill(~known, IGNORE)
+
+
+def edge_targets(batch: MoleculeBatch, config: LossConfig) -> Tensor:
+    """(B, N, N, L) int64: 6 type + 2 stereo + conjugated, 24 for other bonds; IGNORE where there is no hop."""
+    table = torch.tensor(_EDGE_CLASSES, device=batch.path_codes.device)
+    if config.ignore_other_bonds:
+        table = table.masked_fill(table == NUM_PAPER_EDGE_CLASSES, IGNORE)
+    return table[batch.path_codes.int()]
+
+
+def count_other_bonds(batch: MoleculeBatch) -> Tensor:
+    """() int64: hops outside the paper's 24 classes (the ones that ``ignore_other_bonds`` leaves out)."""
+    table = torch.tensor(_EDGE_CLASSES, device=batch.path_codes.device)
+    return (table[batch.path_codes.int()] == NUM_PAPER_EDGE_CLASSES).sum()
+
+
+def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
+    """(5,) float64: what each sum of ``pretraining_loss_sums`` must be divided by, known before the forward pass."""
+    spd = _pair_weight(
+        batch.pair_mask & (batch.spd > 0) & (batch.spd != UNREACHABLE), blend, config, Relation.SPD
+    )
+    edge = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)[..., None] * (
+        edge_targets(batch, config) != IGNORE
+    )
+    molecules = _geometry_weight(batch, blend, config).sum((1, 2)) > 0
+    atoms = _noised_atoms(batch, blend)
+    counts = (spd, edge, molecules, molecules, atoms)
+    return torch.stack([count.sum(dtype=torch.float64) for count in counts])
+
+
+def pretraining_loss_sums(
+    output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> dict[str, Tensor]:
+    """The numerator of each loss of LOSS_NAMES, () float32; 0 for a head that the model does not have."""
+    nothing = output.spd_logits.new_zeros((), dtype=torch.float32)
+    with torch.autocast(output.spd_logits.device.type, enabled=False):
+        return {
+            "spd": _spd_sum(output, batch, blend, config),
+            "edge": _edge_sum(output, batch, blend, config),
+            "direction": nothing
+            if output.direction is None
+            else _direction_sum(output.direction, batch, blend, config),
+            "distance": nothing
+            if output.distance is None
+            else _distance_sum(output.distance, batch, blend, config),
+            "denoise": _denoise_sum(output.noise, batch, blend),
+        }
+
+
+def total_loss(sums: Mapping[str, Tensor], global_counts: Tensor, config: LossConfig) -> Tensor:
+    """() float32: this micro-batch's part of the step's loss, ``sum of weight * sum / count``.
+
+    ``global_counts`` (5,) are those of the whole step, all micro-batches and ranks together; a loss that counts
+    nothing anywhere contributes 0.
+    """
+    means = loss_means(sums, global_counts)
+    return torch.stack([config.weight(name) * means[name] for name in LOSS_NAMES]).sum()
+
+
+def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
+    """Each sum divided by its count; 0 where nothing was counted."""
+    divisor = torch.where(counts > 0, counts, torch.ones_like(counts))
+    return {
+        name: (sums[name].double() / divisor[index]).float()
+        for index, name in enumerate(LOSS_NAMES)
+    }
+
+
+def _edge_class_of_code() -> list[int]:
+    types, stereos, conjugated = PAPER_EDGE_VOCAB
+    classes = [IGNORE]
+    for kind in range(BOND_VOCAB_SIZES[0]):
+        for stereo in range(BOND_VOCAB_SIZES[1]):
+            for flag in range(BOND_VOCAB_SIZES[2]):
+                inside = kind < types and stereo < stereos
+                index = (kind * stereos + stereo) * conjugated + flag
+                classes.append(index if inside else NUM_PAPER_EDGE_CLASSES)
+    return classes
+
+
+_EDGE_CLASSES: Final = _edge_class_of_code()
+
+
+def _pair_weight(mask: Tensor, blend: Blend, config: LossConfig, relation: Relation) -> Tensor:
+    """Weight of each pair of ``mask`` (B, N, N) in the loss of ``relation``, float32; 0 outside the mask."""
+    weight = mask.float()
+    if config.visible_pair_weight == 1.0:
+        return weight
+    visible = blend.pair_choice == relation
+    return torch.where(visible, weight * config.visible_pair_weight, weight)
+
+
+def _geometry_weight(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
+    """(B, N, N) float32 weight of the pairs with a direction: both positions known and not the same point."""
+    apart = (_displacement(batch) != 0.0).any(-1)
+    return _pair_weight(batch.pair_position_mask & apart, blend, config, Relation.GEOMETRY)
+
+
+def _displacement(batch: MoleculeBatch) -> Tensor:
+    """(B, N, N, 3) clean position b - position a at [a, b], angstrom."""
+    return batch.positions[:, None, :, :] - batch.positions[:, :, None, :]
+
+
+def _noised_atoms(batch: MoleculeBatch, blend: Blend) -> Tensor:
+    """(B, N) bool: atoms with a position that show their 3D feature."""
+    return batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
+
+
+def _spd_sum(
+    output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> Tensor:
+    target = spd_targets(batch, output.spd_logits.shape[-1])
+    weight = _pair_weight(batch.pair_mask, blend, config, Relation.SPD)
+    return _weighted_cross_entropy(output.spd_logits, target, weight)
+
+
+def _edge_sum(
+    output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> Tensor:
+    target = edge_targets(batch, config)
+    weight = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)[..., None]
+    logits = output.edge_logits[..., : target.shape[-1], :]
+    return _weighted_cross_entropy(logits, target, weight.expand_as(target))
+
+
+def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    loss = F.cross_entropy(
+        logits.float().flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return (loss * weight.flatten()).sum()
+
+
+def _direction_sum(
+    direction: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> Tensor:
+    weight = _geometry_weight(batch, blend, config)
+    # Entries without a target are zeroed first: their cosine then has gradient 0 instead of one that could overflow.
+    predicted = direction.float().masked_fill((weight == 0.0)[..., None], 0.0)
+    return _mean_per_molecule(
+        1.0 - F.cosine_similarity(predicted, _displacement(batch), dim=-1), weight
+    )
+
+
+def _distance_sum(
+    distance: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> Tensor:
+    weight = _geometry_weight(batch, blend, config)
+    return _mean_per_molecule((distance.float() - _displacement(batch).norm(dim=-1)).abs(), weight)
+
+
+def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
+    """Sum over molecules of the weighted mean over each one's pairs (B, N, N)."""
+    total = weight.sum((1, 2))
+    return (
+        (loss * weight).sum((1, 2)) / torch.where(total > 0, total, torch.ones_like(total))
+    ).sum()
+
+
+def _denoise_sum(predicted: Tensor, batch: MoleculeBatch, blend: Blend) -> Tensor:
+    kept = _noised_atoms(batch, blend)
+    predicted = predicted.float().masked_fill(~kept[..., None], 0.0)
+    loss = 1.0 - F.cosine_similarity(predicted, blend.noise, dim=-1)
+    return loss.masked_fill(~kept, 0.0).sum()

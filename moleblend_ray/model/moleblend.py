@@ -1,0 +1,117 @@
+"""The assembled models: pretraining (encoder and relation heads) and property prediction.
+
+Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, S real tokens packed, H heads, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.blending import Blend
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.embeddings import INIT_STD
+from moleblend_ray.model.encoder import Encoder, EncoderOutput
+from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
+from moleblend_ray.vocabulary import NUM_HOPS
+
+__all__ = ["ModelConfig", "MoleBlendModel", "MoleBlendOutput", "PropertyModel"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoleBlendOutput:
+    """Predictions for every atom pair and atom; entries of padding are undefined."""
+
+    tokens: Tensor
+    """(S, D) packed token states of the last block."""
+    spd_logits: Tensor
+    """(B, N, N, classes): class c is a path of c + 1 bonds, the last one of that many or more."""
+    edge_logits: Tensor
+    """(B, N, N, 5, classes) for each hop of the path from atom a to atom b."""
+    direction: Tensor | None
+    """(B, N, N, 3), parallel to position b - position a; None without the head."""
+    distance: Tensor | None
+    """(B, N, N), angstrom; None without the head."""
+    noise: Tensor
+    """(B, N, 3), parallel to the noise on an atom."""
+
+
+class MoleBlendModel(nn.Module):
+    """Encoder and the heads that predict every relation of every atom pair."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.spd_head = PairHead(config, config.num_spd_classes)
+        self.edge_head = PairHead(config, NUM_HOPS * config.num_edge_classes)
+        self.direction_head = PairHead(config, 3) if config.direction_head else None
+        self.distance_head = PairHead(config, 1) if config.distance_head else None
+        self.denoising_head = DenoisingHead(config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw all weights anew and fill constant buffers; for models built on the meta device, after ``to_empty``."""
+        init_weights(self)
+
+    def forward(self, batch: MoleculeBatch, blend: Blend | None = None) -> MoleBlendOutput:
+        """Predict all relations from those that ``blend`` shows (None: from all of them, without noise)."""
+        encoded: EncoderOutput = self.encoder(batch, blend)
+        atoms = encoded.tokens.index_select(0, batch.atom_token)
+        distance = None if self.distance_head is None else self.distance_head(atoms, batch)
+        return MoleBlendOutput(
+            tokens=encoded.tokens,
+            spd_logits=self.spd_head(atoms, batch),
+            edge_logits=self.edge_head(atoms, batch).unflatten(-1, (NUM_HOPS, -1)),
+            direction=None if self.direction_head is None else self.direction_head(atoms, batch),
+            distance=None if distance is None else distance.squeeze(-1),
+            noise=self.denoising_head(
+                atoms, encoded.bias[:, :, 1:, 1:], encoded.displacement, batch
+            ),
+        )
+
+
+class PropertyModel(nn.Module):
+    """Encoder and a property head on the graph token; every relation is visible."""
+
+    def __init__(self, config: ModelConfig, num_targets: int, head_dropout: float = 0.1) -> None:
+        super().__init__()
+        if num_targets < 1:
+            raise ConfigError(f"num_targets is {num_targets}, expected at least 1.")
+        self.config = config
+        self.num_targets = num_targets
+        self.head_dropout = head_dropout
+        self.encoder = Encoder(config)
+        self.head = PropertyHead(config.dim, num_targets, head_dropout)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw all weights anew and fill constant buffers."""
+        init_weights(self)
+
+    def forward(self, batch: MoleculeBatch) -> Tensor:
+        """(B, num_targets) predictions: values for regression, logits for classification."""
+        output: Tensor = self.head(self.embed(batch))
+        return output
+
+    def embed(self, batch: MoleculeBatch) -> Tensor:
+        """(B, D) state of each molecule's graph token."""
+        encoded: EncoderOutput = self.encoder(batch, None)
+        return encoded.tokens.index_select(0, batch.graph_token)
+
+
+def init_weights(model: nn.Module) -> None:
+    """Normal weights of standard deviation 0.02 and zero biases; modules with weights of their own draw them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=INIT_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif not isinstance(module, nn.Embedding):
+            # Embeddings belong to a module that draws them; the others here include LayerNorm.
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
