@@ -37,22 +37,25 @@ _TOKEN = secrets.token_hex(32)
 
 
 @contextlib.contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[None]:
+def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> Iterator[None]:
     """Ray for the body: this process's connection if there is one, else an attached or a private cluster.
 
-    What is started or connected here is shut down here; a connection that was there before is left alone.
+    A private one has room for the workers and for data actors that reserve `data_cpus` CPUs in all (None: one
+    each of `cluster.num_data_actors`). What is started or connected here is shut down here; a connection that was there before is left alone.
     """
     if ray.is_initialized():
         _quiet_data()
         yield
         return
     address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        address = None
     access = {} if address or "RAY_AUTH_TOKEN_PATH" in os.environ else {"RAY_AUTH_TOKEN": _TOKEN}
     with _environment_defaults(_QUIET_SETTINGS | access):
         if address:
             _attach(address)
         else:
-            _start(cluster)
+            _start(cluster, logical_cpus(cluster, data_cpus))
         try:
             _quiet_data()
             yield
@@ -60,15 +63,24 @@ def ray_session(cluster: ClusterConfig) -> Iterator[None]:
             ray.shutdown()
 
 
-def logical_cpus(cluster: ClusterConfig) -> int:
+def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:
     """Logical CPUs of a private cluster: every worker, every actor and one task fit, whatever the machine has.
 
     On a machine with fewer cores the processes then share them; waiting forever for a second core is worse.
     """
     if cluster.local_cpus is not None:
         return cluster.local_cpus
-    reserved = math.ceil(cluster.num_workers * cluster.cpus_per_worker)
-    return max(len(os.sched_getaffinity(0)), reserved + cluster.num_data_actors + 1)
+    workers = cluster.num_workers * cluster.cpus_per_worker
+    actors = cluster.num_data_actors if data_cpus is None else data_cpus
+    return max(available_cpus(), math.ceil(workers + actors) + 1)
+
+
+def available_cpus() -> int:
+    """CPUs this process may run on."""
+    # Linux knows about task sets and containers' CPU sets; elsewhere the machine's count must do.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def object_store_bytes(cluster: ClusterConfig) -> int:
@@ -96,10 +108,9 @@ def _attach(address: str) -> None:
         ) from error
 
 
-def _start(cluster: ClusterConfig) -> None:
+def _start(cluster: ClusterConfig, cpus: int) -> None:
     """Start a private cluster. Worker output stays in its session folder: what matters comes as errors, or
     through `progress`."""
-    cpus = logical_cpus(cluster)
     # It would say at every start that the token below is asked for.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)

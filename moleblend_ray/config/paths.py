@@ -1,0 +1,36 @@
+"""Local paths in a configuration mean the folder the command was typed in, wherever its work runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+PATH_FIELDS = frozenset({"checkpoint", "data", "dir", "out", "source"})
+"""Names of the text fields that hold a path or URI."""
+
+
+def with_absolute_paths(config: T) -> T:
+    """`config` with every relative local path made absolute; URIs stay as they are."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = with_absolute_paths(value)
+        elif field.name in PATH_FIELDS and isinstance(value, str) and "://" not in value:
+            changes[field.name] = os.path.abspath(os.path.expanduser(value))
+    return dataclasses.replace(config, **changes)  # type: ignore[type-var]
+
+
+def path_settings(config: object, prefix: str = "") -> dict[str, str]:
+    """Key path -> path or URI of every such setting that is given."""
+    found: dict[str, str] = {}
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found.update(path_settings(value, f"{prefix}{field.name}."))
+        elif field.name in PATH_FIELDS and isinstance(value, str):
+            found[f"{prefix}{field.name}"] = value
+    return found

@@ -1,0 +1,68 @@
+"""What `moleblend pretrain` trains, on what, for how long, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moleblend_ray.config.builder import check_all
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.model.blending import BlendConfig
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.losses import LossConfig
+from moleblend_ray.training.config import (
+    CheckpointConfig,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """A prepared dataset -> a pretrained encoder."""
+
+    data: str
+    """Directory of the prepared dataset, as a path or URI."""
+    out: str
+    """Directory of the run (checkpoints, metrics, export), as a path or URI that every worker reaches. The same
+    command with the same directory continues the run."""
+    seed: int = 0
+    """Seed of initialisation, blending, noise and dropout; the data order has its own."""
+    order: OrderConfig = field(default_factory=OrderConfig)
+    """Which molecules each step sees."""
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    """How they come to the workers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Encoder and heads."""
+    blend: BlendConfig = field(default_factory=BlendConfig)
+    """Which relation each atom pair shows."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Weights of the heads."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer and schedule."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Length, strategy and arithmetic."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the run is saved."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where its numbers go."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where it runs."""
+
+    def __post_init__(self) -> None:
+        workers, streams = self.cluster.num_workers, self.order.num_streams
+        check_all(
+            (bool(self.data), "data: expected a path or URI, found an empty string"),
+            (bool(self.out), "out: expected a path or URI, found an empty string"),
+            (
+                streams % workers == 0,
+                f"cluster.num_workers: expected a divisor of order.num_streams ({streams}), found {workers}",
+            ),
+            (
+                self.train.strategy != "none" or workers == 1,
+                f"train.strategy: none trains one worker alone, found cluster.num_workers={workers}; "
+                "use fsdp or ddp",
+            ),
+        )

@@ -1,0 +1,41 @@
+"""Settings of the small jobs: making the sample collection, exporting a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moleblend_ray.config.builder import check_all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplesConfig:
+    """Drug-like molecules enumerated from fragments, with conformers and computed labels."""
+
+    out: str
+    """Parquet file to write, as a path or URI."""
+    num_molecules: int = 5000
+    """Distinct molecules."""
+    seed: int = 7
+    """Seed of the enumeration and of the conformers: the same file for the same seed."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (bool(self.out), "out: expected a path or URI, found an empty string"),
+            (self.num_molecules >= 1, f"num_molecules: expected >= 1, found {self.num_molecules}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """A checkpoint of a run -> model.safetensors and config.json."""
+
+    checkpoint: str
+    """Directory of a pretraining run (its newest complete checkpoint) or of one checkpoint, as a path or URI."""
+    out: str
+    """Directory to write model.safetensors and config.json to, as a path or URI."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (bool(self.checkpoint), "checkpoint: expected a path or URI, found an empty string"),
+            (bool(self.out), "out: expected a path or URI, found an empty string"),
+        )
