@@ -147,33 +147,49 @@ def build_micro_batches(
 
     The result depends on the block alone; molecules of equal size keep their order.
     """
-    if len(block) == 0:
-        raise DataError(f"no molecules for step {step}, stream {stream}: a micro-batch needs one")
-    block = block.take(np.argsort(block.num_atoms, kind="stable"))
+    return build_steps(block, range(step, step + 1), stream, micro_batch_size)
+
+
+def build_steps(
+    block: MoleculeBlock, steps: range, stream: int, micro_batch_size: int
+) -> list[MicroBatch]:
+    """The micro-batches of consecutive steps of one stream, whose molecules follow each other in ``block``.
+
+    Each step has ``len(block) / len(steps)`` molecules and is cut as :func:`build_micro_batches` says.
+    """
+    size = len(block) // max(len(steps), 1)
+    if size == 0 or size * len(steps) != len(block):
+        raise DataError(
+            f"{len(block)} molecules cannot be cut into {len(steps)} steps of equal, non-zero size "
+            f"(steps {steps.start} to {steps.stop - 1}, stream {stream})"
+        )
+    step_of_row = np.repeat(np.arange(len(steps)), size)
+    # The last key counts most; lexsort is stable.
+    block = block.take(np.lexsort((block.num_atoms, step_of_row)))
     degrees = bond_degrees(block.num_atoms, block.num_bonds, block.bonds)
-    parts = num_micro_batches(len(block), micro_batch_size)
-    cuts = np.linspace(0, len(block), parts + 1).astype(np.int64)
+    cuts = np.linspace(0, size, num_micro_batches(size, micro_batch_size) + 1).astype(np.int64)
     atom_ends = np.concatenate([[0], np.cumsum(block.num_atoms, dtype=np.int64)])
     bond_ends = np.concatenate([[0], np.cumsum(block.num_bonds, dtype=np.int64)])
     micro_batches = []
-    for index in range(parts):
-        rows = slice(cuts[index], cuts[index + 1])
-        atoms = slice(atom_ends[rows.start], atom_ends[rows.stop])
-        bonds = slice(bond_ends[rows.start], bond_ends[rows.stop])
-        micro = _allocate(step, stream, index, block.num_atoms[rows])
-        micro.molecule_ids[:] = block.molecule_ids[rows]
-        micro.atom_features[:] = block.atom_features[atoms]
-        micro.degrees[:] = degrees[atoms]
-        micro.positions[:] = block.positions[atoms]
-        micro.position_mask[:] = block.position_mask[atoms]
-        topology(
-            block.num_atoms[rows],
-            block.num_bonds[rows],
-            block.bonds[bonds],
-            block.bond_features[bonds],
-            out=Topology(micro.spd, micro.path_codes),
-        )
-        micro_batches.append(micro)
+    for offset, step in enumerate(steps):
+        for index, (begin, end) in enumerate(pairwise(offset * size + cuts)):
+            rows = slice(begin, end)
+            atoms = slice(atom_ends[begin], atom_ends[end])
+            bonds = slice(bond_ends[begin], bond_ends[end])
+            micro = _allocate(step, stream, index, block.num_atoms[rows])
+            micro.molecule_ids[:] = block.molecule_ids[rows]
+            micro.atom_features[:] = block.atom_features[atoms]
+            micro.degrees[:] = degrees[atoms]
+            micro.positions[:] = block.positions[atoms]
+            micro.position_mask[:] = block.position_mask[atoms]
+            topology(
+                block.num_atoms[rows],
+                block.num_bonds[rows],
+                block.bonds[bonds],
+                block.bond_features[bonds],
+                out=Topology(micro.spd, micro.path_codes),
+            )
+            micro_batches.append(micro)
     return micro_batches
 
 

@@ -1,0 +1,115 @@
+"""From shards to micro-batches in one process: the part of the stream that needs no Ray.
+
+The Ray stream runs :class:`MicroBatchBuilder` on CPU actors; :func:`local_step_batches` runs the same class
+in the calling process, so both give the same bytes for the same step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data.batch import (
+    MicroBatch,
+    StepBatch,
+    StreamConfig,
+    build_micro_batches,
+    build_steps,
+)
+from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.shards import GRAPH_COLUMNS, ShardReader, load_manifest
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.relations.geometry import random_rotations, rotate
+from moleblend_ray.relations.hashing import keyed_hash
+
+# First key words, so that the draws of a molecule are unrelated.
+_CONFORMER: Final = 3
+_ROTATION: Final = 4
+
+
+class MicroBatchBuilder:
+    """Reads the molecules of given steps and packs them with their relations."""
+
+    def __init__(
+        self, data_uri: str, order: OrderConfig, stream: StreamConfig, split: str = "train"
+    ) -> None:
+        manifest = load_manifest(data_uri)
+        self._order = DataOrder(manifest.num_molecules(split), order)
+        self._stream = stream
+        self._reader = ShardReader(
+            data_uri, manifest, split, columns=GRAPH_COLUMNS, cache_bytes=stream.cache_bytes
+        )
+
+    def build(self, first_step: int, num_steps: int, stream: int) -> list[MicroBatch]:
+        """The micro-batches of consecutive steps of one stream, by step, then by index."""
+        molecules = self._order.stream_batches(first_step, num_steps, stream)
+        steps = range(first_step, first_step + num_steps)
+        step_of_row = np.repeat(np.arange(steps.start, steps.stop), molecules.shape[1])
+        block = self._read(molecules.ravel(), step_of_row)
+        return build_steps(block, steps, stream, self._stream.micro_batch_size)
+
+    def _read(self, molecule_ids: NDArray[np.int64], steps: NDArray[np.int64]) -> MoleculeBlock:
+        seed = self._order.config.seed
+        # The sign bit is dropped: a draw is non-negative.
+        draw = keyed_hash(seed, _CONFORMER, steps, molecule_ids) >> np.uint64(1)
+        table = self._reader.read(molecule_ids)
+        block = block_from_table(table, molecule_ids, draw.astype(np.int64))
+        if not self._stream.random_rotation:
+            return block
+        rotations = random_rotations(keyed_hash(seed, _ROTATION, steps, molecule_ids))
+        return replace(block, positions=rotate(block.num_atoms, block.positions, rotations))
+
+
+def local_step_batches(
+    data_uri: str,
+    order: OrderConfig,
+    stream: StreamConfig,
+    *,
+    first_step: int,
+    num_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[StepBatch]:
+    """The steps of one rank, built in this process as they are asked for."""
+    if order.num_streams % world_size:
+        raise ConfigError(
+            f"{order.num_streams} streams cannot be divided among {world_size} workers; "
+            "choose a number of workers that divides num_streams"
+        )
+    builder = MicroBatchBuilder(data_uri, order, stream)
+    for step in range(first_step, first_step + num_steps):
+        yield StepBatch(
+            step=step,
+            micro_batches=tuple(
+                micro
+                for number in range(rank, order.num_streams, world_size)
+                for micro in builder.build(step, 1, number)
+            ),
+        )
+
+
+def sequential_batches(
+    data_uri: str,
+    split: str,
+    micro_batch_size: int,
+    limit: int | None = None,
+) -> Iterator[MicroBatch]:
+    """The first ``limit`` molecules of a split (None: all), each once, first conformer, for scores and embeddings.
+
+    Molecules are sorted by size within windows of 16 micro-batches only; ``molecule_ids`` tell the order.
+    ``step`` numbers the windows.
+    """
+    manifest = load_manifest(data_uri)
+    total = manifest.num_molecules(split)
+    total = total if limit is None else min(limit, total)
+    reader = ShardReader(data_uri, manifest, split, columns=GRAPH_COLUMNS)
+    window = 16 * micro_batch_size
+    for number, start in enumerate(range(0, total, window)):
+        ids = np.arange(start, min(start + window, total), dtype=np.int64)
+        block = block_from_table(reader.read(ids), ids)
+        yield from build_micro_batches(block, number, 0, micro_batch_size)
