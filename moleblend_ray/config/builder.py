@@ -197,7 +197,7 @@ class _Builder:
 
     def _where(self, path: str) -> str:
         place = self._origin(path)
-        return f", set in {place}" if place else ""
+        return f", from {place}" if place else ""
 
 
 def _nearest_key(full: str, key: str, cls: type, path: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -117,7 +117,7 @@ def _is_one_value(override: str) -> bool:
     """Whether hydra reads `override` as one value: no syntax error, and no sweep over choices."""
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except OverrideParseException:
+    except HydraException:
         return False
     return not parsed.is_sweep_override()
 

@@ -66,6 +66,25 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
+def changed_settings(config: Any) -> dict[str, str]:
+    """Key path -> value as text of every setting that differs from its default; secrets hidden."""
+    values = flatten(redact(to_dict(config)))
+    defaults = {key.path: key.default for key in describe(type(config))}
+    return {path: text for path, text in values.items() if text != defaults.get(path)}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Key path -> value as text, of a nested plain mapping."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{path}."))
+        else:
+            flat[path] = _text(value)
+    return flat
+
+
 def redact(value: Any, key: str = "") -> Any:
     """`value` (plain mappings, lists, scalars) with secrets and credentials in URIs replaced by ***."""
     if isinstance(value, Mapping):

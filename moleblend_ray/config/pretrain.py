@@ -65,4 +65,24 @@ class PretrainConfig:
                 f"train.strategy: none trains one worker alone, found cluster.num_workers={workers}; "
                 "use fsdp or ddp",
             ),
+            *self._head_checks(),
+        )
+
+    def _head_checks(self) -> tuple[tuple[bool, str], ...]:
+        """A loss that counts needs the head that it judges."""
+        model, loss = self.model, self.loss
+        return (
+            (
+                model.direction_head or loss.direction_weight == 0,
+                f"loss.direction_weight: expected 0 without model.direction_head, found {loss.direction_weight}",
+            ),
+            (
+                model.distance_head or loss.distance_weight == 0,
+                f"loss.distance_weight: expected 0 without model.distance_head, found {loss.distance_weight}",
+            ),
+            (
+                model.edge_other_class or loss.ignore_other_bonds,
+                "loss.ignore_other_bonds: expected true with model.edge_other_class=false (bonds outside the 24 "
+                "classes have no class), found false",
+            ),
         )

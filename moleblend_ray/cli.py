@@ -1,0 +1,254 @@
+"""`moleblend JOB [KEY=VALUE ...]`: compose -> validate -> print -> call -> summary."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from moleblend_ray.errors import ConfigError, MoleBlendError
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One thing the command can do."""
+
+    summary: str
+    """One line for `moleblend --help`."""
+    config: str
+    """module:name of its configuration dataclass."""
+    function: str
+    """module:name of the function that takes the configuration and returns a summary dataclass."""
+
+
+JOBS: Mapping[str, Job] = {
+    "prepare": Job(
+        "molecules (SDF, CSV, Parquet) -> checksummed shards, a manifest and a quarantine",
+        "moleblend_ray.config.prepare:PrepareConfig",
+        "moleblend_ray.orchestration.prepare:prepare",
+    ),
+    "pretrain": Job(
+        "shards -> a pretrained encoder; the same command again continues an interrupted run",
+        "moleblend_ray.config.pretrain:PretrainConfig",
+        "moleblend_ray.orchestration.pretrain:pretrain",
+    ),
+    "finetune": Job(
+        "encoder + labelled molecules -> a property model and its scores",
+        "moleblend_ray.config.downstream:FinetuneConfig",
+        "moleblend_ray.orchestration.finetune:finetune",
+    ),
+    "sweep": Job(
+        "search of fine-tuning settings on validation molecules, then test scores of the chosen one",
+        "moleblend_ray.config.downstream:SweepConfig",
+        "moleblend_ray.orchestration.sweep:sweep",
+    ),
+    "embed": Job(
+        "encoder + molecules -> one vector each, in the source's order",
+        "moleblend_ray.config.downstream:EmbedConfig",
+        "moleblend_ray.orchestration.embed:embed",
+    ),
+    "export": Job(
+        "checkpoint of a run -> model.safetensors and config.json",
+        "moleblend_ray.config.tools:ExportConfig",
+        "moleblend_ray.orchestration.tools:export",
+    ),
+    "samples": Job(
+        "write the project's own sample molecules, with conformers and labels",
+        "moleblend_ray.config.tools:SamplesConfig",
+        "moleblend_ray.orchestration.tools:samples",
+    ),
+}
+
+EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: this process's); the exit status."""
+    options = _parser().parse_intermixed_args(arguments)
+    if options.version:
+        print(importlib.import_module("moleblend_ray").__version__)
+        return 0
+    if options.job is None:
+        print(_overview())
+        return 0 if options.help else EXIT_CONFIG
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        if options.help:
+            print(job_help(options.job))
+            return 0
+        with _logging(verbose=options.verbose):
+            return run_job(options.job, options.overrides, dry_run=options.dry_run)
+    except MoleBlendError as error:
+        # An error from a Ray task carries the remote traceback in its text; its cause is the plain error.
+        cause = getattr(error, "cause", None) or error
+        errors.print(f"[bold red]moleblend {escape(options.job)}:[/] {escape(str(cause))}")
+        return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_ERROR
+    except KeyboardInterrupt:
+        errors.print(f"moleblend {escape(options.job)}: interrupted; the same command continues")
+        return EXIT_INTERRUPTED
+
+
+def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
+    """Compose and validate the configuration of the job `name`, then print it (`dry_run`) or run it."""
+    from moleblend_ray.config.builder import to_dict
+    from moleblend_ray.config.compose import load_config, to_yaml
+    from moleblend_ray.config.describe import redact
+    from moleblend_ray.config.paths import with_absolute_paths
+
+    job = _job(name)
+    config = with_absolute_paths(load_config(_load(job.config), name, overrides))
+    if dry_run:
+        print(to_yaml(redact(to_dict(config))).rstrip())
+        print(f"# dry run: would call {job.function.replace(':', '.')} ({job.summary})")
+        for key, path in _paths(config).items():
+            print(f"#   {key}: {path}")
+        print("# nothing was read or written")
+        return 0
+    console = Console(highlight=False)
+    console.print(_settings_table(name, config))
+    started_s = time.monotonic()
+    summary = _load(job.function)(config)
+    console.print(_summary_table(name, summary, config, time.monotonic() - started_s))
+    return 0
+
+
+def job_help(name: str) -> str:
+    """Groups and settings of the job `name`, with types, defaults and what they mean."""
+    from moleblend_ray.config.compose import group_choices, job_groups
+    from moleblend_ray.config.describe import describe
+
+    job = _job(name)
+    lines = [f"moleblend {name} [KEY=VALUE ...] [--dry-run]", "", f"  {job.summary}", ""]
+    groups = job_groups(name)
+    if groups:
+        lines.append("Groups (GROUP=NAME, a file of conf/GROUP/):")
+        for group, default in groups.items():
+            choices = ", ".join(group_choices(group)) or "none"
+            lines.append(f"  {group}={default or 'null'}  of {choices}")
+        lines.append("")
+    lines.append("Settings (KEY: type = default):")
+    for key in describe(_load(job.config)):
+        default = "required" if key.default == "required" else f"= {key.default}"
+        lines += [f"  {key.path}: {key.type} {default}", f"      {key.doc}"]
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moleblend", add_help=False)
+    parser.add_argument("job", nargs="?")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("-v", "--verbose", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--version", action="store_true")
+    return parser
+
+
+def _overview() -> str:
+    width = max(map(len, JOBS))
+    jobs = "\n".join(f"  {name:{width}}  {job.summary}" for name, job in JOBS.items())
+    return f"""moleblend JOB [KEY=VALUE ...] [--dry-run] [--verbose]
+
+Jobs:
+{jobs}
+
+  moleblend JOB --help   its settings, types and defaults
+  --dry-run              print the resolved settings and what would run; touch nothing
+  --verbose              show debug messages
+  --version              print the version
+
+Paths may be local or URIs (s3://bucket/key, gs://, file://)."""
+
+
+def _job(name: str) -> Job:
+    if name in JOBS:
+        return JOBS[name]
+    close = difflib.get_close_matches(name, JOBS, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"unknown job {name!r}: expected one of {', '.join(JOBS)}{hint}")
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _paths(config: object) -> dict[str, str]:
+    from moleblend_ray.config.describe import redact
+    from moleblend_ray.config.paths import path_settings
+
+    return {key: redact(path) for key, path in path_settings(config).items()}
+
+
+def _settings_table(name: str, config: object) -> Table:
+    """The settings that differ from their defaults."""
+    from moleblend_ray.config.describe import changed_settings
+
+    table = _table(f"moleblend {name}", "setting", "value")
+    for key, value in changed_settings(config).items():
+        table.add_row(escape(key), escape(value))
+    return table
+
+
+def _summary_table(name: str, summary: Any, config: object, seconds: float) -> Table:
+    from moleblend_ray.config.builder import to_dict
+    from moleblend_ray.config.describe import flatten, redact
+
+    table = _table(f"moleblend {name}: done in {seconds:.1f} s", "what", "result")
+    values = to_dict(summary)
+    for key, value in flatten(redact(values)).items():
+        table.add_row(escape(key.replace("_", " ")), escape(value))
+    table.add_section()
+    for key, path in _paths(config).items():
+        table.add_row(escape(key), escape(path))
+    return table
+
+
+def _table(title: str, left: str, right: str) -> Table:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    table.add_column(left, no_wrap=True)
+    # Paths are copied from here: fold a long one instead of cutting it.
+    table.add_column(right, overflow="fold")
+    return table
+
+
+@contextlib.contextmanager
+def _logging(*, verbose: bool) -> Any:
+    """Log records of the package on stderr, above a progress bar if one is shown."""
+    package_logger = logging.getLogger("moleblend_ray")
+    handler = _AboveBar()
+    handler.setFormatter(
+        logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
+    )
+    before = package_logger.level, package_logger.propagate
+    package_logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    package_logger.addHandler(handler)
+    package_logger.propagate = False
+    try:
+        yield
+    finally:
+        package_logger.removeHandler(handler)
+        package_logger.setLevel(before[0])
+        package_logger.propagate = before[1]
+
+
+class _AboveBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
