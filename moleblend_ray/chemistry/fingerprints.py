@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from rdkit import Chem, RDLogger
+from rdkit import Chem, rdBase
 from rdkit.Chem import rdFingerprintGenerator
 
 logger = logging.getLogger(__name__)
@@ -21,13 +21,18 @@ def ecfp(smiles: Sequence[str], *, radius: int = 2, num_bits: int = 2048) -> NDA
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=num_bits)
     fingerprints = np.zeros((len(smiles), num_bits), dtype=np.uint8)
     unreadable = 0
-    RDLogger.DisableLog("rdApp.*")
-    for row, text in enumerate(smiles):
-        molecule = Chem.MolFromSmiles(text)
-        if molecule is None:
-            unreadable += 1
-        else:
-            fingerprints[row] = generator.GetFingerprintAsNumPy(molecule)
+    with rdBase.BlockLogs():
+        for row, text in enumerate(smiles):
+            molecule = _parse(text)
+            if molecule is None:
+                unreadable += 1
+            else:
+                fingerprints[row] = generator.GetFingerprintAsNumPy(molecule)
     if unreadable:
         logger.warning("%d of %d SMILES have no fingerprint: unreadable", unreadable, len(smiles))
     return fingerprints
+
+
+def _parse(smiles: str) -> Chem.Mol | None:
+    molecule: Chem.Mol | None = Chem.MolFromSmiles(smiles)
+    return molecule

@@ -1,0 +1,70 @@
+"""Settings of the chemistry layer, free of RDKit so that a job's configuration composes quickly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moleblend_ray.errors import ConfigError
+
+ATOM_LIMIT = 65_535
+"""Most atoms a record can hold: bonds store atom indices as uint16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConformerConfig:
+    """How to make coordinates where the source has none (ETKDGv3, then MMFF94)."""
+
+    generate: bool = False
+    """Embed molecules whose source has no coordinates."""
+    count: int = 1
+    """Conformers made for each molecule."""
+    seed: int = 7
+    """With the canonical SMILES, seeds the embedding: the result does not depend on the file's order."""
+    timeout_s: float = 3.0
+    """Seconds an embedding may take, rounded up to whole ones; the force field is bounded by its
+    iterations instead, so that what it returns does not depend on the machine's speed."""
+    mmff_max_iterations: int = 200
+    """MMFF94 iterations for each conformer; 0 leaves the embedded geometry as it is."""
+    on_failure: Literal["keep_2d", "reject"] = "keep_2d"
+    """Keep a molecule that could not be embedded, with status ``failed`` and no coordinates, or reject it."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 1 <= self.count <= 255:
+            problems.append(f"count must be 1 to 255, found {self.count}")
+        if not self.timeout_s > 0:
+            problems.append(f"timeout_s must be more than 0 seconds, found {self.timeout_s}")
+        if self.mmff_max_iterations < 0:
+            problems.append(
+                f"mmff_max_iterations must be 0 or more, found {self.mmff_max_iterations}"
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeaturizeConfig:
+    """What becomes of one source record: which atoms are kept and what is turned away."""
+
+    explicit_hydrogens: bool = False
+    """Keep every hydrogen as an atom. By default only those that carry information stay
+    (isotopes, molecular hydrogen), as in RDKit's ``RemoveHs``."""
+    max_atoms: int = 256
+    """Molecules with more kept atoms are rejected: relation matrices grow with the square."""
+    require_coordinates: bool = False
+    """Reject molecules that end up without coordinates."""
+    salts: Literal["keep", "largest_fragment", "reject"] = "keep"
+    """What to do with records of several fragments. The largest has most atoms, then most mass,
+    then comes first."""
+    dummy_atoms: Literal["reject", "other"] = "reject"
+    """Atoms without an element (``*``, R-groups, query atoms): reject the record, or give them the
+    code "other" as OGB does."""
+    canonical_order: bool = False
+    """Number atoms as in the canonical SMILES instead of as in the source."""
+    conformers: ConformerConfig = field(default_factory=ConformerConfig)
+    """Coordinates for records that have none."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_atoms <= ATOM_LIMIT:
+            raise ConfigError(f"max_atoms must be 1 to {ATOM_LIMIT}, found {self.max_atoms}")

@@ -1,0 +1,434 @@
+"""One source record (SMILES, SDF record, table row with geometry) -> :class:`Molecule` or :class:`Rejection`.
+
+None of the entry points raises on bad input, whatever it is: what cannot become a molecule comes back as a
+rejection with a reason code, so that a data set accounts for every row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from rdkit import Chem, rdBase
+
+from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.conformers import ConformerStatus, embed_conformers
+from moleblend_ray.chemistry.features import atom_features, bond_arrays
+from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES
+
+
+class RejectionCode(StrEnum):
+    """Why a source record is not a molecule of the data set."""
+
+    MISSING_SMILES = "missing_smiles"
+    """The SMILES is null, empty or no text."""
+    UNPARSABLE_SMILES = "unparsable_smiles"
+    """RDKit cannot make a molecule of the SMILES, for its syntax or its chemistry."""
+    INVALID_RECORD = "invalid_record"
+    """An SDF record or geometry row is malformed."""
+    SANITIZATION_FAILED = "sanitization_failed"
+    """The record is well formed but its chemistry is not: valence, kekulization."""
+    EMPTY_MOLECULE = "empty_molecule"
+    """The record has no atoms."""
+    TOO_MANY_ATOMS = "too_many_atoms"
+    """More kept atoms than ``FeaturizeConfig.max_atoms``."""
+    UNSUPPORTED_ATOM = "unsupported_atom"
+    """A dummy, query or unknown element."""
+    MULTIPLE_FRAGMENTS = "multiple_fragments"
+    """Several fragments while ``FeaturizeConfig.salts`` is "reject"."""
+    NON_FINITE_COORDINATES = "non_finite_coordinates"
+    """A coordinate is NaN or infinite."""
+    NO_COORDINATES = "no_coordinates"
+    """No coordinates while ``FeaturizeConfig.require_coordinates`` is on."""
+    OVERLAPPING_ATOMS = "overlapping_atoms"
+    """Two atoms closer than any bond; found when rows become shards, where geometry kernels run."""
+    CONFORMER_FAILED = "conformer_failed"
+    """No conformer could be made and the configuration says to reject such molecules."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A record that was turned away."""
+
+    code: RejectionCode
+    detail: str
+    """One sentence for the quarantine table: what was found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Molecule:
+    """A featurized molecule of N atoms, E bonds and C conformers."""
+
+    smiles: str
+    """Canonical isomeric SMILES of the kept atoms. Atoms below are in its order only with
+    ``FeaturizeConfig.canonical_order``."""
+    atom_features: NDArray[np.uint8]
+    """(N, 9): OGB codes, columns ``vocabulary.ATOM_FEATURE_NAMES``."""
+    bonds: NDArray[np.uint16]
+    """(E, 2): atom pairs, each bond once, in RDKit's order."""
+    bond_features: NDArray[np.uint8]
+    """(E, 3): OGB codes, columns ``vocabulary.BOND_FEATURE_NAMES``."""
+    positions: NDArray[np.float32]
+    """(C, N, 3), angstrom. C is 0 without coordinates. Zeros where ``position_mask`` is False."""
+    position_mask: NDArray[np.bool_]
+    """(C, N): which atoms have coordinates. Hydrogens added to a record that lacks them have none."""
+    conformer_status: ConformerStatus
+    """Where the coordinates come from, or why there are none."""
+
+    @property
+    def num_atoms(self) -> int:
+        """N, the kept atoms."""
+        return len(self.atom_features)
+
+    @property
+    def num_bonds(self) -> int:
+        """E, each bond counted once."""
+        return len(self.bonds)
+
+    @property
+    def num_conformers(self) -> int:
+        """C, 0 without coordinates."""
+        return len(self.positions)
+
+
+Outcome = Molecule | Rejection
+"""What becomes of one record."""
+
+
+class GeometryRow(NamedTuple):
+    """One row of a table of molecules with geometry. Hydrogens may be listed or left implicit."""
+
+    atomic_numbers: Sequence[int] | NDArray[np.integer]
+    """(N,)"""
+    formal_charges: Sequence[int] | NDArray[np.integer]
+    """(N,)"""
+    positions: Sequence[float] | NDArray[np.floating] | None
+    """(3 N,) or (N, 3), angstrom; None, or zeros for every atom of several, means no coordinates."""
+    bond_begin: Sequence[int] | NDArray[np.integer]
+    """(E,): atom indices counted from 0."""
+    bond_end: Sequence[int] | NDArray[np.integer]
+    """(E,)"""
+    bond_order: Sequence[int] | NDArray[np.integer]
+    """(E,): Kekule order 1, 2 or 3."""
+    smiles: str | None = None
+    """Used instead of the lists where there are no coordinates: it may carry stereo, which they cannot."""
+
+
+class _RejectedError(Exception):
+    """Carries a rejection out of nested calls; never leaves this module."""
+
+    def __init__(self, code: RejectionCode, detail: str) -> None:
+        self.rejection = Rejection(code=code, detail=detail)
+
+
+def molecule_from_smiles(smiles: str | None, config: FeaturizeConfig) -> Outcome:
+    """Featurize a SMILES; atoms keep the order in which RDKit parses them."""
+    return _guarded(_read_smiles, smiles, config)
+
+
+def molecule_from_molblock(block: str | None, config: FeaturizeConfig) -> Outcome:
+    """Featurize an SDF record (V2000 or V3000; what follows ``M  END`` is ignored).
+
+    A depiction, that is a record neither marked 3D nor with any z, has no coordinates; its stereo is read
+    from its wedges, that of a 3D record from the geometry.
+    """
+    return _guarded(_read_molblock, block, config)
+
+
+def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome:
+    """Featurize lists of atoms, bonds and coordinates; stereo comes from the geometry.
+
+    Hydrogens that the lists leave out are implied by the default valences, as in an SDF record.
+    """
+    return _guarded(_read_geometry, row, config)
+
+
+_Source = TypeVar("_Source")
+
+
+def _guarded(
+    read: Callable[[_Source, FeaturizeConfig], Molecule], source: _Source, config: FeaturizeConfig
+) -> Outcome:
+    try:
+        with rdBase.BlockLogs():
+            return read(source, config)
+    except _RejectedError as rejected:
+        return rejected.rejection
+    # RDKit turns its C++ errors into RuntimeError, ValueError and half a dozen of its own classes; one odd
+    # row of a hundred million must not end a job.
+    except Exception as error:
+        return Rejection(code=RejectionCode.INVALID_RECORD, detail=_one_line(error))
+
+
+def _one_line(message: object, limit: int = 200) -> str:
+    """The message on one line, cut to ``limit`` characters, safe to store as UTF-8."""
+    text = " ".join(str(message).split())
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> Molecule:
+    if not isinstance(smiles, str) or not smiles.strip():
+        raise _RejectedError(RejectionCode.MISSING_SMILES, f"found {_one_line(repr(smiles), 80)}")
+    # RDKit would stop at a NUL and return what comes before; lone surrogates are no UTF-8.
+    readable = "\0" not in smiles and smiles.encode("utf-8", "ignore").decode() == smiles
+    mol: Chem.Mol | None = Chem.MolFromSmiles(smiles) if readable else None
+    if mol is None:
+        raise _RejectedError(RejectionCode.UNPARSABLE_SMILES, _why_unparsable(smiles))
+    return _featurize(mol, config, has_positions=False, has_hydrogens=False)
+
+
+def _why_unparsable(smiles: str) -> str:
+    shown = _one_line(repr(smiles), 120)
+    try:
+        mol: Chem.Mol | None = Chem.MolFromSmiles(smiles, sanitize=False)
+        if mol is None or "\0" in smiles:
+            return f"not a SMILES: {shown}"
+        Chem.SanitizeMol(mol)
+    except Exception as error:  # any class RDKit may choose; the text is what is wanted
+        return _one_line(f"{error} in {shown}")
+    return f"stereo or hydrogens cannot be resolved in {shown}"
+
+
+_NON_FINITE = re.compile(r"(?i)(?<![\w.])(?:nan|inf|infinity)(?![\w.])")
+
+
+def _read_molblock(block: str | None, config: FeaturizeConfig) -> Molecule:
+    if not isinstance(block, str) or not block.strip():
+        raise _RejectedError(RejectionCode.INVALID_RECORD, "the record is empty")
+    mol: Chem.Mol | None = Chem.MolFromMolBlock(block, sanitize=True, removeHs=False)
+    if mol is None:
+        raise _why_invalid(block)
+    if mol.GetNumConformers() == 0:
+        return _featurize(mol, config, has_positions=False, has_hydrogens=True)
+    conformer = mol.GetConformer()
+    has_positions = conformer.Is3D() and _has_positions(conformer.GetPositions())
+    if has_positions:
+        Chem.AssignStereochemistryFrom3D(mol)
+    return _featurize(mol, config, has_positions=has_positions, has_hydrogens=True)
+
+
+def _why_invalid(block: str) -> _RejectedError:
+    mol: Chem.Mol | None = Chem.MolFromMolBlock(block, sanitize=False, removeHs=False)
+    if mol is not None:
+        try:
+            Chem.SanitizeMol(mol)
+        except Exception as error:  # any class RDKit may choose; the text is what is wanted
+            return _RejectedError(RejectionCode.SANITIZATION_FAILED, _one_line(error))
+        return _RejectedError(RejectionCode.SANITIZATION_FAILED, "stereo cannot be resolved")
+    lines = block.partition("M  END")[0].splitlines()[4:]
+    for line in lines:
+        if _NON_FINITE.search(line):
+            return _RejectedError(RejectionCode.NON_FINITE_COORDINATES, _one_line(line, 80))
+    return _RejectedError(
+        RejectionCode.INVALID_RECORD,
+        f"not a V2000 or V3000 record of {len(block)} characters: {_one_line(repr(block[:60]))}",
+    )
+
+
+_KEKULE = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
+
+
+def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> Molecule:
+    positions = _positions_of(row)
+    if positions is None and row.smiles:
+        return _read_smiles(row.smiles, config)
+    mol = _mol_of(row, config)
+    try:
+        Chem.SanitizeMol(mol)
+    except Exception as error:  # any class RDKit may choose; the text is what is wanted
+        raise _RejectedError(RejectionCode.SANITIZATION_FAILED, _one_line(error)) from error
+    if positions is not None:
+        conformer = Chem.Conformer(len(positions))
+        conformer.SetPositions(positions)
+        mol.AddConformer(conformer)
+        Chem.AssignStereochemistryFrom3D(mol)
+    return _featurize(mol, config, has_positions=positions is not None, has_hydrogens=True)
+
+
+def _positions_of(row: GeometryRow) -> NDArray[np.float64] | None:
+    if row.positions is None or len(row.positions) == 0:
+        return None
+    positions = np.asarray(row.positions, dtype=np.float64)
+    if positions.size != 3 * len(row.atomic_numbers):
+        raise _RejectedError(
+            RejectionCode.INVALID_RECORD,
+            f"{positions.size} coordinates for {len(row.atomic_numbers)} atoms; expected 3 for each",
+        )
+    positions = np.ascontiguousarray(positions.reshape(-1, 3))
+    return positions if _has_positions(positions) else None
+
+
+def _has_positions(positions: NDArray[np.float64]) -> bool:
+    """Whether these are coordinates at all: several atoms in the origin are a file without any."""
+    finite = np.isfinite(positions)
+    if not finite.all():
+        atom = int(np.argmin(finite.all(axis=1)))
+        raise _RejectedError(
+            RejectionCode.NON_FINITE_COORDINATES, f"atom {atom} is at {positions[atom].tolist()}"
+        )
+    return len(positions) == 1 or bool(positions.any())
+
+
+def _mol_of(row: GeometryRow, config: FeaturizeConfig) -> Chem.Mol:
+    numbers = _integers(row.atomic_numbers)
+    charges = _integers(row.formal_charges)
+    bonds = (_integers(row.bond_begin), _integers(row.bond_end), _integers(row.bond_order))
+    if len(charges) != len(numbers) or len({len(values) for values in bonds}) != 1:
+        raise _RejectedError(
+            RejectionCode.INVALID_RECORD,
+            f"{len(numbers)} atoms and {len(charges)} charges; "
+            f"{', '.join(str(len(values)) for values in bonds)} bond begins, ends and orders",
+        )
+    # Before building: 1 us an atom and a sanitization that may take seconds.
+    _check_size(len(numbers) - numbers.count(1), config)
+    mol = Chem.RWMol()
+    for number, charge in zip(numbers, charges, strict=True):
+        if not 0 <= number < ATOM_VOCAB_SIZES[0]:
+            raise _RejectedError(RejectionCode.UNSUPPORTED_ATOM, f"atomic number {number}")
+        atom = Chem.Atom(number)
+        if charge:
+            atom.SetFormalCharge(charge)
+        mol.AddAtom(atom)
+    for begin, end, order in zip(*bonds, strict=True):
+        kind = _KEKULE.get(order)
+        if kind is None or not (0 <= begin < len(numbers) and 0 <= end < len(numbers)):
+            raise _RejectedError(
+                RejectionCode.INVALID_RECORD,
+                f"bond {begin}-{end} of order {order} among {len(numbers)} atoms; "
+                "expected indices counted from 0 and order 1, 2 or 3",
+            )
+        mol.AddBond(begin, end, kind)
+    return mol
+
+
+def _integers(values: Sequence[int] | NDArray[np.integer]) -> list[int]:
+    return values.tolist() if isinstance(values, np.ndarray) else list(values)
+
+
+# -- featurizing --------------------------------------------------------------------------------------
+
+
+def _featurize(
+    mol: Chem.Mol, config: FeaturizeConfig, *, has_positions: bool, has_hydrogens: bool
+) -> Molecule:
+    """The sanitized ``mol`` as a record; its conformer, if it counts, is the source's."""
+    if not has_positions:
+        mol.RemoveAllConformers()
+    if config.salts != "keep":
+        mol = _one_fragment(mol, config)
+    num_placed = mol.GetNumAtoms()
+    if config.explicit_hydrogens:
+        mol = Chem.AddHs(mol)
+    elif has_hydrogens:
+        mol = Chem.RemoveHs(mol)
+        num_placed = mol.GetNumAtoms()
+    _check_size(mol.GetNumAtoms(), config)
+    smiles = Chem.MolToSmiles(mol)
+    positions, placed, status = _coordinates(mol, smiles, num_placed, config)
+    if config.canonical_order:
+        mol, order = _in_canonical_order(mol, smiles)
+        positions, placed = positions[:, order], placed[:, order]
+    atoms = atom_features(mol)
+    _check_elements(atoms, config)
+    bonds, bond_features = bond_arrays(mol)
+    return Molecule(
+        smiles=smiles,
+        atom_features=atoms,
+        bonds=bonds,
+        bond_features=bond_features,
+        positions=positions,
+        position_mask=placed,
+        conformer_status=status,
+    )
+
+
+class _Coordinates(NamedTuple):
+    positions: NDArray[np.float32]
+    position_mask: NDArray[np.bool_]
+    status: ConformerStatus
+
+
+def _coordinates(
+    mol: Chem.Mol, smiles: str, num_placed: int, config: FeaturizeConfig
+) -> _Coordinates:
+    """The source's coordinates, which the first ``num_placed`` atoms have; else made; else none."""
+    num_atoms = mol.GetNumAtoms()
+    if mol.GetNumConformers():
+        positions = mol.GetConformer().GetPositions().astype(np.float32)[None]
+        mask = np.ones((1, num_atoms), dtype=np.bool_)
+        mask[:, num_placed:] = False
+        return _Coordinates(positions, mask, ConformerStatus.SOURCE)
+    positions = np.empty((0, num_atoms, 3), dtype=np.float32)
+    status = ConformerStatus.NONE
+    if config.conformers.generate:
+        positions, status = embed_conformers(mol, smiles, config.conformers)
+    if status is ConformerStatus.FAILED and (
+        config.require_coordinates or config.conformers.on_failure == "reject"
+    ):
+        raise _RejectedError(
+            RejectionCode.CONFORMER_FAILED,
+            f"no conformer within {config.conformers.timeout_s:g} s for {_one_line(smiles, 120)}",
+        )
+    if status is ConformerStatus.NONE and config.require_coordinates:
+        raise _RejectedError(RejectionCode.NO_COORDINATES, "the source has no 3D coordinates")
+    return _Coordinates(positions, np.ones(positions.shape[:2], dtype=np.bool_), status)
+
+
+def _check_size(num_atoms: int, config: FeaturizeConfig) -> None:
+    if num_atoms == 0:
+        raise _RejectedError(RejectionCode.EMPTY_MOLECULE, "the record has no atoms")
+    if num_atoms > config.max_atoms:
+        raise _RejectedError(
+            RejectionCode.TOO_MANY_ATOMS, f"{num_atoms} atoms; max_atoms is {config.max_atoms}"
+        )
+
+
+def _check_elements(atoms: NDArray[np.uint8], config: FeaturizeConfig) -> None:
+    if config.dummy_atoms == "other":
+        return
+    dummies = np.flatnonzero(atoms[:, 0] == ATOM_VOCAB_SIZES[0] - 1)
+    if len(dummies):
+        raise _RejectedError(
+            RejectionCode.UNSUPPORTED_ATOM,
+            f"atom {dummies[0]} has no element (a dummy, R-group or query atom)",
+        )
+
+
+def _one_fragment(mol: Chem.Mol, config: FeaturizeConfig) -> Chem.Mol:
+    fragments = Chem.GetMolFrags(mol)
+    if len(fragments) < 2:
+        return mol
+    if config.salts == "reject":
+        raise _RejectedError(RejectionCode.MULTIPLE_FRAGMENTS, f"{len(fragments)} fragments")
+    molecules: tuple[Chem.Mol, ...] = Chem.GetMolFrags(mol, asMols=True)
+    return max(molecules, key=_fragment_size)  # the first of equals
+
+
+def _fragment_size(fragment: Chem.Mol) -> tuple[int, float]:
+    return fragment.GetNumHeavyAtoms(), sum(atom.GetMass() for atom in fragment.GetAtoms())
+
+
+def _in_canonical_order(mol: Chem.Mol, smiles: str) -> tuple[Chem.Mol, list[int]]:
+    """The molecule as its canonical SMILES spells it, and where each of its atoms stands in ``mol``.
+
+    Parsing again rather than renumbering: bond order and chirality codes, too, then depend on the
+    SMILES alone.
+    """
+    order = [int(index) for index in re.findall(r"\d+", mol.GetProp("_smilesAtomOutputOrder"))]
+    parameters: Any = Chem.SmilesParserParams()
+    parameters.removeHs = False
+    renumbered: Chem.Mol | None = Chem.MolFromSmiles(smiles, parameters)
+    if renumbered is None or renumbered.GetNumAtoms() != len(order):
+        raise _RejectedError(
+            RejectionCode.SANITIZATION_FAILED, f"canonical SMILES {smiles} does not parse back"
+        )
+    return renumbered, order
