@@ -21,8 +21,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.config import BlendConfig
+
+__all__ = ["AtomFeature", "Blend", "BlendConfig", "Relation", "draw_blend", "philox"]
 
 _MASK: Final = 0xFFFFFFFF
 _ROUND_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -49,37 +51,6 @@ class _Purpose(IntEnum):
     PAIR_CHOICE = 0
     ATOM_CHOICE = 1
     NOISE = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlendConfig:
-    """Probabilities of the relations and size of the coordinate noise."""
-
-    pair_probabilities: tuple[float, float, float] = (0.2, 0.2, 0.6)
-    """Probability that an ordered atom pair shows its shortest-path distance, bond path, 3D distance.
-    A pair without coordinates shares out the last one over the first two in proportion."""
-    atom_probabilities: tuple[float, float] = (0.4, 0.6)
-    """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
-    noise_std_angstrom: float = 0.2
-    """Standard deviation of the Gaussian noise added to each coordinate."""
-    per_batch: bool = False
-    """Draw one map of pair choices a step and share it among all molecules, as the official code does.
-    Pairs without coordinates then keep the choice 3D and show nothing."""
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, expected in (("pair_probabilities", 3), ("atom_probabilities", 2)):
-            values = getattr(self, name)
-            if len(values) != expected:
-                problems.append(f"{name} is {values}, expected {expected} numbers")
-            elif min(values) < 0.0 or abs(math.fsum(values) - 1.0) > 1e-6:
-                problems.append(
-                    f"{name} is {values} with sum {math.fsum(values):g}, expected none below 0 and sum 1"
-                )
-        if self.noise_std_angstrom < 0.0:
-            problems.append(f"noise_std_angstrom is {self.noise_std_angstrom}, expected at least 0")
-        if problems:
-            raise ConfigError("Blend configuration: " + "; ".join(problems) + ".")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

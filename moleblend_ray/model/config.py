@@ -1,11 +1,27 @@
-"""Sizes and regularisation of the model."""
+"""Settings of the model, of blending and of the losses. Imports no torch, so that configurations compose fast."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from moleblend_ray.errors import ConfigError
+
+PAPER_EDGE_VOCAB: Final = (4, 3, 2)
+"""Bond types, stereo codes and conjugation codes that the paper's edge classes cover."""
+
+NUM_PAPER_EDGE_CLASSES: Final = 24
+"""Product of PAPER_EDGE_VOCAB."""
+
+LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise")
+"""The pretraining losses, in the order of ``losses.loss_counts``."""
+
+
+def _raise_if(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,8 +43,8 @@ class ModelConfig:
     num_spd_classes: int = 11
     """Classes of the shortest-path head: 1, 2, ... bonds; the last holds all longer paths."""
     edge_other_class: bool = True
-    """Give bonds outside the paper's 24 (type, stereo, conjugated) classes a class of their own.
-    Off (the paper's 24 classes), the loss ignores and counts them: ``LossConfig.ignore_other_bonds``."""
+    """Give bonds outside the paper's 24 (type, stereo, conjugated) classes a class of their own. Off, the paper's
+    24 classes; then ``loss.ignore_other_bonds`` must be on."""
     direction_head: bool = True
     """Predict the displacement direction of each atom pair, in the frame of the coordinates."""
     distance_head: bool = False
@@ -46,28 +62,27 @@ class ModelConfig:
     """Probability that a molecule skips a residual branch of the last block; grows linearly from 0 at the first."""
 
     def __post_init__(self) -> None:
+        sizes = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kernels", "pair_dim")
+        rates = ("dropout", "attention_dropout", "activation_dropout", "drop_path")
         problems = [
-            f"{name} is {getattr(self, name)}, expected at least 1"
-            for name in ("num_layers", "dim", "ffn_dim", "num_heads", "num_kernels", "pair_dim")
-            if getattr(self, name) < 1
+            f"{name}: expected at least {least}, found {getattr(self, name)}"
+            for name, least in (*((name, 1) for name in sizes), ("num_spd_classes", 2))
+            if getattr(self, name) < least
         ]
         problems += [
-            f"{name} is {getattr(self, name)}, expected at least 0 and below 1"
-            for name in ("dropout", "attention_dropout", "activation_dropout", "drop_path")
+            f"{name}: expected at least 0 and below 1, found {getattr(self, name)}"
+            for name in rates
             if not 0.0 <= getattr(self, name) < 1.0
         ]
-        if self.num_spd_classes < 2:
-            problems.append(f"num_spd_classes is {self.num_spd_classes}, expected at least 2")
         if self.num_heads >= 1 and self.dim % self.num_heads:
             problems.append(
-                f"num_heads is {self.num_heads}, which does not divide dim = {self.dim}"
+                f"num_heads: expected a divisor of dim = {self.dim}, found {self.num_heads}"
             )
         if self.missing_positions not in ("mask", "origin"):
             problems.append(
-                f"missing_positions is {self.missing_positions!r}, expected mask or origin"
+                f"missing_positions: expected mask or origin, found {self.missing_positions!r}"
             )
-        if problems:
-            raise ConfigError("Model configuration: " + "; ".join(problems) + ".")
+        _raise_if(problems)
 
     @property
     def num_edge_classes(self) -> int:
@@ -75,8 +90,87 @@ class ModelConfig:
         return NUM_PAPER_EDGE_CLASSES + int(self.edge_other_class)
 
 
-PAPER_EDGE_VOCAB: tuple[int, int, int] = (4, 3, 2)
-"""Bond types, stereo codes and conjugation codes that the paper's edge classes cover."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlendConfig:
+    """Probabilities of the relations and size of the coordinate noise."""
 
-NUM_PAPER_EDGE_CLASSES = 24
-"""Product of PAPER_EDGE_VOCAB."""
+    pair_probabilities: tuple[float, float, float] = (0.2, 0.2, 0.6)
+    """Probability that an ordered atom pair shows its shortest-path distance, bond path, 3D distance.
+    A pair without coordinates shares out the last one over the first two in proportion."""
+    atom_probabilities: tuple[float, float] = (0.4, 0.6)
+    """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
+    noise_std_angstrom: float = 0.2
+    """Standard deviation of the Gaussian noise added to each coordinate."""
+    per_batch: bool = False
+    """Draw one map of pair choices a step and share it among all molecules, as the official code does.
+    Pairs without coordinates then keep the choice 3D and show nothing."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, length in (("pair_probabilities", 3), ("atom_probabilities", 2)):
+            values = getattr(self, name)
+            total = math.fsum(values)
+            if len(values) != length or min(values) < 0.0 or not abs(total - 1.0) <= 1e-6:
+                problems.append(
+                    f"{name}: expected {length} numbers of at least 0 that sum to 1, "
+                    f"found {list(values)} with sum {total:g}"
+                )
+        if not self.noise_std_angstrom >= 0.0:
+            problems.append(
+                f"noise_std_angstrom: expected at least 0, found {self.noise_std_angstrom}"
+            )
+        _raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """Weights of the losses; a weight of 0 leaves a loss out of the sum (it is still reported)."""
+
+    spd_weight: float = 0.1
+    """Shortest-path distance: cross-entropy, mean over atom pairs."""
+    edge_weight: float = 0.1
+    """Bonds along the path: cross-entropy, mean over hops."""
+    direction_weight: float = 0.5
+    """Pair direction: 1 - cosine, mean over the pairs of a molecule, then over molecules."""
+    distance_weight: float = 0.0
+    """Pair distance: absolute error in angstrom, mean as for the direction. Needs ``model.distance_head``."""
+    denoise_weight: float = 6.0
+    """Coordinate noise: 1 - cosine, mean over the atoms that show their 3D feature."""
+    visible_pair_weight: float = 1.0
+    """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
+    ignore_other_bonds: bool = False
+    """Leave bonds outside the paper's 24 edge classes out of the edge loss."""
+
+    def __post_init__(self) -> None:
+        _raise_if(
+            [
+                f"{name}: expected at least 0, found {getattr(self, name)}"
+                for name in (*(f"{loss}_weight" for loss in LOSS_NAMES), "visible_pair_weight")
+                if not getattr(self, name) >= 0.0
+            ]
+        )
+
+    def weight(self, name: str) -> float:
+        """Weight of the loss ``name``, one of LOSS_NAMES."""
+        value: float = getattr(self, f"{name}_weight")
+        return value
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The losses with a weight above 0."""
+        return tuple(name for name in LOSS_NAMES if self.weight(name) > 0.0)
+
+
+def check_objective(model: ModelConfig, loss: LossConfig) -> None:
+    """Raise a ConfigError if the losses need heads or classes that the model does not have."""
+    problems = [
+        f"loss.{name}_weight: expected 0 while model.{name}_head is off, found {loss.weight(name):g}"
+        for name in ("direction", "distance")
+        if loss.weight(name) > 0.0 and not getattr(model, f"{name}_head")
+    ]
+    if not model.edge_other_class and not loss.ignore_other_bonds:
+        problems.append(
+            "loss.ignore_other_bonds: expected true while model.edge_other_class is off, found false "
+            "(bonds outside the 24 classes have no class)"
+        )
+    _raise_if(problems)

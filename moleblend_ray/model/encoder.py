@@ -133,8 +133,9 @@ class Encoder(nn.Module):
             shows_degree = batch.pack_atoms(blend.atom_choice)[:, None] == AtomFeature.DEGREE
             atoms = categories + torch.where(shows_degree, degree, merged.to(degree.dtype))
         graph = self.atoms.graph_token.to(atoms.dtype).expand(batch.num_molecules, -1)
-        tokens = atoms.new_zeros(len(batch.token_index), atoms.shape[1])
-        return tokens.index_copy(0, batch.graph_token, graph).index_copy(0, batch.atom_token, atoms)
+        tokens: Tensor = atoms.new_zeros(len(batch.token_index), atoms.shape[1])
+        tokens = tokens.index_copy(0, batch.graph_token, graph)
+        return tokens.index_copy(0, batch.atom_token, atoms)
 
     def attention_bias(
         self, batch: MoleculeBatch, blend: Blend | None, geometry: GeometryFeatures
@@ -147,12 +148,11 @@ class Encoder(nn.Module):
             choice = blend.pair_choice[..., None]
             graph = torch.where(choice == Relation.SPD, spd, edge)
             pairs = torch.where(choice == Relation.GEOMETRY, geometry.bias.float(), graph)
-        bias = F.pad(pairs, (0, 0, 1, 0, 1, 0))
+        bias: Tensor = F.pad(pairs, (0, 0, 1, 0, 1, 0))
         T = bias.shape[1]
         token = torch.arange(T, device=bias.device)
         border = (token[:, None] == 0) | (token[None, :] == 0)
         bias = bias + border[..., None] * self.topology.virtual_distance.float()
         padding_column = token > batch.num_atoms[:, None]
         bias = bias.masked_fill(padding_column[:, None, :, None], float("-inf"))
-        heads_first: Tensor = bias.permute(0, 3, 1, 2).contiguous()
-        return heads_first
+        return bias.permute(0, 3, 1, 2).contiguous()

@@ -6,80 +6,38 @@ Shape legend: B molecules, N atoms (padded), L = 5 hops.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import AtomFeature, Blend, Relation
-from moleblend_ray.model.config import NUM_PAPER_EDGE_CLASSES, PAPER_EDGE_VOCAB, ModelConfig
+from moleblend_ray.model.config import (
+    LOSS_NAMES,
+    NUM_PAPER_EDGE_CLASSES,
+    PAPER_EDGE_VOCAB,
+    LossConfig,
+)
 from moleblend_ray.model.moleblend import MoleBlendOutput
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
 
-LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise")
-"""Order of the entries of ``loss_counts``."""
+__all__ = [
+    "IGNORE",
+    "LOSS_NAMES",
+    "LossConfig",
+    "count_other_bonds",
+    "edge_targets",
+    "loss_counts",
+    "loss_means",
+    "pretraining_loss_sums",
+    "spd_targets",
+    "total_loss",
+]
 
 IGNORE: Final = -100
 """Class of entries without a target, as in torch.nn.functional.cross_entropy."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LossConfig:
-    """Weights of the losses; a weight of 0 leaves a loss out of the sum (it is still reported)."""
-
-    spd_weight: float = 0.1
-    """Shortest-path distance: cross-entropy, mean over atom pairs."""
-    edge_weight: float = 0.1
-    """Bonds along the path: cross-entropy, mean over hops."""
-    direction_weight: float = 0.5
-    """Pair direction: 1 - cosine, mean over the pairs of a molecule, then over molecules."""
-    distance_weight: float = 0.0
-    """Pair distance: absolute error in angstrom, mean as for the direction. Needs ``ModelConfig.distance_head``."""
-    denoise_weight: float = 6.0
-    """Coordinate noise: 1 - cosine, mean over the atoms that show their 3D feature."""
-    visible_pair_weight: float = 1.0
-    """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
-    ignore_other_bonds: bool = False
-    """Leave bonds outside the paper's 24 edge classes out of the edge loss."""
-
-    def __post_init__(self) -> None:
-        names = [name for name in self.__slots__ if name.endswith("_weight")]
-        if problems := [
-            f"{name} is {getattr(self, name)}, expected at least 0"
-            for name in names
-            if not getattr(self, name) >= 0.0
-        ]:
-            raise ConfigError("Loss configuration: " + "; ".join(problems) + ".")
-
-    def weight(self, name: str) -> float:
-        """Weight of the loss ``name``, one of LOSS_NAMES."""
-        value: float = getattr(self, f"{name}_weight")
-        return value
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The losses with a weight above 0."""
-        return tuple(name for name in LOSS_NAMES if self.weight(name) > 0.0)
-
-
-def check_objective(model: ModelConfig, loss: LossConfig) -> None:
-    """Raise a ConfigError if the losses need heads or classes that the model does not have."""
-    problems = [
-        f"loss.{name}_weight is {loss.weight(name):g} but model.{name}_head is off"
-        for name in ("direction", "distance")
-        if loss.weight(name) > 0.0 and not getattr(model, f"{name}_head")
-    ]
-    if not model.edge_other_class and not loss.ignore_other_bonds:
-        problems.append(
-            "model.edge_other_class is off, so loss.ignore_other_bonds must be on: "
-            "bonds outside the 24 classes have no class"
-        )
-    if problems:
-        raise ConfigError("Model and loss do not fit: " + "; ".join(problems) + ".")
 
 
 def spd_targets(batch: MoleculeBatch, num_classes: int) -> Tensor:

@@ -55,7 +55,7 @@ class MoleBlendModel(nn.Module):
 
     def init_weights(self) -> None:
         """Draw all weights anew and fill constant buffers; for models built on the meta device, after ``to_empty``."""
-        init_weights(self)
+        _init_weights(self)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None = None) -> MoleBlendOutput:
         """Predict all relations from those that ``blend`` shows (None: from all of them, without noise)."""
@@ -73,37 +73,37 @@ class MoleBlendModel(nn.Module):
             ),
         )
 
+    def embed(self, batch: MoleculeBatch) -> Tensor:
+        """(B, D) state of each molecule's graph token, every relation visible."""
+        encoded: EncoderOutput = self.encoder(batch, None)
+        return _graph_states(encoded, batch)
+
 
 class PropertyModel(nn.Module):
-    """Encoder and a property head on the graph token; every relation is visible."""
+    """The encoder of a pretrained model and a new property head on the graph token; every relation is visible."""
 
-    def __init__(self, config: ModelConfig, num_targets: int, head_dropout: float = 0.1) -> None:
+    def __init__(self, pretrained: MoleBlendModel, num_targets: int, dropout: float = 0.1) -> None:
         super().__init__()
         if num_targets < 1:
-            raise ConfigError(f"num_targets is {num_targets}, expected at least 1.")
-        self.config = config
+            raise ConfigError(f"num_targets: expected at least 1, found {num_targets}")
+        self.config = pretrained.config
         self.num_targets = num_targets
-        self.head_dropout = head_dropout
-        self.encoder = Encoder(config)
-        self.head = PropertyHead(config.dim, num_targets, head_dropout)
-        self.init_weights()
-
-    def init_weights(self) -> None:
-        """Draw all weights anew and fill constant buffers."""
-        init_weights(self)
+        self.encoder = pretrained.encoder
+        self.head = PropertyHead(self.config.dim, num_targets, dropout)
+        _init_weights(self.head)
 
     def forward(self, batch: MoleculeBatch) -> Tensor:
         """(B, num_targets) predictions: values for regression, logits for classification."""
-        output: Tensor = self.head(self.embed(batch))
+        encoded: EncoderOutput = self.encoder(batch, None)
+        output: Tensor = self.head(_graph_states(encoded, batch))
         return output
 
-    def embed(self, batch: MoleculeBatch) -> Tensor:
-        """(B, D) state of each molecule's graph token."""
-        encoded: EncoderOutput = self.encoder(batch, None)
-        return encoded.tokens.index_select(0, batch.graph_token)
+
+def _graph_states(encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
+    return encoded.tokens.index_select(0, batch.graph_token)
 
 
-def init_weights(model: nn.Module) -> None:
+def _init_weights(model: nn.Module) -> None:
     """Normal weights of standard deviation 0.02 and zero biases; modules with weights of their own draw them."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
