@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,6 +116,7 @@ class _Builder:
                 expected = type_name(annotations[field.name])
                 self.problems.append(f"{where}: required, but not given; expected {expected}")
         if len(self.problems) > before:
+            self._check_the_rest(cls, arguments, path)
             return _INVALID
         return self._construct(cls, arguments, path)
 
@@ -174,9 +176,29 @@ class _Builder:
         try:
             return cls(**arguments)
         except ConfigError as error:
-            prefix = f"{path}: " if path else ""
-            self.problems.extend(prefix + line for line in str(error).splitlines() if line)
+            self._take_over(error, path, arguments)
             return _INVALID
+
+    def _check_the_rest(self, cls: type, arguments: dict[str, Any], path: str) -> None:
+        """Problems that `cls` itself finds in the values that were built, so that all are told at once."""
+        valid = {name: value for name, value in arguments.items() if value is not _INVALID}
+        try:
+            cls(**valid)
+        except ConfigError as error:
+            about_valid = [line for line in str(error).splitlines() if _first_word(line) in valid]
+            self._take_over(ConfigError("\n".join(about_valid)), path, valid)
+        except TypeError:
+            # A required field is among the problems: `cls` cannot be asked.
+            return
+
+    def _take_over(self, error: ConfigError, path: str, names: Mapping[str, Any]) -> None:
+        """A dataclass's own complaints, one a line, "field: ..." each, with the full path of the field."""
+        for line in filter(None, str(error).splitlines()):
+            if _first_word(line) in names:
+                full = _child(path, line)
+                self.problems.append(full + self._where(full.partition(":")[0]))
+            else:
+                self.problems.append(f"{path}: {line}" if path else line)
 
     def _mismatch(self, path: str, expected: str, value: object) -> Any:
         found = "null" if value is None else f"{value!r} ({type(value).__name__})"
@@ -198,6 +220,10 @@ class _Builder:
     def _where(self, path: str) -> str:
         place = self._origin(path)
         return f", from {place}" if place else ""
+
+
+def _first_word(line: str) -> str:
+    return re.split(r"\W", line, maxsplit=1)[0]
 
 
 def _nearest_key(full: str, key: str, cls: type, path: str) -> str | None:
