@@ -181,3 +181,19 @@ def gather_from_ranks(value: T) -> list[T]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, ``module`` computes without dropout and gradients; afterwards it is ready to train again."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                # Without a backward pass FSDP would leave the root's parameters gathered, and the next
+                # checkpoint would not find the sharded ones that the optimizer holds.
+                part.reshard()

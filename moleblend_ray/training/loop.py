@@ -1,0 +1,315 @@
+"""The training loop: read :func:`fit` first, then :func:`train_step`.
+
+Everything random or ordered is a function of (seed, step, molecule or micro-batch), and the loss is normalised by counts
+of the whole step. So a step gives the same numbers (up to rounding) at any number of ranks and after any restart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from moleblend_ray.data.batch import MicroBatch, StepBatch
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
+from moleblend_ray.model.losses import (
+    LOSS_NAMES,
+    LossConfig,
+    loss_counts,
+    loss_means,
+    pretraining_loss_sums,
+    total_loss,
+)
+from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
+from moleblend_ray.training.checkpoint import CheckpointWriter, training_state
+from moleblend_ray.training.config import OptimConfig, TrainConfig
+from moleblend_ray.training.distributed import (
+    Ranks,
+    autocast,
+    distribute,
+    gather_from_ranks,
+    gradient_sync,
+    sum_over_ranks,
+)
+from moleblend_ray.training.metrics import TOTAL_LOSS, Record
+from moleblend_ray.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    set_learning_rate,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Learner:
+    """A model in training, spread over the ranks, with all that decides its updates."""
+
+    objective: nn.Module
+    """Forward gives the losses; wrapped by FSDP or DDP."""
+    model: MoleBlendModel
+    """The model inside ``objective``."""
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+    train: TrainConfig
+    optim: OptimConfig
+    blend: BlendConfig
+    loss: LossConfig
+    seed: int
+    """Of initial weights, blends and dropout."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FitResult:
+    """How far :func:`fit` came."""
+
+    step: int
+    """Steps done since the start of the run, all committed if there is a checkpoint writer."""
+    stopped: bool
+    """True if a stop was asked for before the last step."""
+    records: tuple[Record, ...]
+    """Numbers of the steps done by this call."""
+
+
+class PretrainingObjective(nn.Module):
+    """The model with its losses: one module, so that FSDP and DDP see plain tensors come out."""
+
+    def __init__(self, model: MoleBlendModel, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, batch: MoleculeBatch, blend: Blend, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """() this micro-batch's part of the step's loss, and (5,) float64 its sums in order of LOSS_NAMES, detached."""
+        sums = pretraining_loss_sums(self.model(batch, blend), batch, blend, self.loss)
+        detached = torch.stack([sums[name].detach().double() for name in LOSS_NAMES])
+        return total_loss(sums, counts, self.loss), detached
+
+
+def build_learner(
+    model: ModelConfig,
+    *,
+    train: TrainConfig,
+    optim: OptimConfig,
+    blend: BlendConfig,
+    loss: LossConfig,
+    seed: int,
+    ranks: Ranks,
+) -> Learner:
+    """A new model (the same on every rank and at every world size) ready for its first step."""
+    torch.manual_seed(seed)
+    new_model = MoleBlendModel(model)
+    objective = distribute(
+        PretrainingObjective(new_model, loss),
+        new_model.encoder.layers,
+        strategy=train.strategy,
+        precision=train.precision,
+        ranks=ranks,
+    )
+    return Learner(
+        objective=objective,
+        model=new_model,
+        optimizer=build_optimizer(new_model, optim),
+        ranks=ranks,
+        train=train,
+        optim=optim,
+        blend=blend,
+        loss=loss,
+        seed=seed,
+    )
+
+
+def fit(
+    learner: Learner,
+    steps: Iterator[StepBatch],
+    *,
+    start_step: int = 0,
+    checkpoints: CheckpointWriter | None = None,
+    validate: Callable[[], Record] | None = None,
+    report: Callable[[Record], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> FitResult:
+    """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
+
+    ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
+    gets the record of every ``log_every``-th step. A stop commits what was done and returns.
+    """
+    num_steps = learner.train.num_steps
+    records: list[Record] = []
+    committed = 0
+    learner.objective.train()
+    for step in range(start_step, num_steps):
+        began_s = time.perf_counter()
+        batch = _next_batch(steps, step, num_steps)
+        data_wait_s = time.perf_counter() - began_s
+        record, stop = train_step(learner, batch, stop=should_stop is not None and should_stop())
+        step_s = time.perf_counter() - began_s
+        record |= {
+            "step_s": step_s,
+            "data_wait_s": data_wait_s,
+            "molecules_per_s": record["molecules"] / step_s,
+        }
+        done = step + 1
+        is_last = done == num_steps
+        if validate is not None and not stop and (is_last or _is_due(done, learner)):
+            record |= validate()
+        records.append(record)
+        if report is not None and (is_last or stop or done % learner.train.log_every == 0):
+            report(record)
+        if checkpoints is not None and (is_last or stop or checkpoints.is_due(done)):
+            checkpoints.commit(
+                done, training_state(learner.model, learner.optimizer), records[committed:]
+            )
+            committed = len(records)
+        if stop and not is_last:
+            logger.info("stopped after step %d of %d, as asked", done, num_steps)
+            return FitResult(step=done, stopped=True, records=tuple(records))
+    return FitResult(step=num_steps, stopped=False, records=tuple(records))
+
+
+def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tuple[Record, bool]:
+    """One update from this rank's micro-batches; the step's numbers, and whether any rank has asked to ``stop``.
+
+    A loss or gradient that is not finite raises on all ranks before anything is changed.
+    """
+    parts = [_blended(learner, micro) for micro in batch.micro_batches]
+    counts = sum_over_ranks(sum_of([loss_counts(*part, learner.loss) for part in parts]))
+    losses = [
+        _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
+        for index, (micro, part) in enumerate(zip(batch.micro_batches, parts, strict=True))
+    ]
+    sizes = _sizes([part[0] for part in parts], stop=stop)
+    totals = sum_over_ranks(torch.cat([sum_of(losses), sizes.to(learner.ranks.device)]))
+    parameters = list(learner.model.parameters())
+    norm = gradient_norm(parameters)
+    record, stop = _record(learner, batch.step, totals, counts, norm)
+    if not (math.isfinite(record[TOTAL_LOSS]) and math.isfinite(record["grad_norm"])):
+        _raise_not_finite(batch, losses, record)
+    clip_gradients(parameters, norm, learner.optim.clip_norm)
+    set_learning_rate(learner.optimizer, float(record["learning_rate"]))
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
+    return record, stop
+
+
+def _next_batch(steps: Iterator[StepBatch], step: int, num_steps: int) -> StepBatch:
+    batch = next(steps, None)
+    if batch is None:
+        raise TrainingError(f"the data stream ended before step {step} of {num_steps}")
+    if batch.step != step:
+        raise TrainingError(
+            f"the data stream gives step {batch.step} where the model is at step {step}; "
+            "restart from the last checkpoint"
+        )
+    return batch
+
+
+def _is_due(done: int, learner: Learner) -> bool:
+    every = learner.train.validate_every
+    return every > 0 and done % every == 0
+
+
+def _blended(learner: Learner, micro: MicroBatch) -> tuple[MoleculeBatch, Blend]:
+    batch = MoleculeBatch.from_micro_batch(micro, device=learner.ranks.device)
+    return batch, draw_blend(batch, learner.blend, learner.seed)
+
+
+def _backward(
+    learner: Learner,
+    micro: MicroBatch,
+    part: tuple[MoleculeBatch, Blend],
+    counts: Tensor,
+    *,
+    is_last: bool,
+) -> Tensor:
+    """Add this micro-batch's gradient; its loss sums, detached."""
+    # Dropout belongs to the micro-batch, wherever and whenever it is computed.
+    torch.manual_seed(dropout_seed(learner.seed, micro))
+    with gradient_sync(learner.objective, enabled=is_last):
+        with autocast(learner.train.precision, learner.ranks.device):
+            loss, sums = learner.objective(*part, counts)
+        loss.backward()
+    detached: Tensor = sums
+    return detached
+
+
+def dropout_seed(seed: int, micro: MicroBatch) -> int:
+    """Seed of torch's generator for one micro-batch, the same at any world size and after any restart."""
+    key = f"{seed}/{micro.step}/{micro.stream}/{micro.index}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Elementwise sum of tensors of one shape."""
+    return torch.stack(tensors).sum(0)
+
+
+def _sizes(batches: list[MoleculeBatch], *, stop: bool) -> Tensor:
+    """(4,) float64: molecules, atoms, atom slots with padding, 1 if a stop is asked for."""
+    molecules = sum(batch.num_molecules for batch in batches)
+    atoms = sum(len(batch.atom_index) for batch in batches)
+    slots = sum(batch.num_molecules * batch.max_atoms for batch in batches)
+    return torch.tensor([molecules, atoms, slots, int(stop)], dtype=torch.float64)
+
+
+def _record(
+    learner: Learner, step: int, totals: Tensor, counts: Tensor, norm: Tensor
+) -> tuple[Record, bool]:
+    """The step's numbers from sums over all ranks, with one transfer from the device."""
+    values = torch.cat([totals, counts, norm.detach().double().reshape(1)]).cpu()
+    sums, sizes = values[: len(LOSS_NAMES)], values[len(LOSS_NAMES) : len(totals)].tolist()
+    counted, grad_norm = values[len(totals) : -1], float(values[-1])
+    molecules, atoms, slots, stops = sizes
+    record: Record = {
+        "step": step,
+        **named_losses(learner, sums, counted),
+        "learning_rate": learning_rate(step, learner.optim, learner.train.num_steps),
+        "grad_norm": grad_norm,
+        "molecules": int(molecules),
+        "atoms": int(atoms),
+        "padding_share": 1.0 - atoms / slots,
+    }
+    return record, stops > 0
+
+
+def named_losses(learner: Learner, sums: Tensor, counts: Tensor) -> Record:
+    """The optimised loss and each head's own mean; a head without any target is left out, not called 0."""
+    means = loss_means(dict(zip(LOSS_NAMES, sums, strict=True)), counts)
+    total = sum(learner.loss.weight(name) * float(mean) for name, mean in means.items())
+    heads = {
+        f"{TOTAL_LOSS}_{name}": float(means[name])
+        for name, count in zip(LOSS_NAMES, counts.tolist(), strict=True)
+        if count > 0 and getattr(learner.model, f"{name}_head", True) is not None
+    }
+    return {TOTAL_LOSS: float(total), **heads}
+
+
+def _raise_not_finite(batch: StepBatch, losses: list[Tensor], record: Record) -> NoReturn:
+    """Name the molecules whose loss is not finite, from all ranks; if there are none, the gradient alone broke."""
+    suspects = [
+        micro.molecule_ids.tolist()
+        for micro, sums in zip(batch.micro_batches, losses, strict=True)
+        if not bool(torch.isfinite(sums).all())
+    ]
+    found = [ids for of_rank in gather_from_ranks(suspects) for ids in of_rank]
+    where = (
+        f"in the micro-batches with molecule ids {found}"
+        if found
+        else "though every micro-batch's loss is finite: the gradient overflowed"
+    )
+    heads = {name: value for name, value in record.items() if name.startswith(TOTAL_LOSS)}
+    raise TrainingError(
+        f"step {batch.step}: loss or gradient is not finite ({heads}, grad_norm {record['grad_norm']}) {where}. "
+        "The model was not changed. Look at these molecules, or lower optim.learning_rate, or use train.precision=fp32."
+    )
