@@ -1,0 +1,48 @@
+# One command on a fresh machine: `make demo` or `make test`. Everything goes into $(VENV), nothing is global.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# More arguments for pytest: make test ARGS='tests/unit -x'
+ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: help install test demo lint format clean
+
+help:
+	@echo 'make install   create $(VENV) with the package, its tests and its linters'
+	@echo 'make demo      the whole way on sample molecules: prepare, pretrain, sweep, embed'
+	@echo 'make test      all tests that need neither a GPU nor other data'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make format    let ruff rewrite the sources'
+	@echo 'make clean     remove caches, builds and runs (not $(VENV))'
+
+install: $(STAMP)
+
+# torch first and alone: later requirements then find it, whichever build this machine's pip offers.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing torch ...'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo 'installing moleblend-ray and its requirements ...'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	touch $@
+
+test: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not gpu and not shared_data' --durations=10 $(ARGS)
+
+demo: install
+	$(BIN)/python jobs/demo.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist runs outputs wandb .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find moleblend_ray jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
