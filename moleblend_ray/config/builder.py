@@ -46,6 +46,18 @@ def check_all(*checks: tuple[bool, str]) -> None:
         raise ConfigError("\n".join(problems))
 
 
+def run_checks(*checks: Callable[[], None]) -> None:
+    """Run every check; raise one ConfigError with the messages of all that did."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def field_types(cls: type) -> dict[str, Any]:
     """Resolved type of every field of the dataclass `cls` that its constructor takes, in order."""
     hints = typing.get_type_hints(cls)

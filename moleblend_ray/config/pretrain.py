@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moleblend_ray.config.builder import check_all
+from moleblend_ray.config.builder import check_all, run_checks
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.model.blending import BlendConfig
-from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.losses import LossConfig
+from moleblend_ray.model.config import (
+    BlendConfig,
+    LossConfig,
+    ModelConfig,
+    check_objective,
+)
 from moleblend_ray.training.config import (
     CheckpointConfig,
     OptimConfig,
@@ -52,6 +55,9 @@ class PretrainConfig:
     """Where it runs."""
 
     def __post_init__(self) -> None:
+        run_checks(lambda: check_objective(self.model, self.loss), self._check_run)
+
+    def _check_run(self) -> None:
         workers, streams = self.cluster.num_workers, self.order.num_streams
         check_all(
             (bool(self.data), "data: expected a path or URI, found an empty string"),
@@ -64,25 +70,5 @@ class PretrainConfig:
                 self.train.strategy != "none" or workers == 1,
                 f"train.strategy: none trains one worker alone, found cluster.num_workers={workers}; "
                 "use fsdp or ddp",
-            ),
-            *self._head_checks(),
-        )
-
-    def _head_checks(self) -> tuple[tuple[bool, str], ...]:
-        """A loss that counts needs the head that it judges."""
-        model, loss = self.model, self.loss
-        return (
-            (
-                model.direction_head or loss.direction_weight == 0,
-                f"loss.direction_weight: expected 0 without model.direction_head, found {loss.direction_weight}",
-            ),
-            (
-                model.distance_head or loss.distance_weight == 0,
-                f"loss.distance_weight: expected 0 without model.distance_head, found {loss.distance_weight}",
-            ),
-            (
-                model.edge_other_class or loss.ignore_other_bonds,
-                "loss.ignore_other_bonds: expected true with model.edge_other_class=false (bonds outside the 24 "
-                "classes have no class), found false",
             ),
         )
