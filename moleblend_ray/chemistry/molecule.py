@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -294,10 +295,7 @@ def _mol_of(row: GeometryRow, config: FeaturizeConfig) -> Chem.Mol:
     for number, charge in zip(numbers, charges, strict=True):
         if not 0 <= number < ATOM_VOCAB_SIZES[0]:
             raise _RejectedError(RejectionCode.UNSUPPORTED_ATOM, f"atomic number {number}")
-        atom = Chem.Atom(number)
-        if charge:
-            atom.SetFormalCharge(charge)
-        mol.AddAtom(atom)
+        mol.AddAtom(_atom(number, charge))
     for begin, end, order in zip(*bonds, strict=True):
         kind = _KEKULE.get(order)
         if kind is None or not (0 <= begin < len(numbers) and 0 <= end < len(numbers)):
@@ -308,6 +306,14 @@ def _mol_of(row: GeometryRow, config: FeaturizeConfig) -> Chem.Mol:
             )
         mol.AddBond(begin, end, kind)
     return mol
+
+
+@lru_cache(maxsize=4096)
+def _atom(number: int, charge: int) -> Chem.Atom:
+    """A pattern for ``AddAtom``, which copies it: making one costs more than adding it."""
+    atom = Chem.Atom(number)
+    atom.SetFormalCharge(charge)
+    return atom
 
 
 def _integers(values: Sequence[int] | NDArray[np.integer]) -> list[int]:
@@ -329,7 +335,9 @@ def _featurize(
     if config.explicit_hydrogens:
         mol = Chem.AddHs(mol)
     elif has_hydrogens:
-        mol = Chem.RemoveHs(mol)
+        # The molecule is sanitized; doing it again would double the time, only the H counts are stale.
+        mol = Chem.RemoveHs(mol, sanitize=False)
+        mol.UpdatePropertyCache(strict=False)
         num_placed = mol.GetNumAtoms()
     _check_size(mol.GetNumAtoms(), config)
     smiles = Chem.MolToSmiles(mol)
@@ -395,11 +403,11 @@ def _check_size(num_atoms: int, config: FeaturizeConfig) -> None:
 def _check_elements(atoms: NDArray[np.uint8], config: FeaturizeConfig) -> None:
     if config.dummy_atoms == "other":
         return
-    dummies = np.flatnonzero(atoms[:, 0] == ATOM_VOCAB_SIZES[0] - 1)
-    if len(dummies):
+    first = atoms[:, 0].tobytes().find(ATOM_VOCAB_SIZES[0] - 1)
+    if first >= 0:
         raise _RejectedError(
             RejectionCode.UNSUPPORTED_ATOM,
-            f"atom {dummies[0]} has no element (a dummy, R-group or query atom)",
+            f"atom {first} has no element (a dummy, R-group or query atom)",
         )
 
 

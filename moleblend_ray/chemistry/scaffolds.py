@@ -1,0 +1,125 @@
+"""Bemis-Murcko scaffolds and the two scaffold splits in common use.
+
+Both keep all molecules of one scaffold in one part, so that the test set holds ring systems the model has
+not seen. They give quite different test sets, hence each result names its variant and the hash of its split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from rdkit import Chem, rdBase
+from rdkit.Chem.Scaffolds import MurckoScaffold
+
+from moleblend_ray.errors import ConfigError, DataError
+
+ScaffoldVariant = Literal["deepchem", "chemprop-balanced"]
+
+
+class Split(NamedTuple):
+    """Which molecules train, select and test: disjoint, ascending indices that cover all."""
+
+    train: NDArray[np.int64]
+    valid: NDArray[np.int64]
+    test: NDArray[np.int64]
+
+
+def murcko_scaffold(smiles: str, *, include_chirality: bool = False) -> str:
+    """SMILES of the ring systems and what links them; empty for a molecule without rings."""
+    with rdBase.BlockLogs():
+        mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
+        if mol is None:
+            raise DataError(
+                f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read; "
+                "leave rejected molecules out before splitting"
+            )
+        scaffold: str = MurckoScaffold.MurckoScaffoldSmiles(
+            mol=mol, includeChirality=include_chirality
+        )
+    return scaffold
+
+
+def scaffold_split(
+    smiles: Sequence[str],
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    *,
+    variant: ScaffoldVariant = "deepchem",
+    seed: int = 0,
+) -> Split:
+    """Split molecules by scaffold into train, valid and test.
+
+    ``deepchem``: scaffolds by size, largest first (of equal size, the later in the file first); each goes to
+    train while that stays within its share, else to valid, else to test. There is no choice in it: ``seed``
+    is not used. ``chemprop-balanced``: scaffolds larger than half of valid or test come first, in random
+    order, then all others in random order, so that rare and common scaffolds are found in each part.
+    """
+    if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
+        raise ConfigError(f"fractions must be shares that sum to 1, found {fractions}")
+    groups: dict[str, list[int]] = {}
+    for index, text in enumerate(smiles):
+        groups.setdefault(murcko_scaffold(text), []).append(index)
+    if variant == "deepchem":
+        ordered = sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
+        return _deal(ordered, len(smiles) * fractions[0], len(smiles) * sum(fractions[:2]))
+    sizes = [share * len(smiles) for share in fractions]
+    ordered = _balanced_order(list(groups.values()), sizes, seed)
+    return _fill(ordered, sizes)
+
+
+def split_hash(split: Split) -> str:
+    """16 hexadecimal digits that name a split: equal only if all three parts are."""
+    digest = hashlib.sha256()
+    for part in split:
+        digest.update(np.int64(len(part)).tobytes())
+        digest.update(np.asarray(part, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _deal(groups: Sequence[Sequence[int]], train_end: float, valid_end: float) -> Split:
+    """DeepChem's rule: valid may also take what train left of the first two shares."""
+    train: list[int] = []
+    valid: list[int] = []
+    test: list[int] = []
+    for group in groups:
+        if len(train) + len(group) <= train_end:
+            train += group
+        elif len(train) + len(valid) + len(group) <= valid_end:
+            valid += group
+        else:
+            test += group
+    return _split(train, valid, test)
+
+
+def _balanced_order(
+    groups: Sequence[list[int]], sizes: Sequence[float], seed: int
+) -> list[list[int]]:
+    big = [g for g in groups if len(g) > sizes[1] / 2 or len(g) > sizes[2] / 2]
+    small = [g for g in groups if not (len(g) > sizes[1] / 2 or len(g) > sizes[2] / 2)]
+    shuffler = random.Random(seed)
+    shuffler.shuffle(big)
+    shuffler.shuffle(small)
+    return big + small
+
+
+def _fill(groups: Sequence[Sequence[int]], sizes: Sequence[float]) -> Split:
+    """Chemprop's rule: each part within its own share, what fits neither goes to test."""
+    train: list[int] = []
+    valid: list[int] = []
+    test: list[int] = []
+    for group in groups:
+        if len(train) + len(group) <= sizes[0]:
+            train += group
+        elif len(valid) + len(group) <= sizes[1]:
+            valid += group
+        else:
+            test += group
+    return _split(train, valid, test)
+
+
+def _split(train: Sequence[int], valid: Sequence[int], test: Sequence[int]) -> Split:
+    return Split(*(np.array(sorted(part), dtype=np.int64) for part in (train, valid, test)))
