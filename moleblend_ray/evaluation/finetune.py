@@ -18,14 +18,15 @@ from torch import Tensor
 
 from moleblend_ray.data.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.block import MoleculeBlock
-from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.property_model import Standardisation
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+from moleblend_ray.model.moleblend import PropertyModel
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.optim import (
     build_optimizer,
@@ -47,43 +48,10 @@ class StartingPoint:
 
     model: ModelConfig
     """Architecture."""
-    state: Mapping[str, Tensor] | None
-    """Weights of a MoleBlendModel, on the CPU; None draws new ones from the run's seed."""
+    encoder: Mapping[str, Tensor] | None
+    """State of its encoder, on the CPU; None draws new weights from each run's seed."""
     fingerprint: str | None
     """SHA-256 of those weights; None from scratch."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Standardisation:
-    """Affine map between labels and what the model predicts, fitted on the training part."""
-
-    mean: NDArray[np.float64]
-    """(T,) in the labels' unit; 0 for classes."""
-    std: NDArray[np.float64]
-    """(T,) in the labels' unit; 1 for classes."""
-
-    @classmethod
-    def fit(cls, task: Task, labels: NDArray[np.float64]) -> Standardisation:
-        """Mean and spread of each column's known values in (M, T) training ``labels``."""
-        num_columns = labels.shape[1]
-        if task.kind is TaskKind.CLASSIFICATION:
-            return cls(mean=np.zeros(num_columns), std=np.ones(num_columns))
-        empty = np.isnan(labels).all(axis=0)
-        if empty.any():
-            names = np.flatnonzero(empty).tolist()
-            raise DataError(
-                f"label columns number {names} have no value among the training molecules"
-            )
-        std = np.nanstd(labels, axis=0)
-        return cls(mean=np.nanmean(labels, axis=0), std=np.where(std > 0, std, 1.0))
-
-    def normalise(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Labels as the model should predict them."""
-        return (labels - self.mean) / self.std
-
-    def restore(self, predictions: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Predictions in the labels' unit."""
-        return predictions * self.std + self.mean
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,10 +106,10 @@ def build_model(
 ) -> PropertyModel:
     """The starting encoder with a new head, drawn from ``seed``."""
     torch.manual_seed(seed)
-    encoder = MoleBlendModel(start.model)
-    if start.state is not None:
-        encoder.load_state_dict(start.state)
-    return PropertyModel(encoder, num_targets, dropout=settings.head_dropout)
+    model = PropertyModel(start.model, num_targets, settings.head_dropout)
+    if start.encoder is not None:
+        model.encoder.load_state_dict(start.encoder)
+    return model
 
 
 def finetune_once(
@@ -161,7 +129,7 @@ def finetune_once(
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
     """
     started = time.monotonic()
-    standardisation = Standardisation.fit(task, molecules.labels[train])
+    standardisation = Standardisation.fit(task.kind, molecules.labels[train], molecules.columns)
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
     model = build_model(start, len(molecules.columns), settings, seed).to(device)
     trainer = _Trainer(molecules.block, targets, train, model, task, settings, seed, device)

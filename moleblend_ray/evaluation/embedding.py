@@ -1,0 +1,64 @@
+"""Molecules to vectors: the encoder's graph token, and a fine-tuned head's predictions where there is one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.data.block import block_from_table
+from moleblend_ray.evaluation.property_model import TrainedProperty
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.moleblend import PropertyModel
+
+MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
+"""Columns of a shard that stand beside the embeddings."""
+
+CHUNK = 1024
+"""Molecules whose relation matrices are in memory at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Embedder:
+    """A model and how to run it; every relation visible, the stored first conformer, no dropout."""
+
+    model: PropertyModel
+    """In evaluation mode, on `device`; its head is used only with `trained`."""
+    trained: TrainedProperty | None
+    """What its head predicts; None if the head is untrained."""
+    batch_size: int
+    """Molecules computed at once."""
+    device: torch.device
+    """Where."""
+
+    def part(self, table: pa.Table) -> pa.Table:
+        """The rows of a shard table, in their order, with embeddings and, if trained, a prediction for each column."""
+        embeddings, outputs = self._run(table)
+        flat = pa.array(embeddings.reshape(-1), type=pa.float32())
+        columns = {name: table[name] for name in MOLECULE_COLUMNS}
+        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
+        if self.trained is not None:
+            values = self.trained.readout(outputs)
+            for index, name in enumerate(self.trained.columns):
+                columns[f"prediction:{name}"] = pa.array(values[:, index], type=pa.float64())
+        return pa.table(columns)
+
+    @torch.no_grad()
+    def _run(self, table: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        block = block_from_table(table, np.arange(table.num_rows, dtype=np.int64))
+        by_size = np.argsort(block.num_atoms, kind="stable")
+        embeddings = np.empty((len(block), self.model.config.dim), dtype=np.float32)
+        outputs = np.empty((len(block), self.model.num_targets))
+        for start in range(0, len(block), CHUNK):
+            chunk = block.take(by_size[start : start + CHUNK])
+            for micro in build_micro_batches(chunk, 0, 0, self.batch_size):
+                batch = MoleculeBatch.from_micro_batch(micro, device=self.device)
+                vectors = self.model.embed(batch)
+                embeddings[micro.molecule_ids] = vectors.float().cpu().numpy()
+                if self.trained is not None:
+                    outputs[micro.molecule_ids] = self.model.head(vectors).double().cpu().numpy()
+        return embeddings, outputs

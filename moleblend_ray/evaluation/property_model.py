@@ -1,0 +1,173 @@
+"""A fine-tuned model as two files at any URI: ``model.safetensors`` and, written last, ``property.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.torch
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError
+from moleblend_ray.evaluation.tasks import Task, TaskKind
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.moleblend import PropertyModel
+
+WEIGHTS_NAME: Final = "model.safetensors"
+PROPERTY_NAME: Final = "property.json"
+
+FORMAT_VERSION: Final = 1
+"""Raised whenever older code could not read the two files."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standardisation:
+    """Affine map between labels and what the model predicts, fitted on the training part."""
+
+    mean: NDArray[np.float64]
+    """(T,) in the labels' unit; 0 for classes."""
+    std: NDArray[np.float64]
+    """(T,) in the labels' unit; 1 for classes."""
+
+    @classmethod
+    def fit(
+        cls, kind: TaskKind, labels: NDArray[np.float64], columns: tuple[str, ...]
+    ) -> Standardisation:
+        """Mean and spread of each column's known values in (M, T) training ``labels``."""
+        if kind is TaskKind.CLASSIFICATION:
+            return cls(mean=np.zeros(len(columns)), std=np.ones(len(columns)))
+        empty = np.flatnonzero(np.isnan(labels).all(axis=0))
+        if len(empty):
+            raise DataError(
+                f"label columns {[columns[index] for index in empty]} have no value among the "
+                f"{len(labels)} training molecules; leave them out of task.columns"
+            )
+        std = np.nanstd(labels, axis=0)
+        return cls(mean=np.nanmean(labels, axis=0), std=np.where(std > 0, std, 1.0))
+
+    def normalise(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Labels as the model should predict them."""
+        return (labels - self.mean) / self.std
+
+    def restore(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Outputs in the labels' unit (logits for classes)."""
+        return outputs * self.std + self.mean
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedProperty:
+    """What a property head predicts."""
+
+    task: str
+    """Name of the task it was trained for."""
+    kind: TaskKind
+    """Classes or numbers."""
+    columns: tuple[str, ...]
+    """(T,) names of the predicted properties."""
+    unit: str
+    """Unit of the predictions; empty for classes."""
+    standardisation: Standardisation
+    """From the head's outputs to that unit."""
+
+    @classmethod
+    def of(
+        cls, task: Task, columns: tuple[str, ...], standardisation: Standardisation
+    ) -> TrainedProperty:
+        """What a model fine-tuned on ``task`` predicts."""
+        return cls(
+            task=task.name,
+            kind=task.kind,
+            columns=columns,
+            unit=task.unit,
+            standardisation=standardisation,
+        )
+
+    def readout(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M, T) head outputs as numbers in the unit, or as probabilities of class 1."""
+        values = self.standardisation.restore(outputs)
+        if self.kind is TaskKind.REGRESSION:
+            return values
+        probabilities: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * values))
+        return probabilities
+
+
+class SavedProperty(NamedTuple):
+    """What a folder of a fine-tuned model holds."""
+
+    model: PropertyModel
+    """In evaluation mode, on the CPU."""
+    trained: TrainedProperty
+    """What it predicts."""
+
+
+def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str) -> None:
+    """Write ``model`` and what it predicts into the directory ``uri``."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
+    storage.write_bytes(storage.join(uri, WEIGHTS_NAME), safetensors.torch.save(tensors))
+    document = {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(model.config),
+        "head_dropout": model.head_dropout,
+        "task": trained.task,
+        "kind": trained.kind.value,
+        "columns": list(trained.columns),
+        "unit": trained.unit,
+        "mean": trained.standardisation.mean.tolist(),
+        "std": trained.standardisation.std.tolist(),
+    }
+    storage.write_json(storage.join(uri, PROPERTY_NAME), document)
+
+
+def is_property_model(uri: str) -> bool:
+    """Whether the directory ``uri`` holds a fine-tuned model."""
+    return storage.exists(storage.join(uri, PROPERTY_NAME))
+
+
+def load_property_model(uri: str) -> SavedProperty:
+    """The fine-tuned model of the directory ``uri``."""
+    document = storage.read_json(storage.join(uri, PROPERTY_NAME))
+    version = document.get("format_version") if isinstance(document, dict) else None
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{uri}/{PROPERTY_NAME} has format version {version!r}; this installation reads up to "
+            f"{FORMAT_VERSION}. Upgrade moleblend-ray"
+        )
+    try:
+        trained = _trained(document)
+        model = PropertyModel(
+            ModelConfig(**document["model"]), len(trained.columns), document["head_dropout"]
+        )
+        model.load_state_dict(
+            safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
+        )
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ConfigError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise CheckpointError(
+            f"the fine-tuned model at {uri} is damaged or of another version: {error}"
+        ) from error
+    return SavedProperty(model.eval(), trained)
+
+
+def _trained(document: dict[str, Any]) -> TrainedProperty:
+    return TrainedProperty(
+        task=document["task"],
+        kind=TaskKind(document["kind"]),
+        columns=tuple(document["columns"]),
+        unit=document["unit"],
+        standardisation=Standardisation(
+            mean=np.asarray(document["mean"], dtype=np.float64),
+            std=np.asarray(document["std"], dtype=np.float64),
+        ),
+    )

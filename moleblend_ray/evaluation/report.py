@@ -1,0 +1,221 @@
+"""A page a chemist can read: what was tried, what was chosen and why, test scores beside the baseline, plots."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from sklearn.metrics import roc_curve
+
+from moleblend_ray.data import storage
+
+logger = logging.getLogger(__name__)
+
+REPORT_NAME = "report.md"
+
+_METRIC_NAMES = {"roc_auc": "ROC-AUC", "rmse": "RMSE", "mae": "MAE"}
+_MAX_TRIAL_ROWS = 50
+
+
+def write_report(
+    out: str,
+    results: Mapping[str, Any],
+    test_labels: NDArray[np.float64],
+    test_predictions: NDArray[np.float64],
+) -> str:
+    """Write ``report.md`` and its figures below ``out``; (M, T) labels and predictions are those of the first seed."""
+    figures = {"test.png": _test_figure(results, test_labels, test_predictions)}
+    trials = results.get("trials", [])
+    if any(trial["valid_score"] is not None for trial in trials):
+        figures["trials.png"] = _trials_figure(results, trials)
+    for name, image in figures.items():
+        storage.write_bytes(storage.join(out, "figures", name), image)
+    uri = storage.join(out, REPORT_NAME)
+    storage.write_bytes(uri, _text(results, trials, tuple(figures)).encode())
+    return uri
+
+
+def _text(
+    results: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], figures: Sequence[str]
+) -> str:
+    task, data, split = results["task"], results["data"], results["data"]["split"]
+    metric = _metric_name(task)
+    direction = "higher is better" if task["higher_is_better"] else "lower is better"
+    lines = [
+        f"# {task['name']}",
+        "",
+        f"{metric} ({direction}) on {split['test']} test molecules that took no part in training or in any choice.",
+        "",
+        "| model | validation | test, mean ± std | test, each seed |",
+        "|---|---|---|---|",
+        *(_score_row(entry) for entry in (results["final"], results.get("baseline")) if entry),
+        "",
+        f"![test molecules](figures/{figures[0]})",
+        "",
+        "## Molecules",
+        "",
+        f"- {data['molecules']:,} molecules ({data['with_coordinates']:,} with coordinates), "
+        f"{len(task['columns'])} label column(s); {data['unlabelled']:,} without a label and "
+        f"{data['quarantined']:,} unusable rows left out",
+        f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
+        f"- data fingerprint `{data['fingerprint']}`",
+        f"- source: {task['citation']}",
+        "",
+        "## Model",
+        "",
+        _start_sentence(results["checkpoint"]),
+        "",
+        *_table(results["chosen"]),
+    ]
+    if trials:
+        lines += ["", *_trials_section(task, trials, "trials.png" in figures)]
+    lines += ["", "## Versions", "", *_table(results["versions"]), ""]
+    return "\n".join(lines)
+
+
+def _score_row(entry: Mapping[str, Any]) -> str:
+    test, valid = entry["test"], entry["valid"]
+    values = ", ".join(f"{value:.4f}" for value in test["values"])
+    return f"| {entry['name']} | {valid['mean']:.4f} | {test['mean']:.4f} ± {test['std']:.4f} | {values} |"
+
+
+def _start_sentence(checkpoint: Mapping[str, Any]) -> str:
+    if checkpoint["uri"] is None:
+        return "Trained from scratch with these settings:"
+    return f"Fine-tuned from `{checkpoint['uri']}` (weights `{checkpoint['fingerprint']}`) with these settings:"
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    return [
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {_short(value)} |" for name, value in values.items()),
+    ]
+
+
+def _trials_section(
+    task: Mapping[str, Any], trials: Sequence[Mapping[str, Any]], has_figure: bool
+) -> list[str]:
+    names = list(dict.fromkeys(name for trial in trials for name in trial["settings"]))
+    ranked = sorted(trials, key=lambda trial: _rank(trial["valid_score"], task["higher_is_better"]))
+    lines = [
+        "## Trials",
+        "",
+        f"{len(trials)} configurations, judged on the validation molecules. "
+        "`stopped`: was worse than others after as many epochs.",
+        "",
+    ]
+    if has_figure:
+        lines += ["![trials](figures/trials.png)", ""]
+    lines += [
+        f"| trial | {' | '.join(names)} | epochs | status | validation |",
+        "|---" * (len(names) + 4) + "|",
+    ]
+    for trial in ranked[:_MAX_TRIAL_ROWS]:
+        settings = " | ".join(_short(trial["settings"].get(name, "")) for name in names)
+        score = "" if trial["valid_score"] is None else f"{trial['valid_score']:.4f}"
+        lines.append(
+            f"| {trial['number']} | {settings} | {trial['epochs']} | {trial['status']} | {score} |"
+        )
+    if len(ranked) > _MAX_TRIAL_ROWS:
+        lines += ["", f"The best {_MAX_TRIAL_ROWS}; all {len(ranked)} are in `results.json`."]
+    errors = [trial for trial in trials if trial["error"]]
+    return lines + [f"\nTrial {trial['number']} failed: {trial['error']}" for trial in errors]
+
+
+def _rank(score: float | None, higher_is_better: bool) -> float:
+    if score is None:
+        return np.inf
+    return -score if higher_is_better else score
+
+
+def _short(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _metric_name(task: Mapping[str, Any]) -> str:
+    name = _METRIC_NAMES[task["metric"]]
+    return f"{name} in {task['unit']}" if task["unit"] and task["metric"] != "roc_auc" else name
+
+
+def _test_figure(
+    results: Mapping[str, Any], labels: NDArray[np.float64], predictions: NDArray[np.float64]
+) -> bytes:
+    figure = Figure(figsize=(5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if results["task"]["kind"] == "classification":
+        _draw_roc(axes, results["task"]["columns"], labels, predictions)
+    else:
+        _draw_parity(axes, results["task"], labels, predictions)
+    axes.set_title(f"{results['task']['name']}: test molecules, seed {_first_seed(results)}")
+    return _png(figure)
+
+
+def _draw_roc(
+    axes: Axes,
+    columns: Sequence[str],
+    labels: NDArray[np.float64],
+    predictions: NDArray[np.float64],
+) -> None:
+    few = len(columns) <= 6
+    for index, column in enumerate(columns):
+        known = ~np.isnan(labels[:, index])
+        if len(np.unique(labels[known, index])) < 2:
+            continue
+        false_rate, true_rate, _ = roc_curve(labels[known, index], predictions[known, index])
+        axes.plot(false_rate, true_rate, label=column if few else None, alpha=1.0 if few else 0.3)
+    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    if few:
+        axes.legend(loc="lower right", fontsize=8)
+
+
+def _draw_parity(
+    axes: Axes,
+    task: Mapping[str, Any],
+    labels: NDArray[np.float64],
+    predictions: NDArray[np.float64],
+) -> None:
+    for index, column in enumerate(task["columns"]):
+        axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=column)
+    low = float(min(np.nanmin(labels), predictions.min()))
+    high = float(max(np.nanmax(labels), predictions.max()))
+    axes.plot([low, high], [low, high], color="grey", linestyle=":", linewidth=1)
+    unit = f" ({task['unit']})" if task["unit"] else ""
+    axes.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
+    if 1 < len(task["columns"]) <= 6:
+        axes.legend(fontsize=8)
+
+
+def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> bytes:
+    scored = [trial for trial in trials if trial["valid_score"] is not None]
+    names = list(dict.fromkeys(name for trial in scored for name in trial["settings"]))
+    figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
+    row = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(row, names, strict=True):
+        values = [trial["settings"][name] for trial in scored]
+        colours = ["tab:orange" if trial["status"] == "stopped" else "tab:blue" for trial in scored]
+        axes.scatter(values, [trial["valid_score"] for trial in scored], c=colours, s=14)
+        axes.axvline(results["chosen"][name], color="grey", linestyle=":", linewidth=1)
+        axes.set_xlabel(name)
+        if name in ("learning_rate", "weight_decay"):
+            axes.set_xscale("log")
+    row[0].set_ylabel(f"validation {_metric_name(results['task'])}")
+    return _png(figure)
+
+
+def _first_seed(results: Mapping[str, Any]) -> int:
+    return int(results["final"]["seeds"][0]["seed"])
+
+
+def _png(figure: Figure) -> bytes:
+    # A bare Figure draws with Agg: pyplot's global state is not safe in the threads and workers this runs in.
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

@@ -1,0 +1,187 @@
+"""The last step of every fine-tuning and sweep: train the chosen settings with one seed, save, score the test part."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.data import storage
+from moleblend_ray.evaluation.baselines import baseline_predictions
+from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.finetune import FinetuneResult, StartingPoint, finetune_once, predict
+from moleblend_ray.evaluation.property_model import TrainedProperty, save_property_model
+from moleblend_ray.evaluation.results import SeedResult
+from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import Task
+
+SEED_RESULT_NAME = "result.json"
+PREDICTIONS_NAME = "predictions.parquet"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """Everything a run needs but its settings and its seed."""
+
+    task: Task
+    """What is asked."""
+    molecules: LabelledMolecules
+    """All molecules, the test part included."""
+    split: Split
+    """Which is in which part."""
+    start: StartingPoint
+    """Weights to start from."""
+
+
+def train_and_test(
+    experiment: Experiment,
+    settings: FinetuneSettings,
+    seed: int,
+    out: str,
+    device: torch.device,
+) -> SeedResult:
+    """Fine-tune with ``seed``, then save model, predictions and result in ``<out>/models/seed-<seed>``."""
+    began = time.monotonic()
+    task, molecules, split = experiment.task, experiment.molecules, experiment.split
+    result = finetune_once(
+        molecules,
+        split.train,
+        split.valid,
+        task=task,
+        start=experiment.start,
+        settings=settings,
+        seed=seed,
+        device=device,
+    )
+    trained = TrainedProperty.of(task, molecules.columns, result.standardisation)
+    # Probabilities rank as their logits do, so ROC-AUC may be taken from what is stored.
+    predictions = _predictions(result, trained, experiment, settings, device)
+    test = score(
+        task.metric, predictions[split.test], molecules.labels[split.test], molecules.columns
+    )
+    path = model_path(seed)
+    folder = storage.join(out, path)
+    save_property_model(result.model, trained, folder)
+    _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
+    last = result.history[-1]
+    found = SeedResult(
+        seed=seed,
+        valid_score=result.valid_score,
+        test_score=test.value,
+        test_columns=test.columns,
+        columns_left_out=test.columns_left_out,
+        epochs=last.epoch,
+        best_epoch=last.best_epoch,
+        seconds=time.monotonic() - began,
+        model=path,
+    )
+    # Last: what has this file is whole, and is not trained again when the command is repeated.
+    storage.write_json(storage.join(folder, SEED_RESULT_NAME), dataclasses.asdict(found))
+    return found
+
+
+def finished_seed(out: str, seed: int) -> SeedResult | None:
+    """The result of an earlier, interrupted command for ``seed``, if that run was finished."""
+    uri = storage.join(out, model_path(seed), SEED_RESULT_NAME)
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+
+
+def fit_baseline(experiment: Experiment, seed: int, num_trees: int, num_jobs: int) -> SeedResult:
+    """The fingerprint baseline on the same split, with ``seed`` for the forests."""
+    began = time.monotonic()
+    task, molecules, split = experiment.task, experiment.molecules, experiment.split
+    predictions = baseline_predictions(
+        task,
+        molecules.smiles,
+        molecules.labels,
+        split.train,
+        seed=seed,
+        num_trees=num_trees,
+        num_jobs=num_jobs,
+    )
+    valid, test = (
+        score(task.metric, predictions[part], molecules.labels[part], molecules.columns)
+        for part in (split.valid, split.test)
+    )
+    return SeedResult(
+        seed=seed,
+        valid_score=valid.value,
+        test_score=test.value,
+        test_columns=test.columns,
+        columns_left_out=test.columns_left_out,
+        epochs=0,
+        best_epoch=0,
+        seconds=time.monotonic() - began,
+        model=None,
+    )
+
+
+def model_path(seed: int) -> str:
+    """Folder of a seed's model, relative to the results."""
+    return f"models/seed-{seed}"
+
+
+def read_test_predictions(out: str, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Labels and predictions (M, T) of the test molecules, as that seed's run stored them."""
+    content = storage.read_bytes(storage.join(out, model_path(seed), PREDICTIONS_NAME))
+    table = pq.read_table(pa.BufferReader(content))
+    table = table.filter(pc.equal(table["part"], "test"))
+    labels, predictions = (
+        np.stack(
+            [
+                table[name].to_numpy(zero_copy_only=False).astype(np.float64)
+                for name in table.column_names
+                if name.startswith(prefix)
+            ],
+            axis=1,
+        )
+        for prefix in ("label:", "prediction:")
+    )
+    return labels, predictions
+
+
+def _predictions(
+    result: FinetuneResult,
+    trained: TrainedProperty,
+    experiment: Experiment,
+    settings: FinetuneSettings,
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """(M, T): validation and test molecules predicted, as numbers in the unit or probabilities; others NaN."""
+    molecules, split = experiment.molecules, experiment.split
+    rows = np.concatenate([split.valid, split.test])
+    outputs = predict(
+        result.model.to(device), molecules.block, rows, settings.micro_batch_size, device
+    )
+    predictions = np.full(molecules.labels.shape, np.nan)
+    predictions[rows] = trained.readout(outputs)
+    return predictions
+
+
+def _write_predictions(uri: str, experiment: Experiment, predictions: NDArray[np.float64]) -> None:
+    molecules, split = experiment.molecules, experiment.split
+    rows = np.concatenate([split.valid, split.test])
+    parts = ["valid"] * len(split.valid) + ["test"] * len(split.test)
+    columns: dict[str, object] = {
+        "mol_id": [molecules.mol_ids[row] for row in rows],
+        "smiles": [molecules.smiles[row] for row in rows],
+        "part": parts,
+    }
+    for index, name in enumerate(molecules.columns):
+        columns[f"label:{name}"] = pa.array(molecules.labels[rows, index], from_pandas=True)
+        columns[f"prediction:{name}"] = predictions[rows, index]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())

@@ -1,0 +1,352 @@
+"""What fine-tuning, sweeps and embedding share on a Ray cluster: molecules, weights, seeds, results."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+import torch
+
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.scaffolds import split_hash
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.evaluation.baselines import BASELINE_NAME
+from moleblend_ray.evaluation.dataset import load_labelled, split_molecules
+from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.property_model import (
+    SavedProperty,
+    is_property_model,
+    load_property_model,
+)
+from moleblend_ray.evaluation.report import write_report
+from moleblend_ray.evaluation.results import (
+    RESULTS_NAME,
+    RESULTS_VERSION,
+    SeedResult,
+    TrialResult,
+    data_entry,
+    seeds_entry,
+    task_entry,
+    versions,
+    weights_fingerprint,
+)
+from moleblend_ray.evaluation.runs import (
+    Experiment,
+    finished_seed,
+    fit_baseline,
+    read_test_predictions,
+    train_and_test,
+)
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.model.moleblend import PropertyModel
+from moleblend_ray.orchestration.prepare import prepare
+from moleblend_ray.orchestration.progress import Progress
+from moleblend_ray.training.checkpoint import load_model
+
+logger = logging.getLogger(__name__)
+
+IDENTITY_NAME = "config.json"
+"""What the directory is for; a different question needs a different directory."""
+
+ROWS_PER_CHUNK = 1024
+"""Rows per task when preparing: labelled sets are small, and conformers are what costs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """A task's molecules and starting weights, read once and shared with every task of the cluster."""
+
+    data_uri: str
+    """The prepared dataset."""
+    experiment: Experiment
+    """On the driver."""
+    shared: Any
+    """The experiment in the object store (``ray.ObjectRef``)."""
+
+
+def set_up(config: FinetuneConfig | SweepConfig) -> Bench:
+    """Prepare and load the molecules, split them, load the starting weights; check that ``out`` is for this."""
+    task = config.task.resolve()
+    start = starting_point(config)
+    data_uri = prepare_task(config)
+    molecules = load_labelled(data_uri, task)
+    split = split_molecules(molecules.smiles, task.split, config.split_seed)
+    identity = {
+        "config": _question(config),
+        "data_fingerprint": molecules.fingerprint,
+        "checkpoint_fingerprint": start.fingerprint,
+    }
+    claim(config.out, identity)
+    experiment = Experiment(task=task, molecules=molecules, split=split, start=start)
+    logger.info(
+        "%s: %d molecules, split %s into %d / %d / %d",
+        task.name,
+        len(molecules),
+        task.split.value,
+        len(split.train),
+        len(split.valid),
+        len(split.test),
+    )
+    return Bench(data_uri=data_uri, experiment=experiment, shared=ray.put(experiment))
+
+
+def prepare_task(config: FinetuneConfig | SweepConfig) -> str:
+    """URI of the task's prepared molecules."""
+    task = config.task
+    return prepare_molecules(
+        task,
+        storage.join(config.out, "data"),
+        label_columns=task.resolve().columns or None,
+        cluster=config.cluster,
+    )
+
+
+def prepare_molecules(
+    molecules: TaskConfig | EmbedConfig,
+    out: str,
+    *,
+    label_columns: tuple[str, ...] | None,
+    cluster: ClusterConfig,
+) -> str:
+    """URI of the prepared dataset: the source itself if it is one, else ``out``, made (or completed) now.
+
+    All molecules are in one split, in the source's order.
+    """
+    if storage.exists(storage.join(molecules.source, MANIFEST_NAME)):
+        return molecules.source
+    prepare(
+        PrepareConfig(
+            source=molecules.source,
+            out=out,
+            smiles_column=molecules.smiles_column,
+            id_column=molecules.id_column,
+            label_columns=label_columns,
+            featurize=FeaturizeConfig(
+                max_atoms=molecules.max_atoms,
+                conformers=ConformerConfig(generate=molecules.conformers),
+            ),
+            rows_per_chunk=ROWS_PER_CHUNK,
+            valid_fraction=0.0,
+            cluster=cluster,
+        )
+    )
+    return out
+
+
+def starting_point(config: FinetuneConfig | SweepConfig) -> StartingPoint:
+    """The checkpoint's encoder, or the description of a new one."""
+    if config.checkpoint is None:
+        return StartingPoint(model=config.model, encoder=None, fingerprint=None)
+    return load_encoder(config.checkpoint).start
+
+
+class LoadedEncoder(NamedTuple):
+    """A checkpoint's encoder, and what its property head predicts if it has a trained one."""
+
+    start: StartingPoint
+    """The encoder's architecture, weights and fingerprint."""
+    fine_tuned: SavedProperty | None
+    """The whole model, if it is a fine-tuned one."""
+
+
+def load_encoder(checkpoint: str) -> LoadedEncoder:
+    """From a pretraining run, one of its checkpoints, an exported model, or a fine-tuned model's folder."""
+    fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
+    model = load_model(checkpoint) if fine_tuned is None else fine_tuned.model
+    state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
+    start = StartingPoint(model=model.config, encoder=state, fingerprint=weights_fingerprint(state))
+    return LoadedEncoder(start, fine_tuned)
+
+
+def property_model(encoder: LoadedEncoder) -> PropertyModel:
+    """The fine-tuned model, or the encoder under an untrained head that nobody should ask."""
+    if encoder.fine_tuned is not None:
+        return encoder.fine_tuned.model
+    model = PropertyModel(encoder.start.model, num_targets=1)
+    if encoder.start.encoder is not None:
+        model.encoder.load_state_dict(encoder.start.encoder)
+    return model
+
+
+def train_seeds(
+    config: FinetuneConfig | SweepConfig,
+    bench: Bench,
+    settings: FinetuneSettings,
+    seeds: Sequence[int],
+) -> list[SeedResult]:
+    """Train and test ``settings`` with each seed, in parallel as resources allow; finished seeds are kept."""
+    found = {seed: finished_seed(config.out, seed) for seed in seeds}
+    missing = [seed for seed in seeds if found[seed] is None]
+    if len(missing) < len(seeds):
+        logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
+    task = ray.remote(**worker_resources(config))(_train_seed)
+    references = {
+        task.remote(bench.shared, settings, seed, config.out, config.cluster): seed
+        for seed in missing
+    }
+    found |= collect(references, f"{bench.experiment.task.name} seeds")
+    return [result for seed in seeds if (result := found[seed]) is not None]
+
+
+def run_baseline(
+    config: FinetuneConfig | SweepConfig, bench: Bench, seeds: Sequence[int]
+) -> list[SeedResult]:
+    """The fingerprint baseline with the same seeds; empty when switched off."""
+    if not config.baseline.enabled:
+        return []
+    task = ray.remote(num_cpus=config.cluster.cpus_per_worker)(_fit_baseline)
+    references = {
+        task.remote(bench.shared, seed, config.baseline.num_trees, config.cluster): seed
+        for seed in seeds
+    }
+    found = collect(references, "baseline seeds")
+    return [found[seed] for seed in seeds]
+
+
+def collect(references: Mapping[Any, int], description: str) -> dict[int, SeedResult]:
+    """Results of the tasks by seed, with progress; the first error stops the rest and is raised as itself."""
+    found: dict[int, SeedResult] = {}
+    waiting = list(references)
+    if not waiting:
+        return found
+    with Progress(description, unit="run", total=len(waiting)) as progress:
+        try:
+            while waiting:
+                done, waiting = ray.wait(waiting, num_returns=1)
+                result = ray.get(done[0])
+                found[references[done[0]]] = result
+                progress.reporter({"done": len(found), "valid": result.valid_score})
+        except ray.exceptions.RayTaskError as error:
+            for reference in waiting:
+                ray.cancel(reference, force=True)
+            raise error.cause from error
+        except ray.exceptions.RayError as error:
+            raise TrainingError(f"{description}: a worker was lost: {error}") from error
+    return found
+
+
+def worker_resources(config: FinetuneConfig | SweepConfig) -> dict[str, float]:
+    """What one training reserves, as arguments of ``ray.remote``."""
+    gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
+    return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
+
+
+def use_reserved(cluster: ClusterConfig) -> torch.device:
+    """Keep torch to the CPUs this process reserved, and give the device it may use."""
+    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    return torch.device("cuda" if cluster.use_gpu else "cpu")
+
+
+def write_results(
+    config: FinetuneConfig | SweepConfig,
+    bench: Bench,
+    chosen: FinetuneSettings,
+    final: Sequence[SeedResult],
+    baseline: Sequence[SeedResult],
+    *,
+    trials: Sequence[TrialResult],
+    seconds: float,
+) -> dict[str, Any]:
+    """Write the report, then ``results.json``, whose presence means that all is done."""
+    experiment, split = bench.experiment, bench.experiment.split
+    start = experiment.start
+    name = "from scratch" if config.checkpoint is None else "fine-tuned"
+    parts = {part: len(getattr(split, part)) for part in ("train", "valid", "test")}
+    results = {
+        "results_version": RESULTS_VERSION,
+        "config": to_dict(config),
+        "task": task_entry(experiment.task, experiment.molecules),
+        "data": data_entry(
+            bench.data_uri,
+            experiment.molecules,
+            experiment.task,
+            {"seed": config.split_seed, "hash": split_hash(split), **parts},
+        ),
+        "checkpoint": {
+            "uri": config.checkpoint,
+            "fingerprint": start.fingerprint,
+            "model": to_dict(start.model),
+        },
+        "chosen": to_dict(chosen),
+        "trials": [dataclasses.asdict(trial) for trial in trials],
+        "final": seeds_entry(f"MoleBLEND, {name}", final),
+        "baseline": seeds_entry(BASELINE_NAME, baseline) if baseline else None,
+        "versions": versions(),
+        "seconds": seconds,
+    }
+    write_report(config.out, results, *read_test_predictions(config.out, final[0].seed))
+    storage.write_json(storage.join(config.out, RESULTS_NAME), results)
+    return results
+
+
+def finished_results(config: FinetuneConfig | SweepConfig) -> dict[str, Any] | None:
+    """The stored results if ``out`` holds finished ones for this question; a ConfigError if for another."""
+    uri = storage.join(config.out, RESULTS_NAME)
+    if not storage.exists(uri):
+        return None
+    results: dict[str, Any] = storage.read_json(uri)
+    identity = storage.read_json(storage.join(config.out, IDENTITY_NAME))
+    compare_settings(config.out, identity["config"], _question(config))
+    logger.info("%s is finished: %s", config.out, uri)
+    return results
+
+
+def _train_seed(
+    experiment: Experiment, settings: FinetuneSettings, seed: int, out: str, cluster: ClusterConfig
+) -> SeedResult:
+    return train_and_test(experiment, settings, seed, out, use_reserved(cluster))
+
+
+def _fit_baseline(
+    experiment: Experiment, seed: int, num_trees: int, cluster: ClusterConfig
+) -> SeedResult:
+    return fit_baseline(experiment, seed, num_trees, max(1, int(cluster.cpus_per_worker)))
+
+
+def _question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:
+    """The settings that decide the results: not where they are computed or stored."""
+    settings = to_dict(config)
+    for name in ("out", "cluster", "gpus_per_worker"):
+        settings.pop(name)
+    return {"job": type(config).__name__, **settings}
+
+
+def claim(out: str, identity: Mapping[str, Any]) -> None:
+    """Mark ``out`` as being for this question, or find it so marked."""
+    uri = storage.join(out, IDENTITY_NAME)
+    if storage.exists(uri):
+        compare_settings(out, storage.read_json(uri), identity)
+    else:
+        storage.write_json(uri, identity)
+
+
+def compare_settings(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """A ConfigError that names every setting in which ``stored`` and ``asked`` differ."""
+    differing = _differences(stored, asked)
+    if differing:
+        raise ConfigError(
+            f"{out} holds results of other settings; they differ in {'; '.join(differing)}. "
+            "Choose another `out`, or repeat the settings to continue"
+        )
+
+
+def _differences(stored: Any, asked: Any, path: str = "") -> list[str]:
+    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
+        return [
+            line
+            for name in dict.fromkeys((*stored, *asked))
+            for line in _differences(
+                stored.get(name), asked.get(name), f"{path}.{name}" if path else name
+            )
+        ]
+    return [] if stored == asked else [f"{path}: {stored!r} there, {asked!r} here"]

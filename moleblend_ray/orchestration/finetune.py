@@ -1,0 +1,93 @@
+"""Fine-tuning on a Ray cluster: each seed is trained in a task of its own, and scored once on the test molecules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moleblend_ray.config.downstream import FinetuneConfig
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data import storage
+from moleblend_ray.evaluation.results import RESULTS_NAME
+from moleblend_ray.orchestration.downstream import (
+    finished_results,
+    run_baseline,
+    set_up,
+    train_seeds,
+    write_results,
+)
+from moleblend_ray.orchestration.local import ray_session
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneSummary:
+    """What a fine-tuning found and where it lies."""
+
+    out: str
+    """Directory of the results."""
+    results: str
+    """URI of ``results.json``."""
+    task: str
+    """Name of the task."""
+    metric: str
+    """How it is scored."""
+    molecules: int
+    """With labels, all parts together."""
+    valid_score: float
+    """Mean over seeds."""
+    test_score: float
+    """Mean over seeds."""
+    test_std: float
+    """Standard deviation over seeds."""
+    baseline_test_score: float | None
+    """Mean over seeds of the fingerprint baseline; None if switched off."""
+    seconds: float
+    """Wall time of the command that wrote the results."""
+    already_finished: bool
+    """True if an earlier command had written them, and this one did nothing."""
+
+
+def finetune(config: FinetuneConfig) -> FinetuneSummary:
+    """Train a property model for each seed, score each once on the test molecules, write ``results.json``.
+
+    Repeating a finished command does nothing; repeating an interrupted one trains the seeds that are missing.
+    """
+    config = with_absolute_paths(config)
+    began = time.monotonic()
+    stored = finished_results(config)
+    if stored is not None:
+        return summarise(config.out, stored, already_finished=True)
+    with ray_session(config.cluster):
+        bench = set_up(config)
+        final = train_seeds(config, bench, config.finetune, config.seeds)
+        baseline = run_baseline(config, bench, config.seeds)
+        results = write_results(
+            config,
+            bench,
+            config.finetune,
+            final,
+            baseline,
+            trials=(),
+            seconds=time.monotonic() - began,
+        )
+    return summarise(config.out, results, already_finished=False)
+
+
+def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -> FinetuneSummary:
+    """The figures of ``results`` that fit on a screen."""
+    baseline = results["baseline"]
+    return FinetuneSummary(
+        out=out,
+        results=storage.join(out, RESULTS_NAME),
+        task=results["task"]["name"],
+        metric=results["task"]["metric"],
+        molecules=results["data"]["molecules"],
+        valid_score=results["final"]["valid"]["mean"],
+        test_score=results["final"]["test"]["mean"],
+        test_std=results["final"]["test"]["std"],
+        baseline_test_score=baseline["test"]["mean"] if baseline else None,
+        seconds=results["seconds"],
+        already_finished=already_finished,
+    )

@@ -1,0 +1,362 @@
+"""A hyper-parameter search with Ray Tune, judged on validation molecules only.
+
+The trials get training and validation molecules and nothing else: the test part is not in their memory. When
+the search is over, the best configuration is trained with several seeds, and each is scored once on the test part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+import ray
+from numpy.typing import NDArray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.downstream import SweepConfig
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data import storage
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.finetune import EpochReport, StartingPoint, finetune_once
+from moleblend_ray.evaluation.results import TrialResult
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.orchestration.downstream import (
+    Bench,
+    finished_results,
+    run_baseline,
+    set_up,
+    train_seeds,
+    use_reserved,
+    worker_resources,
+    write_results,
+)
+from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
+from moleblend_ray.orchestration.local import available_cpus, ray_session
+from moleblend_ray.orchestration.progress import Progress, Reporter
+
+logger = logging.getLogger(__name__)
+
+METRIC = "best_valid_score"
+"""What trials report and are compared by: their best validation score so far."""
+
+REDUCTION_FACTOR = 3
+"""ASHA keeps this share (one in three) of the trials at each of its levels."""
+
+TUNE_DIR = "tune"
+"""Folder of the search's state within ``out``, named by Ray Tune's rules."""
+
+_QUIET = {
+    # One folder of result files a trial is enough; no TensorBoard or CSV beside them.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Trials use absolute paths; a changed folder would only break a user's relative imports.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepSummary:
+    """What a sweep found and where it lies."""
+
+    out: str
+    """Directory of the results."""
+    results: str
+    """URI of ``results.json``."""
+    task: str
+    """Name of the task."""
+    metric: str
+    """How it is scored."""
+    molecules: int
+    """With labels, all parts together."""
+    trials: int
+    """Configurations tried."""
+    trials_failed: int
+    """Of these, without any score."""
+    chosen: dict[str, float | int]
+    """The configuration with the best validation score."""
+    valid_score: float
+    """Of the chosen configuration, mean over the final seeds."""
+    test_score: float
+    """Mean over the final seeds."""
+    test_std: float
+    """Standard deviation over the final seeds."""
+    baseline_test_score: float | None
+    """Mean over seeds of the fingerprint baseline; None if switched off."""
+    seconds: float
+    """Wall time of the command that wrote the results."""
+    already_finished: bool
+    """True if an earlier command had written them, and this one did nothing."""
+
+
+def sweep(config: SweepConfig) -> SweepSummary:
+    """Search, choose on validation, train the choice with each final seed, score the test part, write ``results.json``.
+
+    Repeating a finished command does nothing; repeating an interrupted one keeps the trials and seeds that were
+    finished.
+    """
+    config = with_absolute_paths(config)
+    began = time.monotonic()
+    stored = finished_results(config)
+    if stored is not None:
+        return _summary(summarise(config.out, stored, already_finished=True), stored)
+    with ray_session(config.cluster):
+        bench = set_up(config)
+        trials = run_trials(config, bench)
+        chosen = choose(config.finetune, bench.experiment.task, trials)
+        logger.info("chosen on validation: %s", chosen)
+        final = train_seeds(config, bench, chosen, config.final_seeds)
+        baseline = run_baseline(config, bench, config.final_seeds)
+        results = write_results(
+            config,
+            bench,
+            chosen,
+            final,
+            baseline,
+            trials=trials,
+            seconds=time.monotonic() - began,
+        )
+    return _summary(summarise(config.out, results, already_finished=False), results)
+
+
+def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
+    """Run the search, or what is left of an interrupted one."""
+    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    experiment = bench.experiment
+    seen = np.concatenate([experiment.split.train, experiment.split.valid])
+    trainable = tune.with_resources(
+        tune.with_parameters(
+            _run_trial,
+            data=TrialData(
+                task=experiment.task,
+                # Only these: a trial cannot look at test molecules that it does not have.
+                molecules=experiment.molecules.take(seen),
+                train=np.arange(len(experiment.split.train), dtype=np.int64),
+                valid=np.arange(len(experiment.split.train), len(seen), dtype=np.int64),
+                start=experiment.start,
+            ),
+            settings=config.finetune,
+            seed=config.search_seed,
+            cluster=config.cluster,
+        ),
+        _tune_resources(config),
+    )
+    with Progress(
+        f"{experiment.task.name} trials", unit="trial", total=config.num_trials
+    ) as progress:
+        _ProgressCallback.reporter = progress.reporter
+        try:
+            grid = _tuner(config, experiment.task, trainable).fit()
+        finally:
+            _ProgressCallback.reporter = None
+    return _collect_trials(grid)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialData:
+    """What every trial shares through the object store."""
+
+    task: Task
+    """What is asked."""
+    molecules: LabelledMolecules
+    """Training, then validation molecules."""
+    train: NDArray[np.int64]
+    """Rows of the training part."""
+    valid: NDArray[np.int64]
+    """Rows of the validation part."""
+    start: StartingPoint
+    """Weights to start from."""
+
+
+def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> FinetuneSettings:
+    """The settings of the trial with the best validation score; the earlier one of equals."""
+    scored = [trial for trial in trials if trial.valid_score is not None]
+    if not scored:
+        errors = "; ".join(dict.fromkeys(trial.error or "no score" for trial in trials))
+        raise TrainingError(f"none of {len(trials)} trials has a validation score: {errors}")
+    sign = -1.0 if task.metric.higher_is_better else 1.0
+    best = min(scored, key=lambda trial: (sign * (trial.valid_score or 0.0), trial.number))
+    return settings_of(fixed, best.settings)
+
+
+def settings_of(fixed: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:
+    """``fixed`` with the drawn values in place."""
+    return dataclasses.replace(fixed, **drawn)
+
+
+def concurrent_trials(config: SweepConfig) -> int:
+    """Trials that run at once: what the cluster's resources hold, at least one.
+
+    A private cluster counts logical CPUs, of which it may have more than the machine has cores; there, trials
+    beyond the cores would only slow each other down.
+    """
+    total = ray.cluster_resources()
+    need = worker_resources(config)
+    fits = int(total.get("CPU", 0) // need["num_cpus"])
+    if need["num_gpus"]:
+        fits = min(fits, int(total.get("GPU", 0) / need["num_gpus"]))
+    elif not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+        fits = min(fits, int(available_cpus() // need["num_cpus"]))
+    return max(1, min(fits, config.num_trials))
+
+
+def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
+    storage_path = storage.join(config.out, TUNE_DIR)
+    experiment_path = storage.join(storage_path, "search")
+    if tune.Tuner.can_restore(experiment_path):
+        logger.info("continuing the search in %s", experiment_path)
+        return tune.Tuner.restore(experiment_path, trainable=trainable, resume_unfinished=True)
+    mode = "max" if task.metric.higher_is_better else "min"
+    longest = (config.search.epochs or task.epochs)[1]
+    return tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=OptunaSearch(
+                space=search_distributions(config, task),
+                metric=METRIC,
+                mode=mode,
+                seed=config.search_seed,
+            ),
+            scheduler=ASHAScheduler(
+                metric=METRIC,
+                mode=mode,
+                max_t=longest,
+                grace_period=min(config.grace_epochs, longest),
+                reduction_factor=REDUCTION_FACTOR,
+            ),
+            num_samples=config.num_trials,
+            max_concurrent_trials=concurrent_trials(config),
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=storage_path,
+            # A lost node costs a trial its progress, not the sweep; what fails twice is recorded as failed.
+            failure_config=tune.FailureConfig(max_failures=1),
+            callbacks=[_ProgressCallback()],
+            verbose=0,
+        ),
+    )
+
+
+def search_distributions(
+    config: SweepConfig, task: Task
+) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The search space in Optuna's terms."""
+    space = config.search
+    fewest, most = space.epochs or task.epochs
+    return {
+        "learning_rate": optuna.distributions.FloatDistribution(*space.learning_rate, log=True),
+        "weight_decay": optuna.distributions.FloatDistribution(*space.weight_decay, log=True),
+        "batch_size": optuna.distributions.CategoricalDistribution(space.batch_size),
+        "epochs": optuna.distributions.IntDistribution(fewest, most),
+    }
+
+
+def _run_trial(
+    drawn: dict[str, Any],
+    data: TrialData,
+    settings: FinetuneSettings,
+    seed: int,
+    cluster: ClusterConfig,
+) -> None:
+    """One trial, in a worker process."""
+    settings = settings_of(settings, drawn)
+    finetune_once(
+        data.molecules,
+        data.train,
+        data.valid,
+        task=data.task,
+        start=data.start,
+        settings=settings,
+        seed=seed,
+        device=use_reserved(cluster),
+        report=functools.partial(_report, settings),
+    )
+
+
+def _report(settings: FinetuneSettings, epoch: EpochReport) -> None:
+    over = epoch.epoch == settings.epochs or epoch.epoch - epoch.best_epoch >= settings.patience
+    tune.report({**dataclasses.asdict(epoch), "over": over})
+
+
+def _tune_resources(config: SweepConfig) -> dict[str, float]:
+    need = worker_resources(config)
+    return {"cpu": need["num_cpus"], "gpu": need["num_gpus"]}
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.trial_id}"
+
+
+class _ProgressCallback(tune.Callback):
+    """Tells the driver's progress display about finished trials.
+
+    The reporter is a class attribute: Tune pickles its callbacks with the search's state, and the display
+    of an interrupted command must not come back with a restored one.
+    """
+
+    reporter: Reporter | None = None
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ARG002 - Tune's signature
+        """Count the trials that are over."""
+        if self.reporter is not None:
+            over = [trial for trial in trials if trial.status in (Trial.TERMINATED, Trial.ERROR)]
+            failed = sum(trial.status == Trial.ERROR for trial in over)
+            self.reporter({"done": len(over), "failed": failed})
+
+
+def _collect_trials(grid: tune.ResultGrid) -> list[TrialResult]:
+    return [_trial_result(number, grid[number]) for number in range(len(grid))]
+
+
+def _trial_result(number: int, result: tune.Result) -> TrialResult:
+    metrics = result.metrics or {}
+    score = metrics.get(METRIC)
+    known = score is not None and math.isfinite(score)
+    if result.error is not None:
+        status = "failed"
+    elif metrics.get("over", False):
+        status = "finished"
+    else:
+        status = "stopped"
+    return TrialResult(
+        number=number,
+        status=status,
+        settings=dict(result.config or {}),
+        valid_score=float(score) if known and status != "failed" else None,
+        epochs=int(metrics.get("epoch", 0)),
+        seconds=float(metrics.get("seconds", 0.0)),
+        error=None if result.error is None else _last_line(result.error),
+    )
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _summary(found: FinetuneSummary, results: Mapping[str, Any]) -> SweepSummary:
+    drawn = {name for trial in results["trials"] for name in trial["settings"]}
+    return SweepSummary(
+        **dataclasses.asdict(found),
+        trials=len(results["trials"]),
+        trials_failed=sum(trial["status"] == "failed" for trial in results["trials"]),
+        chosen={name: value for name, value in results["chosen"].items() if name in drawn},
+    )
