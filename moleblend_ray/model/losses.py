@@ -29,8 +29,11 @@ __all__ = [
     "LossConfig",
     "count_other_bonds",
     "edge_targets",
+    "has_direction",
     "loss_counts",
     "loss_means",
+    "noised_atoms",
+    "pair_displacement",
     "pretraining_loss_sums",
     "spd_targets",
     "total_loss",
@@ -55,6 +58,21 @@ def edge_targets(batch: MoleculeBatch, config: LossConfig) -> Tensor:
     return table[batch.path_codes.int()]
 
 
+def pair_displacement(batch: MoleculeBatch) -> Tensor:
+    """(B, N, N, 3) float32, angstrom: clean position b - position a at [a, b]."""
+    return batch.positions[:, None, :, :] - batch.positions[:, :, None, :]
+
+
+def has_direction(batch: MoleculeBatch) -> Tensor:
+    """(B, N, N) bool: pairs with both positions known and not the same point."""
+    return batch.pair_position_mask & (pair_displacement(batch) != 0.0).any(-1)
+
+
+def noised_atoms(batch: MoleculeBatch, blend: Blend) -> Tensor:
+    """(B, N) bool: atoms with a position that show their 3D feature; the denoising loss is over these."""
+    return batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
+
+
 def count_other_bonds(batch: MoleculeBatch) -> Tensor:
     """() int64: hops outside the paper's 24 classes (the ones that ``ignore_other_bonds`` leaves out)."""
     table = torch.tensor(_EDGE_CLASSES, device=batch.path_codes.device)
@@ -69,8 +87,8 @@ def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tenso
     edge = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)[..., None] * (
         edge_targets(batch, config) != IGNORE
     )
-    molecules = _geometry_weight(batch, blend, config).sum((1, 2)) > 0
-    atoms = _noised_atoms(batch, blend)
+    molecules = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY).sum((1, 2)) > 0
+    atoms = noised_atoms(batch, blend)
     counts = (spd, edge, molecules, molecules, atoms)
     return torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
@@ -137,22 +155,6 @@ def _pair_weight(mask: Tensor, blend: Blend, config: LossConfig, relation: Relat
     return torch.where(visible, weight * config.visible_pair_weight, weight)
 
 
-def _geometry_weight(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
-    """(B, N, N) float32 weight of the pairs with a direction: both positions known and not the same point."""
-    apart = (_displacement(batch) != 0.0).any(-1)
-    return _pair_weight(batch.pair_position_mask & apart, blend, config, Relation.GEOMETRY)
-
-
-def _displacement(batch: MoleculeBatch) -> Tensor:
-    """(B, N, N, 3) clean position b - position a at [a, b], angstrom."""
-    return batch.positions[:, None, :, :] - batch.positions[:, :, None, :]
-
-
-def _noised_atoms(batch: MoleculeBatch, blend: Blend) -> Tensor:
-    """(B, N) bool: atoms with a position that show their 3D feature."""
-    return batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
-
-
 def _spd_sum(
     output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
@@ -180,19 +182,21 @@ def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> T
 def _direction_sum(
     direction: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
-    weight = _geometry_weight(batch, blend, config)
+    weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
     # Entries without a target are zeroed first: their cosine then has gradient 0 instead of one that could overflow.
     predicted = direction.float().masked_fill((weight == 0.0)[..., None], 0.0)
     return _mean_per_molecule(
-        1.0 - F.cosine_similarity(predicted, _displacement(batch), dim=-1), weight
+        1.0 - F.cosine_similarity(predicted, pair_displacement(batch), dim=-1), weight
     )
 
 
 def _distance_sum(
     distance: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
-    weight = _geometry_weight(batch, blend, config)
-    return _mean_per_molecule((distance.float() - _displacement(batch).norm(dim=-1)).abs(), weight)
+    weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
+    return _mean_per_molecule(
+        (distance.float() - pair_displacement(batch).norm(dim=-1)).abs(), weight
+    )
 
 
 def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
@@ -204,7 +208,7 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
 
 
 def _denoise_sum(predicted: Tensor, batch: MoleculeBatch, blend: Blend) -> Tensor:
-    kept = _noised_atoms(batch, blend)
+    kept = noised_atoms(batch, blend)
     predicted = predicted.float().masked_fill(~kept[..., None], 0.0)
     loss = 1.0 - F.cosine_similarity(predicted, blend.noise, dim=-1)
     return loss.masked_fill(~kept, 0.0).sum()
