@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.precision import precise
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
 
 INIT_STD = 0.02
@@ -147,11 +148,11 @@ class GaussianDistance(nn.Module):
 
     def forward(self, distance: Tensor, element: Tensor) -> Tensor:
         """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code -> (B, N, N, K) float32."""
-        scale, shift = self.scale.float()[:, element], self.shift.float()[:, element]
+        scale, shift = precise(self.scale)[:, element], precise(self.shift)[:, element]
         value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
         value = value + (shift[0][:, :, None] + shift[1][:, None, :])
-        width = self.widths.float().abs() + MIN_GAUSSIAN_WIDTH
-        standard = (value[..., None] - self.means.float()) / width
+        width = precise(self.widths).abs() + MIN_GAUSSIAN_WIDTH
+        standard = (value[..., None] - precise(self.means)) / width
         kernels: Tensor = torch.exp(-0.5 * standard.square()) / (GAUSSIAN_NORM * width)
         return kernels
 

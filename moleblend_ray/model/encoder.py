@@ -22,6 +22,7 @@ from moleblend_ray.model.embeddings import (
     GeometryFeatures,
     TopologyBias,
 )
+from moleblend_ray.model.precision import precise
 
 
 class Attention(nn.Module):
@@ -141,18 +142,18 @@ class Encoder(nn.Module):
         self, batch: MoleculeBatch, blend: Blend | None, geometry: GeometryFeatures
     ) -> Tensor:
         """(B, H, T, T) float32: visible relations between atoms, the virtual distance on the graph token's links."""
-        spd, edge = self.topology.spd_bias(batch).float(), self.topology.edge_bias(batch).float()
+        spd, edge = precise(self.topology.spd_bias(batch)), precise(self.topology.edge_bias(batch))
         if blend is None:
-            pairs = spd + edge + geometry.bias.float()
+            pairs = spd + edge + precise(geometry.bias)
         else:
             choice = blend.pair_choice[..., None]
             graph = torch.where(choice == Relation.SPD, spd, edge)
-            pairs = torch.where(choice == Relation.GEOMETRY, geometry.bias.float(), graph)
+            pairs = torch.where(choice == Relation.GEOMETRY, precise(geometry.bias), graph)
         bias: Tensor = F.pad(pairs, (0, 0, 1, 0, 1, 0))
         T = bias.shape[1]
         token = torch.arange(T, device=bias.device)
         border = (token[:, None] == 0) | (token[None, :] == 0)
-        bias = bias + border[..., None] * self.topology.virtual_distance.float()
+        bias = bias + border[..., None] * precise(self.topology.virtual_distance)
         padding_column = token > batch.num_atoms[:, None]
         bias = bias.masked_fill(padding_column[:, None, :, None], float("-inf"))
         return bias.permute(0, 3, 1, 2).contiguous()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.embeddings import INIT_STD
+from moleblend_ray.model.precision import precise
 
 PAIR_NORM_EPSILON = 1e-12
 """LayerNorm epsilon of the pair heads (official code)."""
@@ -80,14 +81,14 @@ class DenoisingHead(nn.Module):
             for linear in (self.query, self.key)
         )
         score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        attention = torch.softmax(score.float() + bias.float(), dim=-1)
+        attention = torch.softmax(precise(score) + precise(bias), dim=-1)
         attention = F.dropout(attention, self.dropout, self.training)
         per_axis = self._projected_values(atoms, batch)
         with torch.autocast(atoms.device.type, enabled=False):
             # (B, N, N, 3): what atom b contributes to atom a, summed over heads.
-            contribution = torch.einsum("bhij,bjhx->bijx", attention, per_axis.float())
+            contribution = torch.einsum("bhij,bjhx->bijx", attention, precise(per_axis))
             moved = (contribution * displacement).sum(dim=2)
-            return moved + self.axes.bias.float()
+            return moved + precise(self.axes.bias)
 
     def _projected_values(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
         """(B, N, H, 3): each head's value vector times the weights of each axis."""

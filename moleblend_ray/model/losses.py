@@ -21,6 +21,7 @@ from moleblend_ray.model.config import (
     LossConfig,
 )
 from moleblend_ray.model.moleblend import MoleBlendOutput
+from moleblend_ray.model.precision import precise
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
 
 __all__ = [
@@ -126,7 +127,7 @@ def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
     """Each sum divided by its count; 0 where nothing was counted."""
     divisor = torch.where(counts > 0, counts, torch.ones_like(counts))
     return {
-        name: (sums[name].double() / divisor[index]).float()
+        name: (sums[name].double() / divisor[index]).to(sums[name].dtype)
         for index, name in enumerate(LOSS_NAMES)
     }
 
@@ -174,7 +175,7 @@ def _edge_sum(
 
 def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     loss = F.cross_entropy(
-        logits.float().flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none"
+        precise(logits).flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return (loss * weight.flatten()).sum()
 
@@ -184,7 +185,7 @@ def _direction_sum(
 ) -> Tensor:
     weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
     # Entries without a target are zeroed first: their cosine then has gradient 0 instead of one that could overflow.
-    predicted = direction.float().masked_fill((weight == 0.0)[..., None], 0.0)
+    predicted = precise(direction).masked_fill((weight == 0.0)[..., None], 0.0)
     return _mean_per_molecule(
         1.0 - F.cosine_similarity(predicted, pair_displacement(batch), dim=-1), weight
     )
@@ -195,7 +196,7 @@ def _distance_sum(
 ) -> Tensor:
     weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
     return _mean_per_molecule(
-        (distance.float() - pair_displacement(batch).norm(dim=-1)).abs(), weight
+        (precise(distance) - pair_displacement(batch).norm(dim=-1)).abs(), weight
     )
 
 
@@ -209,6 +210,6 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
 
 def _denoise_sum(predicted: Tensor, batch: MoleculeBatch, blend: Blend) -> Tensor:
     kept = noised_atoms(batch, blend)
-    predicted = predicted.float().masked_fill(~kept[..., None], 0.0)
+    predicted = precise(predicted).masked_fill(~kept[..., None], 0.0)
     loss = 1.0 - F.cosine_similarity(predicted, blend.noise, dim=-1)
     return loss.masked_fill(~kept, 0.0).sum()
