@@ -36,6 +36,9 @@ _S3_ENVIRONMENT: Final = (
 )
 """Settings an S3 client reads once: a client made under other values must not be used again."""
 
+_READ_AHEAD_BYTES: Final = 8 << 20
+"""What one request of a streamed read fetches from remote storage."""
+
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 
 
@@ -67,6 +70,11 @@ def join(uri: str, *parts: str) -> str:
 def name_of(uri: str) -> str:
     """The last component of a URI."""
     return uri.rstrip("/").rsplit("/", 1)[-1]
+
+
+def absolute(uri: str) -> str:
+    """The URI as listings give it: a local path made absolute."""
+    return _with_protocol(uri, _resolve(uri)[1])
 
 
 def exists(uri: str) -> bool:
@@ -108,7 +116,7 @@ def open_read(uri: str) -> BinaryIO:
     """A binary file object; wrap its reads in :func:`translate_errors`, they may fail late."""
     filesystem, path = _resolve(uri)
     with translate_errors("open", uri):
-        return cast(BinaryIO, filesystem.open(path, "rb"))
+        return cast(BinaryIO, filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -287,7 +295,6 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
     if protocol in {"s3", "s3a"}:
         options |= {
             "use_listings_cache": False,
-            "default_cache_type": "none",
             "config_kwargs": {"connect_timeout": 10, "read_timeout": 60},
         }
     elif protocol in {"gs", "gcs"}:

@@ -1,0 +1,375 @@
+"""Molecule files -> a prepared data set, on Ray Data.
+
+Reading tasks cut each file into chunks of raw records, one row each, so that no re-blocking by Ray can change
+what a chunk is; actors turn a chunk into its files and a receipt; the driver writes the manifest of all receipts
+last. A chunk whose receipt is there already is only read again, not converted: the same command after an
+interruption goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Final
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.data.block import BlockMetadata
+
+from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.shard_writer import (
+    ConvertOptions,
+    Receipt,
+    begin,
+    convert_chunk,
+    finish,
+    finished_manifest,
+)
+from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    ParquetPart,
+    RowChunk,
+    SourceLayout,
+    SourceSet,
+    find_sources,
+    inspect_sources,
+    parquet_parts,
+    read_chunks,
+)
+from moleblend_ray.errors import ConfigError, DataError, StorageError
+from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.progress import Progress, Reporter
+
+logger = logging.getLogger(__name__)
+
+_PARTS_PER_TASK: Final = 16
+"""Chunks that one reading task takes from a Parquet file."""
+_BYTES_PER_ACTOR: Final = 256 << 10
+"""Source bytes that are worth another actor: starting one takes about as long as converting them."""
+_THREADS: Final = 16
+# Reading is cheap, and must find a place beside the converting actors on any cluster.
+_READER_CPUS: Final = 0.1
+_ACTOR_CPUS: Final = 0.9
+
+_CHUNK_SCHEMA: Final = pa.schema(
+    [
+        ("file_index", pa.int64()),
+        ("chunk_index", pa.int64()),
+        ("first_row", pa.int64()),
+        ("num_rows", pa.int64()),
+        ("payload", pa.large_binary()),
+        ("damage", pa.string()),
+        ("failure", pa.string()),
+    ]
+)
+"""One row a chunk. Without ``payload``: converted before; or, with ``damage`` of the file or ``failure`` of the
+storage, where reading ended."""
+
+_RESULT_SCHEMA: Final = pa.schema(
+    [
+        ("file_index", pa.int64()),
+        ("chunk_index", pa.int64()),
+        ("receipt", pa.string()),
+        ("damage", pa.string()),
+        ("failure", pa.string()),
+    ]
+)
+"""One row a chunk. With ``file_index`` alone: the receipt at hand holds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrepareSummary:
+    """What `prepare` did."""
+
+    out: str
+    """The data set."""
+    status: str
+    """``prepared``, ``continued`` (some chunks were there) or ``already prepared``."""
+    rows_in: int
+    rows_out: int
+    rows_quarantined: int
+    quarantined_by_reason: dict[str, int]
+    train: int
+    """Molecules for training."""
+    valid: int
+    """Molecules for validation."""
+    with_coordinates: int
+    labels: int
+    """Label columns."""
+    duplicate_ids: int
+    shards: int
+    bytes: int
+    """Of all shards."""
+    fingerprint: str
+    seconds: float
+
+
+def prepare(config: PrepareConfig) -> PrepareSummary:
+    """Prepare ``config.source`` into ``config.out``; a finished one is left as it is, an unfinished one finished."""
+    start_s = time.monotonic()
+    options = _options(config)
+    files = find_sources(config.source)
+    _check_apart(config, [file.uri for file in files])
+    manifest = finished_manifest(config.out, files, options)
+    if manifest is not None:
+        logger.info("%s is prepared already: nothing to do", config.out)
+        return _summary(config.out, "already prepared", manifest, start_s)
+    sources = inspect_sources(files, options.columns)
+    done = begin(config.out, sources, options)
+    if done:
+        logger.info("%s is unfinished: %d chunks are there", config.out, len(done))
+    with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
+        job = _Job(config, sources, options, done)
+        receipts = job.run(progress.reporter)
+    manifest = finish(config.out, sources, options, receipts)
+    _log_outcome(manifest, config.out)
+    return _summary(config.out, "continued" if done else "prepared", manifest, start_s)
+
+
+def _options(config: PrepareConfig) -> ConvertOptions:
+    return ConvertOptions(
+        columns=ColumnConfig(
+            smiles_column=config.smiles_column,
+            id_column=config.id_column,
+            label_columns=config.label_columns,
+        ),
+        featurize=config.featurize,
+        rows_per_chunk=config.rows_per_chunk,
+        row_group_rows=config.row_group_rows,
+        valid_fraction=config.valid_fraction,
+        split_seed=config.split_seed,
+    )
+
+
+def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
+    """Refuse an output among the sources: the next run would take its shards for sources."""
+    out, source = (storage.absolute(uri).rstrip("/") + "/" for uri in (config.out, config.source))
+    if out.startswith(source) or any(uri.startswith(out) for uri in uris):
+        raise ConfigError(
+            f"out: {config.out} lies inside source {config.source}; give a place outside of it."
+        )
+
+
+class _Job:
+    """One run of the Ray Data pipeline."""
+
+    def __init__(
+        self,
+        config: PrepareConfig,
+        sources: SourceSet,
+        options: ConvertOptions,
+        done: Mapping[tuple[int, int], Receipt],
+    ) -> None:
+        self._out = config.out
+        self._sources = sources
+        self._options = options
+        self._done = done
+        self._num_actors = _num_actors(config, sources)
+
+    def run(self, report: Reporter) -> list[Receipt]:
+        """Convert what is to be converted; the receipts of all chunks, or an error that says what is lacking."""
+        receipts: list[Receipt] = []
+        damages: list[str] = []
+        rows = quarantined = 0
+        for result in self._results():
+            if result["failure"] is not None:
+                # The storage is away or full: the chunks to come would only fail as well.
+                raise StorageError(result["failure"])
+            if result["damage"] is not None:
+                damages.append(result["damage"])
+                continue
+            receipt = self._receipt(result)
+            receipts.append(receipt)
+            rows += receipt.rows_in
+            quarantined += receipt.rows_quarantined
+            report({"done": rows, "quarantined": quarantined})
+        if damages:
+            raise DataError("\n".join(sorted(damages)))
+        report({"done": rows, "total": rows, "quarantined": quarantined})
+        return receipts
+
+    def _receipt(self, result: Mapping[str, Any]) -> Receipt:
+        if result["receipt"] is None:
+            return self._done[result["file_index"], result["chunk_index"]]
+        return Receipt.from_json(json.loads(result["receipt"]))
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        source = _Chunks(self._sources, self._options.rows_per_chunk, self._done)
+        dataset = ray.data.read_datasource(
+            source,
+            num_cpus=_READER_CPUS,
+            concurrency=self._num_actors,
+            override_num_blocks=source.num_tasks,
+        )
+        dataset = dataset.map_batches(
+            _Converter,
+            fn_constructor_args=(ray.put((self._sources, self._options)), self._out),
+            batch_size=1,
+            batch_format="pyarrow",
+            zero_copy_batch=True,
+            compute=ray.data.ActorPoolStrategy(size=self._num_actors),
+            num_cpus=_ACTOR_CPUS,
+            # A chunk that kills its process again and again must end the run, not repeat for ever.
+            max_task_retries=3,
+        )
+        # One block a row: else one actor would get many chunks at once and the others none.
+        dataset.context.target_max_block_size = 1
+        yield from dataset.iter_rows()
+
+
+def _num_actors(config: PrepareConfig, sources: SourceSet) -> int:
+    total = sum(layout.file.size for layout in sources.layouts)
+    return max(1, min(config.cluster.num_data_actors, total // _BYTES_PER_ACTOR))
+
+
+class _Chunks(ray.data.Datasource):
+    """The chunks of all files: a reading task for each text file, several for a Parquet file."""
+
+    def __init__(
+        self, sources: SourceSet, rows_per_chunk: int, done: Mapping[tuple[int, int], Receipt]
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        digests: list[dict[int, str]] = [{} for _ in sources.layouts]
+        for (file_index, chunk_index), receipt in done.items():
+            digests[file_index][chunk_index] = receipt.digest
+        with ThreadPoolExecutor(_THREADS) as pool:
+            cut = partial(_cut, rows_per_chunk=rows_per_chunk)
+            parts_of_files = list(pool.map(cut, sources.layouts))
+        self._tasks = [
+            (partial(_read, layout, index, rows_per_chunk, parts, digests[index]), layout)
+            for index, layout in enumerate(sources.layouts)
+            for parts in parts_of_files[index]
+        ]
+
+    @property
+    def num_tasks(self) -> int:
+        """Reading tasks."""
+        return len(self._tasks)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown: what is compressed how far shows in reading."""
+        return None
+
+    def get_read_tasks(
+        self,
+        parallelism: int,  # noqa: ARG002 - files and row groups decide
+        per_task_row_limit: int | None = None,  # noqa: ARG002 - no limit is ever asked here
+        data_context: Any = None,  # noqa: ARG002
+    ) -> list[Any]:
+        """The tasks, whatever Ray would like."""
+        return [
+            ray.data.ReadTask(
+                read,
+                BlockMetadata(
+                    num_rows=None,
+                    size_bytes=layout.file.size,
+                    input_files=(layout.file.uri,),
+                    exec_stats=None,
+                ),
+                schema=_CHUNK_SCHEMA,
+            )
+            for read, layout in self._tasks
+        ]
+
+
+def _cut(layout: SourceLayout, rows_per_chunk: int) -> list[list[ParquetPart] | None]:
+    """What each reading task of a file reads: parts of a Parquet file, or (None) all of a text file."""
+    if layout.file.format != "parquet" or layout.file.size == 0:
+        return [None]
+    parts = parquet_parts(layout.file, rows_per_chunk)
+    return [parts[i : i + _PARTS_PER_TASK] for i in range(0, len(parts), _PARTS_PER_TASK)]
+
+
+def _read(
+    layout: SourceLayout,
+    file_index: int,
+    rows_per_chunk: int,
+    parts: list[ParquetPart] | None,
+    digests: Mapping[int, str],
+) -> Iterator[pa.Table]:
+    """One table of one row for each chunk; damage becomes a last row, after which the chunks before still count."""
+    try:
+        for chunk in read_chunks(layout, file_index, rows_per_chunk, parts):
+            is_done = digests.get(chunk.chunk_index) == chunk.digest()
+            yield _row(
+                _CHUNK_SCHEMA,
+                file_index=file_index,
+                chunk_index=chunk.chunk_index,
+                first_row=chunk.first_row,
+                num_rows=chunk.num_rows,
+                payload=None if is_done else chunk.payload,
+            )
+    except DataError as error:
+        yield _row(_CHUNK_SCHEMA, file_index=file_index, damage=str(error))
+    except StorageError as error:
+        yield _row(_CHUNK_SCHEMA, file_index=file_index, failure=str(error))
+
+
+class _Converter:
+    """Converts chunks; one in each actor."""
+
+    def __init__(self, job: Any, out: str) -> None:
+        self._sources, self._options = ray.get(job) if isinstance(job, ray.ObjectRef) else job
+        self._out = out
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        row = batch.to_pylist()[0]
+        if row["payload"] is None:
+            return _row(_RESULT_SCHEMA, **row)
+        chunk = RowChunk(**{field.name: row[field.name] for field in fields(RowChunk)})
+        layout = self._sources.layouts[chunk.file_index]
+        try:
+            receipt = convert_chunk(chunk, layout, self._sources.labels, self._options, self._out)
+        except StorageError as error:
+            return _row(_RESULT_SCHEMA, **{**row, "failure": str(error)})
+        return _row(_RESULT_SCHEMA, **row, receipt=json.dumps(receipt.to_json()))
+
+
+def _row(schema: pa.Schema, **values: Any) -> pa.Table:
+    """One row of those of the values that the schema has."""
+    return pa.table({name: [values.get(name)] for name in schema.names}, schema=schema)
+
+
+def _log_outcome(manifest: Manifest, out: str) -> None:
+    counts = manifest.counts
+    for label in manifest.labels:
+        if label.num_unreadable:
+            logger.warning(
+                "label %r: %d cells hold no number and count as missing",
+                label.name,
+                label.num_unreadable,
+            )
+    for split in ("train", "valid"):
+        if not manifest.num_molecules(split):
+            logger.warning("%s: split %s has no molecules", out, split)
+    if counts.duplicate_ids:
+        logger.info("%d rows repeat the id of another", counts.duplicate_ids)
+
+
+def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> PrepareSummary:
+    counts = manifest.counts
+    return PrepareSummary(
+        out=out,
+        status=status,
+        rows_in=counts.rows_in,
+        rows_out=counts.rows_out,
+        rows_quarantined=counts.rows_quarantined,
+        quarantined_by_reason=counts.quarantined_by_reason,
+        train=manifest.num_molecules("train"),
+        valid=manifest.num_molecules("valid"),
+        with_coordinates=counts.with_coordinates,
+        labels=len(manifest.labels),
+        duplicate_ids=counts.duplicate_ids,
+        shards=len(manifest.shards),
+        bytes=sum(shard.num_bytes for shard in manifest.shards),
+        fingerprint=manifest.fingerprint,
+        seconds=round(time.monotonic() - start_s, 3),
+    )
