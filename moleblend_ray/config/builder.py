@@ -223,7 +223,7 @@ class _Builder:
 
     def _unknown_key(self, path: str, key: str, cls: type, value: object) -> None:
         full = _child(path, key)
-        nearest = _nearest_key(full, key, cls, path)
+        nearest = _nearest_key(key, cls, path)
         suggestion = f"did you mean {nearest}?" if nearest else f"valid keys: {_keys_of(cls, path)}"
         self.problems.append(
             f"{full}: unknown key (value {value!r}){self._where(full)}; {suggestion}"
@@ -238,15 +238,17 @@ def _first_word(line: str) -> str:
     return re.split(r"\W", line, maxsplit=1)[0]
 
 
-def _nearest_key(full: str, key: str, cls: type, path: str) -> str | None:
-    """The valid key most like `full`: among its siblings first, then anywhere below `cls`."""
+def _nearest_key(key: str, cls: type, path: str) -> str | None:
+    """Full path of the valid key most like `key`: among its siblings first, then anywhere below `cls`."""
     siblings = difflib.get_close_matches(key, list(field_types(cls)), n=1, cutoff=0.6)
     if siblings:
         return _child(path, siblings[0])
-    below = list(leaf_paths(cls, f"{path}." if path else ""))
-    same_name = [candidate for candidate in below if candidate.rsplit(".", 1)[-1] == key]
-    close = same_name or difflib.get_close_matches(full, below, n=1, cutoff=0.6)
-    return close[0] if close else None
+    # A key in the wrong section: any setting below with nearly this name.
+    below: dict[str, str] = {}
+    for candidate in leaf_paths(cls, _child(path, "")):
+        below.setdefault(candidate.rsplit(".", 1)[-1], candidate)
+    close = difflib.get_close_matches(key, list(below), n=1, cutoff=0.6)
+    return below[close[0]] if close else None
 
 
 def _keys_of(cls: type, path: str) -> str:

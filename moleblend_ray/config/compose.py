@@ -124,11 +124,14 @@ def _is_one_value(override: str) -> bool:
 
 def _origin(job: str, overrides: Sequence[str], path: str) -> str | None:
     """Where the value at `path` was written last: the command line, a group's file, or the job's own."""
+    chosen = _chosen(overrides)
     for override in overrides:
         key = override.partition("=")[0].lstrip("+")
+        if key in chosen:
+            continue
         if path == key or path.startswith((f"{key}.", f"{key}[")):
             return COMMAND_LINE
-    choices = {**job_groups(job), **_chosen(overrides)}
+    choices = {**job_groups(job), **chosen}
     files = [(f"{group}/{choice}", group) for group, choice in choices.items() if choice]
     for name, group in [*reversed(files), (job, "")]:
         file = config_dir() / f"{name}.yaml"

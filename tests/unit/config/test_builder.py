@@ -1,0 +1,137 @@
+"""The strict builder: what it makes, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import pytest
+
+from moleblend_ray.config.builder import build, check_all, to_dict, type_name
+from moleblend_ray.errors import ConfigError
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inner:
+    rate: float = 0.5
+    mode: Literal["keep", "reject"] = "keep"
+    sizes: tuple[int, ...] = (1, 2)
+
+    def __post_init__(self) -> None:
+        check_all(
+            (self.rate >= 0, f"rate: expected >= 0, found {self.rate}"),
+            (bool(self.sizes), "sizes: expected at least one, found none"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outer:
+    name: str
+    count: int = 3
+    flag: bool = False
+    limit: float | None = None
+    pair: tuple[float, float] = (0.0, 1.0)
+    colour: Colour = Colour.RED
+    extra: dict[str, int] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+    maybe: Inner | None = None
+
+
+def problems_of(values: dict[str, object]) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        build(Outer, values)
+    return [line.strip() for line in str(raised.value).splitlines()[1:]]
+
+
+def test_nested_mappings_become_nested_dataclasses_with_their_defaults() -> None:
+    built = build(Outer, {"name": "a", "inner": {"rate": 1, "sizes": [4]}, "colour": "blue"})
+    assert built == Outer(name="a", inner=Inner(rate=1.0, sizes=(4,)), colour=Colour.BLUE)
+    assert type(built.inner.rate) is float
+
+
+def test_to_dict_is_the_inverse_of_build() -> None:
+    config = Outer(name="a", limit=2.5, extra={"k": 1}, maybe=Inner(mode="reject"))
+    assert build(Outer, to_dict(config)) == config
+
+
+def test_optional_values_may_be_null_or_a_section() -> None:
+    assert build(Outer, {"name": "a", "maybe": None}).maybe is None
+    assert build(Outer, {"name": "a", "maybe": {"rate": 2}}).maybe == Inner(rate=2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 1.5}, "count: expected int, found 1.5 (float)"),
+        ({"count": True}, "count: expected int, found True (bool)"),
+        ({"flag": 1}, "flag: expected bool, found 1 (int)"),
+        ({"limit": "2"}, "limit: expected float or null, found '2' (str)"),
+        ({"count": None}, "count: expected int, found null"),
+        ({"pair": [1.0]}, "pair: expected list [float, float], found [1.0] (list)"),
+        ({"pair": [1.0, "x"]}, "pair[1]: expected float, found 'x' (str)"),
+        ({"colour": "green"}, "colour: expected one of red, blue, found 'green' (str)"),
+        ({"extra": {"k": "v"}}, "extra.k: expected int, found 'v' (str)"),
+        ({"inner": 3}, "inner: expected Inner, found 3 (int)"),
+        ({"inner": {"mode": "kep"}}, "did you mean keep?"),
+        ({"inner": {"rate": -1}}, "inner.rate: expected >= 0, found -1.0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_expected(
+    values: dict[str, object], message: str
+) -> None:
+    (problem,) = problems_of({"name": "a", **values})
+    assert message in problem
+
+
+@pytest.mark.parametrize(
+    ("values", "nearest"),
+    [
+        ({"cuont": 1}, "did you mean count?"),
+        ({"inner": {"szies": [1]}}, "did you mean inner.sizes?"),
+        ({"rate": 0.1}, "did you mean inner.rate?"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_valid_one(
+    values: dict[str, object], nearest: str
+) -> None:
+    (problem,) = problems_of({"name": "a", **values})
+    assert "unknown key" in problem
+    assert nearest in problem
+
+
+def test_a_key_like_no_other_lists_the_valid_ones() -> None:
+    (problem,) = problems_of({"name": "a", "inner": {"zzz": 1}})
+    assert "valid keys: inner.rate, inner.mode, inner.sizes" in problem
+
+
+def test_all_problems_are_told_at_once_even_those_a_section_finds_itself() -> None:
+    found = problems_of(
+        {"count": "x", "cuont": 1, "inner": {"rate": -1, "sizes": [], "mode": "kep"}}
+    )
+    assert len(found) == 6
+    told = "\n".join(found)
+    for part in (
+        "name: required",
+        "count: expected",
+        "cuont: unknown",
+        "inner.mode",
+        "inner.rate",
+        "inner.sizes",
+    ):
+        assert part in told
+
+
+def test_the_place_a_value_came_from_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"found 'x' \(str\), from conf/job.yaml"):
+        build(Outer, {"name": "a", "count": "x"}, origin=lambda path: f"conf/{'job'}.yaml")
+
+
+def test_type_names_read_as_words() -> None:
+    assert type_name(tuple[int, ...] | None) == "list of int or null"
+    assert type_name(Literal["a", "b"]) == "one of a, b"

@@ -1,0 +1,58 @@
+"""What `--help` and `--dry-run` show of a configuration."""
+
+from __future__ import annotations
+
+import pytest
+
+from moleblend_ray.config.describe import changed_settings, describe, field_docs, redact
+from moleblend_ray.config.paths import path_settings, with_absolute_paths
+from moleblend_ray.config.prepare import PrepareConfig
+
+
+def test_every_key_has_a_type_a_default_and_a_docstring() -> None:
+    keys = {key.path: key for key in describe(PrepareConfig)}
+    assert keys["source"].default == "required"
+    assert keys["featurize.conformers.generate"].default == "false"
+    assert keys["label_columns"].type == "list of str or null"
+    assert all(key.doc for key in keys.values())
+
+
+def test_a_docstring_follows_its_field() -> None:
+    assert field_docs(PrepareConfig)["split_seed"] == "Seed of that hash."
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("api_key", "abc", "***"),
+        ("aws_secret_access_key", "abc", "***"),
+        ("password", "", ""),
+        ("source", "s3://key:secret@bucket/x", "s3://***@bucket/x"),
+        (
+            "source",
+            "https://h/x?X-Amz-Signature=abc&part=1",
+            "https://h/x?X-Amz-Signature=***&part=1",
+        ),
+        ("source", "s3://bucket/x@2", "s3://bucket/x@2"),
+        ("source", "data/a.sdf", "data/a.sdf"),
+    ],
+)
+def test_secrets_and_credentials_in_uris_are_hidden(key: str, value: str, shown: str) -> None:
+    assert redact({"section": {key: [value]}}) == {"section": {key: [shown]}}
+
+
+def test_changed_settings_are_those_that_differ_from_their_defaults() -> None:
+    config = PrepareConfig(source="s3://u:p@b/x", out="o", rows_per_chunk=10)
+    assert changed_settings(config) == {
+        "source": "s3://***@b/x",
+        "out": "o",
+        "rows_per_chunk": "10",
+    }
+
+
+def test_local_paths_become_absolute_and_uris_stay(
+    tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = with_absolute_paths(PrepareConfig(source="s3://b/x", out="runs/o"))
+    assert path_settings(config) == {"source": "s3://b/x", "out": str(tmp_path / "runs/o")}

@@ -1,0 +1,124 @@
+"""The command: what it prints, and its exit status."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import moleblend_ray
+from moleblend_ray import cli
+from moleblend_ray.errors import ConfigError, StorageError
+
+PREPARE = ["prepare", "source=s3://key:secret@bucket/x.csv", "out=runs/data"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    rows_in: int
+    reasons: dict[str, int]
+
+
+def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {job} " in shown for job in cli.JOBS)
+
+
+@pytest.mark.parametrize("job", list(cli.JOBS))
+def test_help_of_a_job_lists_its_keys_with_types_and_defaults(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([job, "--help"]) == 0
+    assert "out: str required" in capsys.readouterr().out
+
+
+def test_without_a_job_the_jobs_are_shown_and_the_status_is_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([]) == 2
+    assert "Jobs:" in capsys.readouterr().out
+
+
+def test_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == moleblend_ray.__version__
+
+
+def test_dry_run_prints_settings_and_paths_hides_secrets_and_runs_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*PREPARE, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "rows_per_chunk: 8192" in shown
+    assert "moleblend_ray.orchestration.prepare.prepare" in shown
+    assert str(tmp_path / "runs/data") in shown
+    assert "secret" not in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_ends_with_a_table_of_what_and_where(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_prepare(monkeypatch, lambda config: Summary(rows_in=7, reasons={"empty_molecule": 2}))
+    assert cli.main(PREPARE) == 0
+    shown = capsys.readouterr().out
+    assert "rows in" in shown
+    assert "reasons.empty molecule" in shown
+    assert "runs/data" in shown
+    assert "secret" not in shown
+
+
+@pytest.mark.parametrize(("error", "status"), [(ConfigError, 2), (StorageError, 1)])
+def test_errors_of_the_project_print_without_traceback(
+    error: type[Exception],
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(config: object) -> None:
+        raise error("bucket [x] is missing")
+
+    stub_prepare(monkeypatch, fail)
+    assert cli.main(PREPARE) == status
+    shown = capsys.readouterr().err
+    assert "moleblend prepare: bucket [x] is missing" in shown
+    assert "Traceback" not in shown
+
+
+def test_an_interrupt_says_that_the_same_command_continues(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    stub_prepare(monkeypatch, interrupt)
+    assert cli.main(PREPARE) == 130
+    assert "the same command continues" in capsys.readouterr().err
+
+
+def test_an_unknown_key_exits_2_and_names_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([*PREPARE, "rows_per_chnk=3"]) == 2
+    assert "did you mean rows_per_chunk?" in capsys.readouterr().err
+
+
+def test_an_unknown_job_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrian", "out=x"]) == 2
+    assert "did you mean pretrain?" in capsys.readouterr().err
+
+
+def test_every_exported_name_can_be_imported() -> None:
+    assert all(getattr(moleblend_ray, name) is not None for name in moleblend_ray.__all__)
+
+
+def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
+    load = cli._load
+    monkeypatch.setattr(
+        cli,
+        "_load",
+        lambda reference: function if reference.endswith(":prepare") else load(reference),
+    )
