@@ -7,7 +7,7 @@ most of it the (N, N, 5) path codes. Reading a buffer copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
@@ -74,8 +74,8 @@ class StreamConfig:
             problems.append(
                 f"max_actors: expected at least min_actors ({self.min_actors}), found {self.max_actors}"
             )
-        if self.actor_cpus < 0:
-            problems.append(f"actor_cpus: expected at least 0, found {self.actor_cpus}")
+        if self.actor_cpus <= 0:
+            problems.append(f"actor_cpus: expected more than 0, found {self.actor_cpus}")
         if problems:
             raise ConfigError("\n".join(problems))
 
@@ -224,9 +224,9 @@ def step_batches(
 ) -> Iterator[StepBatch]:
     """Regroup the blocks that one rank receives into its steps, checking every tag.
 
-    ``blocks`` are tables with columns ``step, stream, index, payload``; block by block they hold the same
-    run of consecutive steps for stream ``rank``, ``rank + world_size``, ... ``num_micro`` is the number of
-    micro-batches of one (step, stream). A gap or a wrong order is a ``TrainingError``, never a wrong batch.
+    ``blocks`` are tables of :func:`pack_block`: block by block they hold the same run of consecutive steps for
+    stream ``rank``, ``rank + world_size``, ... ``num_micro`` is the number of micro-batches of one (step,
+    stream). A gap or a wrong order is a ``TrainingError``, never a wrong batch.
     """
     if num_streams % world_size:
         raise ConfigError(
@@ -270,32 +270,33 @@ def _step_batch(
 
 
 def _payloads(table: pa.Table) -> list[memoryview]:
-    """The payload of each row as a view of the table's memory."""
-    views: list[memoryview] = []
-    for chunk in table.column("payload").chunks:
-        if not len(chunk):
-            continue
-        data = memoryview(chunk.buffers()[2])
-        ends = np.frombuffer(chunk.buffers()[1], dtype=np.int64)
-        ends = ends[chunk.offset : chunk.offset + len(chunk) + 1]
-        views.extend(data[begin:end] for begin, end in pairwise(ends))
-    return views
+    """The payloads of a packed block as views of its memory."""
+    payloads = table.column("payloads").combine_chunks().flatten()
+    if isinstance(payloads, pa.ChunkedArray):
+        payloads = payloads.combine_chunks()
+    if not len(payloads):
+        return []
+    data = memoryview(payloads.buffers()[2])
+    ends = np.frombuffer(payloads.buffers()[1], dtype=np.int64)
+    ends = ends[payloads.offset : payloads.offset + len(payloads) + 1]
+    return [data[begin:end] for begin, end in pairwise(ends)]
 
 
-def micro_batch_table(micro_batches: Iterable[MicroBatch]) -> pa.Table:
-    """Micro-batches as rows ``step, stream, index, payload`` of one table."""
-    micro_batches = list(micro_batches)
+def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
+    """Micro-batches of one stream as a table of one row, ``first_step, stream, payloads``.
+
+    One row a block, because Ray may cut a block of several rows in two but never a row.
+    """
     data = np.concatenate([micro.payload for micro in micro_batches])
     ends = np.cumsum([0, *(len(micro.payload) for micro in micro_batches)], dtype=np.int64)
-    payload = pa.LargeBinaryArray.from_buffers(
+    payloads = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(micro_batches), [None, pa.py_buffer(ends), pa.py_buffer(data)]
     )
     return pa.table(
         {
-            "step": pa.array([micro.step for micro in micro_batches], pa.int64()),
-            "stream": pa.array([micro.stream for micro in micro_batches], pa.int32()),
-            "index": pa.array([micro.index for micro in micro_batches], pa.int32()),
-            "payload": payload,
+            "first_step": pa.array([micro_batches[0].step], pa.int64()),
+            "stream": pa.array([micro_batches[0].stream], pa.int64()),
+            "payloads": pa.ListArray.from_arrays([0, len(micro_batches)], payloads),
         }
     )
 
