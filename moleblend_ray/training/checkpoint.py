@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar, cast
 
 import numpy as np
@@ -47,14 +47,12 @@ _MODEL_PREFIX: Final = "model."
 _ADAM_STATE: Final = ("exp_avg", "exp_avg_sq", "step")
 
 # What the index of a checkpoint may be made of.
-_INDEX_ROOTS: Final = frozenset({"torch", "collections", "pathlib"})
-_INDEX_MODULES: Final = frozenset({"torch.distributed.checkpoint.metadata"})
+_INDEX_MODULE: Final = "torch.distributed.checkpoint.metadata"
 _INDEX_NAMES: Final = frozenset(
     {
         ("torch", "Size"),
         ("torch.serialization", "_get_layout"),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-        ("collections", "OrderedDict"),
     }
 )
 
@@ -196,9 +194,11 @@ class _SafeReader(FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name) if module.split(".")[0] in _INDEX_ROOTS else None
-        is_record = module in _INDEX_MODULES and isinstance(found, type)
-        if is_record or (module, name) in _INDEX_NAMES or isinstance(found, torch.dtype):
+        if module.partition(".")[0] == "pathlib":
+            return PurePosixPath  # where the writer had its files; the module's name differs between Pythons
+        found = super().find_class(module, name) if module.startswith("torch") else None
+        is_record = module == _INDEX_MODULE and isinstance(found, type)
+        if is_record or isinstance(found, torch.dtype) or (module, name) in _INDEX_NAMES:
             return found
         raise CheckpointError(
             f"the checkpoint's index asks for {module}.{name}, which no checkpoint needs; it was tampered with"

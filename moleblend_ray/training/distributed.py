@@ -104,14 +104,18 @@ def distribute(
         return objective
     if strategy == "ddp":
         return _replicate(objective, ranks)
-    return _shard(objective, layers, precision)
+    return _shard(objective, layers, precision, ranks)
 
 
-def _shard(objective: nn.Module, layers: Iterable[nn.Module], precision: Precision) -> nn.Module:
-    # Layers hold nearly all parameters, so only theirs are gathered in bf16; gradients are reduced in float32.
-    # Autocast (see `autocast`) decides the arithmetic, hence no casting of layer inputs.
+def _shard(
+    objective: nn.Module, layers: Iterable[nn.Module], precision: Precision, ranks: Ranks
+) -> nn.Module:
+    # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
+    # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
+    # float32 tokens (autocast casts them on a GPU). Gradients are reduced in float32.
+    gathers_bf16 = precision == "bf16" and ranks.device.type == "cuda"
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        param_dtype=torch.bfloat16 if gathers_bf16 else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
@@ -136,11 +140,12 @@ def _replicate(objective: nn.Module, ranks: Ranks) -> nn.Module:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
-    replica.register_comm_hook(None, _sum_bucket)
+    # A lambda, because DDP compares a hook's annotations with classes, and ours are strings.
+    replica.register_comm_hook(None, lambda state, bucket: _sum_bucket(bucket))  # noqa: ARG005
     return replica
 
 
-def _sum_bucket(_: object, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_bucket(bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP communication hook that sums a gradient bucket (dist.GradBucket), where the built-in one averages."""
     reduced: torch.futures.Future[list[Tensor]] = dist.all_reduce(
         bucket.buffer(), async_op=True

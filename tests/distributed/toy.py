@@ -21,9 +21,7 @@ from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Learner, build_learner
 
 NUM_MOLECULES = 50
-ORDER = OrderConfig(
-    seed=3, global_batch_size=16, num_streams=4, shuffle_window=50, chunk_rows=8
-)
+ORDER = OrderConfig(seed=3, global_batch_size=16, num_streams=4, shuffle_window=50, chunk_rows=8)
 MICRO_BATCH_SIZE = 2
 """Half of a stream's share of a step: gradients accumulate over two micro-batches a stream."""
 

@@ -1,0 +1,167 @@
+"""The same run on 1, 2 and 4 processes, under FSDP2 and DDP, interrupted and continued at another world size."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("worker.py")
+TIMEOUT_S = 120
+COMPARED = ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise", "grad_norm")
+
+
+def launch(world_size: int, tasks: dict[str, dict[str, Any]], folder: Path) -> dict[str, list[Any]]:
+    """Run tasks (name -> settings) one after the other on ``world_size`` processes: name -> outcome of each rank."""
+    folder.mkdir()
+    plan = folder / "plan.json"
+    plan.write_text(
+        json.dumps([{**task, "result": str(folder / name)} for name, task in tasks.items()])
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(plan)],
+            env={
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), "\n".join(errors)
+    return {
+        name: [json.loads((folder / f"{name}.{rank}").read_text()) for rank in range(world_size)]
+        for name in tasks
+    }
+
+
+def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in COMPARED:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-5), (
+                ours["step"],
+                name,
+            )
+        for name in ("molecules", "atoms", "learning_rate"):
+            assert ours[name] == theirs[name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("world_sizes")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> dict[str, list[Any]]:
+    """One process without a process group; it leaves a checkpoint at step 4 for the others."""
+    return launch(
+        1,
+        {
+            "whole": {"strategy": "none"},
+            "first_half": {"strategy": "none", "run": str(folder / "from_one"), "stop_after": 3},
+            "dropout": {"strategy": "none", "dropout": True},
+        },
+        folder / "one",
+    )
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, one: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    from_one, from_two = str(folder / "from_one"), str(folder / "from_two")
+    return launch(
+        2,
+        {
+            "fsdp": {"strategy": "fsdp"},
+            "ddp": {"strategy": "ddp"},
+            "fsdp_dropout": {"strategy": "fsdp", "dropout": True},
+            "bf16": {"strategy": "fsdp", "precision": "bf16"},
+            "from_one": {"strategy": "ddp", "run": from_one, "start": 4},
+            "stopped": {"strategy": "fsdp", "run": from_two, "stop_after": 4},
+            "poisoned": {"strategy": "fsdp", "poison": 7},
+        },
+        folder / "two",
+    )
+
+
+@pytest.fixture(scope="module")
+def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return launch(
+        4,
+        {
+            "fsdp": {"strategy": "fsdp"},
+            "ddp": {"strategy": "ddp"},
+            "from_two": {"strategy": "fsdp", "run": str(folder / "from_two"), "start": 5},
+        },
+        folder / "four",
+    )
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_two_processes_give_the_steps_of_one(one: Any, two: Any, strategy: str) -> None:
+    assert_same_steps(two[strategy][0]["records"], one["whole"][0]["records"])
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_four_processes_give_the_steps_of_one(one: Any, four: Any, strategy: str) -> None:
+    assert_same_steps(four[strategy][0]["records"], one["whole"][0]["records"])
+
+
+def test_all_ranks_have_the_same_records(two: Any) -> None:
+    first, second = two["fsdp"]
+    for ours, theirs in zip(first["records"], second["records"], strict=True):
+        assert {name: ours[name] for name in COMPARED} == {name: theirs[name] for name in COMPARED}
+
+
+def test_dropout_is_the_same_at_another_world_size(one: Any, two: Any) -> None:
+    assert_same_steps(two["fsdp_dropout"][0]["records"], one["dropout"][0]["records"])
+    assert one["dropout"][0]["records"][0]["loss"] != one["whole"][0]["records"][0]["loss"]
+
+
+def test_bf16_trains_near_fp32(one: Any, two: Any) -> None:
+    ours, theirs = two["bf16"][0]["records"], one["whole"][0]["records"]
+    assert ours[0]["loss"] != theirs[0]["loss"]
+    for low, full in zip(ours, theirs, strict=True):
+        assert low["loss"] == pytest.approx(full["loss"], rel=0.1)
+
+
+def test_two_processes_continue_the_run_of_one(one: Any, two: Any) -> None:
+    assert one["first_half"][0]["step"] == 4
+    assert_same_steps(two["from_one"][0]["records"], one["whole"][0]["records"][4:])
+
+
+def test_a_stop_on_one_rank_stops_all_after_the_same_committed_step(two: Any, folder: Path) -> None:
+    assert [(outcome["step"], outcome["stopped"]) for outcome in two["stopped"]] == [(5, True)] * 2
+    assert (folder / "from_two/checkpoints/step-00000005/COMMIT.json").is_file()
+
+
+def test_four_processes_continue_the_sharded_run_of_two(one: Any, four: Any) -> None:
+    assert_same_steps(four["from_two"][0]["records"], one["whole"][0]["records"][5:])
+
+
+def test_a_non_finite_loss_stops_every_rank_and_names_the_molecules(two: Any) -> None:
+    for outcome in two["poisoned"]:
+        assert outcome["error"].startswith("TrainingError: step ")
+        assert "not finite" in outcome["error"]
+        assert "7" in outcome["error"].split("molecule ids")[1]

@@ -1,0 +1,83 @@
+"""One rank of a distributed test: ``python worker.py PLAN.json``, with the environment that torchrun would set.
+
+The plan is a list of tasks done one after the other in one process group, for starting processes is what costs.
+A task trains the toy model and writes its records to ``<task's result>``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy
+
+from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.training.checkpoint import CheckpointWriter, restore_training_state
+from moleblend_ray.training.config import CheckpointConfig
+from moleblend_ray.training.distributed import Ranks, process_group
+from moleblend_ray.training.loop import fit
+
+
+def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    start = task.get("start", 0)
+    model = toy.DROPOUT_MODEL if task.get("dropout") else toy.MODEL
+    learner = toy.learner(
+        ranks,
+        strategy=task["strategy"],
+        num_steps=8,
+        model=model,
+        precision=task.get("precision", "fp32"),
+    )
+    writer = None
+    if "run" in task:
+        if start:
+            restore_training_state(learner.model, learner.optimizer, task["run"], start, ranks)
+        writer = CheckpointWriter(
+            CheckpointConfig(every_steps=2, keep_last=3),
+            task["run"],
+            ranks,
+            identity={"data_fingerprint": "toy"},
+            config_fingerprint="toy",
+            start_step=start,
+        )
+    steps = toy.steps(ranks.rank, ranks.world_size, start)
+    poison = task.get("poison")
+    if poison is not None:
+        steps = (_poisoned(batch, poison) for batch in steps)
+    stop_after = task.get("stop_after")
+    polls = iter(range(start, 1000))
+    result = fit(
+        learner,
+        steps,
+        start_step=start,
+        checkpoints=writer,
+        # Only the last rank asks: all must follow.
+        should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
+    )
+    return {"step": result.step, "stopped": result.stopped, "records": list(result.records)}
+
+
+def _poisoned(batch: Any, molecule_id: int) -> Any:
+    """Coordinates of one molecule become infinite, though they claim to be known."""
+    for micro in batch.micro_batches:
+        ids = micro.molecule_ids.repeat(micro.num_atoms)
+        micro.positions[ids == molecule_id] = float("inf")
+    return batch
+
+
+def main(plan: Path) -> None:
+    torch.set_num_threads(1)
+    with process_group() as ranks:
+        for task in json.loads(plan.read_text()):
+            try:
+                outcome = run(task, ranks)
+            except MoleBlendError as error:
+                outcome = {"error": f"{type(error).__name__}: {error}"}
+            Path(f"{task['result']}.{ranks.rank}").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
