@@ -8,53 +8,102 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig
+    from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+    from moleblend_ray.config.cluster import ClusterConfig
+    from moleblend_ray.config.compose import model_preset
+    from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
+    from moleblend_ray.data.batch import StreamConfig
+    from moleblend_ray.data.order import OrderConfig
+    from moleblend_ray.errors import MoleBlendError
+    from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
+    from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.finetune import finetune
     from moleblend_ray.orchestration.prepare import prepare
     from moleblend_ray.orchestration.pretrain import pretrain
     from moleblend_ray.orchestration.sweep import sweep
+    from moleblend_ray.training.config import (
+        CheckpointConfig,
+        OptimConfig,
+        TrackingConfig,
+        TrainConfig,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlendConfig",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "ConformerConfig",
     "EmbedConfig",
+    "FeaturizeConfig",
     "FinetuneConfig",
+    "FinetuneSettings",
+    "LossConfig",
+    "ModelConfig",
     "MoleBlend",
+    "MoleBlendError",
+    "OptimConfig",
+    "OrderConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "SearchSpace",
+    "StreamConfig",
     "SweepConfig",
+    "TaskConfig",
+    "TrackingConfig",
+    "TrainConfig",
     "__version__",
     "embed",
     "finetune",
+    "model_preset",
     "prepare",
     "pretrain",
     "sweep",
 ]
 
+# Name -> module and, where it differs, the name there.
 _HOMES = {
-    "EmbedConfig": ("moleblend_ray.config.downstream", "EmbedConfig"),
-    "FinetuneConfig": ("moleblend_ray.config.downstream", "FinetuneConfig"),
-    "MoleBlend": ("moleblend_ray.model.moleblend", "MoleBlendModel"),
-    "PrepareConfig": ("moleblend_ray.config.prepare", "PrepareConfig"),
-    "PretrainConfig": ("moleblend_ray.config.pretrain", "PretrainConfig"),
-    "SweepConfig": ("moleblend_ray.config.downstream", "SweepConfig"),
-    "embed": ("moleblend_ray.orchestration.embed", "embed"),
-    "finetune": ("moleblend_ray.orchestration.finetune", "finetune"),
-    "prepare": ("moleblend_ray.orchestration.prepare", "prepare"),
-    "pretrain": ("moleblend_ray.orchestration.pretrain", "pretrain"),
-    "sweep": ("moleblend_ray.orchestration.sweep", "sweep"),
+    "BlendConfig": "model.config",
+    "CheckpointConfig": "training.config",
+    "ClusterConfig": "config.cluster",
+    "ConformerConfig": "chemistry.config",
+    "EmbedConfig": "config.downstream",
+    "FeaturizeConfig": "chemistry.config",
+    "FinetuneConfig": "config.downstream",
+    "FinetuneSettings": "evaluation.settings",
+    "LossConfig": "model.config",
+    "ModelConfig": "model.config",
+    "MoleBlend": "model.moleblend:MoleBlendModel",
+    "MoleBlendError": "errors",
+    "OptimConfig": "training.config",
+    "OrderConfig": "data.order",
+    "PrepareConfig": "config.prepare",
+    "PretrainConfig": "config.pretrain",
+    "SearchSpace": "evaluation.settings",
+    "StreamConfig": "data.batch",
+    "SweepConfig": "config.downstream",
+    "TaskConfig": "config.downstream",
+    "TrackingConfig": "training.config",
+    "TrainConfig": "training.config",
+    "embed": "orchestration.embed",
+    "finetune": "orchestration.finetune",
+    "model_preset": "config.compose",
+    "prepare": "orchestration.prepare",
+    "pretrain": "orchestration.pretrain",
+    "sweep": "orchestration.sweep",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, attribute = _HOMES[name]
-    value = getattr(importlib.import_module(module), attribute)
+    module, _, attribute = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
     globals()[name] = value
     return value
 

@@ -9,7 +9,7 @@ import importlib
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.help:
             print(job_help(options.job))
             return 0
-        with _logging(verbose=options.verbose):
+        with console_logging(verbose=options.verbose):
             return run_job(options.job, options.overrides, dry_run=options.dry_run)
     except MoleBlendError as error:
         # An error from a Ray task carries the remote traceback in its text; its cause is the plain error.
@@ -107,7 +107,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     from moleblend_ray.config.paths import with_absolute_paths
 
     job = _job(name)
-    config = with_absolute_paths(load_config(_load(job.config), name, overrides))
+    config = with_absolute_paths(load_config(load_reference(job.config), name, overrides))
     if dry_run:
         print(to_yaml(redact(to_dict(config))).rstrip())
         print(f"# dry run: would call {job.function.replace(':', '.')} ({job.summary})")
@@ -118,7 +118,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     console = Console(highlight=False)
     console.print(_settings_table(name, config))
     started_s = time.monotonic()
-    summary = _load(job.function)(config)
+    summary = load_reference(job.function)(config)
     console.print(_summary_table(name, summary, config, time.monotonic() - started_s))
     return 0
 
@@ -138,7 +138,7 @@ def job_help(name: str) -> str:
             lines.append(f"  {group}={default or 'null'}  of {choices}")
         lines.append("")
     lines.append("Settings (KEY: type = default):")
-    for key in describe(_load(job.config)):
+    for key in describe(load_reference(job.config)):
         default = "required" if key.default == "required" else f"= {key.default}"
         lines += [f"  {key.path}: {key.type} {default}", f"      {key.doc}"]
     return "\n".join(lines)
@@ -179,7 +179,8 @@ def _job(name: str) -> Job:
     raise ConfigError(f"unknown job {name!r}: expected one of {', '.join(JOBS)}{hint}")
 
 
-def _load(reference: str) -> Any:
+def load_reference(reference: str) -> Any:
+    """What "module:name" refers to, imported now."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -224,7 +225,7 @@ def _table(title: str, left: str, right: str) -> Table:
 
 
 @contextlib.contextmanager
-def _logging(*, verbose: bool) -> Any:
+def console_logging(*, verbose: bool = False) -> Iterator[None]:
     """Log records of the package on stderr, above a progress bar if one is shown."""
     package_logger = logging.getLogger("moleblend_ray")
     handler = _AboveBar()

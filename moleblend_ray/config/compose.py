@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -20,8 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moleblend_ray.config.builder import build
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.config import ModelConfig
 
 T = TypeVar("T")
+
+ModelPreset = Literal["tiny", "small", "base", "large", "xl"]
 
 COMMAND_LINE = "the command line"
 
@@ -53,6 +56,12 @@ def compose(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def load_config(cls: type[T], job: str, overrides: Sequence[str] = ()) -> T:
     """The configuration of `job` as the dataclass `cls`; errors name the file that set the value."""
     return build(cls, compose(job, overrides), origin=lambda path: _origin(job, overrides, path))
+
+
+def model_preset(name: ModelPreset) -> ModelConfig:
+    """The model of conf/model/`name`.yaml."""
+    _check_choice("model", name)
+    return build(ModelConfig, _read_yaml(config_dir() / "model" / f"{name}.yaml"))
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

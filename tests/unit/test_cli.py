@@ -116,9 +116,9 @@ def test_every_exported_name_can_be_imported() -> None:
 
 
 def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
-    load = cli._load
+    load = cli.load_reference
     monkeypatch.setattr(
         cli,
-        "_load",
+        "load_reference",
         lambda reference: function if reference.endswith(":prepare") else load(reference),
     )
