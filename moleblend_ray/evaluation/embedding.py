@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import block_from_table
-from moleblend_ray.evaluation.property_model import TrainedProperty
+from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
+from moleblend_ray.evaluation.property_model import SavedProperty
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.moleblend import PropertyModel
+from moleblend_ray.model.moleblend import MoleBlendModel
 
 MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
 """Columns of a shard that stand beside the embeddings."""
@@ -26,14 +27,32 @@ CHUNK = 1024
 class Embedder:
     """A model and how to run it; every relation visible, the stored first conformer, no dropout."""
 
-    model: PropertyModel
-    """In evaluation mode, on `device`; its head is used only with `trained`."""
-    trained: TrainedProperty | None
-    """What its head predicts; None if the head is untrained."""
+    model: MoleBlendModel
+    """In evaluation mode, on `device`."""
+    fine_tuned: SavedProperty | None
+    """The fine-tuned model whose head predicts, in evaluation mode on `device`; None for a pretrained encoder."""
     batch_size: int
     """Molecules computed at once."""
     device: torch.device
     """Where."""
+
+    @classmethod
+    def build(
+        cls,
+        start: StartingPoint,
+        fine_tuned: SavedProperty | None,
+        batch_size: int,
+        device: torch.device,
+    ) -> Embedder:
+        """Put the encoder ``start``, and the head that goes with it, on ``device``."""
+        if fine_tuned is not None:
+            fine_tuned = fine_tuned._replace(model=fine_tuned.model.to(device).eval())
+        return cls(
+            model=build_pretrained(start).to(device).eval(),
+            fine_tuned=fine_tuned,
+            batch_size=batch_size,
+            device=device,
+        )
 
     def part(self, table: pa.Table) -> pa.Table:
         """The rows of a shard table, in their order, with embeddings and, if trained, a prediction for each column."""
@@ -41,9 +60,9 @@ class Embedder:
         flat = pa.array(embeddings.reshape(-1), type=pa.float32())
         columns = {name: table[name] for name in MOLECULE_COLUMNS}
         columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
-        if self.trained is not None:
-            values = self.trained.readout(outputs)
-            for index, name in enumerate(self.trained.columns):
+        if self.fine_tuned is not None:
+            values = self.fine_tuned.trained.readout(outputs)
+            for index, name in enumerate(self.fine_tuned.trained.columns):
                 columns[f"prediction:{name}"] = pa.array(values[:, index], type=pa.float64())
         return pa.table(columns)
 
@@ -52,13 +71,15 @@ class Embedder:
         block = block_from_table(table, np.arange(table.num_rows, dtype=np.int64))
         by_size = np.argsort(block.num_atoms, kind="stable")
         embeddings = np.empty((len(block), self.model.config.dim), dtype=np.float32)
-        outputs = np.empty((len(block), self.model.num_targets))
+        num_targets = len(self.fine_tuned.trained.columns) if self.fine_tuned else 0
+        outputs = np.empty((len(block), num_targets))
         for start in range(0, len(block), CHUNK):
             chunk = block.take(by_size[start : start + CHUNK])
             for micro in build_micro_batches(chunk, 0, 0, self.batch_size):
                 batch = MoleculeBatch.from_micro_batch(micro, device=self.device)
                 vectors = self.model.embed(batch)
                 embeddings[micro.molecule_ids] = vectors.float().cpu().numpy()
-                if self.trained is not None:
-                    outputs[micro.molecule_ids] = self.model.head(vectors).double().cpu().numpy()
+                if self.fine_tuned is not None:
+                    predicted = self.fine_tuned.model.head(vectors)
+                    outputs[micro.molecule_ids] = predicted.double().cpu().numpy()
         return embeddings, outputs

@@ -26,7 +26,7 @@ from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.moleblend import PropertyModel
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.optim import (
     build_optimizer,
@@ -101,15 +101,20 @@ def masked_loss(kind: TaskKind, outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(known, losses, 0.0).sum()
 
 
+def build_pretrained(start: StartingPoint) -> MoleBlendModel:
+    """A model with the starting encoder; its relation heads, which nothing here uses, are new."""
+    model = MoleBlendModel(start.model)
+    if start.encoder is not None:
+        model.encoder.load_state_dict(start.encoder)
+    return model
+
+
 def build_model(
     start: StartingPoint, num_targets: int, settings: FinetuneSettings, seed: int
 ) -> PropertyModel:
     """The starting encoder with a new head, drawn from ``seed``."""
     torch.manual_seed(seed)
-    model = PropertyModel(start.model, num_targets, settings.head_dropout)
-    if start.encoder is not None:
-        model.encoder.load_state_dict(start.encoder)
-    return model
+    return PropertyModel(build_pretrained(start), num_targets, settings.head_dropout)
 
 
 def finetune_once(
@@ -242,7 +247,7 @@ class _Trainer:
         outputs = self._model(MoleculeBatch.from_micro_batch(micro, device=self._device))
         targets = self._targets[torch.from_numpy(micro.molecule_ids)].to(self._device)
         loss = masked_loss(self._task.kind, outputs.float(), targets)
-        (loss / known).backward()
+        torch.autograd.backward(loss / known)
         return float(loss.detach())
 
 

@@ -15,7 +15,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.moleblend import PropertyModel
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 WEIGHTS_NAME: Final = "model.safetensors"
 PROPERTY_NAME: Final = "property.json"
@@ -113,7 +113,7 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
     document = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(model.config),
-        "head_dropout": model.head_dropout,
+        "head_dropout": model.head.dropout,
         "task": trained.task,
         "kind": trained.kind.value,
         "columns": list(trained.columns),
@@ -140,9 +140,8 @@ def load_property_model(uri: str) -> SavedProperty:
         )
     try:
         trained = _trained(document)
-        model = PropertyModel(
-            ModelConfig(**document["model"]), len(trained.columns), document["head_dropout"]
-        )
+        pretrained = MoleBlendModel(ModelConfig(**document["model"]))
+        model = PropertyModel(pretrained, len(trained.columns), document["head_dropout"])
         model.load_state_dict(
             safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
         )

@@ -48,7 +48,6 @@ from moleblend_ray.evaluation.runs import (
     train_and_test,
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.model.moleblend import PropertyModel
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.training.checkpoint import load_model
@@ -168,16 +167,6 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
     return LoadedEncoder(start, fine_tuned)
 
 
-def property_model(encoder: LoadedEncoder) -> PropertyModel:
-    """The fine-tuned model, or the encoder under an untrained head that nobody should ask."""
-    if encoder.fine_tuned is not None:
-        return encoder.fine_tuned.model
-    model = PropertyModel(encoder.start.model, num_targets=1)
-    if encoder.start.encoder is not None:
-        model.encoder.load_state_dict(encoder.start.encoder)
-    return model
-
-
 def train_seeds(
     config: FinetuneConfig | SweepConfig,
     bench: Bench,
@@ -189,7 +178,7 @@ def train_seeds(
     missing = [seed for seed in seeds if found[seed] is None]
     if len(missing) < len(seeds):
         logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
-    task = ray.remote(**worker_resources(config))(_train_seed)
+    task = ray.remote(_train_seed).options(**worker_resources(config))
     references = {
         task.remote(bench.shared, settings, seed, config.out, config.cluster): seed
         for seed in missing
@@ -204,7 +193,7 @@ def run_baseline(
     """The fingerprint baseline with the same seeds; empty when switched off."""
     if not config.baseline.enabled:
         return []
-    task = ray.remote(num_cpus=config.cluster.cpus_per_worker)(_fit_baseline)
+    task = ray.remote(_fit_baseline).options(num_cpus=config.cluster.cpus_per_worker)
     references = {
         task.remote(bench.shared, seed, config.baseline.num_trees, config.cluster): seed
         for seed in seeds

@@ -37,7 +37,6 @@ from moleblend_ray.orchestration.downstream import (
     compare_settings,
     load_encoder,
     prepare_molecules,
-    property_model,
     use_reserved,
 )
 from moleblend_ray.orchestration.local import ray_session
@@ -192,11 +191,8 @@ class _PartWriter:
         self._config = config
         self._data_uri = data_uri
         self._manifest = manifest
-        self._embedder = Embedder(
-            model=property_model(loaded).eval().to(device := use_reserved(config.cluster)),
-            trained=loaded.fine_tuned.trained if loaded.fine_tuned else None,
-            batch_size=config.batch_size,
-            device=device,
+        self._embedder = Embedder.build(
+            loaded.start, loaded.fine_tuned, config.batch_size, use_reserved(config.cluster)
         )
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

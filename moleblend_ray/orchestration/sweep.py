@@ -205,7 +205,7 @@ def concurrent_trials(config: SweepConfig) -> int:
     A private cluster counts logical CPUs, of which it may have more than the machine has cores; there, trials
     beyond the cores would only slow each other down.
     """
-    total = ray.cluster_resources()
+    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     need = worker_resources(config)
     fits = int(total.get("CPU", 0) // need["num_cpus"])
     if need["num_gpus"]:
@@ -328,8 +328,7 @@ def _collect_trials(grid: tune.ResultGrid) -> list[TrialResult]:
 
 def _trial_result(number: int, result: tune.Result) -> TrialResult:
     metrics = result.metrics or {}
-    score = metrics.get(METRIC)
-    known = score is not None and math.isfinite(score)
+    score = float(metrics.get(METRIC, math.nan))
     if result.error is not None:
         status = "failed"
     elif metrics.get("over", False):
@@ -340,7 +339,7 @@ def _trial_result(number: int, result: tune.Result) -> TrialResult:
         number=number,
         status=status,
         settings=dict(result.config or {}),
-        valid_score=float(score) if known and status != "failed" else None,
+        valid_score=score if math.isfinite(score) and status != "failed" else None,
         epochs=int(metrics.get("epoch", 0)),
         seconds=float(metrics.get("seconds", 0.0)),
         error=None if result.error is None else _last_line(result.error),
