@@ -24,6 +24,7 @@ from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.losses import (
     LOSS_NAMES,
     LossConfig,
+    count_other_bonds,
     loss_counts,
     loss_means,
     pretraining_loss_sums,
@@ -189,8 +190,8 @@ def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tup
         _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
         for index, (micro, part) in enumerate(zip(batch.micro_batches, parts, strict=True))
     ]
-    sizes = _sizes([part[0] for part in parts], stop=stop)
-    totals = sum_over_ranks(torch.cat([sum_of(losses), sizes.to(learner.ranks.device)]))
+    sizes = _sizes(learner, [part[0] for part in parts], stop=stop)
+    totals = sum_over_ranks(torch.cat([sum_of(losses), sizes]))
     parameters = list(learner.model.parameters())
     norm = gradient_norm(parameters)
     record, stop = _record(learner, batch.step, totals, counts, norm)
@@ -255,12 +256,17 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
 
 
-def _sizes(batches: list[MoleculeBatch], *, stop: bool) -> Tensor:
-    """(4,) float64: molecules, atoms, atom slots with padding, 1 if a stop is asked for."""
+def _sizes(learner: Learner, batches: list[MoleculeBatch], *, stop: bool) -> Tensor:
+    """(5,) float64: molecules, atoms, atom slots with padding, 1 if a stop is asked for, bonds the loss ignores."""
     molecules = sum(batch.num_molecules for batch in batches)
     atoms = sum(len(batch.atom_index) for batch in batches)
     slots = sum(batch.num_molecules * batch.max_atoms for batch in batches)
-    return torch.tensor([molecules, atoms, slots, int(stop)], dtype=torch.float64)
+    device = learner.ranks.device
+    host = torch.tensor([molecules, atoms, slots, int(stop)], dtype=torch.float64, device=device)
+    ignored = host.new_zeros(1)
+    if learner.loss.ignore_other_bonds:
+        ignored += sum_of([count_other_bonds(batch) for batch in batches])
+    return torch.cat([host, ignored])
 
 
 def _record(
@@ -270,7 +276,7 @@ def _record(
     values = torch.cat([totals, counts, norm.detach().double().reshape(1)]).cpu()
     sums, sizes = values[: len(LOSS_NAMES)], values[len(LOSS_NAMES) : len(totals)].tolist()
     counted, grad_norm = values[len(totals) : -1], float(values[-1])
-    molecules, atoms, slots, stops = sizes
+    molecules, atoms, slots, stops, ignored = sizes
     record: Record = {
         "step": step,
         **named_losses(learner, sums, counted),
@@ -280,6 +286,8 @@ def _record(
         "atoms": int(atoms),
         "padding_share": 1.0 - atoms / slots,
     }
+    if learner.loss.ignore_other_bonds:
+        record["other_bonds"] = int(ignored)
     return record, stops > 0
 
 

@@ -1,0 +1,79 @@
+"""From a run to a model that can be used: export to safetensors, and what ``checkpoint=URI`` may name."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, ConfigError
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained
+from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.training.checkpoint import load_model_state
+from moleblend_ray.training.commits import (
+    COMMIT_NAME,
+    FINISHED_NAME,
+    Commit,
+    latest_committed,
+    read_commit,
+)
+
+logger = logging.getLogger(__name__)
+
+EXPORT_DIR: Final = "export"
+_CHECKPOINT_DIR: Final = re.compile(r"(?P<run>.+)/checkpoints/step-(?P<step>\d{8,})/*$")
+
+
+def export_uri(run_uri: str) -> str:
+    """Folder of the finished model of a run."""
+    return storage.join(run_uri, EXPORT_DIR)
+
+
+def load_model(uri: str) -> MoleBlendModel:
+    """The model that ``uri`` names, on the CPU, in evaluation mode.
+
+    ``uri`` is a run (its export if it is finished, else its newest committed checkpoint), one checkpoint folder
+    of a run, a folder with ``model.safetensors``, or a file of official parameters (``.pt``, ``.npz``).
+    """
+    if match := _CHECKPOINT_DIR.match(uri):
+        return _from_commit(match["run"], read_commit(match["run"], int(match["step"])))
+    if uri.endswith((".pt", ".npz")) or storage.exists(storage.join(uri, WEIGHTS_NAME)):
+        return from_pretrained(uri)
+    if storage.exists(storage.join(uri, FINISHED_NAME)):
+        return from_pretrained(export_uri(uri))
+    commit = latest_committed(uri)
+    if commit is None:
+        raise CheckpointError(
+            f"{uri} names no model: expected a run of `moleblend pretrain` with a committed checkpoint, a folder "
+            f".../checkpoints/step-NNNNNNNN with {COMMIT_NAME}, a folder with {WEIGHTS_NAME} and {CONFIG_NAME}, "
+            "or a file of official parameters (.pt, .npz)"
+        )
+    logger.info("%s is not finished: taking its checkpoint of step %d", uri, commit.step)
+    return _from_commit(uri, commit)
+
+
+def export_run(run_uri: str, out_uri: str | None = None) -> str:
+    """Write the newest committed model of a run as ``model.safetensors`` and ``config.json``; the folder's URI."""
+    commit = latest_committed(run_uri)
+    if commit is None:
+        raise CheckpointError(f"{run_uri} has no committed checkpoint to export")
+    target = out_uri or export_uri(run_uri)
+    save_pretrained(_from_commit(run_uri, commit), target)
+    return target
+
+
+def _from_commit(run_uri: str, commit: Commit) -> MoleBlendModel:
+    model = MoleBlendModel(_model_config(run_uri, commit.identity))
+    load_model_state(run_uri, commit.step, model)
+    return model.eval()
+
+
+def _model_config(run_uri: str, identity: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig(**identity["model"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(
+            f"the checkpoints of {run_uri} describe no model of this version: {error!r}"
+        ) from error
