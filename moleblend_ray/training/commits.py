@@ -221,3 +221,10 @@ def delete_old_checkpoints(run_uri: str, keep_last: int) -> None:
     for step in _checkpoint_files(run_uri):
         if step < kept[-1]:
             delete_checkpoint(run_uri, step)
+
+
+def abandon_after(run_uri: str, step: int) -> None:
+    """Remove checkpoints newer than ``step``, where training goes on: they were found damaged or never committed."""
+    for newer in _checkpoint_files(run_uri):
+        if newer > step:
+            delete_checkpoint(run_uri, newer)

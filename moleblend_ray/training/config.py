@@ -72,6 +72,10 @@ class TrainConfig:
     log_every: int = 1
     """Steps between reports to tracker and progress display; the run's own JSON lines hold every step."""
 
+    max_failures: int = 3
+    """Losses of workers (killed, out of memory, storage out of reach) after which the run ends with an error. After
+    each, all workers start again from the newest checkpoint. A loss that is not finite ends the run at once."""
+
     validate_every: int = 1000
     """Steps between validations (one more at the end); 0 for none."""
 
@@ -82,6 +86,7 @@ class TrainConfig:
         _check(
             (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
             (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
+            (self.max_failures >= 0, f"max_failures: expected >= 0, found {self.max_failures}"),
             (
                 self.validate_every >= 0,
                 f"validate_every: expected >= 0, found {self.validate_every}",

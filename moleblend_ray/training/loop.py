@@ -53,6 +53,10 @@ from moleblend_ray.training.optim import (
 logger = logging.getLogger(__name__)
 
 
+class NotFiniteError(TrainingError):
+    """A loss or gradient is not finite. Raised on all ranks together; trying again gives the same."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learner:
     """A model in training, spread over the ranks, with all that decides its updates."""
@@ -317,7 +321,7 @@ def _raise_not_finite(batch: StepBatch, losses: list[Tensor], record: Record) ->
         else "though every micro-batch's loss is finite: the gradient overflowed"
     )
     heads = {name: value for name, value in record.items() if name.startswith(TOTAL_LOSS)}
-    raise TrainingError(
+    raise NotFiniteError(
         f"step {batch.step}: loss or gradient is not finite ({heads}, grad_norm {record['grad_norm']}) {where}. "
         "The model was not changed. Look at these molecules, or lower optim.learning_rate, or use train.precision=fp32."
     )

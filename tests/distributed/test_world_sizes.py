@@ -162,6 +162,6 @@ def test_four_processes_continue_the_sharded_run_of_two(one: Any, four: Any) -> 
 
 def test_a_non_finite_loss_stops_every_rank_and_names_the_molecules(two: Any) -> None:
     for outcome in two["poisoned"]:
-        assert outcome["error"].startswith("TrainingError: step ")
+        assert outcome["error"].startswith("NotFiniteError: step ")
         assert "not finite" in outcome["error"]
         assert "7" in outcome["error"].split("molecule ids")[1]
