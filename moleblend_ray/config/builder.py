@@ -214,7 +214,7 @@ class _Builder:
 
     def _mismatch(self, path: str, expected: str, value: object) -> Any:
         found = "null" if value is None else f"{value!r} ({type(value).__name__})"
-        hint = _hint(expected, value)
+        hint = _hint(expected, value, path)
         where = self._where(path)
         self.problems.append(
             f"{path or 'configuration'}: expected {expected}, found {found}{where}{hint}"
@@ -255,11 +255,11 @@ def _keys_of(cls: type, path: str) -> str:
     return ", ".join(_child(path, name) for name in field_types(cls))
 
 
-def _hint(expected: str, value: object) -> str:
+def _hint(expected: str, value: object, path: str) -> str:
     if expected.startswith("str") and isinstance(value, bool | int | float):
-        return """ (quote it to make it text: 'key="1"')"""
+        return f""" (quote it to make it text: '{path}="{value}"')"""
     if expected.startswith("list") and isinstance(value, str):
-        return " (write a list: key=[a,b])"
+        return f" (write a list: {path}=[a,b])"
     if expected.startswith("one of") and isinstance(value, str):
         close = difflib.get_close_matches(value, expected.removeprefix("one of ").split(", "), n=1)
         return f"; did you mean {close[0]}?" if close else ""

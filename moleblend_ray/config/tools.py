@@ -15,7 +15,7 @@ class SamplesConfig:
     """Parquet file to write, as a path or URI."""
     num_molecules: int = 5000
     """Distinct molecules."""
-    seed: int = 7
+    seed: int = 0
     """Seed of the enumeration and of the conformers: the same file for the same seed."""
 
     def __post_init__(self) -> None:
@@ -30,7 +30,8 @@ class ExportConfig:
     """A checkpoint of a run -> model.safetensors and config.json."""
 
     checkpoint: str
-    """Directory of a pretraining run (its newest complete checkpoint) or of one checkpoint, as a path or URI."""
+    """A pretraining run (if unfinished, its newest complete checkpoint), one checkpoint of it, or a file of the
+    official parameters (.pt, .npz), as a path or URI."""
     out: str
     """Directory to write model.safetensors and config.json to, as a path or URI."""
 
