@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -21,6 +22,7 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data.block import BlockMetadata
+from ray.util.annotations import RayDeprecationWarning
 
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
@@ -55,6 +57,8 @@ _PARTS_PER_TASK: Final = 16
 _BYTES_PER_ACTOR: Final = 256 << 10
 """Source bytes that are worth another actor: starting one takes about as long as converting them."""
 _THREADS: Final = 16
+_MAX_RETRIES: Final = 3
+"""A chunk that kills its process (or loses its machine) more often ends the run instead of repeating for ever."""
 # Reading is cheap, and must find a place beside the converting actors on any cluster.
 _READER_CPUS: Final = 0.1
 _ACTOR_CPUS: Final = 0.9
@@ -206,20 +210,22 @@ class _Job:
         dataset = ray.data.read_datasource(
             source,
             num_cpus=_READER_CPUS,
-            concurrency=self._num_actors,
+            concurrency=min(self._num_actors, source.num_tasks),
             override_num_blocks=source.num_tasks,
         )
-        dataset = dataset.map_batches(
-            _Converter,
-            fn_constructor_args=(ray.put((self._sources, self._options)), self._out),
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            compute=ray.data.ActorPoolStrategy(size=self._num_actors),
-            num_cpus=_ACTOR_CPUS,
-            # A chunk that kills its process again and again must end the run, not repeat for ever.
-            max_task_retries=3,
-        )
+        with warnings.catch_warnings():
+            # Ray 2.60 deprecates this way to bound retries before there is another.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = dataset.map_batches(
+                _Converter,
+                fn_constructor_args=(self._sources, self._options, self._out),
+                batch_size=1,
+                batch_format="pyarrow",
+                zero_copy_batch=True,
+                compute=ray.data.ActorPoolStrategy(size=self._num_actors),
+                num_cpus=_ACTOR_CPUS,
+                max_task_retries=_MAX_RETRIES,
+            )
         # One block a row: else one actor would get many chunks at once and the others none.
         dataset.context.target_max_block_size = 1
         yield from dataset.iter_rows()
@@ -316,8 +322,9 @@ def _read(
 class _Converter:
     """Converts chunks; one in each actor."""
 
-    def __init__(self, job: Any, out: str) -> None:
-        self._sources, self._options = ray.get(job) if isinstance(job, ray.ObjectRef) else job
+    def __init__(self, sources: SourceSet, options: ConvertOptions, out: str) -> None:
+        self._sources = sources
+        self._options = options
         self._out = out
 
     def __call__(self, batch: pa.Table) -> pa.Table:

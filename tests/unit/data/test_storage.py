@@ -1,0 +1,179 @@
+"""Storage: one behaviour on local disk and on an S3 server, clear errors, whole files only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import DataError, StorageError
+
+
+@pytest.fixture(params=["local", "s3"])
+def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place on each kind of storage."""
+    return str(tmp_path / "base") if request.param == "local" else request.getfixturevalue("s3_uri")
+
+
+def test_what_is_written_is_read_back_whole_and_by_range(base: str) -> None:
+    uri = storage.join(base, "deep/er", "file.bin")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"old content")
+    storage.write_bytes(uri, b"0123456789")
+    assert storage.read_bytes(uri) == b"0123456789"
+    assert storage.read_range(uri, 3, 4) == b"3456"
+    assert storage.read_range(uri, 8, 100) == b"89"
+    assert storage.size(uri) == 10
+    assert storage.exists(uri)
+    assert storage.exists(base)
+    with storage.open_read(uri) as file:
+        assert file.read(4) == b"0123"
+        assert file.read() == b"456789"
+
+
+def test_listings_are_sorted_and_see_a_new_file_at_once(base: str) -> None:
+    for name in ("b.csv", "a.csv", "sub/c.csv", "d.sdf"):
+        storage.write_bytes(storage.join(base, name), name.encode())
+        storage.list_files(base)
+    root = storage.absolute(base)
+    names = [file.uri.removeprefix(root + "/") for file in storage.list_files(base)]
+    assert names == ["a.csv", "b.csv", "d.sdf", "sub/c.csv"]
+    assert [file.size for file in storage.list_files(base)] == [5, 5, 5, 9]
+    globbed = storage.list_files(storage.join(base, "*.csv"))
+    assert [storage.name_of(file.uri) for file in globbed] == ["a.csv", "b.csv"]
+    assert storage.read_bytes(globbed[0].uri) == b"a.csv"
+    (single,) = storage.list_files(storage.join(base, "a.csv"))
+    assert single == globbed[0]
+
+
+def test_upload_download_and_delete(base: str, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 100_000)
+    uri = storage.join(base, "tree/object")
+    storage.upload(source, uri)
+    storage.download(uri, tmp_path / "new" / "copy")
+    assert (tmp_path / "new" / "copy").read_bytes() == source.read_bytes()
+    storage.write_bytes(storage.join(base, "tree/second"), b"")
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    storage.delete_tree(storage.join(base, "tree"))
+    storage.delete_tree(storage.join(base, "tree"))
+    assert not storage.exists(storage.join(base, "tree/second"))
+
+
+def test_json_is_the_same_bytes_for_equal_values(base: str) -> None:
+    one, two = storage.join(base, "1.json"), storage.join(base, "2.json")
+    storage.write_json(one, {"b": [1, 2.5], "a": "Ångström"})
+    storage.write_json(two, {"a": "Ångström", "b": [1, 2.5]})
+    assert storage.read_bytes(one) == storage.read_bytes(two)
+    assert storage.read_json(one) == {"a": "Ångström", "b": [1, 2.5]}
+    storage.write_bytes(two, b'{"a": ')
+    with pytest.raises(DataError, match=r"2\.json is not a JSON document"):
+        storage.read_json(two)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        storage.read_bytes,
+        storage.size,
+        storage.open_read,
+        storage.list_files,
+        lambda uri: storage.read_range(uri, 0, 1),
+    ],
+)
+def test_a_missing_file_is_named(base: str, read: object) -> None:
+    uri = storage.join(base, "not-there.csv")
+    with pytest.raises(storage.NotFoundError, match=r"not-there\.csv: it does not exist"):
+        read(uri).read() if read is storage.open_read else read(uri)  # type: ignore[operator]
+
+
+def test_a_missing_bucket_is_named(s3_uri: str) -> None:
+    with pytest.raises(storage.NotFoundError, match=r"s3://no-such-bucket-here/x"):
+        storage.write_bytes("s3://no-such-bucket-here/x", b"")
+    assert not storage.exists("s3://no-such-bucket-here/x")
+
+
+def test_missing_credentials_are_told_with_the_variables_to_set(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"no credentials were found.*AWS_ACCESS_KEY_ID"):
+        storage.read_bytes(storage.join(s3_uri, "x"))
+
+
+def test_an_unreachable_server_is_told_with_the_variable_to_check(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError, match=r"cannot be reached.*AWS_ENDPOINT_URL"):
+        storage.read_bytes("s3://bucket/x")
+
+
+def test_unknown_kinds_of_storage_and_empty_uris_are_refused() -> None:
+    with pytest.raises(StorageError, match="Unknown kind of storage ftpx://"):
+        storage.exists("ftpx://host/file")
+    with pytest.raises(StorageError, match="empty"):
+        storage.exists("")
+
+
+def test_a_denied_file_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tests may run as root, whom no mode bits stop.
+    def refuse(*_: object, **__: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    filesystem, _ = storage._resolve(str(tmp_path))
+    monkeypatch.setattr(filesystem, "cat_file", refuse)
+    with pytest.raises(StorageError, match="access was denied"):
+        storage.read_bytes(str(tmp_path / "x"))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "file"
+    storage.write_bytes(str(target), b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        storage.write_bytes(str(target), b"new")
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / ".part").write_bytes(b"")
+    (tmp_path / "seen").write_bytes(b"")
+    assert [storage.name_of(file.uri) for file in storage.list_files(str(tmp_path))] == ["seen"]
+
+
+def test_a_name_with_glob_characters_that_exists_is_that_file(tmp_path: Path) -> None:
+    for name in ("a[1].csv", "a1.csv"):
+        (tmp_path / name).write_bytes(b"")
+    (found,) = storage.list_files(str(tmp_path / "a[1].csv"))
+    assert storage.name_of(found.uri) == "a[1].csv"
+
+
+@pytest.mark.parametrize("uri", ["/", "s3://bucket", "s3://bucket/"])
+def test_whole_file_systems_and_buckets_are_never_deleted(uri: str, s3_endpoint: None) -> None:
+    with pytest.raises(StorageError, match="Refused"):
+        storage.delete_tree(uri)
+
+
+def test_joining_uris() -> None:
+    assert storage.join("s3://b/p/", "/x/", "y.json") == "s3://b/p/x/y.json"
+    assert storage.join("/", "x") == "/x"
+    assert storage.join("rel", "") == "rel"
+    assert storage.name_of("s3://b/p/x.csv") == "x.csv"
