@@ -325,7 +325,7 @@ def _section_bytes(dtype: type[np.generic], shape: tuple[int, ...]) -> int:
 
 
 def _allocate(step: int, stream: int, index: int, num_atoms: NDArray[np.int32]) -> MicroBatch:
-    """A micro-batch with its header and atom counts written, the rest undefined."""
+    """A micro-batch with its header and atom counts written, the rest zero."""
     header = {
         "magic": _MAGIC,
         "version": _VERSION,
@@ -340,7 +340,8 @@ def _allocate(step: int, stream: int, index: int, num_atoms: NDArray[np.int32]) 
     }
     sizes = [_section_bytes(dtype, shape) for _, dtype, shape in _sections(header)]
     header["num_bytes"] = _HEADER_BYTES + sum(sizes)
-    payload = np.empty(header["num_bytes"] // 8, np.int64).view(np.uint8)
+    # Zeros, so that the padding between sections is the same every time.
+    payload = np.zeros(header["num_bytes"] // 8, np.int64).view(np.uint8)
     payload[:_HEADER_BYTES].view(np.int64)[:] = [header[name] for name in _HEADER_FIELDS]
     micro = _view(payload, header)
     micro.num_atoms[:] = num_atoms

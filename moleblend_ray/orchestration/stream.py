@@ -100,7 +100,7 @@ def stream_dataset(
     plan = _StreamPlan(first_step, num_groups, stream.steps_per_block, order.num_streams)
     # No CPU: it sleeps most of the time. Being unlike the actors' request, it also keeps Ray from fusing the
     # two operators, which would build every block in one task.
-    rows = ray.data.read_datasource(plan, override_num_blocks=1, ray_remote_args={"num_cpus": 0})
+    rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),

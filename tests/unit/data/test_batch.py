@@ -1,0 +1,201 @@
+"""Micro-batches: cut by size, packed in one buffer, read without copying, checked on arrival."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import random_block
+
+from moleblend_ray.data.batch import (
+    MicroBatch,
+    StreamConfig,
+    build_micro_batches,
+    build_steps,
+    num_micro_batches,
+    pack_block,
+    step_batches,
+    unpack_micro_batch,
+)
+from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.errors import ConfigError, DataError, TrainingError
+from moleblend_ray.relations.topology import bond_degrees, topology
+
+ARRAYS = [item.name for item in fields(MicroBatch) if item.name not in ("step", "stream", "index")]
+
+
+@pytest.fixture
+def block() -> MoleculeBlock:
+    return random_block(np.random.default_rng(2), 30)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(30, 1), (64, 1), (15, 2), (8, 4), (1, 30), (29, 2)])
+def test_micro_batches_ascend_in_size_and_hold_each_molecule_once(
+    block: MoleculeBlock, size: int, parts: int
+) -> None:
+    micro_batches = build_micro_batches(block, 5, 2, size)
+    assert len(micro_batches) == parts == num_micro_batches(30, size)
+    assert [micro.index for micro in micro_batches] == list(range(parts))
+    assert {(micro.step, micro.stream) for micro in micro_batches} == {(5, 2)}
+    sizes = np.concatenate([micro.num_atoms for micro in micro_batches])
+    assert (np.diff(sizes) >= 0).all()
+    ids = np.concatenate([micro.molecule_ids for micro in micro_batches])
+    assert np.array_equal(np.sort(ids), np.arange(30))
+    counts = [len(micro) for micro in micro_batches]
+    assert max(counts) - min(counts) <= 1
+    assert max(counts) <= size
+
+
+def test_micro_batches_carry_the_molecules_and_their_relations(block: MoleculeBlock) -> None:
+    for micro in build_micro_batches(block, 0, 0, 7):
+        own = block.take(micro.molecule_ids)
+        relations = topology(own.num_atoms, own.num_bonds, own.bonds, own.bond_features)
+        assert np.array_equal(micro.num_atoms, own.num_atoms)
+        assert np.array_equal(micro.atom_features, own.atom_features)
+        assert np.array_equal(micro.positions, own.positions)
+        assert np.array_equal(micro.position_mask, own.position_mask)
+        assert np.array_equal(micro.spd, relations.spd)
+        assert np.array_equal(micro.path_codes, relations.path_codes)
+        assert np.array_equal(micro.degrees, bond_degrees(own.num_atoms, own.num_bonds, own.bonds))
+
+
+def test_many_steps_at_once_equal_each_step_by_itself(block: MoleculeBlock) -> None:
+    together = build_steps(block, range(10, 13), 1, 4)
+    alone = [
+        micro
+        for k in range(3)
+        for micro in build_micro_batches(block.take(np.arange(10 * k, 10 * k + 10)), 10 + k, 1, 4)
+    ]
+    assert [bytes(micro.payload) for micro in together] == [bytes(m.payload) for m in alone]
+    with pytest.raises(DataError, match="cannot be cut into 4 steps"):
+        build_steps(block, range(4), 0, 4)
+
+
+def test_unpacking_views_the_buffer_and_gives_back_every_array(block: MoleculeBlock) -> None:
+    micro = build_micro_batches(block, 3, 1, 30)[0]
+    payload = bytes(micro.payload)
+    found = unpack_micro_batch(payload)
+    assert (found.step, found.stream, found.index) == (3, 1, 0)
+    for name in ARRAYS:
+        assert getattr(found, name).dtype == getattr(micro, name).dtype
+        assert np.array_equal(getattr(found, name), getattr(micro, name)), name
+        assert np.shares_memory(getattr(found, name), np.frombuffer(payload, np.uint8))
+    off_by_one = memoryview(b"\0" + payload)[1:]
+    assert np.array_equal(unpack_micro_batch(off_by_one).spd, micro.spd)
+
+
+def test_a_15_atom_molecule_takes_about_1700_bytes() -> None:
+    rng = np.random.default_rng(0)
+    whole = random_block(rng, 3000, max_atoms=15)
+    block = whole.take(np.flatnonzero(whole.num_atoms == 15)[:64])
+    assert len(block) == 64
+    payload = build_micro_batches(block, 0, 0, 64)[0].payload
+    assert len(payload) / 64 < 1720
+
+
+@given(st.binary(max_size=400))
+@settings(max_examples=60, deadline=None)
+def test_random_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(DataError, match="micro-batch"):
+        unpack_micro_batch(content)
+
+
+def test_truncated_or_altered_buffers_are_refused(block: MoleculeBlock) -> None:
+    payload = bytes(build_micro_batches(block, 3, 1, 30)[0].payload)
+    for length in (0, 8, 79, 80, len(payload) // 2, len(payload) - 8, len(payload) - 1):
+        with pytest.raises(DataError, match=r"fewer than its header|was cut off or damaged"):
+            unpack_micro_batch(payload[:length])
+    words = np.frombuffer(payload, np.int64).copy()
+    for place, value, message in [
+        (1, 2, "has version 2, this program reads 1"),
+        (6, 2**62, "was cut off or damaged"),
+        (7, -1, "damaged header"),
+        (9, 4, "damaged header"),
+        (10 + 30, 2**33 + 1, "do not add up"),
+    ]:
+        altered = words.copy()
+        altered[place] = value
+        with pytest.raises(DataError, match=message):
+            unpack_micro_batch(altered.tobytes())
+
+
+def stream_blocks(
+    num_streams: int, groups: int = 2, group_steps: int = 3, first_step: int = 4
+) -> list[pa.Table]:
+    """Blocks of the whole stream in order, 6 molecules and 2 micro-batches a (step, stream)."""
+    rng = np.random.default_rng(3)
+    return [
+        pack_block(
+            build_steps(
+                random_block(rng, 6 * group_steps),
+                range(first_step + g * group_steps, first_step + (g + 1) * group_steps),
+                stream,
+                3,
+            )
+        )
+        for g in range(groups)
+        for stream in range(num_streams)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_rank_gets_every_step_with_its_streams_in_order(world_size: int) -> None:
+    blocks = stream_blocks(4)
+    for rank in range(world_size):
+        steps = list(
+            step_batches(
+                blocks[rank::world_size],
+                rank=rank,
+                world_size=world_size,
+                num_streams=4,
+                num_micro=2,
+                first_step=4,
+            )
+        )
+        assert [batch.step for batch in steps] == [4, 5, 6, 7, 8, 9]
+        streams = range(rank, 4, world_size)
+        for batch in steps:
+            tags = [(m.step, m.stream, m.index) for m in batch.micro_batches]
+            assert tags == [(batch.step, stream, i) for stream in streams for i in range(2)]
+
+
+def consume(blocks: list[pa.Table], **changes: int) -> None:
+    arguments = {"rank": 0, "world_size": 1, "num_streams": 2, "num_micro": 2, "first_step": 4}
+    for _ in step_batches(blocks, **(arguments | changes)):
+        pass
+
+
+def test_gaps_and_wrong_orders_stop_naming_what_was_expected_and_found() -> None:
+    blocks = stream_blocks(2)
+    with pytest.raises(
+        TrainingError, match=r"expected step 4, stream 0, micro-batch 0, found step 7, stream 0"
+    ):
+        consume(blocks[2:])
+    with pytest.raises(TrainingError, match=r"expected step 4, stream 0.*found step 4, stream 1"):
+        consume([blocks[1], blocks[0], *blocks[2:]])
+    with pytest.raises(TrainingError, match=r"expected step 7, stream 0.* found step 7, stream 1"):
+        consume([blocks[0], blocks[1], blocks[3]])
+    with pytest.raises(
+        TrainingError, match=r"step 7, stream 1, micro-batch 0, but the data stream ended"
+    ):
+        consume(blocks[:3])
+    with pytest.raises(
+        TrainingError, match=r"expected step 5, stream 0, micro-batch 0, found step 4"
+    ):
+        consume(blocks, first_step=5)
+    with pytest.raises(ConfigError, match="2 streams cannot be divided among 3 workers"):
+        consume(blocks, world_size=3)
+
+
+def test_stream_settings_out_of_range_are_refused_all_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        StreamConfig(micro_batch_size=0, min_actors=3, max_actors=2, actor_cpus=0)
+    assert [line.split(":")[0] for line in str(error.value).splitlines()] == [
+        "micro_batch_size",
+        "max_actors",
+        "actor_cpus",
+    ]

@@ -1,0 +1,124 @@
+"""The stream without Ray: steps from shards, identical for any world size and on any day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import write_dataset
+
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches, sequential_batches
+from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.errors import ConfigError
+
+ORDER = OrderConfig(seed=1, global_batch_size=24, num_streams=4, shuffle_window=100, chunk_rows=32)
+STREAM = StreamConfig(micro_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, MoleculeBlock]:
+    folder = str(tmp_path_factory.mktemp("data"))
+    return folder, write_dataset(folder, 500, max_conformers=3)
+
+
+def test_steps_hold_the_molecules_of_the_data_order(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    uri, molecules = dataset
+    order = DataOrder(500, ORDER)
+    # Steps 18 to 24 cross the border of the first epoch.
+    for batch in local_step_batches(uri, ORDER, STREAM, first_step=18, num_steps=7):
+        ids = np.concatenate([micro.molecule_ids for micro in batch.micro_batches])
+        assert np.array_equal(np.sort(ids), np.sort(order.global_batch(batch.step)))
+        for micro in batch.micro_batches:
+            own = molecules.take(micro.molecule_ids)
+            assert np.array_equal(micro.num_atoms, own.num_atoms)
+            assert np.array_equal(micro.atom_features, own.atom_features)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_build_the_bytes_of_a_single_process(
+    dataset: tuple[str, MoleculeBlock], world_size: int
+) -> None:
+    span = {"first_step": 3, "num_steps": 2}
+    alone = list(local_step_batches(dataset[0], ORDER, STREAM, **span))
+    ranks = [
+        list(
+            local_step_batches(dataset[0], ORDER, STREAM, rank=rank, world_size=world_size, **span)
+        )
+        for rank in range(world_size)
+    ]
+    for step in range(2):
+        expected = {(m.stream, m.index): bytes(m.payload) for m in alone[step].micro_batches}
+        found = {
+            (m.stream, m.index): bytes(m.payload) for own in ranks for m in own[step].micro_batches
+        }
+        assert found == expected
+
+
+def test_a_group_of_steps_equals_its_steps_built_one_by_one(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    rotating = StreamConfig(micro_batch_size=4, random_rotation=True)
+    builder = MicroBatchBuilder(dataset[0], ORDER, rotating)
+    group = builder.build(20, 3, 2)
+    single = [micro for step in (20, 21, 22) for micro in builder.build(step, 1, 2)]
+    assert [bytes(m.payload) for m in group] == [bytes(m.payload) for m in single]
+
+
+def test_conformers_are_drawn_anew_each_step_and_only_by_key(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    uri, molecules = dataset
+    shifts = []
+    for batch in local_step_batches(uri, ORDER, STREAM, first_step=0, num_steps=40):
+        for micro in batch.micro_batches:
+            own = molecules.take(micro.molecule_ids)
+            shifts.append(np.round((micro.positions - own.positions)[:, 0]).astype(int))
+    assert set(np.unique(np.concatenate(shifts)).tolist()) == {0, 1, 2}
+    again = next(local_step_batches(uri, ORDER, STREAM, first_step=7, num_steps=1))
+    other = next(local_step_batches(uri, ORDER, STREAM, first_step=7, num_steps=1))
+    assert [bytes(m.payload) for m in again.micro_batches] == [
+        bytes(m.payload) for m in other.micro_batches
+    ]
+
+
+def test_random_rotation_keeps_each_molecules_distances_and_changes_its_frame(
+    tmp_path: Path,
+) -> None:
+    molecules = write_dataset(str(tmp_path), 60)
+    order = OrderConfig(global_batch_size=60, num_streams=1)
+    stream = StreamConfig(micro_batch_size=1, random_rotation=True)
+    (batch,) = local_step_batches(str(tmp_path), order, stream, first_step=0, num_steps=1)
+    for micro in batch.micro_batches:
+        own = molecules.take(micro.molecule_ids)
+        if own.num_atoms[0] < 2:
+            continue
+        before = np.linalg.norm(own.positions[:, None] - own.positions[None], axis=-1)
+        after = np.linalg.norm(micro.positions[:, None] - micro.positions[None], axis=-1)
+        assert np.allclose(before, after, atol=1e-5)
+        assert not np.allclose(own.positions, micro.positions, atol=1e-2)
+
+
+def test_sequential_batches_hold_the_first_molecules_once(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    uri, molecules = dataset
+    every = list(sequential_batches(uri, "train", 8))
+    ids = np.concatenate([micro.molecule_ids for micro in every])
+    assert np.array_equal(np.sort(ids), np.arange(500))
+    assert max(len(micro) for micro in every) <= 8
+    for micro in every:
+        assert np.array_equal(micro.positions, molecules.take(micro.molecule_ids).positions)
+    few = [micro.molecule_ids for micro in sequential_batches(uri, "train", 8, limit=130)]
+    assert np.array_equal(np.sort(np.concatenate(few)), np.arange(130))
+
+
+def test_a_world_size_that_does_not_divide_the_streams_is_refused(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    with pytest.raises(ConfigError, match="4 streams cannot be divided among 3 workers"):
+        next(local_step_batches(dataset[0], ORDER, STREAM, first_step=0, num_steps=1, world_size=3))

@@ -1,0 +1,194 @@
+"""The relation kernels equal a plain Floyd-Warshall with recursive path recovery, pair by pair."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from synthetic import random_bonds
+
+from moleblend_ray.errors import DataError
+from moleblend_ray.relations.topology import (
+    BONDED,
+    DISCONNECTED,
+    Topology,
+    bond_degrees,
+    intermediate_atoms,
+    topology,
+)
+from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, MAX_SPD, NO_HOP, UNREACHABLE
+
+FAR = 10**6
+
+
+def floyd_warshall(n: int, bonds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The reference's rule, word by word: k ascending, strict improvement."""
+    distance = np.full((n, n), FAR)
+    middle = np.full((n, n), DISCONNECTED)
+    for a, b in bonds.tolist():
+        distance[a, b] = distance[b, a] = 1
+        middle[a, b] = middle[b, a] = BONDED
+    for a in range(n):
+        distance[a, a], middle[a, a] = 0, BONDED
+    for k in range(n):
+        through = distance[:, k, None] + distance[None, k, :]
+        better = through < distance
+        distance[better] = through[better]
+        middle[better] = k
+    return distance, middle
+
+
+def recovered_path(middle: np.ndarray, a: int, b: int) -> list[int]:
+    """Atoms from a to b, both included."""
+    if a == b:
+        return [a]
+    k = int(middle[a, b])
+    return (
+        [a, b] if k == BONDED else recovered_path(middle, a, k) + recovered_path(middle, k, b)[1:]
+    )
+
+
+def plain_topology(
+    n: int, bonds: np.ndarray, features: np.ndarray, num_hops: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    distance, middle = floyd_warshall(n, bonds)
+    code = np.zeros((n, n), int)
+    for (a, b), (kind, stereo, conjugated) in zip(bonds.tolist(), features.tolist(), strict=True):
+        code[a, b] = code[b, a] = 1 + (kind * 6 + stereo) * 2 + conjugated
+    codes = np.full((n, n, num_hops), NO_HOP)
+    for a in range(n):
+        for b in range(n):
+            if distance[a, b] < FAR:
+                path = recovered_path(middle, a, b)
+                hops = [code[x, y] for x, y in pairwise(path)][:num_hops]
+                codes[a, b, : len(hops)] = hops
+    spd = np.where(distance >= FAR, UNREACHABLE, np.minimum(distance, MAX_SPD))
+    return spd.reshape(-1), codes.reshape(n * n, num_hops), middle.reshape(-1)
+
+
+def one(
+    n: int, bonds: list[tuple[int, int]] | np.ndarray, num_hops: int = 5
+) -> tuple[Topology, np.ndarray]:
+    """Topology and bond features of a single molecule with random bond features."""
+    bonds = np.array(bonds, np.uint16).reshape(-1, 2)
+    rng = np.random.default_rng(len(bonds))
+    features = rng.integers(0, BOND_VOCAB_SIZES, (len(bonds), 3)).astype(np.uint8)
+    sizes = np.array([n], np.int32), np.array([len(bonds)], np.int32)
+    return topology(*sizes, bonds, features, num_hops), features
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sizes=st.lists(st.integers(1, 24), min_size=1, max_size=6),
+    extra=st.floats(0, 1.5),
+    num_hops=st.sampled_from([1, 5, 9, 30]),
+)
+@settings(max_examples=80, deadline=None)
+def test_block_equals_plain_floyd_warshall_on_random_graphs(
+    seed: int, sizes: list[int], extra: float, num_hops: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    bonds = [random_bonds(rng, n, extra) for n in sizes]
+    features = [rng.integers(0, BOND_VOCAB_SIZES, (len(b), 3)).astype(np.uint8) for b in bonds]
+    num_atoms = np.array(sizes, np.int32)
+    num_bonds = np.array([len(b) for b in bonds], np.int32)
+    flat_bonds = np.concatenate(bonds)
+    found = topology(num_atoms, num_bonds, flat_bonds, np.concatenate(features), num_hops)
+    middle = intermediate_atoms(num_atoms, num_bonds, flat_bonds)
+    plain = [
+        plain_topology(n, b, f, num_hops) for n, b, f in zip(sizes, bonds, features, strict=True)
+    ]
+    assert np.array_equal(found.spd, np.concatenate([spd for spd, _, _ in plain]))
+    assert np.array_equal(found.path_codes, np.concatenate([codes for _, codes, _ in plain]))
+    assert np.array_equal(middle, np.concatenate([k for _, _, k in plain]))
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 30))
+@settings(max_examples=40, deadline=None)
+def test_path_back_is_the_path_reversed(seed: int, n: int) -> None:
+    bonds = random_bonds(np.random.default_rng(seed), n)
+    found, _ = one(n, bonds, num_hops=n)
+    spd, codes = found.spd.reshape(n, n), found.path_codes.reshape(n, n, n)
+    for a in range(n):
+        for b in range(n):
+            hops = 0 if spd[a, b] == UNREACHABLE else spd[a, b]
+            assert np.array_equal(codes[a, b, :hops], codes[b, a, :hops][::-1])
+            assert (codes[a, b, hops:] == NO_HOP).all()
+
+
+def test_equally_short_routes_take_the_lowest_possible_largest_atom() -> None:
+    # A four-ring 0-1-3-2-0: from 0 to 3 through 1, not 2.
+    bonds = [(0, 2), (2, 3), (0, 1), (1, 3)]
+    found, features = one(4, bonds)
+    code = 1 + (features[:, 0].astype(int) * 6 + features[:, 1]) * 2 + features[:, 2]
+    assert found.path_codes.reshape(4, 4, 5)[0, 3].tolist() == [code[2], code[3], 0, 0, 0]
+
+
+def test_single_atom_has_one_empty_pair() -> None:
+    found, _ = one(1, [])
+    assert found.spd.tolist() == [0]
+    assert found.path_codes.tolist() == [[NO_HOP] * 5]
+
+
+def test_fragments_are_unreachable_without_hops() -> None:
+    found, _ = one(4, [(0, 1), (2, 3)])
+    spd = found.spd.reshape(4, 4)
+    assert (spd[:2, 2:] == UNREACHABLE).all()
+    assert (spd[2:, :2] == UNREACHABLE).all()
+    assert spd[0, 1] == spd[2, 3] == 1
+    assert (found.path_codes.reshape(4, 4, 5)[:2, 2:] == NO_HOP).all()
+
+
+def test_distance_of_a_500_atom_chain_saturates_below_unreachable() -> None:
+    n = 500
+    found, _ = one(n, [(i, i + 1) for i in range(n - 1)])
+    spd = found.spd.reshape(n, n)
+    assert spd[0, 253] == 253
+    assert spd[0, 254] == spd[0, 255] == spd[0, 499] == MAX_SPD
+    assert MAX_SPD < UNREACHABLE
+    # The hops stay those of the true path, however long it is.
+    codes = found.path_codes.reshape(n, n, 5)
+    assert np.array_equal(codes[0, 499], codes[0, 5])
+
+
+def test_paths_over_20_bonds_keep_their_first_hops_and_distance() -> None:
+    n = 24
+    chain = [(i, i + 1) for i in range(n - 1)]
+    found, features = one(n, chain)
+    code = 1 + (features[:, 0].astype(int) * 6 + features[:, 1]) * 2 + features[:, 2]
+    assert found.spd.reshape(n, n)[0, 23] == 23
+    assert found.path_codes.reshape(n, n, 5)[0, 23].tolist() == code[:5].tolist()
+    assert found.path_codes.reshape(n, n, 5)[23, 0].tolist() == code[-1:-6:-1].tolist()
+
+
+def test_degrees_count_neighbours_of_each_molecule() -> None:
+    degrees = bond_degrees(
+        np.array([1, 3, 2], np.int32),
+        np.array([0, 2, 1], np.int32),
+        np.array([[0, 1], [1, 2], [1, 0]], np.uint16),
+    )
+    assert degrees.tolist() == [0, 1, 2, 1, 1, 1]
+
+
+def test_empty_block_gives_empty_relations() -> None:
+    none = np.zeros(0, np.int32)
+    found = topology(none, none, np.zeros((0, 2), np.uint16), np.zeros((0, 3), np.uint8))
+    assert found.spd.shape == (0,)
+    assert found.path_codes.shape == (0, 5)
+
+
+def test_damaged_bonds_are_refused_naming_the_molecule() -> None:
+    sizes = np.array([2, 2], np.int32), np.array([1, 1], np.int32)
+    features = np.zeros((2, 3), np.uint8)
+    with pytest.raises(
+        DataError, match=r"molecule 1 of the block has 2 atoms but bonds up to atom 2"
+    ):
+        topology(*sizes, np.array([[0, 1], [0, 2]], np.uint16), features)
+    features[0, 0] = BOND_VOCAB_SIZES[0]
+    with pytest.raises(DataError, match=r"molecule 0 of the block .* codes up to \[5, 0, 0\]"):
+        topology(*sizes, np.array([[0, 1], [0, 1]], np.uint16), features)
+    with pytest.raises(DataError, match="do not fit"):
+        topology(*sizes, np.zeros((3, 2), np.uint16), np.zeros((3, 3), np.uint8))
