@@ -38,10 +38,8 @@ def murcko_scaffold(smiles: str, *, include_chirality: bool = False) -> str:
                 f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read; "
                 "leave rejected molecules out before splitting"
             )
-        scaffold: str = MurckoScaffold.MurckoScaffoldSmiles(
-            mol=mol, includeChirality=include_chirality
-        )
-    return scaffold
+        scaffold = MurckoScaffold.GetScaffoldForMol(mol)  # type: ignore[no-untyped-call]
+        return Chem.MolToSmiles(scaffold, isomericSmiles=include_chirality)
 
 
 def scaffold_split(
