@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import gzip
 import hashlib
 import io
 import logging
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from typing import BinaryIO, Final, Literal, NamedTuple, cast
 
@@ -316,7 +316,7 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
 def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> _View:
     with _text_records(file) as records:
         sample = _first_records(file, records, _SAMPLE_RECORDS)
-    properties = [_sd_properties(_decode(record))[1] for record in sample]
+    properties = [_sd_properties(_sd_text(record))[1] for record in sample]
     names = tuple(dict.fromkeys(name for record in properties for name in record))
     is_whole = len(sample) < _SAMPLE_RECORDS
     if config.id_column is not None and is_whole and sample:
@@ -619,27 +619,43 @@ def _parquet_file(file: SourceFile) -> Iterator[pq.ParquetFile]:
 def _text_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
     """The raw records of a text file (for a table: header first), each with its line end; _DamageError if damaged."""
     with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
-        plain = gzip.GzipFile(fileobj=stream) if file.compressed else stream
+        blocks = _inflated(stream) if file.compressed else _blocks(stream)
         if file.format == "sdf":
-            yield _sd_records(plain)
+            yield _sd_records(blocks)
         else:
-            yield _csv_records(plain, _DELIMITERS[file.format])
+            yield _csv_records(blocks, _DELIMITERS[file.format])
 
 
-def _blocks(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
-    while True:
-        try:
-            block = stream.read(_BLOCK_BYTES)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise _DamageError(f"the gzip stream is truncated or corrupt ({error})") from error
-        if not block:
-            return
-        yield block
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    return iter(partial(stream.read, _BLOCK_BYTES), b"")
 
 
-def _sd_records(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+def _inflated(stream: BinaryIO) -> Iterator[bytes]:
+    """The content of a gzip stream of one or more members, up to the very place where it is damaged.
+
+    ``gzip.GzipFile`` would throw away what it has of a block when the block cannot be completed.
+    """
+    member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    is_open = False
+    for raw in _blocks(stream):
+        rest = raw
+        while rest:
+            is_open = True
+            try:
+                yield member.decompress(rest, _BLOCK_BYTES)
+            except zlib.error as error:
+                raise _DamageError(f"the gzip stream is corrupt ({error})") from error
+            rest = member.unconsumed_tail
+            if member.eof:
+                rest = member.unused_data.lstrip(b"\0")  # zeros may pad an archive
+                member, is_open = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), False
+    if is_open:
+        raise _DamageError("the gzip stream is truncated")
+
+
+def _sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:
     rest = b""
-    for block in _blocks(stream):
+    for block in blocks:
         rest += block
         start = 0
         for match in _RECORD_END.finditer(rest):
@@ -655,10 +671,10 @@ def _sd_records(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
         yield rest
 
 
-def _lines(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
     """Lines with their ends."""
     rest = b""
-    for block in _blocks(stream):
+    for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
         for line in lines:
             yield line + b"\n"
@@ -668,9 +684,9 @@ def _lines(stream: BinaryIO | gzip.GzipFile) -> Iterator[bytes]:
         yield rest
 
 
-def _csv_records(stream: BinaryIO | gzip.GzipFile, delimiter: str) -> Iterator[bytes]:
+def _csv_records(blocks: Iterable[bytes], delimiter: str) -> Iterator[bytes]:
     """The rows of a table; a quoted field may hold line ends. Blank lines between rows are none."""
-    lines = _lines(stream)
+    lines = _lines(blocks)
     for line in lines:
         if not line.strip(b"\r\n"):
             continue
@@ -743,8 +759,8 @@ def parse_chunk(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
 
 
 def _parse_sdf(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
-    for row, raw in enumerate(_sd_records(io.BytesIO(chunk.payload)), chunk.first_row):
-        text = _decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
+    for row, raw in enumerate(_sd_records([chunk.payload]), chunk.first_row):
+        text = _sd_text(raw)
         block, properties = _sd_properties(text)
         title = text.partition("\n")[0].strip()
         mol_id = properties.get(layout.id_column, "") if layout.id_column else title
@@ -752,6 +768,11 @@ def _parse_sdf(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
         yield RawRecord(
             row, mol_id or None, MolBlock(block), labels, unreadable, text[:_EXCERPT_CHARACTERS]
         )
+
+
+def _sd_text(raw: bytes) -> str:
+    """An SD record without its delimiter, lines ended as on Unix."""
+    return _decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
 
 
 def _sd_properties(text: str) -> tuple[str, dict[str, str]]:
@@ -765,7 +786,7 @@ def _sd_properties(text: str) -> tuple[str, dict[str, str]]:
 
 def _parse_table(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
     delimiter = _DELIMITERS[layout.file.format]
-    records = _csv_records(io.BytesIO(chunk.payload), delimiter)
+    records = _csv_records([chunk.payload], delimiter)
     for row, raw in enumerate(records, chunk.first_row):
         cells = _fields(raw, delimiter)
         found = "no readable row" if cells is None else f"{len(cells)} fields"

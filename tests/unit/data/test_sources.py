@@ -1,0 +1,523 @@
+"""Sources: every record is read once, with its id and labels; what cannot be read is named."""
+
+from __future__ import annotations
+
+import gzip
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moleblend_ray.chemistry.molecule import GeometryRow, Rejection
+from moleblend_ray.data import sources
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    MolBlock,
+    RawRecord,
+    RowChunk,
+    SmilesText,
+    SourceSet,
+    find_sources,
+    inspect_sources,
+    parse_chunk,
+    read_chunks,
+)
+from moleblend_ray.errors import ConfigError, DataError, StorageError
+
+METHANE = """{title}
+     RDKit          3D
+
+  1  0  0  0  0  0  0  0  0  0999 V2000
+    0.0000    0.0000    0.0000 C   0  0  0  0  0  0  0  0  0  0  0  0
+M  END
+"""
+
+
+def sd_record(title: str, **properties: object) -> str:
+    tags = "".join(f">  <{name}>\n{value}\n\n" for name, value in properties.items())
+    return METHANE.format(title=title) + tags + "$$$$\n"
+
+
+def inspected(uri: Path | str, **columns: object) -> SourceSet:
+    return inspect_sources(find_sources(str(uri)), ColumnConfig(**columns))  # type: ignore[arg-type]
+
+
+def records_of(uri: Path | str, rows_per_chunk: int = 1000, **columns: object) -> list[RawRecord]:
+    """All records of a source, through chunks."""
+    found = []
+    for index, layout in enumerate(inspected(uri, **columns).layouts):
+        for chunk in read_chunks(layout, index, rows_per_chunk):
+            parsed = list(parse_chunk(chunk, layout))
+            assert len(parsed) == chunk.num_rows
+            assert parsed[0].row == chunk.first_row
+            found += parsed
+    return found
+
+
+def smiles_of(records: list[RawRecord]) -> list[str]:
+    return [record.content.smiles for record in records if isinstance(record.content, SmilesText)]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def test_a_table_gives_smiles_ids_and_numeric_labels(tmp_path: Path) -> None:
+    path = tmp_path / "assay.csv"
+    path.write_text(
+        "name,smiles,y,class,comment,empty\n"
+        "a,CCO ,1.5,1,hello,\n"
+        '"b, ""second""",C,,0,"two\nlines",\n'
+        "\n"
+        "a,N,nan,1,x,\n"
+    )
+    source = inspected(path, id_column="name")
+    assert [label.name for label in source.labels] == ["y", "class", "empty"]
+    records = records_of(path, id_column="name")
+    assert smiles_of(records) == ["CCO", "C", "N"]
+    assert [record.mol_id for record in records] == ["a", 'b, "second"', "a"]
+    assert [record.row for record in records] == [0, 1, 2]
+    np.testing.assert_array_equal(
+        [record.labels for record in records],
+        [[1.5, 1, np.nan], [np.nan, 0, np.nan], [np.nan, 1, np.nan]],
+    )
+
+
+@pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz", "T.TSV"])
+def test_tab_separated_and_compressed_tables(tmp_path: Path, name: str) -> None:
+    content = b"\xef\xbb\xbfsmiles\ty\r\nC\t1\r\nCC\t2\r\n"
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    records = records_of(tmp_path / name)
+    assert smiles_of(records) == ["C", "CC"]
+    assert [record.labels.tolist() for record in records] == [[1.0], [2.0]]
+
+
+def test_explicit_label_columns_keep_their_order_and_take_true_and_false(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("smiles,a,b,c\nC,1,True,x\nC,2,False,3\n")
+    assert [label.name for label in inspected(path).labels] == ["a"]
+    records = records_of(path, label_columns=("c", "b"))
+    np.testing.assert_array_equal([r.labels for r in records], [[np.nan, 1], [3, 0]])
+    assert [record.unreadable for record in records] == [("c",), ()]
+
+
+def test_cells_that_are_no_finite_number_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("smiles,y\n" + "C,1\n" * 1000 + "C,>10\nC,inf\nC,1_0\nC,N/A\n")
+    records = records_of(path)
+    assert [record.unreadable for record in records[-4:]] == [("y",), ("y",), ("y",), ()]
+    assert np.isnan([record.labels[0] for record in records[-4:]]).all()
+
+
+@pytest.mark.parametrize("row", ["C", "C,1,2", '"C,1,x'[1:]])
+def test_rows_with_a_wrong_number_of_fields_are_rejected(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"smiles,y\nCC,1\n{row}\nCCC,2\n")
+    first, bad, last = records_of(path)
+    assert isinstance(bad.content, Rejection)
+    assert bad.content.code == "invalid_record"
+    assert "where the header has 2" in bad.content.detail
+    assert smiles_of([first, last]) == ["CC", "CCC"]
+    assert bad.excerpt.startswith("C")
+
+
+def test_the_wrong_column_is_answered_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("SMILES,logP,id\nC,1,a\n")
+    with pytest.raises(
+        ConfigError,
+        match=r"smiles_column: .*t\.csv has no 'smiles'; it has 'SMILES', 'logP'.*mean 'SMILES'",
+    ):
+        inspected(path)
+    with pytest.raises(ConfigError, match=r"id_column: .*has no 'idx'.*mean 'id'"):
+        inspected(path, smiles_column="SMILES", id_column="idx")
+    with pytest.raises(ConfigError, match=r"label_columns: .*has no 'logp'.*mean 'logP'"):
+        inspected(path, smiles_column="SMILES", label_columns=("logp",))
+
+
+def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("smiles,y,y\nC,1,2\n")
+    with pytest.raises(DataError, match=r"\['y'\] more than once"):
+        inspected(path)
+
+
+def test_a_quote_that_is_never_closed_is_damage_with_its_record(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('smiles,y\nC,1\nCC,2\n"CCC,3\nCCCC,4\n')
+    (layout,) = inspected(path).layouts
+    with pytest.raises(DataError, match=r"t\.csv is damaged after record 2.*not closed"):
+        list(read_chunks(layout, 0, 10))
+
+
+cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
+
+
+@given(st.lists(st.tuples(cells, cells), min_size=1, max_size=12), st.integers(1, 5))
+def test_any_table_the_csv_module_writes_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], rows_per_chunk: int
+) -> None:
+    import csv
+
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows([("smiles", "name"), *rows])
+    path = tmp_path_factory.mktemp("any") / "t.csv"
+    path.write_bytes(buffer.getvalue().encode())
+    records = records_of(path, rows_per_chunk, id_column="name", label_columns=())
+    assert smiles_of(records) == [smiles.strip() for smiles, _ in rows]
+    assert [record.mol_id or "" for record in records] == [name.strip() for _, name in rows]
+
+
+# --- SD files ---------------------------------------------------------------------------------------
+
+
+def test_an_sd_file_gives_molblocks_titles_and_numeric_properties(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    text = sd_record("one", mu=1.5, note="text", smiles="C") + sd_record("", mu="-2e-3", extra=7)
+    path.write_text(text)
+    source = inspected(path)
+    assert [label.name for label in source.labels] == ["mu", "extra"]
+    first, second = records_of(path)
+    assert (first.mol_id, second.mol_id) == ("one", None)
+    np.testing.assert_array_equal([first.labels, second.labels], [[1.5, np.nan], [-2e-3, 7]])
+    assert first.content == MolBlock(METHANE.format(title="one"))
+    assert [record.mol_id for record in records_of(path, id_column="note")] == ["text", None]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", ["$$$$\n", "$$$$", ""])
+def test_line_ends_and_a_missing_last_delimiter_do_not_matter(
+    tmp_path: Path, ending: str, last: str
+) -> None:
+    text = (sd_record("a", y=1) + sd_record("b", y=2)).removesuffix("$$$$\n") + last
+    path = tmp_path / "m.sdf.gz"
+    path.write_bytes(gzip.compress(text.replace("\n", ending).encode()))
+    records = records_of(path)
+    assert [record.mol_id for record in records] == ["a", "b"]
+    assert [record.labels.tolist() for record in records] == [[1.0], [2.0]]
+    assert records[1].content == MolBlock(METHANE.format(title="b"))
+
+
+def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    path.write_text(METHANE.format(title="a") + ">  <x>  (1)\n1\n2\n\n> 25 <y>\n3\n$$$$\n")
+    (record,) = records_of(path, label_columns=("x", "y"))
+    assert np.isnan(record.labels[0])
+    assert record.labels[1] == 3.0
+    assert record.unreadable == ("x",)
+
+
+def test_a_record_without_end_is_passed_on_whole(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    path.write_text("junk\n$$$$\n" + sd_record("fine"))
+    junk, fine = records_of(path)
+    assert junk.content == MolBlock("junk\n")
+    assert fine.mol_id == "fine"
+
+
+def test_a_file_without_delimiters_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_MAX_RECORD_BYTES", 1 << 20)
+    path = tmp_path / "m.sdf"
+    path.write_bytes(b"not an SD file\n" * 300_000)
+    with pytest.raises(DataError, match=r"m\.sdf is damaged after record 0.*is it an SD file"):
+        inspected(path)
+
+
+# --- Parquet ----------------------------------------------------------------------------------------
+
+
+def geometry_table(num_rows: int = 3, **columns: object) -> pa.Table:
+    """Rows of two atoms each, in the documented layout."""
+    return pa.table(
+        {
+            "mol_id": [f"m{row}" for row in range(num_rows)],
+            "smiles": ["C=O"] * num_rows,
+            "n_atoms": pa.array([2] * num_rows, pa.int16()),
+            "atomic_numbers": pa.array([[6, 8]] * num_rows, pa.list_(pa.uint8())),
+            "formal_charges": pa.array([[0, 0]] * num_rows, pa.list_(pa.int8())),
+            "positions": pa.array([[0.0, 0, 0, 1.2, 0, 0]] * num_rows, pa.list_(pa.float32())),
+            "bond_begin": pa.array([[0]] * num_rows, pa.list_(pa.int32())),
+            "bond_end": pa.array([[1]] * num_rows, pa.list_(pa.int32())),
+            "bond_order": pa.array([[2]] * num_rows, pa.list_(pa.int32())),
+            **columns,
+        }
+    )
+
+
+def with_unit(table: pa.Table, name: str, unit: str) -> pa.Table:
+    index = table.schema.get_field_index(name)
+    field = table.schema.field(name).with_metadata({"unit": unit})
+    return table.cast(table.schema.set(index, field))
+
+
+def test_a_geometry_table_gives_rows_ids_and_labels_with_units(tmp_path: Path) -> None:
+    table = geometry_table(
+        homo=[-0.25, None, float("inf")], done=[True, False, True], count=pa.array([1, 2, None])
+    )
+    pq.write_table(with_unit(table, "homo", "hartree"), tmp_path / "g.parquet")
+    source = inspected(tmp_path / "g.parquet")
+    assert [tuple(label) for label in source.labels] == [("homo", "hartree"), ("count", None)]
+    records = records_of(tmp_path / "g.parquet")
+    assert [record.mol_id for record in records] == ["m0", "m1", "m2"]
+    np.testing.assert_array_equal(
+        [record.labels for record in records], [[-0.25, 1], [np.nan, 2], [np.nan, np.nan]]
+    )
+    assert [record.unreadable for record in records] == [(), (), ("homo",)]
+    row = records[0].content
+    assert isinstance(row, GeometryRow)
+    assert np.asarray(row.positions).tolist() == pytest.approx([0, 0, 0, 1.2, 0, 0])
+    assert (list(row.atomic_numbers), list(row.bond_order), row.smiles) == ([6, 8], [2], "C=O")
+    chosen = inspected(tmp_path / "g.parquet", label_columns=("done", "homo"))
+    assert [tuple(label) for label in chosen.labels] == [("done", None), ("homo", "hartree")]
+
+
+def test_other_list_types_and_sliced_chunks_give_the_same_rows(tmp_path: Path) -> None:
+    positions = [[float(row), 0, 0, 1.2, 0, row] for row in range(10)]
+    plain = geometry_table(10, positions=pa.array(positions, pa.list_(pa.float32())))
+    large = geometry_table(10, positions=pa.array(positions, pa.large_list(pa.float64())))
+    fixed = geometry_table(10, positions=pa.array(positions, pa.list_(pa.float64(), 6)))
+    pq.write_table(plain, tmp_path / "plain.parquet", row_group_size=4)
+    found = []
+    for name, table, rows in (("plain", plain, 3), ("large", large, 7), ("fixed", fixed, 10)):
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+        records = records_of(tmp_path / f"{name}.parquet", rows)
+        found.append([np.asarray(record.content.positions).tolist() for record in records])  # type: ignore[union-attr]
+    assert found[0] == found[1] == found[2]
+    assert found[0] == np.array(positions, np.float32).tolist()
+
+
+def test_nulls_in_geometry_reject_the_row_or_leave_it_without_coordinates(tmp_path: Path) -> None:
+    lists = [[0.0, 0, 0, 1.2, 0, 0], None, [0.0, 0, 0, None, 0, 0]]
+    begins = pa.array([None, [0], [0]], pa.list_(pa.int32()))
+    table = geometry_table(positions=pa.array(lists, pa.list_(pa.float32())), bond_begin=begins)
+    pq.write_table(table, tmp_path / "g.parquet")
+    first, second, third = (record.content for record in records_of(tmp_path / "g.parquet"))
+    assert isinstance(first, Rejection)
+    assert "bond_begin is null" in first.detail
+    assert isinstance(second, GeometryRow)
+    assert second.positions is None
+    assert isinstance(third, Rejection)
+    assert "a null in positions" in third.detail
+
+
+def test_a_table_with_only_smiles_works_and_without_names_the_columns(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    pq.write_table(pa.table({"structure": ["C", None, "CC"], "y": [1, 2, 3]}), path)
+    records = records_of(path, smiles_column="structure")
+    assert smiles_of(records) == ["C", "", "CC"]
+    assert [record.mol_id for record in records] == [None] * 3
+    with pytest.raises(
+        ConfigError, match=r"smiles_column: .*has no 'smiles'; it has 'structure', 'y'"
+    ):
+        inspected(path)
+
+
+def test_geometry_alone_needs_no_smiles_column(tmp_path: Path) -> None:
+    pq.write_table(geometry_table().drop_columns(["smiles"]), tmp_path / "g.parquet")
+    assert len(records_of(tmp_path / "g.parquet")) == 3
+    with pytest.raises(ConfigError, match=r"has no 'smi'"):
+        inspected(tmp_path / "g.parquet", smiles_column="smi")
+
+
+def test_incomplete_geometry_is_told_and_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pq.write_table(geometry_table().drop_columns(["bond_order"]), tmp_path / "g.parquet")
+    assert smiles_of(records_of(tmp_path / "g.parquet")) == ["C=O"] * 3
+    assert "positions but not bond_order" in caplog.text
+
+
+def test_nested_positions_are_refused(tmp_path: Path) -> None:
+    nested = pa.array([[[0.0, 0, 0], [1.2, 0, 0]]] * 3)
+    pq.write_table(geometry_table(positions=nested), tmp_path / "g.parquet")
+    with pytest.raises(DataError, match=r"column 'positions' is list.*expected a flat list"):
+        inspected(tmp_path / "g.parquet")
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 4, 7, 10, 100])
+def test_parquet_chunks_cover_every_row_once_whatever_the_row_groups(
+    tmp_path: Path, rows_per_chunk: int
+) -> None:
+    table = pa.table({"smiles": ["C" * (row + 1) for row in range(23)]})
+    with pq.ParquetWriter(tmp_path / "s.parquet", table.schema) as writer:
+        for start, length in ((0, 2), (2, 3), (5, 10), (15, 1), (16, 7)):
+            writer.write_table(table.slice(start, length))
+    records = records_of(tmp_path / "s.parquet", rows_per_chunk)
+    assert [len(smiles) for smiles in smiles_of(records)] == list(range(1, 24))
+    parts = sources.parquet_parts(find_sources(str(tmp_path))[0], rows_per_chunk)
+    assert [part.chunk_index for part in parts] == list(range(len(parts)))
+    assert max(part.num_rows for part in parts) <= rows_per_chunk
+
+
+# --- files ------------------------------------------------------------------------------------------
+
+
+def test_directories_and_globs_are_read_in_order_with_all_labels(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "b.csv").write_text("smiles,y\nC,1\n")
+    (tmp_path / "deep" / "c.sdf").write_text(sd_record("x", mu=3))
+    (tmp_path / "a.tsv").write_text("smiles\tz\nN\t2\n")
+    (tmp_path / "README.md").write_text("no molecules")
+    source = inspected(tmp_path)
+    assert [Path(layout.file.uri).name for layout in source.layouts] == ["a.tsv", "b.csv", "c.sdf"]
+    assert [label.name for label in source.labels] == ["z", "y", "mu"]
+    labels = np.array([record.labels for record in records_of(tmp_path)])
+    nan = np.nan
+    np.testing.assert_array_equal(labels, [[2, nan, nan], [nan, 1, nan], [nan, nan, 3]])
+    assert len(find_sources(str(tmp_path / "*.csv"))) == 1
+
+
+def test_one_label_in_two_units_is_refused(tmp_path: Path) -> None:
+    for name, unit in (("a", "eV"), ("b", "hartree")):
+        pq.write_table(
+            with_unit(geometry_table(gap=[1.0] * 3), "gap", unit), tmp_path / f"{name}.parquet"
+        )
+    with pytest.raises(
+        ConfigError, match=r"'gap' is in eV in .*a\.parquet and in hartree in .*b\.parquet"
+    ):
+        inspected(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("m.sdf", b""),
+        ("m.sdf", b"\n\n"),
+        ("m.csv", b""),
+        ("m.csv", b"smiles,y\n"),
+        ("m.csv.gz", gzip.compress(b"")),
+        ("m.parquet", b""),
+    ],
+)
+def test_an_empty_file_is_told(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: empty, no records"):
+        inspected(tmp_path / name)
+
+
+def test_an_empty_file_among_others_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.csv").write_bytes(b"")
+    (tmp_path / "b.csv").write_bytes(b"smiles\nC\n")
+    assert smiles_of(records_of(tmp_path)) == ["C"]
+    assert "a.csv is empty" in caplog.text
+
+
+def test_no_molecule_files_and_unknown_kinds_are_told(tmp_path: Path) -> None:
+    (tmp_path / "molecules.xyz").write_text("1\n")
+    for uri in (tmp_path, tmp_path / "molecules.xyz"):
+        with pytest.raises(DataError, match=r"found molecules\.xyz; expected \.sdf, \.csv"):
+            find_sources(str(uri))
+    with pytest.raises(StorageError, match=r"missing\.csv: it does not exist"):
+        find_sources(str(tmp_path / "missing.csv"))
+
+
+def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "x.parquet").write_bytes(b"")
+    with pytest.raises(ConfigError, match="holds the prepared data set"):
+        find_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", ["sdf", "csv"])
+def test_a_truncated_gzip_gives_its_complete_chunks_then_names_the_record(
+    tmp_path: Path, suffix: str
+) -> None:
+    rng = np.random.default_rng(0)
+    noise = [rng.bytes(30).hex() for _ in range(2000)]
+    if suffix == "sdf":
+        text = "".join(sd_record(f"m{i}", noise=word) for i, word in enumerate(noise))
+    else:
+        text = "smiles,noise\n" + "".join(f"C,{word}\n" for word in noise)
+    content = gzip.compress(text.encode(), mtime=0)
+    path = tmp_path / f"t.{suffix}.gz"
+    path.write_bytes(content)
+    (layout,) = inspected(path).layouts
+    whole = list(read_chunks(layout, 0, 100))
+    path.write_bytes(content[: len(content) // 2])
+    (layout,) = inspected(path).layouts
+    found: list[RowChunk] = []
+    with pytest.raises(
+        DataError, match=rf"t\.{suffix}\.gz is damaged after record \d+.*truncated"
+    ) as error:
+        _collect(layout, found)
+    assert 0 < len(found) < 20
+    assert found == whole[: len(found)]
+    record = int(str(error.value).split("after record ")[1].split(" ")[0])
+    assert 100 * len(found) <= record < 100 * len(found) + 100
+
+
+def _collect(layout: sources.SourceLayout, into: list[RowChunk]) -> None:
+    for chunk in read_chunks(layout, 0, 100):
+        into.append(chunk)  # noqa: PERF402 - what comes before the error counts
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip, "damaged after record"),
+        (lambda content: content[:5], "damaged after record 0"),
+        (lambda _: b"smiles\nC\n", "is not a gzip file"),
+    ],
+)
+def test_a_corrupt_gzip_is_told(
+    tmp_path: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    rng = np.random.default_rng(0)
+    text = "smiles,x\n" + "".join(f"C,{rng.bytes(30).hex()}\n" for _ in range(20_000))
+    path = tmp_path / "t.csv.gz"
+    path.write_bytes(damage(gzip.compress(text.encode())))
+    with pytest.raises(DataError, match=message):
+        records_of(path)
+
+
+def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(DataError, match=r"s\.parquet is not a Parquet file or is damaged"):
+        inspected(path)
+    pq.write_table(
+        pa.table({"smiles": ["C" * 50] * 1000}), path, compression="zstd", use_dictionary=False
+    )
+    content = bytearray(path.read_bytes())
+    content[20:60] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"s\.parquet is damaged after record 0"):
+        records_of(path)
+
+
+def test_chunks_end_by_rows_or_bytes_and_their_digest_is_of_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("smiles\n" + "".join(f"{'C' * row}\n" for row in range(1, 11)))
+    (layout,) = inspected(path).layouts
+    assert [chunk.num_rows for chunk in read_chunks(layout, 0, 4)] == [4, 4, 2]
+    monkeypatch.setattr(sources, "_MAX_CHUNK_BYTES", 14)
+    chunks = list(read_chunks(layout, 0, 4))
+    assert [chunk.num_rows for chunk in chunks] == [4, 3, 2, 1]
+    assert [chunk.first_row for chunk in chunks] == [0, 4, 7, 9]
+    assert len({chunk.digest() for chunk in chunks}) == 4
+
+
+def test_a_source_in_s3_is_read_like_a_local_one(s3_uri: str, tmp_path: Path) -> None:
+    from moleblend_ray.data import storage
+
+    storage.write_bytes(s3_uri + "/a.csv.gz", gzip.compress(b"smiles,y\nC,1\nCC,2\n"))
+    pq.write_table(geometry_table(), tmp_path / "g.parquet")
+    storage.upload(tmp_path / "g.parquet", s3_uri + "/b.parquet")
+    assert [record.mol_id for record in records_of(s3_uri)] == [None, None, "m0", "m1", "m2"]
+    assert find_sources(s3_uri)[0].uri == s3_uri + "/a.csv.gz"
