@@ -116,10 +116,11 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
         print("# nothing was read or written")
         return 0
     console = Console(highlight=False)
-    console.print(_settings_table(name, config))
+    console.print(f"[bold]moleblend {name}[/]", _settings_table(config), "", sep="\n")
     started_s = time.monotonic()
     summary = load_reference(job.function)(config)
-    console.print(_summary_table(name, summary, config, time.monotonic() - started_s))
+    heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
+    console.print(heading, _summary_table(summary, config), sep="\n")
     return 0
 
 
@@ -192,21 +193,21 @@ def _paths(config: object) -> dict[str, str]:
     return {key: redact(path) for key, path in path_settings(config).items()}
 
 
-def _settings_table(name: str, config: object) -> Table:
+def _settings_table(config: object) -> Table:
     """The settings that differ from their defaults."""
     from moleblend_ray.config.describe import changed_settings
 
-    table = _table(f"moleblend {name}", "setting", "value")
+    table = _table("setting", "value")
     for key, value in changed_settings(config).items():
         table.add_row(escape(key), escape(value))
     return table
 
 
-def _summary_table(name: str, summary: Any, config: object, seconds: float) -> Table:
+def _summary_table(summary: Any, config: object) -> Table:
     from moleblend_ray.config.builder import to_dict
     from moleblend_ray.config.describe import flatten, redact
 
-    table = _table(f"moleblend {name}: done in {seconds:.1f} s", "what", "result")
+    table = _table("what", "result")
     values = to_dict(summary)
     for key, value in flatten(redact(values)).items():
         table.add_row(escape(key.replace("_", " ")), escape(value))
@@ -216,8 +217,8 @@ def _summary_table(name: str, summary: Any, config: object, seconds: float) -> T
     return table
 
 
-def _table(title: str, left: str, right: str) -> Table:
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+def _table(left: str, right: str) -> Table:
+    table = Table(show_edge=False, pad_edge=False)
     table.add_column(left, no_wrap=True)
     # Paths are copied from here: fold a long one instead of cutting it.
     table.add_column(right, overflow="fold")

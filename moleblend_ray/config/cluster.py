@@ -12,7 +12,7 @@ class ClusterConfig:
     """The Ray cluster to use, and how much of it."""
 
     address: str | None = None
-    """Ray address to attach to ("auto", "host:6379", "ray://host:10001"), or "local" for a private cluster that
+    """Ray address to attach to ("auto", "host:6379"), or "local" for a private cluster that
     ends with the command; null attaches to RAY_ADDRESS where set (inside a submitted job), else "local"."""
     num_workers: int = 2
     """Training workers of one pretraining run: one process each, with `use_gpu` one GPU each. A sweep starts as

@@ -131,6 +131,8 @@ def _quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that there will be no bar, which was asked for.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _memory_bytes() -> int:

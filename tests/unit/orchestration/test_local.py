@@ -1,0 +1,50 @@
+"""A private cluster's size, and the settings it leaves behind."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import ray
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration import local
+
+
+def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
+    cluster = ClusterConfig(num_workers=40, cpus_per_worker=1.5, num_data_actors=3)
+    assert local.logical_cpus(cluster) == 60 + 3 + 1
+    assert local.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
+    assert local.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+
+
+def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:
+    assert local.object_store_bytes(ClusterConfig(object_store_gib=0.5)) == local.GIB // 2
+    assert local.GIB // 4 <= local.object_store_bytes(ClusterConfig()) <= 8 * local.GIB
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
+        ),
+        local.ray_session(ClusterConfig(address="head:6379")),
+    ):
+        pass
+
+
+@pytest.mark.ray
+def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:
+    before = dict(os.environ)
+    with local.ray_session(ClusterConfig()):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+    assert dict(os.environ) == before

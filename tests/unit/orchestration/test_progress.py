@@ -1,0 +1,50 @@
+"""Reports from other processes reach the driver's log."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import ray
+
+from moleblend_ray.orchestration.progress import Progress, Reporter
+
+
+@ray.remote(num_cpus=0)
+def work(reporter: Reporter) -> None:
+    reporter.forward_logs("rank 1: ")
+    logging.getLogger("moleblend_ray.somewhere").warning("odd molecule %d", 5)
+    for done in range(4):
+        reporter({"done": done + 1, "total": 4, "loss": 0.25})
+
+
+@pytest.mark.ray
+def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
+    ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Progress("pretrain", unit="step") as progress:
+        ray.get(work.remote(progress.reporter))
+    assert "rank 1: odd molecule 5" in caplog.messages
+    assert "pretrain: 4/4 step loss=0.25" in caplog.messages
+
+
+class Board:
+    """Stands in for the actor: keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, object]] = []
+        self.update = self
+
+    def remote(self, values: dict[str, object]) -> None:
+        self.sent.append(dict(values))
+
+
+def test_reports_in_quick_succession_are_merged_and_the_last_is_sent() -> None:
+    board = Board()
+    reporter = Reporter(board, min_interval_s=60.0)
+    for done in range(1, 6):
+        reporter({"done": done, "total": 5, f"value{done}": done})
+    assert len(board.sent) == 2
+    assert board.sent[0] == {"done": 1, "total": 5, "value1": 1}
+    assert board.sent[1] == {"done": 5, "total": 5, **{f"value{n}": n for n in (2, 3, 4, 5)}}
