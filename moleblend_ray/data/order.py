@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import ConfigError, DataError
@@ -30,6 +31,7 @@ MAX_MOLECULES: Final = 10**12
 
 _ROUNDS: Final = 8
 _ROUND_KEYS: Final = np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+_mix_word = njit(cache=True, nogil=True)(mix)
 # First key words, so that the two bijections of an epoch are unrelated.
 _CHUNKS: Final = 1
 _WINDOW: Final = 2
@@ -160,51 +162,47 @@ def permute(
     index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """Where the keyed bijection of 0 ... size-1 sends each index; all arrays (n,), 0 <= index < size."""
-    return _walk(index, size, key, range(_ROUNDS), backwards=False)
+    image = np.empty(len(index), np.int64)
+    _walk(index, size, key, False, image)
+    return image
 
 
 def unpermute(
     index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
     """The inverse of :func:`permute`."""
-    return _walk(index, size, key, range(_ROUNDS - 1, -1, -1), backwards=True)
+    image = np.empty(len(index), np.int64)
+    _walk(index, size, key, True, image)
+    return image
 
 
-def _walk(
-    index: NDArray[np.int64],
-    size: NDArray[np.int64],
-    key: NDArray[np.uint64],
-    rounds: range,
-    *,
-    backwards: bool,
-) -> NDArray[np.int64]:
-    # frexp gives the bit length exactly below 2**53, far above any collection.
-    bits = np.frexp((size - 1).astype(np.float64))[1]
-    half = np.maximum((bits + 1) // 2, 1).astype(np.uint64)
-    value = index.astype(np.uint64)
-    outside = np.arange(len(value))
-    while len(outside):
-        moved = _feistel(value[outside], half[outside], key[outside], rounds, backwards)
-        value[outside] = moved
-        outside = outside[moved >= size[outside].astype(np.uint64)]
-    return value.astype(np.int64)
+# In the kernels every operand is a uint64: Numba makes a float of a uint64 and an int64 together.
 
 
-def _feistel(
-    value: NDArray[np.uint64],
-    half: NDArray[np.uint64],
-    key: NDArray[np.uint64],
-    rounds: range,
-    backwards: bool,
-) -> NDArray[np.uint64]:
+@njit(cache=True, nogil=True)
+def _walk(index, size, key, backwards, image):  # type: ignore[no-untyped-def]
+    """Apply the bijection of the enclosing power of four until the value is below ``size``."""
+    for i in range(index.shape[0]):
+        domain = np.uint64(size[i])
+        half = np.uint64(1)
+        while (np.uint64(1) << (half + half)) < domain:
+            half += np.uint64(1)
+        value = _feistel(np.uint64(index[i]), half, key[i], backwards)
+        while value >= domain:
+            value = _feistel(value, half, key[i], backwards)
+        image[i] = value
+
+
+@njit(cache=True, nogil=True)
+def _feistel(value, half, key, backwards):  # type: ignore[no-untyped-def]
     """A bijection of the ``2 * half``-bit words: the halves scramble each other in turn."""
     mask = (np.uint64(1) << half) - np.uint64(1)
-    left: NDArray[np.uint64] = value >> half
-    right: NDArray[np.uint64] = value & mask
-    for number in rounds:
-        round_key = key + _ROUND_KEYS[number]
+    left, right = value >> half, value & mask
+    for turn in range(_ROUNDS):
         if backwards:
-            left, right = right ^ (mix(left + round_key) & mask), left
+            round_key = key + _ROUND_KEYS[_ROUNDS - 1 - turn]
+            left, right = right ^ (_mix_word(left + round_key) & mask), left
         else:
-            left, right = right, left ^ (mix(right + round_key) & mask)
+            round_key = key + _ROUND_KEYS[turn]
+            left, right = right, left ^ (_mix_word(right + round_key) & mask)
     return (left << half) | right
