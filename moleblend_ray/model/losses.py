@@ -125,11 +125,11 @@ def total_loss(sums: Mapping[str, Tensor], global_counts: Tensor, config: LossCo
 
 def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
     """Each sum divided by its count; 0 where nothing was counted."""
-    divisor = torch.where(counts > 0, counts, torch.ones_like(counts))
-    return {
-        name: (sums[name].double() / divisor[index]).to(sums[name].dtype)
-        for index, name in enumerate(LOSS_NAMES)
-    }
+    means = {}
+    for name, count in zip(LOSS_NAMES, counts, strict=True):
+        mean = sums[name].double() / torch.where(count > 0, count, 1.0)
+        means[name] = torch.where(count > 0, mean, 0.0).to(sums[name].dtype)
+    return means
 
 
 def _edge_class_of_code() -> list[int]:

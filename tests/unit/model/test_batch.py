@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import dataclasses
+
+import molecule_zoo as zoo
+import torch
+
+from moleblend_ray.data.batch import build_micro_batches, unpack_micro_batch
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.vocabulary import UNREACHABLE
+
+
+def test_padding_puts_each_molecule_where_it_belongs() -> None:
+    molecules = [zoo.single_atom(), zoo.chain(3), zoo.ring(5).without_positions([2])]
+    batch = zoo.batch(molecules, ids=[10, 2**40, 12], step=4)
+    assert batch.step == 4
+    assert batch.molecule_ids.tolist() == [10, 2**40, 12]
+    assert batch.atom_mask.sum(1).tolist() == [1, 3, 5]
+    for row, molecule in enumerate(molecules):
+        n = molecule.num_atoms
+        assert torch.equal(batch.atom_features[row, :n], torch.from_numpy(molecule.atom_features))
+        assert batch.position_mask[row, :n].tolist() == molecule.position_mask.tolist()
+        assert not batch.positions[row, n:].any()
+    assert batch.spd[1, :3, :3].tolist() == [[0, 1, 2], [1, 0, 1], [2, 1, 0]]
+    assert not batch.spd[1, 3:].any()
+    assert not batch.path_codes[1, :, 3:].any()
+    assert batch.degrees[2].tolist() == [2] * 5
+
+
+def test_unknown_positions_become_zero_even_if_stored_as_nan() -> None:
+    batch = zoo.batch([zoo.ring(4).without_positions([1])])
+    assert batch.positions.isfinite().all()
+    assert not batch.positions[0, 1].any()
+    assert batch.pair_position_mask[0].sum() == 9
+
+
+def test_fragments_are_unreachable_from_each_other() -> None:
+    batch = zoo.batch([zoo.salt()])
+    assert (batch.spd[0, 7, :7] == UNREACHABLE).all()
+    assert not batch.path_codes[0, 7].any()
+
+
+def test_packing_and_padding_undo_each_other() -> None:
+    batch = zoo.batch([zoo.single_atom(), zoo.chain(3), zoo.ring(5)])
+    atoms = torch.randn(9, 2, 3)
+    assert torch.equal(batch.pack_atoms(batch.pad_atoms(atoms)), atoms)
+    assert torch.equal(batch.pad_atoms(atoms)[batch.atom_mask], atoms)
+    tokens = torch.randn(12, 4)
+    padded = batch.pad_tokens(tokens)
+    assert torch.equal(batch.pack_tokens(padded), tokens)
+    assert torch.equal(padded[:, 0], tokens[batch.graph_token])
+    assert torch.equal(padded[:, 1:][batch.atom_mask], tokens[batch.atom_token])
+    assert batch.token_molecule.tolist() == [0] * 2 + [1] * 4 + [2] * 6
+
+
+def test_a_received_buffer_gives_the_same_batch_and_stays_untouched() -> None:
+    (micro,) = build_micro_batches(zoo.block([zoo.chain(3), zoo.ring(6)]), 2, 0, 8)
+    sent = bytes(micro.payload)
+    received = MoleculeBatch.from_micro_batch(unpack_micro_batch(sent))
+    expected = MoleculeBatch.from_micro_batch(micro)
+    for field in dataclasses.fields(expected):
+        value = getattr(expected, field.name)
+        same = getattr(received, field.name)
+        assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
+    received.positions.fill_(1.0)
+    assert sent == bytes(micro.payload)

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import dataclasses
+
+import molecule_zoo as zoo
+import numpy as np
+import pytest
+import torch
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.blending import AtomFeature, BlendConfig, Relation, draw_blend, philox
+
+# Known answers of Philox4x32-10 in the Random123 distribution (kat_vectors): counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_gives_the_known_answers(counter, key, expected) -> None:
+    words = philox(tuple(torch.tensor([word]) for word in counter), key[0] | key[1] << 32)
+    assert tuple(int(word) for word in words) == expected
+
+
+def big_batch(count: int = 60, step: int = 0):
+    return zoo.batch([zoo.chain(20, seed=k) for k in range(count)], step=step)
+
+
+def test_relations_are_shown_with_their_probabilities() -> None:
+    blend = draw_blend(big_batch(), BlendConfig(pair_probabilities=(0.1, 0.3, 0.6)), seed=5)
+    share = np.bincount(blend.pair_choice.flatten().numpy(), minlength=3) / 60 / 400
+    # 24,000 draws: 5 standard errors are below 0.016.
+    np.testing.assert_allclose(share, (0.1, 0.3, 0.6), atol=0.016)
+    assert blend.atom_choice.float().mean().item() == pytest.approx(0.6, abs=0.07)
+
+
+def test_choices_of_a_pair_and_of_its_mirror_are_independent() -> None:
+    choice = draw_blend(big_batch(), BlendConfig(), seed=5).pair_choice
+    upper = torch.triu_indices(20, 20, 1)
+    same = choice[:, upper[0], upper[1]] == choice[:, upper[1], upper[0]]
+    assert same.float().mean().item() == pytest.approx(0.04 + 0.04 + 0.36, abs=0.025)
+
+
+def test_noise_is_standard_normal_times_its_size() -> None:
+    noise = (
+        draw_blend(big_batch(), BlendConfig(noise_std_angstrom=0.5), seed=1).noise.double() / 0.5
+    )
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.08)
+    assert noise.std().item() == pytest.approx(1.0, abs=0.06)
+    assert (noise**4).mean().item() == pytest.approx(3.0, abs=0.6)
+    correlation = np.corrcoef(noise.flatten(0, 1).T.numpy())
+    np.testing.assert_allclose(correlation, np.eye(3), atol=0.15)
+
+
+def test_draws_depend_on_molecule_step_and_seed_but_not_on_the_batch() -> None:
+    molecules = [zoo.chain(4), zoo.ring(6), zoo.ring(7, tail=2)]
+    together = draw_blend(zoo.batch(molecules, ids=[7, 2**33 + 7, 9], step=3), BlendConfig(), 1)
+    alone = draw_blend(zoo.batch(molecules[1:2], ids=[2**33 + 7], step=3), BlendConfig(), 1)
+    assert torch.equal(together.pair_choice[1, :6, :6], alone.pair_choice[0])
+    assert torch.equal(together.atom_choice[1, :6], alone.atom_choice[0])
+    assert torch.equal(together.noise[1, :6], alone.noise[0])
+    for ids, step, seed in (([7], 3, 1), ([2**33 + 7], 4, 1), ([2**33 + 7], 3, 2**40 + 1)):
+        other = draw_blend(zoo.batch(molecules[1:2], ids=ids, step=step), BlendConfig(), seed)
+        assert not torch.equal(other.pair_choice, alone.pair_choice)
+        assert not torch.equal(other.noise, alone.noise)
+
+
+def test_paper_mode_shares_one_map_among_all_molecules_of_a_step() -> None:
+    config = BlendConfig(per_batch=True)
+    first = draw_blend(zoo.batch([zoo.chain(9), zoo.ring(9, seed=2)], ids=[3, 8]), config, 0)
+    second = draw_blend(zoo.batch([zoo.chain(4)], ids=[77]), config, 0)
+    assert torch.equal(first.pair_choice[0], first.pair_choice[1])
+    assert torch.equal(first.pair_choice[0, :4, :4], second.pair_choice[0])
+    assert not torch.equal(first.atom_choice[0], first.atom_choice[1])
+
+
+def test_missing_coordinates_never_show_3d_and_keep_the_proportion_of_the_graph_relations() -> None:
+    molecules = [zoo.chain(20, seed=k).without_positions() for k in range(40)]
+    config = BlendConfig(pair_probabilities=(0.3, 0.1, 0.6))
+    blend = draw_blend(zoo.batch(molecules), config, seed=3)
+    share = np.bincount(blend.pair_choice.flatten().numpy(), minlength=3) / 16_000
+    np.testing.assert_allclose(share, (0.75, 0.25, 0.0), atol=0.02)
+    assert (blend.atom_choice == AtomFeature.DEGREE).all()
+    assert not blend.noise.any()
+
+
+def test_one_missing_atom_changes_only_its_own_pairs() -> None:
+    whole, holed = zoo.chain(8), zoo.chain(8).without_positions([3])
+    before = draw_blend(zoo.batch([whole]), BlendConfig(), 0)
+    after = draw_blend(zoo.batch([holed]), BlendConfig(), 0)
+    others = torch.arange(8) != 3
+    assert torch.equal(
+        before.pair_choice[:, others][:, :, others], after.pair_choice[:, others][:, :, others]
+    )
+    assert (after.pair_choice[:, 3] != Relation.GEOMETRY).all()
+    assert (after.pair_choice[:, :, 3] != Relation.GEOMETRY).all()
+
+
+def test_only_3d_asked_for_and_none_there_falls_back_to_the_graph() -> None:
+    config = BlendConfig(pair_probabilities=(0.0, 0.0, 1.0), atom_probabilities=(0.0, 1.0))
+    blend = draw_blend(zoo.batch([zoo.chain(12).without_positions(), zoo.chain(12)]), config, 0)
+    assert set(blend.pair_choice[0].unique().tolist()) == {0, 1}
+    assert (blend.pair_choice[1] == Relation.GEOMETRY).all()
+    assert (blend.atom_choice[1] == AtomFeature.GEOMETRY).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pair_probabilities": (0.2, 0.2, 0.5)},
+        {"pair_probabilities": (1.2, -0.2, 0.0)},
+        {"pair_probabilities": (0.5, 0.5)},
+        {"pair_probabilities": (float("nan"), 0.5, 0.5)},
+        {"atom_probabilities": (0.4, 0.5)},
+        {"noise_std_angstrom": -1.0},
+    ],
+)
+def test_impossible_probabilities_are_refused(change) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        BlendConfig(**change)
+
+
+def test_probabilities_may_miss_one_by_rounding() -> None:
+    config = BlendConfig(pair_probabilities=(0.1, 0.2, 0.7), atom_probabilities=(1 / 3, 2 / 3))
+    nearly = dataclasses.replace(config, pair_probabilities=(0.5, 0.4999999, 0.0))
+    choice = draw_blend(big_batch(), nearly, 0).pair_choice
+    assert (choice != Relation.GEOMETRY).all()

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import molecule_zoo as zoo
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.heads import DenoisingHead, PairHead
+
+CONFIG = ModelConfig(
+    num_layers=1, dim=12, ffn_dim=12, num_heads=3, num_kernels=4, pair_dim=6, attention_dropout=0.0
+)
+
+
+def drawn(module: nn.Module) -> nn.Module:
+    module = module.double()
+    zoo.spread_weights(module)
+    return module
+
+
+def test_pair_head_equals_a_linear_map_of_the_outer_product_and_so_do_its_gradients() -> None:
+    batch = zoo.batch([zoo.chain(3), zoo.ring(5)])
+    head = drawn(PairHead(CONFIG, 7))
+    atoms = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
+    probe = torch.randn(2, 5, 5, 7, dtype=torch.float64) * batch.pair_mask[..., None]
+
+    bilinear = head(atoms, batch)
+    gradients = torch.autograd.grad((bilinear * probe).sum(), [atoms, *head.parameters()])
+
+    padded = batch.pad_atoms(atoms)
+    row = head.row_norm(F.gelu(head.row(padded)))
+    column = head.column_norm(F.gelu(head.column(padded)))
+    outer = (row[:, :, None, :, None] * column[:, None, :, None, :]).flatten(3)
+    dense = F.linear(outer, head.weight.flatten(1), head.bias)
+    expected = torch.autograd.grad((dense * probe).sum(), [atoms, *head.parameters()])
+
+    mask = batch.pair_mask
+    torch.testing.assert_close(bilinear[mask], dense[mask], rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_pair_head_passes_the_numerical_gradient_check() -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(3)])
+    head = drawn(PairHead(CONFIG, 2))
+    atoms = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: head(x, batch)[batch.pair_mask], atoms)
+
+
+def test_denoising_head_equals_the_attention_over_displaced_values() -> None:
+    batch = zoo.batch([zoo.chain(3), zoo.ring(5)])
+    head = drawn(DenoisingHead(CONFIG))
+    atoms = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    bias = bias.masked_fill(~batch.atom_mask[:, None, None, :], float("-inf"))
+    displacement = torch.randn(2, 5, 5, 3, dtype=torch.float64)
+    ours = head(atoms, bias, displacement, batch)[batch.atom_mask]
+
+    def heads(linear: nn.Linear) -> torch.Tensor:
+        return linear(batch.pad_atoms(atoms)).view(2, 5, 3, 4).transpose(1, 2)
+
+    score = heads(head.query) @ heads(head.key).transpose(2, 3) / 4**0.5 + bias
+    moved = score.softmax(-1)[..., None] * displacement[:, None]
+    values = torch.einsum("bhijx,bhjd->bixhd", moved, heads(head.value)).flatten(3)
+    dense = (values * head.axes.weight).sum(-1) + head.axes.bias
+    dense = dense[batch.atom_mask]
+    torch.testing.assert_close(ours, dense, rtol=1e-10, atol=1e-12)
+    weights = [atoms, *head.parameters()]
+    probe = torch.randn_like(ours)
+    for got, expected in zip(
+        torch.autograd.grad((ours * probe).sum(), weights),
+        torch.autograd.grad((dense * probe).sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+
+import molecule_zoo as zoo
+import numpy as np
+import pytest
+import torch
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
+from moleblend_ray.model.config import LOSS_NAMES, LossConfig, ModelConfig, check_objective
+from moleblend_ray.model.losses import (
+    IGNORE,
+    count_other_bonds,
+    edge_targets,
+    loss_counts,
+    loss_means,
+    pretraining_loss_sums,
+    spd_targets,
+    total_loss,
+)
+from moleblend_ray.model.moleblend import MoleBlendModel, MoleBlendOutput
+
+TINY = ModelConfig(
+    num_layers=2, dim=16, ffn_dim=24, num_heads=2, num_kernels=4, pair_dim=4, distance_head=True
+)
+
+
+def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
+    B, N = batch.atom_mask.shape
+    return MoleBlendOutput(
+        tokens=torch.zeros(len(batch.token_index), 4),
+        spd_logits=torch.zeros(B, N, N, 11),
+        edge_logits=torch.zeros(B, N, N, 5, edge_classes),
+        direction=torch.zeros(B, N, N, 3),
+        distance=torch.zeros(B, N, N),
+        noise=torch.zeros(B, N, 3),
+    )
+
+
+def full_blend(batch, choice: int = 2) -> Blend:
+    B, N = batch.atom_mask.shape
+    return Blend(
+        pair_choice=torch.full((B, N, N), choice, dtype=torch.uint8),
+        atom_choice=torch.ones(B, N, dtype=torch.uint8),
+        noise=torch.ones(B, N, 3).masked_fill(~batch.position_mask[..., None], 0.0),
+    )
+
+
+def means(output, batch, blend, config=None) -> dict[str, float]:
+    config = config or LossConfig()
+    sums = pretraining_loss_sums(output, batch, blend, config)
+    return {k: v.item() for k, v in loss_means(sums, loss_counts(batch, blend, config)).items()}
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_number_of_classes() -> None:
+    batch = zoo.batch([zoo.chain(3), zoo.ring(6)])
+    found = means(nothing_predicted(batch), batch, full_blend(batch))
+    assert found["spd"] == pytest.approx(math.log(11))
+    assert found["edge"] == pytest.approx(math.log(25))
+    assert found["direction"] == found["denoise"] == pytest.approx(1.0)
+
+
+def test_cross_entropy_by_hand_on_a_chain_of_three() -> None:
+    batch = zoo.batch([zoo.chain(3)])
+    logits = torch.zeros(1, 3, 3, 11)
+    logits[0, 0, 1, 0] = 2.0  # right for the bonded pair (0, 1)
+    logits[0, 0, 2, 0] = 2.0  # wrong for the pair at distance 2
+    output = dataclasses.replace(nothing_predicted(batch), spd_logits=logits)
+    flat, normalizer = math.log(11), math.log(math.e**2 + 10)
+    expected = (normalizer - 2.0 + normalizer + 4 * flat) / 6
+    assert means(output, batch, full_blend(batch))["spd"] == pytest.approx(expected)
+
+
+def test_direction_is_a_mean_over_pairs_of_a_molecule_and_then_over_molecules() -> None:
+    two, three = zoo.chain(2), zoo.chain(3)
+    batch = zoo.batch([two, three])
+    direction = torch.zeros(2, 3, 3, 3)
+    # Both pairs of the first molecule right; one of six pairs of the second opposite.
+    delta = batch.positions[:, None] - batch.positions[:, :, None]
+    direction[0, :2, :2] = 3.0 * delta[0, :2, :2]
+    direction[1, 0, 1] = -delta[1, 0, 1]
+    output = dataclasses.replace(nothing_predicted(batch), direction=direction)
+    assert means(output, batch, full_blend(batch))["direction"] == pytest.approx((0 + 7 / 6) / 2)
+
+
+def test_denoising_is_a_mean_over_atoms_of_the_whole_batch() -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(4).without_positions([3])])
+    blend = full_blend(batch)
+    blend.atom_choice[1, 0] = 0
+    noise = torch.zeros(2, 4, 3)
+    noise[0, :2] = 5.0  # right
+    noise[1, 0] = noise[1, 3] = -1.0  # neither counts: shows its degree, has no position
+    output = dataclasses.replace(nothing_predicted(batch), noise=noise)
+    assert means(output, batch, blend)["denoise"] == pytest.approx(2 / 4)
+    assert loss_counts(batch, blend, LossConfig())[LOSS_NAMES.index("denoise")] == 4
+
+
+def test_distance_is_an_absolute_error_in_angstrom() -> None:
+    molecule = zoo.chain(2).moved(np.array([[0, 0, 0], [0, 3, 4]]))
+    batch = zoo.batch([molecule])
+    output = dataclasses.replace(nothing_predicted(batch), distance=torch.full((1, 2, 2), 4.0))
+    assert means(output, batch, full_blend(batch))["distance"] == pytest.approx(1.0)
+
+
+def test_spd_classes_merge_long_paths_and_ignore_self_and_unreachable() -> None:
+    target = spd_targets(zoo.batch([zoo.chain(24)]), 11)[0]
+    assert target[0].tolist() == [IGNORE, *range(10), *[10] * 13]
+    salt = zoo.batch([zoo.salt()])
+    assert (spd_targets(salt, 11)[0, 7] == IGNORE).all()
+    assert (spd_targets(zoo.batch([zoo.chain(2), zoo.chain(4)]), 11)[0, 2:] == IGNORE).all()
+
+
+def test_edge_classes_follow_the_paper_and_other_bonds_have_their_own() -> None:
+    molecule = zoo.chain(4)
+    molecule.bond_features[:] = [(1, 2, 1), (4, 0, 0), (0, 5, 0)]
+    batch = zoo.batch([molecule])
+    assert edge_targets(batch, LossConfig())[0, 0, 3].tolist() == [11, 24, 24, IGNORE, IGNORE]
+    paper = edge_targets(batch, LossConfig(ignore_other_bonds=True))
+    assert paper[0, 0, 3].tolist() == [11, *[IGNORE] * 4]
+    assert paper[0, 3, 0].tolist() == [IGNORE, IGNORE, 11, IGNORE, IGNORE]
+    # Ordered pairs whose path holds bond 2 or 3: bond 2 in 8, bond 3 in 6.
+    assert count_other_bonds(batch).item() == 14
+
+
+def test_counts_are_what_the_sums_are_divided_by() -> None:
+    molecules = [zoo.single_atom(), zoo.chain(3), zoo.salt(), zoo.ring(5).without_positions()]
+    batch = zoo.batch(molecules)
+    blend = draw_blend(batch, BlendConfig(), 0)
+    counts = dict(zip(LOSS_NAMES, loss_counts(batch, blend, LossConfig()).tolist(), strict=True))
+    assert counts["spd"] == 6 + 7 * 6 + 20
+    assert counts["direction"] == counts["distance"] == 2
+    assert counts["denoise"] == (blend.atom_choice[batch.position_mask] == 1).sum()
+
+
+def test_visible_pairs_can_weigh_less() -> None:
+    batch = zoo.batch([zoo.chain(3)])
+    blend = full_blend(batch, choice=1)
+    blend.pair_choice[0, 0, 1] = 0  # the only pair that shows its distance
+    logits = torch.zeros(1, 3, 3, 11)
+    logits[0, 0, 1, 5] = 9.0
+    output = dataclasses.replace(nothing_predicted(batch), spd_logits=logits)
+    wrong, flat = math.log(math.e**9 + 10), math.log(11)
+    for weight in (0.0, 0.25, 1.0):
+        expected = (weight * wrong + 5 * flat) / (weight + 5)
+        found = means(output, batch, blend, LossConfig(visible_pair_weight=weight))["spd"]
+        assert found == pytest.approx(expected)
+
+
+def test_direction_and_distance_count_no_molecule_whose_pairs_weigh_nothing() -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(3)])
+    blend = full_blend(batch)
+    blend.pair_choice[1, 0, 1] = 0
+    counts = loss_counts(batch, blend, LossConfig(visible_pair_weight=0.0))
+    assert counts[LOSS_NAMES.index("direction")] == 1
+
+
+def test_nothing_to_predict_costs_nothing_and_has_finite_gradients() -> None:
+    batch = zoo.batch([zoo.single_atom(), zoo.single_atom(seed=2)])
+    batch = dataclasses.replace(batch, position_mask=torch.zeros_like(batch.position_mask))
+    model = MoleBlendModel(TINY)
+    blend = draw_blend(batch, BlendConfig(), 0)
+    sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
+    total = total_loss(sums, loss_counts(batch, blend, LossConfig()), LossConfig())
+    total.backward()
+    assert total.item() == 0.0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_step_loss_and_gradient_do_not_depend_on_how_molecules_are_cut_into_micro_batches() -> None:
+    molecules = sorted(zoo.drug_like(6), key=lambda one: one.num_atoms)
+    molecules[2] = molecules[2].without_positions()
+    model = MoleBlendModel(
+        dataclasses.replace(TINY, attention_dropout=0.0, activation_dropout=0.0, drop_path=0.0)
+    ).double()
+    zoo.spread_weights(model)
+    config = LossConfig(distance_weight=0.2)
+
+    def step(cuts: list[int]) -> tuple[float, list[torch.Tensor]]:
+        parts = [
+            zoo.in_double(zoo.batch(molecules[a:b], ids=list(range(a, b))))
+            for a, b in pairwise(cuts)
+        ]
+        blends = [draw_blend(part, BlendConfig(), 1) for part in parts]
+        counts = sum(loss_counts(p, b, config) for p, b in zip(parts, blends, strict=True))
+        model.zero_grad()
+        total = 0.0
+        for part, blend in zip(parts, blends, strict=True):
+            sums = pretraining_loss_sums(model(part, blend), part, blend, config)
+            loss = total_loss(sums, counts, config)
+            loss.backward()
+            total += loss.item()
+        return total, [p.grad.clone() for p in model.parameters()]
+
+    whole, whole_gradients = step([0, 6])
+    cut, cut_gradients = step([0, 1, 3, 6])
+    assert cut == pytest.approx(whole, rel=1e-9)
+    for one, other in zip(whole_gradients, cut_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_total_is_the_weighted_sum_of_means() -> None:
+    sums = {name: torch.tensor(float(k + 1)) for k, name in enumerate(LOSS_NAMES)}
+    counts = torch.tensor([2.0, 4.0, 1.0, 0.0, 10.0], dtype=torch.float64)
+    total = total_loss(sums, counts, LossConfig(distance_weight=3.0))
+    assert total.item() == pytest.approx(0.1 * 0.5 + 0.1 * 0.5 + 0.5 * 3.0 + 0.0 + 6 * 0.5)
+
+
+def test_objective_that_the_model_cannot_serve_is_refused_naming_every_problem() -> None:
+    model = ModelConfig(edge_other_class=False, direction_head=False)
+    with pytest.raises(ConfigError) as caught:
+        check_objective(model, LossConfig(distance_weight=1.0))
+    for part in ("loss.direction_weight", "loss.distance_weight", "loss.ignore_other_bonds"):
+        assert part in str(caught.value)
+    with pytest.raises(ConfigError, match="edge_weight"):
+        LossConfig(edge_weight=-1.0)
