@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
 from moleblend_ray.chemistry.fingerprints import ecfp
 from moleblend_ray.evaluation.tasks import Task, TaskKind
@@ -30,6 +29,9 @@ def baseline_predictions(
     Classes are predicted as the probability of 1. A column whose training labels are all missing predicts 0, and
     one whose training labels are all equal predicts that label: both score as chance.
     """
+    # Imported here: it takes seconds, and workers that train models import this module too.
+    from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+
     fingerprints = ecfp(smiles)
     predictions = np.zeros(labels.shape, dtype=np.float64)
     for column in range(labels.shape[1]):

@@ -32,7 +32,7 @@ class TrialResult:
     """In the order of starting, from 0."""
     status: str
     """``finished``, ``stopped`` (worse than others after as many epochs), or ``failed``."""
-    settings: Mapping[str, float | int]
+    settings: Mapping[str, Any]
     """The values drawn."""
     valid_score: float | None
     """Best validation score of any epoch; None if none was completed."""

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import ray
-import torch
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.scaffolds import split_hash
@@ -43,14 +42,13 @@ from moleblend_ray.evaluation.results import (
 from moleblend_ray.evaluation.runs import (
     Experiment,
     finished_seed,
-    fit_baseline,
     read_test_predictions,
-    train_and_test,
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
-from moleblend_ray.training.checkpoint import load_model
+from moleblend_ray.orchestration.workers import baseline_seed, train_seed
+from moleblend_ray.training.export import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +176,7 @@ def train_seeds(
     missing = [seed for seed in seeds if found[seed] is None]
     if len(missing) < len(seeds):
         logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
-    task = ray.remote(_train_seed).options(**worker_resources(config))
+    task = ray.remote(train_seed).options(**worker_resources(config))
     references = {
         task.remote(bench.shared, settings, seed, config.out, config.cluster): seed
         for seed in missing
@@ -193,7 +191,7 @@ def run_baseline(
     """The fingerprint baseline with the same seeds; empty when switched off."""
     if not config.baseline.enabled:
         return []
-    task = ray.remote(_fit_baseline).options(num_cpus=config.cluster.cpus_per_worker)
+    task = ray.remote(baseline_seed).options(num_cpus=config.cluster.cpus_per_worker)
     references = {
         task.remote(bench.shared, seed, config.baseline.num_trees, config.cluster): seed
         for seed in seeds
@@ -228,12 +226,6 @@ def worker_resources(config: FinetuneConfig | SweepConfig) -> dict[str, float]:
     """What one training reserves, as arguments of ``ray.remote``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
-
-
-def use_reserved(cluster: ClusterConfig) -> torch.device:
-    """Keep torch to the CPUs this process reserved, and give the device it may use."""
-    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
-    return torch.device("cuda" if cluster.use_gpu else "cpu")
 
 
 def write_results(
@@ -288,18 +280,6 @@ def finished_results(config: FinetuneConfig | SweepConfig) -> dict[str, Any] | N
     compare_settings(config.out, identity["config"], _question(config))
     logger.info("%s is finished: %s", config.out, uri)
     return results
-
-
-def _train_seed(
-    experiment: Experiment, settings: FinetuneSettings, seed: int, out: str, cluster: ClusterConfig
-) -> SeedResult:
-    return train_and_test(experiment, settings, seed, out, use_reserved(cluster))
-
-
-def _fit_baseline(
-    experiment: Experiment, seed: int, num_trees: int, cluster: ClusterConfig
-) -> SeedResult:
-    return fit_baseline(experiment, seed, num_trees, max(1, int(cluster.cpus_per_worker)))
 
 
 def _question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:

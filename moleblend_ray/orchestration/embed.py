@@ -37,10 +37,10 @@ from moleblend_ray.orchestration.downstream import (
     compare_settings,
     load_encoder,
     prepare_molecules,
-    use_reserved,
 )
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.progress import Progress
+from moleblend_ray.orchestration.workers import use_reserved
 
 logger = logging.getLogger(__name__)
 

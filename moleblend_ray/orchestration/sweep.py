@@ -7,7 +7,6 @@ the search is over, the best configuration is trained with several seeds, and ea
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -16,22 +15,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import optuna
 import ray
-from numpy.typing import NDArray
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
-from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.finetune import EpochReport, StartingPoint, finetune_once
 from moleblend_ray.evaluation.results import TrialResult
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
@@ -41,13 +36,13 @@ from moleblend_ray.orchestration.downstream import (
     run_baseline,
     set_up,
     train_seeds,
-    use_reserved,
     worker_resources,
     write_results,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
 from moleblend_ray.orchestration.local import available_cpus, ray_session
 from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +56,7 @@ TUNE_DIR = "tune"
 """Folder of the search's state within ``out``, named by Ray Tune's rules."""
 
 _QUIET = {
-    # One folder of result files a trial is enough; no TensorBoard or CSV beside them.
+    # One JSON file a trial is enough; no TensorBoard or CSV beside it.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Trials use absolute paths; a changed folder would only break a user's relative imports.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -138,49 +133,24 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     experiment = bench.experiment
-    seen = np.concatenate([experiment.split.train, experiment.split.valid])
     trainable = tune.with_resources(
         tune.with_parameters(
-            _run_trial,
-            data=TrialData(
-                task=experiment.task,
-                # Only these: a trial cannot look at test molecules that it does not have.
-                molecules=experiment.molecules.take(seen),
-                train=np.arange(len(experiment.split.train), dtype=np.int64),
-                valid=np.arange(len(experiment.split.train), len(seen), dtype=np.int64),
-                start=experiment.start,
-            ),
+            run_trial,
+            data=TrialData.of(experiment),
             settings=config.finetune,
             seed=config.search_seed,
             cluster=config.cluster,
         ),
         _tune_resources(config),
     )
-    with Progress(
-        f"{experiment.task.name} trials", unit="trial", total=config.num_trials
-    ) as progress:
+    title = f"{experiment.task.name} trials"
+    with Progress(title, unit="trial", total=config.num_trials) as progress:
         _ProgressCallback.reporter = progress.reporter
         try:
             grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
-    return _collect_trials(grid)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialData:
-    """What every trial shares through the object store."""
-
-    task: Task
-    """What is asked."""
-    molecules: LabelledMolecules
-    """Training, then validation molecules."""
-    train: NDArray[np.int64]
-    """Rows of the training part."""
-    valid: NDArray[np.int64]
-    """Rows of the validation part."""
-    start: StartingPoint
-    """Weights to start from."""
+    return [_trial_result(number, grid[number]) for number in range(len(grid))]
 
 
 def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> FinetuneSettings:
@@ -191,12 +161,7 @@ def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> Fi
         raise TrainingError(f"none of {len(trials)} trials has a validation score: {errors}")
     sign = -1.0 if task.metric.higher_is_better else 1.0
     best = min(scored, key=lambda trial: (sign * (trial.valid_score or 0.0), trial.number))
-    return settings_of(fixed, best.settings)
-
-
-def settings_of(fixed: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:
-    """``fixed`` with the drawn values in place."""
-    return dataclasses.replace(fixed, **drawn)
+    return dataclasses.replace(fixed, **best.settings)
 
 
 def concurrent_trials(config: SweepConfig) -> int:
@@ -220,7 +185,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     experiment_path = storage.join(storage_path, "search")
     if tune.Tuner.can_restore(experiment_path):
         logger.info("continuing the search in %s", experiment_path)
-        return tune.Tuner.restore(experiment_path, trainable=trainable, resume_unfinished=True)
+        return tune.Tuner.restore(experiment_path, trainable=trainable, restart_errored=True)
     mode = "max" if task.metric.higher_is_better else "min"
     longest = (config.search.epochs or task.epochs)[1]
     return tune.Tuner(
@@ -241,6 +206,8 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
             ),
             num_samples=config.num_trials,
             max_concurrent_trials=concurrent_trials(config),
+            # A short trial would spend more time on a new process's imports than on training.
+            reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
@@ -249,7 +216,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
             storage_path=storage_path,
             # A lost node costs a trial its progress, not the sweep; what fails twice is recorded as failed.
             failure_config=tune.FailureConfig(max_failures=1),
-            callbacks=[_ProgressCallback()],
+            callbacks=[_ProgressCallback(), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
             verbose=0,
         ),
     )
@@ -267,33 +234,6 @@ def search_distributions(
         "batch_size": optuna.distributions.CategoricalDistribution(space.batch_size),
         "epochs": optuna.distributions.IntDistribution(fewest, most),
     }
-
-
-def _run_trial(
-    drawn: dict[str, Any],
-    data: TrialData,
-    settings: FinetuneSettings,
-    seed: int,
-    cluster: ClusterConfig,
-) -> None:
-    """One trial, in a worker process."""
-    settings = settings_of(settings, drawn)
-    finetune_once(
-        data.molecules,
-        data.train,
-        data.valid,
-        task=data.task,
-        start=data.start,
-        settings=settings,
-        seed=seed,
-        device=use_reserved(cluster),
-        report=functools.partial(_report, settings),
-    )
-
-
-def _report(settings: FinetuneSettings, epoch: EpochReport) -> None:
-    over = epoch.epoch == settings.epochs or epoch.epoch - epoch.best_epoch >= settings.patience
-    tune.report({**dataclasses.asdict(epoch), "over": over})
 
 
 def _tune_resources(config: SweepConfig) -> dict[str, float]:
@@ -320,10 +260,6 @@ class _ProgressCallback(tune.Callback):
             over = [trial for trial in trials if trial.status in (Trial.TERMINATED, Trial.ERROR)]
             failed = sum(trial.status == Trial.ERROR for trial in over)
             self.reporter({"done": len(over), "failed": failed})
-
-
-def _collect_trials(grid: tune.ResultGrid) -> list[TrialResult]:
-    return [_trial_result(number, grid[number]) for number in range(len(grid))]
 
 
 def _trial_result(number: int, result: tune.Result) -> TrialResult:
