@@ -76,9 +76,10 @@ def loss_ends(records: Sequence[Record]) -> tuple[dict[str, float], dict[str, fl
 
 
 def _mean_losses(records: Sequence[Record]) -> dict[str, float]:
-    names = [
-        name
-        for name in (records[0] if records else ())
-        if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_")
-    ]
-    return {name: sum(record[name] for record in records) / len(records) for name in names}
+    """Mean of each loss over the records that have it: a head without targets in a step is not in its record."""
+    values: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_"):
+                values.setdefault(name, []).append(value)
+    return {name: sum(found) / len(found) for name, found in values.items()}

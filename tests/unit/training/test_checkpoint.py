@@ -1,0 +1,250 @@
+"""Commit, discovery, damage, restore; in one process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, StorageError
+from moleblend_ray.training import checkpoint as checkpoint_module
+from moleblend_ray.training.checkpoint import (
+    CheckpointWriter,
+    restore_training_state,
+    training_state,
+)
+from moleblend_ray.training.commits import (
+    COMMIT_NAME,
+    abandon_after,
+    committed_steps,
+    latest_committed,
+    read_commit,
+    require_same_run,
+    step_uri,
+)
+from moleblend_ray.training.config import CheckpointConfig
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.loop import Learner, fit
+from moleblend_ray.training.metrics import read_records
+
+
+def writer(run: str, *, start: int = 0, every: int = 2, keep: int = 3) -> CheckpointWriter:
+    return CheckpointWriter(
+        CheckpointConfig(every_steps=every, keep_last=keep),
+        run,
+        Ranks(),
+        identity={"data_fingerprint": "toy", "model": {"dim": 32}},
+        config_fingerprint="f",
+        start_step=start,
+    )
+
+
+def train(run: str, *, num_steps: int = 6, model: Any = toy.MODEL, **options: Any) -> Learner:
+    learner = toy.learner(num_steps=num_steps, model=model)
+    fit(learner, toy.steps(), checkpoints=writer(run, **options))
+    return learner
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints at 2, 4, 6; tests that change it must copy it."""
+    run = tmp_path_factory.mktemp("run")
+    train(str(run))
+    return run
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def shard(run: Path, step: int) -> Path:
+    return next(Path(step_uri(str(run), step)).glob("*.distcp"))
+
+
+def test_a_marker_names_every_file_with_size_and_checksum(trained: Path) -> None:
+    commit = read_commit(str(trained), 6)
+    folder = Path(step_uri(str(trained), 6))
+    assert {file.name for file in commit.files} == {
+        path.name for path in folder.iterdir() if path.name != COMMIT_NAME
+    }
+    for file in commit.files:
+        content = (folder / file.name).read_bytes()
+        assert (file.num_bytes, file.sha256) == (len(content), storage.sha256_bytes(content))
+    assert commit.world_size == 1
+    assert commit.versions["torch"] == torch.__version__
+
+
+def test_the_newest_whole_checkpoint_is_found(trained: Path) -> None:
+    commit = latest_committed(str(trained), verify_content=True)
+    assert commit is not None
+    assert commit.step == 6
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert latest_committed(str(tmp_path / "absent")) is None
+
+
+def test_shards_without_a_marker_are_not_believed(run: Path) -> None:
+    (Path(step_uri(str(run), 6)) / COMMIT_NAME).unlink()
+    commit = latest_committed(str(run))
+    assert commit is not None
+    assert commit.step == 4
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "altered", "marker"])
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
+    run: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    victim = shard(run, 6)
+    content = victim.read_bytes()
+    expected = victim.name
+    if damage == "missing":
+        victim.unlink()
+    elif damage == "cut":
+        victim.write_bytes(content[:-10])
+    elif damage == "altered":
+        middle = len(content) // 2
+        victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        (victim.parent / COMMIT_NAME).write_text("{ half a mark")
+        expected = COMMIT_NAME
+    with caplog.at_level(logging.WARNING):
+        commit = latest_committed(str(run), verify_content=True)
+    assert commit is not None
+    assert commit.step == 4
+    assert expected in caplog.text
+    assert "step-00000006" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_from_nothing(run: Path) -> None:
+    for step in committed_steps(str(run)):
+        shard(run, step).unlink()
+    with pytest.raises(CheckpointError, match="none of the 3 checkpoints"):
+        latest_committed(str(run))
+
+
+def test_restoring_an_altered_shard_is_refused(run: Path) -> None:
+    victim = shard(run, 6)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content))
+    learner = toy.learner()
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        restore_training_state(learner.model, learner.optimizer, str(run), 6, Ranks())
+
+
+def test_a_marker_of_a_newer_format_asks_for_an_upgrade(run: Path) -> None:
+    marker = Path(step_uri(str(run), 6)) / COMMIT_NAME
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 99}))
+    with pytest.raises(CheckpointError, match=r"format 99.*Upgrade"):
+        read_commit(str(run), 6)
+
+
+@pytest.mark.parametrize("model", [toy.MODEL, toy.DROPOUT_MODEL], ids=["plain", "dropout"])
+def test_a_continued_run_is_the_uninterrupted_one(tmp_path: Path, model: Any) -> None:
+    whole = toy.learner(num_steps=6, model=model)
+    expected = fit(whole, toy.steps()).records
+    half = str(tmp_path / "half")
+    first = toy.learner(num_steps=6, model=model)
+    answers = iter([False, False, True])
+    fit(first, toy.steps(), checkpoints=writer(half), should_stop=lambda: next(answers))
+    second = toy.learner(num_steps=6, model=model)
+    restore_training_state(second.model, second.optimizer, half, 3, Ranks())
+    continued = fit(
+        second, toy.steps(start=3), start_step=3, checkpoints=writer(half, start=3)
+    ).records
+    assert [r["loss"] for r in continued] == [r["loss"] for r in expected[3:]]
+    state = training_state(second.model, second.optimizer)
+    for name, value in training_state(whole.model, whole.optimizer).items():
+        torch.testing.assert_close(state[name], value, rtol=0, atol=0)
+    assert [(r["step"], r["loss"]) for r in read_records(half)] == [
+        (r["step"], r["loss"]) for r in expected
+    ]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    orphan = Path(step_uri(run, 1))
+    orphan.mkdir(parents=True)
+    (orphan / "__0_0.distcp").write_bytes(b"left by a crash")
+    train(run, num_steps=6, every=1, keep=2)
+    assert committed_steps(run) == [6, 5]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000005",
+        "step-00000006",
+    ]
+    assert [record["step"] for record in read_records(run)] == list(range(6))
+
+
+def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = str(tmp_path)
+    train(run, num_steps=2)
+
+    def refuse(local_path: Path, uri: str) -> None:
+        raise StorageError(f"Cannot write {uri}: the disk is full")
+
+    monkeypatch.setattr(checkpoint_module.storage, "upload", refuse)
+    learner = toy.learner(num_steps=4)
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        fit(learner, toy.steps(start=2), start_step=2, checkpoints=writer(run, start=2))
+    commit = latest_committed(run, verify_content=True)
+    assert commit is not None
+    assert commit.step == 2
+
+
+def test_what_is_newer_than_the_start_is_abandoned(run: Path) -> None:
+    abandon_after(str(run), 4)
+    assert committed_steps(str(run)) == [4, 2]
+
+
+def test_an_index_that_would_run_code_is_refused(run: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (print, ("code ran",))
+
+    index = shard(run, 6).parent / ".metadata"
+    index.write_bytes(pickle.dumps(Evil()))
+    marker = index.parent / COMMIT_NAME
+    value = json.loads(marker.read_text())
+    for file in value["files"]:
+        if file["name"] == ".metadata":
+            content = index.read_bytes()
+            file |= {"num_bytes": len(content), "sha256": storage.sha256_bytes(content)}
+    marker.write_text(json.dumps(value))
+    learner = toy.learner()
+    with pytest.raises(CheckpointError, match="tampered"):
+        restore_training_state(learner.model, learner.optimizer, str(run), 6, Ranks())
+
+
+def test_another_run_is_refused_with_both_values_named() -> None:
+    stored = {"data_fingerprint": "aaa", "order": {"global_batch_size": 256, "num_streams": 4}}
+    wanted = {"data_fingerprint": "bbb", "order": {"global_batch_size": 512, "num_streams": 4}}
+    require_same_run(stored, stored, "run")
+    with pytest.raises(CheckpointError) as caught:
+        require_same_run(stored, wanted, "s3://bucket/run")
+    message = str(caught.value)
+    for part in ("s3://bucket/run", "'aaa'", "'bbb'", "order.global_batch_size", "256", "512"):
+        assert part in message
+    assert "num_streams" not in message
+
+
+def test_checkpoints_live_in_object_storage(s3_uri: str) -> None:
+    learner = train(s3_uri, num_steps=4, every=1, keep=2)
+    assert committed_steps(s3_uri) == [4, 3]
+    commit = latest_committed(s3_uri, verify_content=True)
+    assert commit is not None
+    other = toy.learner(num_steps=4)
+    restore_training_state(other.model, other.optimizer, s3_uri, 4, Ranks())
+    restored = training_state(other.model, other.optimizer)
+    for name, value in training_state(learner.model, learner.optimizer).items():
+        torch.testing.assert_close(restored[name], value, rtol=0, atol=0)

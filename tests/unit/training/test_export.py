@@ -1,0 +1,75 @@
+"""What ``checkpoint=URI`` may name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import toy
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.training.checkpoint import CheckpointWriter
+from moleblend_ray.training.commits import FINISHED_NAME, step_uri
+from moleblend_ray.training.config import CheckpointConfig
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.export import export_run, export_uri, load_model
+from moleblend_ray.training.loop import Learner, fit
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Learner]:
+    uri = str(tmp_path_factory.mktemp("run"))
+    learner = toy.learner(num_steps=4)
+    writer = CheckpointWriter(
+        CheckpointConfig(every_steps=2),
+        uri,
+        Ranks(),
+        identity={"model": asdict(toy.MODEL)},
+        config_fingerprint="f",
+        start_step=0,
+    )
+    fit(learner, toy.steps(), checkpoints=writer)
+    return uri, learner
+
+
+def assert_same_weights(left: MoleBlendModel, right: MoleBlendModel) -> None:
+    theirs = right.state_dict()
+    for name, value in left.state_dict().items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=0)
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint(run: tuple[str, Learner]) -> None:
+    uri, learner = run
+    model = load_model(uri)
+    assert not model.training
+    assert_same_weights(model, learner.model)
+
+
+def test_a_checkpoint_folder_gives_that_step(run: tuple[str, Learner]) -> None:
+    uri, learner = run
+    early = load_model(step_uri(uri, 2) + "/")
+    weight = "encoder.layers.0.ffn_in.weight"
+    assert not torch.equal(early.state_dict()[weight], learner.model.state_dict()[weight])
+
+
+def test_an_export_and_a_finished_run_give_the_same_model(
+    run: tuple[str, Learner], tmp_path: Path
+) -> None:
+    uri, learner = run
+    elsewhere = export_run(uri, str(tmp_path / "elsewhere"))
+    assert_same_weights(load_model(elsewhere), learner.model)
+    finished = str(tmp_path / "finished")
+    export_run(uri, export_uri(finished))
+    storage.write_json(storage.join(finished, FINISHED_NAME), {})
+    assert_same_weights(load_model(finished), learner.model)
+
+
+def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="names no model: expected a run"):
+        load_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="no committed checkpoint to export"):
+        export_run(str(tmp_path))

@@ -1,0 +1,156 @@
+"""The loop in one process, on toy molecules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toy
+
+from moleblend_ray.data.batch import StepBatch, build_micro_batches
+from moleblend_ray.data.block import concat
+from moleblend_ray.data.order import DataOrder
+from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.model.losses import LossConfig
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.loop import NotFiniteError, dropout_seed, fit, train_step
+
+
+def losses(records: Any) -> list[float]:
+    return [record["loss"] for record in records]
+
+
+def test_the_loss_falls_on_one_repeated_batch() -> None:
+    learner = toy.learner(num_steps=20)
+    batch = next(toy.steps())
+    records = [train_step(learner, batch)[0] for _ in range(20)]
+    for name in ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise"):
+        assert records[-1][name] < records[0][name]
+
+
+def test_the_optimised_loss_is_the_weighted_sum_of_the_heads() -> None:
+    learner = toy.learner()
+    record, _ = train_step(learner, next(toy.steps()))
+    weights = learner.loss
+    assert record["loss"] == pytest.approx(
+        sum(
+            weights.weight(name) * record[f"loss_{name}"]
+            for name in ("spd", "edge", "direction", "denoise")
+        ),
+        rel=1e-6,
+    )
+    assert "loss_distance" not in record
+
+
+def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
+    def one_batch_a_step() -> Any:
+        order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
+        for step in range(3):
+            block = concat([toy.molecule(int(i)) for i in order.global_batch(step)])
+            micro = build_micro_batches(block, step, 0, len(block))
+            yield StepBatch(step=step, micro_batches=tuple(micro))
+
+    many = fit(toy.learner(num_steps=3), toy.steps())
+    one = fit(toy.learner(num_steps=3), one_batch_a_step())
+    assert losses(many.records) == pytest.approx(losses(one.records), rel=1e-5)
+    norms = [[record["grad_norm"] for record in result.records] for result in (many, one)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_records_say_what_a_step_saw() -> None:
+    result = fit(toy.learner(num_steps=2), toy.steps())
+    order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
+    for record in result.records:
+        ids = order.global_batch(int(record["step"]))
+        atoms = sum(int(toy.molecule(int(i)).num_atoms[0]) for i in ids)
+        assert record["molecules"] == toy.ORDER.global_batch_size
+        assert record["atoms"] == atoms
+        assert 0 <= record["padding_share"] < 1
+        assert 0 <= record["data_wait_s"] <= record["step_s"]
+
+
+def test_a_batch_without_coordinates_has_no_geometry_losses() -> None:
+    blocks = [
+        replace(toy.molecule(i), position_mask=np.zeros(int(toy.molecule(i).num_atoms[0]), bool))
+        for i in range(4)
+    ]
+    micro = build_micro_batches(concat(blocks), 0, 0, 4)
+    record, _ = train_step(toy.learner(), StepBatch(step=0, micro_batches=tuple(micro)))
+    assert {"loss", "loss_spd", "loss_edge"} <= record.keys()
+    assert not {"loss_direction", "loss_denoise"} & record.keys()
+
+
+def test_a_stream_that_ends_early_is_an_error_naming_the_step() -> None:
+    with pytest.raises(TrainingError, match="ended before step 2 of 8"):
+        fit(toy.learner(num_steps=8), islice(toy.steps(), 2))
+
+
+def test_a_stream_at_another_step_than_the_model_is_an_error_naming_both() -> None:
+    with pytest.raises(TrainingError, match=r"gives step 4 where the model is at step 3"):
+        fit(toy.learner(num_steps=8), toy.steps(start=4), start_step=3)
+
+
+def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
+    learner = toy.learner()
+    batch = next(toy.steps())
+    micro = batch.micro_batches[1]
+    micro.positions[:] = np.inf
+    micro.position_mask[:] = True
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    with pytest.raises(NotFiniteError) as caught:
+        train_step(learner, batch)
+    assert str(micro.molecule_ids.tolist()) in str(caught.value)
+    for name, value in learner.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_stop_ends_after_the_current_step() -> None:
+    answers = iter([False, False, True])
+    result = fit(toy.learner(num_steps=8), toy.steps(), should_stop=lambda: next(answers))
+    assert (result.step, result.stopped, len(result.records)) == (3, True, 3)
+
+
+def test_reports_come_at_their_interval_and_at_the_end() -> None:
+    reported: list[int] = []
+    fit(
+        toy.learner(num_steps=7, log_every=3),
+        toy.steps(),
+        report=lambda record: reported.append(int(record["step"])),
+    )
+    assert reported == [2, 5, 6]
+
+
+def test_validation_joins_the_record_of_its_step() -> None:
+    result = fit(
+        toy.learner(num_steps=5, validate_every=2),
+        toy.steps(),
+        validate=lambda: {"valid_loss": 1.5},
+    )
+    assert [r["step"] for r in result.records if "valid_loss" in r] == [1, 3, 4]
+
+
+def test_dropout_differs_between_micro_batches_and_repeats_with_its_key() -> None:
+    batch = next(toy.steps())
+    seeds = {dropout_seed(5, micro) for micro in batch.micro_batches}
+    assert len(seeds) == len(batch.micro_batches)
+    again = {dropout_seed(5, micro) for micro in next(toy.steps()).micro_batches}
+    assert seeds == again
+    assert not seeds & {dropout_seed(6, micro) for micro in batch.micro_batches}
+
+
+def test_ignored_bonds_are_counted() -> None:
+    learner = toy.learner(model=replace(toy.MODEL, edge_other_class=False))
+    batch = next(toy.steps())
+    learner = replace(learner, loss=LossConfig(ignore_other_bonds=True))
+    learner.objective.loss = learner.loss
+    record, _ = train_step(learner, batch)
+    assert record["other_bonds"] == 0
+
+
+def test_several_workers_without_a_strategy_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"train\.strategy is none but 2 workers"):
+        toy.learner(Ranks(world_size=2), strategy="none")

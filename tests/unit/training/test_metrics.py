@@ -1,0 +1,59 @@
+"""JSON lines of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moleblend_ray.errors import DataError
+from moleblend_ray.training.metrics import (
+    drop_records_from,
+    loss_ends,
+    read_records,
+    write_records,
+)
+
+
+def records(first: int, end: int) -> list[dict[str, float | int]]:
+    return [
+        {"step": step, "loss": float(step), "loss_spd": 2.0 * step} for step in range(first, end)
+    ]
+
+
+def test_records_come_back_in_step_order(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    assert read_records(run) == []
+    write_records(run, records(2, 5), 2, 5)
+    write_records(run, records(0, 2), 0, 2)
+    assert read_records(run) == records(0, 5)
+    assert (tmp_path / "metrics" / "steps-00000002-00000005.jsonl").is_file()
+
+
+def test_steps_of_an_abandoned_attempt_are_dropped(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    write_records(run, records(0, 2), 0, 2)
+    write_records(run, records(2, 5), 2, 5)
+    drop_records_from(run, 2)
+    assert read_records(run) == records(0, 2)
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    write_records(str(tmp_path), records(0, 2), 0, 2)
+    (tmp_path / "metrics" / "steps-00000000-00000002.jsonl").write_text('{"step": 0')
+    with pytest.raises(DataError, match=r"steps-00000000-00000002\.jsonl is damaged"):
+        read_records(str(tmp_path))
+
+
+def test_the_ends_of_a_run_are_means_over_a_tenth_of_it() -> None:
+    first, last = loss_ends(records(0, 40))
+    assert first == {"loss": 1.5, "loss_spd": 3.0}
+    assert last == {"loss": 37.5, "loss_spd": 75.0}
+    assert loss_ends([]) == ({}, {})
+
+
+def test_a_head_without_targets_in_some_steps_is_averaged_over_the_others() -> None:
+    first, _ = loss_ends(
+        [{"step": i, "loss": 1.0} | ({"loss_spd": 4.0} if i == 1 else {}) for i in range(20)]
+    )
+    assert first == {"loss": 1.0, "loss_spd": 4.0}

@@ -1,0 +1,101 @@
+"""Schedule, decay groups and clipping."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.training.config import OptimConfig
+from moleblend_ray.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate,
+    split_by_decay,
+)
+
+CONFIG = OptimConfig(learning_rate=1.0, final_learning_rate=0.1, warmup_steps=10)
+
+
+def test_the_learning_rate_warms_up_linearly_then_follows_a_cosine() -> None:
+    rates = [learning_rate(step, CONFIG, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.55)
+    assert rates[109] == pytest.approx(0.1, abs=1e-3)
+    assert all(later <= earlier for earlier, later in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_a_run_shorter_than_its_warm_up_reaches_the_peak_at_its_end() -> None:
+    assert learning_rate(4, CONFIG, 5) == pytest.approx(1.0)
+
+
+def test_the_last_step_of_any_run_has_a_finite_positive_rate() -> None:
+    for num_steps in (1, 2, 10, 11, 1000):
+        rate = learning_rate(num_steps - 1, CONFIG, num_steps)
+        assert math.isfinite(rate)
+        assert rate > 0
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 3)
+        self.norm = nn.LayerNorm(3)
+        self.linear = nn.Linear(3, 2)
+        self.bilinear = nn.Parameter(torch.ones(2, 3, 3))
+
+
+def test_only_matrices_decay() -> None:
+    model = Small()
+    decayed, kept = split_by_decay(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in decayed} == {"linear.weight", "bilinear"}
+    assert {names[id(p)] for p in kept} == {
+        "table.weight",
+        "norm.weight",
+        "norm.bias",
+        "linear.bias",
+    }
+
+
+def test_moments_exist_before_the_first_update_and_change_nothing_about_it() -> None:
+    torch.manual_seed(0)
+    ours, theirs = Small(), Small()
+    theirs.load_state_dict(ours.state_dict())
+    prepared = build_optimizer(ours, OptimConfig(learning_rate=1e-2))
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    assert len(prepared.state) == len(list(ours.parameters()))
+    for model, optimizer in ((ours, prepared), (theirs, plain)):
+        for step in range(3):
+            model.linear(torch.full((4, 3), float(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for left, right in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def test_a_long_gradient_is_scaled_to_the_clip_norm_and_a_short_one_is_left() -> None:
+    model = Small()
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 2.0)
+    norm = gradient_norm(parameters)
+    assert float(norm) == pytest.approx(2.0 * math.sqrt(sum(p.numel() for p in parameters)))
+    clip_gradients(parameters, norm, 1.0)
+    assert float(gradient_norm(parameters)) == pytest.approx(1.0, rel=1e-4)
+    before = [parameter.grad.clone() for parameter in parameters if parameter.grad is not None]
+    clip_gradients(parameters, gradient_norm(parameters), 5.0)
+    for parameter, grad in zip(parameters, before, strict=True):
+        torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=0)
+
+
+def test_settings_out_of_range_are_named_all_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimConfig(learning_rate=-1.0, betas=(0.9, 1.0), clip_norm=0.0)
+    message = str(caught.value)
+    assert all(name in message for name in ("learning_rate", "betas", "clip_norm"))

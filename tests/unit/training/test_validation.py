@@ -1,0 +1,90 @@
+"""Validation losses: deterministic, without effect on training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import toy
+from synthetic import write_dataset
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import (
+    GRAPH_COLUMNS,
+    MANIFEST_NAME,
+    Manifest,
+    ShardReader,
+    fingerprint,
+    load_manifest,
+)
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.validation import _shares, build_validation
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Manifest]:
+    """Two shards, of which the second (20 molecules) is the valid split."""
+    uri = str(tmp_path_factory.mktemp("data"))
+    write_dataset(uri, 50, shard_rows=30, row_group_rows=16)
+    manifest = load_manifest(uri)
+    train, valid = manifest.shards
+    shards = (train, replace(valid, split="valid"))
+    manifest = replace(manifest, shards=shards, fingerprint=fingerprint(1, {}, (), shards))
+    storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
+    return uri, load_manifest(uri)
+
+
+def test_the_losses_are_the_same_each_time_and_for_any_micro_batch(
+    dataset: tuple[str, Manifest],
+) -> None:
+    learner = toy.learner(model=toy.DROPOUT_MODEL)
+    small = build_validation(*dataset, learner, micro_batch_size=3)
+    large = build_validation(*dataset, learner, micro_batch_size=50)
+    assert small is not None
+    assert large is not None
+    first = small()
+    assert first == small()
+    assert {"valid_loss", "valid_loss_spd", "valid_loss_denoise"} <= first.keys()
+    assert large() == pytest.approx(first, rel=1e-5)
+
+
+def test_it_leaves_the_model_in_training_without_gradients(dataset: tuple[str, Manifest]) -> None:
+    learner = toy.learner()
+    validate = build_validation(*dataset, learner, micro_batch_size=8)
+    assert validate is not None
+    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    validate()
+    assert learner.model.training
+    assert all(parameter.grad is None for parameter in learner.model.parameters())
+    for name, value in learner.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_every_molecule_counts_once_and_all_ranks_have_equal_rounds(
+    dataset: tuple[str, Manifest], world_size: int
+) -> None:
+    uri, manifest = dataset
+    reader = ShardReader(uri, manifest, "valid", columns=GRAPH_COLUMNS)
+    shares = [
+        _shares(reader, 20, 3, Ranks(rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(of_rank) for of_rank in shares}) == 1
+    counted = [
+        molecule
+        for of_rank in shares
+        for share in of_rank
+        if share.counts
+        for molecule in share.batch.molecule_ids.tolist()
+    ]
+    assert sorted(counted) == list(range(20))
+
+
+def test_there_is_none_without_valid_molecules_or_interval(dataset: tuple[str, Manifest]) -> None:
+    uri, manifest = dataset
+    without = replace(manifest, shards=manifest.shards_of("train"))
+    assert build_validation(uri, without, toy.learner(), micro_batch_size=8) is None
+    never = toy.learner(validate_every=0)
+    assert build_validation(uri, manifest, never, micro_batch_size=8) is None
