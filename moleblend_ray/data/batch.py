@@ -220,13 +220,14 @@ def step_batches(
     world_size: int,
     num_streams: int,
     num_micro: int,
-    first_step: int,
+    first_step: int | None = None,
 ) -> Iterator[StepBatch]:
     """Regroup the blocks that one rank receives into its steps, checking every tag.
 
     ``blocks`` are tables of :func:`pack_block`: block by block they hold the same run of consecutive steps for
     stream ``rank``, ``rank + world_size``, ... ``num_micro`` is the number of micro-batches of one (step,
-    stream). A gap or a wrong order is a ``TrainingError``, never a wrong batch.
+    stream). A gap or a wrong order is a ``TrainingError``, never a wrong batch. With ``first_step`` None the first
+    block says where the stream begins.
     """
     if num_streams % world_size:
         raise ConfigError(
@@ -237,6 +238,8 @@ def step_batches(
     iterator = iter(blocks)
     step = first_step
     while group := [table for _, table in zip(streams, iterator, strict=False)]:
+        if step is None:
+            step = int(group[0].column("first_step")[0].as_py())
         payloads = [_payloads(table) for table in group]
         steps_in_group = len(payloads[0]) // num_micro
         for offset in range(steps_in_group):

@@ -130,9 +130,9 @@ def shard_step_batches(
     *,
     rank: int,
     world_size: int,
-    first_step: int,
+    first_step: int | None = None,
 ) -> Iterator[StepBatch]:
-    """The steps of one rank, from its share of :func:`stream_dataset`."""
+    """The steps of one rank, from its share of :func:`stream_dataset`; ``first_step`` None: as the stream begins."""
     blocks = shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
         batch_format="pyarrow",

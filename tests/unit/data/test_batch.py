@@ -163,6 +163,11 @@ def test_each_rank_gets_every_step_with_its_streams_in_order(world_size: int) ->
             assert tags == [(batch.step, stream, i) for stream in streams for i in range(2)]
 
 
+def test_without_a_first_step_the_stream_begins_as_its_first_block_says() -> None:
+    steps = list(step_batches(stream_blocks(2), rank=0, world_size=1, num_streams=2, num_micro=2))
+    assert [batch.step for batch in steps] == [4, 5, 6, 7, 8, 9]
+
+
 def consume(blocks: list[pa.Table], **changes: int) -> None:
     arguments = {"rank": 0, "world_size": 1, "num_streams": 2, "num_micro": 2, "first_step": 4}
     for _ in step_batches(blocks, **(arguments | changes)):
