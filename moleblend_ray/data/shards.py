@@ -159,7 +159,7 @@ class Manifest:
     row_group_rows: int
     """Rows of each row group but the last of a shard."""
     fingerprint: str
-    """SHA-256 over versions, options, labels and shard checksums: equal for equal content."""
+    """SHA-256 over versions, options, labels and the checksums of train and valid shards."""
 
     def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
         """The files of a split, in the order that defines molecule positions."""
@@ -194,13 +194,18 @@ def fingerprint(
     labels: Sequence[LabelInfo],
     shards: Sequence[ShardInfo],
 ) -> str:
-    """The identity of a data set's content, whatever its place or its sources' place."""
+    """The identity of a data set's molecules, wherever they and their sources are.
+
+    The quarantine, which names the sources, is no part of it.
+    """
     content = {
         "format_version": FORMAT_VERSION,
         "featurizer_version": featurizer_version,
         "options": dict(options),
         "labels": [asdict(label) for label in labels],
-        "shards": [[shard.path, shard.num_rows, shard.sha256] for shard in shards],
+        "shards": [
+            [shard.path, shard.num_rows, shard.sha256] for shard in shards if shard.split in SPLITS
+        ],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

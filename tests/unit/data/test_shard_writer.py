@@ -1,0 +1,377 @@
+"""Writer: chunks become the same files every time, every row is accounted for, and no half work counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
+from moleblend_ray.data import storage
+from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.shard_writer import (
+    ConvertOptions,
+    Receipt,
+    begin,
+    convert_chunk,
+    featurize_chunk,
+    finish,
+    finished_manifest,
+    receipt_uri,
+)
+from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    SourceSet,
+    find_sources,
+    inspect_sources,
+    read_chunks,
+)
+from moleblend_ray.errors import ConfigError, DataError
+
+BAD_TABLE = """smiles,id,y
+CCO,ethanol,1.5
+C1CC,open ring,2
+,nothing,3
+[Na+].[Cl-],salt,4
+C,methane,
+[U],uranium,6
+CC*,dummy,7
+C[N](C)(C)(C)C,valence,8
+{long},long,9
+c1ccccc1,ethanol,10
+"""
+ALKANE_500 = "C" * 500
+
+
+def write_source(directory: Path, name: str = "bad.csv") -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(BAD_TABLE.format(long=ALKANE_500))
+    return directory / name
+
+
+def plan(source: Path | str, **options: object) -> tuple[SourceSet, ConvertOptions]:
+    chosen = ConvertOptions(**options)  # type: ignore[arg-type]
+    return inspect_sources(find_sources(str(source)), chosen.columns), chosen
+
+
+def convert(
+    source: Path | str, out: Path | str, converted: list[int] | None = None, **options: object
+) -> Manifest:
+    """The whole job in this process; ``converted`` takes the chunks that had to be."""
+    sources, chosen = plan(source, **options)
+    done = begin(str(out), sources, chosen)
+    receipts = []
+    for index, layout in enumerate(sources.layouts):
+        for chunk in read_chunks(layout, index, chosen.rows_per_chunk):
+            receipt = done.get((index, chunk.chunk_index))
+            if receipt is None or receipt.digest != chunk.digest():
+                receipt = convert_chunk(chunk, layout, sources.labels, chosen, str(out))
+                if converted is not None:
+                    converted.append(chunk.chunk_index)
+            receipts.append(receipt)
+    return finish(str(out), sources, chosen, receipts)
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+def quarantine_of(out: Path, manifest: Manifest) -> list[dict[str, object]]:
+    tables = [pq.read_table(out / shard.path) for shard in manifest.shards_of("quarantine")]
+    return list(pa.concat_tables(tables).to_pylist())
+
+
+def test_every_row_is_a_molecule_or_in_quarantine_with_its_reason(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    columns = ColumnConfig(id_column="id")
+    manifest = convert(
+        source, tmp_path / "out", columns=columns, rows_per_chunk=3, valid_fraction=0.0
+    )
+    rejected = quarantine_of(tmp_path / "out", manifest)
+    assert [(row["source_row"], row["mol_id"], row["reason"]) for row in rejected] == [
+        (1, "open ring", "unparsable_smiles"),
+        (2, "nothing", "missing_smiles"),
+        (6, "dummy", "unsupported_atom"),
+        (7, "valence", "unparsable_smiles"),
+        (8, "long", "too_many_atoms"),
+    ]
+    assert {row["source_uri"] for row in rejected} == {str(source)}
+    assert rejected[0]["excerpt"] == "C1CC"
+    assert all(row["detail"] for row in rejected)
+    counts = manifest.counts
+    assert (counts.rows_in, counts.rows_out, counts.rows_quarantined) == (10, 5, 5)
+    assert counts.quarantined_by_reason == {
+        "missing_smiles": 1,
+        "too_many_atoms": 1,
+        "unparsable_smiles": 2,
+        "unsupported_atom": 1,
+    }
+    assert counts.duplicate_ids == 1
+    assert counts.conformer_status == {"none": 5}
+    assert [source.rows for source in manifest.sources] == [10]
+    table = ShardReader(str(tmp_path / "out"), manifest, "train").read(np.arange(5))
+    assert table["mol_id"].to_pylist() == ["ethanol", "salt", "methane", "uranium", "ethanol"]
+    assert table["source_row"].to_pylist() == [0, 3, 4, 5, 9]
+    assert table["label:y"].to_pylist() == [1.5, 4, None, 6, 10]
+    assert [label.count for label in manifest.labels] == [4]
+    assert load_manifest(str(tmp_path / "out")) == manifest
+
+
+def test_shards_hold_what_the_featurizer_gives(tmp_path: Path) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("smiles\nCCO\nC\nF/C=C/F.[Cl-]\n")
+    config = FeaturizeConfig(conformers=ConformerConfig(generate=True, count=2))
+    manifest = convert(source, tmp_path / "out", featurize=config, valid_fraction=0.0)
+    table = ShardReader(str(tmp_path / "out"), manifest, "train").read(np.arange(3))
+    for row, smiles in zip(table.to_pylist(), ["CCO", "C", "F/C=C/F.[Cl-]"], strict=True):
+        molecule = molecule_from_smiles(smiles, config)
+        assert isinstance(molecule, Molecule)
+        assert row["smiles"] == molecule.smiles
+        assert row["num_atoms"] == molecule.num_atoms
+        assert row["atom_features"] == molecule.atom_features.reshape(-1).tolist()
+        assert row["bonds"] == molecule.bonds.reshape(-1).tolist()
+        assert row["bond_features"] == molecule.bond_features.reshape(-1).tolist()
+        assert row["num_conformers"] == molecule.num_conformers
+        assert row["conformer_status"] == str(molecule.conformer_status)
+        np.testing.assert_array_equal(
+            np.array(row["positions"], np.float32), molecule.positions.reshape(-1)
+        )
+        assert row["position_mask"] == molecule.position_mask.reshape(-1).tolist()
+    assert table["mol_id"].to_pylist() == ["in_0", "in_1", "in_2"]
+    block = block_from_table(table, np.arange(3))
+    assert block.num_atoms.tolist() == [3, 1, 5]
+
+
+SDF_ATOMS = """{title}
+     RDKit          {dimension}
+
+  2  1  0  0  0  0  0  0  0  0999 V2000
+{first} C   0  0
+{second} O   0  0
+  1  2  1  0
+M  END
+$$$$
+"""
+
+
+def sd_record(title: str, second: tuple[float, float, float], dimension: str = "3D") -> str:
+    line = "{:10.4f}{:10.4f}{:10.4f}".format
+    return SDF_ATOMS.format(
+        title=title, dimension=dimension, first=line(0, 0, 0), second=line(*second)
+    )
+
+
+def test_bad_geometry_in_an_sd_file(tmp_path: Path) -> None:
+    source = tmp_path / "in.sdf"
+    nan = float("nan")
+    source.write_text(
+        sd_record("good, one atom in the origin", (1.4, 0, 0))
+        + sd_record("overlapping", (0.0, 0.1, 0))
+        + sd_record("nan", (nan, 0, 0))
+        + sd_record("no coordinates", (0, 0, 0))
+        + sd_record("depiction", (1.4, 0, 0), dimension="2D")
+        + "not a record\n$$$$\n"
+    )
+    manifest = convert(source, tmp_path / "out", valid_fraction=0.0)
+    rejected = quarantine_of(tmp_path / "out", manifest)
+    assert [(row["mol_id"], row["reason"]) for row in rejected] == [
+        ("overlapping", "overlapping_atoms"),
+        ("nan", "non_finite_coordinates"),
+        ("not a record", "invalid_record"),
+    ]
+    assert "0.1 angstrom apart" in str(rejected[0]["detail"])
+    table = ShardReader(str(tmp_path / "out"), manifest, "train").read(np.arange(3))
+    assert table["conformer_status"].to_pylist() == ["source", "none", "none"]
+    assert table["num_conformers"].to_pylist() == [1, 0, 0]
+    assert manifest.counts.with_coordinates == 1
+    required = FeaturizeConfig(require_coordinates=True)
+    manifest = convert(source, tmp_path / "3d", featurize=required)
+    assert manifest.counts.quarantined_by_reason["no_coordinates"] == 2
+
+
+def test_a_chunk_gives_the_same_bytes_each_time_and_in_any_order(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    sources, options = plan(source, rows_per_chunk=3)
+    convert(source, tmp_path / "a", rows_per_chunk=3)
+    begin(str(tmp_path / "b"), sources, options)
+    chunks = list(read_chunks(sources.layouts[0], 0, 3))
+    receipts = [
+        convert_chunk(chunk, sources.layouts[0], sources.labels, options, str(tmp_path / "b"))
+        for chunk in reversed(chunks)
+    ]
+    finish(str(tmp_path / "b"), sources, options, receipts)
+    assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+
+
+def test_the_split_is_a_property_of_the_molecule(tmp_path: Path) -> None:
+    smiles = ["C" * length + end for length in range(1, 101) for end in ("", "O", "N", "F")]
+    (tmp_path / "a.csv").write_text("smiles\n" + "\n".join(smiles) + "\n")
+    (tmp_path / "b.csv").write_text("smiles\n" + "\n".join(reversed(smiles[::2])) + "\n")
+    valid = {}
+    for name, seed in (("a", 0), ("b", 0), ("a", 1)):
+        out = tmp_path / f"{name}{seed}"
+        manifest = convert(tmp_path / f"{name}.csv", out, valid_fraction=0.25, split_seed=seed)
+        reader = ShardReader(str(out), manifest, "valid", columns=["smiles"])
+        valid[name, seed] = set(reader.read(np.arange(reader.num_rows))["smiles"].to_pylist())
+        assert (
+            manifest.num_molecules("train") + manifest.num_molecules("valid")
+            == manifest.counts.rows_out
+        )
+    assert 60 <= len(valid["a", 0]) <= 140
+    assert valid["b", 0] < valid["a", 0]
+    assert valid["a", 1] != valid["a", 0]
+
+
+def convert_first(source: Path, out: Path, num_chunks: int, **options: object) -> None:
+    """What a run that was killed after ``num_chunks`` chunks leaves."""
+    sources, chosen = plan(source, **options)
+    begin(str(out), sources, chosen)
+    for chunk in list(read_chunks(sources.layouts[0], 0, chosen.rows_per_chunk))[:num_chunks]:
+        convert_chunk(chunk, sources.layouts[0], sources.labels, chosen, str(out))
+
+
+def test_an_interrupted_run_keeps_good_chunks_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "in"), tmp_path / "out"
+    convert(source, tmp_path / "whole", rows_per_chunk=2)
+    convert_first(source, out, 3, rows_per_chunk=2)
+    # Damage that a receipt must not cover up: one cut short itself, one whose shard was.
+    Path(receipt_uri(str(out), 0, 0)).write_text('{"file_index": 0')
+    shard = next(out.glob("*/00000-000002.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    converted: list[int] = []
+    convert(source, out, converted, rows_per_chunk=2)
+    assert converted == [0, 2, 3, 4]
+    assert content_of(out) == content_of(tmp_path / "whole")
+
+
+def test_a_source_changed_between_two_runs_keeps_equal_chunks_and_nothing_stale(
+    tmp_path: Path,
+) -> None:
+    source, out = tmp_path / "in.csv.gz", tmp_path / "out"
+    alkanes = ["C" * length for length in range(1, 13)]
+    repaired = [*alkanes[:4], "not a molecule", *alkanes[5:8]]
+    options = {"rows_per_chunk": 2, "valid_fraction": 0.0}
+    source.write_bytes(gzip.compress("\n".join(["smiles", *alkanes]).encode()))
+    convert_first(source, out, 6, **options)
+    source.write_bytes(gzip.compress("\n".join(["smiles", *repaired]).encode()))
+    converted: list[int] = []
+    manifest = convert(source, out, converted, **options)
+    assert converted == [2, 3], "the last chunk of the repaired file ends without a line end"
+    assert manifest.counts.rows_in == 8
+    assert manifest == convert(source, tmp_path / "fresh", **options)
+    assert content_of(out) == content_of(tmp_path / "fresh")
+
+
+def test_a_finished_data_set_is_recognized(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    sources, options = plan(source)
+    out = str(tmp_path / "out")
+    files = [layout.file for layout in sources.layouts]
+    assert finished_manifest(out, files, options) is None
+    manifest = convert(source, out)
+    assert finished_manifest(out, files, options) == manifest
+    assert not storage.exists(out + "/receipts")
+
+
+def test_a_finished_data_set_of_other_settings_or_sources_is_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    out = str(tmp_path / "out")
+    convert(source, out)
+    files = find_sources(str(source))
+    other = ConvertOptions(featurize=FeaturizeConfig(max_atoms=100), valid_fraction=0.5)
+    with pytest.raises(
+        ConfigError,
+        match=r"featurize\.max_atoms: there 256, now 100; valid_fraction: there 0\.05, now 0\.5",
+    ):
+        finished_manifest(out, files, other)
+    second = write_source(tmp_path / "in", "second.csv")
+    with pytest.raises(ConfigError, match=r"sources: there .*bad\.csv.*; now .*second\.csv"):
+        finished_manifest(out, find_sources(str(second)), ConvertOptions())
+    source.write_text(source.read_text().replace("CCO", "CCN"))
+    with pytest.raises(ConfigError, match=r"sources: there .*bad\.csv .*now .*bad\.csv"):
+        finished_manifest(out, find_sources(str(source)), ConvertOptions())
+
+
+def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    out = str(tmp_path / "out")
+    sources, options = plan(source)
+    begin(out, sources, options)
+    other = dataclasses.replace(options, split_seed=5)
+    with pytest.raises(ConfigError, match=r"begun otherwise.*options\.split_seed: there 0, now 5"):
+        begin(out, sources, other)
+
+
+def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    storage.write_bytes(str(tmp_path / "out/train/mine.parquet"), b"")
+    with pytest.raises(ConfigError, match="neither a manifest nor a plan"):
+        begin(str(tmp_path / "out"), *plan(source))
+
+
+def test_lost_rows_are_never_accepted(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    sources, options = plan(source)
+    out = str(tmp_path / "out")
+    (chunk,) = read_chunks(sources.layouts[0], 0, 100)
+    with pytest.raises(DataError, match="read as 11 records and parsed as 10"):
+        featurize_chunk(
+            dataclasses.replace(chunk, num_rows=11),
+            sources.layouts[0],
+            sources.labels,
+            options.featurize,
+        )
+    receipt = convert_chunk(chunk, sources.layouts[0], sources.labels, options, out)
+    with pytest.raises(DataError, match="Rows are lost: 11 read"):
+        finish(out, sources, options, [dataclasses.replace(receipt, rows_in=11)])
+    assert not storage.exists(out + "/manifest.json")
+
+
+def test_the_fingerprint_tells_content_and_settings_not_place(tmp_path: Path) -> None:
+    one = convert(write_source(tmp_path / "in"), tmp_path / "a")
+    two = convert(write_source(tmp_path / "elsewhere"), tmp_path / "b")
+    other = convert(write_source(tmp_path / "in"), tmp_path / "c", split_seed=3)
+    assert one.sources != two.sources
+    assert one.fingerprint == two.fingerprint
+    assert one.fingerprint != other.fingerprint
+
+
+def test_a_receipt_survives_json(tmp_path: Path) -> None:
+    sources, options = plan(write_source(tmp_path / "in"))
+    (chunk,) = read_chunks(sources.layouts[0], 0, 100)
+    receipt = convert_chunk(
+        chunk, sources.layouts[0], sources.labels, options, str(tmp_path / "out")
+    )
+    assert Receipt.from_json(json.loads(json.dumps(receipt.to_json()))) == receipt
+    assert receipt.rows_in == receipt.rows_out + receipt.rows_quarantined
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    "name", ["qm9_1000.sdf.gz", "pcqm4mv2_2k.parquet", "moleculenet/bbbp.csv.gz"]
+)
+def test_real_files_keep_their_rows_units_and_counts(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    manifest = convert(shared_data / name, tmp_path / "out")
+    counts = manifest.counts
+    expected = {"qm9_1000.sdf.gz": (1000, 0), "pcqm4mv2_2k.parquet": (1792, 0)}
+    assert (counts.rows_in, counts.rows_quarantined) == expected.get(name, (2050, 11))
+    if name == "pcqm4mv2_2k.parquet":
+        assert [(label.name, label.unit) for label in manifest.labels] == [("homo_lumo_gap", "eV")]
+        assert manifest.labels[0].count == counts.with_coordinates == 1792
+    if name == "qm9_1000.sdf.gz":
+        assert len(manifest.labels) == 19
+        assert counts.conformer_status == {"source": 1000}
