@@ -116,7 +116,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
         print("# nothing was read or written")
         return 0
     console = Console(highlight=False)
-    console.print(f"[bold]moleblend {name}[/]", _settings_table(config), "", sep="\n")
+    console.print(f"[bold]moleblend {name}[/]", _settings_table(config), sep="\n")
     started_s = time.monotonic()
     summary = load_reference(job.function)(config)
     heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
@@ -210,10 +210,11 @@ def _summary_table(summary: Any, config: object) -> Table:
     table = _table("what", "result")
     values = to_dict(summary)
     for key, value in flatten(redact(values)).items():
-        table.add_row(escape(key.replace("_", " ")), escape(value))
+        table.add_row(escape(key.replace("_", " ")), "none" if value == "{}" else escape(value))
     table.add_section()
     for key, path in _paths(config).items():
-        table.add_row(escape(key), escape(path))
+        if key not in values:
+            table.add_row(escape(key), escape(path))
     return table
 
 
