@@ -228,6 +228,8 @@ class _Job:
             )
         # One block a row: else one actor would get many chunks at once and the others none.
         dataset.context.target_max_block_size = 1
+        # Ray advises to reserve memory for the readers, whose few hundred MB are mostly shared libraries.
+        dataset.context.issue_detectors_config.detectors = []
         yield from dataset.iter_rows()
 
 

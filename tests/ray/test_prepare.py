@@ -1,0 +1,143 @@
+"""Preparing on Ray Data gives what the same chunks give in one process, once, and again after an interruption."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shards import ShardReader, load_manifest
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    find_sources,
+    inspect_sources,
+    read_chunks,
+)
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.orchestration.prepare import prepare
+
+pytestmark = pytest.mark.ray
+
+ROWS_PER_CHUNK = 50
+
+
+def config_for(source: Path, out: Path, **changes: object) -> PrepareConfig:
+    return PrepareConfig(
+        source=str(source),
+        out=str(out),
+        rows_per_chunk=ROWS_PER_CHUNK,
+        row_group_rows=16,
+        cluster=ClusterConfig(num_data_actors=2),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def in_process(source: Path, out: Path, num_chunks: int | None = None) -> None:
+    """The same job without Ray; with ``num_chunks`` left as a kill after as many chunks leaves it."""
+    options = ConvertOptions(
+        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=16
+    )
+    sources = inspect_sources(find_sources(str(source)), options.columns)
+    begin(str(out), sources, options)
+    chunks = [
+        (chunk, layout)
+        for index, layout in enumerate(sources.layouts)
+        for chunk in read_chunks(layout, index, ROWS_PER_CHUNK)
+    ]
+    receipts = [
+        convert_chunk(chunk, layout, sources.labels, options, str(out))
+        for chunk, layout in chunks[:num_chunks]
+    ]
+    if num_chunks is None:
+        finish(str(out), sources, options, receipts)
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+def smiles(count: int) -> list[str]:
+    """Distinct molecules, noisy enough in order that compressed files do not shrink to nothing."""
+    found = [f"{'C' * a}{middle}{'C' * b}{end}" for a in range(1, 12) for b in range(1, 12)
+             for middle in ("O", "N", "S", "C(=O)N", "C#C") for end in ("", "F", "Cl")]  # fmt: skip
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))[:count]]
+
+
+def write_sources(directory: Path) -> None:
+    """120 rows of CSV (one bad), 130 of Parquet and 2 records of SDF."""
+    directory.mkdir()
+    lines = [f"{text},{row % 7}" for row, text in enumerate(smiles(119))]
+    (directory / "a.csv").write_text("\n".join(["smiles,y", "C1CC,0", *lines]) + "\n")
+    table = pa.table({"smiles": smiles(250)[120:], "z": np.arange(130) / 3})
+    pq.write_table(table, directory / "b.parquet", row_group_size=20)
+    record = "m\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    0.0000    0.0000    1.0000 C   0  0\nM  END\n"
+    (directory / "c.sdf").write_text(f"{record}$$$$\n{record}>  <y>\n7\n\n$$$$\n")
+
+
+def test_prepare_equals_the_job_in_one_process_and_a_rerun_does_nothing(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    write_sources(tmp_path / "in")
+    config = config_for(tmp_path / "in", tmp_path / "out")
+    summary = prepare(config)
+    in_process(tmp_path / "in", tmp_path / "reference")
+    assert content_of(tmp_path / "out") == content_of(tmp_path / "reference")
+    assert summary.status == "prepared"
+    assert (summary.rows_in, summary.rows_out, summary.rows_quarantined) == (252, 251, 1)
+    assert summary.train + summary.valid == 251
+    assert summary.quarantined_by_reason == {"unparsable_smiles": 1}
+    manifest = load_manifest(str(tmp_path / "out"))
+    assert [source.rows for source in manifest.sources] == [120, 130, 2]
+    assert [(label.name, label.count) for label in manifest.labels] == [("y", 120), ("z", 130)]
+    reader = ShardReader(str(tmp_path / "out"), manifest, "train", verify=True)
+    assert reader.read(np.arange(reader.num_rows)).num_rows == summary.train
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    again = prepare(config)
+    assert again.status == "already prepared"
+    assert again.fingerprint == summary.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+    with pytest.raises(ConfigError, match=r"valid_fraction: there 0\.05, now 0\.5"):
+        prepare(config_for(tmp_path / "in", tmp_path / "out", valid_fraction=0.5))
+
+
+def test_an_interrupted_and_a_damaged_source_are_continued_to_the_same_bytes(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.csv.gz", tmp_path / "out"
+    whole = gzip.compress("\n".join(["smiles", *smiles(400)]).encode(), mtime=0)
+    source.write_bytes(whole)
+    in_process(source, tmp_path / "reference")
+    in_process(source, out, num_chunks=1)
+    source.write_bytes(whole[: len(whole) * 3 // 4])
+    with pytest.raises(DataError, match=r"in\.csv\.gz is damaged after record \d+"):
+        prepare(config_for(source, out))
+    receipts = [json.loads(path.read_text()) for path in out.glob("receipts/0*.json")]
+    assert len(receipts) >= 4, "chunks before the damage are converted and kept"
+    assert not (out / "manifest.json").exists()
+    source.write_bytes(whole)
+    summary = prepare(config_for(source, out))
+    assert summary.status == "continued"
+    assert summary.rows_in == 400
+    assert content_of(out) == content_of(tmp_path / "reference")
+
+
+def test_bad_input_is_refused_before_any_process_is_started(tmp_path: Path) -> None:
+    write_sources(tmp_path / "in")
+    with pytest.raises(ConfigError, match=r"lies inside source"):
+        prepare(config_for(tmp_path / "in", tmp_path / "in" / "out"))
+    with pytest.raises(ConfigError, match=r"a\.csv has no 'structure'; it has 'smiles', 'y'"):
+        prepare(config_for(tmp_path / "in" / "a.csv", tmp_path / "out", smiles_column="structure"))
+    (tmp_path / "empty.sdf").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty\.sdf: empty"):
+        prepare(config_for(tmp_path / "empty.sdf", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
