@@ -239,6 +239,8 @@ def step_batches(
     step = first_step
     while group := [table for _, table in zip(streams, iterator, strict=False)]:
         if step is None:
+            step = int(group[0]["first_step"][0].as_py())
+        if step is None:
             step = int(group[0].column("first_step")[0].as_py())
         payloads = [_payloads(table) for table in group]
         steps_in_group = len(payloads[0]) // num_micro

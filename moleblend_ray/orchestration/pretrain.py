@@ -1,0 +1,452 @@
+"""Pretraining on a Ray Train worker group: start, survive failures, stop on request, finish.
+
+Ray starts, watches and restarts the workers and brings the data. It keeps no state of the run: what is committed under
+the run's URI (:mod:`moleblend_ray.training.commits`) is the only truth, for a restarted worker group as for a new driver.
+At each start of a worker group the stream's first step is the newest committed step; the workers restore the
+checkpoint of the step that the stream begins with, so data and state cannot come from two records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, Final
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from ray.data import Dataset
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import Manifest, load_manifest
+from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.stream import (
+    shard_step_batches,
+    stream_data_config,
+    stream_dataset,
+)
+from moleblend_ray.training.checkpoint import (
+    CheckpointWriter,
+    library_versions,
+    restore_training_state,
+)
+from moleblend_ray.training.commits import (
+    FINISHED_NAME,
+    Commit,
+    abandon_after,
+    latest_committed,
+    require_same_run,
+)
+from moleblend_ray.training.distributed import Ranks, current_ranks
+from moleblend_ray.training.export import export_run
+from moleblend_ray.training.loop import FitResult, NotFiniteError, build_learner, fit
+from moleblend_ray.training.metrics import Record, drop_records_from, loss_ends, read_records
+from moleblend_ray.training.tracking import start_tracker
+from moleblend_ray.training.validation import build_validation
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME: Final = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainSummary:
+    """What a call of :func:`pretrain` found or did."""
+
+    out: str
+    """URI of the run."""
+    finished: bool
+    """False if a stop was asked for before the last step; the same command continues."""
+    steps: int
+    """Steps committed since the start of the run."""
+    resumed_from: int
+    """Committed step at which this call began; 0 for a new run."""
+    world_size: int
+    """Workers of this call."""
+    molecules: int
+    """Molecule presentations in all steps."""
+    loss_first: dict[str, float]
+    """Mean losses of the first tenth of the steps (at most 50): "loss" is the optimised one, "loss_<head>" each head's."""
+    loss_last: dict[str, float]
+    """The same of the last tenth."""
+    molecules_per_s: float
+    """Presentations per second of step time, over all steps."""
+    seconds: float
+    """Wall time of this call."""
+    data_fingerprint: str
+    """Of the prepared dataset."""
+    export: str | None
+    """Folder with model.safetensors and config.json; None while unfinished."""
+
+
+def pretrain(config: PretrainConfig) -> PretrainSummary:
+    """Pretrain on a prepared dataset, from the newest committed checkpoint of ``config.out`` if there is one.
+
+    A finished run is reported and left alone. On SIGTERM the workers commit the step they are at, and this returns.
+    """
+    began_s = time.monotonic()
+    manifest = load_manifest(config.data)
+    finished = _read_finished(config)
+    if finished is not None:
+        logger.info("%s is finished (%d steps): nothing to do", config.out, finished.steps)
+        return finished
+    commit = _open_run(config, manifest)
+    resumed_from = commit.step if commit else 0
+    if resumed_from:
+        logger.info("continuing %s at step %d", config.out, resumed_from)
+    result = _Outcome(step=resumed_from, stopped=False)
+    if resumed_from < config.train.num_steps:
+        result = _train_on_workers(config, manifest)
+    summary = _summarize(config, manifest, result, resumed_from, time.monotonic() - began_s)
+    if summary.finished:
+        storage.write_json(storage.join(config.out, FINISHED_NAME), asdict(summary))
+    return summary
+
+
+# --------------------------------------------------------------------------------------------- the run's folder
+
+
+def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """What a run is: settings that must not change between its checkpoints."""
+    settings = to_dict(config)
+    return {
+        "data_fingerprint": manifest.fingerprint,
+        "seed": config.seed,
+        "random_rotation": config.stream.random_rotation,
+        **{name: settings[name] for name in ("order", "model", "blend")},
+    }
+
+
+def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
+    """Check that the configuration may continue what is under ``out``, note it there, and find where it stands."""
+    if manifest.num_molecules("train") == 0:
+        raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
+    identity = run_identity(config, manifest)
+    commit = latest_committed(config.out)
+    if commit is not None:
+        require_same_run(commit.identity, identity, config.out)
+    elif storage.exists(storage.join(config.out, CONFIG_NAME)):
+        logger.info("%s was started before but committed nothing: starting anew", config.out)
+    document = {
+        "config": to_dict(config),
+        "data_fingerprint": manifest.fingerprint,
+        "versions": library_versions(),
+    }
+    storage.write_json(storage.join(config.out, CONFIG_NAME), document)
+    return commit
+
+
+def _config_fingerprint(config: PretrainConfig) -> str:
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def _read_finished(config: PretrainConfig) -> PretrainSummary | None:
+    """The stored summary, if the run has done as many steps as are asked for."""
+    uri = storage.join(config.out, FINISHED_NAME)
+    if not storage.exists(uri):
+        return None
+    try:
+        summary = PretrainSummary(**storage.read_json(uri))
+    except TypeError as error:
+        raise DataError(f"{uri} is not the summary of a run: {error}") from error
+    if summary.steps >= config.train.num_steps:
+        return summary
+    logger.info(
+        "%s was finished at %d steps; continuing to %d",
+        config.out,
+        summary.steps,
+        config.train.num_steps,
+    )
+    storage.delete(uri)
+    return None
+
+
+def _summarize(
+    config: PretrainConfig,
+    manifest: Manifest,
+    outcome: _Outcome,
+    resumed_from: int,
+    seconds: float,
+) -> PretrainSummary:
+    records = read_records(config.out)
+    loss_first, loss_last = loss_ends(records)
+    molecules = sum(int(record["molecules"]) for record in records)
+    step_seconds = sum(record["step_s"] for record in records)
+    return PretrainSummary(
+        out=config.out,
+        finished=not outcome.stopped,
+        steps=outcome.step,
+        resumed_from=resumed_from,
+        world_size=config.cluster.num_workers,
+        molecules=molecules,
+        loss_first=loss_first,
+        loss_last=loss_last,
+        molecules_per_s=molecules / step_seconds if step_seconds else 0.0,
+        seconds=seconds,
+        data_fingerprint=manifest.fingerprint,
+        export=None if outcome.stopped else export_run(config.out),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- the driver
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """What the first worker returns."""
+
+    step: int
+    stopped: bool
+    error: str | None = None
+    """A failure that trying again would only repeat."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _WorkerSettings:
+    config: PretrainConfig
+    manifest: Manifest
+    reporter: Reporter
+    stop_flag: Any
+    """Handle of the actor that knows whether a stop was asked for."""
+
+
+def _train_on_workers(config: PretrainConfig, manifest: Manifest) -> _Outcome:
+    with (
+        ray_session(config.cluster),
+        _stop_on_sigterm() as stop_flag,
+        Progress("pretrain", unit="step", total=config.train.num_steps) as progress,
+        # Ray wants a place for its own notes; nothing of the run is in it.
+        tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
+    ):
+        settings = _WorkerSettings(
+            config=config, manifest=manifest, reporter=progress.reporter, stop_flag=stop_flag
+        )
+        cluster = config.cluster
+        trainer = ray.train.torch.TorchTrainer(
+            _train_worker,  # type: ignore[arg-type]  # it returns something: Result.return_value
+            train_loop_config={"settings": settings},
+            torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=cluster.use_gpu,
+                resources_per_worker={
+                    "CPU": cluster.cpus_per_worker,
+                    **({"GPU": 1} if cluster.use_gpu else {}),
+                },
+            ),
+            # A callable: evaluated again at each start of a worker group, so the stream begins where the
+            # newest checkpoint ends.
+            datasets={"train": lambda: _stream_from_newest(config)},
+            dataset_config=stream_data_config(),
+            run_config=ray.train.RunConfig(
+                # A fresh name each time, or Ray would restore its own idea of an earlier run.
+                name=f"pretrain-{uuid.uuid4().hex[:12]}",
+                storage_path=ray_notes,
+                failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            ),
+        )
+        outcome = _fit(trainer)
+    if outcome.error is not None:
+        raise TrainingError(outcome.error)
+    return outcome
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer) -> _Outcome:
+    try:
+        outcome = trainer.fit().return_value  # type: ignore[attr-defined]
+    except ray.train.WorkerGroupError as error:
+        failures = "; ".join(
+            f"worker {rank}: {_root_cause(failure)}"
+            for rank, failure in sorted(error.worker_failures.items())
+        )
+        raise TrainingError(
+            f"the workers failed more often than train.max_failures allows. The last failure: {failures}. "
+            "What is committed is kept: the same command continues from it."
+        ) from error
+    except ray.train.ControllerError as error:
+        raise TrainingError(
+            f"the workers could not be started or fed: {_root_cause(error.controller_failure)}"
+        ) from error
+    assert isinstance(outcome, _Outcome)
+    return outcome
+
+
+def _root_cause(error: BaseException) -> str:
+    """The message of the first error of a chain, without the tracebacks Ray adds to it."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = cause
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{type(error).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
+
+
+def _stream_from_newest(config: PretrainConfig) -> Dataset:
+    """The stream of micro-batches from the newest committed step on. Runs in Ray Train's controller."""
+    commit = latest_committed(config.out, verify_content=True)
+    first_step = commit.step if commit else 0
+    return stream_dataset(
+        config.data, config.order, config.stream, first_step, config.train.num_steps - first_step
+    )
+
+
+class _StopFlag:
+    """The actor through which a signal to the driver reaches the workers."""
+
+    def __init__(self) -> None:
+        self._is_set = False
+
+    def set(self) -> None:
+        self._is_set = True
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+
+@contextlib.contextmanager
+def _stop_on_sigterm() -> Iterator[Any]:
+    """A stop flag that SIGTERM sets, within the body, if this is the main thread; Ray's own handler would just exit."""
+    flag: Any = ray.remote(num_cpus=0)(_StopFlag).remote()
+    asked, over = threading.Event(), threading.Event()
+
+    def forward() -> None:
+        asked.wait()
+        if not over.is_set():
+            logger.warning("SIGTERM: committing the current step, then stopping")
+            ray.get(flag.set.remote())
+
+    # From a thread: a signal handler runs inside whatever call of Ray the main thread is in.
+    threading.Thread(target=forward, name="stop-on-sigterm", daemon=True).start()
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if is_main else None
+    try:
+        yield flag
+    finally:
+        over.set()
+        asked.set()
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+        ray.kill(flag)
+
+
+# --------------------------------------------------------------------------------------------------- the workers
+
+
+def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
+    """One rank: build, restore, train. Its return value is looked at on rank 0 only."""
+    settings = arguments["settings"]
+    config = settings.config
+    context = ray.train.get_context()
+    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    ranks = current_ranks(use_gpu=config.cluster.use_gpu, local_rank=context.get_local_rank())
+    settings.reporter.forward_logs(prefix=f"[rank {ranks.rank}] ")
+    try:
+        result = _fit_rank(settings, ranks)
+    except NotFiniteError as error:
+        return _Outcome(step=0, stopped=False, error=str(error))
+    return _Outcome(step=result.step, stopped=result.stopped)
+
+
+def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
+    config = settings.config
+    learner = build_learner(
+        config.model,
+        train=config.train,
+        optim=config.optim,
+        blend=config.blend,
+        loss=config.loss,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    steps = shard_step_batches(
+        ray.train.get_dataset_shard("train"),
+        config.order,
+        config.stream,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    first = next(steps)
+    if first.step > 0:
+        restore_training_state(learner.model, learner.optimizer, config.out, first.step, ranks)
+    if ranks.is_first:
+        abandon_after(config.out, first.step)
+        drop_records_from(config.out, first.step)
+    checkpoints = CheckpointWriter(
+        config.checkpoint,
+        config.out,
+        ranks,
+        identity=run_identity(config, settings.manifest),
+        config_fingerprint=_config_fingerprint(config),
+        start_step=first.step,
+    )
+    validate = build_validation(
+        config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
+    )
+    with _reporting(settings, ranks) as report:
+        return fit(
+            learner,
+            chain([first], steps),
+            start_step=first.step,
+            checkpoints=checkpoints,
+            validate=validate,
+            report=report,
+            should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
+        )
+
+
+@contextlib.contextmanager
+def _reporting(
+    settings: _WorkerSettings, ranks: Ranks
+) -> Iterator[Callable[[Record], None] | None]:
+    """On rank 0 a function that sends a record to the driver's display and to the tracker; None elsewhere."""
+    if not ranks.is_first:
+        yield None
+        return
+    config = settings.config
+    tracker = start_tracker(config.tracking, config.out, to_dict(config))
+
+    def report(record: Record) -> None:
+        tracker.log(record, step=int(record["step"]))
+        shown = ("loss", "valid_loss", "learning_rate", "molecules_per_s")
+        settings.reporter(
+            {
+                "done": int(record["step"]) + 1,
+                "total": config.train.num_steps,
+                **{name: record[name] for name in shown if name in record},
+            }
+        )
+
+    try:
+        yield report
+    finally:
+        tracker.finish()
+
+
+def _poll(stop_flag: Any) -> Callable[[], bool]:
+    """A function that says whether a stop was asked for, and never waits for the answer."""
+    pending = stop_flag.is_set.remote()
+    is_set = False
+
+    def should_stop() -> bool:
+        nonlocal pending, is_set
+        ready, _ = ray.wait([pending], timeout=0)
+        if ready and not is_set:
+            is_set = ray.get(pending)
+            pending = stop_flag.is_set.remote()
+        return is_set
+
+    return should_stop
