@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.data.block import NUM_ATOM_FEATURES, MoleculeBlock
-from moleblend_ray.errors import ConfigError, DataError, TrainingError
+from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, TrainingError
 from moleblend_ray.relations.topology import Topology, bond_degrees, num_pairs, topology
 from moleblend_ray.vocabulary import NUM_HOPS
 
@@ -239,8 +239,6 @@ def step_batches(
     step = first_step
     while group := [table for _, table in zip(streams, iterator, strict=False)]:
         if step is None:
-            step = int(group[0]["first_step"][0].as_py())
-        if step is None:
             step = int(group[0].column("first_step")[0].as_py())
         payloads = [_payloads(table) for table in group]
         steps_in_group = len(payloads[0]) // num_micro
@@ -275,7 +273,13 @@ def _step_batch(
 
 
 def _payloads(table: pa.Table) -> list[memoryview]:
-    """The payloads of a packed block as views of its memory."""
+    """The payloads of a packed block as views of its memory; the error of one that could not be built."""
+    error = table.column("error")[0].as_py()
+    if error is not None:
+        raise DataError(
+            f"micro-batches from step {table.column('first_step')[0]} of stream {table.column('stream')[0]} "
+            f"could not be built: {error}"
+        )
     payloads = table.column("payloads").combine_chunks().flatten()
     if isinstance(payloads, pa.ChunkedArray):
         payloads = payloads.combine_chunks()
@@ -288,7 +292,7 @@ def _payloads(table: pa.Table) -> list[memoryview]:
 
 
 def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
-    """Micro-batches of one stream as a table of one row, ``first_step, stream, payloads``.
+    """Micro-batches of one stream as a table of one row, ``first_step, stream, error, payloads``.
 
     One row a block, because Ray may cut a block of several rows in two but never a row.
     """
@@ -297,11 +301,22 @@ def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
     payloads = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(micro_batches), [None, pa.py_buffer(ends), pa.py_buffer(data)]
     )
+    return _block_row(micro_batches[0].step, micro_batches[0].stream, None, payloads)
+
+
+def pack_error(error: MoleBlendError, first_step: int, stream: int) -> pa.Table:
+    """A block that could not be built: :func:`step_batches` raises the error where the steps are consumed."""
+    payloads = pa.array([], pa.large_binary())
+    return _block_row(first_step, stream, f"{type(error).__name__}: {error}", payloads)
+
+
+def _block_row(first_step: int, stream: int, error: str | None, payloads: pa.Array) -> pa.Table:
     return pa.table(
         {
-            "first_step": pa.array([micro_batches[0].step], pa.int64()),
-            "stream": pa.array([micro_batches[0].stream], pa.int64()),
-            "payloads": pa.ListArray.from_arrays([0, len(micro_batches)], payloads),
+            "first_step": pa.array([first_step], pa.int64()),
+            "stream": pa.array([stream], pa.int64()),
+            "error": pa.array([error], pa.string()),
+            "payloads": pa.ListArray.from_arrays([0, len(payloads)], payloads),
         }
     )
 

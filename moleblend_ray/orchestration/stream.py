@@ -26,10 +26,12 @@ from moleblend_ray.data.batch import (
     StreamConfig,
     num_micro_batches,
     pack_block,
+    pack_error,
     step_batches,
 )
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.errors import MoleBlendError
 
 _PLAN_ROW_BYTES = 24
 
@@ -80,11 +82,21 @@ class _BlockBuilder:
     """The actor: one row of the plan in, one packed block out."""
 
     def __init__(self, data_uri: str, order: OrderConfig, stream: StreamConfig) -> None:
-        self._builder = MicroBatchBuilder(data_uri, order, stream)
+        self._arguments = (data_uri, order, stream)
+        self._builder: MicroBatchBuilder | None = None
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         (row,) = plan.to_pylist()
-        return pack_block(self._builder.build(row["first_step"], row["num_steps"], row["stream"]))
+        # Our own errors travel as data and are raised in the trainer as they are; Ray would keep only their text,
+        # and an error in the actor's constructor would start actor after actor.
+        try:
+            if self._builder is None:
+                self._builder = MicroBatchBuilder(*self._arguments)
+            return pack_block(
+                self._builder.build(row["first_step"], row["num_steps"], row["stream"])
+            )
+        except MoleBlendError as error:
+            return pack_error(error, row["first_step"], row["stream"])
 
 
 def stream_dataset(

@@ -18,6 +18,7 @@ from moleblend_ray.data.batch import (
     build_steps,
     num_micro_batches,
     pack_block,
+    pack_error,
     step_batches,
     unpack_micro_batch,
 )
@@ -194,6 +195,13 @@ def test_gaps_and_wrong_orders_stop_naming_what_was_expected_and_found() -> None
         consume(blocks, first_step=5)
     with pytest.raises(ConfigError, match="2 streams cannot be divided among 3 workers"):
         consume(blocks, world_size=3)
+
+
+def test_a_block_that_could_not_be_built_raises_its_error_where_it_is_consumed() -> None:
+    blocks = stream_blocks(2)
+    blocks[3] = pack_error(DataError("shard 7 is damaged"), 7, 1)
+    with pytest.raises(DataError, match=r"step 7 of stream 1 .* DataError: shard 7 is damaged"):
+        consume(blocks)
 
 
 def test_stream_settings_out_of_range_are_refused_all_at_once() -> None:
