@@ -211,10 +211,31 @@ def _read_molblock(block: str | None, config: FeaturizeConfig) -> Molecule:
     if mol.GetNumConformers() == 0:
         return _featurize(mol, config, has_positions=False, has_hydrogens=True)
     conformer = mol.GetConformer()
-    has_positions = conformer.Is3D() and _has_positions(conformer.GetPositions())
+    positions = conformer.GetPositions()
+    # RDKit takes a molecule that is flat to 0.001 angstrom for a depiction if it has a "cis or trans"
+    # mark, even when the record says 3D; the z of depictions is zero.
+    is_3d = conformer.Is3D() or (_is_tagged_3d(block) and bool(positions[:, 2].any()))
+    has_positions = _has_positions(positions) and is_3d
     if has_positions:
+        conformer.Set3D(True)
+        _forget_undecided_stereo(mol)
         Chem.AssignStereochemistryFrom3D(mol)
     return _featurize(mol, config, has_positions=has_positions, has_hydrogens=True)
+
+
+def _is_tagged_3d(block: str) -> bool:
+    """Columns 21 and 22 of the second line hold the dimension code."""
+    header = block.split("\n", 2)
+    return len(header) > 1 and header[1][20:22] == "3D"
+
+
+def _forget_undecided_stereo(mol: Chem.Mol) -> None:
+    """Drop "cis or trans" marks, which RDKit writes itself for any double bond it did not look at and
+    would keep against the geometry."""
+    for bond in map(mol.GetBondWithIdx, range(mol.GetNumBonds())):
+        if bond.GetStereo() == Chem.BondStereo.STEREOANY:
+            bond.SetStereo(Chem.BondStereo.STEREONONE)
+            bond.SetBondDir(Chem.BondDir.NONE)
 
 
 def _why_invalid(block: str) -> _RejectedError:
