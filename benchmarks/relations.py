@@ -1,0 +1,227 @@
+"""Shards to packed micro-batches on one core, beside a plain per-molecule NumPy implementation.
+
+    python benchmarks/relations.py [--molecules 65536] [--source molecules.parquet]
+
+Reads shards with the training order, builds all relations and packs micro-batches, in one thread. The source is
+the PCQM4Mv2 sample beside the project if it is there, else 500 sample molecules made here; its rows are repeated
+to the asked number. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before NumPy and Arrow start their pools: the claim is about one core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.samples import write_samples
+from moleblend_ray.data import storage
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.builder import MicroBatchBuilder
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.shard_writer import featurize_chunk
+from moleblend_ray.data.shards import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    Counts,
+    Manifest,
+    ShardInfo,
+    encode_shard,
+    fingerprint,
+    shard_schema,
+)
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.relations.topology import topology
+from moleblend_ray.vocabulary import FEATURIZER_VERSION, NUM_HOPS, UNREACHABLE
+
+SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
+ROW_GROUP_ROWS = 1024
+SHARD_ROWS = 32 * ROW_GROUP_ROWS
+MICRO_BATCH_SIZE = 64
+REPEATS = 3
+PLAIN_MOLECULES = 200
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        source = arguments.source or default_source(folder)
+        table = featurized(source)
+        uri = os.path.join(folder, "dataset")
+        write_dataset(uri, table, arguments.molecules)
+        seconds, num_bytes = measure_stream(uri, arguments.molecules)
+        plain = measure_plain(block_from_table(table, np.arange(len(table))))
+    per_second = arguments.molecules / seconds
+    print(
+        json.dumps(
+            {
+                "benchmark": "relations",
+                "source": Path(source).name,
+                "molecules": arguments.molecules,
+                "mean_atoms": round(float(np.mean(table["num_atoms"].to_numpy())), 2),
+                "molecules_per_s": round(per_second),
+                "us_per_molecule": round(1e6 / per_second, 2),
+                "bytes_per_molecule": round(num_bytes / arguments.molecules),
+                "plain_molecules_per_s": round(plain, 1),
+                "speedup": round(per_second / plain, 1),
+                "cpus": os.cpu_count(),
+            }
+        )
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--molecules", type=int, default=65536)
+    parser.add_argument("--source", help="SDF, CSV or Parquet file to take molecules from")
+    return parser.parse_args()
+
+
+def default_source(folder: str) -> str:
+    if SHARED_SAMPLE.exists():
+        return str(SHARED_SAMPLE)
+    path = os.path.join(folder, "samples.parquet")
+    write_samples(path, 500)
+    return path
+
+
+def featurized(source: str) -> pa.Table:
+    """The source's molecules as shard rows without labels."""
+    found = inspect_sources(find_sources(source), ColumnConfig(label_columns=()))
+    tables = [
+        featurize_chunk(chunk, layout, found.labels, FeaturizeConfig()).molecules
+        for index, layout in enumerate(found.layouts)
+        for chunk in read_chunks(layout, index, 8192)
+    ]
+    return pa.concat_tables(tables).combine_chunks()
+
+
+def write_dataset(uri: str, table: pa.Table, num_molecules: int) -> None:
+    """A prepared data set of the rows of ``table``, repeated."""
+    shards = []
+    for start in range(0, num_molecules, SHARD_ROWS):
+        rows = np.arange(start, min(start + SHARD_ROWS, num_molecules)) % len(table)
+        content = encode_shard(table.take(rows).cast(shard_schema([])), ROW_GROUP_ROWS)
+        path = f"train/{len(shards):05d}.parquet"
+        storage.write_bytes(storage.join(uri, path), content)
+        shards.append(
+            ShardInfo(
+                path=path,
+                split="train",
+                num_rows=len(rows),
+                num_bytes=len(content),
+                sha256=storage.sha256_bytes(content),
+            )
+        )
+    counts = Counts(
+        rows_in=num_molecules,
+        rows_out=num_molecules,
+        rows_quarantined=0,
+        quarantined_by_reason={},
+        atoms_out=0,
+        with_coordinates=num_molecules,
+        conformer_status={},
+        duplicate_ids=0,
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        featurizer_version=FEATURIZER_VERSION,
+        options={},
+        sources=(),
+        labels=(),
+        shards=tuple(shards),
+        counts=counts,
+        row_group_rows=ROW_GROUP_ROWS,
+        fingerprint=fingerprint(FEATURIZER_VERSION, {}, (), shards),
+    )
+    storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
+
+
+def measure_stream(uri: str, num_molecules: int) -> tuple[float, int]:
+    """Median seconds and payload bytes of one epoch, cold cache of row groups each time."""
+    stream = StreamConfig(micro_batch_size=MICRO_BATCH_SIZE, steps_per_block=16)
+    order = OrderConfig(global_batch_size=1024, num_streams=4)
+    groups = max(1, num_molecules // (order.global_batch_size * stream.steps_per_block))
+    # Loads the compiled kernels.
+    MicroBatchBuilder(uri, order, stream).build(0, 1, 0)
+    seconds = []
+    for _ in range(REPEATS):
+        builder = MicroBatchBuilder(uri, order, stream)
+        started = time.perf_counter()
+        num_bytes, molecules = 0, 0
+        for group in range(groups):
+            for number in range(order.num_streams):
+                first_step = group * stream.steps_per_block
+                micro_batches = builder.build(first_step, stream.steps_per_block, number)
+                num_bytes += sum(len(micro.payload) for micro in micro_batches)
+                molecules += sum(len(micro) for micro in micro_batches)
+        elapsed = time.perf_counter() - started
+        seconds.append(elapsed * num_molecules / molecules)
+        num_bytes = num_bytes * num_molecules // molecules
+    return statistics.median(seconds), num_bytes
+
+
+def measure_plain(block: MoleculeBlock) -> float:
+    """Molecules a second of the plain implementation, whose results are checked against the kernels'."""
+    block = block.take(np.arange(min(PLAIN_MOLECULES, len(block))))
+    started = time.perf_counter()
+    results = []
+    bond_start = 0
+    for n, num_bonds in zip(block.num_atoms.tolist(), block.num_bonds.tolist(), strict=True):
+        bonds = slice(bond_start, bond_start + num_bonds)
+        results.append(plain_relations(n, block.bonds[bonds], block.bond_features[bonds]))
+        bond_start += num_bonds
+    per_second = len(block) / (time.perf_counter() - started)
+    found = topology(block.num_atoms, block.num_bonds, block.bonds, block.bond_features)
+    assert np.array_equal(found.spd, np.concatenate([spd.ravel() for spd, _ in results]))
+    codes = np.concatenate([codes.reshape(-1, NUM_HOPS) for _, codes in results])
+    assert np.array_equal(found.path_codes, codes)
+    return per_second
+
+
+def plain_relations(
+    n: int, bonds: np.ndarray, features: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Floyd-Warshall and a walk along each path, one molecule at a time."""
+    distance = np.full((n, n), UNREACHABLE, dtype=np.int64)
+    middle = np.full((n, n), -1, dtype=np.int64)
+    code = np.zeros((n, n), dtype=np.int64)
+    np.fill_diagonal(distance, 0)
+    for (a, b), (kind, stereo, conjugated) in zip(bonds.tolist(), features.tolist(), strict=True):
+        distance[a, b] = distance[b, a] = 1
+        code[a, b] = code[b, a] = 1 + (kind * 6 + stereo) * 2 + conjugated
+    for k in range(n):
+        through = distance[:, k, None] + distance[None, k, :]
+        better = through < distance
+        distance[better] = through[better]
+        middle[better] = k
+    codes = np.zeros((n, n, NUM_HOPS), dtype=np.int64)
+    for a in range(n):
+        for b in range(n):
+            if a != b and distance[a, b] < UNREACHABLE:
+                path = [a, *interior(middle, a, b), b]
+                for hop in range(min(len(path) - 1, NUM_HOPS)):
+                    codes[a, b, hop] = code[path[hop], path[hop + 1]]
+    return distance, codes
+
+
+def interior(middle: np.ndarray, a: int, b: int) -> list[int]:
+    """Atoms strictly between a and b on the recovered path."""
+    k = int(middle[a, b])
+    return [] if k < 0 else [*interior(middle, a, k), k, *interior(middle, k, b)]
+
+
+if __name__ == "__main__":
+    main()
