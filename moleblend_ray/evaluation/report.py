@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
@@ -114,7 +115,7 @@ def _trials_section(
     if has_figure:
         lines += ["![trials](figures/trials.png)", ""]
     lines += [
-        f"| trial | {' | '.join(names)} | epochs | status | validation |",
+        f"| trial | {' | '.join(names)} | epochs done | status | validation |",
         "|---" * (len(names) + 4) + "|",
     ]
     for trial in ranked[:_MAX_TRIAL_ROWS]:
@@ -206,6 +207,7 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
         axes.set_xlabel(name)
         if name in ("learning_rate", "weight_decay"):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
     row[0].set_ylabel(f"validation {_metric_name(results['task'])}")
     return _png(figure)
 

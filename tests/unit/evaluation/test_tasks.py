@@ -1,0 +1,61 @@
+"""Claims of the task table."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+from pathlib import Path
+
+import pytest
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.tasks import TASKS, Metric, SplitKind, TaskKind, resolve_task
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def test_every_task_has_a_configuration_file_and_no_other_exists() -> None:
+    files = {
+        path.stem: path.read_text().strip() for path in (REPOSITORY / "conf/task").glob("*.yaml")
+    }
+    assert files == {name: f"name: {name}" for name in TASKS}
+
+
+def test_classification_is_scored_by_roc_auc_and_regression_by_an_error() -> None:
+    for task in TASKS.values():
+        assert (task.metric is Metric.ROC_AUC) == (task.kind is TaskKind.CLASSIFICATION)
+
+
+@pytest.mark.shared_data
+def test_columns_of_the_table_are_those_of_the_published_files(shared_data: Path) -> None:
+    for path in (shared_data / "moleculenet").glob("*.csv.gz"):
+        with gzip.open(path, "rt") as file:
+            header = next(csv.reader(file))
+        task = TASKS[path.name.removesuffix(".csv.gz")]
+        assert set(task.columns or header[1:]) == set(header[1:])
+
+
+def test_a_known_task_takes_the_users_metric_split_and_columns() -> None:
+    task = resolve_task("esol", metric=Metric.MAE, split=SplitKind.RANDOM, columns=("logS",))
+    assert (task.metric, task.split, task.columns) == (Metric.MAE, SplitKind.RANDOM, ("logS",))
+    assert task.unit == TASKS["esol"].unit
+
+
+def test_an_own_table_is_a_task_once_columns_and_kind_are_named() -> None:
+    task = resolve_task("herg", columns=("blocker",), kind=TaskKind.CLASSIFICATION)
+    assert (task.metric, task.split) == (Metric.ROC_AUC, SplitKind.SCAFFOLD)
+
+
+def test_an_unknown_name_names_the_nearest_task_and_what_an_own_table_needs() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'esol'.*task\.columns.*task\.kind"):
+        resolve_task("esool")
+
+
+def test_a_metric_that_does_not_fit_the_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="rmse does not fit classification"):
+        resolve_task("bbbp", metric=Metric.RMSE)
+
+
+def test_the_kind_of_a_known_task_cannot_be_changed() -> None:
+    with pytest.raises(ConfigError, match="esol' is regression"):
+        resolve_task("esol", kind=TaskKind.CLASSIFICATION)
