@@ -6,6 +6,8 @@ P width of a pair head's row and column vectors, C outputs of a pair head.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,9 +27,10 @@ class PairHead(nn.Module):
     The map is applied as a bilinear form, columns first, so that no (B, N, N, P * P) tensor ever exists.
     """
 
-    def __init__(self, config: ModelConfig, num_outputs: int) -> None:
+    def __init__(self, config: ModelConfig, output_shape: tuple[int, ...]) -> None:
         super().__init__()
-        P = config.pair_dim
+        P, num_outputs = config.pair_dim, math.prod(output_shape)
+        self.output_shape = output_shape
         self.row = nn.Linear(config.dim, P)
         self.row_norm = nn.LayerNorm(P, eps=PAIR_NORM_EPSILON)
         self.column = nn.Linear(config.dim, P)
@@ -42,7 +45,7 @@ class PairHead(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
-        """``atoms`` (A, D) -> (B, N, N, C): ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``."""
+        """``atoms`` (A, D) -> (B, N, N, *output_shape): ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``."""
         row = batch.pad_atoms(self.row_norm(F.gelu(self.row(atoms))))
         column = self.column_norm(F.gelu(self.column(atoms)))
         C, P, _ = self.weight.shape
@@ -51,8 +54,8 @@ class PairHead(nn.Module):
         contracted = batch.pad_atoms(column @ weight.to(column.dtype))
         N = contracted.shape[1]
         contracted = contracted.view(-1, N, P, C).transpose(1, 2).flatten(2)
-        pairs = torch.bmm(row, contracted.to(row.dtype)).view(-1, N, N, C)
-        output: Tensor = pairs + self.bias
+        pairs = torch.bmm(row, contracted.to(row.dtype)).view(-1, N, N, *self.output_shape)
+        output: Tensor = pairs + self.bias.view(self.output_shape)
         return output
 
 

@@ -46,10 +46,10 @@ class MoleBlendModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.spd_head = PairHead(config, config.num_spd_classes)
-        self.edge_head = PairHead(config, NUM_HOPS * config.num_edge_classes)
-        self.direction_head = PairHead(config, 3) if config.direction_head else None
-        self.distance_head = PairHead(config, 1) if config.distance_head else None
+        self.spd_head = PairHead(config, (config.num_spd_classes,))
+        self.edge_head = PairHead(config, (NUM_HOPS, config.num_edge_classes))
+        self.direction_head = PairHead(config, (3,)) if config.direction_head else None
+        self.distance_head = PairHead(config, ()) if config.distance_head else None
         self.denoising_head = DenoisingHead(config)
         self.init_weights()
 
@@ -61,13 +61,12 @@ class MoleBlendModel(nn.Module):
         """Predict all relations from those that ``blend`` shows (None: from all of them, without noise)."""
         encoded: EncoderOutput = self.encoder(batch, blend)
         atoms = encoded.tokens.index_select(0, batch.atom_token)
-        distance = None if self.distance_head is None else self.distance_head(atoms, batch)
         return MoleBlendOutput(
             tokens=encoded.tokens,
             spd_logits=self.spd_head(atoms, batch),
-            edge_logits=self.edge_head(atoms, batch).unflatten(-1, (NUM_HOPS, -1)),
+            edge_logits=self.edge_head(atoms, batch),
             direction=None if self.direction_head is None else self.direction_head(atoms, batch),
-            distance=None if distance is None else distance.squeeze(-1),
+            distance=None if self.distance_head is None else self.distance_head(atoms, batch),
             noise=self.denoising_head(
                 atoms, encoded.bias[:, :, 1:, 1:], encoded.displacement, batch
             ),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig
 from moleblend_ray.model.hub import import_official
@@ -49,17 +50,41 @@ PAPER_LOSS = LossConfig(ignore_other_bonds=True)
 SIZES = {"layers": 2, "dim": 24, "ffn": 36, "heads": 4, "kernels": 6, "pair": 5}
 
 
-@pytest.mark.parametrize("missing_positions", ["mask", "origin"])
+@pytest.mark.parametrize(
+    ("missing_positions", "official_blend"), [("mask", False), ("mask", True), ("origin", True)]
+)
 @pytest.mark.parametrize("name", BATCHES)
 def test_outputs_losses_and_gradients_equal_the_dense_computation(
-    name: str, missing_positions: str
+    name: str, missing_positions: str, official_blend: bool
 ) -> None:
     molecules = BATCHES[name]
     batch = zoo.in_double(zoo.batch(molecules))
-    blend = paper_blend(batch) if missing_positions == "origin" else keyed_blend(batch)
+    blend = paper_blend(batch) if official_blend else keyed_blend(batch)
+    compare(molecules, batch, blend, missing_positions)
+
+
+def test_hop_axis_of_a_batch_may_be_shorter_than_five() -> None:
+    """As the official code has it for a batch of short paths: hops beyond the axis do not even count as missing."""
+    molecules = BATCHES["only short paths"]
+    batch = zoo.in_double(zoo.batch(molecules))
+    batch = dataclasses.replace(batch, path_codes=batch.path_codes[..., :2])
+    compare(molecules, batch, paper_blend(batch), "origin", num_hops=2)
+
+
+def compare(
+    molecules: list[zoo.ZooMolecule],
+    batch: MoleculeBatch,
+    blend: Blend,
+    missing_positions: str,
+    num_hops: int = 5,
+) -> None:
     parameters = dense_oracle.official_parameters(**SIZES, seed=1)
     oracle = dense_oracle.run_oracle(
-        parameters, molecules, choices_of(blend, batch.num_atoms.tolist()), missing_positions
+        parameters,
+        molecules,
+        choices_of(blend, batch.num_atoms.tolist()),
+        missing_positions,
+        num_hops,
     )
     oracle.total.backward()
     expected = {key: value.grad for key, value in parameters.items()}
@@ -102,12 +127,12 @@ def test_outputs_losses_and_gradients_equal_the_dense_computation(
             close(value.grad, expected[key], key)
 
 
-def keyed_blend(batch):
+def keyed_blend(batch: MoleculeBatch) -> Blend:
     blend = draw_blend(batch, BlendConfig(), seed=4)
     return dataclasses.replace(blend, noise=blend.noise.double())
 
 
-def paper_blend(batch) -> Blend:
+def paper_blend(batch: MoleculeBatch) -> Blend:
     """One map of choices for the batch; atoms without coordinates show 3D as well, as in the official code."""
     generator = torch.Generator().manual_seed(9)
     B, N = batch.atom_mask.shape

@@ -118,8 +118,9 @@ def run_oracle(
     molecules: Sequence[ZooMolecule],
     choices: Sequence[Choice],
     missing_positions: str,
+    num_hops: int = 5,
 ) -> Oracle:
-    """Forward pass and losses, ``missing_positions`` as in ``ModelConfig``."""
+    """Forward pass and losses, ``missing_positions`` as in ``ModelConfig``; paths are cut to ``num_hops``."""
     P = {name.removeprefix(ENCODER): value for name, value in parameters.items()}
     result = Oracle()
     spd_terms: list[Tensor] = []
@@ -127,7 +128,7 @@ def run_oracle(
     direction_means: list[Tensor] = []
     noise_terms: list[Tensor] = []
     for molecule, choice in zip(molecules, choices, strict=True):
-        predictions = _predict(P, molecule, choice, missing_positions)
+        predictions = _predict(P, molecule, choice, missing_positions, num_hops)
         _, spd, edge, direction, noise = predictions
         for name, value in zip(
             ("states", "spd", "edge", "direction", "noise"), predictions, strict=True
@@ -143,7 +144,7 @@ def run_oracle(
                 if 0 < distance[a, b] < FAR:
                     target = min(int(distance[a, b]), 11) - 1
                     spd_terms.append(-torch.log_softmax(spd[a, b], -1)[target])
-                for hop, bond in enumerate(paths[a][b][:5]):
+                for hop, bond in enumerate(paths[a][b][:num_hops]):
                     kind, stereo, conjugated = (int(code) for code in molecule.bond_features[bond])
                     if kind < 4 and stereo < 3:
                         target = 6 * kind + 2 * stereo + conjugated
@@ -195,7 +196,7 @@ def shortest_paths(molecule: ZooMolecule) -> tuple[NDArray[np.int64], list[list[
 
 
 def _predict(
-    P: Parameters, molecule: ZooMolecule, choice: Choice, missing: str
+    P: Parameters, molecule: ZooMolecule, choice: Choice, missing: str, num_hops: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     n = molecule.num_atoms
     distance, paths = shortest_paths(molecule)
@@ -219,7 +220,7 @@ def _predict(
                 rows[a + 1][b + 1] = P["molecule_attn_bias.spatial_pos_encoder.weight"][row]
             elif choice.pair[a, b] == 1:
                 length = min(max(int(distance[a, b]), 1), 5)
-                rows[a + 1][b + 1] = _path_bias(P, molecule, paths[a][b]) / length
+                rows[a + 1][b + 1] = _path_bias(P, molecule, paths[a][b], num_hops) / length
             elif shown[a, b]:
                 hidden = F.gelu(_apply(P, "molecule_3d_bias.gbf_proj.layer1", kernels[a, b]))
                 rows[a + 1][b + 1] = _apply(P, "molecule_3d_bias.gbf_proj.layer2", hidden)
@@ -265,12 +266,12 @@ def _kernels(P: Parameters, molecule: ZooMolecule, position: Tensor) -> tuple[Te
     return kernels, delta / (distance[..., None] + 1e-5)
 
 
-def _path_bias(P: Parameters, molecule: ZooMolecule, path: list[int]) -> Tensor:
+def _path_bias(P: Parameters, molecule: ZooMolecule, path: list[int], num_hops: int) -> Tensor:
     table = P["molecule_attn_bias.edge_encoder.weight"]
     H = table.shape[1]
     matrices = P["molecule_attn_bias.edge_dis_encoder.weight"].view(-1, H, H)
     total = torch.zeros(H, dtype=torch.float64)
-    for hop in range(5):
+    for hop in range(num_hops):
         # The padding row has a value but no gradient, as in an embedding with padding_idx.
         embedding = table[0].detach()
         if hop < len(path):

@@ -21,7 +21,7 @@ def drawn(module: nn.Module) -> nn.Module:
 
 def test_pair_head_equals_a_linear_map_of_the_outer_product_and_so_do_its_gradients() -> None:
     batch = zoo.batch([zoo.chain(3), zoo.ring(5)])
-    head = drawn(PairHead(CONFIG, 7))
+    head = drawn(PairHead(CONFIG, (7,)))
     atoms = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, 5, 5, 7, dtype=torch.float64) * batch.pair_mask[..., None]
 
@@ -43,7 +43,7 @@ def test_pair_head_equals_a_linear_map_of_the_outer_product_and_so_do_its_gradie
 
 def test_pair_head_passes_the_numerical_gradient_check() -> None:
     batch = zoo.batch([zoo.chain(2), zoo.chain(3)])
-    head = drawn(PairHead(CONFIG, 2))
+    head = drawn(PairHead(CONFIG, (2,)))
     atoms = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: head(x, batch)[batch.pair_mask], atoms)
 
