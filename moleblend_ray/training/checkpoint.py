@@ -9,6 +9,7 @@ import platform
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -111,11 +112,12 @@ class CheckpointWriter:
 
     def _save_shards(self, folder: str, state: dict[str, Tensor]) -> list[CommittedFile]:
         with tempfile.TemporaryDirectory(prefix="moleblend-save-") as local:
-            save_shards(
-                state,
-                storage_writer=FileSystemWriter(local, sync_files=False),
-                no_dist=not dist.is_initialized(),
-            )
+            with _quiet_alone():
+                save_shards(
+                    state,
+                    storage_writer=FileSystemWriter(local, sync_files=False),
+                    no_dist=not dist.is_initialized(),
+                )
             return [
                 file
                 for files in _on_every_rank(lambda: _upload_files(Path(local), folder))
@@ -163,16 +165,25 @@ def load_model_state(run_uri: str, step: int, model: nn.Module) -> None:
 
 def _load(state: dict[str, Tensor], local: Path, folder: str, *, alone: bool = False) -> None:
     try:
-        load_shards(
-            state,
-            storage_reader=_SafeReader(local),
-            no_dist=alone or not dist.is_initialized(),
-        )
+        with _quiet_alone():
+            load_shards(
+                state,
+                storage_reader=_SafeReader(local),
+                no_dist=alone or not dist.is_initialized(),
+            )
     except (CheckpointException, RuntimeError, ValueError) as error:
         raise CheckpointError(
             f"{folder} does not fit the model: {error}. "
             "It was written by another version or model; load it with the configuration it was made with."
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Without DCP's warning that there is no process group: ours to decide."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class _SafeReader(FileSystemReader):
