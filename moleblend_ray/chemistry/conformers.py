@@ -57,6 +57,7 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
     """
     full = Chem.AddHs(mol)
     full.RemoveAllConformers()
+    Chem.GetSymmSSSR(full)  # ETKDG reads the rings, which removing or adding hydrogens forgets
     deadline = time.monotonic() + config.timeout_s
     parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed = conformer_seed(config.seed, canonical_smiles)
