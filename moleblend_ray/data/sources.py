@@ -68,7 +68,7 @@ _GEOMETRY_COLUMNS: Final = {
     "bond_order": pa.list_(pa.int32()),
 }
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
-_MISSING: Final = frozenset({"", "nan", "na", "n/a", "null", "none", "?"})
+_MISSING: Final = frozenset({"", "na", "n/a", "null", "none", "?"})
 _TRUTH: Final = {"true": 1.0, "false": 0.0}
 
 _RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n", re.MULTILINE)
@@ -833,15 +833,13 @@ def _read_labels(
 
 def _number(text: str) -> float | None:
     """A cell's number, NaN for a missing one, None for what is neither."""
-    text = text.strip().lower()
-    if text in _MISSING:
-        return math.nan
     try:
         number = float(text)
     except ValueError:
-        return _TRUTH.get(text)
+        word = text.strip().lower()
+        return math.nan if word in _MISSING else _TRUTH.get(word)
     # float() also takes "1_000", which no chemist writes and some identifiers look like.
-    return number if math.isfinite(number) and "_" not in text else None
+    return None if math.isinf(number) or "_" in text else number
 
 
 def _is_numeric(cells: Iterable[str]) -> bool:
