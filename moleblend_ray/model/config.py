@@ -140,6 +140,9 @@ class LossConfig:
     """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
     ignore_other_bonds: bool = False
     """Leave bonds outside the paper's 24 edge classes out of the edge loss."""
+    denoise_lone_atoms: bool = False
+    """Include, as the official code does, atoms that alone in their molecule have coordinates. There is nothing to
+    predict their noise from: the prediction is a constant near 0, where the gradient of a cosine is huge."""
 
     def __post_init__(self) -> None:
         _raise_if(

@@ -5,7 +5,9 @@ Shape legend: B molecules, N atoms (padded), L = 5 hops.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 import torch
@@ -53,7 +55,7 @@ def spd_targets(batch: MoleculeBatch, num_classes: int) -> Tensor:
 
 def edge_targets(batch: MoleculeBatch, config: LossConfig) -> Tensor:
     """(B, N, N, L) int64: 6 type + 2 stereo + conjugated, 24 for other bonds; IGNORE where there is no hop."""
-    table = torch.tensor(_EDGE_CLASSES, device=batch.path_codes.device)
+    table = _edge_classes(batch.path_codes.device)
     if config.ignore_other_bonds:
         table = table.masked_fill(table == NUM_PAPER_EDGE_CLASSES, IGNORE)
     return table[batch.path_codes.int()]
@@ -69,14 +71,17 @@ def has_direction(batch: MoleculeBatch) -> Tensor:
     return batch.pair_position_mask & (pair_displacement(batch) != 0.0).any(-1)
 
 
-def noised_atoms(batch: MoleculeBatch, blend: Blend) -> Tensor:
+def noised_atoms(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
     """(B, N) bool: atoms with a position that show their 3D feature; the denoising loss is over these."""
-    return batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
+    noised = batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
+    if config.denoise_lone_atoms:
+        return noised
+    return noised & (batch.position_mask.sum(1, keepdim=True) > 1)
 
 
 def count_other_bonds(batch: MoleculeBatch) -> Tensor:
     """() int64: hops outside the paper's 24 classes (the ones that ``ignore_other_bonds`` leaves out)."""
-    table = torch.tensor(_EDGE_CLASSES, device=batch.path_codes.device)
+    table = _edge_classes(batch.path_codes.device)
     return (table[batch.path_codes.int()] == NUM_PAPER_EDGE_CLASSES).sum()
 
 
@@ -89,7 +94,7 @@ def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tenso
         edge_targets(batch, config) != IGNORE
     )
     molecules = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY).sum((1, 2)) > 0
-    atoms = noised_atoms(batch, blend)
+    atoms = noised_atoms(batch, blend, config)
     counts = (spd, edge, molecules, molecules, atoms)
     return torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
@@ -109,7 +114,7 @@ def pretraining_loss_sums(
             "distance": nothing
             if output.distance is None
             else _distance_sum(output.distance, batch, blend, config),
-            "denoise": _denoise_sum(output.noise, batch, blend),
+            "denoise": _denoise_sum(output.noise, batch, blend, config),
         }
 
 
@@ -132,19 +137,16 @@ def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
     return means
 
 
-def _edge_class_of_code() -> list[int]:
+@lru_cache
+def _edge_classes(device: torch.device) -> Tensor:
+    """(61,) int64: the class of each path code. Kept on its device: making it anew would make the host wait."""
     types, stereos, conjugated = PAPER_EDGE_VOCAB
     classes = [IGNORE]
-    for kind in range(BOND_VOCAB_SIZES[0]):
-        for stereo in range(BOND_VOCAB_SIZES[1]):
-            for flag in range(BOND_VOCAB_SIZES[2]):
-                inside = kind < types and stereo < stereos
-                index = (kind * stereos + stereo) * conjugated + flag
-                classes.append(index if inside else NUM_PAPER_EDGE_CLASSES)
-    return classes
-
-
-_EDGE_CLASSES: Final = _edge_class_of_code()
+    for kind, stereo, flag in itertools.product(*(range(size) for size in BOND_VOCAB_SIZES)):
+        inside = kind < types and stereo < stereos
+        index = (kind * stereos + stereo) * conjugated + flag
+        classes.append(index if inside else NUM_PAPER_EDGE_CLASSES)
+    return torch.tensor(classes, device=device)
 
 
 def _pair_weight(mask: Tensor, blend: Blend, config: LossConfig, relation: Relation) -> Tensor:
@@ -208,8 +210,10 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
     ).sum()
 
 
-def _denoise_sum(predicted: Tensor, batch: MoleculeBatch, blend: Blend) -> Tensor:
-    kept = noised_atoms(batch, blend)
+def _denoise_sum(
+    predicted: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
+) -> Tensor:
+    kept = noised_atoms(batch, blend, config)
     predicted = precise(predicted).masked_fill(~kept[..., None], 0.0)
     loss = 1.0 - F.cosine_similarity(predicted, blend.noise, dim=-1)
     return loss.masked_fill(~kept, 0.0).sum()

@@ -46,7 +46,7 @@ BATCHES = {
     "two atoms at one point": [zoo.chain(2), zoo.chain(4, seed=5).moved(COINCIDENT)],
     "bonds outside the 24 classes": [zoo.chain(3), OTHER_BONDS],
 }
-PAPER_LOSS = LossConfig(ignore_other_bonds=True)
+PAPER_LOSS = LossConfig(ignore_other_bonds=True, denoise_lone_atoms=True)
 SIZES = {"layers": 2, "dim": 24, "ffn": 36, "heads": 4, "kernels": 6, "pair": 5}
 
 

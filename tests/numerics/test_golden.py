@@ -45,7 +45,7 @@ from moleblend_ray.vocabulary import UNREACHABLE
 
 RELATIVE_TOLERANCE = 1e-4
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "golden"
-PAPER_LOSS = LossConfig(ignore_other_bonds=True)
+PAPER_LOSS = LossConfig(ignore_other_bonds=True, denoise_lone_atoms=True)
 GOLDEN_LOSS_NAMES = {"spd": "spd", "edge": "edge", "direction": "3d", "denoise": "denoise"}
 NOISE_STD = 0.2
 
@@ -302,7 +302,7 @@ def watch(
 
 def cosines(tensors: Mapping[str, Tensor], batch: MoleculeBatch, blend: Blend) -> dict[str, Tensor]:
     """Predictions and targets of the two direction losses as the official code masks them, and their cosines."""
-    kept = noised_atoms(batch, blend)[..., None]
+    kept = noised_atoms(batch, blend, PAPER_LOSS)[..., None]
     predicted, noise = tensors["denoise_out"] * kept, blend.noise * kept
     direction = tensors["logits_3d"].masked_fill(~has_direction(batch)[..., None], 0.0)
     return {

@@ -99,6 +99,24 @@ def test_denoising_is_a_mean_over_atoms_of_the_whole_batch() -> None:
     assert loss_counts(batch, blend, LossConfig())[LOSS_NAMES.index("denoise")] == 4
 
 
+def test_atoms_without_positioned_partner_are_denoised_only_on_demand() -> None:
+    molecules = [zoo.single_atom(), zoo.chain(3).without_positions([0, 2]), zoo.chain(3)]
+    batch = zoo.batch(molecules)
+    blend = full_blend(batch)
+    for config, expected in ((LossConfig(), 3), (LossConfig(denoise_lone_atoms=True), 5)):
+        assert loss_counts(batch, blend, config)[LOSS_NAMES.index("denoise")] == expected
+
+
+def test_one_atom_molecules_do_not_blow_up_the_gradient_of_a_new_model() -> None:
+    torch.manual_seed(0)
+    model = MoleBlendModel(TINY)
+    batch = zoo.batch([zoo.single_atom(seed=k) for k in range(6)] + [zoo.ring(6)])
+    blend = full_blend(batch)
+    sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
+    total_loss(sums, loss_counts(batch, blend, LossConfig()), LossConfig()).backward()
+    assert max(p.grad.abs().max().item() for p in model.parameters()) < 1e4
+
+
 def test_distance_is_an_absolute_error_in_angstrom() -> None:
     molecule = zoo.chain(2).moved(np.array([[0, 0, 0], [0, 3, 4]]))
     batch = zoo.batch([molecule])
@@ -133,7 +151,7 @@ def test_counts_are_what_the_sums_are_divided_by() -> None:
     counts = dict(zip(LOSS_NAMES, loss_counts(batch, blend, LossConfig()).tolist(), strict=True))
     assert counts["spd"] == 6 + 7 * 6 + 20
     assert counts["direction"] == counts["distance"] == 2
-    assert counts["denoise"] == (blend.atom_choice[batch.position_mask] == 1).sum()
+    assert counts["denoise"] == (blend.atom_choice[1:][batch.position_mask[1:]] == 1).sum()
 
 
 def test_visible_pairs_can_weigh_less() -> None:
