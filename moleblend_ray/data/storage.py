@@ -85,6 +85,11 @@ def exists(uri: str) -> bool:
             filesystem.info(path)
     except NotFoundError:
         return False
+    except StorageError as error:
+        # A path below a file: nothing is there.
+        if isinstance(error.__cause__, NotADirectoryError):
+            return False
+        raise
     return True
 
 
