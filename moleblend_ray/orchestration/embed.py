@@ -27,12 +27,11 @@ from moleblend_ray.data.shards import (
     ShardReader,
     load_manifest,
 )
-from moleblend_ray.errors import DataError, MoleBlendError
+from moleblend_ray.errors import CheckpointError, DataError, MoleBlendError
 from moleblend_ray.evaluation.embedding import MOLECULE_COLUMNS, Embedder
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.downstream import (
     IDENTITY_NAME,
-    LoadedEncoder,
     claim,
     compare_settings,
     load_encoder,
@@ -128,7 +127,7 @@ def _embed_shards(config: EmbedConfig, data_uri: str, manifest: Manifest) -> dic
     if len(missing) < len(parts):
         logger.info("%d of %d parts were made before", len(parts) - len(missing), len(parts))
     if missing:
-        _run_actors(config, data_uri, manifest, missing, encoder)
+        _run_actors(config, data_uri, manifest, missing, encoder.start.fingerprint)
     return {
         "parts": [{"path": part_path(part["number"]), "rows": part["rows"]} for part in parts],
         "parts_reused": len(parts) - len(missing),
@@ -157,13 +156,13 @@ def _run_actors(
     data_uri: str,
     manifest: Manifest,
     parts: list[dict[str, Any]],
-    encoder: LoadedEncoder,
+    fingerprint: str | None,
 ) -> None:
     cluster = config.cluster
     actors = min(cluster.num_data_actors, len(parts))
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
         _PartWriter,
-        fn_constructor_args=(config, data_uri, manifest, ray.put(encoder)),
+        fn_constructor_args=(config, data_uri, manifest, fingerprint),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cluster.cpus_per_worker,
@@ -177,17 +176,28 @@ def _run_actors(
                 done += int(batch["rows"].sum())
                 progress.reporter({"done": done})
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise cause if isinstance(cause, MoleBlendError) else error from None
+            raise _own_error(error) or error from None
+
+
+def _own_error(error: BaseException | None) -> MoleBlendError | None:
+    """The error of this package somewhere below Ray Data's wrappers."""
+    while error is not None and not isinstance(error, MoleBlendError):
+        error = getattr(error, "cause", None) or error.__cause__
+    return error
 
 
 class _PartWriter:
     """An actor with the model in memory; a shard in, a Parquet part on storage out."""
 
     def __init__(
-        self, config: EmbedConfig, data_uri: str, manifest: Manifest, encoder: Any
+        self, config: EmbedConfig, data_uri: str, manifest: Manifest, fingerprint: str | None
     ) -> None:
-        loaded: LoadedEncoder = ray.get(encoder)
+        loaded = load_encoder(config.checkpoint)
+        if loaded.start.fingerprint != fingerprint:
+            raise CheckpointError(
+                f"{config.checkpoint} changed while its embeddings were computed; embed from one checkpoint "
+                "(.../checkpoints/step-NNNNNNNN) or an exported model, into an empty `out`"
+            )
         self._config = config
         self._data_uri = data_uri
         self._manifest = manifest
