@@ -18,7 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ import torch
 from ray.data import Dataset
 
 from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import Manifest, load_manifest
@@ -100,6 +101,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     A finished run is reported and left alone. On SIGTERM the workers commit the step they are at, and this returns.
     """
     began_s = time.monotonic()
+    config = with_absolute_paths(config)  # workers have a working directory of their own
     manifest = load_manifest(config.data)
     finished = _read_finished(config)
     if finished is not None:
@@ -299,8 +301,14 @@ def _stream_from_newest(config: PretrainConfig) -> Dataset:
     """The stream of micro-batches from the newest committed step on. Runs in Ray Train's controller."""
     commit = latest_committed(config.out, verify_content=True)
     first_step = commit.step if commit else 0
+    stream = config.stream
+    actors = max(stream.max_actors, config.cluster.num_data_actors)
     return stream_dataset(
-        config.data, config.order, config.stream, first_step, config.train.num_steps - first_step
+        config.data,
+        config.order,
+        replace(stream, max_actors=actors),
+        first_step,
+        config.train.num_steps - first_step,
     )
 
 

@@ -1,0 +1,37 @@
+"""The tracker that a configuration asks for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.training.config import TrackingConfig
+from moleblend_ray.training.tracking import NoTracker, start_tracker
+
+
+def test_disabled_tracking_does_not_import_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    tracker = start_tracker(TrackingConfig(mode="disabled"), "runs/a", {})
+    assert isinstance(tracker, NoTracker)
+    tracker.log({"loss": 1.0}, step=0)
+    tracker.finish()
+
+
+def test_a_missing_wandb_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"install wandb or set tracking\.mode=disabled"):
+        start_tracker(TrackingConfig(mode="offline"), "runs/a", {})
+
+
+def test_offline_tracking_leaves_files_to_sync(tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    tracker = start_tracker(
+        TrackingConfig(mode="offline", dir=str(folder)), "s3://bucket/runs/a", {"seed": 1}
+    )
+    tracker.log({"step": 0, "loss": 1.5}, step=0)
+    tracker.finish()
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    assert next(run.glob("*.wandb")).stat().st_size > 0
