@@ -48,8 +48,9 @@ class FeaturizeConfig:
     """What becomes of one source record: which atoms are kept and what is turned away."""
 
     explicit_hydrogens: bool = False
-    """Keep every hydrogen as an atom. By default only those that carry information stay
-    (isotopes, molecular hydrogen), as in RDKit's ``RemoveHs``."""
+    """Keep every hydrogen as an atom. By default only those stay that carry information, by the rules
+    of RDKit's ``RemoveHs``: isotopes, molecular hydrogen, and the one that says which way an imine
+    ``C=N-H`` points."""
     max_atoms: int = 256
     """Molecules with more kept atoms are rejected: relation matrices grow with the square."""
     require_coordinates: bool = False

@@ -61,16 +61,16 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
     deadline = time.monotonic() + config.timeout_s
     parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed = conformer_seed(config.seed, canonical_smiles)
-    conformer_ids: list[int] = []
     for parameters.useRandomCoords in (False, True):
         seconds_left = deadline - time.monotonic()
         if seconds_left <= 0:
             break
         parameters.timeout = math.ceil(seconds_left)
-        conformer_ids = list(rdDistGeom.EmbedMultipleConfs(full, config.count, parameters))
-        if conformer_ids:
+        # Count conformers rather than the ids this returns: out of time, it returns one, -1.
+        rdDistGeom.EmbedMultipleConfs(full, config.count, parameters)
+        if full.GetNumConformers():
             break
-    if not conformer_ids:
+    if not full.GetNumConformers():
         return Embedding(
             np.empty((0, mol.GetNumAtoms(), 3), dtype=np.float32), ConformerStatus.FAILED
         )
