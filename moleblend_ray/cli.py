@@ -209,13 +209,20 @@ def _summary_table(summary: Any, config: object) -> Table:
 
     table = _table("what", "result")
     values = to_dict(summary)
-    for key, value in flatten(redact(values)).items():
+    for key, value in flatten(_rounded(redact(values))).items():
         table.add_row(escape(key.replace("_", " ")), "none" if value == "{}" else escape(value))
     table.add_section()
     for key, path in _paths(config).items():
         if key not in values:
             table.add_row(escape(key), escape(path))
     return table
+
+
+def _rounded(value: Any) -> Any:
+    """Floats with six digits, for reading: the files of the run hold all of them."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def _table(left: str, right: str) -> Table:

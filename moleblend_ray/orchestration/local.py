@@ -8,6 +8,8 @@ import math
 import os
 import secrets
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -30,6 +32,16 @@ _QUIET_SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+_PRIVATE_SETTINGS = {
+    # Ray starts a process per CPU ahead of need. Workers and actors bring environments of their own and cannot
+    # use them, but wait for the cores that these take to start.
+    "RAY_prestart_worker_first_driver": "0",
+    # Ray prints on stdout that "N PYTHON worker processes have been started" at three times this number.
+    "RAY_worker_maximum_startup_concurrency": "32",
+    # The C++ side writes hints about Ray Data's own actors on the user's screen. Failures come as exceptions.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+
 # A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and lets in
 # who has the token. One a process, because Ray keeps the first it has read; in the environment, because Ray's
 # own way is a file in the user's home.
@@ -41,7 +53,8 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     """Ray for the body: this process's connection if there is one, else an attached or a private cluster.
 
     A private one has room for the workers and for data actors that reserve `data_cpus` CPUs in all (None: one
-    each of `cluster.num_data_actors`). What is started or connected here is shut down here; a connection that was there before is left alone.
+    each of `cluster.num_data_actors`). What is started or connected here is shut down here; a connection that
+    was there before is left alone.
     """
     if ray.is_initialized():
         _quiet_data()
@@ -50,8 +63,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address == "local":
         address = None
-    access = {} if address or "RAY_AUTH_TOKEN_PATH" in os.environ else {"RAY_AUTH_TOKEN": _TOKEN}
-    with _environment_defaults(_QUIET_SETTINGS | access):
+    with _environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
         if address:
             _attach(address)
         else:
@@ -97,6 +109,11 @@ def object_store_bytes(cluster: ClusterConfig) -> int:
     return max(wanted, GIB // 4)
 
 
+def _private_settings() -> dict[str, str]:
+    access = {} if "RAY_AUTH_TOKEN_PATH" in os.environ else {"RAY_AUTH_TOKEN": _TOKEN}
+    return _QUIET_SETTINGS | _PRIVATE_SETTINGS | access
+
+
 def _attach(address: str) -> None:
     logger.info("attaching to the Ray cluster at %s", address)
     try:
@@ -114,14 +131,38 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
     # It would say at every start that the token below is asked for.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        object_store_memory=object_store_bytes(cluster),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
+    with _native_stderr_held():
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=object_store_bytes(cluster),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+
+
+@contextlib.contextmanager
+def _native_stderr_held() -> Iterator[None]:
+    """Keep what C++ code writes to file descriptor 2 off the screen, unless the body fails.
+
+    Ray's log library announces there that a level was chosen, whatever the level.
+    """
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            sys.stderr.flush()
+            held.seek(0)
+            os.write(screen, held.read())
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
 
 
 def _quiet_data() -> None:
