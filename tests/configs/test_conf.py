@@ -95,6 +95,7 @@ def test_the_paper_experiment_takes_the_official_decisions() -> None:
     assert plain["model"]["edge_other_class"] is False
     assert plain["model"]["missing_positions"] == "origin"
     assert plain["loss"]["ignore_other_bonds"] is True
+    assert plain["loss"]["denoise_lone_atoms"] is True
     assert plain["order"]["global_batch_size"] == 4 * 1024
     assert plain["optim"]["learning_rate"] == 1e-5
     assert plain["optim"]["warmup_steps"] == 20_000
