@@ -1,0 +1,103 @@
+"""Embeddings come in the source's order under the source's ids; what has none is listed with its reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.downstream import EmbedConfig
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.hub import save_pretrained
+from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.orchestration import downstream
+from moleblend_ray.orchestration.embed import EmbedSummary, embed
+
+pytestmark = pytest.mark.ray
+
+TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+SMILES = [
+    "C" * (1 + row % 7) + ("O" if row % 2 else "N") + ("c1ccccc1" if row % 5 == 0 else "")
+    for row in range(50)
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EmbedConfig:
+    rows = [f"id-{row},{text}" for row, text in enumerate(SMILES)]
+    rows.insert(10, "id-bad,not a molecule")
+    (tmp_path / "molecules.csv").write_text("name,smiles\n" + "\n".join(rows) + "\n")
+    torch.manual_seed(0)
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    return EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "molecules.csv"),
+        out=str(tmp_path / "out"),
+        id_column="name",
+        conformers=False,
+        cluster=ClusterConfig(num_data_actors=2),
+    )
+
+
+def read_parts(out: str) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted(Path(out, "parts").iterdir()))
+
+
+def run_in_small_parts(config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedSummary:
+    monkeypatch.setattr(downstream, "ROWS_PER_CHUNK", 20)
+    return embed(config)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
+    config: EmbedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run_in_small_parts(config, monkeypatch)
+    table = read_parts(config.out)
+    assert (summary.embeddings, summary.rejected, summary.parts, summary.dim) == (50, 1, 3, 16)
+    assert table["mol_id"].to_pylist() == [f"id-{row}" for row in range(50)]
+    assert table["source_row"].to_pylist() == [*range(10), *range(11, 51)]
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 16)
+
+    rejected = pq.read_table(Path(config.out, "rejected.parquet")).to_pylist()
+    assert [(row["mol_id"], row["source_row"], row["reason"]) for row in rejected] == [
+        ("id-bad", 10, "unparsable_smiles")
+    ]
+
+    # Equal molecules have equal vectors, wherever they stand; different ones do not.
+    vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))
+    smiles = np.array(table["smiles"].to_pylist())
+    for text in set(smiles):
+        np.testing.assert_allclose(
+            vectors[smiles == text],
+            vectors[smiles == text][:1].repeat((smiles == text).sum(), 0),
+            atol=1e-5,
+        )
+    assert len(np.unique(vectors.round(4), axis=0)) == len(set(smiles))
+
+    assert embed(config).already_finished
+
+    # As a kill in the middle leaves it: no summary, a part missing.
+    kept = Path(config.out, "parts/part-00000.parquet")
+    made = kept.stat().st_mtime_ns
+    Path(config.out, "embeddings.json").unlink()
+    Path(config.out, "parts/part-00001.parquet").unlink()
+    again = embed(config)
+    assert (again.parts_reused, again.already_finished) == (2, False)
+    assert kept.stat().st_mtime_ns == made
+    np.testing.assert_array_equal(
+        np.stack(read_parts(config.out)["embedding"].to_numpy(zero_copy_only=False)), vectors
+    )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_checkpoint_that_is_not_there_is_named(config: EmbedConfig, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no-such-model"):
+        embed(dataclasses.replace(config, checkpoint=str(tmp_path / "no-such-model")))
