@@ -88,6 +88,22 @@ def test_errors_of_the_project_print_without_traceback(
     assert "Traceback" not in shown
 
 
+def test_an_error_from_a_ray_task_is_shown_as_its_cause(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.exceptions import RayTaskError
+
+    def fail(config: object) -> None:
+        remote = RayTaskError(
+            "read", "Traceback: remote lines", ConfigError("source: no such column")
+        )
+        raise remote.as_instanceof_cause()
+
+    stub_prepare(monkeypatch, fail)
+    assert cli.main(PREPARE) == 2
+    assert capsys.readouterr().err.strip() == "moleblend prepare: source: no such column"
+
+
 def test_an_interrupt_says_that_the_same_command_continues(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
