@@ -145,7 +145,12 @@ def test_every_qm9_sdf_record_featurizes(shared_data: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "rows", "unparsable"),
-    [("bbbp", 2050, 11), ("tox21", 7831, 8), ("clintox", 1484, 4), ("hiv", 41127, 7)],
+    [
+        ("bbbp", 2050, 11),
+        ("tox21", 7831, 8),
+        ("clintox", 1484, 4),
+        pytest.param("hiv", 41127, 7, marks=pytest.mark.slow),
+    ],
 )
 def test_unparsable_smiles_are_those_the_collection_lists(
     shared_data: Path, name: str, rows: int, unparsable: int
