@@ -132,6 +132,8 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     """Run the search, or what is left of an interrupted one."""
     os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # Tune would print a failed trial's whole traceback; its reason is in the results and in our own log.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = bench.experiment
     trainable = tune.with_resources(
         tune.with_parameters(
@@ -150,7 +152,12 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
             grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
-    return [_trial_result(number, grid[number]) for number in range(len(grid))]
+    results = (grid[index] for index in range(len(grid)))
+    trials = sorted(map(_trial_result, results), key=lambda trial: trial.number)
+    for trial in trials:
+        if trial.error is not None:
+            logger.warning("trial %d failed: %s", trial.number, trial.error)
+    return trials
 
 
 def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> FinetuneSettings:
@@ -185,7 +192,8 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     experiment_path = storage.join(storage_path, "search")
     if tune.Tuner.can_restore(experiment_path):
         logger.info("continuing the search in %s", experiment_path)
-        return tune.Tuner.restore(experiment_path, trainable=trainable, restart_errored=True)
+        # Failed trials get another chance: what failed them may have been what interrupted the command.
+        return tune.Tuner.restore(experiment_path, trainable=trainable, resume_errored=True)
     mode = "max" if task.metric.higher_is_better else "min"
     longest = (config.search.epochs or task.epochs)[1]
     return tune.Tuner(
@@ -242,7 +250,8 @@ def _tune_resources(config: SweepConfig) -> dict[str, float]:
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.trial_id}"
+    # Tune's tag starts with a counter from 1, which a restored search keeps.
+    return f"trial-{int(trial.experiment_tag.split('_', 1)[0]) - 1:04d}"
 
 
 class _ProgressCallback(tune.Callback):
@@ -262,7 +271,7 @@ class _ProgressCallback(tune.Callback):
             self.reporter({"done": len(over), "failed": failed})
 
 
-def _trial_result(number: int, result: tune.Result) -> TrialResult:
+def _trial_result(result: tune.Result) -> TrialResult:
     metrics = result.metrics or {}
     score = float(metrics.get(METRIC, math.nan))
     if result.error is not None:
@@ -272,7 +281,7 @@ def _trial_result(number: int, result: tune.Result) -> TrialResult:
     else:
         status = "stopped"
     return TrialResult(
-        number=number,
+        number=int(str(result.path).rsplit("-", 1)[-1]),
         status=status,
         settings=dict(result.config or {}),
         valid_score=score if math.isfinite(score) and status != "failed" else None,
