@@ -222,7 +222,9 @@ class _Job:
                 batch_size=1,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=ray.data.ActorPoolStrategy(size=self._num_actors),
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=1, initial_size=self._num_actors, max_size=self._num_actors
+                ),
                 num_cpus=_ACTOR_CPUS,
                 max_task_retries=_MAX_RETRIES,
             )
@@ -230,7 +232,15 @@ class _Job:
         dataset.context.target_max_block_size = 1
         # Ray advises to reserve memory for the readers, whose few hundred MB are mostly shared libraries.
         dataset.context.issue_detectors_config.detectors = []
-        yield from dataset.iter_rows()
+        try:
+            yield from dataset.iter_rows()
+        except ray.exceptions.RayActorError as error:
+            raise DataError(
+                f"Converting a chunk into {self._out} ended its process {_MAX_RETRIES + 1} times: it was "
+                f"killed for want of memory, its machine was lost, or a record crashes RDKit. ({error}) "
+                "Chunks converted so far are kept: run the same command again, with fewer "
+                "cluster.num_data_actors if memory is short."
+            ) from error
 
 
 def _num_actors(config: PrepareConfig, sources: SourceSet) -> int:

@@ -141,3 +141,44 @@ def test_bad_input_is_refused_before_any_process_is_started(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"empty\.sdf: empty"):
         prepare(config_for(tmp_path / "empty.sdf", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+UNPARSABLE = {
+    "moleculenet/bbbp.csv.gz": (2_050, 11),
+    "moleculenet/tox21.csv.gz": (7_831, 8),
+    "moleculenet/toxcast.csv.gz": (8_615, 18),
+    "moleculenet/sider.csv.gz": (1_427, 0),
+    "moleculenet/clintox.csv.gz": (1_484, 4),
+    "moleculenet/muv.csv.gz": (93_127, 0),
+    "moleculenet/hiv.csv.gz": (41_127, 7),
+    "moleculenet/esol.csv.gz": (1_128, 0),
+    "moleculenet/lipophilicity.csv.gz": (4_200, 0),
+    "zinc250k_smiles.csv.gz": (249_455, 0),
+    "zinc_conformers29k.parquet": (29_064, 0),
+    "qm9.parquet": (115_865, 0),
+    "qm9_1000.sdf.gz": (1_000, 0),
+    "pcqm4mv2_2k.parquet": (1_792, 0),
+    "cascade_dft8k.parquet": (7_454, 0),
+    "cascade_dft8k.sdf.gz": (7_454, 0),
+}
+"""Rows and unparsable SMILES of each file, from the README of the data."""
+
+
+@pytest.mark.slow
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", UNPARSABLE)
+def test_each_real_file_is_accounted_for(
+    ray_cluster: None, shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    config = PrepareConfig(
+        source=str(shared_data / name),
+        out=str(tmp_path / "out"),
+        cluster=ClusterConfig(num_data_actors=2),
+    )
+    summary = prepare(config)
+    rows, unparsable = UNPARSABLE[name]
+    assert summary.rows_in == rows == summary.rows_out + summary.rows_quarantined
+    assert summary.quarantined_by_reason.get("unparsable_smiles", 0) == unparsable
+    assert set(summary.quarantined_by_reason) <= {"unparsable_smiles", "too_many_atoms"}
+    assert summary.train + summary.valid == summary.rows_out
+    assert summary.duplicate_ids == 0
