@@ -121,7 +121,7 @@ class Demo:
             "embed",
             embeddings,
             f"checkpoint={run}",
-            f"source={data}",
+            f"source={samples}",
             f"out={embeddings}",
             "batch_size=256",
         )
@@ -162,8 +162,8 @@ def demo_report(demo: Demo, seconds: float) -> dict[str, Any]:
         "loss_first": pretrained.loss_first,
         "loss_last": pretrained.loss_last,
         "world_size": pretrained.world_size,
-        "sweep_trials": demo.stages["sweep"].summary.num_trials,
-        "embeddings": demo.stages["embed"].summary.embedded,
+        "sweep_trials": demo.stages["sweep"].summary.trials,
+        "embeddings": demo.stages["embed"].summary.embeddings,
         "seconds": round(seconds, 1),
     }
 
@@ -185,7 +185,7 @@ def summary_table(demo: Demo, report: dict[str, Any]) -> Table:
         "samples": f"{report['molecules_in']:,} molecules with conformers and labels",
         "prepare": f"{report['molecules_out']:,} in shards, {report['quarantined']:,} quarantined",
         "pretrain": f"{report['steps']} steps on {report['world_size']} workers, loss {first:.3f} -> {last:.3f}",
-        "sweep": f"{report['sweep_trials']} trials, test {sweep.metric} {sweep.test_mean:.3f}",
+        "sweep": f"{report['sweep_trials']} trials, test {sweep.metric} {sweep.test_score:.3f}",
         "embed": f"{report['embeddings']:,} vectors",
     }
     table = Table(title="moleblend-ray demo", title_justify="left", show_edge=False, pad_edge=False)
