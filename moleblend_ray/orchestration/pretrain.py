@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any, Final
 
@@ -139,7 +140,7 @@ def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
     if manifest.num_molecules("train") == 0:
         raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
     identity = run_identity(config, manifest)
-    commit = latest_committed(config.out)
+    commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
         require_same_run(commit.identity, identity, config.out)
     elif storage.exists(storage.join(config.out, CONFIG_NAME)):
@@ -253,7 +254,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest) -> _Outcome:
             ),
             # A callable: evaluated again at each start of a worker group, so the stream begins where the
             # newest checkpoint ends.
-            datasets={"train": lambda: _stream_from_newest(config)},
+            datasets={"train": partial(_stream_from_newest, config, progress.reporter)},
             dataset_config=stream_data_config(),
             run_config=ray.train.RunConfig(
                 # A fresh name each time, or Ray would restore its own idea of an earlier run.
@@ -297,8 +298,9 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
 
 
-def _stream_from_newest(config: PretrainConfig) -> Dataset:
+def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
     """The stream of micro-batches from the newest committed step on. Runs in Ray Train's controller."""
+    reporter.forward_logs()  # a checkpoint damaged since the last start must be seen on the driver
     commit = latest_committed(config.out, verify_content=True)
     first_step = commit.step if commit else 0
     stream = config.stream

@@ -12,9 +12,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Final, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moleblend_ray.data.batch import MicroBatch, StepBatch
@@ -51,6 +53,8 @@ from moleblend_ray.training.optim import (
 )
 
 logger = logging.getLogger(__name__)
+
+_GOLDEN_RATIO: Final = np.uint64(0x9E3779B97F4A7C15)
 
 
 class NotFiniteError(TrainingError):
@@ -194,7 +198,7 @@ def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tup
         _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
         for index, (micro, part) in enumerate(zip(batch.micro_batches, parts, strict=True))
     ]
-    sizes = _sizes(learner, [part[0] for part in parts], stop=stop)
+    sizes = _sizes(learner, batch, [part[0] for part in parts], stop=stop)
     totals = sum_over_ranks(torch.cat([sum_of(losses), sizes]))
     parameters = list(learner.model.parameters())
     norm = gradient_norm(parameters)
@@ -260,17 +264,25 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).sum(0)
 
 
-def _sizes(learner: Learner, batches: list[MoleculeBatch], *, stop: bool) -> Tensor:
-    """(5,) float64: molecules, atoms, atom slots with padding, 1 if a stop is asked for, bonds the loss ignores."""
-    molecules = sum(batch.num_molecules for batch in batches)
-    atoms = sum(len(batch.atom_index) for batch in batches)
-    slots = sum(batch.num_molecules * batch.max_atoms for batch in batches)
-    device = learner.ranks.device
-    host = torch.tensor([molecules, atoms, slots, int(stop)], dtype=torch.float64, device=device)
-    ignored = host.new_zeros(1)
+def _sizes(learner: Learner, batch: StepBatch, parts: list[MoleculeBatch], *, stop: bool) -> Tensor:
+    """(6,) float64: molecules, atoms, atom slots with padding, checksum, 1 if a stop is asked for, ignored bonds."""
+    host = [
+        sum(part.num_molecules for part in parts),
+        sum(len(part.atom_index) for part in parts),
+        sum(part.num_molecules * part.max_atoms for part in parts),
+        sum(molecules_checksum(micro.molecule_ids) for micro in batch.micro_batches),
+        int(stop),
+    ]
+    sizes = torch.tensor([*host, 0], dtype=torch.float64, device=learner.ranks.device)
     if learner.loss.ignore_other_bonds:
-        ignored += sum_of([count_other_bonds(batch) for batch in batches])
-    return torch.cat([host, ignored])
+        sizes[-1] = sum_of([count_other_bonds(part) for part in parts])
+    return sizes
+
+
+def molecules_checksum(molecule_ids: NDArray[np.int64]) -> int:
+    """Sum of a 32-bit hash of each id: exact in float64 for batches up to 2 million, the same in any order."""
+    hashes = (molecule_ids.astype(np.uint64) * _GOLDEN_RATIO) >> np.uint64(32)
+    return int(hashes.sum())
 
 
 def _record(
@@ -280,7 +292,7 @@ def _record(
     values = torch.cat([totals, counts, norm.detach().double().reshape(1)]).cpu()
     sums, sizes = values[: len(LOSS_NAMES)], values[len(LOSS_NAMES) : len(totals)].tolist()
     counted, grad_norm = values[len(totals) : -1], float(values[-1])
-    molecules, atoms, slots, stops, ignored = sizes
+    molecules, atoms, slots, checksum, stops, ignored = sizes
     record: Record = {
         "step": step,
         **named_losses(learner, sums, counted),
@@ -288,6 +300,7 @@ def _record(
         "grad_norm": grad_norm,
         "molecules": int(molecules),
         "atoms": int(atoms),
+        "molecules_checksum": int(checksum),
         "padding_share": 1.0 - atoms / slots,
     }
     if learner.loss.ignore_other_bonds:

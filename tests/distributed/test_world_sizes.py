@@ -7,10 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import write_dataset
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME, fingerprint, load_manifest
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 120
@@ -64,7 +69,7 @@ def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]
                 ours["step"],
                 name,
             )
-        for name in ("molecules", "atoms", "learning_rate"):
+        for name in ("molecules", "molecules_checksum", "atoms", "learning_rate"):
             assert ours[name] == theirs[name]
 
 
@@ -74,12 +79,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> dict[str, list[Any]]:
+def data(folder: Path) -> str:
+    """A data set whose valid split has 10 molecules: three micro-batches of 4, so two ranks have unequal shares."""
+    uri = str(folder / "data")
+    write_dataset(uri, 40, shard_rows=30)
+    manifest = load_manifest(uri)
+    shards = (manifest.shards[0], replace(manifest.shards[1], split="valid"))
+    manifest = replace(manifest, shards=shards, fingerprint=fingerprint(1, {}, (), shards))
+    storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
+    return uri
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path, data: str) -> dict[str, list[Any]]:
     """One process without a process group; it leaves a checkpoint at step 4 for the others."""
     return launch(
         1,
         {
-            "whole": {"strategy": "none"},
+            "whole": {"strategy": "none", "data": data},
             "first_half": {"strategy": "none", "run": str(folder / "from_one"), "stop_after": 3},
             "dropout": {"strategy": "none", "dropout": True},
         },
@@ -88,7 +105,7 @@ def one(folder: Path) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path, one: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def two(folder: Path, data: str, one: dict[str, list[Any]]) -> dict[str, list[Any]]:
     from_one, from_two = str(folder / "from_one"), str(folder / "from_two")
     return launch(
         2,
@@ -98,7 +115,8 @@ def two(folder: Path, one: dict[str, list[Any]]) -> dict[str, list[Any]]:
             "fsdp_dropout": {"strategy": "fsdp", "dropout": True},
             "bf16": {"strategy": "fsdp", "precision": "bf16"},
             "from_one": {"strategy": "ddp", "run": from_one, "start": 4},
-            "stopped": {"strategy": "fsdp", "run": from_two, "stop_after": 4},
+            # Step 3 ends with a validation, then a checkpoint.
+            "stopped": {"strategy": "fsdp", "run": from_two, "stop_after": 4, "data": data},
             "poisoned": {"strategy": "fsdp", "poison": 7},
         },
         folder / "two",
@@ -154,6 +172,16 @@ def test_two_processes_continue_the_run_of_one(one: Any, two: Any) -> None:
 def test_a_stop_on_one_rank_stops_all_after_the_same_committed_step(two: Any, folder: Path) -> None:
     assert [(outcome["step"], outcome["stopped"]) for outcome in two["stopped"]] == [(5, True)] * 2
     assert (folder / "from_two/checkpoints/step-00000005/COMMIT.json").is_file()
+
+
+def test_validation_losses_do_not_depend_on_the_number_of_processes(one: Any, two: Any) -> None:
+    alone = {r["step"]: r for r in one["whole"][0]["records"] if "valid_loss" in r}
+    shared = {r["step"]: r for r in two["stopped"][0]["records"] if "valid_loss" in r}
+    assert list(alone) == [1, 3, 5, 7]
+    assert list(shared) == [1, 3]
+    for step, record in shared.items():
+        for name in ("valid_loss", "valid_loss_spd", "valid_loss_direction"):
+            assert record[name] == pytest.approx(alone[step][name], rel=1e-5)
 
 
 def test_four_processes_continue_the_sharded_run_of_two(one: Any, four: Any) -> None:

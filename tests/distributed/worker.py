@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import toy
 
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.training.checkpoint import CheckpointWriter, restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, process_group
 from moleblend_ray.training.loop import fit
+from moleblend_ray.training.validation import build_validation
 
 
 def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
@@ -30,7 +32,12 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         num_steps=8,
         model=model,
         precision=task.get("precision", "fp32"),
+        validate_every=2,
     )
+    validate = None
+    if "data" in task:
+        manifest = load_manifest(task["data"])
+        validate = build_validation(task["data"], manifest, learner, micro_batch_size=4)
     writer = None
     if "run" in task:
         if start:
@@ -54,6 +61,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         steps,
         start_step=start,
         checkpoints=writer,
+        validate=validate,
         # Only the last rank asks: all must follow.
         should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
     )

@@ -17,7 +17,13 @@ from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import NotFiniteError, dropout_seed, fit, train_step
+from moleblend_ray.training.loop import (
+    NotFiniteError,
+    dropout_seed,
+    fit,
+    molecules_checksum,
+    train_step,
+)
 
 
 def losses(records: Any) -> list[float]:
@@ -69,6 +75,9 @@ def test_records_say_what_a_step_saw() -> None:
         atoms = sum(int(toy.molecule(int(i)).num_atoms[0]) for i in ids)
         assert record["molecules"] == toy.ORDER.global_batch_size
         assert record["atoms"] == atoms
+        assert (
+            record["molecules_checksum"] == molecules_checksum(ids) != molecules_checksum(ids + 1)
+        )
         assert 0 <= record["padding_share"] < 1
         assert 0 <= record["data_wait_s"] <= record["step_s"]
 
