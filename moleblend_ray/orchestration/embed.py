@@ -48,6 +48,9 @@ SUMMARY_NAME = "embeddings.json"
 
 REJECTED_NAME = "rejected.parquet"
 
+ROWS_PER_CHUNK = 4096
+"""Rows per task when preparing, and so at most per part."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedSummary:
@@ -86,6 +89,7 @@ def embed(config: EmbedConfig) -> EmbedSummary:
             config,
             storage.join(config.out, "prepared"),
             label_columns=(),
+            rows_per_chunk=ROWS_PER_CHUNK,
             cluster=config.cluster,
         )
         manifest = load_manifest(data_uri)

@@ -17,7 +17,7 @@ from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration import downstream
+from moleblend_ray.orchestration import embed as embed_module
 from moleblend_ray.orchestration.embed import EmbedSummary, embed
 
 pytestmark = pytest.mark.ray
@@ -51,7 +51,7 @@ def read_parts(out: str) -> pa.Table:
 
 
 def run_in_small_parts(config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedSummary:
-    monkeypatch.setattr(downstream, "ROWS_PER_CHUNK", 20)
+    monkeypatch.setattr(embed_module, "ROWS_PER_CHUNK", 20)
     return embed(config)
 
 
