@@ -1,0 +1,84 @@
+"""Labels are taken from a prepared dataset as they are there, and refused where they make no task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.dataset import load_labelled
+from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+
+Prepare = Callable[[str], str]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Prepare:
+    """Prepares the text of a CSV in this process; gives the dataset's folder."""
+
+    def run(text: str) -> str:
+        source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
+        source.write_text(text)
+        options = ConvertOptions(columns=ColumnConfig(), rows_per_chunk=3, row_group_rows=2)
+        sources = inspect_sources(find_sources(str(source)), options.columns)
+        begin(out, sources, options)
+        receipts = [
+            convert_chunk(chunk, layout, sources.labels, options, out)
+            for index, layout in enumerate(sources.layouts)
+            for chunk in read_chunks(layout, index, 3)
+        ]
+        finish(out, sources, options, receipts)
+        return out
+
+    return run
+
+
+def number(*columns: str) -> object:
+    return resolve_task("number", columns=columns, kind=TaskKind.REGRESSION)
+
+
+def test_missing_cells_are_nan_and_molecules_without_any_label_are_left_out_and_counted(
+    prepare: Prepare,
+) -> None:
+    uri = prepare("smiles,a,b\nCCO,1,\nCCN,,\nCCC,,3\nnonsense,5,5\nCO,4,6\n")
+    molecules = load_labelled(uri, number("b", "a"))
+    assert molecules.columns == ("b", "a")
+    by_smiles = dict(zip(molecules.smiles, molecules.labels.tolist(), strict=True))
+    assert set(by_smiles) == {"CCO", "CCC", "CO"}
+    np.testing.assert_equal(by_smiles["CCO"], [np.nan, 1.0])
+    np.testing.assert_equal(by_smiles["CO"], [6.0, 4.0])
+    assert (molecules.num_unlabelled, molecules.num_quarantined) == (1, 1)
+    assert molecules.block.num_atoms.tolist() == [len(text) for text in molecules.smiles]
+
+
+def test_a_task_without_named_columns_takes_every_label_column(prepare: Prepare) -> None:
+    uri = prepare("smiles,a,b\nCCO,1,0\nCCN,0,1\n")
+    assert set(load_labelled(uri, resolve_task("sider")).columns) == {"a", "b"}
+
+
+def test_a_missing_label_column_is_named_beside_those_there_are(prepare: Prepare) -> None:
+    uri = prepare("smiles,a,b\nCCO,1,0\n")
+    with pytest.raises(DataError, match=r"\['exp'\].*it has: a, b.*task\.columns"):
+        load_labelled(uri, resolve_task("lipophilicity"))
+
+
+def test_class_labels_other_than_0_and_1_are_shown(prepare: Prepare) -> None:
+    uri = prepare("smiles,p_np\nCCO,1\nCCN,2.5\n")
+    with pytest.raises(DataError, match=r"'p_np'.*2\.5.*0, 1 or empty"):
+        load_labelled(uri, resolve_task("bbbp"))
+
+
+def test_a_column_that_is_empty_throughout_is_an_error(prepare: Prepare) -> None:
+    uri = prepare("smiles,a,b\nCCO,,1\nCCN,,2\n")
+    with pytest.raises(DataError):
+        load_labelled(uri, number("a"))
+
+
+def test_a_folder_that_is_no_prepared_dataset_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="manifest"):
+        load_labelled(str(tmp_path), number("a"))
