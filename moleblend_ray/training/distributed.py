@@ -112,18 +112,22 @@ def _shard(
 ) -> nn.Module:
     # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
-    # float32 tokens (autocast casts them on a GPU). Gradients are reduced in float32.
+    # float32 tokens (autocast casts them on a GPU).
     gathers_bf16 = precision == "bf16" and ranks.device.type == "cuda"
+    # A sum of float32 gradients in float64 is nearly always exact, so its order, and with it the number of ranks,
+    # leaves no trace; in float32 the last digits differ and training amplifies them. On a GPU the doubled traffic
+    # would cost too much for that.
+    reduce_dtype = torch.float32 if ranks.device.type == "cuda" else torch.float64
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if gathers_bf16 else None,
-        reduce_dtype=torch.float32,
+        reduce_dtype=reduce_dtype,
         cast_forward_inputs=False,
     )
     for layer in layers:
         fully_shard(layer, mp_policy=policy)
     fully_shard(
         objective,
-        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
     )
     for module in objective.modules():
         if isinstance(module, FSDPModule):

@@ -10,8 +10,10 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moleblend_ray.training.config import OptimConfig
+from moleblend_ray.training.distributed import sum_over_ranks
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -79,11 +81,22 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
-    """Global L2 norm of the gradients over all ranks, a 0-dim float32 tensor that is the same on each."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    full_tensor = getattr(norm, "full_tensor", None)  # a DTensor when the parameters are sharded
-    return full_tensor() if full_tensor is not None else norm
+    """Global L2 norm of the gradients over all ranks, () float32, the same on each.
+
+    Squares are added in float64: the norm scales every clipped gradient, so it must not depend on how they are sharded.
+    """
+    squares: dict[bool, Tensor] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        is_sharded = isinstance(gradient, DTensor)
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        square = torch.linalg.vector_norm(local, dtype=torch.float64).square()
+        squares[is_sharded] = squares[is_sharded] + square if is_sharded in squares else square
+    if True in squares:
+        squares[True] = sum_over_ranks(squares[True])
+    return torch.stack(list(squares.values())).sum().sqrt().float()
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:
