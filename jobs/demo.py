@@ -92,6 +92,7 @@ class Demo:
             f"out={run}",
             "model=tiny",
             "order.global_batch_size=128",
+            "order.num_streams=2",
             "optim.learning_rate=1e-3",
             "optim.warmup_steps=20",
             f"train.num_steps={self.num_steps}",
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", default="runs/demo", help="folder or URI of everything it makes")
     parser.add_argument("--num-molecules", type=int, default=5000, help="sample molecules")
-    parser.add_argument("--num-steps", type=int, default=300, help="pretraining steps")
+    parser.add_argument("--num-steps", type=int, default=200, help="pretraining steps")
     options = parser.parse_args(arguments)
     demo = Demo(options.out, options.num_molecules, options.num_steps)
     started_s = time.monotonic()
