@@ -116,6 +116,7 @@ class Demo:
             "search.learning_rate=[1e-4,2e-3]",
             "search.batch_size=[64,128]",
             "final_seeds=[0,1]",
+            "baseline.num_trees=50",
         )
         self.run(
             "embed",
