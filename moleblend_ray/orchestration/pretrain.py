@@ -295,7 +295,8 @@ def _root_cause(error: BaseException) -> str:
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[-1] if 'Traceback' in lines[0] else lines[0]}"
+    message = lines[-1] if "Traceback" in lines[0] else lines[0]
+    return f"{type(error).__name__}: {message.rstrip('.')}"
 
 
 def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
