@@ -12,6 +12,7 @@ import dataclasses
 import io
 import logging
 import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -323,7 +324,14 @@ def _read_official(uri: str) -> Mapping[str, npt.NDArray[Any] | Tensor]:
         # The official files keep their command line beside the parameters.
         with torch.serialization.safe_globals([argparse.Namespace]):
             document = torch.load(content, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, ValueError, OSError, RuntimeError, EOFError) as error:
+    except (
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        ValueError,
+        OSError,
+        RuntimeError,
+        EOFError,
+    ) as error:
         raise CheckpointError(
             f"{uri} cannot be read as official parameters ({error}). If it is a training checkpoint with other "
             "objects inside, save only its parameters (name -> array) as .npz and give that file."

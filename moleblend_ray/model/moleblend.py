@@ -53,6 +53,22 @@ class MoleBlendModel(nn.Module):
         self.denoising_head = DenoisingHead(config)
         self.init_weights()
 
+    @classmethod
+    def from_pretrained(cls, uri: str) -> MoleBlendModel:
+        """The model of a directory with ``model.safetensors`` and ``config.json``, or of a file of official parameters.
+
+        On the CPU, in evaluation mode; ``uri`` is a path or URI.
+        """
+        from moleblend_ray.model import hub  # it needs this class
+
+        return hub.from_pretrained(uri)
+
+    def save_pretrained(self, uri: str) -> None:
+        """Write the weights and the configuration into the directory ``uri``."""
+        from moleblend_ray.model import hub  # it needs this class
+
+        hub.save_pretrained(self, uri)
+
     def init_weights(self) -> None:
         """Draw all weights anew and fill constant buffers; for models built on the meta device, after ``to_empty``."""
         _init_weights(self)

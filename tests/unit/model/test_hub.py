@@ -37,6 +37,16 @@ def test_a_saved_model_comes_back_equal(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_the_class_saves_and_loads_as_the_functions_do(tmp_path: Path) -> None:
+    model = MoleBlendModel(TINY)
+    model.save_pretrained(str(tmp_path))
+    loaded = MoleBlendModel.from_pretrained(str(tmp_path))
+    assert loaded.config == TINY
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+
+
 def test_a_folder_without_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no pretrained model"):
         from_pretrained(str(tmp_path))
@@ -85,6 +95,17 @@ def test_official_parameters_load_from_a_file(tmp_path: Path, suffix: str) -> No
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"model": sys.exit}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as official parameters"):
+        from_pretrained(str(path))
+
+
+@pytest.mark.parametrize("name", ["cut.npz", "cut.pt"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
+def test_a_damaged_file_of_parameters_is_reported(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
     with pytest.raises(CheckpointError, match="cannot be read as official parameters"):
         from_pretrained(str(path))
 
