@@ -100,13 +100,14 @@ def _prepare_override(job: str, override: str, groups: Mapping[str, str | None])
         if key.startswith("~"):
             return override
         raise ConfigError(f"override {override!r}: expected KEY=VALUE")
+    # hydra's "+" for what no file mentions: here never needed and always allowed.
+    key = key.lstrip("+")
     if key in groups:
         _check_choice(key, value)
-        return override
+        return f"{key}={value}"
     if (config_dir() / key).is_dir():
         chosen = ", ".join(sorted(groups)) or "none"
         raise ConfigError(f"{override}: {job} has no group {key!r}; its groups: {chosen}")
-    key = key.lstrip("+")
     if value.startswith(("[", "{", "'", '"')) or _is_one_value(f"++{key}={value}"):
         return f"++{key}={value}"
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
@@ -153,7 +154,7 @@ def _origin(job: str, overrides: Sequence[str], path: str) -> str | None:
 
 
 def _chosen(overrides: Sequence[str]) -> dict[str, str]:
-    pairs = [override.partition("=") for override in overrides]
+    pairs = [override.lstrip("+").partition("=") for override in overrides]
     return {key: value for key, _, value in pairs if (config_dir() / key).is_dir()}
 
 

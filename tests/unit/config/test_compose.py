@@ -56,6 +56,12 @@ def test_a_value_on_the_command_line_wins_over_a_group() -> None:
     assert values["cluster"]["use_gpu"] is True
 
 
+def test_a_leading_plus_changes_nothing() -> None:
+    plain = compose("pretrain", ["experiment=paper", "order.seed=3"])
+    assert compose("pretrain", ["+experiment=paper", "++order.seed=3"]) == plain
+    assert plain["order"] == {"global_batch_size": 4096, "seed": 3}
+
+
 def test_an_unknown_group_choice_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"cluster=gpuu: expected one of .*did you mean gpu\?"):
         compose("prepare", ["cluster=gpuu"])
