@@ -132,6 +132,7 @@ class SweepConfig:
         check_all(
             *_common_checks(self.out, self.gpus_per_worker),
             *_seed_checks("final_seeds", self.final_seeds),
+            *_seed_checks("search_seed", (self.search_seed,)),
             (self.num_trials >= 1, f"num_trials: expected >= 1, found {self.num_trials}"),
             (self.grace_epochs >= 1, f"grace_epochs: expected >= 1, found {self.grace_epochs}"),
         )
@@ -180,4 +181,9 @@ def _seed_checks(name: str, seeds: tuple[int, ...]) -> tuple[tuple[bool, str], .
     return (
         (len(seeds) >= 1, f"{name}: expected at least one seed, found none"),
         (len(set(seeds)) == len(seeds), f"{name}: expected distinct seeds, found {list(seeds)}"),
+        # Of NumPy's and scikit-learn's generators.
+        (
+            all(0 <= seed < 2**32 for seed in seeds),
+            f"{name}: expected 0 to 2**32 - 1, found {list(seeds)}",
+        ),
     )
