@@ -17,7 +17,6 @@ from moleblend_ray.data.batch import (
     MicroBatch,
     StepBatch,
     StreamConfig,
-    build_micro_batches,
     build_steps,
 )
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
@@ -91,25 +90,3 @@ def local_step_batches(
                 for micro in builder.build(step, 1, number)
             ),
         )
-
-
-def sequential_batches(
-    data_uri: str,
-    split: str,
-    micro_batch_size: int,
-    limit: int | None = None,
-) -> Iterator[MicroBatch]:
-    """The first ``limit`` molecules of a split (None: all), each once, first conformer, for scores and embeddings.
-
-    Molecules are sorted by size within windows of 16 micro-batches only; ``molecule_ids`` tell the order.
-    ``step`` numbers the windows.
-    """
-    manifest = load_manifest(data_uri)
-    total = manifest.num_molecules(split)
-    total = total if limit is None else min(limit, total)
-    reader = ShardReader(data_uri, manifest, split, columns=GRAPH_COLUMNS)
-    window = 16 * micro_batch_size
-    for number, start in enumerate(range(0, total, window)):
-        ids = np.arange(start, min(start + window, total), dtype=np.int64)
-        block = block_from_table(reader.read(ids), ids)
-        yield from build_micro_batches(block, number, 0, micro_batch_size)

@@ -158,11 +158,6 @@ class LossConfig:
         value: float = getattr(self, f"{name}_weight")
         return value
 
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The losses with a weight above 0."""
-        return tuple(name for name in LOSS_NAMES if self.weight(name) > 0.0)
-
 
 def check_objective(model: ModelConfig, loss: LossConfig) -> None:
     """Raise a ConfigError if the losses need heads or classes that the model does not have."""

@@ -10,7 +10,7 @@ from synthetic import write_dataset
 
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import MoleculeBlock
-from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches, sequential_batches
+from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.errors import ConfigError
 
@@ -101,20 +101,6 @@ def test_random_rotation_keeps_each_molecules_distances_and_changes_its_frame(
         after = np.linalg.norm(micro.positions[:, None] - micro.positions[None], axis=-1)
         assert np.allclose(before, after, atol=1e-5)
         assert not np.allclose(own.positions, micro.positions, atol=1e-2)
-
-
-def test_sequential_batches_hold_the_first_molecules_once(
-    dataset: tuple[str, MoleculeBlock],
-) -> None:
-    uri, molecules = dataset
-    every = list(sequential_batches(uri, "train", 8))
-    ids = np.concatenate([micro.molecule_ids for micro in every])
-    assert np.array_equal(np.sort(ids), np.arange(500))
-    assert max(len(micro) for micro in every) <= 8
-    for micro in every:
-        assert np.array_equal(micro.positions, molecules.take(micro.molecule_ids).positions)
-    few = [micro.molecule_ids for micro in sequential_batches(uri, "train", 8, limit=130)]
-    assert np.array_equal(np.sort(np.concatenate(few)), np.arange(130))
 
 
 def test_a_world_size_that_does_not_divide_the_streams_is_refused(
