@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,12 +56,14 @@ REDUCTION_FACTOR = 3
 TUNE_DIR = "tune"
 """Folder of the search's state within ``out``, named by Ray Tune's rules."""
 
-_QUIET = {
+_TUNE_SETTINGS = {
     # One JSON file a trial is enough; no TensorBoard or CSV beside it.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # Trials use absolute paths; a changed folder would only break a user's relative imports.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # Seconds between records of the search's state: what a killed command may have to do again.
+    "TUNE_GLOBAL_CHECKPOINT_S": "5",
 }
 
 
@@ -130,7 +133,9 @@ def sweep(config: SweepConfig) -> SweepSummary:
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     """Run the search, or what is left of an interrupted one."""
-    os.environ.update({name: value for name, value in _QUIET.items() if name not in os.environ})
+    os.environ.update(
+        {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
+    )
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Tune would print a failed trial's whole traceback; its reason is in the results and in our own log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -149,7 +154,10 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     with Progress(title, unit="trial", total=config.num_trials) as progress:
         _ProgressCallback.reporter = progress.reporter
         try:
-            grid = _tuner(config, experiment.task, trainable).fit()
+            with warnings.catch_warnings():
+                # A trial that an interrupted command had begun reports its first epochs again.
+                warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
+                grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
     results = (grid[index] for index in range(len(grid)))
