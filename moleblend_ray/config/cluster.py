@@ -40,8 +40,9 @@ class ClusterConfig:
                 f"num_data_actors: expected >= 1, found {self.num_data_actors}",
             ),
             (
-                self.local_cpus is None or self.local_cpus >= 1,
-                f"local_cpus: expected >= 1 or null, found {self.local_cpus}",
+                self.local_cpus is None or self.local_cpus >= max(1, self.cpus_per_worker),
+                f"local_cpus: expected null or at least 1 and cpus_per_worker ({self.cpus_per_worker:g}), "
+                f"found {self.local_cpus}: no worker would ever start",
             ),
             (
                 self.object_store_gib is None or self.object_store_gib >= 0.1,

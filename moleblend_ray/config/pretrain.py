@@ -59,12 +59,19 @@ class PretrainConfig:
 
     def _check_run(self) -> None:
         workers, streams = self.cluster.num_workers, self.order.num_streams
+        reserved = workers * self.cluster.cpus_per_worker + self.stream.actor_cpus
+        local_cpus = self.cluster.local_cpus
         check_all(
             (bool(self.data), "data: expected a path or URI, found an empty string"),
             (bool(self.out), "out: expected a path or URI, found an empty string"),
             (
                 streams % workers == 0,
                 f"cluster.num_workers: expected a divisor of order.num_streams ({streams}), found {workers}",
+            ),
+            (
+                local_cpus is None or local_cpus >= reserved,
+                f"cluster.local_cpus: expected null or at least {reserved:g}, which the workers and one data actor "
+                f"reserve together, found {local_cpus}: they would wait for each other",
             ),
             (
                 self.train.strategy != "none" or workers == 1,
