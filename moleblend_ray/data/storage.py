@@ -189,7 +189,10 @@ def list_files(uri: str) -> list[FileInfo]:
     files = (
         FileInfo(_with_protocol(uri, name), int(info["size"] or 0))
         for name, info in found.items()
-        if info["type"] != "directory" and (name == path or not name_of(name).startswith("."))
+        # Consoles and other clients make an empty object "prefix/" for each folder of an object store.
+        if info["type"] != "directory"
+        and not name.endswith("/")
+        and (name == path or not name_of(name).startswith("."))
     )
     return sorted(files)
 

@@ -200,15 +200,20 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
     figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
     row = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(row, names, strict=True):
-        values = [trial["settings"][name] for trial in scored]
-        colours = ["tab:orange" if trial["status"] == "stopped" else "tab:blue" for trial in scored]
-        axes.scatter(values, [trial["valid_score"] for trial in scored], c=colours, s=14)
-        axes.axvline(results["chosen"][name], color="grey", linestyle=":", linewidth=1)
+        for status, colour in (("finished", "tab:blue"), ("stopped", "tab:orange")):
+            shown = [t for t in scored if (t["status"] == "stopped") == (status == "stopped")]
+            values = [trial["settings"][name] for trial in shown]
+            scores = [trial["valid_score"] for trial in shown]
+            axes.scatter(values, scores, c=colour, s=14, label=status)
+        axes.axvline(
+            results["chosen"][name], color="grey", linestyle=":", linewidth=1, label="chosen"
+        )
         axes.set_xlabel(name)
         if name in ("learning_rate", "weight_decay"):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
     row[0].set_ylabel(f"validation {_metric_name(results['task'])}")
+    row[0].legend(fontsize="small")
     return _png(figure)
 
 

@@ -134,7 +134,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         job = _Job(config, sources, options, done)
         receipts = job.run(progress.reporter)
     manifest = finish(config.out, sources, options, receipts)
-    _log_outcome(manifest, config.out)
+    _log_outcome(manifest, config)
     return _summary(config.out, "continued" if done else "prepared", manifest, start_s)
 
 
@@ -357,7 +357,7 @@ def _row(schema: pa.Schema, **values: Any) -> pa.Table:
     return pa.table({name: [values.get(name)] for name in schema.names}, schema=schema)
 
 
-def _log_outcome(manifest: Manifest, out: str) -> None:
+def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
     counts = manifest.counts
     for label in manifest.labels:
         if label.num_unreadable:
@@ -366,9 +366,10 @@ def _log_outcome(manifest: Manifest, out: str) -> None:
                 label.name,
                 label.num_unreadable,
             )
-    for split in ("train", "valid"):
+    wanted = ("train", "valid") if config.valid_fraction else ("train",)
+    for split in wanted:
         if not manifest.num_molecules(split):
-            logger.warning("%s: split %s has no molecules", out, split)
+            logger.warning("%s: split %s has no molecules", config.out, split)
     if counts.duplicate_ids:
         logger.info("%d rows repeat the id of another", counts.duplicate_ids)
 

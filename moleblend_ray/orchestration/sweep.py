@@ -116,7 +116,7 @@ def sweep(config: SweepConfig) -> SweepSummary:
         bench = set_up(config)
         trials = run_trials(config, bench)
         chosen = choose(config.finetune, bench.experiment.task, trials)
-        logger.info("chosen on validation: %s", chosen)
+        logger.info("chosen on validation: %s", _choice_text(trials, chosen))
         final = train_seeds(config, bench, chosen, config.final_seeds)
         baseline = run_baseline(config, bench, config.final_seeds)
         results = write_results(
@@ -177,6 +177,12 @@ def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> Fi
     sign = -1.0 if task.metric.higher_is_better else 1.0
     best = min(scored, key=lambda trial: (sign * (trial.valid_score or 0.0), trial.number))
     return dataclasses.replace(fixed, **best.settings)
+
+
+def _choice_text(trials: list[TrialResult], chosen: FinetuneSettings) -> str:
+    """The settings that the search varied, as they were chosen."""
+    names = dict.fromkeys(name for trial in trials for name in trial.settings)
+    return ", ".join(f"{name}={getattr(chosen, name):.4g}" for name in names)
 
 
 def concurrent_trials(config: SweepConfig) -> int:
