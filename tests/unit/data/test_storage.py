@@ -159,6 +159,16 @@ def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
     assert [storage.name_of(file.uri) for file in storage.list_files(str(tmp_path))] == ["seen"]
 
 
+def test_folder_objects_of_an_object_store_are_not_listed(s3_uri: str) -> None:
+    import s3fs
+
+    bucket, _, key = s3_uri.removeprefix("s3://").partition("/")
+    storage.write_bytes(f"{s3_uri}/folder/a.csv", b"x")
+    client = s3fs.S3FileSystem(use_listings_cache=False)
+    client.call_s3("put_object", Bucket=bucket, Key=f"{key}/folder/", Body=b"")
+    assert [info.uri for info in storage.list_files(s3_uri)] == [f"{s3_uri}/folder/a.csv"]
+
+
 def test_a_name_with_glob_characters_that_exists_is_that_file(tmp_path: Path) -> None:
     for name in ("a[1].csv", "a1.csv"):
         (tmp_path / name).write_bytes(b"")
