@@ -35,9 +35,14 @@ FINISHED_NAME: Final = "FINISHED.json"
 COMMIT_FORMAT: Final = 1
 """Raised whenever older code could not read newer checkpoints."""
 
-_STEP_DIR: Final = re.compile(r"/checkpoints/step-(\d{8,})/")
+# From the end of a file's URI: the run itself may lie below another run's checkpoint.
+_STEP_FILE: Final = re.compile(r"/checkpoints/step-(\d{8,})/[^/]+$")
 _HASH_CHUNK_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 8
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint was written by a newer version: it is whole, but this version must not touch it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +93,8 @@ def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | 
     """The newest checkpoint whose files are all there with the sizes of its marker; None if there never was one.
 
     ``verify_content`` also reads every byte and compares checksums. A damaged checkpoint is reported and the one before
-    it is taken; if all are damaged that is an error, for starting again from nothing would hide it.
+    it is taken; if all are damaged that is an error, for starting again from nothing would hide it. So is one that a
+    newer version wrote: going on from an older one would replace it.
     """
     steps = committed_steps(run_uri)
     damages: list[str] = []
@@ -96,6 +102,8 @@ def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | 
         try:
             commit = read_commit(run_uri, step)
             check_files(run_uri, commit, verify_content=verify_content)
+        except NewerFormatError:
+            raise
         except CheckpointError as error:
             damages.append(str(error))
             logger.warning("skipped a damaged checkpoint: %s", error)
@@ -120,7 +128,7 @@ def _read_marker(uri: str) -> Commit:
         value = storage.read_json(uri)
         found_format = value["format"]
         if found_format > COMMIT_FORMAT:
-            raise CheckpointError(
+            raise NewerFormatError(
                 f"{uri} has format {found_format}; this installation reads up to {COMMIT_FORMAT}. "
                 "Upgrade moleblend-ray."
             )
@@ -171,7 +179,7 @@ def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:
         return {}
     found: dict[int, set[str]] = {}
     for info in infos:
-        if match := _STEP_DIR.search(info.uri):
+        if match := _STEP_FILE.search(info.uri):
             found.setdefault(int(match[1]), set()).add(storage.name_of(info.uri))
     return found
 

@@ -146,8 +146,19 @@ def test_restoring_an_altered_shard_is_refused(run: Path) -> None:
 def test_a_marker_of_a_newer_format_asks_for_an_upgrade(run: Path) -> None:
     marker = Path(step_uri(str(run), 6)) / COMMIT_NAME
     marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 99}))
-    with pytest.raises(CheckpointError, match=r"format 99.*Upgrade"):
-        read_commit(str(run), 6)
+    for read in (lambda: read_commit(str(run), 6), lambda: latest_committed(str(run))):
+        with pytest.raises(CheckpointError, match=r"format 99.*Upgrade"):
+            read()
+
+
+def test_a_run_below_another_run_s_checkpoint_has_its_own_steps(
+    trained: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    inner = tmp_path / "checkpoints" / "step-00000077" / "run"
+    shutil.copytree(trained, inner)
+    assert committed_steps(str(inner)) == [6, 4, 2]
 
 
 @pytest.mark.parametrize("model", [toy.MODEL, toy.DROPOUT_MODEL], ids=["plain", "dropout"])
