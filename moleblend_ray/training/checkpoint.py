@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import pickle
 import platform
 import shutil
@@ -28,11 +29,12 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, MoleBlendError
+from moleblend_ray.errors import CheckpointError, MoleBlendError, StorageError
 from moleblend_ray.training.commits import (
     COMMIT_FORMAT,
     Commit,
     CommittedFile,
+    committed_steps,
     delete_checkpoint,
     delete_old_checkpoints,
     read_commit,
@@ -42,6 +44,8 @@ from moleblend_ray.training.commits import (
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, gather_from_ranks
 from moleblend_ray.training.metrics import Record, write_records
+
+logger = logging.getLogger(__name__)
 
 _TRANSFER_THREADS: Final = 8
 _MODEL_PREFIX: Final = "model."
@@ -58,6 +62,10 @@ _INDEX_NAMES: Final = frozenset(
 )
 
 T = TypeVar("T")
+
+
+class AnotherWriterError(CheckpointError):
+    """Someone else commits to the same run. Raised on all ranks together; trying again would only repeat it."""
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -92,7 +100,9 @@ class CheckpointWriter:
         self._ranks = ranks
         self._identity = dict(identity)
         self._config_fingerprint = config_fingerprint
+        self._start_step = start_step
         self._committed_step = start_step
+        self._attempt = uuid.uuid4().hex
 
     def is_due(self, step: int) -> bool:
         """Whether the interval asks for a checkpoint after ``step`` steps."""
@@ -103,12 +113,33 @@ class CheckpointWriter:
 
         Every rank calls this. It returns when the marker is written; any rank's failure is raised on all.
         """
+        self._require_sole_writer()
         folder = step_uri(self._run_uri, step)
         # What an abandoned attempt left there: its marker must go before its files change.
         _on_first_rank(self._ranks, lambda: delete_checkpoint(self._run_uri, step))
         files = self._save_shards(folder, state)
         _on_first_rank(self._ranks, lambda: self._write_marker(step, files, records))
         self._committed_step = step
+
+    def _require_sole_writer(self) -> None:
+        """Stop where another driver trains the same run: each would delete and replace what the other commits."""
+        look = self._foreign_step if self._ranks.is_first else lambda: None
+        foreign = _on_every_rank(look)[0]
+        if foreign is not None:
+            raise AnotherWriterError(
+                f"another driver is writing to this run: it committed step {foreign} of {self._run_uri}, "
+                f"while this one was at step {self._committed_step}. Let only one of them run; "
+                "the same command then continues from what is committed."
+            )
+
+    def _foreign_step(self) -> int | None:
+        """A step at or after our last one that somebody else has committed since this attempt started."""
+        for step in committed_steps(self._run_uri):
+            if step < self._committed_step or step == self._start_step:
+                break
+            if read_commit(self._run_uri, step).attempt != self._attempt:
+                return step
+        return None
 
     def _save_shards(self, folder: str, state: dict[str, Tensor]) -> list[CommittedFile]:
         with tempfile.TemporaryDirectory(prefix="moleblend-save-") as local:
@@ -136,10 +167,15 @@ class CheckpointWriter:
             config_fingerprint=self._config_fingerprint,
             versions=library_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            attempt=self._attempt,
         )
         write_records(self._run_uri, records, self._committed_step, step)
         write_commit(self._run_uri, commit)
-        delete_old_checkpoints(self._run_uri, self._config.keep_last)
+        try:
+            delete_old_checkpoints(self._run_uri, self._config.keep_last)
+        except StorageError as error:
+            # The new checkpoint is whole; the next commit tries again.
+            logger.warning("old checkpoints were not deleted: %s", error)
 
 
 def restore_training_state(
@@ -279,6 +315,8 @@ def _on_every_rank(action: Callable[[], T]) -> list[T]:
         outcome = (action(), "")
     except MoleBlendError as error:
         outcome = (None, str(error))
+    except OSError as error:  # of the local disk: storage has errors of its own
+        outcome = (None, f"{type(error).__name__}: {error}")
     outcomes = gather_from_ranks(outcome)
     errors = sorted({text for _, text in outcomes if text})
     if errors:

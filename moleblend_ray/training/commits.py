@@ -74,6 +74,8 @@ class Commit:
     """Versions of the libraries that wrote it."""
     created: str
     """UTC time, ISO 8601."""
+    attempt: str = ""
+    """Random name of the worker group that wrote it: a run has one writer at a time."""
 
 
 def step_uri(run_uri: str, step: int) -> str:

@@ -16,6 +16,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, StorageError
 from moleblend_ray.training import checkpoint as checkpoint_module
 from moleblend_ray.training.checkpoint import (
+    AnotherWriterError,
     CheckpointWriter,
     restore_training_state,
     training_state,
@@ -24,6 +25,7 @@ from moleblend_ray.training.commits import (
     COMMIT_NAME,
     abandon_after,
     committed_steps,
+    delete_checkpoint,
     latest_committed,
     read_commit,
     require_same_run,
@@ -211,6 +213,52 @@ def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     commit = latest_committed(run, verify_content=True)
     assert commit is not None
     assert commit.step == 2
+
+
+def test_a_full_local_disk_is_an_error_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(local_path: Path, uri: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_module.storage, "upload", refuse)
+    # What a rank raises by itself leaves the others waiting; a CheckpointError was agreed on.
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        train(str(tmp_path), num_steps=2)
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(run_uri: str, keep_last: int) -> None:
+        raise StorageError(f"Cannot delete below {run_uri}: access denied")
+
+    monkeypatch.setattr(checkpoint_module, "delete_old_checkpoints", refuse)
+    train(str(tmp_path), num_steps=4)
+    assert committed_steps(str(tmp_path)) == [4, 2]
+    assert "old checkpoints were not deleted" in caplog.text
+    assert "access denied" in caplog.text
+
+
+@pytest.mark.parametrize("others_first", [3, 2, 4])
+def test_two_writers_of_one_run_do_not_replace_each_other_s_checkpoints(
+    tmp_path: Path, others_first: int
+) -> None:
+    run = str(tmp_path)
+    learner = toy.learner()
+    state = training_state(learner.model, learner.optimizer)
+    ours, other = writer(run), writer(run)
+    ours.commit(2, state, [])
+    # The other one either comes to our last step, or has passed it.
+    if others_first == 2:
+        delete_checkpoint(run, 2)
+    else:
+        other = writer(run, start=2)
+    other.commit(others_first, state, [])
+    before = read_commit(run, others_first)
+    with pytest.raises(AnotherWriterError, match=f"another driver .* step {others_first}"):
+        ours.commit(4, state, [])
+    assert read_commit(run, others_first) == before
 
 
 def test_what_is_newer_than_the_start_is_abandoned(run: Path) -> None:
