@@ -87,8 +87,6 @@ class FitResult:
     """Steps done since the start of the run, all committed if there is a checkpoint writer."""
     stopped: bool
     """True if a stop was asked for before the last step."""
-    records: tuple[Record, ...]
-    """Numbers of the steps done by this call."""
 
 
 class PretrainingObjective(nn.Module):
@@ -152,11 +150,11 @@ def fit(
     """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
-    gets the record of every ``log_every``-th step. A stop commits what was done and returns.
+    gets the record of every ``log_every``-th step; all of them are committed with the checkpoints, and kept in memory no
+    longer. A stop commits what was done and returns.
     """
     num_steps = learner.train.num_steps
-    records: list[Record] = []
-    committed = 0
+    uncommitted: list[Record] = []
     learner.objective.train()
     for step in range(start_step, num_steps):
         began_s = time.perf_counter()
@@ -173,18 +171,18 @@ def fit(
         is_last = done == num_steps
         if validate is not None and not stop and (is_last or _is_due(done, learner)):
             record |= validate()
-        records.append(record)
         if report is not None and (is_last or stop or done % learner.train.log_every == 0):
             report(record)
-        if checkpoints is not None and (is_last or stop or checkpoints.is_due(done)):
-            checkpoints.commit(
-                done, training_state(learner.model, learner.optimizer), records[committed:]
-            )
-            committed = len(records)
+        if checkpoints is not None:
+            uncommitted.append(record)
+            if is_last or stop or checkpoints.is_due(done):
+                state = training_state(learner.model, learner.optimizer)
+                checkpoints.commit(done, state, uncommitted)
+                uncommitted = []
         if stop and not is_last:
             logger.info("stopped after step %d of %d, as asked", done, num_steps)
-            return FitResult(step=done, stopped=True, records=tuple(records))
-    return FitResult(step=num_steps, stopped=False, records=tuple(records))
+            return FitResult(step=done, stopped=True)
+    return FitResult(step=num_steps, stopped=False)
 
 
 def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tuple[Record, bool]:

@@ -18,7 +18,8 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, build_learner
+from moleblend_ray.training.loop import Learner, build_learner, fit
+from moleblend_ray.training.metrics import Record
 
 NUM_MOLECULES = 50
 ORDER = OrderConfig(seed=3, global_batch_size=16, num_streams=4, shuffle_window=50, chunk_rows=8)
@@ -98,3 +99,10 @@ def learner(
         seed=11,
         ranks=ranks or Ranks(),
     )
+
+
+def records(learner: Learner, steps: Iterator[StepBatch], **options: Any) -> list[Record]:
+    """Train, and collect the record of every step."""
+    found: list[Record] = []
+    fit(learner, steps, report=found.append, **options)
+    return found

@@ -20,6 +20,7 @@ from moleblend_ray.training.checkpoint import CheckpointWriter, restore_training
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, process_group
 from moleblend_ray.training.loop import fit
+from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.validation import build_validation
 
 
@@ -56,16 +57,18 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         steps = (_poisoned(batch, poison) for batch in steps)
     stop_after = task.get("stop_after")
     polls = iter(range(start, 1000))
+    records: list[Record] = []
     result = fit(
         learner,
         steps,
         start_step=start,
         checkpoints=writer,
         validate=validate,
+        report=records.append,
         # Only the last rank asks: all must follow.
         should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
     )
-    return {"step": result.step, "stopped": result.stopped, "records": list(result.records)}
+    return {"step": result.step, "stopped": result.stopped, "records": records}
 
 
 def _poisoned(batch: Any, molecule_id: int) -> Any:

@@ -166,16 +166,16 @@ def test_a_run_below_another_run_s_checkpoint_has_its_own_steps(
 @pytest.mark.parametrize("model", [toy.MODEL, toy.DROPOUT_MODEL], ids=["plain", "dropout"])
 def test_a_continued_run_is_the_uninterrupted_one(tmp_path: Path, model: Any) -> None:
     whole = toy.learner(num_steps=6, model=model)
-    expected = fit(whole, toy.steps()).records
+    expected = toy.records(whole, toy.steps())
     half = str(tmp_path / "half")
     first = toy.learner(num_steps=6, model=model)
     answers = iter([False, False, True])
     fit(first, toy.steps(), checkpoints=writer(half), should_stop=lambda: next(answers))
     second = toy.learner(num_steps=6, model=model)
     restore_training_state(second.model, second.optimizer, half, 3, Ranks())
-    continued = fit(
+    continued = toy.records(
         second, toy.steps(start=3), start_step=3, checkpoints=writer(half, start=3)
-    ).records
+    )
     assert [r["loss"] for r in continued] == [r["loss"] for r in expected[3:]]
     state = training_state(second.model, second.optimizer)
     for name, value in training_state(whole.model, whole.optimizer).items():

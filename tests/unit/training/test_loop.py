@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from moleblend_ray.data.block import concat
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.losses import LossConfig
+from moleblend_ray.training import loop
+from moleblend_ray.training.checkpoint import CheckpointWriter
+from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import (
     NotFiniteError,
@@ -24,6 +29,7 @@ from moleblend_ray.training.loop import (
     molecules_checksum,
     train_step,
 )
+from moleblend_ray.training.metrics import read_records
 
 
 def losses(records: Any) -> list[float]:
@@ -60,17 +66,16 @@ def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
             micro = build_micro_batches(block, step, 0, len(block))
             yield StepBatch(step=step, micro_batches=tuple(micro))
 
-    many = fit(toy.learner(num_steps=3), toy.steps())
-    one = fit(toy.learner(num_steps=3), one_batch_a_step())
-    assert losses(many.records) == pytest.approx(losses(one.records), rel=1e-5)
-    norms = [[record["grad_norm"] for record in result.records] for result in (many, one)]
+    many = toy.records(toy.learner(num_steps=3), toy.steps())
+    one = toy.records(toy.learner(num_steps=3), one_batch_a_step())
+    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
+    norms = [[record["grad_norm"] for record in records] for records in (many, one)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_records_say_what_a_step_saw() -> None:
-    result = fit(toy.learner(num_steps=2), toy.steps())
     order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
-    for record in result.records:
+    for record in toy.records(toy.learner(num_steps=2), toy.steps()):
         ids = order.global_batch(int(record["step"]))
         atoms = sum(int(toy.molecule(int(i)).num_atoms[0]) for i in ids)
         assert record["molecules"] == toy.ORDER.global_batch_size
@@ -120,7 +125,40 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
 def test_a_stop_ends_after_the_current_step() -> None:
     answers = iter([False, False, True])
     result = fit(toy.learner(num_steps=8), toy.steps(), should_stop=lambda: next(answers))
-    assert (result.step, result.stopped, len(result.records)) == (3, True, 3)
+    assert (result.step, result.stopped) == (3, True)
+
+
+def test_records_are_kept_no_longer_than_until_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Traced(dict[str, Any]):
+        """A dict that can be watched."""
+
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    def traced_step(*arguments: Any, **options: Any) -> tuple[Traced, bool]:
+        nonlocal most
+        most = max(most, len(alive))
+        record, stop = train_step(*arguments, **options)
+        traced = Traced(record)
+        alive.add(traced)
+        return traced, stop
+
+    monkeypatch.setattr(loop, "train_step", traced_step)
+    checkpoints = CheckpointWriter(
+        CheckpointConfig(every_steps=2),
+        str(tmp_path),
+        Ranks(),
+        identity={},
+        config_fingerprint="",
+        start_step=0,
+    )
+    fit(toy.learner(num_steps=8), toy.steps(), checkpoints=checkpoints)
+    assert 1 <= most <= 2
+    assert [record["step"] for record in read_records(str(tmp_path))] == list(range(8))
 
 
 def test_reports_come_at_their_interval_and_at_the_end() -> None:
@@ -134,12 +172,12 @@ def test_reports_come_at_their_interval_and_at_the_end() -> None:
 
 
 def test_validation_joins_the_record_of_its_step() -> None:
-    result = fit(
+    records = toy.records(
         toy.learner(num_steps=5, validate_every=2),
         toy.steps(),
         validate=lambda: {"valid_loss": 1.5},
     )
-    assert [r["step"] for r in result.records if "valid_loss" in r] == [1, 3, 4]
+    assert [r["step"] for r in records if "valid_loss" in r] == [1, 3, 4]
 
 
 def test_dropout_differs_between_micro_batches_and_repeats_with_its_key() -> None:
