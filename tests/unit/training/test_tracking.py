@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import wandb
 
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.training.config import TrackingConfig
@@ -35,3 +36,34 @@ def test_offline_tracking_leaves_files_to_sync(tmp_path: Path) -> None:
     tracker.finish()
     (run,) = (folder / "wandb").glob("offline-run-*")
     assert next(run.glob("*.wandb")).stat().st_size > 0
+
+
+@pytest.mark.parametrize("failure", [wandb.errors.UsageError, wandb.errors.CommError])
+def test_wandb_that_does_not_start_is_an_error_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    def refuse(**_: object) -> None:
+        raise failure("api_key not configured (no-tty)")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ConfigError, match=r"api_key not configured .*WANDB_API_KEY"):
+        start_tracker(TrackingConfig(mode="online"), "runs/a", {})
+
+
+def test_wandb_that_fails_later_warns_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def log(self, record: object, step: int) -> None:
+            raise wandb.errors.CommError("the server is gone")
+
+        def finish(self) -> None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken())
+    tracker = start_tracker(TrackingConfig(mode="online"), "runs/a", {})
+    tracker.log({"loss": 1.0}, step=0)
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish()
+    (warning,) = caplog.records
+    assert "the server is gone" in warning.message
