@@ -2,11 +2,40 @@
 
 Every error a user can cause or cure is a :class:`MoleBlendError`; its message says what happened, where,
 what was found, what was expected and what to do. Command-line entry points print these without a traceback.
+Messages go into logs and records, so none of them shows the credentials that a URI may hold.
 """
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+HIDDEN: Final = "***"
+
+_USER: Final = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
+_PARAMETER: Final = re.compile(
+    # What a presigned URI carries: the secret, and what differs each time the same file is signed again.
+    r"(?P<name>[?&](?:[^=&\s]*(?:secret|token|password|credential|signature|key)[^=&\s]*"
+    r"|x-(?:amz|goog)-[^=&\s]*|expires|sig|s[etpv]))="
+    # A sentence may go on after the URI.
+    r"[^&\s\"'<>]+?(?=[.,:;)\]}]*(?:[&\s\"'<>]|\Z))",
+    re.I,
+)
+
+
+def without_credentials(text: str) -> str:
+    """The text with user names, passwords and signatures in the URIs it holds replaced by ``***``."""
+    return _PARAMETER.sub(rf"\g<name>={HIDDEN}", _USER.sub(rf"\g<scheme>{HIDDEN}@", text))
 
 
 class MoleBlendError(Exception):
     """Base of every error this package raises on purpose."""
+
+    def __init__(self, *args: object) -> None:
+        """Arguments as of any exception; credentials in texts are hidden."""
+        super().__init__(
+            *(without_credentials(item) if isinstance(item, str) else item for item in args)
+        )
 
 
 class ConfigError(MoleBlendError):

@@ -12,15 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moleblend_ray.config.builder import field_types, nested_dataclass, to_dict, type_name
-
-HIDDEN = "***"
+from moleblend_ray.errors import HIDDEN, without_credentials
 
 _SECRET_KEY = re.compile(r"secret|token|password|passwd|credential|api_?key|access_?key", re.I)
-_URI_CREDENTIALS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
-_URI_PARAMETER = re.compile(
-    r"(?P<name>[?&][^=&\s]*(?:secret|token|password|credential|signature|key)[^=&\s]*)=[^&\s]+",
-    re.I,
-)
 
 
 class KeyDoc(NamedTuple):
@@ -95,8 +89,7 @@ def redact(value: Any, key: str = "") -> Any:
         return value
     if _SECRET_KEY.search(key):
         return HIDDEN if value else value
-    without_user = _URI_CREDENTIALS.sub(rf"\g<scheme>{HIDDEN}@", value)
-    return _URI_PARAMETER.sub(rf"\g<name>={HIDDEN}", without_user)
+    return without_credentials(value)
 
 
 def _docs_of(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:

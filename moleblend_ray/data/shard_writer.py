@@ -59,7 +59,7 @@ from moleblend_ray.data.sources import (
     SourceSet,
     parse_chunk,
 )
-from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.errors import ConfigError, DataError, without_credentials
 from moleblend_ray.relations.geometry import closest_pair_distances
 from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
@@ -325,7 +325,7 @@ def _quarantine_table(
 ) -> pa.Table:
     rows = [
         {
-            "source_uri": file.uri,
+            "source_uri": without_credentials(file.uri),
             "source_row": record.row,
             "mol_id": _row_id(record, file),
             "excerpt": record.excerpt,
@@ -408,7 +408,7 @@ def begin(out: str, sources: SourceSet, options: ConvertOptions) -> dict[tuple[i
         "format_version": FORMAT_VERSION,
         "featurizer_version": FEATURIZER_VERSION,
         "options": options.to_json(),
-        "sources": [layout.file.uri for layout in sources.layouts],
+        "sources": [without_credentials(layout.file.uri) for layout in sources.layouts],
     }
     uri = storage.join(out, PLAN_NAME)
     present = _listed(out)
@@ -458,7 +458,8 @@ def finish(
 
 
 def _identity(source: SourceFile | SourceInfo) -> tuple[str, int, str]:
-    return (source.uri, source.size, source.probe)
+    # Another signature or password does not make another file.
+    return (without_credentials(source.uri), source.size, source.probe)
 
 
 def _shown(identities: Sequence[tuple[str, int, str]]) -> str:
@@ -525,7 +526,7 @@ def _load_receipt(uri: str) -> Receipt | None:
     try:
         return Receipt.from_json(storage.read_json(uri))
     except (DataError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged and does not count: %s", uri, error)
+        logger.warning("%s is damaged and does not count: %s", without_credentials(uri), error)
         return None
 
 
@@ -544,7 +545,7 @@ def _source_infos(sources: SourceSet, receipts: Sequence[Receipt]) -> tuple[Sour
         rows[receipt.file_index] += receipt.rows_in
     return tuple(
         SourceInfo(
-            uri=layout.file.uri,
+            uri=without_credentials(layout.file.uri),
             format=layout.file.format,
             size=layout.file.size,
             probe=layout.file.probe,

@@ -103,6 +103,7 @@ class SourceInfo:
     """A source file as it was when the data set was made."""
 
     uri: str
+    """Without credentials."""
     format: str
     size: int
     """Bytes."""

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode
 from moleblend_ray.data import storage
-from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.errors import ConfigError, DataError, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +208,11 @@ def find_sources(uri: str) -> list[SourceFile]:
         found = ", ".join(storage.name_of(info.uri) for info in listed[:5]) or "no files"
         raise DataError(f"No molecules at {uri}: found {found}; expected {_EXPECTED}.")
     if len(files) < len(listed):
-        logger.warning("%s: %d files of other kinds are left out", uri, len(listed) - len(files))
+        logger.warning(
+            "%s: %d files of other kinds are left out",
+            without_credentials(uri),
+            len(listed) - len(files),
+        )
     return files
 
 
@@ -220,7 +224,7 @@ def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> Source
         raise DataError(f"{_names(files)}: empty, no records to read.")
     for view in views:
         if view.is_empty:
-            logger.warning("%s is empty: no records to read", view.file.uri)
+            logger.warning("%s is empty: no records to read", without_credentials(view.file.uri))
     labels = _merge_labels(views)
     if config.label_columns is not None:
         labels = _chosen_labels(config.label_columns, views, labels)
@@ -272,7 +276,7 @@ def _source_file(info: storage.FileInfo, form: Format) -> SourceFile:
     tail = storage.read_range(info.uri, start, info.size - start) if start else b""
     probe = hashlib.sha256(head + tail + str(info.size).encode()).hexdigest()
     compressed = head.startswith(_GZIP_MAGIC)
-    if info.uri.lower().endswith(".gz") and info.size and not compressed:
+    if storage.name_of(info.uri).lower().endswith(".gz") and info.size and not compressed:
         raise DataError(
             f"{info.uri} is not a gzip file: it begins with {head[:8]!r}. Rename or repack it."
         )
@@ -378,7 +382,9 @@ def _has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
     lacking = sorted(set(_GEOMETRY_COLUMNS) - set(present))
     if lacking:
         logger.warning(
-            "%s has positions but not %s: its geometry is not used", file.uri, ", ".join(lacking)
+            "%s has positions but not %s: its geometry is not used",
+            without_credentials(file.uri),
+            ", ".join(lacking),
         )
         return False
     for name in present:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,9 @@ def join(uri: str, *parts: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """The last component of a URI."""
+    """The last component of a URI; of a web address without its query."""
+    if _protocol(uri) in {"http", "https"}:
+        uri = uri.partition("?")[0]
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -239,6 +242,8 @@ def _backend_errors() -> tuple[type[Exception], ...]:
     """What backends raise; looked up only when something was raised, as botocore is slow to import."""
     # NotImplementedError: a read-only backend such as https asked to write.
     errors: tuple[type[Exception], ...] = (OSError, NotImplementedError)
+    if "aiohttp" in sys.modules:
+        errors = (*errors, sys.modules["aiohttp"].ClientError)
     try:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
+import http.server
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +305,29 @@ def test_a_finished_data_set_of_other_settings_or_sources_is_refused(tmp_path: P
     source.write_text(source.read_text().replace("CCO", "CCN"))
     with pytest.raises(ConfigError, match=r"sources: there .*bad\.csv .*now .*bad\.csv"):
         finished_manifest(out, find_sources(str(source)), ConvertOptions())
+
+
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments: object) -> None:
+        """Nothing."""
+
+
+def test_no_credentials_are_written_and_a_new_signature_is_the_same_source(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    out = str(tmp_path / "out")
+    handler = functools.partial(_QuietHandler, directory=str(source.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}/{source.name}?X-Amz-Date="
+        convert(f"{base}1&X-Amz-Signature=hunter2", out)
+        again = find_sources(f"{base}2&X-Amz-Signature=hunter3")
+        server.shutdown()
+    manifest = load_manifest(out)
+    assert finished_manifest(out, again, ConvertOptions()) == manifest
+    shown = f"{base}***&X-Amz-Signature=***"
+    assert [info.uri for info in manifest.sources] == [shown]
+    table = pq.read_table(out + "/" + manifest.shards_of("quarantine")[0].path)
+    assert set(table["source_uri"].to_pylist()) == {shown}
 
 
 def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> None:

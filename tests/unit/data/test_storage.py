@@ -187,3 +187,11 @@ def test_joining_uris() -> None:
     assert storage.join("/", "x") == "/x"
     assert storage.join("rel", "") == "rel"
     assert storage.name_of("s3://b/p/x.csv") == "x.csv"
+    assert storage.name_of("https://h/p/x.csv?X-Amz-Credential=a/b") == "x.csv"
+
+
+def test_errors_show_no_credentials() -> None:
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes("http://user:hunter2@127.0.0.1:9/x.csv?X-Amz-Signature=hunter2")
+    assert "hunter2" not in str(caught.value)
+    assert "http://***@127.0.0.1:9/x.csv?X-Amz-Signature=***" in str(caught.value)
