@@ -24,6 +24,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
+from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shard_writer import (
@@ -46,7 +47,7 @@ from moleblend_ray.data.sources import (
     parquet_parts,
     read_chunks,
 )
-from moleblend_ray.errors import ConfigError, DataError, StorageError
+from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.progress import Progress, Reporter
 
@@ -119,17 +120,19 @@ class PrepareSummary:
 def prepare(config: PrepareConfig) -> PrepareSummary:
     """Prepare ``config.source`` into ``config.out``; a finished one is left as it is, an unfinished one finished."""
     start_s = time.monotonic()
+    config = with_absolute_paths(config)  # the actors have a working directory of their own
     options = _options(config)
     files = find_sources(config.source)
     _check_apart(config, [file.uri for file in files])
     manifest = finished_manifest(config.out, files, options)
+    shown_out = without_credentials(config.out)
     if manifest is not None:
-        logger.info("%s is prepared already: nothing to do", config.out)
+        logger.info("%s is prepared already: nothing to do", shown_out)
         return _summary(config.out, "already prepared", manifest, start_s)
     sources = inspect_sources(files, options.columns)
     done = begin(config.out, sources, options)
     if done:
-        logger.info("%s is unfinished: %d chunks are there", config.out, len(done))
+        logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
         job = _Job(config, sources, options, done)
         receipts = job.run(progress.reporter)
@@ -369,7 +372,7 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
     wanted = ("train", "valid") if config.valid_fraction else ("train",)
     for split in wanted:
         if not manifest.num_molecules(split):
-            logger.warning("%s: split %s has no molecules", config.out, split)
+            logger.warning("%s: split %s has no molecules", without_credentials(config.out), split)
     if counts.duplicate_ids:
         logger.info("%d rows repeat the id of another", counts.duplicate_ids)
 

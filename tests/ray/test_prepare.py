@@ -131,6 +131,16 @@ def test_an_interrupted_and_a_damaged_source_are_continued_to_the_same_bytes(
     assert content_of(out) == content_of(tmp_path / "reference")
 
 
+def test_relative_paths_mean_the_folder_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sources(tmp_path / "in")
+    in_process(tmp_path / "in", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    summary = prepare(config_for(Path("in"), Path("out")))
+    assert (summary.status, summary.out) == ("already prepared", str(tmp_path / "out"))
+
+
 def test_bad_input_is_refused_before_any_process_is_started(tmp_path: Path) -> None:
     write_sources(tmp_path / "in")
     with pytest.raises(ConfigError, match=r"lies inside source"):
