@@ -396,7 +396,25 @@ def finished_manifest(
             f"out: {out} holds a data set prepared otherwise. {'; '.join(differences)}. "
             "Give another `out`, or delete this one to prepare it anew."
         )
+    _check_shards(out, manifest)
     return manifest
+
+
+def _check_shards(out: str, manifest: Manifest) -> None:
+    """DataError if a file of a finished data set is missing or has another size."""
+    sizes = _listed(out, *SPLITS, QUARANTINE_DIR)
+    damaged = []
+    for shard in manifest.shards:
+        size = sizes.get(storage.join(out, shard.path))
+        if size != shard.num_bytes:
+            state = "missing" if size is None else f"of {size} bytes, expected {shard.num_bytes}"
+            damaged.append(f"{shard.path} is {state}")
+    if damaged:
+        more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise DataError(
+            f"{out} was prepared, but since then {len(damaged)} of its {len(manifest.shards)} files changed: "
+            f"{'; '.join(damaged[:3])}{more}. Restore them, or delete all of {out} and prepare it again."
+        )
 
 
 def begin(out: str, sources: SourceSet, options: ConvertOptions) -> dict[tuple[int, int], Receipt]:

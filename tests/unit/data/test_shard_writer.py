@@ -307,6 +307,22 @@ def test_a_finished_data_set_of_other_settings_or_sources_is_refused(tmp_path: P
         finished_manifest(out, find_sources(str(source)), ConvertOptions())
 
 
+def test_a_finished_data_set_that_lost_or_changed_files_is_told(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    out = tmp_path / "out"
+    manifest = convert(source, out, rows_per_chunk=4)
+    files, options = find_sources(str(source)), ConvertOptions(rows_per_chunk=4)
+    first, second = manifest.shards[0], manifest.shards_of("quarantine")[0]
+    (out / first.path).unlink()
+    (out / second.path).write_bytes(b"PAR1")
+    with pytest.raises(
+        DataError,
+        match=rf"{first.path} is missing; {second.path} is of 4 bytes, expected {second.num_bytes}\. "
+        r"Restore them, or delete",
+    ):
+        finished_manifest(str(out), files, options)
+
+
 class _QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         """Nothing."""
