@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode
 from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
 
 logger = logging.getLogger(__name__)
@@ -194,12 +195,13 @@ class RawRecord(NamedTuple):
 def find_sources(uri: str) -> list[SourceFile]:
     """The molecule files of a file, directory (recursively) or glob, sorted by URI."""
     listed = storage.list_files(uri)
-    manifests = [info.uri for info in listed if storage.name_of(info.uri) == "manifest.json"]
-    if manifests:
-        raise ConfigError(
-            f"source: {uri} holds the prepared data set of {manifests[0]}; expected raw molecules "
-            "(SDF, CSV/TSV, Parquet). Give the source it was made of, or a glob that leaves it out."
-        )
+    for info in listed:
+        if storage.name_of(info.uri) == MANIFEST_NAME and _is_data_set_manifest(info.uri):
+            raise ConfigError(
+                f"source: {uri} holds a prepared data set already, that of {info.uri}; expected raw "
+                "molecules (SDF, CSV/TSV, Parquet). Give the source it was made of, or a glob that "
+                "leaves it out."
+            )
     known = [(info, _format_of(info.uri)) for info in listed]
     supported = [(info, form) for info, form in known if form is not None]
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -260,6 +262,15 @@ class _View:
     is_empty: bool = False
     is_whole: bool = True
     """Whether ``columns`` are all there are (not so for an SD file longer than the sample)."""
+
+
+def _is_data_set_manifest(uri: str) -> bool:
+    """Whether a file of that name is ours: many programs call theirs so."""
+    try:
+        value = storage.read_json(uri)
+    except DataError:
+        return False
+    return isinstance(value, dict) and {"format_version", "fingerprint", "shards"} <= set(value)
 
 
 def _format_of(uri: str) -> Format | None:
@@ -625,7 +636,7 @@ def _parquet_file(file: SourceFile) -> Iterator[pq.ParquetFile]:
 def _text_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
     """The raw records of a text file (for a table: header first), each with its line end; _DamageError if damaged."""
     with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
-        blocks = _inflated(stream) if file.compressed else _blocks(stream)
+        blocks = _with_line_feeds(_inflated(stream) if file.compressed else _blocks(stream))
         if file.format == "sdf":
             yield _sd_records(blocks)
         else:
@@ -657,6 +668,16 @@ def _inflated(stream: BinaryIO) -> Iterator[bytes]:
                 member, is_open = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), False
     if is_open:
         raise _DamageError("the gzip stream is truncated")
+
+
+def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """The blocks; of a file whose lines end in a carriage return alone, with line feeds in their place."""
+    for first in blocks:
+        # In other files a lone carriage return is content, or a blank line too many.
+        if b"\r" in first[:-1] and b"\n" not in first:
+            return (block.replace(b"\r", b"\n") for block in chain([first], blocks))
+        return chain([first], blocks)
+    return iter(())
 
 
 def _sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:

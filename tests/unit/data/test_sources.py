@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -421,10 +422,33 @@ def test_no_molecule_files_and_unknown_kinds_are_told(tmp_path: Path) -> None:
 
 
 def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
+    ours = {"format_version": 1, "fingerprint": "x", "shards": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(ours))
     (tmp_path / "x.parquet").write_bytes(b"")
-    with pytest.raises(ConfigError, match="holds the prepared data set"):
+    with pytest.raises(ConfigError, match="holds a prepared data set already"):
         find_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ['{"format_version": 3, "files": []}', "[]", "not JSON"])
+def test_a_manifest_of_another_program_is_left_out(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    (tmp_path / "x.csv").write_text("smiles\nC\n")
+    assert [Path(file.uri).name for file in find_sources(str(tmp_path))] == ["x.csv"]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_may_end_in_carriage_returns_alone(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    suffix = "" if pack is bytes else ".gz"
+    table = b"smiles,y\rCCO,1\rCCN,2\r"
+    (tmp_path / f"a.csv{suffix}").write_bytes(pack(table))
+    record = sd_record("x", mu=3).encode().replace(b"\n", b"\r")
+    (tmp_path / f"b.sdf{suffix}").write_bytes(pack(record * 2))
+    assert [record.mol_id for record in records_of(tmp_path)] == [None, None, "x", "x"]
+    labels = np.array([record.labels for record in records_of(tmp_path)])
+    nan = np.nan
+    np.testing.assert_array_equal(labels, [[1, nan], [2, nan], [nan, 3], [nan, 3]])
 
 
 @pytest.mark.parametrize("suffix", ["sdf", "csv"])
