@@ -3,8 +3,8 @@
     python benchmarks/relations.py [--molecules 65536] [--source molecules.parquet]
 
 Reads shards with the training order, builds all relations and packs micro-batches, in one thread. The source is
-the PCQM4Mv2 sample beside the project if it is there, else 500 sample molecules made here; its rows are repeated
-to the asked number. Prints one JSON line.
+the PCQM4Mv2 sample beside the project if it is there, else 500 sample molecules made here; its shards are repeated
+until there are at least as many molecules as asked. Prints one JSON line. ``benchmarks/results`` keeps some.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -22,33 +23,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.data.shard_writer import featurize_chunk
-from moleblend_ray.data.shards import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    Counts,
-    Manifest,
-    ShardInfo,
-    encode_shard,
-    fingerprint,
-    shard_schema,
-)
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shards import MANIFEST_NAME, Manifest, ShardReader, fingerprint
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.relations.topology import topology
-from moleblend_ray.vocabulary import FEATURIZER_VERSION, NUM_HOPS, UNREACHABLE
+from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 
 SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
-ROW_GROUP_ROWS = 1024
-SHARD_ROWS = 32 * ROW_GROUP_ROWS
 MICRO_BATCH_SIZE = 64
 REPEATS = 3
 PLAIN_MOLECULES = 200
@@ -58,22 +46,24 @@ def main() -> None:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.source or default_source(folder)
-        table = featurized(source)
         uri = os.path.join(folder, "dataset")
-        write_dataset(uri, table, arguments.molecules)
-        seconds, num_bytes = measure_stream(uri, arguments.molecules)
+        manifest = prepared(source, uri)
+        reader = ShardReader(uri, manifest, "train")
+        table = reader.read(np.arange(reader.num_rows))
+        molecules = repeat(uri, manifest, arguments.molecules)
+        seconds, num_bytes = measure_stream(uri, molecules)
         plain = measure_plain(block_from_table(table, np.arange(len(table))))
-    per_second = arguments.molecules / seconds
+    per_second = molecules / seconds
     print(
         json.dumps(
             {
                 "benchmark": "relations",
                 "source": Path(source).name,
-                "molecules": arguments.molecules,
+                "molecules": molecules,
                 "mean_atoms": round(float(np.mean(table["num_atoms"].to_numpy())), 2),
                 "molecules_per_s": round(per_second),
                 "us_per_molecule": round(1e6 / per_second, 2),
-                "bytes_per_molecule": round(num_bytes / arguments.molecules),
+                "bytes_per_molecule": round(num_bytes / molecules),
                 "plain_molecules_per_s": round(plain, 1),
                 "speedup": round(per_second / plain, 1),
                 "cpus": os.cpu_count(),
@@ -97,56 +87,32 @@ def default_source(folder: str) -> str:
     return path
 
 
-def featurized(source: str) -> pa.Table:
-    """The source's molecules as shard rows without labels."""
-    found = inspect_sources(find_sources(source), ColumnConfig(label_columns=()))
-    tables = [
-        featurize_chunk(chunk, layout, found.labels, FeaturizeConfig()).molecules
+def prepared(source: str, uri: str) -> Manifest:
+    """The source as a data set of one split."""
+    options = ConvertOptions(columns=ColumnConfig(label_columns=()), valid_fraction=0.0)
+    found = inspect_sources(find_sources(source), options.columns)
+    begin(uri, found, options)
+    receipts = [
+        convert_chunk(chunk, layout, found.labels, options, uri)
         for index, layout in enumerate(found.layouts)
-        for chunk in read_chunks(layout, index, 8192)
+        for chunk in read_chunks(layout, index, options.rows_per_chunk)
     ]
-    return pa.concat_tables(tables).combine_chunks()
+    return finish(uri, found, options, receipts)
 
 
-def write_dataset(uri: str, table: pa.Table, num_molecules: int) -> None:
-    """A prepared data set of the rows of ``table``, repeated."""
-    shards = []
-    for start in range(0, num_molecules, SHARD_ROWS):
-        rows = np.arange(start, min(start + SHARD_ROWS, num_molecules)) % len(table)
-        content = encode_shard(table.take(rows).cast(shard_schema([])), ROW_GROUP_ROWS)
-        path = f"train/{len(shards):05d}.parquet"
-        storage.write_bytes(storage.join(uri, path), content)
-        shards.append(
-            ShardInfo(
-                path=path,
-                split="train",
-                num_rows=len(rows),
-                num_bytes=len(content),
-                sha256=storage.sha256_bytes(content),
-            )
-        )
-    counts = Counts(
-        rows_in=num_molecules,
-        rows_out=num_molecules,
-        rows_quarantined=0,
-        quarantined_by_reason={},
-        atoms_out=0,
-        with_coordinates=num_molecules,
-        conformer_status={},
-        duplicate_ids=0,
+def repeat(uri: str, manifest: Manifest, num_molecules: int) -> int:
+    """Name the shards of the data set in its manifest as often as gives ``num_molecules``; returns how many then."""
+    shards = manifest.shards_of("train")
+    times = -(-num_molecules // manifest.num_molecules("train"))
+    repeated = dataclasses.replace(
+        manifest,
+        shards=shards * times,
+        fingerprint=fingerprint(
+            manifest.featurizer_version, manifest.options, manifest.labels, shards * times
+        ),
     )
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        featurizer_version=FEATURIZER_VERSION,
-        options={},
-        sources=(),
-        labels=(),
-        shards=tuple(shards),
-        counts=counts,
-        row_group_rows=ROW_GROUP_ROWS,
-        fingerprint=fingerprint(FEATURIZER_VERSION, {}, (), shards),
-    )
-    storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
+    storage.write_json(storage.join(uri, MANIFEST_NAME), repeated.to_json())
+    return repeated.num_molecules("train")
 
 
 def measure_stream(uri: str, num_molecules: int) -> tuple[float, int]:
