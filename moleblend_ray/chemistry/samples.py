@@ -146,7 +146,9 @@ MAX_LOGP = 6.0
 _SULFONAMIDE = Chem.MolFromSmarts("[#6][SX4](=O)(=O)[NX3]")
 _CONFORMERS = ConformerConfig(generate=True, timeout_s=30.0, mmff_max_iterations=100)
 _BLOCK = 256
-"""Molecules handed to the processes at a time; also how often progress is logged."""
+"""Molecules handed to the processes at a time."""
+_LOG_EVERY = 1000
+"""Molecules between two log lines."""
 
 
 _SCHEMA = pa.schema(
@@ -286,7 +288,7 @@ def _numbered(
             continue
         yield dataclasses.replace(molecule, mol_id=f"sample_{made:06d}")
         made += 1
-        if made % _BLOCK == 0 or made == num_molecules:
+        if made % _LOG_EVERY == 0 or made == num_molecules:
             logger.info("made %d of %d sample molecules", made, num_molecules)
         if made == num_molecules:
             return

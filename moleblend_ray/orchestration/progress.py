@@ -6,6 +6,7 @@ a log line now and then elsewhere. Log records of the package travel the same wa
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -52,8 +53,8 @@ class _Board:
 class Reporter:
     """A picklable callable for workers: `reporter({"done": 3, "total": 10, "loss": 1.2})`.
 
-    Reports never wait for an answer; those that come faster than `min_interval_s` after the last one are
-    kept and sent with the next, except the final one (done == total).
+    Reports never wait for an answer, except the final one (done == total): the driver's last look must not overtake
+    it. Those that come faster than `min_interval_s` after the last one are kept and sent with the next.
     """
 
     def __init__(self, board: Any, min_interval_s: float = 0.2) -> None:
@@ -68,17 +69,28 @@ class Reporter:
         is_last = "total" in self._held and self._held.get("done") == self._held["total"]
         now_s = time.monotonic()
         if is_last or now_s - self._last_sent_s >= self._min_interval_s:
-            self._board.update.remote(self._held)
+            sent = self._board.update.remote(self._held)
             self._held, self._last_sent_s = {}, now_s
+            if is_last:
+                _await_arrival(sent)
 
     def forward_logs(self, prefix: str = "", level: int = logging.WARNING) -> None:
         """Show this process's log records of the package (from `level` up) on the driver, behind `prefix`."""
         package_logger = logging.getLogger("moleblend_ray")
-        if not any(isinstance(handler, _Forwarder) for handler in package_logger.handlers):
-            package_logger.addHandler(_Forwarder(self._board, prefix, level))
+        # Ray reuses processes: a handler of earlier work would report to a board that is gone.
+        for handler in list(package_logger.handlers):
+            if isinstance(handler, _Forwarder):
+                package_logger.removeHandler(handler)
+        package_logger.addHandler(_Forwarder(self._board, prefix, level))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Reporter, (self._board, self._min_interval_s))
+
+
+def _await_arrival(sent: Any) -> None:
+    # Calls of one process arrive in order: with this one, all before it are there.
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.get(sent, timeout=10.0)
 
 
 class _Forwarder(logging.Handler):
@@ -139,8 +151,10 @@ class Progress:
             self._show_newest()
 
     def _show_newest(self, *, is_last: bool = False) -> None:
+        # Short work can end before the board's process has started: the last look waits for it.
+        timeout_s = 30.0 if is_last else 5.0
         try:
-            snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=5.0)
+            snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=timeout_s)
         except (ray.exceptions.RayError, TimeoutError):
             # A busy or ending cluster: progress is only looked at, the work itself raises its own errors.
             return

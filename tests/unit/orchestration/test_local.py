@@ -41,6 +41,47 @@ def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
         pass
 
 
+@pytest.fixture
+def attached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster of two live nodes and a dead one, without an autoscaler."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "memory": 1e9})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": alive} for alive in (True, False, True)])
+    monkeypatch.setattr(local, "_may_grow", lambda: False)
+
+
+def test_a_cluster_too_small_is_refused_naming_need_and_what_is_there(attached: None) -> None:
+    local.require_resources({"CPU": 4.0}, "2 workers")
+    with pytest.raises(
+        ConfigError,
+        match=r"2 workers need 4\.5 CPU \(the cluster has 4\), 2 GPU \(the cluster has 0\)",
+    ):
+        local.require_resources({"CPU": 4.5, "GPU": 2}, "2 workers")
+
+
+def test_a_cluster_that_may_grow_is_waited_for(
+    attached: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "_may_grow", lambda: True)
+    local.require_resources({"CPU": 40}, "40 workers")
+    assert "40 workers need 40 CPU (the cluster has 4)" in caplog.text
+
+
+def test_local_paths_are_refused_on_several_machines(
+    attached: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local.require_shared_paths({"data": "s3://bucket/data", "out": "file:///mnt/run"})
+    with pytest.raises(ConfigError, match=r"^out=/tmp/run: a local path, but .* 2 nodes"):
+        local.require_shared_paths({"data": "s3://bucket/data", "out": "/tmp/run"})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
+    local.require_shared_paths({"out": "/tmp/run"})
+
+
+@pytest.mark.ray
+def test_a_cluster_without_an_autoscaler_does_not_grow(ray_cluster: None) -> None:
+    with pytest.raises(ConfigError, match="1000 workers need 1000 CPU"):
+        local.require_resources({"CPU": 1000}, "1000 workers")
+
+
 @pytest.mark.ray
 def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:
     before = dict(os.environ)

@@ -7,6 +7,7 @@ import logging
 import pytest
 import ray
 
+from moleblend_ray.orchestration import progress
 from moleblend_ray.orchestration.progress import Progress, Reporter
 
 
@@ -23,8 +24,8 @@ def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
     ray_cluster: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with Progress("pretrain", unit="step") as progress:
-        ray.get(work.remote(progress.reporter))
+    with Progress("pretrain", unit="step") as shown:
+        ray.get(work.remote(shown.reporter))
     assert "rank 1: odd molecule 5" in caplog.messages
     assert "pretrain: 4/4 step loss=0.25" in caplog.messages
 
@@ -40,7 +41,11 @@ class Board:
         self.sent.append(dict(values))
 
 
-def test_reports_in_quick_succession_are_merged_and_the_last_is_sent() -> None:
+def test_reports_in_quick_succession_are_merged_and_the_last_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    awaited: list[object] = []
+    monkeypatch.setattr(progress, "_await_arrival", awaited.append)
     board = Board()
     reporter = Reporter(board, min_interval_s=60.0)
     for done in range(1, 6):
@@ -48,3 +53,4 @@ def test_reports_in_quick_succession_are_merged_and_the_last_is_sent() -> None:
     assert len(board.sent) == 2
     assert board.sent[0] == {"done": 1, "total": 5, "value1": 1}
     assert board.sent[1] == {"done": 5, "total": 5, **{f"value{n}": n for n in (2, 3, 4, 5)}}
+    assert len(awaited) == 1, "only the last report waits"
