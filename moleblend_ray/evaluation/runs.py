@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from moleblend_ray.evaluation.results import SeedResult
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
+
+logger = logging.getLogger(__name__)
 
 SEED_RESULT_NAME = "result.json"
 PREDICTIONS_NAME = "predictions.parquet"
@@ -70,6 +73,8 @@ def train_and_test(
     )
     path = model_path(seed)
     folder = storage.join(out, path)
+    # A result of other settings must not stand beside a model of these.
+    storage.delete(storage.join(folder, SEED_RESULT_NAME))
     save_property_model(result.model, trained, folder)
     _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
     last = result.history[-1]
@@ -85,16 +90,25 @@ def train_and_test(
         model=path,
     )
     # Last: what has this file is whole, and is not trained again when the command is repeated.
-    storage.write_json(storage.join(folder, SEED_RESULT_NAME), dataclasses.asdict(found))
+    storage.write_json(
+        storage.join(folder, SEED_RESULT_NAME),
+        {"settings": dataclasses.asdict(settings), **dataclasses.asdict(found)},
+    )
     return found
 
 
-def finished_seed(out: str, seed: int) -> SeedResult | None:
-    """The result of an earlier, interrupted command for ``seed``, if that run was finished."""
+def finished_seed(out: str, seed: int, settings: FinetuneSettings) -> SeedResult | None:
+    """The result of an earlier, interrupted command for ``seed``, if it finished that run with these settings.
+
+    A continued sweep may choose other settings than before: what was trained with the former ones does not count.
+    """
     uri = storage.join(out, model_path(seed), SEED_RESULT_NAME)
     if not storage.exists(uri):
         return None
     value = storage.read_json(uri)
+    if value.pop("settings", None) != dataclasses.asdict(settings):
+        logger.info("%s is of other settings: training seed %d again", uri, seed)
+        return None
     return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
 
 

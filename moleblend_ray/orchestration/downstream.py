@@ -177,7 +177,7 @@ def train_seeds(
     seeds: Sequence[int],
 ) -> list[SeedResult]:
     """Train and test ``settings`` with each seed, in parallel as resources allow; finished seeds are kept."""
-    found = {seed: finished_seed(config.out, seed) for seed in seeds}
+    found = {seed: finished_seed(config.out, seed, settings) for seed in seeds}
     missing = [seed for seed in seeds if found[seed] is None]
     if len(missing) < len(seeds):
         logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))

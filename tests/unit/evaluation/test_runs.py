@@ -1,0 +1,63 @@
+"""A seed's folder is whole and of the settings asked for, or it does not count."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.runs import Experiment, finished_seed, train_and_test
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+
+from .conftest import MakeLabelled, all_smiles
+
+SETTINGS = FinetuneSettings(epochs=1, learning_rate=3e-4)
+
+
+@pytest.fixture
+def experiment(make_labelled: MakeLabelled, tiny_start: StartingPoint) -> Experiment:
+    smiles = all_smiles()[:20]
+    rows = np.arange(20, dtype=np.int64)
+    return Experiment(
+        task=resolve_task("size", columns=("y0",), kind=TaskKind.REGRESSION),
+        molecules=make_labelled(smiles, np.array([float(len(text)) for text in smiles])),
+        split=Split(rows[:12], rows[12:16], rows[16:]),
+        start=tiny_start,
+    )
+
+
+def test_a_finished_seed_counts_for_its_own_settings_alone(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    out = str(tmp_path)
+    found = train_and_test(experiment, SETTINGS, 4, out, torch.device("cpu"))
+    assert finished_seed(out, 4, SETTINGS) == found
+    assert finished_seed(out, 4, dataclasses.replace(SETTINGS, learning_rate=1e-3)) is None
+    assert finished_seed(out, 5, SETTINGS) is None
+
+
+def test_a_training_killed_while_it_replaces_a_model_leaves_no_result(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path)
+    train_and_test(experiment, SETTINGS, 4, out, torch.device("cpu"))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moleblend_ray.evaluation.runs.save_property_model", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_and_test(
+            experiment,
+            dataclasses.replace(SETTINGS, epochs=2),
+            4,
+            out,
+            torch.device("cpu"),
+        )
+    assert finished_seed(out, 4, SETTINGS) is None
