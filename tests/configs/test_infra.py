@@ -88,3 +88,9 @@ def test_the_docker_recipe_copies_only_what_exists() -> None:
     }
     assert {source for source in sources if not (REPOSITORY / source).exists()} == set()
     assert len(re.findall(r"^USER ray$", recipe, re.M)) == 2
+
+
+def test_the_docker_recipe_names_no_package_index() -> None:
+    recipe = (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text()
+    assert "://" not in recipe
+    assert re.search(r"^ARG TORCH_INDEX$", recipe, re.M)
