@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PATH_FIELDS = frozenset({"checkpoint", "data", "dir", "out", "source"})
-"""Names of the text fields that hold a path or URI."""
+"""Names of the fields that hold a path or URI, or several."""
 
 
 def with_absolute_paths(config: T) -> T:
@@ -19,8 +19,10 @@ def with_absolute_paths(config: T) -> T:
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = with_absolute_paths(value)
-        elif field.name in PATH_FIELDS and isinstance(value, str) and "://" not in value:
-            changes[field.name] = os.path.abspath(os.path.expanduser(value))
+        elif field.name in PATH_FIELDS and isinstance(value, str):
+            changes[field.name] = _absolute(value)
+        elif field.name in PATH_FIELDS and isinstance(value, tuple | list):
+            changes[field.name] = tuple(map(_absolute, value))
     return dataclasses.replace(config, **changes)  # type: ignore[type-var]
 
 
@@ -33,4 +35,12 @@ def path_settings(config: object, prefix: str = "") -> dict[str, str]:
             found.update(path_settings(value, f"{prefix}{field.name}."))
         elif field.name in PATH_FIELDS and isinstance(value, str):
             found[f"{prefix}{field.name}"] = value
+        elif field.name in PATH_FIELDS and isinstance(value, tuple | list):
+            found.update(
+                {f"{prefix}{field.name}[{index}]": item for index, item in enumerate(value)}
+            )
     return found
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(os.path.expanduser(path))

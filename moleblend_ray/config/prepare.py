@@ -13,8 +13,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 class PrepareConfig:
     """Molecules in SDF, CSV/TSV or Parquet -> checksummed Parquet shards with a manifest and a quarantine."""
 
-    source: str
-    """File, directory or glob of molecules, as a path or URI: .sdf, .csv, .tsv (each also .gz), .parquet."""
+    source: str | tuple[str, ...]
+    """File, directory or glob of molecules, or a list of them, as paths or URIs: .sdf, .csv, .tsv (each also .gz),
+    .parquet."""
     out: str
     """Directory of the prepared dataset, as a path or URI."""
     smiles_column: str = "smiles"
@@ -38,7 +39,10 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (bool(self.source), "source: expected a path or URI, found an empty string"),
+            (
+                bool(self.source) and "" not in self.sources(),
+                f"source: expected a path or URI or several, found {self.source!r}",
+            ),
             (bool(self.out), "out: expected a path or URI, found an empty string"),
             (
                 self.rows_per_chunk >= 1,
@@ -53,3 +57,7 @@ class PrepareConfig:
                 f"valid_fraction: expected 0 <= fraction < 1, found {self.valid_fraction}",
             ),
         )
+
+    def sources(self) -> tuple[str, ...]:
+        """``source`` as several."""
+        return (self.source,) if isinstance(self.source, str) else tuple(self.source)

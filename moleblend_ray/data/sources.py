@@ -16,6 +16,7 @@ import logging
 import math
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -192,8 +193,19 @@ class RawRecord(NamedTuple):
 # Finding files and their columns
 
 
-def find_sources(uri: str) -> list[SourceFile]:
-    """The molecule files of a file, directory (recursively) or glob, sorted by URI."""
+def find_sources(*uris: str) -> list[SourceFile]:
+    """The molecule files of each file, directory (recursively) or glob, in the order given, each's sorted by URI."""
+    files = [file for uri in uris for file in _files_of(uri)]
+    seen = Counter(file.uri for file in files)
+    repeated = [uri for uri, count in seen.items() if count > 1]
+    if repeated:
+        raise ConfigError(
+            f"source: {repeated[0]} is in two of {', '.join(uris)}; expected each file once. Leave one of them out."
+        )
+    return files
+
+
+def _files_of(uri: str) -> list[SourceFile]:
     listed = storage.list_files(uri)
     for info in listed:
         if storage.name_of(info.uri) == MANIFEST_NAME and _is_data_set_manifest(info.uri):

@@ -122,7 +122,7 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     start_s = time.monotonic()
     config = with_absolute_paths(config)  # the actors have a working directory of their own
     options = _options(config)
-    files = find_sources(config.source)
+    files = find_sources(*config.sources())
     _check_apart(config, [file.uri for file in files])
     manifest = finished_manifest(config.out, files, options)
     shown_out = without_credentials(config.out)
@@ -158,11 +158,15 @@ def _options(config: PrepareConfig) -> ConvertOptions:
 
 def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
     """Refuse an output among the sources: the next run would take its shards for sources."""
-    out, source = (storage.absolute(uri).rstrip("/") + "/" for uri in (config.out, config.source))
-    if out.startswith(source) or any(uri.startswith(out) for uri in uris):
-        raise ConfigError(
-            f"out: {config.out} lies inside source {config.source}; give a place outside of it."
-        )
+    out = storage.absolute(config.out).rstrip("/") + "/"
+    for source in config.sources():
+        if out.startswith(storage.absolute(source).rstrip("/") + "/"):
+            raise ConfigError(
+                f"out: {config.out} lies inside source {source}; give a place outside of it."
+            )
+    for uri in uris:
+        if uri.startswith(out):
+            raise ConfigError(f"out: {config.out} holds the source {uri}; give a place apart.")
 
 
 class _Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -87,7 +88,8 @@ def test_prepare_equals_the_job_in_one_process_and_a_rerun_does_nothing(
     ray_cluster: None, tmp_path: Path
 ) -> None:
     write_sources(tmp_path / "in")
-    config = config_for(tmp_path / "in", tmp_path / "out")
+    sources = tuple(str(path) for path in sorted((tmp_path / "in").iterdir()))
+    config = dataclasses.replace(config_for(tmp_path, tmp_path / "out"), source=sources)
     summary = prepare(config)
     in_process(tmp_path / "in", tmp_path / "reference")
     assert content_of(tmp_path / "out") == content_of(tmp_path / "reference")
@@ -141,12 +143,23 @@ def test_relative_paths_mean_the_folder_of_the_command(
     assert (summary.status, summary.out) == ("already prepared", str(tmp_path / "out"))
 
 
-def test_bad_input_is_refused_before_any_process_is_started(tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_any_process_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_sources(tmp_path / "in")
     with pytest.raises(ConfigError, match=r"lies inside source"):
         prepare(config_for(tmp_path / "in", tmp_path / "in" / "out"))
     with pytest.raises(ConfigError, match=r"a\.csv has no 'structure'; it has 'smiles', 'y'"):
         prepare(config_for(tmp_path / "in" / "a.csv", tmp_path / "out", smiles_column="structure"))
+    several = dataclasses.replace(
+        config_for(tmp_path / "in", tmp_path / "in" / "out"),
+        source=("b.csv", str(tmp_path / "in" / "a.csv")),
+        out=str(tmp_path / "in"),
+    )
+    monkeypatch.chdir(tmp_path / "in")
+    (tmp_path / "in" / "b.csv").write_text("smiles\nC\n")
+    with pytest.raises(ConfigError, match=r"out: \S+ holds the source \S+b\.csv"):
+        prepare(several)
     (tmp_path / "empty.sdf").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty\.sdf: empty"):
         prepare(config_for(tmp_path / "empty.sdf", tmp_path / "out"))

@@ -41,6 +41,7 @@ class Outer:
     extra: dict[str, int] = field(default_factory=dict)
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
+    place: str | tuple[str, ...] = ""
 
 
 def problems_of(values: dict[str, object]) -> list[str]:
@@ -53,6 +54,26 @@ def test_nested_mappings_become_nested_dataclasses_with_their_defaults() -> None
     built = build(Outer, {"name": "a", "inner": {"rate": 1, "sizes": [4]}, "colour": "blue"})
     assert built == Outer(name="a", inner=Inner(rate=1.0, sizes=(4,)), colour=Colour.BLUE)
     assert type(built.inner.rate) is float
+
+
+@pytest.mark.parametrize(("value", "built"), [("a", "a"), (["a", "b"], ("a", "b")), ([], ())])
+def test_a_setting_may_be_one_text_or_several(value: object, built: object) -> None:
+    config = build(Outer, {"name": "n", "place": value})
+    assert config.place == built
+    assert build(Outer, to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, "place: expected str or list of str, found 3 (int) (quote it"),
+        (["a", 3], "place[1]: expected str, found 3 (int)"),
+        (None, "place: expected str or list of str, found null"),
+    ],
+)
+def test_what_is_neither_one_text_nor_several_is_named(value: object, message: str) -> None:
+    (problem,) = problems_of({"name": "n", "place": value})
+    assert problem.startswith(message)
 
 
 def test_to_dict_is_the_inverse_of_build() -> None:

@@ -40,6 +40,16 @@ def test_paths_need_no_quotes(value: str) -> None:
     assert compose("prepare", [f"source={value}"])["source"] == value
 
 
+def test_a_source_may_be_several() -> None:
+    several = ["source=[s3://b/a.parquet,data/b.sdf.gz]", "out=o"]
+    config = load_config(PrepareConfig, "prepare", several)
+    assert config.sources() == ("s3://b/a.parquet", "data/b.sdf.gz")
+    assert load_config(PrepareConfig, "prepare", ["source=a.csv", "out=o"]).sources() == ("a.csv",)
+    for nothing in ("source=[]", "source=[a.csv,'']", "source=''"):
+        with pytest.raises(ConfigError, match="source: expected a path or URI or several"):
+            load_config(PrepareConfig, "prepare", [nothing, "out=o"])
+
+
 def test_values_keep_their_types() -> None:
     values = compose(
         "prepare", ["split_seed=3", "valid_fraction=1e-2", "id_column=null", "label_columns=[a,b]"]

@@ -56,3 +56,9 @@ def test_local_paths_become_absolute_and_uris_stay(
     monkeypatch.chdir(tmp_path)
     config = with_absolute_paths(PrepareConfig(source="s3://b/x", out="runs/o"))
     assert path_settings(config) == {"source": "s3://b/x", "out": str(tmp_path / "runs/o")}
+    config = with_absolute_paths(PrepareConfig(source=("a.csv", "s3://b/x"), out="/o"))
+    assert path_settings(config) == {
+        "source[0]": str(tmp_path / "a.csv"),
+        "source[1]": "s3://b/x",
+        "out": "/o",
+    }

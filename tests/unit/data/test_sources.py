@@ -375,6 +375,16 @@ def test_directories_and_globs_are_read_in_order_with_all_labels(tmp_path: Path)
     assert len(find_sources(str(tmp_path / "*.csv"))) == 1
 
 
+def test_several_sources_are_read_in_the_order_given_and_no_file_twice(tmp_path: Path) -> None:
+    for name in ("a.csv", "b.csv", "deep/c.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("smiles\nC\n")
+    found = find_sources(str(tmp_path / "deep"), str(tmp_path / "*.csv"))
+    assert [Path(file.uri).name for file in found] == ["c.csv", "a.csv", "b.csv"]
+    with pytest.raises(ConfigError, match=r"a\.csv is in two of .*Leave one of them out"):
+        find_sources(str(tmp_path / "a.csv"), str(tmp_path))
+
+
 def test_one_label_in_two_units_is_refused(tmp_path: Path) -> None:
     for name, unit in (("a", "eV"), ("b", "hartree")):
         pq.write_table(
