@@ -64,6 +64,8 @@ class OrderConfig:
             for name in ("global_batch_size", "num_streams", "shuffle_window", "chunk_rows")
             if getattr(self, name) < 1
         ]
+        if not -(2**63) <= self.seed < 2**63:
+            problems.append(f"seed: expected -2**63 to 2**63 - 1, found {self.seed}")
         if not problems and self.global_batch_size % self.num_streams:
             problems.append(
                 f"num_streams: expected a divisor of global_batch_size ({self.global_batch_size}), "

@@ -139,6 +139,10 @@ def test_settings_that_make_no_order_are_refused_naming_the_field() -> None:
         OrderConfig(global_batch_size=10, num_streams=4)
     with pytest.raises(ConfigError, match="chunk_rows: expected at least 1, found 0"):
         OrderConfig(chunk_rows=0)
+    for seed in (-(2**63) - 1, 2**63, 2**64):
+        with pytest.raises(ConfigError, match=f"seed: expected .* found {seed}"):
+            OrderConfig(seed=seed)
+    order(10, seed=2**63 - 1).global_batch(0)
     with pytest.raises(DataError, match="found 0"):
         DataOrder(0, OrderConfig())
     with pytest.raises(ConfigError, match="stream 4 does not exist"):
