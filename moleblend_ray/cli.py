@@ -70,7 +70,9 @@ JOBS: Mapping[str, Job] = {
     ),
 }
 
-EXIT_ERROR, EXIT_CONFIG, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_CONFIG, EXIT_UNFINISHED, EXIT_INTERRUPTED = 1, 2, 75, 130
+"""EXIT_UNFINISHED (EX_TEMPFAIL of sysexits.h): stopped on request, all done so far is kept, the same command continues.
+Not 0, so that a job system that retries does so."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,7 +123,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     summary = load_reference(job.function)(config)
     heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
     console.print(heading, _summary_table(summary, config), sep="\n")
-    return 0
+    return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 
 def job_help(name: str) -> str:
@@ -169,7 +171,10 @@ Jobs:
   --verbose              show debug messages
   --version              print the version
 
-Paths may be local or URIs (s3://bucket/key, gs://, file://)."""
+Paths may be local or URIs (s3://bucket/key, gs://, file://).
+
+Exit status: 0 done, 1 failed, 2 wrong settings, 75 stopped on SIGTERM before the end, 130 interrupted. After the
+last two the same command continues."""
 
 
 def _job(name: str) -> Job:

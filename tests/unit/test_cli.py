@@ -59,6 +59,18 @@ def test_dry_run_prints_settings_and_paths_hides_secrets_and_runs_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_stopped_before_its_end_has_a_status_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass(frozen=True)
+    class Stoppable:
+        finished: bool
+
+    for finished, status in ((True, 0), (False, 75)):
+        stub_prepare(monkeypatch, lambda config, finished=finished: Stoppable(finished))
+        assert cli.main(PREPARE) == status
+
+
 def test_a_run_ends_with_a_table_of_what_and_where(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
