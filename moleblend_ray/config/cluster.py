@@ -22,7 +22,7 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     """Logical CPUs each training worker reserves."""
     num_data_actors: int = 1
-    """CPU actors that read shards and build relation matrices, or that featurize and embed molecules."""
+    """CPU actors of `prepare` and `embed`. The actors of `pretrain` are those of `stream`."""
     local_cpus: int | None = None
     """Logical CPUs of a cluster started here; null: the machine's, but never fewer than the job reserves."""
     object_store_gib: float | None = None

@@ -57,21 +57,27 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         run_checks(lambda: check_objective(self.model, self.loss), self._check_run)
 
+    def reserved_cpus(self, num_actors: int) -> float:
+        """CPUs that the workers and ``num_actors`` actors of the stream reserve together."""
+        workers = self.cluster.num_workers * self.cluster.cpus_per_worker
+        return workers + num_actors * self.stream.actor_cpus
+
     def _check_run(self) -> None:
         workers, streams = self.cluster.num_workers, self.order.num_streams
-        reserved = workers * self.cluster.cpus_per_worker + self.stream.actor_cpus
+        reserved = self.reserved_cpus(self.stream.min_actors)
         local_cpus = self.cluster.local_cpus
         check_all(
             (bool(self.data), "data: expected a path or URI, found an empty string"),
             (bool(self.out), "out: expected a path or URI, found an empty string"),
+            (0 <= self.seed < 2**63, f"seed: expected 0 to 2**63 - 1, found {self.seed}"),
             (
                 streams % workers == 0,
                 f"cluster.num_workers: expected a divisor of order.num_streams ({streams}), found {workers}",
             ),
             (
                 local_cpus is None or local_cpus >= reserved,
-                f"cluster.local_cpus: expected null or at least {reserved:g}, which the workers and one data actor "
-                f"reserve together, found {local_cpus}: they would wait for each other",
+                f"cluster.local_cpus: expected null or at least {reserved:g}, which the workers and stream.min_actors "
+                f"data actors reserve together, found {local_cpus}: they would wait for each other",
             ),
             (
                 self.train.strategy != "none" or workers == 1,

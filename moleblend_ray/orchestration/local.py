@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 import os
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
+import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
@@ -85,6 +87,55 @@ def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:
     workers = cluster.num_workers * cluster.cpus_per_worker
     actors = cluster.num_data_actors if data_cpus is None else data_cpus
     return max(available_cpus(), math.ceil(workers + actors) + 1)
+
+
+def require_resources(need: Mapping[str, float], what: str) -> None:
+    """Refuse a cluster that cannot hold `need` (Ray resource -> amount, at the same time) of `what`.
+
+    Ray would wait for ever. Where an autoscaler may bring more, waiting is right, and said.
+    """
+    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    missing = [
+        f"{amount:g} {name} (the cluster has {there.get(name, 0.0):g})"
+        for name, amount in need.items()
+        if amount > there.get(name, 0.0)
+    ]
+    if not missing:
+        return
+    message = f"{what} need {', '.join(missing)} at the same time"
+    if not _may_grow():
+        raise ConfigError(
+            f"cluster: {message}: they would wait for ever. Add nodes to the cluster, or ask for less with "
+            "cluster.num_workers, cluster.cpus_per_worker, stream.min_actors or stream.actor_cpus"
+        )
+    logger.warning("%s: waiting until the autoscaler has added nodes", message)
+
+
+def require_shared_paths(paths: Mapping[str, str]) -> None:
+    """Refuse plain local paths (setting -> path or URI) on a cluster of several machines, each with its own disk."""
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    num_nodes = sum(bool(node["Alive"]) for node in nodes)
+    local = [f"{key}={path}" for key, path in paths.items() if "://" not in path]
+    if num_nodes > 1 and local:
+        raise ConfigError(
+            f"{', '.join(local)}: a local path, but the cluster has {num_nodes} nodes, and each would look on its own "
+            "disk. Use storage that all nodes reach (s3://, gs://), or file:///PATH for a folder mounted on all"
+        )
+
+
+def _may_grow() -> bool:
+    """Whether an autoscaler runs the cluster, as far as Ray tells."""
+    import ray._private.state
+
+    config = ray._private.state.state.get_cluster_config()
+    groups = config.node_group_configs if config else ()
+    if any(group.max_count == -1 or group.max_count > group.min_count for group in groups):
+        return True
+    # Autoscalers that report no configuration report the kinds of their nodes. Without one, Ray gives each node a
+    # kind of its own.
+    status = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
+    report = (json.loads(status).get("autoscaler_report") or {}) if status else {}
+    return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
 
 
 def available_cpus() -> int:
