@@ -24,18 +24,24 @@ from itertools import chain
 from typing import Any, Final
 
 import ray
+import ray.exceptions
 import ray.train
 import ray.train.torch
 import torch
 from ray.data import Dataset
 
 from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import Manifest, load_manifest
-from moleblend_ray.errors import DataError, TrainingError
-from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.errors import DataError, MoleBlendError, TrainingError
+from moleblend_ray.orchestration.local import (
+    ray_session,
+    require_resources,
+    require_shared_paths,
+)
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.stream import (
     shard_step_batches,
@@ -43,6 +49,7 @@ from moleblend_ray.orchestration.stream import (
     stream_dataset,
 )
 from moleblend_ray.training.checkpoint import (
+    AnotherWriterError,
     CheckpointWriter,
     library_versions,
     restore_training_state,
@@ -51,19 +58,26 @@ from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
     abandon_after,
+    committed_steps,
     latest_committed,
+    read_commit,
     require_same_run,
 )
-from moleblend_ray.training.distributed import Ranks, current_ranks
-from moleblend_ray.training.export import export_run
+from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from_ranks
+from moleblend_ray.training.export import export_run, export_uri
 from moleblend_ray.training.loop import FitResult, NotFiniteError, build_learner, fit
 from moleblend_ray.training.metrics import Record, drop_records_from, loss_ends, read_records
-from moleblend_ray.training.tracking import start_tracker
+from moleblend_ray.training.tracking import NoTracker, Tracker, TrackerError, start_tracker
 from moleblend_ray.training.validation import build_validation
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME: Final = "config.json"
+
+_STOP_REPEAT_S: Final = 2.0
+
+_FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
+"""Raised on all ranks together, and again by every new try."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,20 +118,22 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     began_s = time.monotonic()
     config = with_absolute_paths(config)  # workers have a working directory of their own
     manifest = load_manifest(config.data)
-    finished = _read_finished(config)
-    if finished is not None:
+    finished = _read_finished(config, manifest)
+    if finished is not None and finished.steps >= config.train.num_steps:
         logger.info("%s is finished (%d steps): nothing to do", config.out, finished.steps)
         return finished
     commit = _open_run(config, manifest)
     resumed_from = commit.step if commit else 0
+    if finished is not None:
+        storage.delete(storage.join(config.out, FINISHED_NAME))
     if resumed_from:
         logger.info("continuing %s at step %d", config.out, resumed_from)
     result = _Outcome(step=resumed_from, stopped=False)
     if resumed_from < config.train.num_steps:
-        result = _train_on_workers(config, manifest)
+        result = _train_on_workers(config, manifest, resumed_from)
     summary = _summarize(config, manifest, result, resumed_from, time.monotonic() - began_s)
     if summary.finished:
-        storage.write_json(storage.join(config.out, FINISHED_NAME), asdict(summary))
+        storage.write_json(storage.join(config.out, FINISHED_NAME), redact(asdict(summary)))
     return summary
 
 
@@ -146,7 +162,7 @@ def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
     elif storage.exists(storage.join(config.out, CONFIG_NAME)):
         logger.info("%s was started before but committed nothing: starting anew", config.out)
     document = {
-        "config": to_dict(config),
+        "config": redact(to_dict(config)),
         "data_fingerprint": manifest.fingerprint,
         "versions": library_versions(),
     }
@@ -155,11 +171,13 @@ def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
 
 
 def _config_fingerprint(config: PretrainConfig) -> str:
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+    # Without credentials: a URI signed anew is the same configuration.
+    text = json.dumps(redact(to_dict(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_finished(config: PretrainConfig) -> PretrainSummary | None:
-    """The stored summary, if the run has done as many steps as are asked for."""
+def _read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary | None:
+    """The stored summary of a finished run, if ``config`` describes that run."""
     uri = storage.join(config.out, FINISHED_NAME)
     if not storage.exists(uri):
         return None
@@ -167,16 +185,15 @@ def _read_finished(config: PretrainConfig) -> PretrainSummary | None:
         summary = PretrainSummary(**storage.read_json(uri))
     except TypeError as error:
         raise DataError(f"{uri} is not the summary of a run: {error}") from error
-    if summary.steps >= config.train.num_steps:
-        return summary
-    logger.info(
-        "%s was finished at %d steps; continuing to %d",
-        config.out,
-        summary.steps,
-        config.train.num_steps,
-    )
-    storage.delete(uri)
-    return None
+    wanted = run_identity(config, manifest)
+    steps = committed_steps(config.out)
+    if steps:
+        require_same_run(read_commit(config.out, steps[0]).identity, wanted, config.out)
+    else:  # someone has deleted the checkpoints: what is left names its data
+        stored = {"data_fingerprint": summary.data_fingerprint}
+        require_same_run(stored, {name: wanted[name] for name in stored}, config.out)
+    # Stored without credentials, and perhaps before the folder moved.
+    return replace(summary, out=config.out, export=export_uri(config.out))
 
 
 def _summarize(
@@ -215,7 +232,7 @@ class _Outcome:
 
     step: int
     stopped: bool
-    error: str | None = None
+    error: MoleBlendError | None = None
     """A failure that trying again would only repeat."""
 
 
@@ -223,21 +240,29 @@ class _Outcome:
 class _WorkerSettings:
     config: PretrainConfig
     manifest: Manifest
+    start_step: int
+    """Step at which this command began; a worker group that begins later is a new try."""
     reporter: Reporter
     stop_flag: Any
     """Handle of the actor that knows whether a stop was asked for."""
 
 
-def _train_on_workers(config: PretrainConfig, manifest: Manifest) -> _Outcome:
+def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: int) -> _Outcome:
+    data_cpus = config.stream.max_actors * config.stream.actor_cpus
     with (
-        ray_session(config.cluster),
+        ray_session(config.cluster, data_cpus=data_cpus),
         _stop_on_sigterm() as stop_flag,
         Progress("pretrain", unit="step", total=config.train.num_steps) as progress,
         # Ray wants a place for its own notes; nothing of the run is in it.
         tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
     ):
+        _require_fitting_cluster(config)
         settings = _WorkerSettings(
-            config=config, manifest=manifest, reporter=progress.reporter, stop_flag=stop_flag
+            config=config,
+            manifest=manifest,
+            start_step=start_step,
+            reporter=progress.reporter,
+            stop_flag=stop_flag,
         )
         cluster = config.cluster
         trainer = ray.train.torch.TorchTrainer(
@@ -266,8 +291,18 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest) -> _Outcome:
         )
         outcome = _fit(trainer)
     if outcome.error is not None:
-        raise TrainingError(outcome.error)
+        raise outcome.error
     return outcome
+
+
+def _require_fitting_cluster(config: PretrainConfig) -> None:
+    """Refuse a cluster on which the run would wait for ever, or each machine would write files of its own."""
+    workers, actors = config.cluster.num_workers, config.stream.min_actors
+    need = {"CPU": config.reserved_cpus(actors)}
+    if config.cluster.use_gpu:
+        need["GPU"] = workers
+    require_resources(need, f"{workers} workers and {actors} data actors")
+    require_shared_paths({"data": config.data, "out": config.out})
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer) -> _Outcome:
@@ -304,12 +339,10 @@ def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
     reporter.forward_logs()  # a checkpoint damaged since the last start must be seen on the driver
     commit = latest_committed(config.out, verify_content=True)
     first_step = commit.step if commit else 0
-    stream = config.stream
-    actors = max(stream.max_actors, config.cluster.num_data_actors)
     return stream_dataset(
         config.data,
         config.order,
-        replace(stream, max_actors=actors),
+        config.stream,
         first_step,
         config.train.num_steps - first_step,
     )
@@ -331,14 +364,18 @@ class _StopFlag:
 @contextlib.contextmanager
 def _stop_on_sigterm() -> Iterator[Any]:
     """A stop flag that SIGTERM sets, within the body, if this is the main thread; Ray's own handler would just exit."""
-    flag: Any = ray.remote(num_cpus=0)(_StopFlag).remote()
+    # Its node may be lost: then it starts anew elsewhere, and no worker fails because of it.
+    options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+    flag: Any = options(_StopFlag).remote()
     asked, over = threading.Event(), threading.Event()
 
     def forward() -> None:
         asked.wait()
         if not over.is_set():
             logger.warning("SIGTERM: committing the current step, then stopping")
-            ray.get(flag.set.remote())
+        while not over.is_set():
+            flag.set.remote()
+            over.wait(_STOP_REPEAT_S)  # said again: a flag that was started anew has forgotten it
 
     # From a thread: a signal handler runs inside whatever call of Ray the main thread is in.
     threading.Thread(target=forward, name="stop-on-sigterm", daemon=True).start()
@@ -367,8 +404,8 @@ def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
     settings.reporter.forward_logs(prefix=f"[rank {ranks.rank}] ")
     try:
         result = _fit_rank(settings, ranks)
-    except NotFiniteError as error:
-        return _Outcome(step=0, stopped=False, error=str(error))
+    except _FINAL_ERRORS as error:
+        return _Outcome(step=0, stopped=False, error=error)
     return _Outcome(step=result.step, stopped=result.stopped)
 
 
@@ -407,44 +444,50 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
     validate = build_validation(
         config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
     )
-    with _reporting(settings, ranks) as report:
+    tracker = _start_tracker(settings, ranks, is_new_try=first.step > settings.start_step)
+    try:
         return fit(
             learner,
             chain([first], steps),
             start_step=first.step,
             checkpoints=checkpoints,
             validate=validate,
-            report=report,
+            report=partial(_report, settings, tracker) if ranks.is_first else None,
             should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
         )
-
-
-@contextlib.contextmanager
-def _reporting(
-    settings: _WorkerSettings, ranks: Ranks
-) -> Iterator[Callable[[Record], None] | None]:
-    """On rank 0 a function that sends a record to the driver's display and to the tracker; None elsewhere."""
-    if not ranks.is_first:
-        yield None
-        return
-    config = settings.config
-    tracker = start_tracker(config.tracking, config.out, to_dict(config))
-
-    def report(record: Record) -> None:
-        tracker.log(record, step=int(record["step"]))
-        shown = ("loss", "valid_loss", "learning_rate", "molecules_per_s")
-        settings.reporter(
-            {
-                "done": int(record["step"]) + 1,
-                "total": config.train.num_steps,
-                **{name: record[name] for name in shown if name in record},
-            }
-        )
-
-    try:
-        yield report
     finally:
         tracker.finish()
+
+
+def _start_tracker(settings: _WorkerSettings, ranks: Ranks, *, is_new_try: bool) -> Tracker:
+    """The tracker of rank 0, none elsewhere. If it does not start, all ranks raise; in a new try rank 0 only warns."""
+    config = settings.config
+    tracker: Tracker = NoTracker()
+    problem = ""
+    if ranks.is_first:
+        try:
+            tracker = start_tracker(config.tracking, redact(config.out), redact(to_dict(config)))
+        except TrackerError as error:
+            problem = str(error)
+    problem = gather_from_ranks(problem)[0]
+    if problem and not is_new_try:
+        raise TrackerError(problem)
+    if problem and ranks.is_first:
+        logger.warning("%s. Training goes on without", problem)
+    return tracker
+
+
+def _report(settings: _WorkerSettings, tracker: Tracker, record: Record) -> None:
+    """Send a record to the tracker and to the driver's display."""
+    tracker.log(record, step=int(record["step"]))
+    shown = ("loss", "valid_loss", "learning_rate", "molecules_per_s")
+    settings.reporter(
+        {
+            "done": int(record["step"]) + 1,
+            "total": settings.config.train.num_steps,
+            **{name: record[name] for name in shown if name in record},
+        }
+    )
 
 
 def _poll(stop_flag: Any) -> Callable[[], bool]:
@@ -456,7 +499,9 @@ def _poll(stop_flag: Any) -> Callable[[], bool]:
         nonlocal pending, is_set
         ready, _ = ray.wait([pending], timeout=0)
         if ready and not is_set:
-            is_set = ray.get(pending)
+            # A flag that is lost, for now or for good, asks for nothing.
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                is_set = ray.get(pending)
             pending = stop_flag.is_set.remote()
         return is_set
 
