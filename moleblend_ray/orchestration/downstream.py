@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,11 +14,19 @@ from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.scaffolds import split_hash
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME
-from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StorageError,
+    TrainingError,
+    without_credentials,
+)
 from moleblend_ray.evaluation.baselines import BASELINE_NAME
 from moleblend_ray.evaluation.dataset import load_labelled, split_molecules
 from moleblend_ray.evaluation.finetune import StartingPoint
@@ -55,6 +63,9 @@ logger = logging.getLogger(__name__)
 IDENTITY_NAME = "config.json"
 """What the directory is for; a different question needs a different directory."""
 
+DATA_DIR = "data"
+"""Where a raw source is prepared within ``out``."""
+
 ROWS_PER_CHUNK = 256
 """Rows per task when preparing labelled molecules: sets are small, and conformers cost about 0.1 s each."""
 
@@ -79,7 +90,7 @@ def set_up(config: FinetuneConfig | SweepConfig) -> Bench:
     molecules = load_labelled(data_uri, task)
     split = split_molecules(molecules.smiles, task.split, config.split_seed)
     identity = {
-        "config": _question(config),
+        "config": question(config),
         "data_fingerprint": molecules.fingerprint,
         "checkpoint_fingerprint": start.fingerprint,
     }
@@ -102,7 +113,7 @@ def prepare_task(config: FinetuneConfig | SweepConfig) -> str:
     task = config.task
     return prepare_molecules(
         task,
-        storage.join(config.out, "data"),
+        storage.join(config.out, DATA_DIR),
         label_columns=task.resolve().columns or None,
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=config.cluster,
@@ -217,7 +228,13 @@ def collect(references: Mapping[Any, int], description: str) -> dict[int, SeedRe
                 done, waiting = ray.wait(waiting, num_returns=1)
                 result = ray.get(done[0])
                 found[references[done[0]]] = result
-                progress.reporter({"done": len(found), "valid": result.valid_score})
+                progress.reporter(
+                    {
+                        "done": len(found),
+                        "total": len(references),
+                        "valid": result.valid_score,
+                    }
+                )
         except ray.exceptions.RayTaskError as error:
             for reference in waiting:
                 ray.cancel(reference, force=True)
@@ -248,7 +265,7 @@ def write_results(
     start = experiment.start
     name = "from scratch" if config.checkpoint is None else "fine-tuned"
     parts = {part: len(getattr(split, part)) for part in ("train", "valid", "test")}
-    results = {
+    results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
         "task": task_entry(experiment.task, experiment.molecules),
@@ -270,6 +287,7 @@ def write_results(
         "versions": versions(),
         "seconds": seconds,
     }
+    results = redact(results)
     write_report(config.out, results, *read_test_predictions(config.out, final[0].seed))
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
@@ -281,13 +299,20 @@ def finished_results(config: FinetuneConfig | SweepConfig) -> dict[str, Any] | N
     if not storage.exists(uri):
         return None
     results: dict[str, Any] = storage.read_json(uri)
-    identity = storage.read_json(storage.join(config.out, IDENTITY_NAME))
-    compare_settings(config.out, identity["config"], _question(config))
-    logger.info("%s is finished: %s", config.out, uri)
+    data_uri = storage.join(config.out, DATA_DIR)
+
+    def inputs() -> dict[str, str | None]:
+        return {
+            **data_inputs(config.task.source, data_uri, lambda: prepare_task(config)),
+            "checkpoint_fingerprint": starting_point(config).fingerprint,
+        }
+
+    check_finished(config.out, question(config), inputs)
+    logger.info("%s is finished: %s", config.out, without_credentials(uri))
     return results
 
 
-def _question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:
+def question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:
     """The settings that decide the results: not where they are computed or stored."""
     settings = to_dict(config)
     for name in ("out", "cluster", "gpus_per_worker"):
@@ -296,21 +321,48 @@ def _question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:
 
 
 def claim(out: str, identity: Mapping[str, Any]) -> None:
-    """Mark ``out`` as being for this question, or find it so marked."""
+    """Mark ``out`` as being for this question, or find it so marked; credentials in it are hidden."""
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
-        compare_settings(out, storage.read_json(uri), identity)
+        _compare(out, storage.read_json(uri), identity)
     else:
-        storage.write_json(uri, identity)
+        storage.write_json(uri, redact(identity))
 
 
-def compare_settings(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """A ConfigError that names every setting in which ``stored`` and ``asked`` differ."""
-    differing = _differences(stored, asked)
+def check_finished(
+    out: str, question: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]]
+) -> None:
+    """A ConfigError if the finished ``out`` is for another question, or of data or weights that changed since.
+
+    ``inputs`` gives the present fingerprints. Inputs that are gone do not make finished results less finished.
+    """
+    stored = storage.read_json(storage.join(out, IDENTITY_NAME))
+    _compare(out, stored["config"], question)
+    try:
+        present = inputs()
+    except (StorageError, DataError, CheckpointError) as error:
+        logger.warning("cannot check whether the inputs of %s changed: %s", out, error)
+        return
+    _compare(out, {name: stored[name] for name in present}, present)
+
+
+def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[str, str | None]:
+    """The present fingerprint of ``source``: a prepared dataset, or one that was prepared into ``data_uri``.
+
+    Empty if the user has deleted what was prepared. ``prepare`` compares it with the source, and refuses a change.
+    """
+    if not any(storage.exists(storage.join(uri, MANIFEST_NAME)) for uri in (source, data_uri)):
+        return {}
+    return {"data_fingerprint": load_manifest(prepare()).fingerprint}
+
+
+def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    # Credentials may differ between a command and its repetition; neither shows them.
+    differing = _differences(redact(stored), redact(asked))
     if differing:
         raise ConfigError(
-            f"{out} holds results of other settings; they differ in {'; '.join(differing)}. "
-            "Choose another `out`, or repeat the settings to continue"
+            f"{out} holds results of other settings or inputs; they differ in {'; '.join(differing)}. "
+            "Give another `out`, or repeat settings and inputs as they were"
         )
 
 

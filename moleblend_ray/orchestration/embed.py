@@ -16,6 +16,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
@@ -31,9 +32,9 @@ from moleblend_ray.errors import CheckpointError, DataError, MoleBlendError
 from moleblend_ray.evaluation.embedding import MOLECULE_COLUMNS, Embedder
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.downstream import (
-    IDENTITY_NAME,
+    check_finished,
     claim,
-    compare_settings,
+    data_inputs,
     load_encoder,
     prepare_molecules,
 )
@@ -47,6 +48,9 @@ SUMMARY_NAME = "embeddings.json"
 """Names every part with its checksum; written last."""
 
 REJECTED_NAME = "rejected.parquet"
+
+DATA_DIR = "prepared"
+"""Where a raw source is prepared within ``out``."""
 
 ROWS_PER_CHUNK = 4096
 """Rows per task when preparing, and so at most per part."""
@@ -85,13 +89,7 @@ def embed(config: EmbedConfig) -> EmbedSummary:
     if stored is not None:
         return _summary(config.out, stored, already_finished=True)
     with ray_session(config.cluster):
-        data_uri = prepare_molecules(
-            config,
-            storage.join(config.out, "prepared"),
-            label_columns=(),
-            rows_per_chunk=ROWS_PER_CHUNK,
-            cluster=config.cluster,
-        )
+        data_uri = _prepare(config)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
             raise DataError(
@@ -108,13 +106,24 @@ def embed(config: EmbedConfig) -> EmbedSummary:
         "versions": versions(),
         "seconds": time.monotonic() - began,
     }
-    storage.write_json(storage.join(config.out, SUMMARY_NAME), summary)
+    storage.write_json(storage.join(config.out, SUMMARY_NAME), redact(summary))
     return _summary(config.out, summary, already_finished=False)
 
 
 def part_path(number: int) -> str:
     """Where the part with that number lies within ``out``."""
     return f"parts/part-{number:05d}.parquet"
+
+
+def _prepare(config: EmbedConfig) -> str:
+    """URI of the prepared molecules."""
+    return prepare_molecules(
+        config,
+        storage.join(config.out, DATA_DIR),
+        label_columns=(),
+        rows_per_chunk=ROWS_PER_CHUNK,
+        cluster=config.cluster,
+    )
 
 
 def _embed_shards(config: EmbedConfig, data_uri: str, manifest: Manifest) -> dict[str, Any]:
@@ -178,7 +187,7 @@ def _run_actors(
         try:
             for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
                 done += int(batch["rows"].sum())
-                progress.reporter({"done": done})
+                progress.reporter({"done": done, "total": total})
         except ray.exceptions.RayTaskError as error:
             raise _own_error(error) or error from None
 
@@ -249,8 +258,15 @@ def _finished(config: EmbedConfig) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     summary: dict[str, Any] = storage.read_json(uri)
-    identity = storage.read_json(storage.join(config.out, IDENTITY_NAME))
-    compare_settings(config.out, identity["config"], _question(config))
+    data_uri = storage.join(config.out, DATA_DIR)
+
+    def inputs() -> dict[str, str | None]:
+        return {
+            **data_inputs(config.source, data_uri, lambda: _prepare(config)),
+            "checkpoint_fingerprint": load_encoder(config.checkpoint).start.fingerprint,
+        }
+
+    check_finished(config.out, _question(config), inputs)
     logger.info("%s is finished: %d embeddings", config.out, summary["embeddings"])
     return summary
 

@@ -33,6 +33,8 @@ class FinetuneSummary:
     """Name of the task."""
     metric: str
     """How it is scored."""
+    unit: str | None
+    """Of score and labels; None for classification, and where the task names none."""
     molecules: int
     """With labels, all parts together."""
     valid_score: float
@@ -83,6 +85,7 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
         results=storage.join(out, RESULTS_NAME),
         task=results["task"]["name"],
         metric=results["task"]["metric"],
+        unit=results["task"]["unit"],
         molecules=results["data"]["molecules"],
         valid_score=results["final"]["valid"]["mean"],
         test_score=results["final"]["test"]["mean"],

@@ -79,6 +79,8 @@ class SweepSummary:
     """Name of the task."""
     metric: str
     """How it is scored."""
+    unit: str | None
+    """Of score and labels; None for classification, and where the task names none."""
     molecules: int
     """With labels, all parts together."""
     trials: int
@@ -152,7 +154,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     )
     title = f"{experiment.task.name} trials"
     with Progress(title, unit="trial", total=config.num_trials) as progress:
-        _ProgressCallback.reporter = progress.reporter
+        _ProgressCallback.reporter, _ProgressCallback.total = progress.reporter, config.num_trials
         try:
             with warnings.catch_warnings():
                 # A trial that an interrupted command had begun reports its first epochs again.
@@ -276,13 +278,14 @@ class _ProgressCallback(tune.Callback):
     """
 
     reporter: Reporter | None = None
+    total = 0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ARG002 - Tune's signature
         """Count the trials that are over."""
         if self.reporter is not None:
             over = [trial for trial in trials if trial.status in (Trial.TERMINATED, Trial.ERROR)]
             failed = sum(trial.status == Trial.ERROR for trial in over)
-            self.reporter({"done": len(over), "failed": failed})
+            self.reporter({"done": len(over), "total": self.total, "failed": failed})
 
 
 def _trial_result(result: tune.Result) -> TrialResult:

@@ -1,0 +1,93 @@
+"""A folder of results is for one question, one data set and one set of weights, and shows no credentials."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
+from moleblend_ray.data import storage
+from moleblend_ray.errors import ConfigError, StorageError
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.hub import save_pretrained
+from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.orchestration.downstream import (
+    check_finished,
+    claim,
+    finished_results,
+    question,
+    starting_point,
+)
+
+QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
+IDENTITY = {"config": QUESTION, "data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb"}
+TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+
+
+def inputs(**changes: str) -> Mapping[str, str | None]:
+    return {"data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb", **changes}
+
+
+def test_credentials_are_not_stored_and_do_not_make_another_question(tmp_path: Path) -> None:
+    claim(str(tmp_path), IDENTITY)
+    text = (tmp_path / "config.json").read_text()
+    assert "secret" not in text
+    assert "s3cret" not in text
+    newly_signed = {**QUESTION, "source": "https://you:pw@host/a?Signature=other&id=1"}
+    claim(str(tmp_path), {**IDENTITY, "config": newly_signed})
+    check_finished(str(tmp_path), newly_signed, inputs)
+    with pytest.raises(ConfigError, match=r"config\.source.*id=1.*there.*id=2.*here") as raised:
+        claim(
+            str(tmp_path),
+            {**IDENTITY, "config": {**QUESTION, "source": "https://u:secret@host/a?id=2"}},
+        )
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["data_fingerprint", "checkpoint_fingerprint"])
+def test_finished_results_of_changed_inputs_are_refused_naming_both(
+    tmp_path: Path, name: str
+) -> None:
+    claim(str(tmp_path), IDENTITY)
+    with pytest.raises(ConfigError, match=rf"{name}: '.*' there, 'ccc' here.*another `out`"):
+        check_finished(str(tmp_path), QUESTION, lambda: inputs(**{name: "ccc"}))
+
+
+def test_inputs_that_are_gone_leave_finished_results_finished(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    claim(str(tmp_path), IDENTITY)
+
+    def gone() -> Mapping[str, str | None]:
+        raise StorageError("no such checkpoint")
+
+    with caplog.at_level(logging.WARNING):
+        check_finished(str(tmp_path), QUESTION, gone)
+    assert "no such checkpoint" in caplog.text
+
+
+def test_a_checkpoint_replaced_under_its_name_is_not_what_the_results_are_of(
+    tmp_path: Path,
+) -> None:
+    config = FinetuneConfig(
+        task=TaskConfig(name="esol", source=str(tmp_path / "esol.csv")),
+        out=str(tmp_path / "out"),
+        checkpoint=str(tmp_path / "model"),
+    )
+    torch.manual_seed(0)
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    identity = {
+        "config": question(config),
+        "data_fingerprint": "aaa",
+        "checkpoint_fingerprint": starting_point(config).fingerprint,
+    }
+    claim(config.out, identity)
+    storage.write_json(storage.join(config.out, "results.json"), {"seconds": 1.0})
+    assert finished_results(config) == {"seconds": 1.0}
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="checkpoint_fingerprint"):
+        finished_results(config)
