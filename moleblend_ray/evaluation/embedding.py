@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
 from moleblend_ray.evaluation.property_model import SavedProperty
 from moleblend_ray.model.batch import MoleculeBatch
@@ -21,6 +23,17 @@ MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
 
 CHUNK = 1024
 """Molecules whose relation matrices are in memory at once."""
+
+
+def part_schema(dim: int, predictions: Sequence[str]) -> pa.Schema:
+    """Columns of a part: vectors of length ``dim``, and a column for each name that a fine-tuned head predicts."""
+    return pa.schema(
+        [
+            *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
+            pa.field("embedding", pa.list_(pa.float32(), dim)),
+            *(pa.field(f"prediction:{name}", pa.float64()) for name in predictions),
+        ]
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,13 +71,13 @@ class Embedder:
         """The rows of a shard table, in their order, with embeddings and, if trained, a prediction for each column."""
         embeddings, outputs = self._run(table)
         flat = pa.array(embeddings.reshape(-1), type=pa.float32())
-        columns = {name: table[name] for name in MOLECULE_COLUMNS}
-        columns["embedding"] = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
+        columns = [table[name] for name in MOLECULE_COLUMNS]
+        columns.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
+        predicted: tuple[str, ...] = ()
         if self.fine_tuned is not None:
-            values = self.fine_tuned.trained.readout(outputs)
-            for index, name in enumerate(self.fine_tuned.trained.columns):
-                columns[f"prediction:{name}"] = pa.array(values[:, index], type=pa.float64())
-        return pa.table(columns)
+            predicted = self.fine_tuned.trained.columns
+            columns += list(self.fine_tuned.trained.readout(outputs).T)
+        return pa.table(columns, schema=part_schema(embeddings.shape[1], predicted))
 
     @torch.no_grad()
     def _run(self, table: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

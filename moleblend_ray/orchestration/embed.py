@@ -28,8 +28,14 @@ from moleblend_ray.data.shards import (
     ShardReader,
     load_manifest,
 )
-from moleblend_ray.errors import CheckpointError, DataError, MoleBlendError
-from moleblend_ray.evaluation.embedding import MOLECULE_COLUMNS, Embedder
+from moleblend_ray.errors import (
+    CheckpointError,
+    DataError,
+    MoleBlendError,
+    TrainingError,
+    without_credentials,
+)
+from moleblend_ray.evaluation.embedding import MOLECULE_COLUMNS, Embedder, part_schema
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.downstream import (
     check_finished,
@@ -45,7 +51,7 @@ from moleblend_ray.orchestration.workers import use_reserved
 logger = logging.getLogger(__name__)
 
 SUMMARY_NAME = "embeddings.json"
-"""Names every part with its checksum; written last."""
+"""Names every part with its rows, bytes and checksum; written last."""
 
 REJECTED_NAME = "rejected.parquet"
 
@@ -129,25 +135,28 @@ def _prepare(config: EmbedConfig) -> str:
 def _embed_shards(config: EmbedConfig, data_uri: str, manifest: Manifest) -> dict[str, Any]:
     """Every part that is not there yet, on Ray Data actors that each hold the model."""
     encoder = load_encoder(config.checkpoint)
+    start = encoder.start
+    predictions = encoder.fine_tuned.trained.columns if encoder.fine_tuned else ()
     identity = {
         "config": _question(config),
         "data_fingerprint": manifest.fingerprint,
-        "checkpoint_fingerprint": encoder.start.fingerprint,
+        "checkpoint_fingerprint": start.fingerprint,
     }
     claim(config.out, identity)
-    parts = _parts(manifest)
-    missing = [part for part in parts if not storage.exists(_part_uri(config.out, part))]
-    if len(missing) < len(parts):
-        logger.info("%d of %d parts were made before", len(parts) - len(missing), len(parts))
-    if missing:
-        _run_actors(config, data_uri, manifest, missing, encoder.start.fingerprint)
+    writer = PartWriter(
+        config, data_uri, manifest, start.fingerprint, part_schema(start.model.dim, predictions)
+    )
+    parts = _run_actors(writer, _parts(manifest))
+    reused = sum(part.pop("reused") for part in parts)
+    if reused:
+        logger.info("%d of %d parts were made before", reused, len(parts))
     return {
-        "parts": [{"path": part_path(part["number"]), "rows": part["rows"]} for part in parts],
-        "parts_reused": len(parts) - len(missing),
+        "parts": parts,
+        "parts_reused": reused,
         "embeddings": sum(part["rows"] for part in parts),
-        "dim": encoder.start.model.dim,
-        "predictions": list(encoder.fine_tuned.trained.columns) if encoder.fine_tuned else [],
-        "checkpoint": {"uri": config.checkpoint, "fingerprint": encoder.start.fingerprint},
+        "dim": start.model.dim,
+        "predictions": list(predictions),
+        "checkpoint": {"uri": config.checkpoint, "fingerprint": start.fingerprint},
     }
 
 
@@ -164,32 +173,31 @@ def _parts(manifest: Manifest) -> list[dict[str, Any]]:
     ]
 
 
-def _run_actors(
-    config: EmbedConfig,
-    data_uri: str,
-    manifest: Manifest,
-    parts: list[dict[str, Any]],
-    fingerprint: str | None,
-) -> None:
-    cluster = config.cluster
-    actors = min(cluster.num_data_actors, len(parts))
+def _run_actors(writer: PartWriter, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``embeddings.json`` says of each part, in order."""
+    cluster = writer.config.cluster
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts)).map_batches(
-        _PartWriter,
-        fn_constructor_args=(config, data_uri, manifest, fingerprint),
+        _PartActor,
+        fn_constructor_args=(writer,),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_data_actors, len(parts))),
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.use_gpu else 0,
     )
     total = sum(part["rows"] for part in parts)
-    done = 0
+    written: dict[int, dict[str, Any]] = {}
     with Progress("embed", unit="molecule", total=total) as progress:
         try:
-            for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
-                done += int(batch["rows"].sum())
+            for row in dataset.iter_rows():
+                written[row.pop("number")] = row
+                done = sum(part["rows"] for part in written.values())
                 progress.reporter({"done": done, "total": total})
-        except ray.exceptions.RayTaskError as error:
-            raise _own_error(error) or error from None
+        except ray.exceptions.RayError as error:
+            raise _own_error(error) or TrainingError(
+                f"embedding into {writer.config.out} failed: {error}. Parts made so far are kept: run the same "
+                "command again"
+            ) from error
+    return [written[number] for number in sorted(written)]
 
 
 def _own_error(error: BaseException | None) -> MoleBlendError | None:
@@ -199,35 +207,91 @@ def _own_error(error: BaseException | None) -> MoleBlendError | None:
     return error
 
 
-class _PartWriter:
-    """An actor with the model in memory; a shard in, a Parquet part on storage out."""
+class PartWriter:
+    """A shard in, a Parquet part on storage out, with the model in memory once it is needed."""
 
     def __init__(
-        self, config: EmbedConfig, data_uri: str, manifest: Manifest, fingerprint: str | None
+        self,
+        config: EmbedConfig,
+        data_uri: str,
+        manifest: Manifest,
+        fingerprint: str | None,
+        schema: pa.Schema,
     ) -> None:
-        loaded = load_encoder(config.checkpoint)
-        if loaded.start.fingerprint != fingerprint:
-            raise CheckpointError(
-                f"{config.checkpoint} changed while its embeddings were computed; embed from one checkpoint "
-                "(.../checkpoints/step-NNNNNNNN) or an exported model, into an empty `out`"
-            )
-        self._config = config
+        self.config = config
         self._data_uri = data_uri
         self._manifest = manifest
-        self._embedder = Embedder.build(
-            loaded.start, loaded.fine_tuned, config.batch_size, use_reserved(config.cluster)
-        )
+        self._fingerprint = fingerprint
+        self._schema = schema
+        self._embedder: Embedder | None = None
 
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        for number, split, shard in zip(
-            batch["number"], batch["split"], batch["shard"], strict=True
-        ):
-            table = read_shard(self._data_uri, self._manifest, str(split), int(shard))
-            sink = pa.BufferOutputStream()
-            pq.write_table(self._embedder.part(table), sink, compression="zstd")
-            uri = storage.join(self._config.out, part_path(int(number)))
-            storage.write_bytes(uri, sink.getvalue().to_pybytes())
-        return {"rows": batch["rows"]}
+    def write(self, number: int, split: str, shard: int) -> dict[str, Any]:
+        """Make the part, unless it is there; its path, rows, bytes, checksum and whether it was there."""
+        path = part_path(number)
+        uri = storage.join(self.config.out, path)
+        rows = self._manifest.shards_of(split)[shard].num_rows
+        content = self._made_before(uri, rows)
+        reused = content is not None
+        if content is None:
+            table = read_shard(self._data_uri, self._manifest, split, shard)
+            content = _parquet(self._loaded().part(table), compression="zstd")
+            storage.write_bytes(uri, content)
+        return {
+            "path": path,
+            "rows": rows,
+            "bytes": len(content),
+            "sha256": storage.sha256_bytes(content),
+            "reused": reused,
+        }
+
+    def _made_before(self, uri: str, rows: int) -> bytes | None:
+        """The part, if an earlier command made it whole: the name alone tells nothing of its content."""
+        if not storage.exists(uri):
+            return None
+        content = storage.read_bytes(uri)
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content))
+        except pa.ArrowInvalid as error:
+            logger.warning("%s is damaged and made again: %s", without_credentials(uri), error)
+            return None
+        if file.metadata.num_rows == rows and file.schema_arrow.equals(self._schema):
+            return content
+        logger.warning("%s holds other rows or columns and is made again", without_credentials(uri))
+        return None
+
+    def _loaded(self) -> Embedder:
+        if self._embedder is None:
+            loaded = load_encoder(self.config.checkpoint)
+            if loaded.start.fingerprint != self._fingerprint:
+                raise CheckpointError(
+                    f"{self.config.checkpoint} changed while its embeddings were computed; embed from one "
+                    "checkpoint (.../checkpoints/step-NNNNNNNN) or an exported model, into an empty `out`"
+                )
+            device = use_reserved(self.config.cluster)
+            self._embedder = Embedder.build(
+                loaded.start, loaded.fine_tuned, self.config.batch_size, device
+            )
+        return self._embedder
+
+
+class _PartActor:
+    """A `PartWriter` as Ray Data calls it.
+
+    It does nothing when made: Ray starts a new actor for each that fails to start, for ever, while the error
+    of a task ends the run.
+    """
+
+    def __init__(self, writer: PartWriter) -> None:
+        self._writer = writer
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        rows = [
+            {"number": number, **self._writer.write(number, split, shard)}
+            for number, split, shard in zip(
+                *(batch[name].tolist() for name in ("number", "split", "shard")), strict=True
+            )
+        ]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
@@ -247,10 +311,14 @@ def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
         for shard in manifest.shards_of("quarantine")
     ]
     table = pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    storage.write_bytes(storage.join(out, REJECTED_NAME), sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(out, REJECTED_NAME), _parquet(table))
     return int(table.num_rows)
+
+
+def _parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return bytes(sink.getvalue())
 
 
 def _finished(config: EmbedConfig) -> dict[str, Any] | None:
@@ -277,10 +345,6 @@ def _question(config: EmbedConfig) -> dict[str, Any]:
     for name in ("out", "cluster", "batch_size"):
         settings.pop(name)
     return {"job": "EmbedConfig", **settings}
-
-
-def _part_uri(out: str, part: Mapping[str, Any]) -> str:
-    return storage.join(out, part_path(part["number"]))
 
 
 def _summary(out: str, stored: Mapping[str, Any], *, already_finished: bool) -> EmbedSummary:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +52,18 @@ def read_parts(out: str) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted(Path(out, "parts").iterdir()))
 
 
+def check_listed_parts(out: str) -> None:
+    parts = json.loads(Path(out, "embeddings.json").read_text())["parts"]
+    assert [part["path"] for part in parts] == [
+        f"parts/part-0000{number}.parquet" for number in range(3)
+    ]
+    for part in parts:
+        content = Path(out, part["path"]).read_bytes()
+        assert part["bytes"] == len(content)
+        assert part["sha256"] == hashlib.sha256(content).hexdigest()
+        assert part["rows"] == pq.read_metadata(Path(out, part["path"])).num_rows
+
+
 def run_in_small_parts(config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedSummary:
     monkeypatch.setattr(embed_module, "ROWS_PER_CHUNK", 20)
     return embed(config)
@@ -61,6 +75,7 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
 ) -> None:
     summary = run_in_small_parts(config, monkeypatch)
     table = read_parts(config.out)
+    check_listed_parts(config.out)
     assert (summary.embeddings, summary.rejected, summary.parts, summary.dim) == (50, 1, 3, 16)
     assert table["mol_id"].to_pylist() == [f"id-{row}" for row in range(50)]
     assert table["source_row"].to_pylist() == [*range(10), *range(11, 51)]
@@ -90,6 +105,7 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
     Path(config.out, "embeddings.json").unlink()
     Path(config.out, "parts/part-00001.parquet").unlink()
     again = embed(config)
+    check_listed_parts(config.out)
     assert (again.parts_reused, again.already_finished) == (2, False)
     assert kept.stat().st_mtime_ns == made
     np.testing.assert_array_equal(
@@ -101,3 +117,15 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
 def test_a_checkpoint_that_is_not_there_is_named(config: EmbedConfig, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no-such-model"):
         embed(dataclasses.replace(config, checkpoint=str(tmp_path / "no-such-model")))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_checkpoint_that_changes_meanwhile_ends_the_run_with_its_own_error(
+    config: EmbedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The driver reads the weights first; what the actors find must not make Ray start actors for ever.
+    loaded = embed_module.load_encoder(config.checkpoint)
+    other = loaded._replace(start=dataclasses.replace(loaded.start, fingerprint="0" * 64))
+    monkeypatch.setattr(embed_module, "load_encoder", lambda _: other)
+    with pytest.raises(CheckpointError, match="changed while"):
+        embed(config)

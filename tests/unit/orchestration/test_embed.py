@@ -1,0 +1,92 @@
+"""Parts are reused if they are what would be made, and what fails says so when a part is made."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from moleblend_ray.config.downstream import EmbedConfig
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.embedding import part_schema
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.hub import save_pretrained
+from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.orchestration.downstream import load_encoder
+from moleblend_ray.orchestration.embed import PartWriter
+
+TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    """Of four prepared molecules in one shard."""
+    source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
+    source.write_text("smiles\nCCO\nCCN\nCCC\nCO\n")
+    options = ConvertOptions(columns=ColumnConfig(), valid_fraction=0.0)
+    sources = inspect_sources(find_sources(str(source)), options.columns)
+    begin(out, sources, options)
+    (layout,) = sources.layouts
+    receipts = [
+        convert_chunk(chunk, layout, sources.labels, options, out)
+        for chunk in read_chunks(layout, 0, options.rows_per_chunk)
+    ]
+    return finish(out, sources, options, receipts)
+
+
+def writer(folder: Path, manifest: Manifest, *, model: str = "model") -> PartWriter:
+    torch.manual_seed(0)
+    save_pretrained(MoleBlendModel(TINY), str(folder / "model"))
+    fingerprint = load_encoder(str(folder / "model")).start.fingerprint
+    data = str(folder / "data")
+    config = EmbedConfig(checkpoint=str(folder / model), source=data, out=str(folder / "out"))
+    return PartWriter(config, data, manifest, fingerprint, part_schema(TINY.dim, ()))
+
+
+def test_a_part_is_described_by_its_rows_bytes_and_checksum_and_reused(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    made = writer(tmp_path, manifest).write(0, "train", 0)
+    content = (tmp_path / "out" / made["path"]).read_bytes()
+    assert made == {
+        "path": "parts/part-00000.parquet",
+        "rows": 4,
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "reused": False,
+    }
+    assert writer(tmp_path, manifest).write(0, "train", 0) == {**made, "reused": True}
+
+
+@pytest.mark.parametrize("damage", ["cut", "rows", "columns"])
+def test_a_part_that_does_not_fit_is_made_again(
+    tmp_path: Path, manifest: Manifest, damage: str
+) -> None:
+    made = writer(tmp_path, manifest).write(0, "train", 0)
+    path = tmp_path / "out" / made["path"]
+    table = pq.read_table(path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "rows":
+        pq.write_table(table.slice(0, 3), path)
+    else:
+        vectors = pa.FixedSizeListArray.from_arrays(pa.array([0.0] * 8, pa.float32()), 2)
+        pq.write_table(table.set_column(4, "embedding", vectors), path)
+    again = writer(tmp_path, manifest).write(0, "train", 0)
+    assert again == made
+    assert pq.read_table(path).equals(table)
+
+
+def test_a_model_that_is_not_there_is_the_error_of_the_part_not_of_the_writer(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    lacking = writer(tmp_path, manifest, model="no-such-model")
+    with pytest.raises(CheckpointError, match="no-such-model"):
+        lacking.write(0, "train", 0)
