@@ -24,3 +24,14 @@ def test_a_private_cluster_without_room_for_workers_and_a_data_actor_is_refused(
         PretrainConfig(data="data", out="out", stream=stream, cluster=cluster)
     cluster = ClusterConfig(num_workers=2, local_cpus=3)
     assert PretrainConfig(data="data", out="out", stream=stream, cluster=cluster)
+
+
+def test_every_data_actor_that_must_start_is_counted() -> None:
+    stream = StreamConfig(min_actors=3, max_actors=3)
+    with pytest.raises(ConfigError, match=r"at least 5, which the workers and stream\.min_actors"):
+        PretrainConfig(data="data", out="out", stream=stream, cluster=ClusterConfig(local_cpus=4))
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^seed: expected 0 to 2\*\*63 - 1"):
+        PretrainConfig(data="data", out="out", seed=2**64)
