@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import check_all
 
 ATOM_LIMIT = 65_535
 """Most atoms a record can hold: bonds store atom indices as uint16."""
@@ -30,17 +30,14 @@ class ConformerConfig:
     """Keep a molecule that could not be embedded, with status ``failed`` and no coordinates, or reject it."""
 
     def __post_init__(self) -> None:
-        problems = []
-        if not 1 <= self.count <= 255:
-            problems.append(f"count must be 1 to 255, found {self.count}")
-        if not self.timeout_s > 0:
-            problems.append(f"timeout_s must be more than 0 seconds, found {self.timeout_s}")
-        if self.mmff_max_iterations < 0:
-            problems.append(
-                f"mmff_max_iterations must be 0 or more, found {self.mmff_max_iterations}"
-            )
-        if problems:
-            raise ConfigError("\n".join(problems))
+        check_all(
+            (1 <= self.count <= 255, f"count: expected 1 to 255, found {self.count}"),
+            (self.timeout_s > 0, f"timeout_s: expected > 0 seconds, found {self.timeout_s}"),
+            (
+                self.mmff_max_iterations >= 0,
+                f"mmff_max_iterations: expected >= 0, found {self.mmff_max_iterations}",
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,5 +64,9 @@ class FeaturizeConfig:
     """Coordinates for records that have none."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.max_atoms <= ATOM_LIMIT:
-            raise ConfigError(f"max_atoms must be 1 to {ATOM_LIMIT}, found {self.max_atoms}")
+        check_all(
+            (
+                1 <= self.max_atoms <= ATOM_LIMIT,
+                f"max_atoms: expected 1 to {ATOM_LIMIT}, found {self.max_atoms}",
+            )
+        )

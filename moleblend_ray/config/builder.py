@@ -39,13 +39,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
-def check_all(*checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError with the message of every (condition, message) whose condition is false."""
-    problems = [message for holds, message in checks if not holds]
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
 def run_checks(*checks: Callable[[], None]) -> None:
     """Run every check; raise one ConfigError with the messages of all that did."""
     problems = []

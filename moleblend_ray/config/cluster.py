@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moleblend_ray.config.builder import check_all
+from moleblend_ray.errors import check_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

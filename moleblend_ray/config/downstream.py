@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moleblend_ray.config.builder import check_all
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import check_all
 from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
 from moleblend_ray.evaluation.tasks import Metric, SplitKind, Task, TaskKind, resolve_task
 from moleblend_ray.model.config import ModelConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
-from moleblend_ray.config.builder import check_all
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import check_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

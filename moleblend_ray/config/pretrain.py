@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moleblend_ray.config.builder import check_all, run_checks
+from moleblend_ray.config.builder import run_checks
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.errors import check_all
 from moleblend_ray.model.config import (
     BlendConfig,
     LossConfig,

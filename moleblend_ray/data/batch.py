@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.data.block import NUM_ATOM_FEATURES, MoleculeBlock
-from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, TrainingError
+from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, TrainingError, check_all
 from moleblend_ray.relations.topology import Topology, bond_degrees, num_pairs, topology
 from moleblend_ray.vocabulary import NUM_HOPS
 
@@ -65,19 +65,20 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no stream."""
-        problems = [
-            f"{name}: expected at least 1, found {getattr(self, name)}"
-            for name in ("micro_batch_size", "steps_per_block", "min_actors", "cache_bytes")
-            if getattr(self, name) < 1
-        ]
-        if self.max_actors < self.min_actors:
-            problems.append(
-                f"max_actors: expected at least min_actors ({self.min_actors}), found {self.max_actors}"
-            )
-        if self.actor_cpus <= 0:
-            problems.append(f"actor_cpus: expected more than 0, found {self.actor_cpus}")
-        if problems:
-            raise ConfigError("\n".join(problems))
+        check_all(
+            *(
+                (
+                    getattr(self, name) >= 1,
+                    f"{name}: expected at least 1, found {getattr(self, name)}",
+                )
+                for name in ("micro_batch_size", "steps_per_block", "min_actors", "cache_bytes")
+            ),
+            (
+                self.max_actors >= self.min_actors,
+                f"max_actors: expected at least min_actors ({self.min_actors}), found {self.max_actors}",
+            ),
+            (self.actor_cpus > 0, f"actor_cpus: expected more than 0, found {self.actor_cpus}"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

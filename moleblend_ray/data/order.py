@@ -23,7 +23,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.errors import ConfigError, DataError, check_all
 from moleblend_ray.relations.hashing import keyed_hash, mix
 
 MAX_MOLECULES: Final = 10**12
@@ -59,20 +59,24 @@ class OrderConfig:
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no order."""
-        problems = [
-            f"{name}: expected at least 1, found {getattr(self, name)}"
-            for name in ("global_batch_size", "num_streams", "shuffle_window", "chunk_rows")
-            if getattr(self, name) < 1
-        ]
-        if not -(2**63) <= self.seed < 2**63:
-            problems.append(f"seed: expected -2**63 to 2**63 - 1, found {self.seed}")
-        if not problems and self.global_batch_size % self.num_streams:
-            problems.append(
+        check_all(
+            *(
+                (
+                    getattr(self, name) >= 1,
+                    f"{name}: expected at least 1, found {getattr(self, name)}",
+                )
+                for name in ("global_batch_size", "num_streams", "shuffle_window", "chunk_rows")
+            ),
+            (
+                -(2**63) <= self.seed < 2**63,
+                f"seed: expected -2**63 to 2**63 - 1, found {self.seed}",
+            ),
+            (
+                self.num_streams < 1 or self.global_batch_size % self.num_streams == 0,
                 f"num_streams: expected a divisor of global_batch_size ({self.global_batch_size}), "
-                f"found {self.num_streams}"
-            )
-        if problems:
-            raise ConfigError("\n".join(problems))
+                f"found {self.num_streams}",
+            ),
+        )
 
     @property
     def stream_batch_size(self) -> int:

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moleblend_ray.errors import ConfigError
-
-
-def _require(*checks: tuple[bool, str]) -> None:
-    problems = [message for holds, message in checks if not holds]
-    if problems:
-        raise ConfigError("\n".join(problems))
+from moleblend_ray.errors import check_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +31,7 @@ class FinetuneSettings:
     """Molecules computed at once: memory and speed; the result only through which dropout is drawn."""
 
     def __post_init__(self) -> None:
-        _require(
+        check_all(
             (self.learning_rate > 0, f"learning_rate: expected > 0, found {self.learning_rate}"),
             (self.weight_decay >= 0, f"weight_decay: expected >= 0, found {self.weight_decay}"),
             (self.batch_size >= 1, f"batch_size: expected >= 1, found {self.batch_size}"),
@@ -73,7 +67,7 @@ class SearchSpace:
     """Fewest and most; null: the task's own range."""
 
     def __post_init__(self) -> None:
-        _require(
+        check_all(
             _log_range("learning_rate", self.learning_rate),
             _log_range("weight_decay", self.weight_decay),
             (

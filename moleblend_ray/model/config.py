@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import check_all
 
 PAPER_EDGE_VOCAB: Final = (4, 3, 2)
 """Bond types, stereo codes and conjugation codes that the paper's edge classes cover."""
@@ -17,11 +17,6 @@ NUM_PAPER_EDGE_CLASSES: Final = 24
 
 LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise")
 """The pretraining losses, in the order of ``losses.loss_counts``."""
-
-
-def _raise_if(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError("\n".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,25 +59,30 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kernels", "pair_dim")
         rates = ("dropout", "attention_dropout", "activation_dropout", "drop_path")
-        problems = [
-            f"{name}: expected at least {least}, found {getattr(self, name)}"
-            for name, least in (*((name, 1) for name in sizes), ("num_spd_classes", 2))
-            if getattr(self, name) < least
-        ]
-        problems += [
-            f"{name}: expected at least 0 and below 1, found {getattr(self, name)}"
-            for name in rates
-            if not 0.0 <= getattr(self, name) < 1.0
-        ]
-        if self.num_heads >= 1 and self.dim % self.num_heads:
-            problems.append(
-                f"num_heads: expected a divisor of dim = {self.dim}, found {self.num_heads}"
-            )
-        if self.missing_positions not in ("mask", "origin"):
-            problems.append(
-                f"missing_positions: expected mask or origin, found {self.missing_positions!r}"
-            )
-        _raise_if(problems)
+        check_all(
+            *(
+                (
+                    getattr(self, name) >= least,
+                    f"{name}: expected at least {least}, found {getattr(self, name)}",
+                )
+                for name, least in (*((name, 1) for name in sizes), ("num_spd_classes", 2))
+            ),
+            *(
+                (
+                    0.0 <= getattr(self, name) < 1.0,
+                    f"{name}: expected at least 0 and below 1, found {getattr(self, name)}",
+                )
+                for name in rates
+            ),
+            (
+                self.num_heads < 1 or self.dim % self.num_heads == 0,
+                f"num_heads: expected a divisor of dim = {self.dim}, found {self.num_heads}",
+            ),
+            (
+                self.missing_positions in ("mask", "origin"),
+                f"missing_positions: expected mask or origin, found {self.missing_positions!r}",
+            ),
+        )
 
     @property
     def num_edge_classes(self) -> int:
@@ -106,20 +106,14 @@ class BlendConfig:
     Pairs without coordinates then keep the choice 3D and show nothing."""
 
     def __post_init__(self) -> None:
-        problems = []
-        for name, length in (("pair_probabilities", 3), ("atom_probabilities", 2)):
-            values = getattr(self, name)
-            total = math.fsum(values)
-            if len(values) != length or min(values) < 0.0 or not abs(total - 1.0) <= 1e-6:
-                problems.append(
-                    f"{name}: expected {length} numbers of at least 0 that sum to 1, "
-                    f"found {list(values)} with sum {total:g}"
-                )
-        if not self.noise_std_angstrom >= 0.0:
-            problems.append(
-                f"noise_std_angstrom: expected at least 0, found {self.noise_std_angstrom}"
-            )
-        _raise_if(problems)
+        check_all(
+            _distribution("pair_probabilities", self.pair_probabilities, 3),
+            _distribution("atom_probabilities", self.atom_probabilities, 2),
+            (
+                self.noise_std_angstrom >= 0.0,
+                f"noise_std_angstrom: expected at least 0, found {self.noise_std_angstrom}",
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +139,14 @@ class LossConfig:
     predict their noise from: the prediction is a constant near 0, where the gradient of a cosine is huge."""
 
     def __post_init__(self) -> None:
-        _raise_if(
-            [
-                f"{name}: expected at least 0, found {getattr(self, name)}"
+        check_all(
+            *(
+                (
+                    getattr(self, name) >= 0.0,
+                    f"{name}: expected at least 0, found {getattr(self, name)}",
+                )
                 for name in (*(f"{loss}_weight" for loss in LOSS_NAMES), "visible_pair_weight")
-                if not getattr(self, name) >= 0.0
-            ]
+            )
         )
 
     def weight(self, name: str) -> float:
@@ -161,14 +157,27 @@ class LossConfig:
 
 def check_objective(model: ModelConfig, loss: LossConfig) -> None:
     """Raise a ConfigError if the losses need heads or classes that the model does not have."""
-    problems = [
-        f"loss.{name}_weight: expected 0 while model.{name}_head is off, found {loss.weight(name):g}"
-        for name in ("direction", "distance")
-        if loss.weight(name) > 0.0 and not getattr(model, f"{name}_head")
-    ]
-    if not model.edge_other_class and not loss.ignore_other_bonds:
-        problems.append(
+    check_all(
+        *(
+            (
+                loss.weight(name) <= 0.0 or getattr(model, f"{name}_head"),
+                f"loss.{name}_weight: expected 0 while model.{name}_head is off, "
+                f"found {loss.weight(name):g}",
+            )
+            for name in ("direction", "distance")
+        ),
+        (
+            model.edge_other_class or loss.ignore_other_bonds,
             "loss.ignore_other_bonds: expected true while model.edge_other_class is off, found false "
-            "(bonds outside the 24 classes have no class)"
-        )
-    _raise_if(problems)
+            "(bonds outside the 24 classes have no class)",
+        ),
+    )
+
+
+def _distribution(name: str, values: Sequence[float], length: int) -> tuple[bool, str]:
+    total = math.fsum(values)
+    return (
+        len(values) == length and min(values) >= 0.0 and abs(total - 1.0) <= 1e-6,
+        f"{name}: expected {length} numbers of at least 0 that sum to 1, "
+        f"found {list(values)} with sum {total:g}",
+    )

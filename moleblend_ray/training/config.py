@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import check_all
 
 Strategy = Literal["fsdp", "ddp", "none"]
 Precision = Literal["fp32", "bf16"]
@@ -38,7 +38,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         peak, final = self.learning_rate, self.final_learning_rate
-        _check(
+        check_all(
             (peak > 0, f"learning_rate: expected > 0, found {peak}"),
             (
                 0 <= final <= peak,
@@ -83,7 +83,7 @@ class TrainConfig:
     """Molecules of the valid split that a validation sees, always the same; fewer if the split has fewer."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_all(
             (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
             (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
             (self.max_failures >= 0, f"max_failures: expected >= 0, found {self.max_failures}"),
@@ -109,7 +109,7 @@ class CheckpointConfig:
     """Committed checkpoints kept; older ones are deleted after a newer one is committed."""
 
     def __post_init__(self) -> None:
-        _check(
+        check_all(
             (self.every_steps >= 1, f"every_steps: expected >= 1, found {self.every_steps}"),
             (self.keep_last >= 1, f"keep_last: expected >= 1, found {self.keep_last}"),
         )
@@ -130,10 +130,3 @@ class TrackingConfig:
 
     dir: str = "runs/wandb"
     """Local folder of the wandb files, on the machine of the first worker."""
-
-
-def _check(*checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError with the message of every (condition, message) whose condition is false."""
-    problems = [message for holds, message in checks if not holds]
-    if problems:
-        raise ConfigError("\n".join(problems))

@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from moleblend_ray.config.builder import build, check_all, to_dict, type_name
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.config.builder import build, to_dict, type_name
+from moleblend_ray.errors import ConfigError, check_all
 
 
 class Colour(StrEnum):
