@@ -62,7 +62,7 @@ _TUNE_SETTINGS = {
     # Trials use absolute paths; a changed folder would only break a user's relative imports.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Seconds between records of the search's state: what a killed command may have to do again.
+    # Seconds between records of the search's state; what happened since then is in the trials' own records.
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
 }
 
@@ -149,6 +149,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
             settings=config.finetune,
             seed=config.search_seed,
             cluster=config.cluster,
+            records=storage.join(config.out, TUNE_DIR, "epochs"),
         ),
         _tune_resources(config),
     )

@@ -6,7 +6,7 @@ A module of its own with few imports: every worker starts by importing it.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ray import tune
 
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.data import storage
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import EpochReport, StartingPoint, finetune_once
 from moleblend_ray.evaluation.results import SeedResult
@@ -59,15 +60,59 @@ class TrialData:
         return np.arange(self.num_train, len(self.molecules), dtype=np.int64)
 
 
+class TrialRecord:
+    """The epochs of one configuration on storage.
+
+    Ray Tune saves the state of its search every few seconds: a killed command may have lost a trial's end.
+    """
+
+    def __init__(self, uri: str, settings: FinetuneSettings, epochs: list[dict[str, Any]]) -> None:
+        self._uri = uri
+        self._settings = settings
+        self.epochs = epochs
+
+    @classmethod
+    def read(cls, folder: str, settings: FinetuneSettings, seed: int) -> TrialRecord:
+        """The record of ``settings`` and ``seed`` in ``folder``, empty if there is none."""
+        key = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True).encode()
+        uri = storage.join(folder, f"{storage.sha256_bytes(key)[:16]}.json")
+        return cls(uri, settings, storage.read_json(uri) if storage.exists(uri) else [])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last epoch was reported."""
+        return bool(self.epochs) and bool(self.epochs[-1]["over"])
+
+    def add(self, epoch: EpochReport) -> None:
+        """Write down and report an epoch that is not there yet."""
+        if epoch.epoch <= len(self.epochs):
+            return
+        patience = self._settings.patience
+        over = epoch.epoch == self._settings.epochs or epoch.epoch - epoch.best_epoch >= patience
+        self.epochs.append({**dataclasses.asdict(epoch), "over": over})
+        storage.write_json(self._uri, self.epochs)
+        tune.report(self.epochs[-1])
+
+
 def run_trial(
     drawn: dict[str, Any],
     data: TrialData,
     settings: FinetuneSettings,
     seed: int,
     cluster: ClusterConfig,
+    records: str,
 ) -> None:
-    """One trial of a sweep: ``settings`` with the ``drawn`` values, reported after each epoch."""
+    """One trial of a sweep: ``settings`` with the ``drawn`` values, reported after each epoch.
+
+    What an interrupted command had reported of these values, by its files in ``records``, is reported again
+    without training; a trial that was over, or that is stopped there again, is not repeated.
+    """
     settings = dataclasses.replace(settings, **drawn)
+    record = TrialRecord.read(records, settings, seed)
+    for values in record.epochs:
+        tune.report(values)
+    if record.is_over:
+        return
     finetune_once(
         data.molecules,
         data.train,
@@ -77,7 +122,7 @@ def run_trial(
         settings=settings,
         seed=seed,
         device=use_reserved(cluster),
-        report=functools.partial(_report, settings),
+        report=record.add,
     )
 
 
@@ -99,8 +144,3 @@ def use_reserved(cluster: ClusterConfig) -> torch.device:
     """Keep torch to the CPUs this process reserved, and give the device it may use."""
     torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
     return torch.device("cuda" if cluster.use_gpu else "cpu")
-
-
-def _report(settings: FinetuneSettings, epoch: EpochReport) -> None:
-    over = epoch.epoch == settings.epochs or epoch.epoch - epoch.best_epoch >= settings.patience
-    tune.report({**dataclasses.asdict(epoch), "over": over})

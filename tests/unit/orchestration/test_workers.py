@@ -1,0 +1,83 @@
+"""A trial that an interrupted sweep had trained is reported again, not trained again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.evaluation.finetune import EpochReport
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.orchestration import workers
+
+
+class Trials:
+    """Stands for Tune and for training: counts epochs trained, and kills the process at a report."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+        self.reported: list[int] = []
+        self.kill_after = 99
+
+    def report(self, values: dict[str, Any]) -> None:
+        if len(self.reported) == self.kill_after:
+            raise KeyboardInterrupt
+        self.reported.append(values["epoch"])
+
+    def finetune_once(self, *_: Any, settings: FinetuneSettings, report: Any, **__: Any) -> None:
+        for epoch in range(1, settings.epochs + 1):
+            self.trained += 1
+            report(
+                EpochReport(
+                    epoch=epoch,
+                    train_loss=1.0,
+                    valid_score=0.5,
+                    best_valid_score=0.5,
+                    best_epoch=1,
+                    seconds=1.0,
+                )
+            )
+
+    def run(self, folder: Path, **drawn: Any) -> None:
+        self.trained, self.reported = 0, []
+        workers.run_trial(
+            drawn,
+            SimpleNamespace(molecules=None, train=None, valid=None, task=None, start=None),
+            FinetuneSettings(epochs=3),
+            0,
+            ClusterConfig(),
+            str(folder),
+        )
+
+
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+    trials = Trials()
+    monkeypatch.setattr(workers, "finetune_once", trials.finetune_once)
+    monkeypatch.setattr(workers, "tune", SimpleNamespace(report=trials.report))
+    return trials
+
+
+def test_a_trial_that_was_over_is_reported_again_without_training(
+    trials: Trials, tmp_path: Path
+) -> None:
+    trials.run(tmp_path, batch_size=8)
+    assert (trials.trained, trials.reported) == (3, [1, 2, 3])
+    trials.run(tmp_path, batch_size=8)
+    assert (trials.trained, trials.reported) == (0, [1, 2, 3])
+    trials.run(tmp_path, batch_size=16)
+    assert (trials.trained, trials.reported) == (3, [1, 2, 3])
+
+
+def test_a_trial_killed_in_the_middle_reports_each_epoch_once_and_is_trained_to_its_end(
+    trials: Trials, tmp_path: Path
+) -> None:
+    trials.kill_after = 1
+    with pytest.raises(KeyboardInterrupt):
+        trials.run(tmp_path)
+    trials.kill_after = 99
+    trials.run(tmp_path)
+    assert (trials.trained, trials.reported) == (3, [1, 2, 3])
