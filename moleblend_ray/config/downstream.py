@@ -65,52 +65,55 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
-    """A pretrained encoder (or a new one) -> a property model and its scores."""
+class PropertyConfig:
+    """What a fine-tuning and a sweep have in common."""
 
     task: TaskConfig
     """Question and molecules."""
     out: str
-    """Directory of the results, as a path or URI that every worker reaches."""
+    """Directory of the results and of a search's state, as a path or URI that every worker reaches."""
     checkpoint: str | None = None
     """Pretraining run, checkpoint or exported model to start from; null: new weights, as `model` describes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Encoder to train from scratch; a checkpoint brings its own."""
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
-    """Hyper-parameters."""
-    seeds: tuple[int, ...] = (0,)
-    """One run each: initialisation of the head, order of the molecules, dropout. Each is reported."""
+    """Hyper-parameters; a sweep varies those of `search` and keeps the others."""
     split_seed: int = 0
     """Seed of the split where it has one (`random`, `scaffold_balanced`)."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     """The fingerprint baseline."""
     gpus_per_worker: float = 1.0
-    """GPUs, or a share of one, that each run reserves when `cluster.use_gpu` is on."""
+    """GPUs, or a share of one, that each training reserves when `cluster.use_gpu` is on."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Where the work runs."""
+    """Where the work runs. As many trainings run at once as fit into the cluster."""
 
-    def __post_init__(self) -> None:
-        check_all(
-            *_common_checks(self.out, self.gpus_per_worker), *_seed_checks("seeds", self.seeds)
+    def _common_checks(self) -> tuple[tuple[bool, str], ...]:
+        return (
+            (bool(self.out), "out: expected a path or URI, found an empty string"),
+            (
+                self.gpus_per_worker > 0,
+                f"gpus_per_worker: expected > 0, found {self.gpus_per_worker}",
+            ),
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
+class FinetuneConfig(PropertyConfig):
+    """A pretrained encoder (or a new one) -> a property model and its scores."""
+
+    seeds: tuple[int, ...] = (0,)
+    """One run each: initialisation of the head, order of the molecules, dropout. Each is reported."""
+
+    def __post_init__(self) -> None:
+        check_all(*self._common_checks(), *_seed_checks("seeds", self.seeds))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig(PropertyConfig):
     """A search over hyper-parameters, judged on validation molecules, then test scores of the chosen one."""
 
-    task: TaskConfig
-    """Question and molecules."""
-    out: str
-    """Directory of the results and of the search's state, as a path or URI that every worker reaches."""
-    checkpoint: str | None = None
-    """Pretraining run, checkpoint or exported model to start from; null: new weights, as `model` describes."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """Encoder to train from scratch; a checkpoint brings its own."""
-    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
-    """Hyper-parameters that the search does not vary."""
     search: SearchSpace = field(default_factory=SearchSpace)
-    """Ranges of those it does."""
+    """Ranges of the hyper-parameters that the search varies."""
     num_trials: int = 30
     """Configurations tried."""
     grace_epochs: int = 5
@@ -119,18 +122,10 @@ class SweepConfig:
     """Seed of the search (Optuna TPE) and of every trial's training."""
     final_seeds: tuple[int, ...] = (0, 1, 2)
     """The chosen configuration is trained once for each and scored once on the test molecules."""
-    split_seed: int = 0
-    """Seed of the split where it has one (`random`, `scaffold_balanced`)."""
-    baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    """The fingerprint baseline."""
-    gpus_per_worker: float = 1.0
-    """GPUs, or a share of one, that each trial reserves when `cluster.use_gpu` is on."""
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Where the work runs. As many trials run at once as fit into the cluster."""
 
     def __post_init__(self) -> None:
         check_all(
-            *_common_checks(self.out, self.gpus_per_worker),
+            *self._common_checks(),
             *_seed_checks("final_seeds", self.final_seeds),
             *_seed_checks("search_seed", (self.search_seed,)),
             (self.num_trials >= 1, f"num_trials: expected >= 1, found {self.num_trials}"),
@@ -168,13 +163,6 @@ class EmbedConfig:
             (bool(self.out), "out: expected a path or URI, found an empty string"),
             (self.batch_size >= 1, f"batch_size: expected >= 1, found {self.batch_size}"),
         )
-
-
-def _common_checks(out: str, gpus_per_worker: float) -> tuple[tuple[bool, str], ...]:
-    return (
-        (bool(out), "out: expected a path or URI, found an empty string"),
-        (gpus_per_worker > 0, f"gpus_per_worker: expected > 0, found {gpus_per_worker}"),
-    )
 
 
 def _seed_checks(name: str, seeds: tuple[int, ...]) -> tuple[tuple[bool, str], ...]:

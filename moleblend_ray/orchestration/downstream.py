@@ -15,7 +15,7 @@ from moleblend_ray.chemistry.scaffolds import split_hash
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.config.downstream import EmbedConfig, PropertyConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
@@ -82,7 +82,7 @@ class Bench:
     """The experiment in the object store (``ray.ObjectRef``)."""
 
 
-def set_up(config: FinetuneConfig | SweepConfig) -> Bench:
+def set_up(config: PropertyConfig) -> Bench:
     """Prepare and load the molecules, split them, load the starting weights; check that ``out`` is for this."""
     task = config.task.resolve()
     start = starting_point(config)
@@ -108,7 +108,7 @@ def set_up(config: FinetuneConfig | SweepConfig) -> Bench:
     return Bench(data_uri=data_uri, experiment=experiment, shared=ray.put(experiment))
 
 
-def prepare_task(config: FinetuneConfig | SweepConfig) -> str:
+def prepare_task(config: PropertyConfig) -> str:
     """URI of the task's prepared molecules."""
     task = config.task
     return prepare_molecules(
@@ -156,7 +156,7 @@ def prepare_molecules(
     return out
 
 
-def starting_point(config: FinetuneConfig | SweepConfig) -> StartingPoint:
+def starting_point(config: PropertyConfig) -> StartingPoint:
     """The checkpoint's encoder, or the description of a new one."""
     if config.checkpoint is None:
         return StartingPoint(model=config.model, encoder=None, fingerprint=None)
@@ -182,7 +182,7 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
 
 
 def train_seeds(
-    config: FinetuneConfig | SweepConfig,
+    config: PropertyConfig,
     bench: Bench,
     settings: FinetuneSettings,
     seeds: Sequence[int],
@@ -201,9 +201,7 @@ def train_seeds(
     return [result for seed in seeds if (result := found[seed]) is not None]
 
 
-def run_baseline(
-    config: FinetuneConfig | SweepConfig, bench: Bench, seeds: Sequence[int]
-) -> list[SeedResult]:
+def run_baseline(config: PropertyConfig, bench: Bench, seeds: Sequence[int]) -> list[SeedResult]:
     """The fingerprint baseline with the same seeds; empty when switched off."""
     if not config.baseline.enabled:
         return []
@@ -244,14 +242,14 @@ def collect(references: Mapping[Any, int], description: str) -> dict[int, SeedRe
     return found
 
 
-def worker_resources(config: FinetuneConfig | SweepConfig) -> dict[str, float]:
+def worker_resources(config: PropertyConfig) -> dict[str, float]:
     """What one training reserves, as arguments of ``ray.remote``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
 
 
 def write_results(
-    config: FinetuneConfig | SweepConfig,
+    config: PropertyConfig,
     bench: Bench,
     chosen: FinetuneSettings,
     final: Sequence[SeedResult],
@@ -293,7 +291,7 @@ def write_results(
     return results
 
 
-def finished_results(config: FinetuneConfig | SweepConfig) -> dict[str, Any] | None:
+def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     """The stored results if ``out`` holds finished ones for this question; a ConfigError if for another."""
     uri = storage.join(config.out, RESULTS_NAME)
     if not storage.exists(uri):
@@ -312,7 +310,7 @@ def finished_results(config: FinetuneConfig | SweepConfig) -> dict[str, Any] | N
     return results
 
 
-def question(config: FinetuneConfig | SweepConfig) -> dict[str, Any]:
+def question(config: PropertyConfig) -> dict[str, Any]:
     """The settings that decide the results: not where they are computed or stored."""
     settings = to_dict(config)
     for name in ("out", "cluster", "gpus_per_worker"):

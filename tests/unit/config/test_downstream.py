@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from moleblend_ray.config.describe import describe
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.errors import ConfigError
 
@@ -21,3 +22,10 @@ def test_seeds_that_no_generator_takes_are_refused(seeds: tuple[int, ...]) -> No
 def test_a_search_seed_below_zero_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^search_seed: expected 0 to"):
         SweepConfig(task=TASK, out="out", search_seed=-1)
+
+
+@pytest.mark.parametrize("config", [FinetuneConfig, SweepConfig])
+def test_every_setting_has_a_description_for_help(config: type) -> None:
+    keys = list(describe(config))
+    assert {"task.name", "cluster.use_gpu", "gpus_per_worker"} <= {key.path for key in keys}
+    assert not [key.path for key in keys if not key.doc]
