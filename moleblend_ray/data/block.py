@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,20 +61,6 @@ class MoleculeBlock:
             positions=self.positions[atoms],
             position_mask=self.position_mask[atoms],
         )
-
-
-def concat(blocks: Sequence[MoleculeBlock]) -> MoleculeBlock:
-    """One block of all molecules of ``blocks``, in order."""
-    return MoleculeBlock(
-        molecule_ids=np.concatenate([block.molecule_ids for block in blocks]),
-        num_atoms=np.concatenate([block.num_atoms for block in blocks]),
-        num_bonds=np.concatenate([block.num_bonds for block in blocks]),
-        atom_features=np.concatenate([block.atom_features for block in blocks]),
-        bonds=np.concatenate([block.bonds for block in blocks]),
-        bond_features=np.concatenate([block.bond_features for block in blocks]),
-        positions=np.concatenate([block.positions for block in blocks]),
-        position_mask=np.concatenate([block.position_mask for block in blocks]),
-    )
 
 
 def ragged_rows(counts: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -5,13 +5,14 @@ Imported by tests through their conftest, and by ``worker.py`` which runs as a s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock, concat
+from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.model.blending import BlendConfig
 from moleblend_ray.model.config import ModelConfig
@@ -59,6 +60,16 @@ def molecule(molecule_id: int) -> MoleculeBlock:
         bond_features=rng.integers(0, [4, 3, 2], (atoms - 1, 3)).astype(np.uint8),
         positions=rng.normal(0, 2, (atoms, 3)).astype(np.float32),
         position_mask=np.full(atoms, molecule_id % 5 != 0),
+    )
+
+
+def concat(blocks: Sequence[MoleculeBlock]) -> MoleculeBlock:
+    """One block of all molecules, in order."""
+    return MoleculeBlock(
+        **{
+            field.name: np.concatenate([getattr(block, field.name) for block in blocks])
+            for field in fields(MoleculeBlock)
+        }
     )
 
 

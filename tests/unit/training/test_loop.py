@@ -14,7 +14,6 @@ import torch
 import toy
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.data.block import concat
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.losses import LossConfig
@@ -62,7 +61,7 @@ def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
     def one_batch_a_step() -> Any:
         order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
         for step in range(3):
-            block = concat([toy.molecule(int(i)) for i in order.global_batch(step)])
+            block = toy.concat([toy.molecule(int(i)) for i in order.global_batch(step)])
             micro = build_micro_batches(block, step, 0, len(block))
             yield StepBatch(step=step, micro_batches=tuple(micro))
 
@@ -92,7 +91,7 @@ def test_a_batch_without_coordinates_has_no_geometry_losses() -> None:
         replace(toy.molecule(i), position_mask=np.zeros(int(toy.molecule(i).num_atoms[0]), bool))
         for i in range(4)
     ]
-    micro = build_micro_batches(concat(blocks), 0, 0, 4)
+    micro = build_micro_batches(toy.concat(blocks), 0, 0, 4)
     record, _ = train_step(toy.learner(), StepBatch(step=0, micro_batches=tuple(micro)))
     assert {"loss", "loss_spd", "loss_edge"} <= record.keys()
     assert not {"loss_direction", "loss_denoise"} & record.keys()
