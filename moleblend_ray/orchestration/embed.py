@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -189,22 +191,20 @@ def _run_actors(writer: PartWriter, parts: list[dict[str, Any]]) -> list[dict[st
     with Progress("embed", unit="molecule", total=total) as progress:
         try:
             for row in dataset.iter_rows():
-                written[row.pop("number")] = row
+                if row["error"]:
+                    raise pickle.loads(row["error"])
+                written[row["number"]] = json.loads(row["part"])
                 done = sum(part["rows"] for part in written.values())
                 progress.reporter({"done": done, "total": total})
+        except ray.exceptions.RayTaskError:
+            # A fault of this program: its traceback is what helps.
+            raise
         except ray.exceptions.RayError as error:
-            raise _own_error(error) or TrainingError(
-                f"embedding into {writer.config.out} failed: {error}. Parts made so far are kept: run the same "
-                "command again"
+            raise TrainingError(
+                f"embedding into {writer.config.out}: a worker was lost: {error}. Parts made so far are kept: "
+                "run the same command again"
             ) from error
     return [written[number] for number in sorted(written)]
-
-
-def _own_error(error: BaseException | None) -> MoleBlendError | None:
-    """The error of this package somewhere below Ray Data's wrappers."""
-    while error is not None and not isinstance(error, MoleBlendError):
-        error = getattr(error, "cause", None) or error.__cause__
-    return error
 
 
 class PartWriter:
@@ -277,21 +277,25 @@ class PartWriter:
 class _PartActor:
     """A `PartWriter` as Ray Data calls it.
 
-    It does nothing when made: Ray starts a new actor for each that fails to start, for ever, while the error
-    of a task ends the run.
+    It does nothing when made: Ray starts a new actor for each that fails to start, for ever. An error of this
+    package is a result like others: of those that a task raises, Ray Data passes on the text alone.
     """
 
     def __init__(self, writer: PartWriter) -> None:
         self._writer = writer
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        rows = [
-            {"number": number, **self._writer.write(number, split, shard)}
-            for number, split, shard in zip(
-                *(batch[name].tolist() for name in ("number", "split", "shard")), strict=True
-            )
-        ]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+        places = zip(*(batch[name].tolist() for name in ("number", "split", "shard")), strict=True)
+        parts, errors = [], []
+        for place in places:
+            part, error = None, b""
+            try:
+                part = self._writer.write(*place)
+            except MoleBlendError as problem:
+                error = pickle.dumps(problem)
+            parts.append(json.dumps(part))
+            errors.append(error)
+        return {"number": batch["number"].tolist(), "part": parts, "error": errors}
 
 
 def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
