@@ -207,7 +207,7 @@ class _Lines:
         self._last_s, self._shown = time.monotonic(), dict(values)
         total = values.get("total", self._total)
         of_total = f"/{total}" if total is not None else ""
-        done = f"{values.get('done', 0)}{of_total} {self._unit}"
+        done = f"{values.get('done', 0)}{of_total} {self._unit}s"
         logger.info("%s: %s %s", self._description, done, _format(values))
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
     with Progress("pretrain", unit="step") as shown:
         ray.get(work.remote(shown.reporter))
     assert "rank 1: odd molecule 5" in caplog.messages
-    assert "pretrain: 4/4 step loss=0.25" in caplog.messages
+    assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
 
 
 class Board:
