@@ -113,7 +113,7 @@ class Progress:
         self,
         description: str,
         *,
-        unit: str = "it",
+        unit: str,
         total: int | None = None,
         log_interval_s: float = 10.0,
     ) -> None:
