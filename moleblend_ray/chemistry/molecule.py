@@ -7,20 +7,23 @@ rejection with a reason code, so that a data set accounts for every row.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
+from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus, embed_conformers
-from moleblend_ray.chemistry.features import atom_features, bond_arrays
+from moleblend_ray.chemistry.features import GraphArrays, graph_arrays
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES
+
+_DUMMY = ATOM_VOCAB_SIZES[0] - 1
 
 
 class RejectionCode(StrEnum):
@@ -127,9 +130,41 @@ class _RejectedError(Exception):
         self.rejection = Rejection(code=code, detail=detail)
 
 
+class SmilesText(NamedTuple):
+    """A record that is a SMILES."""
+
+    smiles: str | None
+
+
+class MolBlock(NamedTuple):
+    """A record that is a V2000 or V3000 block; what follows ``M  END`` is ignored."""
+
+    block: str | None
+
+
+SourceRecord = SmilesText | MolBlock | GeometryRow
+
+
+def molecules_from_records(
+    records: Iterable[SourceRecord | Rejection], config: FeaturizeConfig
+) -> list[Outcome]:
+    """Featurize records, one outcome each, in order; a rejection stays what it is.
+
+    Many at a time are cheaper than one: RDKit parses each, and one compiled pass reads the atoms and bonds of all.
+    """
+    # What RDKit has to say of a molecule stands in its rejection.
+    with rdBase.BlockLogs():
+        drafts = [_draft(record, config) for record in records]
+    graphs = iter(graph_arrays([draft.binary for draft in drafts if isinstance(draft, _Draft)]))
+    return [
+        _finished(draft, next(graphs), config) if isinstance(draft, _Draft) else draft
+        for draft in drafts
+    ]
+
+
 def molecule_from_smiles(smiles: str | None, config: FeaturizeConfig) -> Outcome:
     """Featurize a SMILES; atoms keep the order in which RDKit parses them."""
-    return _guarded(_read_smiles, smiles, config)
+    return molecules_from_records([SmilesText(smiles)], config)[0]
 
 
 def molecule_from_molblock(block: str | None, config: FeaturizeConfig) -> Outcome:
@@ -138,7 +173,7 @@ def molecule_from_molblock(block: str | None, config: FeaturizeConfig) -> Outcom
     A depiction, that is a record neither marked 3D nor with any z, has no coordinates; its stereo is read
     from its wedges, that of a 3D record from the geometry.
     """
-    return _guarded(_read_molblock, block, config)
+    return molecules_from_records([MolBlock(block)], config)[0]
 
 
 def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome:
@@ -146,24 +181,52 @@ def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome
 
     Hydrogens that the lists leave out are implied by the default valences, as in an SDF record.
     """
-    return _guarded(_read_geometry, row, config)
+    return molecules_from_records([row], config)[0]
 
 
-_Source = TypeVar("_Source")
+class _Draft(NamedTuple):
+    """A molecule whose atoms and bonds are not yet read."""
+
+    smiles: str
+    binary: bytes
+    positions: NDArray[np.float32]
+    position_mask: NDArray[np.bool_]
+    conformer_status: ConformerStatus
 
 
-def _guarded(
-    read: Callable[[_Source, FeaturizeConfig], Molecule], source: _Source, config: FeaturizeConfig
-) -> Outcome:
+def _draft(record: SourceRecord | Rejection, config: FeaturizeConfig) -> _Draft | Rejection:
     try:
-        with rdBase.BlockLogs():
-            return read(source, config)
+        if isinstance(record, SmilesText):
+            return _read_smiles(record.smiles, config)
+        if isinstance(record, MolBlock):
+            return _read_molblock(record.block, config)
+        return _read_geometry(record, config) if isinstance(record, GeometryRow) else record
     except _RejectedError as rejected:
         return rejected.rejection
     # RDKit turns its C++ errors into RuntimeError, ValueError and half a dozen of its own classes; one odd
     # row of a hundred million must not end a job.
     except Exception as error:
         return Rejection(code=RejectionCode.INVALID_RECORD, detail=_one_line(error))
+
+
+def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Outcome:
+    first = (
+        -1 if config.dummy_atoms == "other" else graph.atom_features[:, 0].tobytes().find(_DUMMY)
+    )
+    if first >= 0:
+        return Rejection(
+            code=RejectionCode.UNSUPPORTED_ATOM,
+            detail=f"atom {first} has no element (a dummy, R-group or query atom)",
+        )
+    return Molecule(
+        smiles=draft.smiles,
+        atom_features=graph.atom_features,
+        bonds=graph.bonds,
+        bond_features=graph.bond_features,
+        positions=draft.positions,
+        position_mask=draft.position_mask,
+        conformer_status=draft.conformer_status,
+    )
 
 
 def _one_line(message: object, limit: int = 200) -> str:
@@ -176,11 +239,13 @@ def _one_line(message: object, limit: int = 200) -> str:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> Molecule:
+def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> _Draft:
     if not isinstance(smiles, str) or not smiles.strip():
         raise _RejectedError(RejectionCode.MISSING_SMILES, f"found {_one_line(repr(smiles), 80)}")
     # RDKit would stop at a NUL and return what comes before; lone surrogates are no UTF-8.
-    readable = "\0" not in smiles and smiles.encode("utf-8", "ignore").decode() == smiles
+    readable = "\0" not in smiles and (
+        smiles.isascii() or smiles.encode("utf-8", "ignore").decode() == smiles
+    )
     mol: Chem.Mol | None = Chem.MolFromSmiles(smiles) if readable else None
     if mol is None:
         raise _RejectedError(RejectionCode.UNPARSABLE_SMILES, _why_unparsable(smiles))
@@ -202,7 +267,7 @@ def _why_unparsable(smiles: str) -> str:
 _NON_FINITE = re.compile(r"(?i)(?<![\w.])(?:nan|inf|infinity)(?![\w.])")
 
 
-def _read_molblock(block: str | None, config: FeaturizeConfig) -> Molecule:
+def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Draft:
     if not isinstance(block, str) or not block.strip():
         raise _RejectedError(RejectionCode.INVALID_RECORD, "the record is empty")
     mol: Chem.Mol | None = Chem.MolFromMolBlock(block, sanitize=True, removeHs=False)
@@ -259,7 +324,7 @@ def _why_invalid(block: str) -> _RejectedError:
 _KEKULE = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
 
 
-def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> Molecule:
+def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> _Draft:
     positions = _positions_of(row)
     if positions is None and row.smiles:
         return _read_smiles(row.smiles, config)
@@ -346,7 +411,7 @@ def _integers(values: Sequence[int] | NDArray[np.integer]) -> list[int]:
 
 def _featurize(
     mol: Chem.Mol, config: FeaturizeConfig, *, has_positions: bool, has_hydrogens: bool
-) -> Molecule:
+) -> _Draft:
     """The sanitized ``mol`` as a record; its conformer, if it counts, is the source's."""
     if not has_positions:
         mol.RemoveAllConformers()
@@ -366,18 +431,7 @@ def _featurize(
     if config.canonical_order:
         mol, order = _in_canonical_order(mol, smiles)
         positions, placed = positions[:, order], placed[:, order]
-    atoms = atom_features(mol)
-    _check_elements(atoms, config)
-    bonds, bond_features = bond_arrays(mol)
-    return Molecule(
-        smiles=smiles,
-        atom_features=atoms,
-        bonds=bonds,
-        bond_features=bond_features,
-        positions=positions,
-        position_mask=placed,
-        conformer_status=status,
-    )
+    return _Draft(smiles, to_binary(mol), positions, placed, status)
 
 
 class _Coordinates(NamedTuple):
@@ -409,7 +463,12 @@ def _coordinates(
         )
     if status is ConformerStatus.NONE and config.require_coordinates:
         raise _RejectedError(RejectionCode.NO_COORDINATES, "the source has no 3D coordinates")
-    return _Coordinates(positions, np.ones(positions.shape[:2], dtype=np.bool_), status)
+    mask = np.ones(positions.shape[:2], dtype=np.bool_) if len(positions) else _no_mask(num_atoms)
+    return _Coordinates(positions, mask, status)
+
+
+def _no_mask(num_atoms: int) -> NDArray[np.bool_]:
+    return np.empty((0, num_atoms), dtype=np.bool_)  # filling nothing with ones takes 5 us
 
 
 def _check_size(num_atoms: int, config: FeaturizeConfig) -> None:
@@ -418,17 +477,6 @@ def _check_size(num_atoms: int, config: FeaturizeConfig) -> None:
     if num_atoms > config.max_atoms:
         raise _RejectedError(
             RejectionCode.TOO_MANY_ATOMS, f"{num_atoms} atoms; max_atoms is {config.max_atoms}"
-        )
-
-
-def _check_elements(atoms: NDArray[np.uint8], config: FeaturizeConfig) -> None:
-    if config.dummy_atoms == "other":
-        return
-    first = atoms[:, 0].tobytes().find(ATOM_VOCAB_SIZES[0] - 1)
-    if first >= 0:
-        raise _RejectedError(
-            RejectionCode.UNSUPPORTED_ATOM,
-            f"atom {first} has no element (a dummy, R-group or query atom)",
         )
 
 

@@ -26,9 +26,7 @@ from moleblend_ray.chemistry.molecule import (
     Molecule,
     Rejection,
     RejectionCode,
-    molecule_from_geometry,
-    molecule_from_molblock,
-    molecule_from_smiles,
+    molecules_from_records,
 )
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import (
@@ -50,10 +48,8 @@ from moleblend_ray.data.shards import (
 from moleblend_ray.data.sources import (
     ColumnConfig,
     LabelColumn,
-    MolBlock,
     RawRecord,
     RowChunk,
-    SmilesText,
     SourceFile,
     SourceLayout,
     SourceSet,
@@ -203,11 +199,12 @@ def featurize_chunk(
     config: FeaturizeConfig,
 ) -> Featurized:
     """The chunk's records as rows of a shard, and those that cannot be with the reason."""
+    parsed = list(parse_chunk(chunk, layout))
+    outcomes = molecules_from_records((record.content for record in parsed), config)
     records: list[RawRecord] = []
     molecules: list[Molecule] = []
     rejected: list[tuple[RawRecord, Rejection]] = []
-    for record in parse_chunk(chunk, layout):
-        outcome = _molecule(record, config)
+    for record, outcome in zip(parsed, outcomes, strict=True):
         if isinstance(outcome, Rejection):
             rejected.append((record, outcome))
         else:
@@ -232,17 +229,6 @@ def featurize_chunk(
         quarantine=_quarantine_table(rejected, layout.file),
         unreadable_labels=dict(Counter(name for record in records for name in record.unreadable)),
     )
-
-
-def _molecule(record: RawRecord, config: FeaturizeConfig) -> Molecule | Rejection:
-    content = record.content
-    if isinstance(content, Rejection):
-        return content
-    if isinstance(content, SmilesText):
-        return molecule_from_smiles(content.smiles, config)
-    if isinstance(content, MolBlock):
-        return molecule_from_molblock(content.block, config)
-    return molecule_from_geometry(content, config)
 
 
 def _closest_distances(molecules: Sequence[Molecule]) -> NDArray[np.float32]:

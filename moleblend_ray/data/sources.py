@@ -31,7 +31,14 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode
+from moleblend_ray.chemistry.molecule import (
+    GeometryRow,
+    MolBlock,
+    Rejection,
+    RejectionCode,
+    SmilesText,
+    SourceRecord,
+)
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MANIFEST_NAME
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
@@ -160,18 +167,6 @@ class RowChunk:
         return hashlib.blake2b(self.payload, digest_size=16).hexdigest()
 
 
-class SmilesText(NamedTuple):
-    """A record that is a SMILES."""
-
-    smiles: str
-
-
-class MolBlock(NamedTuple):
-    """A record that is a V2000 or V3000 block."""
-
-    block: str
-
-
 class RawRecord(NamedTuple):
     """One source record, not yet a molecule."""
 
@@ -179,7 +174,7 @@ class RawRecord(NamedTuple):
     """Index in the file."""
     mol_id: str | None
     """None if the record gives none."""
-    content: SmilesText | MolBlock | GeometryRow | Rejection
+    content: SourceRecord | Rejection
     """What the molecule is to be made of, or why there is nothing."""
     labels: NDArray[np.float64]
     """(L,) in the order of ``SourceLayout.labels``; NaN where missing."""

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from rdkit import Chem
 
-from moleblend_ray.chemistry.features import atom_features, bond_arrays
+from moleblend_ray.chemistry import binary
+from moleblend_ray.chemistry.features import (
+    _TABLES,
+    GraphArrays,
+    graph_arrays,
+    graph_arrays_by_getters,
+)
 from moleblend_ray.chemistry.samples import make_samples
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 
@@ -110,12 +116,16 @@ def slow_bond_features(mol: Chem.Mol) -> np.ndarray:
     ).reshape(-1, 3)
 
 
+def arrays_of(mol: Chem.Mol) -> GraphArrays:
+    return graph_arrays([binary.to_binary(mol)])[0]
+
+
 def assert_same_codes(mol: Chem.Mol) -> None:
-    bonds, bond_features = bond_arrays(mol)
-    np.testing.assert_array_equal(atom_features(mol), slow_atom_features(mol))
-    np.testing.assert_array_equal(bond_features, slow_bond_features(mol))
     ends = [(bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()) for bond in mol.GetBonds()]
-    np.testing.assert_array_equal(bonds, np.array(ends).reshape(-1, 2))
+    for found in (arrays_of(mol), graph_arrays_by_getters(mol)):
+        np.testing.assert_array_equal(found.atom_features, slow_atom_features(mol))
+        np.testing.assert_array_equal(found.bond_features, slow_bond_features(mol))
+        np.testing.assert_array_equal(found.bonds, np.array(ends).reshape(-1, 2))
 
 
 @pytest.mark.parametrize("smiles", ODD_SMILES)
@@ -136,8 +146,7 @@ def test_molecules_with_explicit_hydrogens_get_the_published_codes() -> None:
 def test_codes_stay_within_their_vocabularies_and_arrays_are_writable() -> None:
     for smiles in ODD_SMILES:
         mol = Chem.MolFromSmiles(smiles)
-        atoms = atom_features(mol)
-        bonds, bond_features = bond_arrays(mol)
+        atoms, bonds, bond_features = arrays_of(mol)
         assert atoms.shape == (mol.GetNumAtoms(), 9)
         assert atoms.dtype == np.uint8
         assert bonds.dtype == np.uint16
@@ -149,8 +158,8 @@ def test_codes_stay_within_their_vocabularies_and_arrays_are_writable() -> None:
 
 
 def test_exotic_bond_types_have_the_code_other() -> None:
-    dative = bond_arrays(Chem.MolFromSmiles("N->[Zn]")).bond_features
-    quadruple = bond_arrays(Chem.MolFromSmiles("C$C")).bond_features
+    dative = arrays_of(Chem.MolFromSmiles("N->[Zn]")).bond_features
+    quadruple = arrays_of(Chem.MolFromSmiles("C$C")).bond_features
     assert dative[0, 0] == 4
     assert quadruple[0, 0] == 4
 
@@ -160,15 +169,44 @@ def test_bonds_without_an_order_have_the_code_other(kind: Chem.BondType) -> None
     mol = Chem.RWMol(Chem.MolFromSmiles("O.O"))
     mol.AddBond(0, 1, kind)
     Chem.SanitizeMol(mol, Chem.SANITIZE_SYMMRINGS)
-    assert bond_arrays(mol).bond_features[0, 0] == 4
+    assert arrays_of(mol).bond_features[0, 0] == 4
 
 
 def test_dummy_atoms_have_the_code_other_and_oganesson_its_own() -> None:
-    assert atom_features(Chem.MolFromSmiles("*"))[0, 0] == 118
-    assert atom_features(Chem.MolFromSmiles("[Og]"))[0, 0] == 117
+    assert arrays_of(Chem.MolFromSmiles("*")).atom_features[0, 0] == 118
+    assert arrays_of(Chem.MolFromSmiles("[Og]")).atom_features[0, 0] == 117
 
 
 def test_undecided_double_bond_stereo_has_its_own_code() -> None:
     mol = Chem.MolFromSmiles("CC=CC")
     mol.GetBondWithIdx(1).SetStereo(Chem.BondStereo.STEREOANY)
-    assert bond_arrays(mol).bond_features[1].tolist() == [1, 5, 0]
+    assert arrays_of(mol).bond_features[1].tolist() == [1, 5, 0]
+
+
+def test_many_molecules_at_once_give_each_its_own_arrays() -> None:
+    # Between known ones, molecules whose binary form has parts that only the getters read.
+    mols = [
+        Chem.MolFromSmiles(text) for text in ("CO", "[CH3:1]O", "c1ccccc1", "*C", "C" * 300, "CN")
+    ]
+    for mol, found in zip(mols, graph_arrays([binary.to_binary(mol) for mol in mols]), strict=True):
+        np.testing.assert_array_equal(found.atom_features, slow_atom_features(mol))
+        np.testing.assert_array_equal(found.bond_features, slow_bond_features(mol))
+    assert graph_arrays([]) == []
+
+
+def test_rdkit_writes_the_binary_format_that_is_read_without_getters() -> None:
+    assert binary.is_known_format()
+    mol = Chem.MolFromSmiles("C[C@H](N)C(=O)/C=C/c1ccccc1")
+    assert binary.decode_graphs([binary.to_binary(mol)], _TABLES, 1).is_known.all()
+
+
+def test_another_version_of_the_binary_format_is_left_to_the_getters() -> None:
+    written = bytearray(binary.to_binary(Chem.MolFromSmiles("CCO")))
+    written[8] += 1  # the major version
+    assert not binary.decode_graphs([bytes(written)], _TABLES, 1).is_known.any()
+
+
+def test_molecules_that_lost_their_rings_get_them_back() -> None:
+    mol = Chem.RemoveHs(Chem.AddHs(Chem.MolFromSmiles("C1CC1C")), sanitize=False)
+    mol.UpdatePropertyCache(strict=False)
+    assert arrays_of(mol).atom_features[:, 8].tolist() == [1, 1, 1, 0]
