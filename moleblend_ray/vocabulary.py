@@ -47,3 +47,12 @@ UNREACHABLE: Final = 255
 
 MAX_SPD: Final = 254
 """Longest shortest-path distance kept; longer ones, only possible beyond 255 atoms in a chain, are stored as this."""
+
+_SYMBOLS = """
+    H He Li Be B C N O F Ne Na Mg Al Si P S Cl Ar K Ca Sc Ti V Cr Mn Fe Co Ni Cu Zn Ga Ge As Se Br Kr Rb Sr Y Zr Nb
+    Mo Tc Ru Rh Pd Ag Cd In Sn Sb Te I Xe Cs Ba La Ce Pr Nd Pm Sm Eu Gd Tb Dy Ho Er Tm Yb Lu Hf Ta W Re Os Ir Pt Au
+    Hg Tl Pb Bi Po At Rn Fr Ra Ac Th Pa U Np Pu Am Cm Bk Cf Es Fm Md No Lr Rf Db Sg Bh Hs Mt Ds Rg Cn Nh Fl Mc Lv Ts
+    Og
+"""
+ELEMENT_SYMBOLS: Final = (*_SYMBOLS.split(), "*")
+"""Symbol of each code of the first atom category: code Z - 1 is the element of atomic number Z, the last is none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
@@ -27,13 +28,32 @@ class PrepareConfig:
     featurize: FeaturizeConfig = field(default_factory=FeaturizeConfig)
     """From molecule to atom and bond codes and coordinates; what is refused."""
     rows_per_chunk: int = 8192
-    """Source rows per unit of work, and so at most per shard."""
+    """Source rows per unit of work, and so without shuffle at most per shard."""
     row_group_rows: int = 1024
     """Rows per Parquet row group: what training reads at a time."""
     valid_fraction: float = 0.05
     """Share of the molecules kept for validation, chosen by a hash of the molecule; 0 to keep none."""
+    test_fraction: float = 0.0
+    """Share of the molecules kept for testing, chosen likewise."""
     split_seed: int = 0
     """Seed of that hash."""
+    split_file: str | None = None
+    """The source's official split, as a path or URI (split_dict.pt, .json, .npz, .csv, a directory of index files),
+    which then decides instead of the two shares; names like test-dev count as test."""
+    split_file_unnamed: Literal["error", "train", "quarantine"] = "error"
+    """What becomes of molecules that the split file does not name: end with an error, or a split or quarantine."""
+    shuffle: bool = False
+    """Order the molecules of the whole data set at random, instead of as in the source."""
+    shuffle_seed: int = 0
+    """Seed of that order."""
+    rows_per_shard: int = 65536
+    """Molecules per shard of a shuffled data set, on average over all splits."""
+    deduplicate: Literal["none", "inchikey"] = "none"
+    """Keep one molecule of each standard InChIKey (one with coordinates from the source before others, then the
+    first); the rest goes to the quarantine as duplicate."""
+    shuffle_memory_gib: float = 1.0
+    """Memory for molecules in each actor while shuffling or deduplicating, in GiB; changes the speed, not the
+    result."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs."""
 
@@ -55,6 +75,30 @@ class PrepareConfig:
             (
                 0.0 <= self.valid_fraction < 1.0,
                 f"valid_fraction: expected 0 <= fraction < 1, found {self.valid_fraction}",
+            ),
+            (
+                self.test_fraction >= 0.0 and self.valid_fraction + self.test_fraction < 1.0,
+                f"test_fraction: expected 0 <= fraction < 1 - valid_fraction, found {self.test_fraction} with "
+                f"valid_fraction {self.valid_fraction}",
+            ),
+            *(
+                (
+                    -(2**63) <= getattr(self, name) < 2**63,
+                    f"{name}: expected -2**63 to 2**63 - 1, found {getattr(self, name)}",
+                )
+                for name in ("split_seed", "shuffle_seed")
+            ),
+            (
+                self.split_file is None or bool(self.split_file),
+                "split_file: expected a path or URI or null, found an empty string",
+            ),
+            (
+                self.rows_per_shard >= 1,
+                f"rows_per_shard: expected >= 1, found {self.rows_per_shard}",
+            ),
+            (
+                self.shuffle_memory_gib >= 0.25,
+                f"shuffle_memory_gib: expected >= 0.25, found {self.shuffle_memory_gib}",
             ),
         )
 

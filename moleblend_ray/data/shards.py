@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -29,10 +29,16 @@ FORMAT_VERSION: Final = 1
 
 MANIFEST_NAME: Final = "manifest.json"
 QUARANTINE_DIR: Final = "quarantine"
-SPLITS: Final = ("train", "valid")
+SPLITS: Final = ("train", "valid", "test")
 LABEL_PREFIX: Final = "label:"
 
-Split = Literal["train", "valid"]
+Split = Literal["train", "valid", "test"]
+
+DUPLICATE: Final = "duplicate"
+"""Quarantine reason: another record of the same InChIKey is kept (``deduplicate``)."""
+
+NOT_IN_SPLIT_FILE: Final = "not_in_split_file"
+"""Quarantine reason: the split file names the record in no split."""
 
 MOLECULE_FIELDS: Final = (
     pa.field("mol_id", pa.string()),
@@ -120,7 +126,7 @@ class ShardInfo:
     path: str
     """Relative to the data set, such as ``train/00000-000003.parquet``."""
     split: str
-    """``train``, ``valid`` or ``quarantine``."""
+    """``train``, ``valid``, ``test`` or ``quarantine``."""
     num_rows: int
     num_bytes: int
     sha256: str
@@ -141,7 +147,13 @@ class Counts:
     conformer_status: dict[str, int]
     """Conformer status -> molecules out."""
     duplicate_ids: int
-    """Rows whose ``mol_id`` an earlier row has too."""
+    """Molecules whose ``mol_id`` another before it has too; those in the quarantine as duplicates count as well."""
+    without_inchikey: int = 0
+    """With ``deduplicate``: molecules of which InChI makes no key, so that they are never found to be duplicates."""
+    atom_count_histogram: dict[str, int] = field(default_factory=dict)
+    """Number of atoms, as a decimal string -> molecules out; empty in data sets of earlier versions."""
+    elements: dict[str, int] = field(default_factory=dict)
+    """Element symbol (``*``: none) -> molecules out that contain it; empty in data sets of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,12 +167,12 @@ class Manifest:
     sources: tuple[SourceInfo, ...]
     labels: tuple[LabelInfo, ...]
     shards: tuple[ShardInfo, ...]
-    """Train, then valid, then quarantine files, each in source order."""
+    """Train, then valid, test and quarantine files, each in source order, or in the order of the shuffle."""
     counts: Counts
     row_group_rows: int
     """Rows of each row group but the last of a shard."""
     fingerprint: str
-    """SHA-256 over versions, options, labels and the checksums of train and valid shards."""
+    """SHA-256 over versions, options, labels and the checksums of train, valid and test shards."""
 
     def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
         """The files of a split, in the order that defines molecule positions."""

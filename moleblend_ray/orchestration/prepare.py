@@ -27,15 +27,12 @@ from ray.util.annotations import RayDeprecationWarning
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shard_writer import (
-    ConvertOptions,
-    Receipt,
-    begin,
-    convert_chunk,
-    finish,
-    finished_manifest,
-)
-from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.assembly import finish
+from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest, remove_work
+from moleblend_ray.data.receipts import Receipt, UnitReceipt
+from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.shards import DUPLICATE, Manifest
+from moleblend_ray.data.shuffle import plan_exchange, staged_chunk
 from moleblend_ray.data.sources import (
     ColumnConfig,
     ParquetPart,
@@ -47,8 +44,11 @@ from moleblend_ray.data.sources import (
     parquet_parts,
     read_chunks,
 )
+from moleblend_ray.data.split_file import read_split_file
+from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
-from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.exchange import run_exchange
+from moleblend_ray.orchestration.local import GIB, ray_session
 from moleblend_ray.orchestration.progress import Progress, Reporter
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ _BYTES_PER_ACTOR: Final = 256 << 10
 _THREADS: Final = 16
 _MAX_RETRIES: Final = 3
 """A chunk that kills its process (or loses its machine) more often ends the run instead of repeating for ever."""
+_MAX_SHOWN: Final = 10
+"""Damages named in one error."""
 # Reading is cheap, and must find a place beside the converting actors on any cluster.
 _READER_CPUS: Final = 0.1
 _ACTOR_CPUS: Final = 0.9
@@ -106,6 +108,8 @@ class PrepareSummary:
     """Molecules for training."""
     valid: int
     """Molecules for validation."""
+    test: int
+    """Molecules for testing."""
     with_coordinates: int
     labels: int
     """Label columns."""
@@ -121,27 +125,73 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     """Prepare ``config.source`` into ``config.out``; a finished one is left as it is, an unfinished one finished."""
     start_s = time.monotonic()
     config = with_absolute_paths(config)  # the actors have a working directory of their own
-    options = _options(config)
     files = find_sources(*config.sources())
     _check_apart(config, [file.uri for file in files])
+    splits = _named_splits(config, len(files))
+    options = _options(config, splits)
     manifest = finished_manifest(config.out, files, options)
     shown_out = without_credentials(config.out)
     if manifest is not None:
         logger.info("%s is prepared already: nothing to do", shown_out)
+        remove_work(config.out)  # if the run that wrote the manifest ended there
         return _summary(config.out, "already prepared", manifest, start_s)
     sources = inspect_sources(files, options.columns)
     done = begin(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
-        job = _Job(config, sources, options, done)
-        receipts = job.run(progress.reporter)
-    manifest = finish(config.out, sources, options, receipts)
+        receipts = _Job(config, sources, options, done).run(progress.reporter)
+        placed = _exchanged(config, sources, options, receipts, progress.reporter)
+        rows = sum(receipt.rows_in for receipt in receipts)
+        progress.reporter({"done": rows, "total": rows})
+    manifest = finish(config.out, sources, options, receipts, placed)
     _log_outcome(manifest, config)
     return _summary(config.out, "continued" if done else "prepared", manifest, start_s)
 
 
-def _options(config: PrepareConfig) -> ConvertOptions:
+def _exchanged(
+    config: PrepareConfig,
+    sources: SourceSet,
+    options: ConvertOptions,
+    receipts: Sequence[Receipt],
+    report: Reporter,
+) -> list[UnitReceipt]:
+    """The shards of a shuffle, or without duplicates, of all staged molecules; nothing if neither is asked for."""
+    if not options.needs_exchange:
+        return []
+    exchange = plan_exchange(
+        config.out,
+        [without_credentials(layout.file.uri) for layout in sources.layouts],
+        sources.labels,
+        map(staged_chunk, receipts),
+        row_group_rows=options.row_group_rows,
+        rows_per_shard=options.rows_per_shard,
+        shuffle=options.shuffle,
+        deduplicate=options.deduplicate != "none",
+        memory_bytes=int(config.shuffle_memory_gib * GIB),
+    )
+    return run_exchange(exchange, config.cluster.num_data_actors, _ACTOR_CPUS, report)
+
+
+def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:
+    """The content of the split file, if there is one."""
+    if config.split_file is None:
+        return None
+    splits = _read_splits(config.split_file)
+    if splits.names_rows and num_files > 1:
+        raise ConfigError(
+            f"split_file: {config.split_file} names rows, which are those of one file; the source has "
+            f"{num_files} files. Give one file as the source, or a split file that names molecule ids."
+        )
+    return splits
+
+
+def _read_splits(uri: str) -> NamedSplits:
+    table = read_split_file(uri)
+    return NamedSplits(table.by_row, table.by_id, uri)
+
+
+def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOptions:
     return ConvertOptions(
         columns=ColumnConfig(
             smiles_column=config.smiles_column,
@@ -152,7 +202,14 @@ def _options(config: PrepareConfig) -> ConvertOptions:
         rows_per_chunk=config.rows_per_chunk,
         row_group_rows=config.row_group_rows,
         valid_fraction=config.valid_fraction,
+        test_fraction=config.test_fraction,
         split_seed=config.split_seed,
+        split_file_digest=splits.digest if splits is not None else None,
+        split_file_unnamed=config.split_file_unnamed,
+        shuffle=config.shuffle,
+        shuffle_seed=config.shuffle_seed,
+        rows_per_shard=config.rows_per_shard,
+        deduplicate=config.deduplicate,
     )
 
 
@@ -180,6 +237,7 @@ class _Job:
         done: Mapping[tuple[int, int], Receipt],
     ) -> None:
         self._out = config.out
+        self._split_file = config.split_file
         self._sources = sources
         self._options = options
         self._done = done
@@ -203,8 +261,9 @@ class _Job:
             quarantined += receipt.rows_quarantined
             report({"done": rows, "quarantined": quarantined})
         if damages:
-            raise DataError("\n".join(sorted(damages)))
-        report({"done": rows, "total": rows, "quarantined": quarantined})
+            more = len(damages) - _MAX_SHOWN
+            shown = [*sorted(damages)[:_MAX_SHOWN], *([f"And {more} more."] if more > 0 else [])]
+            raise DataError("\n".join(shown))
         return receipts
 
     def _receipt(self, result: Mapping[str, Any]) -> Receipt:
@@ -225,7 +284,12 @@ class _Job:
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map_batches(
                 _Converter,
-                fn_constructor_args=(self._sources, self._options, self._out),
+                fn_constructor_args=(
+                    self._sources,
+                    self._options,
+                    self._out,
+                    self._split_file,
+                ),
                 batch_size=1,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
@@ -341,10 +405,13 @@ def _read(
 class _Converter:
     """Converts chunks; one in each actor."""
 
-    def __init__(self, sources: SourceSet, options: ConvertOptions, out: str) -> None:
+    def __init__(
+        self, sources: SourceSet, options: ConvertOptions, out: str, split_file: str | None
+    ) -> None:
         self._sources = sources
         self._options = options
         self._out = out
+        self._splits = _read_splits(split_file) if split_file is not None else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         row = batch.to_pylist()[0]
@@ -353,9 +420,13 @@ class _Converter:
         chunk = RowChunk(**{field.name: row[field.name] for field in fields(RowChunk)})
         layout = self._sources.layouts[chunk.file_index]
         try:
-            receipt = convert_chunk(chunk, layout, self._sources.labels, self._options, self._out)
+            receipt = convert_chunk(
+                chunk, layout, self._sources.labels, self._options, self._out, self._splits
+            )
         except StorageError as error:
             return _row(_RESULT_SCHEMA, **{**row, "failure": str(error)})
+        except DataError as error:
+            return _row(_RESULT_SCHEMA, **{**row, "damage": str(error)})
         return _row(_RESULT_SCHEMA, **row, receipt=json.dumps(receipt.to_json()))
 
 
@@ -373,12 +444,19 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
                 label.name,
                 label.num_unreadable,
             )
-    wanted = ("train", "valid") if config.valid_fraction else ("train",)
-    for split in wanted:
+    fractions = {"valid": config.valid_fraction, "test": config.test_fraction}
+    wanted = [split for split, fraction in fractions.items() if fraction]
+    for split in ["train", *([] if config.split_file else wanted)]:
         if not manifest.num_molecules(split):
             logger.warning("%s: split %s has no molecules", without_credentials(config.out), split)
     if counts.duplicate_ids:
         logger.info("%d rows repeat the id of another", counts.duplicate_ids)
+    if config.deduplicate != "none":
+        logger.info(
+            "%d duplicates; %d molecules have no InChIKey and are none",
+            counts.quarantined_by_reason.get(DUPLICATE, 0),
+            counts.without_inchikey,
+        )
 
 
 def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> PrepareSummary:
@@ -392,6 +470,7 @@ def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> Prepa
         quarantined_by_reason=counts.quarantined_by_reason,
         train=manifest.num_molecules("train"),
         valid=manifest.num_molecules("valid"),
+        test=manifest.num_molecules("test"),
         with_coordinates=counts.with_coordinates,
         labels=len(manifest.labels),
         duplicate_ids=counts.duplicate_ids,

@@ -38,7 +38,7 @@ HOMES = {
 }
 
 # What of data/ turns raw molecules into shards; the rest must run without chemistry.
-USES_CHEMISTRY = ("data/sources.py", "data/shard_writer.py")
+USES_CHEMISTRY = ("data/sources.py", "data/plan.py", "data/shard_writer.py")
 
 
 def imports_of(file: Path) -> Iterator[tuple[str, bool]]:

@@ -1,0 +1,194 @@
+"""Receipts -> the manifest, which makes a data set of the files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.plan import ConvertOptions, remove_work
+from moleblend_ray.data.receipts import (
+    IDS,
+    Receipt,
+    Statistics,
+    UnitReceipt,
+    listed,
+    sum_statistics,
+)
+from moleblend_ray.data.shards import (
+    DUPLICATE,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    QUARANTINE_DIR,
+    SPLITS,
+    Counts,
+    LabelInfo,
+    Manifest,
+    ShardInfo,
+    SourceInfo,
+    fingerprint,
+)
+from moleblend_ray.data.sources import SourceSet
+from moleblend_ray.errors import DataError, without_credentials
+from moleblend_ray.vocabulary import FEATURIZER_VERSION
+
+_MAX_HASHES_IN_MEMORY: Final = 1 << 23
+"""64 MiB, and as much again to sort them."""
+_PARTITIONS: Final = 256
+_THREADS: Final = 32
+
+
+def finish(
+    out: str,
+    sources: SourceSet,
+    options: ConvertOptions,
+    receipts: Iterable[Receipt],
+    placed: Sequence[UnitReceipt] = (),
+) -> Manifest:
+    """Write the manifest of these receipts, after it nothing but a clean-up.
+
+    ``placed`` are the receipts of an exchange, in its order: the shards are then theirs.
+    """
+    ordered = sorted(receipts, key=lambda receipt: (receipt.file_index, receipt.chunk_index))
+    units: list[Receipt | UnitReceipt] = [*ordered, *placed]
+    statistics = sum_statistics(unit.statistics for unit in units)
+    unreadable: Counter[str] = Counter()
+    for receipt in ordered:
+        unreadable.update(receipt.unreadable_labels)
+    labels = tuple(
+        LabelInfo(
+            name=label.name,
+            unit=label.unit,
+            count=statistics.label_counts.get(label.name, 0),
+            num_unreadable=unreadable[label.name],
+        )
+        for label in sources.labels
+    )
+    shards = tuple(
+        file
+        for split in (*SPLITS, QUARANTINE_DIR)
+        for unit in units
+        for file in unit.files
+        if file.split == split
+    )
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        featurizer_version=FEATURIZER_VERSION,
+        options=options.to_json(),
+        sources=_source_infos(sources, ordered),
+        labels=labels,
+        shards=shards,
+        counts=_counts(out, ordered, shards, statistics),
+        row_group_rows=options.row_group_rows,
+        fingerprint=fingerprint(FEATURIZER_VERSION, options.to_json(), labels, shards),
+    )
+    named = {storage.join(out, shard.path) for shard in shards}
+    for uri in listed(out, *SPLITS, QUARANTINE_DIR):
+        if uri not in named:
+            storage.delete(uri)  # of a chunk that the source, changed since, no longer has
+    storage.write_json(storage.join(out, MANIFEST_NAME), manifest.to_json())
+    remove_work(out)
+    return manifest
+
+
+def _source_infos(sources: SourceSet, receipts: Sequence[Receipt]) -> tuple[SourceInfo, ...]:
+    rows: Counter[int] = Counter()
+    for receipt in receipts:
+        rows[receipt.file_index] += receipt.rows_in
+    return tuple(
+        SourceInfo(
+            uri=without_credentials(layout.file.uri),
+            format=layout.file.format,
+            size=layout.file.size,
+            probe=layout.file.probe,
+            rows=rows[index],
+        )
+        for index, layout in enumerate(sources.layouts)
+    )
+
+
+def _counts(
+    out: str, receipts: Sequence[Receipt], shards: Sequence[ShardInfo], statistics: Statistics
+) -> Counts:
+    reasons: Counter[str] = Counter()
+    for receipt in receipts:
+        reasons.update(receipt.quarantined_by_reason)
+    quarantined = sum(shard.num_rows for shard in shards if shard.split == QUARANTINE_DIR)
+    # What is in quarantine beyond the chunks' own rejections was found where molecules met.
+    duplicates = quarantined - reasons.total()
+    if duplicates:
+        reasons[DUPLICATE] = duplicates
+    counts = Counts(
+        rows_in=sum(receipt.rows_in for receipt in receipts),
+        rows_out=sum(shard.num_rows for shard in shards if shard.split in SPLITS),
+        rows_quarantined=quarantined,
+        quarantined_by_reason=dict(sorted(reasons.items())),
+        atoms_out=statistics.atoms,
+        with_coordinates=statistics.with_coordinates,
+        conformer_status=statistics.conformer_status,
+        duplicate_ids=count_repeats(_id_hashes(out, receipts)),
+        without_inchikey=sum(receipt.without_inchikey for receipt in receipts),
+        atom_count_histogram=statistics.atom_count_histogram,
+        elements=statistics.elements,
+    )
+    if not counts.rows_in - counts.rows_quarantined == counts.rows_out == statistics.molecules:
+        raise DataError(
+            f"Rows are lost: {counts.rows_in} read, {counts.rows_out} in shards, "
+            f"{counts.rows_quarantined} in quarantine. Delete the output and prepare it again; "
+            "please report it if it happens twice."
+        )
+    return counts
+
+
+def _id_hashes(out: str, receipts: Sequence[Receipt]) -> Iterator[NDArray[np.uint64]]:
+    """The hashes of the ids of each chunk's molecules, a few chunks ahead of their use."""
+    uris = [storage.join(out, file.path) for receipt in receipts for file in receipt.files_of(IDS)]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(uris), _THREADS):
+            for content in pool.map(storage.read_bytes, uris[start : start + _THREADS]):
+                yield np.frombuffer(content, "<u8")
+
+
+def count_repeats(parts: Iterable[NDArray[np.uint64]]) -> int:
+    """How many of the values, taken one after the other, have been there before.
+
+    Exact, in bounded memory: beyond 2^23 values they are put down in temporary files by their leading byte, and
+    each file is counted by itself. 10^9 values take 8 GB of the temporary directory.
+    """
+    held: list[NDArray[np.uint64]] = []
+    num_held = repeats = 0
+    with tempfile.TemporaryDirectory(prefix="moleblend-ids-") as folder:
+        for part in parts:
+            held.append(part)
+            num_held += len(part)
+            if num_held > _MAX_HASHES_IN_MEMORY:
+                _spill(np.concatenate(held), Path(folder))
+                held, num_held = [], 0
+        spilled = sorted(Path(folder).iterdir())
+        if spilled:
+            _spill(np.concatenate([*held, np.empty(0, np.uint64)]), Path(folder))
+            held = []
+        repeats = _repeats(np.concatenate([*held, np.empty(0, np.uint64)]))
+        for path in sorted(Path(folder).iterdir()):
+            repeats += _repeats(np.fromfile(path, np.uint64))
+    return repeats
+
+
+def _spill(hashes: NDArray[np.uint64], folder: Path) -> None:
+    ordered = np.sort(hashes)
+    leading = np.arange(1, _PARTITIONS, dtype=np.uint64) << np.uint64(56)
+    for number, part in enumerate(np.split(ordered, np.searchsorted(ordered, leading))):
+        if len(part):
+            with (folder / f"{number:03d}").open("ab") as file:
+                part.tofile(file)
+
+
+def _repeats(hashes: NDArray[np.uint64]) -> int:
+    return len(hashes) - len(np.unique(hashes))

@@ -1,0 +1,586 @@
+"""Molecules of different chunks meet: the global shuffle, and the search for duplicates, in bounded memory.
+
+A distribution sort whose data lie in files. Each molecule has a 64-bit *key*, a keyed hash of its InChIKey (to
+find duplicates) or else of its place in the source. The key space is cut into *buckets* of equal width. Chunks
+leave their molecules *staged*; consecutive chunks that fit into memory make a *group*. Then, with ``shuffle``:
+
+1. ``runs``: the molecules of a group, sorted by key, become one file, a segment for each bucket;
+2. ``buckets``: the segments of one bucket are read from all runs, sorted by (key, place in the source), and
+   become one shard of each split.
+
+The shuffled data set is thus the whole source sorted by key: its order depends on the seed alone, not on
+groups, memory or the number of processes. Without ``shuffle`` only what tells duplicates makes the round trip:
+
+1. ``runs``: as above, but keys and ids alone;
+2. ``duplicates``: those of a bucket become a file, a segment for each group;
+3. ``groups``: the staged molecules of a group, without its duplicates, become shards in the source's order.
+
+A source of one group needs no runs: one unit does it all. Every unit of work writes its receipt last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Final, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.receipts import (
+    STAGED,
+    STAGED_DIR,
+    Receipt,
+    Statistics,
+    UnitReceipt,
+    part_name,
+    shard_info,
+    sum_statistics,
+    unit_receipt_uri,
+    write_part,
+)
+from moleblend_ray.data.shards import (
+    DUPLICATE,
+    QUARANTINE_DIR,
+    QUARANTINE_SCHEMA,
+    SPLITS,
+    ShardInfo,
+    shard_schema,
+)
+from moleblend_ray.data.splits import seed_key, text_hashes
+from moleblend_ray.errors import DataError
+from moleblend_ray.relations.hashing import keyed_hash
+
+KEY: Final = "_key"
+POSITION: Final = "_position"
+SPLIT: Final = "_split"
+RANK: Final = "_rank"
+INCHIKEY: Final = "_inchikey"
+
+_PLACE_FIELDS: Final = (
+    pa.field(KEY, pa.uint64()),
+    pa.field(POSITION, pa.int64()),
+    pa.field(SPLIT, pa.uint8()),
+)
+_IDENTITY_FIELDS: Final = (pa.field(RANK, pa.uint8()), pa.field(INCHIKEY, pa.string()))
+_KEPT_FIELDS: Final = (
+    pa.field(POSITION, pa.int64()),
+    pa.field("kept_id", pa.string()),
+    pa.field("kept_position", pa.int64()),
+)
+
+_ROW_BITS: Final = 40
+"""A position is ``file_index << 40 | row``."""
+_MAX_BUCKET_BYTES: Final = 64 << 20
+"""A bucket of so many bytes in memory is a shard, however few rows it has."""
+_COPIES: Final = 4
+"""How often a unit may hold its molecules at a time: as read, put together, as taken out, as encoded."""
+_MAX_GROUP_BYTES: Final = 1 << 30
+"""More in one group gains nothing, and lists of the molecules' atoms are addressed by 32 bits."""
+_THREADS: Final = 16
+_HEADER: Final = struct.Struct("<IQ")
+"""Of a segment: CRC-32 of what follows, bytes of it when unpacked."""
+_EXCERPT_CHARACTERS: Final = 200
+
+MIN_MEMORY_BYTES: Final = _COPIES * _MAX_BUCKET_BYTES
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Staging
+
+
+def position_of(file_index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place in the source: one number that sorts by file, then row."""
+    return (np.int64(file_index) << np.int64(_ROW_BITS)) | rows
+
+
+def staged_table(
+    molecules: pa.Table,
+    file_index: int,
+    split_codes: NDArray[np.uint8],
+    inchikeys: Sequence[str | None] | None,
+    seed: int,
+) -> pa.Table:
+    """Rows of a shard with what places them; ``inchikeys`` if duplicates are to meet."""
+    rows = molecules["source_row"].to_numpy()
+    keys = keyed_hash(seed, file_index, rows)
+    columns = [pa.array(position_of(file_index, rows)), pa.array(split_codes)]
+    if inchikeys is not None:
+        known = np.array([key is not None for key in inchikeys], dtype=np.bool_)
+        keys = keys.copy()
+        keys[known] = text_hashes([key for key in inchikeys if key is not None], seed_key(seed))
+        columns += [pa.array(_ranks(molecules)), pa.array(inchikeys, pa.string())]
+    schema = _staged_schema(molecules.schema, deduplicate=inchikeys is not None)
+    arrays = [*molecules.columns, pa.array(keys), *columns]
+    return pa.table([*arrays], schema=schema)
+
+
+def _staged_schema(molecules: pa.Schema, *, deduplicate: bool) -> pa.Schema:
+    return pa.schema([*molecules, *_PLACE_FIELDS, *(_IDENTITY_FIELDS if deduplicate else ())])
+
+
+def _ranks(molecules: pa.Table) -> NDArray[np.uint8]:
+    """Which of equal molecules to keep: measured or computed geometry, then one made here, then none."""
+    from_source = np.array(molecules["conformer_status"].to_pylist(), dtype=object) == "source"
+    has_any = molecules["num_conformers"].to_numpy() > 0
+    return np.where(from_source & has_any, 0, np.where(has_any, 1, 2)).astype(np.uint8)
+
+
+def staged_path(file_index: int, chunk_index: int) -> str:
+    """Where a chunk's staged molecules are below ``out``."""
+    return f"{STAGED_DIR}/chunks/{part_name(file_index, chunk_index)}.segment"
+
+
+def encode_segment(table: pa.Table) -> bytes:
+    """A table without its schema, as bytes: the same for equal tables."""
+    if not table.num_rows:
+        return b""
+    (batch,) = table.combine_chunks().to_batches()
+    message = batch.serialize()
+    packed: bytes = pa.compress(message, codec="zstd", asbytes=True)
+    return _HEADER.pack(zlib.crc32(packed), message.size) + packed
+
+
+def _decode_segment(content: bytes, schema: pa.Schema, where: str) -> pa.RecordBatch:
+    if not content:
+        return pa.RecordBatch.from_arrays(
+            [pa.array([], field.type) for field in schema], schema=schema
+        )
+    if len(content) >= _HEADER.size:
+        crc, size = _HEADER.unpack_from(content)
+        packed = memoryview(content)[_HEADER.size :]
+        if zlib.crc32(packed) == crc:
+            message = pa.decompress(pa.py_buffer(packed), size, codec="zstd")
+            return pa.ipc.read_record_batch(message, schema)
+    raise _damaged(where)
+
+
+def _damaged(where: str) -> DataError:
+    return DataError(
+        f"{where} is damaged. Delete it and run the same command again: what it held is made anew."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Files of segments
+
+
+def _write_segments(uri: str, segments: Sequence[bytes]) -> bytes:
+    """A file of where each segment begins, (n + 1) uint64, and the segments."""
+    offsets = np.zeros(len(segments) + 1, dtype="<u8")
+    np.cumsum([len(segment) for segment in segments], out=offsets[1:])
+    content = b"".join([(offsets + np.uint64(offsets.nbytes)).tobytes(), *segments])
+    storage.write_bytes(uri, content)
+    return content
+
+
+@lru_cache(maxsize=4096)
+def _offsets(uri: str, num_segments: int, digest: str) -> NDArray[np.uint64]:
+    """The beginning of a file of segments; remembered, as every bucket asks every run."""
+    del digest  # another content under the same name is another file
+    content = storage.read_range(uri, 0, 8 * (num_segments + 1))
+    if len(content) != 8 * (num_segments + 1):
+        raise _damaged(uri)
+    return np.frombuffer(content, "<u8")
+
+
+def _read_segments(
+    uris: Sequence[str], number: int, num_segments: int, digest: str, schema: pa.Schema
+) -> pa.Table:
+    """Segment ``number`` of each file, one after the other, as one table of one chunk."""
+
+    def read(uri: str) -> pa.RecordBatch:
+        offsets = _offsets(uri, num_segments, digest)
+        start, end = int(offsets[number]), int(offsets[number + 1])
+        content = storage.read_range(uri, start, end - start) if end > start else b""
+        return _decode_segment(content, schema, uri)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        batches = list(pool.map(read, uris))
+    return pa.Table.from_batches(batches, schema=schema).combine_chunks()
+
+
+# --------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+class StagedChunk(NamedTuple):
+    """A chunk whose molecules are staged."""
+
+    file_index: int
+    chunk_index: int
+    first_row: int
+    num_rows: int
+    """Molecules staged."""
+    memory_bytes: int
+    """What they take in memory."""
+    digest: str
+    """Of their content."""
+
+
+def staged_chunk(receipt: Receipt) -> StagedChunk:
+    """What an exchange needs to know of a converted chunk."""
+    (file,) = receipt.files_of(STAGED)
+    return StagedChunk(
+        receipt.file_index,
+        receipt.chunk_index,
+        receipt.first_row,
+        file.num_rows,
+        receipt.memory_bytes,
+        file.sha256,
+    )
+
+
+class Unit(NamedTuple):
+    """A piece of the work that one process does."""
+
+    kind: Literal["runs", "buckets", "duplicates", "groups", "all"]
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Of its receipt, and of its files in progress."""
+        return f"{self.kind}/{self.number:06d}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """Which molecules meet where; the same for every process that does a part of it."""
+
+    out: str
+    source_uris: tuple[str, ...]
+    """Without credentials."""
+    labels: tuple[tuple[str, str | None], ...]
+    """Name and unit of each label."""
+    row_group_rows: int
+    shuffle: bool
+    """Shards in the order of the keys, else of the source."""
+    deduplicate: bool
+    num_buckets: int
+    groups: tuple[tuple[StagedChunk, ...], ...]
+    """The staged chunks in source order, in pieces that fit into memory."""
+    content_digest: str
+    """Of the molecules and of what is to become of them."""
+
+    def passes(self) -> list[list[Unit]]:
+        """The units of work: those of one pass in any order or at a time, passes one after the other."""
+        if len(self.groups) == 1:
+            return [[Unit("all", 0)]]
+        runs = [Unit("runs", index) for index in range(len(self.groups))]
+        if self.shuffle:
+            return [runs, [Unit("buckets", index) for index in range(self.num_buckets)]]
+        return [
+            runs,
+            [Unit("duplicates", index) for index in range(self.num_buckets)],
+            [Unit("groups", index) for index in range(len(self.groups))],
+        ]
+
+    def digest(self, unit: Unit) -> str:
+        """Of all that decides the files of a unit: a receipt with another digest does not count."""
+        # What a shard holds does not depend on groups; how the files in progress are cut does.
+        bounds = [] if unit.kind in ("buckets", "all") else [len(group) for group in self.groups]
+        text = json.dumps([self.content_digest, unit.name, bounds])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of shards."""
+        return shard_schema(self.labels)
+
+    @property
+    def staged_schema(self) -> pa.Schema:
+        """Of staged molecules."""
+        return _staged_schema(self.schema, deduplicate=self.deduplicate)
+
+    @property
+    def run_schema(self) -> pa.Schema:
+        """Of what makes the round trip."""
+        if self.shuffle:
+            return self.staged_schema
+        return pa.schema([pa.field("mol_id", pa.string()), *_PLACE_FIELDS[:2], *_IDENTITY_FIELDS])
+
+
+def plan_exchange(
+    out: str,
+    source_uris: Sequence[str],
+    labels: Sequence[tuple[str, str | None]],
+    chunks: Iterable[StagedChunk],
+    *,
+    row_group_rows: int,
+    rows_per_shard: int,
+    shuffle: bool,
+    deduplicate: bool,
+    memory_bytes: int,
+) -> Exchange:
+    """The exchange of these chunks by processes that have ``memory_bytes`` each for molecules."""
+    ordered = sorted(chunks)
+    num_rows = sum(chunk.num_rows for chunk in ordered)
+    num_bytes = sum(chunk.memory_bytes for chunk in ordered)
+    num_buckets = max(1, -(-num_rows // rows_per_shard), -(-num_bytes // _MAX_BUCKET_BYTES))
+    digest = hashlib.blake2b(digest_size=16)
+    settings = [shuffle, deduplicate, num_buckets, row_group_rows, [list(pair) for pair in labels]]
+    digest.update(json.dumps(settings).encode())
+    for chunk in ordered:
+        digest.update(json.dumps(chunk).encode())
+    return Exchange(
+        out=out,
+        source_uris=tuple(source_uris),
+        labels=tuple((name, unit) for name, unit in labels),
+        row_group_rows=row_group_rows,
+        shuffle=shuffle,
+        deduplicate=deduplicate,
+        num_buckets=num_buckets,
+        groups=_groups(ordered, min(memory_bytes // _COPIES, _MAX_GROUP_BYTES)),
+        content_digest=digest.hexdigest(),
+    )
+
+
+def _groups(chunks: Sequence[StagedChunk], max_bytes: int) -> tuple[tuple[StagedChunk, ...], ...]:
+    """Consecutive chunks of at most ``max_bytes`` together, or one chunk; one empty group for none."""
+    groups: list[list[StagedChunk]] = [[]]
+    size = 0
+    for chunk in chunks:
+        if groups[-1] and size + chunk.memory_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(chunk)
+        size += chunk.memory_bytes
+    return tuple(tuple(group) for group in groups)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Units of work
+
+
+class _Done(NamedTuple):
+    """Files of a unit, and what their molecules are."""
+
+    files: list[ShardInfo]
+    statistics: list[Statistics]
+
+
+def run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt:
+    """Do a unit of work: write its files and last its receipt."""
+    if unit.kind == "runs":
+        done = _write_run(exchange, unit)
+    elif unit.kind == "buckets":
+        done = _write_bucket(exchange, unit)
+    elif unit.kind == "duplicates":
+        done = _write_duplicates(exchange, unit)
+    elif unit.kind == "groups":
+        done = _write_group(exchange, unit)
+    else:
+        done = _write_all(exchange)
+    receipt = UnitReceipt(
+        name=unit.name,
+        digest=exchange.digest(unit),
+        files=tuple(done.files),
+        statistics=sum_statistics(done.statistics),
+    )
+    storage.write_json(unit_receipt_uri(exchange.out, unit.name), receipt.to_json())
+    return receipt
+
+
+def _write_run(exchange: Exchange, unit: Unit) -> _Done:
+    table = _load_group(exchange, exchange.groups[unit.number], exchange.run_schema)
+    order, bounds = _by_bucket(table, exchange.num_buckets)
+    return _write_cut(exchange, unit, table, order, bounds)
+
+
+def _write_bucket(exchange: Exchange, unit: Unit) -> _Done:
+    table = _read_pass(exchange, 0, unit.number, exchange.num_buckets, exchange.run_schema)
+    return _place_bucket(exchange, table, unit.number)
+
+
+def _write_duplicates(exchange: Exchange, unit: Unit) -> _Done:
+    table = _read_pass(exchange, 0, unit.number, exchange.num_buckets, exchange.run_schema)
+    dropped = _dropped(table)
+    first = [(group[0].file_index << _ROW_BITS) | group[0].first_row for group in exchange.groups]
+    bounds = np.searchsorted(dropped[POSITION].to_numpy(), [*first, np.iinfo(np.int64).max])
+    return _write_cut(exchange, unit, dropped, np.arange(len(dropped)), bounds)
+
+
+def _write_group(exchange: Exchange, unit: Unit) -> _Done:
+    dropped = _read_pass(exchange, 1, unit.number, len(exchange.groups), pa.schema(_KEPT_FIELDS))
+    return _place_group(exchange, exchange.groups[unit.number], dropped)
+
+
+def _write_all(exchange: Exchange) -> _Done:
+    (group,) = exchange.groups
+    table = _load_group(exchange, group, exchange.run_schema)
+    if not exchange.shuffle:
+        return _place_group(exchange, group, _dropped(table))
+    order, bounds = _by_bucket(table, exchange.num_buckets)
+    done = _Done([], [])
+    for bucket in range(exchange.num_buckets):
+        part = table.take(pa.array(order[bounds[bucket] : bounds[bucket + 1]]))
+        placed = _place_bucket(exchange, part, bucket)
+        done.files.extend(placed.files)
+        done.statistics.extend(placed.statistics)
+    return done
+
+
+def _load_group(exchange: Exchange, group: Sequence[StagedChunk], schema: pa.Schema) -> pa.Table:
+    """The staged molecules of a group in source order, the columns of ``schema``, as one chunk."""
+
+    def load(chunk: StagedChunk) -> pa.RecordBatch:
+        return _load_chunk(exchange, chunk).select(schema.names)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return pa.Table.from_batches(list(pool.map(load, group)), schema=schema).combine_chunks()
+
+
+def _load_chunk(exchange: Exchange, chunk: StagedChunk) -> pa.RecordBatch:
+    uri = storage.join(exchange.out, staged_path(chunk.file_index, chunk.chunk_index))
+    return _decode_segment(storage.read_bytes(uri), exchange.staged_schema, uri)
+
+
+def _by_bucket(table: pa.Table, num_buckets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The order of rows by key, and where in it each bucket begins, the end last: (M,) and (B + 1,)."""
+    keys = table[KEY].to_numpy()
+    order = np.argsort(keys, kind="stable")
+    # Bucket b holds the keys k with b = k * B >> 64.
+    starts = np.array([-(-(b << 64) // num_buckets) for b in range(num_buckets)], dtype=np.uint64)
+    return order, np.append(np.searchsorted(keys[order], starts), len(keys))
+
+
+def _segments_uri(exchange: Exchange, unit: Unit) -> str:
+    return storage.join(exchange.out, _segments_path(unit))
+
+
+def _segments_path(unit: Unit) -> str:
+    return f"{STAGED_DIR}/{unit.name}.segments"
+
+
+def _write_cut(
+    exchange: Exchange,
+    unit: Unit,
+    table: pa.Table,
+    order: NDArray[np.int64],
+    bounds: NDArray[np.int64],
+) -> _Done:
+    """The rows in ``order``, a segment between each two of ``bounds``, as the unit's file in progress."""
+    segments = [
+        encode_segment(table.take(pa.array(order[start:end]))) if end > start else b""
+        for start, end in pairwise(bounds.tolist())
+    ]
+    content = _write_segments(_segments_uri(exchange, unit), segments)
+    return _Done([shard_info(_segments_path(unit), STAGED, table.num_rows, content)], [])
+
+
+def _read_pass(
+    exchange: Exchange, pass_index: int, number: int, num_segments: int, schema: pa.Schema
+) -> pa.Table:
+    """Segment ``number`` of every file of a former pass."""
+    units = exchange.passes()[pass_index]
+    uris = [_segments_uri(exchange, unit) for unit in units]
+    return _read_segments(uris, number, num_segments, exchange.digest(units[0]), schema)
+
+
+def _place_bucket(exchange: Exchange, table: pa.Table, bucket: int) -> _Done:
+    """The molecules of a bucket, of which no two have the same place, in the order of their keys."""
+    order = np.lexsort((table[POSITION].to_numpy(), table[KEY].to_numpy()))
+    ordered = table.take(pa.array(order))
+    dropped = _dropped(ordered) if exchange.deduplicate else None
+    return _place(exchange, f"{bucket:06d}", ordered, dropped)
+
+
+def _place_group(exchange: Exchange, group: Sequence[StagedChunk], dropped: pa.Table) -> _Done:
+    """The molecules of a group without its duplicates (those in ``dropped``), in the source's order."""
+    dropped = dropped.sort_by(POSITION)
+    positions = dropped[POSITION].to_numpy()
+    done = _Done([], [])
+    for chunk in group:
+        table = pa.Table.from_batches([_load_chunk(exchange, chunk)])
+        own = table[POSITION].to_numpy()
+        bounds = (own[0], own[-1] + 1) if len(own) else (0, 0)
+        start, end = np.searchsorted(positions, bounds)
+        stem = part_name(chunk.file_index, chunk.chunk_index)
+        placed = _place(exchange, stem, table, dropped.slice(start, end - start))
+        done.files.extend(placed.files)
+        done.statistics.extend(placed.statistics)
+    return done
+
+
+def _place(exchange: Exchange, stem: str, table: pa.Table, dropped: pa.Table | None) -> _Done:
+    """Staged molecules as shards, in this order, and the duplicates among them as a quarantine part."""
+    duplicates = QUARANTINE_SCHEMA.empty_table()
+    if dropped is not None and dropped.num_rows:
+        is_dropped = np.isin(table[POSITION].to_numpy(), dropped[POSITION].to_numpy())
+        rows = table.filter(pa.array(is_dropped)).sort_by(POSITION)
+        duplicates = _quarantined(exchange, rows, dropped)
+        table = table.filter(pa.array(~is_dropped))
+    codes = table[SPLIT].to_numpy()
+    molecules = table.select(exchange.schema.names).replace_schema_metadata(
+        exchange.schema.metadata
+    )
+    parts = {
+        f"{split}/{stem}.parquet": (split, molecules.filter(pa.array(codes == code)))
+        for code, split in enumerate(SPLITS)
+    }
+    parts[f"{QUARANTINE_DIR}/{DUPLICATE}-{stem}.parquet"] = (QUARANTINE_DIR, duplicates)
+    files = [
+        info
+        for path, (split, part) in parts.items()
+        for info in write_part(exchange.out, path, split, part, exchange.row_group_rows)
+    ]
+    return _Done(files, [Statistics.of(molecules)])
+
+
+def _dropped(table: pa.Table) -> pa.Table:
+    """Rows whose InChIKey a better or earlier row has, with that row; schema ``_KEPT_FIELDS``, by position."""
+    positions = table[POSITION].to_numpy()
+    # Molecules without InChIKey have no code and are no one's duplicates.
+    codes = table[INCHIKEY].combine_chunks().dictionary_encode().indices
+    known = np.flatnonzero(codes.is_valid().to_numpy(zero_copy_only=False))
+    codes = codes.drop_null().to_numpy()
+    order = np.lexsort((positions[known], table[RANK].to_numpy()[known], codes))
+    rows, codes = known[order], codes[order]
+    is_first = np.append(True, codes[1:] != codes[:-1])[: len(codes)]
+    kept = rows[np.flatnonzero(is_first)[np.cumsum(is_first) - 1]] if len(rows) else rows
+    rows, kept = rows[~is_first], kept[~is_first]
+    by_position = np.argsort(positions[rows])
+    rows, kept = rows[by_position], kept[by_position]
+    kept_ids = table["mol_id"].take(pa.array(kept, pa.int64()))
+    columns = [pa.array(positions[rows]), kept_ids, pa.array(positions[kept])]
+    return pa.table(columns, schema=pa.schema(_KEPT_FIELDS))
+
+
+def _quarantined(exchange: Exchange, rows: pa.Table, dropped: pa.Table) -> pa.Table:
+    """The duplicates ``rows`` with what is kept in their stead, row by row."""
+    details = []
+    for key, kept in zip(rows[INCHIKEY].to_pylist(), dropped.to_pylist(), strict=True):
+        file_index, row = divmod(kept["kept_position"], 1 << _ROW_BITS)
+        place = f"row {row} of {exchange.source_uris[file_index]}"
+        details.append(f"InChIKey {key} is kept as {kept['kept_id']}, {place}")
+    files = rows[POSITION].to_numpy() >> np.int64(_ROW_BITS)
+    return quarantined_molecules(
+        rows, [exchange.source_uris[index] for index in files.tolist()], DUPLICATE, details
+    )
+
+
+def quarantined_molecules(
+    molecules: pa.Table, source_uris: Sequence[str], reason: str, details: Sequence[str]
+) -> pa.Table:
+    """Rows of shards that are molecules but not to be in the data set, as rows of the quarantine."""
+    count = molecules.num_rows
+    excerpts = [text[:_EXCERPT_CHARACTERS] for text in molecules["smiles"].to_pylist()]
+    columns = {
+        "source_uri": list(source_uris),
+        "source_row": molecules["source_row"],
+        "mol_id": molecules["mol_id"],
+        "excerpt": excerpts,
+        "reason": [reason] * count,
+        "detail": list(details),
+    }
+    return pa.table(columns, schema=QUARANTINE_SCHEMA)

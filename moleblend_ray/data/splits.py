@@ -1,0 +1,140 @@
+"""Which split a molecule is in: by a hash of the molecule, or by the source's own split file."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data.shards import SPLITS
+from moleblend_ray.errors import ConfigError, DataError
+
+UNNAMED: Final = 255
+"""Code of a molecule that the split file does not name; the others are indices of ``shards.SPLITS``."""
+
+_TRAIN, _VALID, _TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))
+_CODE_OF_NAME: Final = {
+    "train": _TRAIN,
+    "training": _TRAIN,
+    "valid": _VALID,
+    "validation": _VALID,
+    "val": _VALID,
+    "dev": _VALID,
+    "test": _TEST,
+    "testing": _TEST,
+}
+
+
+def text_hashes(texts: Sequence[str], key: bytes = b"") -> NDArray[np.uint64]:
+    """BLAKE2b of each text, keyed, (M,): 64 bits of it."""
+    keyed = hashlib.blake2b(digest_size=8, key=key)
+    digests = []
+    for text in texts:
+        state = keyed.copy()  # cheaper than hashing the key again
+        state.update(text.encode())
+        digests.append(state.digest())
+    return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def seed_key(seed: int) -> bytes:
+    """A seed as the key of :func:`text_hashes`."""
+    return seed.to_bytes(8, "little", signed=True)
+
+
+def hashed_splits(
+    smiles: Sequence[str], valid_fraction: float, test_fraction: float, seed: int
+) -> NDArray[np.uint8]:
+    """Split codes (M,): the same for the same molecule, wherever and whenever it is met.
+
+    A molecule of ``valid`` is there whatever ``test_fraction`` is.
+    """
+    hashes = text_hashes(smiles, seed_key(seed))
+    ends = (math.ceil(end * 2.0**64) for end in (valid_fraction, valid_fraction + test_fraction))
+    in_valid, before_test_ends = (hashes < np.uint64(end) for end in ends)
+    return np.where(in_valid, _VALID, np.where(before_test_ends, _TEST, _TRAIN)).astype(np.uint8)
+
+
+class NamedSplits:
+    """The splits that a file names, by row of the source or by id of the molecule."""
+
+    def __init__(
+        self,
+        by_row: Mapping[str, NDArray[np.int64]] | None,
+        by_id: Mapping[str, str] | None,
+        uri: str,
+    ) -> None:
+        """Take over a table of rows of each split, or of the split of each id; DataError if it contradicts itself.
+
+        ConfigError if a name is none of train, valid (validation, val, dev) or test (testing, test-...).
+        """
+        self._uri = uri
+        self._codes = _row_codes(by_row, uri) if by_row is not None else None
+        self._by_id = (
+            {mol_id: _code(name, uri) for mol_id, name in by_id.items()}
+            if by_id is not None
+            else None
+        )
+
+    @property
+    def digest(self) -> str:
+        """Of the splits, however the file writes them: equal splits have equal digests."""
+        digest = hashlib.blake2b(digest_size=16)
+        if self._codes is not None:
+            digest.update(self._codes.tobytes())
+        for mol_id, code in sorted((self._by_id or {}).items()):
+            digest.update(f"{len(mol_id)}:{mol_id}:{code}".encode())
+        return digest.hexdigest()
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether molecules are named by their row, which has a meaning in a source of one file only."""
+        return self._codes is not None
+
+    def codes(self, rows: NDArray[np.int64], mol_ids: Sequence[str]) -> NDArray[np.uint8]:
+        """Split codes (M,) of molecules by row in their file (M,) and by id, ``UNNAMED`` where there is none."""
+        found = np.full(len(rows), UNNAMED, dtype=np.uint8)
+        if self._codes is not None:
+            inside = rows < len(self._codes)
+            found[inside] = self._codes[rows[inside]]
+        if self._by_id is not None:
+            found[:] = [self._by_id.get(mol_id, UNNAMED) for mol_id in mol_ids]
+        return found
+
+    def unnamed_error(self, where: str, mol_id: str) -> DataError:
+        """What to say of a molecule that is in no split."""
+        return DataError(
+            f"split_file: {self._uri} names no split for {where} ({mol_id}). Complete the file, or set "
+            "split_file_unnamed=train or split_file_unnamed=quarantine."
+        )
+
+
+def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.uint8]:
+    """The code of each row up to the last one named."""
+    size = 1 + max((int(rows.max()) for rows in by_row.values() if len(rows)), default=-1)
+    codes = np.full(size, UNNAMED, dtype=np.uint8)
+    for name, rows in by_row.items():
+        code = _code(name, uri)
+        other = (codes[rows] != UNNAMED) & (codes[rows] != code)
+        if other.any():
+            raise DataError(
+                f"split_file: {uri} puts row {rows[other][0]} into {name!r} and into another split; "
+                "expected each row in one."
+            )
+        codes[rows] = code
+    return codes
+
+
+def _code(name: str, uri: str) -> int:
+    folded = name.strip().lower()
+    if folded.startswith(("test-", "test_")):
+        return _TEST
+    if folded not in _CODE_OF_NAME:
+        raise ConfigError(
+            f"split_file: {uri} has a split {name!r}; expected train, valid (validation, val, dev) or test "
+            "(also test-dev and the like)."
+        )
+    return _CODE_OF_NAME[folded]

@@ -1,0 +1,88 @@
+"""The passes of a shuffle or of a search for duplicates (``data.shuffle``) as Ray tasks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any, Final
+
+import ray
+
+from moleblend_ray.data.receipts import RECEIPTS_DIR, UnitReceipt, listed, valid_unit_receipts
+from moleblend_ray.data.shuffle import Exchange, Unit, run_unit
+from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
+from moleblend_ray.orchestration.progress import Reporter
+
+logger = logging.getLogger(__name__)
+
+_MAX_RETRIES: Final = 3
+"""A unit that kills its process (or loses its machine) more often ends the run instead of repeating for ever."""
+
+
+def run_exchange(
+    exchange: Exchange, num_tasks: int, num_cpus: float, report: Reporter
+) -> list[UnitReceipt]:
+    """Run the passes of ``exchange``, ``num_tasks`` units at a time; the receipts of the last, in order.
+
+    Units whose receipt holds are not run again.
+    """
+    passes = exchange.passes()
+    done = _done(exchange, passes)
+    shared = ray.put(exchange)
+    task = ray.remote(num_cpus=num_cpus, max_retries=_MAX_RETRIES)(_run_unit)
+    for units in passes:
+        missing = [unit for unit in units if unit.name not in done]
+        logger.info(
+            "%s: %s, %d of %d pieces to do",
+            without_credentials(exchange.out),
+            units[0].kind,
+            len(missing),
+            len(units),
+        )
+        finished = len(units) - len(missing)
+        for receipt in _run_tasks(task, shared, missing, num_tasks, exchange.out):
+            done[receipt.name] = receipt
+            finished += 1
+            report({"pass": units[0].kind, "pieces": f"{finished}/{len(units)}"})
+    return [done[unit.name] for unit in passes[-1]]
+
+
+def _done(exchange: Exchange, passes: Sequence[Sequence[Unit]]) -> dict[str, UnitReceipt]:
+    """Receipts of a former run that hold for this exchange, by name."""
+    kinds = [f"{RECEIPTS_DIR}/{units[0].kind}" for units in passes]
+    if not listed(exchange.out, *kinds):
+        return {}
+    found = valid_unit_receipts(exchange.out, listed(exchange.out))
+    wanted = {unit.name: exchange.digest(unit) for units in passes for unit in units}
+    return {name: receipt for name, receipt in found.items() if wanted.get(name) == receipt.digest}
+
+
+def _run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt | MoleBlendError:
+    # An error that was raised would come with Ray's wrapping.
+    try:
+        return run_unit(exchange, unit)
+    except MoleBlendError as error:
+        return error
+
+
+def _run_tasks(
+    task: Any, exchange: Any, units: Sequence[Unit], num_tasks: int, out: str
+) -> Iterator[UnitReceipt]:
+    """The receipts of ``units`` as they come, at most ``num_tasks`` at work."""
+    waiting = iter(units)
+    running = [task.remote(exchange, unit) for unit in islice(waiting, num_tasks)]
+    while running:
+        ready, running = ray.wait(running, num_returns=1)
+        try:
+            outcome = ray.get(ready[0])
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            raise DataError(
+                f"Placing molecules in {out} ended its process {_MAX_RETRIES + 1} times: it was killed for want of "
+                f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "
+                "with a smaller shuffle_memory_gib or fewer cluster.num_data_actors if memory is short."
+            ) from error
+        if isinstance(outcome, MoleBlendError):
+            raise outcome
+        yield outcome
+        running += [task.remote(exchange, unit) for unit in islice(waiting, 1)]

@@ -1,0 +1,115 @@
+"""Splits: stable by molecule, or exactly those of the source's split file; nothing is put anywhere in silence."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moleblend_ray.data.assembly import finish
+from moleblend_ray.data.plan import ConvertOptions, begin
+from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.shards import SPLITS, Manifest, ShardReader
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.splits import UNNAMED, NamedSplits, hashed_splits
+from moleblend_ray.errors import ConfigError, DataError
+
+SMILES = ["C" * (1 + i // 4) + ("", "O", "N", "F")[i % 4] for i in range(2000)]
+TRAIN, VALID, TEST = range(3)
+
+
+def as_before(smiles: list[str], fraction: float, seed: int) -> list[bool]:
+    """The rule of data sets with two splits, in Python's exact arithmetic."""
+    key = seed.to_bytes(8, "little", signed=True)
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, key=key).digest() for text in smiles]
+    return [int.from_bytes(digest, "little") < fraction * 2.0**64 for digest in digests]
+
+
+@pytest.mark.parametrize(("valid", "test", "seed"), [(0.05, 0.0, 0), (0.3, 0.3, -7), (0.0, 0.2, 1)])
+def test_valid_is_as_ever_and_test_has_its_share_beside_it(
+    valid: float, test: float, seed: int
+) -> None:
+    codes = hashed_splits(SMILES, valid, test, seed)
+    assert ((codes == VALID) == as_before(SMILES, valid, seed)).all()
+    assert np.mean(codes == TEST) == pytest.approx(test, abs=0.04)
+    assert set(np.unique(codes)) <= {TRAIN, VALID, TEST}
+
+
+def test_a_split_file_decides_by_row_or_by_id() -> None:
+    rows = {"train": np.array([0, 3]), "validation": np.array([1]), "test-dev": np.array([4])}
+    splits = NamedSplits(rows, None, "s.json")
+    assert splits.names_rows
+    found = splits.codes(np.array([4, 0, 2, 1, 99]), [""] * 5)
+    assert found.tolist() == [TEST, TRAIN, UNNAMED, VALID, UNNAMED]
+    by_id = NamedSplits(None, {"a": "test-challenge", "b": "dev"}, "s.csv")
+    assert not by_id.names_rows
+    assert by_id.codes(np.arange(3), ["b", "x", "a"]).tolist() == [VALID, UNNAMED, TEST]
+
+
+def test_equal_splits_have_equal_digests() -> None:
+    one = NamedSplits({"train": np.array([0, 1]), "val": np.array([2])}, None, "a")
+    same = NamedSplits({"valid": np.array([2]), "train": np.array([1, 0])}, None, "b")
+    other = NamedSplits({"valid": np.array([1]), "train": np.array([2, 0])}, None, "b")
+    assert one.digest == same.digest != other.digest
+    ids = NamedSplits(None, {"a": "train", "b": "test"}, "c")
+    assert ids.digest == NamedSplits(None, {"b": "test", "a": "train"}, "d").digest
+    assert ids.digest != NamedSplits(None, {"a": "train", "b": "train"}, "c").digest
+
+
+def test_unknown_names_and_contradictions_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"s\.json has a split 'fold1'; expected train, valid"):
+        NamedSplits({"fold1": np.array([0])}, None, "s.json")
+    with pytest.raises(DataError, match=r"puts row 3 into 'test' and into another split"):
+        NamedSplits({"train": np.array([1, 3]), "test": np.array([3])}, None, "s.json")
+
+
+def convert(tmp_path: Path, splits: NamedSplits, **options: Any) -> tuple[Manifest, Path]:
+    source, out = tmp_path / "in.csv", tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+    source.write_text("smiles,id\nC,a\nCC,b\nC1CC,bad\nCCC,c\nCCCC,d\n")
+    chosen = ConvertOptions(
+        columns=ColumnConfig(id_column="id"), split_file_digest=splits.digest, **options
+    )
+    sources = inspect_sources(find_sources(str(source)), chosen.columns)
+    begin(str(out), sources, chosen)
+    receipts = [
+        convert_chunk(chunk, sources.layouts[0], sources.labels, chosen, str(out), splits)
+        for chunk in read_chunks(sources.layouts[0], 0, 2)
+    ]
+    return finish(str(out), sources, chosen, receipts), out
+
+
+def members(manifest: Manifest, out: Path) -> dict[str, list[str]]:
+    readers = {split: ShardReader(str(out), manifest, split) for split in SPLITS}
+    return {
+        split: reader.read(np.arange(reader.num_rows))["mol_id"].to_pylist()
+        for split, reader in readers.items()
+    }
+
+
+def test_molecules_that_the_file_does_not_name_are_refused_taken_or_quarantined(
+    tmp_path: Path,
+) -> None:
+    splits = NamedSplits(None, {"a": "test", "c": "valid", "d": "train"}, "s.csv")
+    with pytest.raises(DataError, match=r"s\.csv names no split for row 1 of \S+in\.csv \(b\)"):
+        convert(tmp_path, splits)
+    manifest, out = convert(tmp_path, splits, split_file_unnamed="train")
+    assert members(manifest, out) == {"train": ["b", "d"], "valid": ["c"], "test": ["a"]}
+    manifest, out = convert(tmp_path, splits, split_file_unnamed="quarantine")
+    assert members(manifest, out) == {"train": ["d"], "valid": ["c"], "test": ["a"]}
+    counts = manifest.counts
+    assert counts.rows_in == 5 == counts.rows_out + counts.rows_quarantined
+    assert counts.quarantined_by_reason == {"not_in_split_file": 1, "unparsable_smiles": 1}
+    parts = [pq.read_table(out / shard.path) for shard in manifest.shards_of("quarantine")]
+    rejected = pa.concat_tables(parts).to_pylist()
+    assert [(row["mol_id"], row["excerpt"]) for row in rejected] == [("b", "CC"), ("bad", "C1CC")]
+
+
+def test_rows_are_those_of_the_source_rejected_ones_counted(tmp_path: Path) -> None:
+    splits = NamedSplits({"train": np.array([0, 1, 2]), "test": np.array([3, 4])}, None, "s.npz")
+    manifest, out = convert(tmp_path, splits)
+    assert members(manifest, out) == {"train": ["a", "b"], "valid": [], "test": ["c", "d"]}
