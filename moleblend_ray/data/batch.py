@@ -1,8 +1,28 @@
 """Micro-batches: molecules of similar size with all their relations, packed in one contiguous buffer.
 
-Layout of a buffer (native little-endian): a header of ``int64`` words (``_HEADER_FIELDS``), then the
-sections of ``_sections``, each starting at a multiple of 8 bytes. A 15-atom molecule takes about 1.7 kB,
-most of it the (N, N, 5) path codes. Reading a buffer copies nothing.
+Layout of a buffer (native little-endian): a header of ``int64`` words (``HEADER_FIELDS``), then the
+``SECTIONS``, each starting at a multiple of 8 bytes. Reading a buffer copies nothing. Of a molecule with n atoms
+it holds
+
+====================  ==============  ==================
+section               bytes           15 atoms
+====================  ==============  ==================
+molecule_ids          8               8
+num_atoms             4               4
+positions             12 n            180
+position_mask         n               15
+atom_features         9 n             135
+degrees               n               15
+spd                   n * n           225
+path_words            4 n * n         900
+====================  ==============  ==================
+
+together 1,482 bytes and its share of a header of 80. The path words hold five bond codes of 6 bits each. Both
+directions of a pair are kept: a path back is the path reversed, but its first five bonds are not.
+
+Everything done atom by atom runs on the packed rows, without padding. Only attention pads: molecules are
+ordered by size within a step before they are cut, so the rectangles of a micro-batch hold little else than
+pairs (``benchmarks/relations.py`` measures the share).
 """
 
 from __future__ import annotations
@@ -10,20 +30,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from numba import njit
 from numpy.typing import NDArray
 
 from moleblend_ray.data.block import NUM_ATOM_FEATURES, MoleculeBlock
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, TrainingError, check_all
-from moleblend_ray.relations.topology import Topology, bond_degrees, num_pairs, topology
+from moleblend_ray.relations.topology import (
+    check_bond_arrays,
+    damaged_bonds,
+    num_pairs,
+    relate_molecule,
+    unpack_path_words,
+    workspace,
+)
 from moleblend_ray.vocabulary import NUM_HOPS
 
 _MAGIC: Final = int.from_bytes(b"MOLBATCH", "little")
-_VERSION: Final = 1
-_HEADER_FIELDS: Final = (
+_VERSION: Final = 2
+HEADER_FIELDS: Final = (
     "magic",
     "version",
     "num_bytes",
@@ -35,7 +63,39 @@ _HEADER_FIELDS: Final = (
     "num_pairs",
     "num_hops",
 )
-_HEADER_BYTES: Final = 8 * len(_HEADER_FIELDS)
+_HEADER_BYTES: Final = 8 * len(HEADER_FIELDS)
+_COUNTS: Final = [HEADER_FIELDS.index(name) for name in ("num_molecules", "num_atoms", "num_pairs")]
+
+
+class Section(NamedTuple):
+    """An array of a buffer."""
+
+    name: str
+    dtype: np.dtype[Any]
+    rows: int
+    """What it has a row for: 0 molecules, 1 atoms, 2 pairs."""
+    width: int
+    """Items of a row."""
+    row_bytes: int
+    """Bytes of a row."""
+
+
+def _section(name: str, dtype: type[np.generic], rows: int, width: int) -> Section:
+    kind: np.dtype[Any] = np.dtype(dtype)
+    return Section(name, kind, rows, width, width * kind.itemsize)
+
+
+SECTIONS: Final = (
+    _section("molecule_ids", np.int64, 0, 1),
+    _section("num_atoms", np.int32, 0, 1),
+    _section("positions", np.float32, 1, 3),
+    _section("position_mask", np.bool_, 1, 1),
+    _section("atom_features", np.uint8, 1, NUM_ATOM_FEATURES),
+    _section("degrees", np.uint8, 1, 1),
+    _section("spd", np.uint8, 2, 1),
+    _section("path_words", np.uint32, 2, 1),
+)
+"""The arrays of a buffer, in their order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,14 +175,20 @@ class MicroBatch:
     spd: NDArray[np.uint8]
     """(P,) uint8, shortest-path distance in bonds; pair (a, b) of a molecule is row ``a * n + b`` of its part."""
 
-    path_codes: NDArray[np.uint8]
-    """(P, 5) uint8, code of the h-th bond from a to b."""
+    path_words: NDArray[np.uint32]
+    """(P,) uint32, codes of the first five bonds from a to b, 6 bits each, the first the lowest; see
+    :func:`unpack_path_words`."""
 
     payload: NDArray[np.uint8] = field(repr=False)
     """(num_bytes,) uint8, header and all arrays: what travels between processes."""
 
     def __len__(self) -> int:
         return len(self.molecule_ids)
+
+    @property
+    def path_codes(self) -> NDArray[np.uint8]:
+        """(P, 5) uint8, code of the h-th bond from a to b; a copy."""
+        return unpack_path_words(self.path_words)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,52 +230,155 @@ def build_steps(
             f"{len(block)} molecules cannot be cut into {len(steps)} steps of equal, non-zero size "
             f"(steps {steps.start} to {steps.stop - 1}, stream {stream})"
         )
-    step_of_row = np.repeat(np.arange(len(steps)), size)
+    check_bond_arrays(block.num_atoms, block.num_bonds, block.bonds, block.bond_features)
     # The last key counts most; lexsort is stable.
-    block = block.take(np.lexsort((block.num_atoms, step_of_row)))
-    degrees = bond_degrees(block.num_atoms, block.num_bonds, block.bonds)
+    order = np.lexsort((block.num_atoms, np.repeat(np.arange(len(steps)), size)))
     cuts = np.linspace(0, size, num_micro_batches(size, micro_batch_size) + 1).astype(np.int64)
-    atom_ends = np.concatenate([[0], np.cumsum(block.num_atoms, dtype=np.int64)])
-    bond_ends = np.concatenate([[0], np.cumsum(block.num_bonds, dtype=np.int64)])
-    micro_batches = []
-    for offset, step in enumerate(steps):
-        for index, (begin, end) in enumerate(pairwise(offset * size + cuts)):
-            rows = slice(begin, end)
-            atoms = slice(atom_ends[begin], atom_ends[end])
-            bonds = slice(bond_ends[begin], bond_ends[end])
-            micro = _allocate(step, stream, index, block.num_atoms[rows])
-            micro.molecule_ids[:] = block.molecule_ids[rows]
-            micro.atom_features[:] = block.atom_features[atoms]
-            micro.degrees[:] = degrees[atoms]
-            micro.positions[:] = block.positions[atoms]
-            micro.position_mask[:] = block.position_mask[atoms]
-            topology(
-                block.num_atoms[rows],
-                block.num_bonds[rows],
-                block.bonds[bonds],
-                block.bond_features[bonds],
-                out=Topology(micro.spd, micro.path_codes),
-            )
-            micro_batches.append(micro)
-    return micro_batches
+    begins = (np.arange(len(steps))[:, None] * size + cuts[:-1]).reshape(-1)
+    headers = _headers(steps, stream, len(cuts) - 1, begins, block.num_atoms[order])
+    num_bytes = headers[:, HEADER_FIELDS.index("num_bytes")]
+    ends = np.cumsum(num_bytes)
+    # Zeros, so that the padding between sections is the same every time. One buffer: the payloads follow each other.
+    buffer = np.zeros(int(ends[-1]) // 8, np.int64).view(np.uint8)
+    damaged = _pack_kernel(
+        order,
+        np.append(begins, len(block)),
+        headers,
+        (ends - num_bytes)[:, None] + _section_begins(headers[:, _COUNTS]),
+        buffer,
+        (
+            buffer.view(np.int64),
+            buffer.view(np.int32),
+            buffer.view(np.uint32),
+            buffer.view(np.float32),
+        ),
+        (
+            block.molecule_ids,
+            block.num_atoms,
+            block.num_bonds,
+            np.cumsum(block.num_atoms, dtype=np.int64) - block.num_atoms,
+            np.cumsum(block.num_bonds, dtype=np.int64) - block.num_bonds,
+        ),
+        (block.positions, block.position_mask, block.atom_features),
+        (block.bonds, block.bond_features),
+        workspace(block.num_atoms, block.num_bonds),
+    )
+    if damaged >= 0:
+        raise damaged_bonds(
+            int(damaged), block.num_atoms, block.num_bonds, block.bonds, block.bond_features
+        )
+    cut = pairwise([0, *ends.tolist()])
+    return [
+        _view(buffer[begin:end], header)
+        for (begin, end), header in zip(cut, headers.tolist(), strict=True)
+    ]
+
+
+def _headers(
+    steps: range,
+    stream: int,
+    num_micro: int,
+    begins: NDArray[np.int64],
+    num_atoms: NDArray[np.int32],
+) -> NDArray[np.int64]:
+    """(micro-batches, fields) the headers of micro-batches that begin at ``begins`` of the ordered molecules."""
+    atoms = num_atoms.astype(np.int64)
+    headers = np.empty((len(begins), len(HEADER_FIELDS)), np.int64)
+    columns: dict[str, Any] = {
+        "magic": _MAGIC,
+        "version": _VERSION,
+        "num_bytes": 0,
+        "step": np.repeat(np.arange(steps.start, steps.stop), num_micro),
+        "stream": stream,
+        "index": np.tile(np.arange(num_micro), len(steps)),
+        "num_molecules": np.diff(begins, append=len(atoms)),
+        "num_atoms": np.add.reduceat(atoms, begins),
+        "num_pairs": np.add.reduceat(atoms * atoms, begins),
+        "num_hops": NUM_HOPS,
+    }
+    for place, name in enumerate(HEADER_FIELDS):
+        headers[:, place] = columns[name]
+    headers[:, HEADER_FIELDS.index("num_bytes")] = _section_begins(headers[:, _COUNTS])[:, -1]
+    return headers
+
+
+def _section_begins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Byte where each section begins, and last where the buffer ends, from (n, 3) molecules, atoms and pairs."""
+    rows = counts[:, [section.rows for section in SECTIONS]]
+    begins = np.full((len(counts), len(SECTIONS) + 1), _HEADER_BYTES, np.int64)
+    row_bytes = np.array([section.row_bytes for section in SECTIONS], np.int64)
+    begins[:, 1:] += np.cumsum(-(-rows * row_bytes // 8) * 8, axis=1)
+    return begins
+
+
+@njit(cache=True, nogil=True)
+def _pack_kernel(  # type: ignore[no-untyped-def]
+    order, begins, headers, sections, u8, wider, molecules, atoms, graph, space
+):
+    """Write headers and sections of all micro-batches; the first molecule with a damaged bond, or -1."""
+    i64, i32, u32, f32 = wider
+    molecule_ids, num_atoms, num_bonds, atom_starts, bond_starts = molecules
+    positions, position_mask, atom_features = atoms
+    bonds, bond_features = graph
+    for micro in range(headers.shape[0]):
+        section = sections[micro]
+        header = (section[0] - 8 * headers.shape[1]) // 8
+        i64[header : header + headers.shape[1]] = headers[micro]
+        atom, pair = np.int64(0), np.int64(0)
+        for place in range(begins[micro], begins[micro + 1]):
+            molecule = order[place]
+            slot = place - begins[micro]
+            n = np.int64(num_atoms[molecule])
+            i64[section[0] // 8 + slot] = molecule_ids[molecule]
+            i32[section[1] // 4 + slot] = n
+            source = atom_starts[molecule]
+            for a in range(n):
+                for axis in range(3):
+                    f32[section[2] // 4 + 3 * (atom + a) + axis] = positions[source + a, axis]
+                u8[section[3] + atom + a] = position_mask[source + a]
+                for feature in range(NUM_ATOM_FEATURES):
+                    u8[section[4] + NUM_ATOM_FEATURES * (atom + a) + feature] = atom_features[
+                        source + a, feature
+                    ]
+            begin = bond_starts[molecule]
+            end = begin + num_bonds[molecule]
+            spd, words = section[6] + pair, section[7] // 4 + pair
+            if not relate_molecule(
+                n,
+                bonds[begin:end],
+                bond_features[begin:end],
+                u8[spd : spd + n * n],
+                u32[words : words + n * n],
+                space,
+            ):
+                return molecule
+            degrees = u8[section[5] + atom : section[5] + atom + n]
+            for bond in range(begin, end):
+                for side in range(2):
+                    # Saturating, as `bond_degrees`.
+                    degree = degrees[bonds[bond, side]]
+                    degrees[bonds[bond, side]] = degree + (degree < 255)
+            atom += n
+            pair += n * n
+    return -1
 
 
 def unpack_micro_batch(buffer: bytes | memoryview | pa.Buffer | NDArray[np.uint8]) -> MicroBatch:
     """The micro-batch that a payload holds, without copying; read-only if the buffer is."""
     payload = np.frombuffer(buffer, dtype=np.uint8)
-    if payload.ctypes.data % 8:
+    if payload.__array_interface__["data"][0] % 8:
         payload = payload.copy()
-    header = _read_header(payload)
-    micro = _view(payload, header)
+    micro = _view(payload, _read_header(payload))
     sizes = micro.num_atoms
+    atoms, pairs = len(micro.degrees), len(micro.spd)
     if (
         sizes.min(initial=1) < 1
-        or int(sizes.sum(dtype=np.int64)) != header["num_atoms"]
-        or num_pairs(sizes) != header["num_pairs"]
+        or int(sizes.sum(dtype=np.int64)) != atoms
+        or num_pairs(sizes) != pairs
     ):
         raise DataError(
             f"a micro-batch buffer (step {micro.step}, stream {micro.stream}) is damaged: the atom counts of its "
-            f"molecules do not add up to {header['num_atoms']} atoms and {header['num_pairs']} pairs"
+            f"molecules do not add up to {atoms} atoms and {pairs} pairs"
         )
     return micro
 
@@ -281,9 +450,9 @@ def _payloads(table: pa.Table) -> list[memoryview]:
             f"micro-batches from step {table.column('first_step')[0]} of stream {table.column('stream')[0]} "
             f"could not be built: {error}"
         )
-    payloads = table.column("payloads").combine_chunks().flatten()
-    if isinstance(payloads, pa.ChunkedArray):
-        payloads = payloads.combine_chunks()
+    column = table.column("payloads")
+    # Joining chunks copies, a single one as well; a block has one row, so there is one.
+    payloads = (column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()).flatten()
     if not len(payloads):
         return []
     data = memoryview(payloads.buffers()[2])
@@ -297,12 +466,25 @@ def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
 
     One row a block, because Ray may cut a block of several rows in two but never a row.
     """
-    data = np.concatenate([micro.payload for micro in micro_batches])
+    data = _joined_payloads([micro.payload for micro in micro_batches])
     ends = np.cumsum([0, *(len(micro.payload) for micro in micro_batches)], dtype=np.int64)
     payloads = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(micro_batches), [None, pa.py_buffer(ends), pa.py_buffer(data)]
     )
     return _block_row(micro_batches[0].step, micro_batches[0].stream, None, payloads)
+
+
+def _joined_payloads(payloads: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The payloads end to end: the buffer they were built in if they are all of it, else a copy."""
+    buffer = payloads[0].base
+    if isinstance(buffer, np.ndarray) and all(payload.base is buffer for payload in payloads):
+        whole = buffer.view(np.uint8)
+        begins = [payload.__array_interface__["data"][0] for payload in payloads]
+        ends = [begin + len(payload) for begin, payload in zip(begins, payloads, strict=True)]
+        first = whole.__array_interface__["data"][0]
+        if begins == [first, *ends[:-1]] and ends[-1] == first + len(whole):
+            return whole
+    return np.concatenate(payloads)
 
 
 def pack_error(error: MoleBlendError, first_step: int, stream: int) -> pa.Table:
@@ -322,60 +504,20 @@ def _block_row(first_step: int, stream: int, error: str | None, payloads: pa.Arr
     )
 
 
-def _sections(header: dict[str, int]) -> list[tuple[str, type[np.generic], tuple[int, ...]]]:
-    """Name, dtype and shape of each array of a payload, in its order."""
-    molecules, atoms, pairs = header["num_molecules"], header["num_atoms"], header["num_pairs"]
-    return [
-        ("molecule_ids", np.int64, (molecules,)),
-        ("num_atoms", np.int32, (molecules,)),
-        ("positions", np.float32, (atoms, 3)),
-        ("position_mask", np.bool_, (atoms,)),
-        ("atom_features", np.uint8, (atoms, NUM_ATOM_FEATURES)),
-        ("degrees", np.uint8, (atoms,)),
-        ("spd", np.uint8, (pairs,)),
-        ("path_codes", np.uint8, (pairs, header["num_hops"])),
-    ]
+def section_begins(micro: MicroBatch) -> list[int]:
+    """Byte of ``micro.payload`` where each of ``SECTIONS`` begins."""
+    counts = np.array([[len(micro), len(micro.degrees), len(micro.spd)]], np.int64)
+    begins: list[int] = _section_begins(counts)[0, :-1].tolist()
+    return begins
 
 
-def _section_bytes(dtype: type[np.generic], shape: tuple[int, ...]) -> int:
-    """Bytes of a section, rounded up to a multiple of 8."""
-    size = np.dtype(dtype).itemsize
-    for length in shape:
-        size *= length
-    return -(-size // 8) * 8
-
-
-def _allocate(step: int, stream: int, index: int, num_atoms: NDArray[np.int32]) -> MicroBatch:
-    """A micro-batch with its header and atom counts written, the rest zero."""
-    header = {
-        "magic": _MAGIC,
-        "version": _VERSION,
-        "num_bytes": 0,
-        "step": step,
-        "stream": stream,
-        "index": index,
-        "num_molecules": len(num_atoms),
-        "num_atoms": int(num_atoms.sum(dtype=np.int64)),
-        "num_pairs": num_pairs(num_atoms),
-        "num_hops": NUM_HOPS,
-    }
-    sizes = [_section_bytes(dtype, shape) for _, dtype, shape in _sections(header)]
-    header["num_bytes"] = _HEADER_BYTES + sum(sizes)
-    # Zeros, so that the padding between sections is the same every time.
-    payload = np.zeros(header["num_bytes"] // 8, np.int64).view(np.uint8)
-    payload[:_HEADER_BYTES].view(np.int64)[:] = [header[name] for name in _HEADER_FIELDS]
-    micro = _view(payload, header)
-    micro.num_atoms[:] = num_atoms
-    return micro
-
-
-def _read_header(payload: NDArray[np.uint8]) -> dict[str, int]:
+def _read_header(payload: NDArray[np.uint8]) -> list[int]:
     if len(payload) < _HEADER_BYTES:
         raise DataError(
             f"a micro-batch buffer has {len(payload)} bytes, fewer than its header of {_HEADER_BYTES}"
         )
-    words = payload[:_HEADER_BYTES].view(np.int64).tolist()
-    header = dict(zip(_HEADER_FIELDS, words, strict=True))
+    words: list[int] = payload[:_HEADER_BYTES].view(np.int64).tolist()
+    header = dict(zip(HEADER_FIELDS, words, strict=True))
     if header["magic"] != _MAGIC:
         raise DataError("a buffer is not a micro-batch: it does not begin with the mark MOLBATCH")
     if header["version"] != _VERSION:
@@ -383,29 +525,36 @@ def _read_header(payload: NDArray[np.uint8]) -> dict[str, int]:
             f"a micro-batch buffer has version {header['version']}, this program reads {_VERSION}; "
             "all nodes must run the same version of moleblend-ray"
         )
-    counts = [header[name] for name in ("num_molecules", "num_atoms", "num_pairs")]
+    counts = [words[place] for place in _COUNTS]
     if min(counts) < 0 or header["num_hops"] != NUM_HOPS:
         raise DataError(f"a micro-batch buffer has a damaged header: {header}")
-    expected = _HEADER_BYTES + sum(_section_bytes(d, shape) for _, d, shape in _sections(header))
+    expected = _HEADER_BYTES + sum(_section_bytes(section, counts) for section in SECTIONS)
     if not header["num_bytes"] == expected == len(payload):
         raise DataError(
             f"a micro-batch buffer has {len(payload)} bytes; its header says {header['num_bytes']} and its "
             f"sections take {expected}: it was cut off or damaged"
         )
-    return header
+    return words
 
 
-def _view(payload: NDArray[np.uint8], header: dict[str, int]) -> MicroBatch:
+def _section_bytes(section: Section, counts: list[int]) -> int:
+    """Bytes of a section, rounded up to a multiple of 8."""
+    return -(-counts[section.rows] * section.row_bytes // 8) * 8
+
+
+def _view(payload: NDArray[np.uint8], header: list[int]) -> MicroBatch:
+    counts = [header[place] for place in _COUNTS]
     arrays: dict[str, NDArray[Any]] = {}
     start = _HEADER_BYTES
-    for name, dtype, shape in _sections(header):
-        size = _section_bytes(dtype, shape)
-        arrays[name] = np.ndarray(shape, dtype, buffer=payload, offset=start)
-        start += size
+    for section in SECTIONS:
+        rows = counts[section.rows]
+        shape = (rows,) if section.width == 1 else (rows, section.width)
+        arrays[section.name] = np.ndarray(shape, section.dtype, buffer=payload, offset=start)
+        start += _section_bytes(section, counts)
     return MicroBatch(
-        step=header["step"],
-        stream=header["stream"],
-        index=header["index"],
+        step=header[HEADER_FIELDS.index("step")],
+        stream=header[HEADER_FIELDS.index("stream")],
+        index=header[HEADER_FIELDS.index("index")],
         payload=payload,
         **arrays,
     )

@@ -19,7 +19,7 @@ from moleblend_ray.data.batch import (
     StreamConfig,
     build_steps,
 )
-from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shards import GRAPH_COLUMNS, ShardReader, load_manifest
 from moleblend_ray.errors import ConfigError
@@ -56,8 +56,7 @@ class MicroBatchBuilder:
         seed = self._order.config.seed
         # The sign bit is dropped: a draw is non-negative.
         draw = keyed_hash(seed, _CONFORMER, steps, molecule_ids) >> np.uint64(1)
-        table = self._reader.read(molecule_ids)
-        block = block_from_table(table, molecule_ids, draw.astype(np.int64))
+        block = self._reader.read_block(molecule_ids, draw.astype(np.int64))
         if not self._stream.random_rotation:
             return block
         rotations = random_rotations(keyed_hash(seed, _ROTATION, steps, molecule_ids))

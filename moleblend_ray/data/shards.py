@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, gather
 from moleblend_ray.errors import DataError
 
 FORMAT_VERSION: Final = 1
@@ -77,6 +78,16 @@ QUARANTINE_SCHEMA: Final = pa.schema(
     ]
 )
 """One row for each source row that is in no shard: where it is, what it looks like, why it was refused."""
+
+_DICTIONARY_COLUMNS: Final = (
+    "conformer_status",
+    "num_atoms",
+    "atom_features.list.element",
+    "bonds.list.element",
+    "bond_features.list.element",
+    "num_conformers",
+)
+"""Columns of few different values: a dictionary makes them smaller and a third faster to decode."""
 
 _FOOTER_BYTES: Final = 1 << 16
 _MAX_FOOTERS: Final = 4096
@@ -281,7 +292,7 @@ def encode_shard(table: pa.Table, row_group_rows: int) -> bytes:
         compression="zstd",
         write_statistics=False,
         write_page_checksum=True,
-        use_dictionary=["conformer_status"] if "conformer_status" in table.column_names else False,
+        use_dictionary=list(_DICTIONARY_COLUMNS) if "num_atoms" in table.column_names else False,
         store_schema=True,
     )
     return bytes(sink.getvalue())
@@ -292,6 +303,15 @@ class _Place(NamedTuple):
 
     shard: int
     group: int
+
+
+class _RowGroup(NamedTuple):
+    """A decoded row group."""
+
+    table: pa.Table
+    graph: GraphColumns | None
+    """Its graph columns, views of the table but for two of them; None if the reader does not read all of them."""
+    nbytes: int
 
 
 class ShardReader:
@@ -322,8 +342,10 @@ class ShardReader:
         self._split = split
         self._group_rows = manifest.row_group_rows
         self._starts = np.cumsum([0, *(shard.num_rows for shard in self._shards)], dtype=np.int64)
+        most_rows = max((shard.num_rows for shard in self._shards), default=0)
+        self._max_groups = max(1, -(-most_rows // self._group_rows))
         self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
-        self._groups: OrderedDict[_Place, pa.Table] = OrderedDict()
+        self._groups: OrderedDict[_Place, _RowGroup] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._verify = verify
@@ -335,27 +357,57 @@ class ShardReader:
 
     def read(self, positions: NDArray[np.int64]) -> pa.Table:
         """The rows at ``positions`` (M,), in that order; repeats allowed."""
-        positions = np.asarray(positions, dtype=np.int64)
-        self._check_positions(positions)
-        if not len(positions):
+        places, which, row = self._locate(positions)
+        if not places:
             return self._schema.empty_table().select(self._columns)
-        shard = np.searchsorted(self._starts, positions, side="right") - 1
-        row = positions - self._starts[shard]
-        group = row // self._group_rows
-        order = np.lexsort((row, group, shard))
-        key = np.stack([shard[order], group[order]])
-        cuts = np.flatnonzero(np.any(key[:, 1:] != key[:, :-1], axis=0)) + 1
-        parts = np.split(order, cuts)
-        places = [_Place(int(shard[part[0]]), int(group[part[0]])) for part in parts]
-        tables = []
-        for start in range(0, len(parts), _FETCH_THREADS):
-            batch = slice(start, start + _FETCH_THREADS)
-            groups = self._row_groups(places[batch])
-            for place, part in zip(places[batch], parts[batch], strict=True):
-                tables.append(groups[place].take(pa.array(row[part] % self._group_rows)))
+        order = np.lexsort((row, which))
+        ends = np.searchsorted(which[order], np.arange(len(places) + 1))
+        tables: list[pa.Table] = [None] * len(places)
+        for index, group in self._row_groups(places):
+            rows = row[order[ends[index] : ends[index + 1]]]
+            tables[index] = group.table.take(pa.array(rows))
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         return pa.concat_tables(tables).combine_chunks().take(pa.array(back))
+
+    def read_block(
+        self, positions: NDArray[np.int64], conformer: NDArray[np.int64] | None = None
+    ) -> MoleculeBlock:
+        """The molecules at ``positions`` (M,), in that order; repeats allowed.
+
+        ``conformer`` (M,) chooses among a molecule's conformers as :func:`block.gather` says. What a call
+        holds besides its result is bounded by the cache, however many row groups the positions touch.
+        """
+        places, which, row = self._locate(positions)
+        held: list[GraphColumns] = []
+        held_bytes = 0
+        slot = np.full(len(places), -1, np.int64)
+        parts: list[MoleculeBlock] = []
+        taken: list[NDArray[np.int64]] = []
+
+        def flush() -> None:
+            mine = np.flatnonzero(slot[which] >= 0)
+            draw = None if conformer is None else conformer[mine]
+            parts.append(gather(held, slot[which[mine]], row[mine], positions[mine], draw))
+            taken.append(mine)
+
+        for index, group in self._row_groups(places):
+            held_bytes += group.nbytes
+            slot[index] = len(held)
+            if group.graph is None:
+                raise DataError(f"blocks of molecules need the columns {GRAPH_COLUMNS}")
+            held.append(group.graph)
+            if held_bytes > self._cache_bytes:
+                flush()
+                slot[:], held_bytes = -1, 0
+                held.clear()
+        if held or not parts:
+            flush()
+        if len(parts) == 1:
+            return parts[0]
+        back = np.empty(len(positions), np.int64)
+        back[np.concatenate(taken)] = np.arange(len(positions))
+        return concatenate(parts).take(back)
 
     def iter_tables(self) -> Iterator[pa.Table]:
         """Each shard as one table, in order, past the cache."""
@@ -372,6 +424,19 @@ class ShardReader:
             self._check_schema(index, table, shard.num_rows)
             yield table
 
+    def _locate(
+        self, positions: NDArray[np.int64]
+    ) -> tuple[list[_Place], NDArray[np.int64], NDArray[np.int64]]:
+        """The row groups that hold ``positions``, in order; for each position, which of these and which row."""
+        positions = np.asarray(positions, dtype=np.int64)
+        self._check_positions(positions)
+        shard = np.searchsorted(self._starts, positions, side="right") - 1
+        group, row = np.divmod(positions - self._starts[shard], self._group_rows)
+        keys, which = np.unique(shard * self._max_groups + group, return_inverse=True)
+        shards, groups = np.divmod(keys, self._max_groups)
+        places = [_Place(*place) for place in zip(shards.tolist(), groups.tolist(), strict=True)]
+        return places, which.reshape(-1), row
+
     def _check_positions(self, positions: NDArray[np.int64]) -> None:
         if positions.ndim != 1:
             raise DataError(f"Positions must be one-dimensional, got shape {positions.shape}.")
@@ -381,21 +446,32 @@ class ShardReader:
                 f"{self._uri}, which has {self.num_rows} molecules."
             )
 
-    def _row_groups(self, places: Sequence[_Place]) -> dict[_Place, pa.Table]:
-        """The tables of these row groups, from the cache or storage."""
-        found = {place: self._groups[place] for place in places if place in self._groups}
-        missing = [place for place in places if place not in found]
-        for place in found:
-            self._groups.move_to_end(place)
-        self._fetch_footers(sorted({place.shard for place in missing}))
-        for place, table in zip(missing, _in_threads(self._fetch_group, missing), strict=True):
-            found[place] = table
-            self._groups[place] = table
-            self._cached_bytes += table.nbytes
-        while self._cached_bytes > self._cache_bytes and self._groups:
+    def _row_groups(self, places: Sequence[_Place]) -> Iterator[tuple[int, _RowGroup]]:
+        """Each of these row groups with its index in ``places``: first those in the cache, then the others."""
+        missing = []
+        for index, place in enumerate(places):
+            group = self._groups.get(place)
+            if group is None:
+                missing.append(index)
+            else:
+                self._groups.move_to_end(place)
+                yield index, group
+        for start in range(0, len(missing), _FETCH_THREADS):
+            batch = missing[start : start + _FETCH_THREADS]
+            asked = [places[index] for index in batch]
+            self._fetch_footers(sorted({place.shard for place in asked}))
+            fetched = _in_threads(self._fetch_group, asked)
+            for index, place, group in zip(batch, asked, fetched, strict=True):
+                self._keep(place, group)
+                yield index, group
+
+    def _keep(self, place: _Place, group: _RowGroup) -> None:
+        """Put a row group into the cache and drop the least recently used ones above its bound."""
+        self._groups[place] = group
+        self._cached_bytes += group.nbytes
+        while self._cached_bytes > self._cache_bytes:
             _, dropped = self._groups.popitem(last=False)
             self._cached_bytes -= dropped.nbytes
-        return found
 
     def _fetch_footers(self, shards: Sequence[int]) -> None:
         missing = [index for index in shards if index not in self._footers]
@@ -424,7 +500,7 @@ class ShardReader:
             self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
         return metadata
 
-    def _fetch_group(self, place: _Place) -> pa.Table:
+    def _fetch_group(self, place: _Place) -> _RowGroup:
         """One row group, by one read of the byte range that holds its asked columns."""
         metadata = self._footers[place.shard]
         group = metadata.row_group(place.group)
@@ -433,7 +509,15 @@ class ShardReader:
         with self._parquet_errors(place.shard):
             source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
             file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
-            return file.read_row_group(place.group, self._columns, use_threads=False)
+            table = file.read_row_group(place.group, self._columns, use_threads=False)
+        if not set(GRAPH_COLUMNS) <= set(self._columns):
+            return _RowGroup(table, None, table.nbytes)
+        try:
+            graph = GraphColumns.from_table(table)
+        except DataError as error:
+            raise self._damaged(place.shard, f"row group {place.group}: {error}") from error
+        own = graph.rows.nbytes + graph.position_mask.nbytes
+        return _RowGroup(table, graph, table.nbytes + own)
 
     def _read_range(self, index: int, offset: int, length: int) -> bytes:
         uri = storage.join(self._uri, self._shards[index].path)

@@ -1,16 +1,23 @@
 """Shortest-path distances and bond codes along the path, for a whole block of molecules at a time.
 
 The tie rule is the reference's: Floyd-Warshall over intermediate atoms k = 0, 1, ... with strict
-improvement, the path recovered by splitting recursively at the stored k. The kernel below does not run
-Floyd-Warshall (n^3) but reaches the same answer by one breadth-first search an atom:
+improvement, the path recovered by splitting recursively at the stored k. The kernel below is that algorithm
+with the work left out that cannot change anything. It adds the atoms v = 0, 1, ... one after the other; when
+v is in, its tables hold what Floyd-Warshall holds after round v of all pairs of atoms up to v:
 
-* The stored k of a pair (a, b) is the smallest possible *largest interior atom* over all shortest paths
-  from a to b: Floyd-Warshall reaches the final distance in the round that first admits all interior atoms
-  of some shortest path. Over the predecessors p of b (one bond closer to a) it is therefore
-  ``min(max(k(a, p), p))``, and -1 for bonded pairs.
+* A path to v whose interior atoms are all below v ends with a bond from an earlier neighbour p of v. Its
+  length is ``d(a, p) + 1`` and its largest interior atom ``max(k(a, p), p)``. Floyd-Warshall stores the
+  smallest possible *largest interior atom* over all shortest paths, because it reaches the final distance in
+  the round that first admits all interior atoms of some shortest path. So the row of v is the smallest
+  (length, largest interior atom) over the earlier neighbours p.
+* Round v changes only pairs of earlier atoms whose path runs through two neighbours of v. An atom with one
+  earlier neighbour needs no round: in a molecule, only atoms that close a ring or join two parts do.
 * Every piece of a recovered path is itself the recovered path of its two ends: a better interior for the
-  piece would give a better one for the whole. So ``path(a, b)`` is the first bond of ``path(a, k)``
-  followed by ``path(c, b)``, with c the far end of that bond.
+  piece would give a better one for the whole. So a path can be put together from the words of its pieces, and
+  the last atom before v on the way from a is found by splitting (a, v) at k, then (k, v), until a bond is left.
+
+A tree costs O(n^2), each ring closure O(n^2) more; for molecules in the order of a SMILES that is a few steps a
+pair, all on rows that stay in the first-level cache.
 
 Distances above ``MAX_SPD`` (chains of more than 255 atoms) are stored as ``MAX_SPD``; paths stay exact.
 """
@@ -24,11 +31,31 @@ from numba import njit
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError
-from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, MAX_SPD, NUM_HOPS, UNREACHABLE
+from moleblend_ray.vocabulary import (
+    BOND_VOCAB_SIZES,
+    MAX_SPD,
+    NUM_BOND_CODES,
+    NUM_HOPS,
+    UNREACHABLE,
+)
+
+HOP_BITS: Final = 6
+"""Bits of each bond code in a path word; the first hop has the lowest."""
+
+HOP_MASK: Final = (1 << HOP_BITS) - 1
+"""One hop of a path word."""
+
+if NUM_BOND_CODES > HOP_MASK + 1 or HOP_BITS * NUM_HOPS > 30:
+    raise RuntimeError("the bond codes of a path do not fit in 30 bits of its word")
 
 _NUM_TYPES, _NUM_STEREO, _NUM_CONJUGATED = (int(size) for size in BOND_VOCAB_SIZES)
-_MAX_SPD: Final = int(MAX_SPD)
-_UNREACHABLE: Final = int(UNREACHABLE)
+_MAX_SPD: Final = np.int32(MAX_SPD)
+_UNREACHABLE: Final = np.int32(UNREACHABLE)
+_HOP_BITS: Final = np.uint32(HOP_BITS)
+_NUM_HOPS: Final = np.int32(NUM_HOPS)
+_WORD_MASK: Final = np.uint32((1 << (HOP_BITS * NUM_HOPS)) - 1)
+# Above every distance (atom indices are uint16), and twice it is still an int32.
+_FAR: Final = np.int32(1 << 20)
 
 BONDED: Final = -1
 """Intermediate atom of bonded pairs and of an atom with itself: there is none."""
@@ -43,8 +70,28 @@ class Topology(NamedTuple):
     spd: NDArray[np.uint8]
     """(P,) uint8, bonds on the shortest path; 0 on the diagonal, ``UNREACHABLE`` between fragments."""
 
-    path_codes: NDArray[np.uint8]
-    """(P, num_hops) uint8, code of the h-th bond walking from a to b; ``NO_HOP`` past the end of the path."""
+    path_words: NDArray[np.uint32]
+    """(P,) uint32, codes of the first ``NUM_HOPS`` bonds walking from a to b, ``HOP_BITS`` bits each."""
+
+    @property
+    def path_codes(self) -> NDArray[np.uint8]:
+        """(P, NUM_HOPS) uint8, code of the h-th bond walking from a to b; ``NO_HOP`` past the end of the path."""
+        return unpack_path_words(self.path_words)
+
+
+class Workspace(NamedTuple):
+    """Scratch of the kernel for molecules of up to n atoms and E bonds."""
+
+    starts: NDArray[np.uint32]
+    """(n + 1,) where the bonds of each atom to earlier atoms begin."""
+    earlier: NDArray[np.uint32]
+    """(E,) the earlier atom of each bond."""
+    codes: NDArray[np.uint32]
+    """(E,) the code of each bond."""
+    distance: NDArray[np.int32]
+    """(n, n) bonds on the shortest path so far, ``_FAR`` without one."""
+    middle: NDArray[np.int32]
+    """(n, n) one more than the largest interior atom of that path; 0 without interior."""
 
 
 def num_pairs(num_atoms: NDArray[np.int32]) -> int:
@@ -53,44 +100,45 @@ def num_pairs(num_atoms: NDArray[np.int32]) -> int:
     return int(counts @ counts)
 
 
+def unpack_path_words(words: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Path words (P,) as bond codes (P, NUM_HOPS) uint8."""
+    shifts = np.arange(0, HOP_BITS * NUM_HOPS, HOP_BITS, dtype=np.uint32)
+    return (words[:, None] >> shifts & np.uint32(HOP_MASK)).astype(np.uint8)
+
+
+def workspace(num_atoms: NDArray[np.int32], num_bonds: NDArray[np.int32]) -> Workspace:
+    """Scratch that is large enough for each of these molecules."""
+    n, bonds = int(num_atoms.max(initial=0)), int(num_bonds.max(initial=0))
+    return Workspace(
+        starts=np.empty(n + 1, np.uint32),
+        earlier=np.empty(bonds, np.uint32),
+        codes=np.empty(bonds, np.uint32),
+        distance=np.empty((n, n), np.int32),
+        middle=np.empty((n, n), np.int32),
+    )
+
+
 def topology(
     num_atoms: NDArray[np.int32],
     num_bonds: NDArray[np.int32],
     bonds: NDArray[np.uint16],
     bond_features: NDArray[np.uint8],
-    num_hops: int = NUM_HOPS,
-    out: Topology | None = None,
 ) -> Topology:
-    """Distances and path codes of every ordered atom pair of M molecules.
+    """Distances and paths of every ordered atom pair of M molecules.
 
     ``num_atoms`` and ``num_bonds`` are (M,), ``bonds`` (E, 2) atom indices within each molecule and
-    ``bond_features`` (E, 3) OGB codes, all molecule-major. ``out`` gives the arrays to fill.
+    ``bond_features`` (E, 3) OGB codes, all molecule-major. A ``DataError`` names the molecule of a bond that
+    cannot be: an atom or a code out of range, an atom bonded with itself, two bonds between two atoms.
     """
-    if out is None:
-        pairs = num_pairs(num_atoms)
-        out = Topology(np.empty(pairs, np.uint8), np.empty((pairs, num_hops), np.uint8))
-    _check_sizes(num_atoms, num_bonds, bonds, bond_features)
-    if out.spd.shape != (num_pairs(num_atoms),) or out.path_codes.shape[0] != out.spd.shape[0]:
-        raise DataError(
-            f"relation arrays of {out.spd.shape} and {out.path_codes.shape} do not hold "
-            f"{num_pairs(num_atoms)} atom pairs"
-        )
-    damaged = _topology_kernel(num_atoms, num_bonds, bonds, bond_features, out.spd, out.path_codes)
-    if damaged >= 0:
-        raise _damaged_bonds(int(damaged), num_atoms, num_bonds, bonds, bond_features)
-    return out
+    found, _ = _topology(num_atoms, num_bonds, bonds, bond_features)
+    return found
 
 
 def intermediate_atoms(
     num_atoms: NDArray[np.int32], num_bonds: NDArray[np.int32], bonds: NDArray[np.uint16]
 ) -> NDArray[np.int32]:
     """The atom at which Floyd-Warshall splits each ordered pair, (P,) int32; else ``BONDED`` or ``DISCONNECTED``."""
-    bond_features = np.zeros((len(bonds), 3), np.uint8)
-    _check_sizes(num_atoms, num_bonds, bonds, bond_features)
-    middle = np.empty(num_pairs(num_atoms), np.int32)
-    damaged = _intermediate_kernel(num_atoms, num_bonds, bonds, bond_features, middle)
-    if damaged >= 0:
-        raise _damaged_bonds(int(damaged), num_atoms, num_bonds, bonds, bond_features)
+    _, middle = _topology(num_atoms, num_bonds, bonds, np.zeros((len(bonds), 3), np.uint8))
     return middle
 
 
@@ -104,12 +152,13 @@ def bond_degrees(
     return np.minimum(counts, 255).astype(np.uint8)
 
 
-def _check_sizes(
+def check_bond_arrays(
     num_atoms: NDArray[np.int32],
     num_bonds: NDArray[np.int32],
     bonds: NDArray[np.uint16],
     bond_features: NDArray[np.uint8],
 ) -> None:
+    """Refuse arrays that do not fit each other; the kernels rely on their shapes."""
     total = int(num_bonds.sum())
     if (
         len(num_bonds) != len(num_atoms)
@@ -124,162 +173,213 @@ def _check_sizes(
         raise DataError("a molecule has fewer than one atom or a negative number of bonds")
 
 
-def _damaged_bonds(
+def damaged_bonds(
     molecule: int,
     num_atoms: NDArray[np.int32],
     num_bonds: NDArray[np.int32],
     bonds: NDArray[np.uint16],
     bond_features: NDArray[np.uint8],
 ) -> DataError:
+    """What is said of the molecule at which a kernel stopped."""
     begin = int(num_bonds[:molecule].sum())
     own = slice(begin, begin + int(num_bonds[molecule]))
     return DataError(
         f"molecule {molecule} of the block has {num_atoms[molecule]} atoms but bonds up to atom "
         f"{bonds[own].max()} with feature codes up to {bond_features[own].max(axis=0).tolist()}; atoms must be "
-        f"below the atom count and codes below {tuple(BOND_VOCAB_SIZES)}"
+        f"below the atom count, codes below {tuple(BOND_VOCAB_SIZES)}, and each bond must stand once and join two "
+        f"atoms (bonds: {bonds[own].tolist()})"
     )
 
 
+def _topology(
+    num_atoms: NDArray[np.int32],
+    num_bonds: NDArray[np.int32],
+    bonds: NDArray[np.uint16],
+    bond_features: NDArray[np.uint8],
+) -> tuple[Topology, NDArray[np.int32]]:
+    """The relations, and the intermediate atom of each pair."""
+    check_bond_arrays(num_atoms, num_bonds, bonds, bond_features)
+    pairs = num_pairs(num_atoms)
+    found = Topology(np.empty(pairs, np.uint8), np.empty(pairs, np.uint32))
+    middle = np.empty(pairs, np.int32)
+    space = workspace(num_atoms, num_bonds)
+    damaged = _block_kernel(num_atoms, num_bonds, bonds, bond_features, *found, middle, space)
+    if damaged >= 0:
+        raise damaged_bonds(int(damaged), num_atoms, num_bonds, bonds, bond_features)
+    return found, middle
+
+
 @njit(cache=True, nogil=True)
-def _neighbour_lists(n, begin, end, bonds, bond_features, starts, neighbours, codes):  # type: ignore[no-untyped-def]
-    """Compressed neighbour lists of one molecule with the path code of each bond; False if a bond is damaged."""
+def _block_kernel(  # type: ignore[no-untyped-def]
+    num_atoms, num_bonds, bonds, bond_features, spd, path_words, middle, space
+):
+    """Fill ``spd``, ``path_words`` and ``middle``; the index of the first molecule with a damaged bond, or -1."""
+    pair, bond = 0, 0
+    for molecule in range(num_atoms.shape[0]):
+        n, bond_end = num_atoms[molecule], bond + num_bonds[molecule]
+        pair_end = pair + n * n
+        if not relate_molecule(
+            n,
+            bonds[bond:bond_end],
+            bond_features[bond:bond_end],
+            spd[pair:pair_end],
+            path_words[pair:pair_end],
+            space,
+        ):
+            return molecule
+        for a in range(n):
+            for b in range(n):
+                far = space.distance[a, b] >= _FAR
+                middle[pair + a * n + b] = DISCONNECTED if far else space.middle[a, b] - 1
+        pair, bond = pair_end, bond_end
+    return -1
+
+
+@njit(cache=True, nogil=True)
+def relate_molecule(n, bonds, bond_features, spd, path_words, space):  # type: ignore[no-untyped-def]
+    """Fill ``spd`` (n * n,) and ``path_words`` (n * n,) of one molecule; False if a bond is damaged.
+
+    A kernel for kernels: arrays are not checked, and ``space`` must be large enough.
+    """
+    starts, distance, middle = space.starts, space.distance, space.middle
+    if not _bonds_to_earlier(n, bonds, bond_features, starts, space.earlier, space.codes):
+        return False
+    words = path_words.reshape((n, n))
+    for v in range(n):
+        distance[v, v] = 0
+        middle[v, v] = 0
+        words[v, v] = 0
+        first, end = starts[v], starts[v + 1]
+        if end - first == 1:
+            _add_leaf(v, space.earlier[first], space.codes[first], distance, middle, words)
+        elif end == first:
+            for a in range(v):
+                _set_far(v, a, distance, middle, words)
+        else:
+            earlier, codes = space.earlier[first:end], space.codes[first:end]
+            if not _add_rows(v, earlier, distance, middle):
+                return False
+            _add_words(v, earlier, codes, distance, middle, words)
+            _round(v, distance, middle, words)
+    for a in range(n):
+        for b in range(n):
+            d = distance[a, b]
+            spd[a * n + b] = _UNREACHABLE if d >= _FAR else min(d, _MAX_SPD)
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _bonds_to_earlier(n, bonds, bond_features, starts, earlier, codes):  # type: ignore[no-untyped-def]
+    """Each atom's bonds to earlier atoms, compressed; False if a bond has an atom or a code that cannot be."""
     for atom in range(n + 1):
         starts[atom] = 0
-    for e in range(begin, end):
+    for e in range(bonds.shape[0]):
         a, b = bonds[e, 0], bonds[e, 1]
         if (
             a >= n
             or b >= n
+            or a == b
             or bond_features[e, 0] >= _NUM_TYPES
             or bond_features[e, 1] >= _NUM_STEREO
             or bond_features[e, 2] >= _NUM_CONJUGATED
         ):
             return False
-        starts[a] += 1
-        starts[b] += 1
-    total = 0
+        starts[max(a, b)] += np.uint32(1)
+    total = np.uint32(0)
     for atom in range(n + 1):
         total += starts[atom]
         starts[atom] = total
-    for e in range(begin, end):
+    for e in range(bonds.shape[0]):
         a, b = bonds[e, 0], bonds[e, 1]
-        code = (
-            1
-            + (bond_features[e, 0] * _NUM_STEREO + bond_features[e, 1]) * _NUM_CONJUGATED
-            + bond_features[e, 2]
-        )
-        starts[a] -= 1
-        neighbours[starts[a]] = b
-        codes[starts[a]] = code
-        starts[b] -= 1
-        neighbours[starts[b]] = a
-        codes[starts[b]] = code
+        later = max(a, b)
+        slot = starts[later] - np.uint32(1)
+        starts[later] = slot
+        earlier[slot] = min(a, b)
+        kind = bond_features[e, 0] * _NUM_STEREO + bond_features[e, 1]
+        codes[slot] = 1 + kind * _NUM_CONJUGATED + bond_features[e, 2]
     return True
 
 
 @njit(cache=True, nogil=True)
-def _search_from(source, n, starts, neighbours, distance, middle, queue):  # type: ignore[no-untyped-def]
-    """Breadth-first search: distance and intermediate atom of every atom reached, in ``queue`` order."""
-    for atom in range(n):
-        distance[atom] = -1
-        middle[atom] = DISCONNECTED
-    distance[source] = 0
-    middle[source] = BONDED
-    queue[0] = source
-    head, tail = 0, 1
-    while head < tail:
-        atom = queue[head]
-        head += 1
-        # The largest interior atom of a path that ends with the bond from `atom`.
-        through = BONDED if atom == source else max(middle[atom], atom)
-        for slot in range(starts[atom], starts[atom + 1]):
-            other = neighbours[slot]
-            if distance[other] < 0:
-                distance[other] = distance[atom] + 1
-                middle[other] = through
-                queue[tail] = other
-                tail += 1
-            elif distance[other] == distance[atom] + 1 and through < middle[other]:
-                middle[other] = through
-    return tail
+def _joined(first, second, hops):  # type: ignore[no-untyped-def]
+    """The word of a path of ``hops`` bonds with word ``first``, followed by the path with word ``second``."""
+    # From NUM_HOPS bonds on, the second word is shifted out.
+    return (first | (second << (_HOP_BITS * np.uint32(min(hops, _NUM_HOPS))))) & _WORD_MASK
 
 
 @njit(cache=True, nogil=True)
-def _topology_kernel(num_atoms, num_bonds, bonds, bond_features, spd, path_codes):  # type: ignore[no-untyped-def]
-    """Fill ``spd`` and ``path_codes``; the index of the first molecule with a damaged bond, or -1."""
-    num_hops = path_codes.shape[1]
-    widest, most_bonds = 0, 0
-    for molecule in range(num_atoms.shape[0]):
-        widest = max(widest, num_atoms[molecule])
-        most_bonds = max(most_bonds, num_bonds[molecule])
-    starts = np.empty(widest + 1, np.int32)
-    neighbours = np.empty(2 * most_bonds, np.int32)
-    codes = np.empty(2 * most_bonds, np.uint8)
-    distance = np.empty(widest, np.int32)
-    middle = np.empty(widest, np.int32)
-    # Row a: the atoms in the order a's search reached them, the first atom of the path from a to each,
-    # and that first bond's code.
-    reached = np.empty(widest, np.int32)
-    order = np.empty((widest, widest), np.int32)
-    first_atom = np.empty((widest, widest), np.int32)
-    first_code = np.empty((widest, widest), np.uint8)
-
-    pair_start, bond_start = 0, 0
-    for molecule in range(num_atoms.shape[0]):
-        n = num_atoms[molecule]
-        bond_end = bond_start + num_bonds[molecule]
-        if not _neighbour_lists(
-            n, bond_start, bond_end, bonds, bond_features, starts, neighbours, codes
-        ):
-            return molecule
-        bond_start = bond_end
-        for a in range(n):
-            reached[a] = _search_from(a, n, starts, neighbours, distance, middle, order[a])
-            row = pair_start + a * n
-            for b in range(n):
-                spd[row + b] = min(distance[b], _MAX_SPD) if distance[b] >= 0 else _UNREACHABLE
-            for slot in range(starts[a], starts[a + 1]):
-                b = neighbours[slot]
-                first_atom[a, b] = b
-                first_code[a, b] = codes[slot]
-            for position in range(1, reached[a]):
-                b = order[a, position]
-                if middle[b] >= 0:
-                    first_atom[a, b] = first_atom[a, middle[b]]
-                    first_code[a, b] = first_code[a, middle[b]]
-        path_codes[pair_start : pair_start + n * n] = 0
-        for b in range(n):
-            # Nearest to b first: what follows the first bond of a -> b is the finished path of a nearer atom.
-            for position in range(1, reached[b]):
-                a = order[b, position]
-                pair = pair_start + a * n + b
-                rest = pair_start + first_atom[a, b] * n + b
-                path_codes[pair, 0] = first_code[a, b]
-                for hop in range(1, num_hops):
-                    path_codes[pair, hop] = path_codes[rest, hop - 1]
-        pair_start += n * n
-    return -1
+def _set_far(v, a, distance, middle, words):  # type: ignore[no-untyped-def]
+    """Atoms v and a are in different parts so far."""
+    distance[v, a] = distance[a, v] = _FAR
+    middle[v, a] = middle[a, v] = 0
+    words[v, a] = words[a, v] = 0
 
 
 @njit(cache=True, nogil=True)
-def _intermediate_kernel(num_atoms, num_bonds, bonds, bond_features, middle):  # type: ignore[no-untyped-def]
-    """Fill ``middle`` with the intermediate atom of each pair; first damaged molecule, or -1."""
-    pair_start, bond_start = 0, 0
-    for molecule in range(num_atoms.shape[0]):
-        n = num_atoms[molecule]
-        bond_end = bond_start + num_bonds[molecule]
-        starts = np.empty(n + 1, np.int32)
-        neighbours = np.empty(2 * num_bonds[molecule], np.int32)
-        codes = np.empty(2 * num_bonds[molecule], np.uint8)
-        distance = np.empty(n, np.int32)
-        queue = np.empty(n, np.int32)
-        if not _neighbour_lists(
-            n, bond_start, bond_end, bonds, bond_features, starts, neighbours, codes
-        ):
-            return molecule
-        bond_start = bond_end
-        for a in range(n):
-            row = middle[pair_start + a * n : pair_start + (a + 1) * n]
-            _search_from(a, n, starts, neighbours, distance, row, queue)
-        pair_start += n * n
-    return -1
+def _add_leaf(v, p, code, distance, middle, words):  # type: ignore[no-untyped-def]
+    """Add atom v with the one earlier neighbour p."""
+    for a in range(v):
+        d = distance[p, a]
+        if d >= _FAR:
+            _set_far(v, a, distance, middle, words)
+        else:
+            distance[v, a] = distance[a, v] = d + 1
+            middle[v, a] = middle[a, v] = max(middle[p, a], np.int32(p + 1))
+            words[v, a] = _joined(code, words[p, a], 1)
+            words[a, v] = _joined(words[a, p], code, d)
+    middle[v, p] = middle[p, v] = 0
+
+
+@njit(cache=True, nogil=True)
+def _add_rows(v, earlier, distance, middle):  # type: ignore[no-untyped-def]
+    """Distances and largest interior atoms from v over its earlier neighbours; False if one stands twice."""
+    for a in range(v):
+        distance[v, a] = _FAR
+        middle[v, a] = 0
+    for p in earlier:
+        if distance[v, p] == 1 and middle[v, p] == 0:
+            return False
+        for a in range(v):
+            d = distance[p, a] + 1
+            k = max(middle[p, a], np.int32(p + 1))
+            if d < distance[v, a] or (d == distance[v, a] and k < middle[v, a]):
+                distance[v, a] = d
+                middle[v, a] = k
+        distance[v, p] = 1
+        middle[v, p] = 0
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _add_words(v, earlier, codes, distance, middle, words):  # type: ignore[no-untyped-def]
+    """The words of the paths between v and all earlier atoms, from the finished row of v."""
+    for a in range(v):
+        d = distance[v, a]
+        if d >= _FAR:
+            _set_far(v, a, distance, middle, words)
+            continue
+        p = a
+        while middle[v, p] > 0:
+            p = middle[v, p] - 1
+        code = np.uint32(0)
+        for slot in range(earlier.shape[0]):
+            if earlier[slot] == p:
+                code = codes[slot]
+        distance[a, v] = d
+        middle[a, v] = middle[v, a]
+        words[v, a] = _joined(code, words[p, a], 1)
+        words[a, v] = _joined(words[a, p], code, d - 1)
+
+
+@njit(cache=True, nogil=True)
+def _round(v, distance, middle, words):  # type: ignore[no-untyped-def]
+    """Round v of Floyd-Warshall over all earlier atoms."""
+    for x in range(v):
+        to_v = distance[x, v]
+        for y in range(x):
+            d = to_v + distance[v, y]
+            if d < distance[x, y]:
+                distance[x, y] = distance[y, x] = d
+                middle[x, y] = middle[y, x] = v + 1
+                words[x, y] = _joined(words[x, v], words[v, y], to_v)
+                words[y, x] = _joined(words[y, v], words[v, x], distance[v, y])

@@ -12,6 +12,7 @@ import pytest
 from moleblend_ray.relations.topology import (
     BONDED,
     DISCONNECTED,
+    HOP_MASK,
     Topology,
     bond_degrees,
     intermediate_atoms,
@@ -41,8 +42,8 @@ class Golden:
     bonds: np.ndarray[Any, Any]
     bond_features: np.ndarray[Any, Any]
 
-    def relations(self, num_hops: int = 5) -> Topology:
-        return topology(self.num_atoms, self.num_bonds, self.bonds, self.bond_features, num_hops)
+    def relations(self) -> Topology:
+        return topology(self.num_atoms, self.num_bonds, self.bonds, self.bond_features)
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +101,44 @@ def test_first_five_hops_of_every_path_are_equal(golden: Golden) -> None:
 
 
 def test_all_hops_of_every_path_are_equal(golden: Golden) -> None:
-    hops = golden.arrays["max_dist"].astype(np.int64)
-    connected = hops[hops < GOLDEN_UNREACHABLE]
-    most = max(int(connected.max(initial=0)), int(golden.num_atoms.max()))
-    found = golden.relations(most).path_codes
+    """Our splits and our codes of single bonds give every path of the golden code to its end."""
+    relations = golden.relations()
+    middle = intermediate_atoms(golden.num_atoms, golden.num_bonds, golden.bonds)
     pair_ptr, full_ptr = golden.arrays["pair_ptr"], golden.arrays["edge_full_ptr"]
-    for molecule, num_hops in enumerate(hops.tolist()):
+    for molecule, num_hops in enumerate(golden.arrays["max_dist"].astype(np.int64).tolist()):
         full = golden.arrays["edge_input_full"][full_ptr[molecule] : full_ptr[molecule + 1]]
         n = int(golden.num_atoms[molecule])
-        expected = path_codes(full.reshape(n * n, num_hops, 3))
-        own = found[pair_ptr[molecule] : pair_ptr[molecule + 1]]
-        shared = min(num_hops, most)
-        assert np.array_equal(own[:, :shared], expected[:, :shared]), f"molecule {molecule}"
+        expected = path_codes(full.reshape(n * n, num_hops, 3)).reshape(n, n, num_hops)
+        own = slice(pair_ptr[molecule], pair_ptr[molecule + 1])
+        codes = (relations.path_words[own] & HOP_MASK).reshape(n, n)
+        walked = walked_codes(middle[own].reshape(n, n), codes)
+        shared = min(num_hops, n)
+        assert np.array_equal(walked[:, :, :shared], expected[:, :, :shared]), (
+            f"molecule {molecule}"
+        )
         # No simple path is longer than the atoms: what lies beyond on either side is empty.
-        assert not own[:, shared:].any()
-        assert not expected[:, shared:].any()
+        assert not walked[:, :, shared:].any()
+        assert not expected[:, :, shared:].any()
+
+
+def walked_codes(
+    middle: np.ndarray[Any, Any], first_codes: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    """Codes (n, n, n) of all bonds of each path, from the splits and the first code of each pair."""
+    n = len(middle)
+    a, b = np.indices((n, n))
+    first = b.copy()
+    for _ in range(n):
+        split = middle[a, first]
+        first = np.where(split >= 0, split, first)
+    codes = np.zeros((n, n, n), np.int64)
+    here = a
+    for hop in range(n):
+        onward = (middle != DISCONNECTED) & (here != b)
+        there = np.where(onward, first[here, b], here)
+        codes[..., hop] = np.where(onward, first_codes[here, there], 0)
+        here = there
+    return codes
 
 
 def test_degrees_are_equal(golden: Golden) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import fields
 
 import numpy as np
@@ -60,6 +61,7 @@ def test_micro_batches_carry_the_molecules_and_their_relations(block: MoleculeBl
         assert np.array_equal(micro.positions, own.positions)
         assert np.array_equal(micro.position_mask, own.position_mask)
         assert np.array_equal(micro.spd, relations.spd)
+        assert np.array_equal(micro.path_words, relations.path_words)
         assert np.array_equal(micro.path_codes, relations.path_codes)
         assert np.array_equal(micro.degrees, bond_degrees(own.num_atoms, own.num_bonds, own.bonds))
 
@@ -76,6 +78,42 @@ def test_many_steps_at_once_equal_each_step_by_itself(block: MoleculeBlock) -> N
         build_steps(block, range(4), 0, 4)
 
 
+def test_micro_batches_built_together_are_packed_without_copying(block: MoleculeBlock) -> None:
+    micro_batches = build_steps(block, range(10, 13), 1, 4)
+    for part, copied in [(micro_batches, False), (micro_batches[1:], True)]:
+        payloads = pack_block(part).column("payloads").chunk(0).flatten()
+        assert payloads.to_pylist() == [bytes(micro.payload) for micro in part]
+        data = np.frombuffer(payloads.buffers()[2], np.uint8)
+        assert np.shares_memory(data, micro_batches[0].payload) is not copied
+
+
+def test_a_molecule_with_damaged_bonds_is_named_before_it_is_packed(block: MoleculeBlock) -> None:
+    rows = np.flatnonzero(block.num_bonds > 0)
+    bonds = block.bonds.copy()
+    bonds[np.cumsum(block.num_bonds)[rows[3]] - 1, 0] = block.num_atoms[rows[3]]
+    with pytest.raises(DataError, match=f"molecule {rows[3]} of the block has"):
+        build_steps(dataclasses.replace(block, bonds=bonds), range(3), 0, 4)
+    with pytest.raises(DataError, match="bond arrays do not fit"):
+        build_steps(dataclasses.replace(block, bonds=bonds[:-1]), range(3), 0, 4)
+
+
+def test_degrees_saturate_at_255() -> None:
+    n = 300
+    star = dataclasses.replace(
+        random_block(np.random.default_rng(0), 1),
+        num_atoms=np.array([n], np.int32),
+        num_bonds=np.array([n - 1], np.int32),
+        atom_features=np.zeros((n, 9), np.uint8),
+        bonds=np.stack([np.arange(1, n), np.zeros(n - 1)], axis=1).astype(np.uint16),
+        bond_features=np.zeros((n - 1, 3), np.uint8),
+        positions=np.zeros((n, 3), np.float32),
+        position_mask=np.zeros(n, bool),
+    )
+    (micro,) = build_micro_batches(star, 0, 0, 1)
+    assert micro.degrees.tolist() == [255] + [1] * (n - 1)
+    assert set(micro.spd.tolist()) == {0, 1, 2}
+
+
 def test_unpacking_views_the_buffer_and_gives_back_every_array(block: MoleculeBlock) -> None:
     micro = build_micro_batches(block, 3, 1, 30)[0]
     payload = bytes(micro.payload)
@@ -89,13 +127,13 @@ def test_unpacking_views_the_buffer_and_gives_back_every_array(block: MoleculeBl
     assert np.array_equal(unpack_micro_batch(off_by_one).spd, micro.spd)
 
 
-def test_a_15_atom_molecule_takes_about_1700_bytes() -> None:
+def test_a_15_atom_molecule_takes_the_1482_bytes_of_the_documented_layout() -> None:
     rng = np.random.default_rng(0)
     whole = random_block(rng, 3000, max_atoms=15)
     block = whole.take(np.flatnonzero(whole.num_atoms == 15)[:64])
     assert len(block) == 64
     payload = build_micro_batches(block, 0, 0, 64)[0].payload
-    assert len(payload) / 64 < 1720
+    assert len(payload) == 80 + 64 * 1482
 
 
 @given(st.binary(max_size=400))
@@ -112,8 +150,9 @@ def test_truncated_or_altered_buffers_are_refused(block: MoleculeBlock) -> None:
             unpack_micro_batch(payload[:length])
     words = np.frombuffer(payload, np.int64).copy()
     for place, value, message in [
-        (1, 2, "has version 2, this program reads 1"),
+        (1, 3, "has version 3, this program reads 2"),
         (6, 2**62, "was cut off or damaged"),
+        (6, 31, "was cut off or damaged"),
         (7, -1, "damaged header"),
         (9, 4, "damaged header"),
         (10 + 30, 2**33 + 1, "do not add up"),
@@ -162,6 +201,15 @@ def test_each_rank_gets_every_step_with_its_streams_in_order(world_size: int) ->
         for batch in steps:
             tags = [(m.step, m.stream, m.index) for m in batch.micro_batches]
             assert tags == [(batch.step, stream, i) for stream in streams for i in range(2)]
+
+
+def test_a_step_views_the_memory_of_its_blocks() -> None:
+    blocks = stream_blocks(1, groups=1)
+    data = np.frombuffer(blocks[0].column("payloads").chunk(0).flatten().buffers()[2], np.uint8)
+    for batch in step_batches(blocks, rank=0, world_size=1, num_streams=1, num_micro=2):
+        for micro in batch.micro_batches:
+            assert np.shares_memory(micro.path_words, data)
+            assert np.shares_memory(micro.payload, data)
 
 
 def test_without_a_first_step_the_stream_begins_as_its_first_block_says() -> None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.data import shards, storage
+from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.shards import Counts, LabelInfo, Manifest, ShardInfo, ShardReader
 from moleblend_ray.errors import DataError
 
@@ -147,6 +148,48 @@ def test_only_needed_row_groups_are_fetched_and_the_cache_is_bounded(
     whole = reader.read(np.arange(265))
     assert whole.num_rows == 265
     assert reader._cached_bytes <= 1
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 30_000, 1 << 20])
+def test_a_block_of_molecules_is_the_block_of_their_rows(tmp_path: Path, cache_bytes: int) -> None:
+    manifest, train = write_dataset(str(tmp_path))
+    reader = ShardReader(
+        str(tmp_path), manifest, "train", columns=shards.GRAPH_COLUMNS, cache_bytes=cache_bytes
+    )
+    rng = np.random.default_rng(0)
+    for size in (0, 1, 7, 500):
+        positions = rng.integers(0, 265, size)
+        draw = rng.integers(0, 5, size)
+        found = reader.read_block(positions, draw)
+        expected = block_from_table(train.take(pa.array(positions)), positions, draw)
+        for item in dataclasses.fields(MoleculeBlock):
+            value = getattr(found, item.name)
+            assert value.dtype == getattr(expected, item.name).dtype
+            assert np.array_equal(value, getattr(expected, item.name)), item.name
+        assert reader._cached_bytes <= cache_bytes
+        assert reader._cached_bytes == sum(group.nbytes for group in reader._groups.values())
+    with pytest.raises(DataError, match="blocks of molecules need the columns"):
+        ShardReader(str(tmp_path), manifest, "train", columns=["smiles"]).read_block(np.arange(1))
+
+
+def test_lists_that_do_not_fit_are_reported_with_their_shard(tmp_path: Path) -> None:
+    table = make_table(40, 0)
+    lists = table.column("bond_features").to_pylist()
+    lists[7] = lists[7][:-3]
+    index = table.column_names.index("bond_features")
+    table = table.set_column(index, "bond_features", pa.array(lists, pa.list_(pa.uint8())))
+    content = shards.encode_shard(table, GROUP_ROWS)
+    info = ShardInfo(
+        path="train/0.parquet",
+        split="train",
+        num_rows=40,
+        num_bytes=len(content),
+        sha256=storage.sha256_bytes(content),
+    )
+    storage.write_bytes(str(tmp_path / "train/0.parquet"), content)
+    reader = ShardReader(str(tmp_path), make_manifest([info]), "train")
+    with pytest.raises(DataError, match=r"train/0\.parquet .* 'bond_features' .* in row 7"):
+        reader.read_block(np.arange(3))
 
 
 @pytest.mark.parametrize("positions", [[-1], [265], [0, 10**12]])
