@@ -90,7 +90,8 @@ _DICTIONARY_COLUMNS: Final = (
 """Columns of few different values: a dictionary makes them smaller and a third faster to decode."""
 
 _FOOTER_BYTES: Final = 1 << 16
-_MAX_FOOTERS: Final = 4096
+# A parsed footer takes about 100 kB.
+_MAX_FOOTERS: Final = 512
 _FETCH_THREADS: Final = 8
 _PARQUET_MAGIC: Final = b"PAR1"
 

@@ -11,15 +11,26 @@ accelerator for a size.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from moleblend_ray.data.batch import MicroBatch
+from moleblend_ray.data.batch import SECTIONS, MicroBatch, section_begins
+from moleblend_ray.relations.topology import HOP_BITS, HOP_MASK
+from moleblend_ray.vocabulary import NUM_HOPS
+
+# As torch has no unsigned shifts, path words are read as int32.
+_TORCH_TYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.uint32): torch.int32,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.bool_): torch.bool,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +72,10 @@ class MoleculeBatch:
     def from_micro_batch(
         cls, micro: MicroBatch, device: torch.device | str = "cpu"
     ) -> MoleculeBatch:
-        """Copy the packed arrays of ``micro`` to ``device`` and pad them there."""
+        """Copy the buffer of ``micro`` to ``device``, view its arrays there and pad them.
+
+        Two transfers, whatever the number of molecules: the buffer as it is, and the index tensors.
+        """
         device = torch.device(device)
         num_atoms = micro.num_atoms.astype(np.int64)
         B, N = len(num_atoms), int(num_atoms.max())
@@ -71,29 +85,32 @@ class MoleculeBatch:
         molecule_of_token = np.repeat(np.arange(B), num_atoms + 1)
         graph_token = first_atom + np.arange(B)
         token_rank = np.arange(len(molecule_of_token)) - graph_token[molecule_of_token]
-
-        sizes = _send(num_atoms, device)
-        atom_mask = torch.arange(N, device=device) < sizes[:, None]
+        indices = _send_indices(
+            device,
+            molecule_ids=micro.molecule_ids,
+            num_atoms=num_atoms,
+            atom_index=molecule_of_atom * N + atom_rank,
+            token_index=molecule_of_token * (N + 1) + token_rank,
+            token_molecule=molecule_of_token,
+            atom_token=np.arange(len(molecule_of_atom)) + molecule_of_atom + 1,
+            graph_token=graph_token,
+        )
+        arrays = _send_arrays(micro, device)
+        atom_mask = torch.arange(N, device=device) < indices["num_atoms"][:, None]
         pair_mask = atom_mask[:, :, None] & atom_mask[:, None, :]
-        known = _send(micro.position_mask, device)
+        known = arrays["position_mask"]
         # Missing coordinates may be stored as anything, NaN included; zero keeps the arithmetic finite.
-        positions = _send(micro.positions, device).masked_fill(~known[:, None], 0.0)
+        positions = arrays["positions"].masked_fill(~known[:, None], 0.0)
         return cls(
             step=micro.step,
-            molecule_ids=_send(micro.molecule_ids, device),
-            num_atoms=sizes,
             atom_mask=atom_mask,
-            atom_features=_spread(_send(micro.atom_features, device), atom_mask),
-            degrees=_spread(_send(micro.degrees, device), atom_mask),
+            atom_features=_spread(arrays["atom_features"], atom_mask),
+            degrees=_spread(arrays["degrees"], atom_mask),
             positions=_spread(positions, atom_mask),
             position_mask=_spread(known, atom_mask),
-            spd=_spread(_send(micro.spd, device), pair_mask),
-            path_codes=_spread(_send(micro.path_codes, device), pair_mask),
-            atom_index=_send(molecule_of_atom * N + atom_rank, device),
-            token_index=_send(molecule_of_token * (N + 1) + token_rank, device),
-            token_molecule=_send(molecule_of_token, device),
-            atom_token=_send(np.arange(len(molecule_of_atom)) + molecule_of_atom + 1, device),
-            graph_token=_send(graph_token, device),
+            spd=_spread(arrays["spd"], pair_mask),
+            path_codes=_path_codes(_spread(arrays["path_words"], pair_mask)),
+            **indices,
         )
 
     def to(self, device: torch.device | str) -> MoleculeBatch:
@@ -148,9 +165,38 @@ class MoleculeBatch:
         return filled.view(B, T, *packed.shape[1:])
 
 
-def _send(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    # Views of a received buffer are read-only and unaligned; torch wants neither, and the copy is small.
-    return torch.from_numpy(np.array(array, order="C")).to(device, non_blocking=True)
+def _send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of a one-dimensional array on ``device``."""
+    # Received buffers are read-only, which torch does not know; page-locked memory is sent while the CPU goes on.
+    staged = torch.empty(
+        array.shape, dtype=_TORCH_TYPES[array.dtype], pin_memory=device.type == "cuda"
+    )
+    staged.numpy()[:] = array
+    return staged.to(device, non_blocking=True)
+
+
+def _send_indices(device: torch.device, **arrays: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    """One-dimensional arrays by one transfer."""
+    sent = _send(np.concatenate(list(arrays.values())), device)
+    parts = torch.split(sent, [len(array) for array in arrays.values()])
+    return dict(zip(arrays, parts, strict=True))
+
+
+def _send_arrays(micro: MicroBatch, device: torch.device) -> dict[str, Tensor]:
+    """The arrays of ``micro`` as views of its buffer on ``device``; ``path_words`` as int32, of which it uses 30 bits."""
+    buffer = _send(micro.payload, device)
+    arrays = {}
+    for section, begin in zip(SECTIONS, section_begins(micro), strict=True):
+        array = getattr(micro, section.name)
+        view = buffer[begin : begin + array.nbytes].view(_TORCH_TYPES[section.dtype])
+        arrays[section.name] = view.view(array.shape)
+    return arrays
+
+
+def _path_codes(words: Tensor) -> Tensor:
+    """Path words (...) as the bond codes (..., L) uint8 of their hops."""
+    shifts = torch.arange(0, HOP_BITS * NUM_HOPS, HOP_BITS, dtype=torch.int32, device=words.device)
+    return (words[..., None] >> shifts & HOP_MASK).to(torch.uint8)
 
 
 def _spread(packed: Tensor, mask: Tensor) -> Tensor:
