@@ -51,6 +51,10 @@ class RejectionCode(StrEnum):
     """No coordinates while ``FeaturizeConfig.require_coordinates`` is on."""
     OVERLAPPING_ATOMS = "overlapping_atoms"
     """Two atoms closer than any bond; found when rows become shards, where geometry kernels run."""
+    GEOMETRY_MISMATCH = "geometry_mismatch"
+    """The coordinates and the SMILES of one record are of two molecules."""
+    EXCLUDED = "excluded"
+    """A list published with the collection advises against the molecule."""
     CONFORMER_FAILED = "conformer_failed"
     """No conformer could be made and the configuration says to reject such molecules."""
 

@@ -15,19 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moleblend_ray.chemistry.molecule import GeometryRow, Rejection
+from moleblend_ray.chemistry.molecule import GeometryRow, MolBlock, Rejection, SmilesText
 from moleblend_ray.data import sources
 from moleblend_ray.data.sources import (
     ColumnConfig,
-    MolBlock,
     RawRecord,
     RowChunk,
-    SmilesText,
     SourceSet,
     find_sources,
     inspect_sources,
     parse_chunk,
     read_chunks,
+    reading,
+    text,
 )
 from moleblend_ray.errors import ConfigError, DataError, StorageError
 
@@ -224,7 +224,7 @@ def test_a_record_without_end_is_passed_on_whole(tmp_path: Path) -> None:
 def test_a_file_without_delimiters_is_not_read_to_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "_MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "m.sdf"
     path.write_bytes(b"not an SD file\n" * 300_000)
     with pytest.raises(DataError, match=r"m\.sdf is damaged after record 0.*is it an SD file"):
@@ -540,7 +540,7 @@ def test_chunks_end_by_rows_or_bytes_and_their_digest_is_of_content(
     path.write_text("smiles\n" + "".join(f"{'C' * row}\n" for row in range(1, 11)))
     (layout,) = inspected(path).layouts
     assert [chunk.num_rows for chunk in read_chunks(layout, 0, 4)] == [4, 4, 2]
-    monkeypatch.setattr(sources, "_MAX_CHUNK_BYTES", 14)
+    monkeypatch.setattr(reading, "MAX_CHUNK_BYTES", 14)
     chunks = list(read_chunks(layout, 0, 4))
     assert [chunk.num_rows for chunk in chunks] == [4, 3, 2, 1]
     assert [chunk.first_row for chunk in chunks] == [0, 4, 7, 9]

@@ -1,0 +1,46 @@
+"""Heavy atoms of a record from its text alone: whether a SMILES and a geometry can be of one molecule.
+
+Parsing both with RDKit would cost as much as making the molecule; counting symbols takes microseconds, and
+tells a shifted join from a right one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final
+
+_SMILES_ATOM: Final = re.compile(
+    r"\[\d*(?P<bracket>[A-Z][a-z]?|[a-z][a-z]?|\*)[^\]]*\]|(?P<organic>Cl|Br|[BCNOPSFIbcnops*])"
+)
+_HYDROGENS: Final = frozenset({"H", "D", "T"})
+
+
+def formula_of_smiles(smiles: str) -> str:
+    """Heavy atoms as a formula in alphabetical order, such as ``C2 O1``."""
+    text = smiles.split(None, 1)[0] if smiles.strip() else ""  # a name or an extension may follow
+    return _formula(match["bracket"] or match["organic"] for match in _SMILES_ATOM.finditer(text))
+
+
+def formula_of_molblock(block: str) -> str | None:
+    """The same of a V2000 or V3000 block; None if it is malformed."""
+    lines = block.split("\n", 4)
+    if len(lines) < 5:
+        return None
+    if "V3000" in lines[3]:
+        atoms = lines[4].partition("BEGIN ATOM\n")[2].partition("M  V30 END ATOM")[0].splitlines()
+        return _formula(line.split()[3] for line in atoms if len(line.split()) > 3)
+    try:
+        num_atoms = int(lines[3][:3])
+    except ValueError:
+        return None
+    # Columns of the CTfile format: x, y and z of ten characters each, a blank, the symbol of three.
+    return _formula(line[31:34].strip() for line in lines[4].split("\n", num_atoms)[:num_atoms])
+
+
+def _formula(symbols: Iterable[str]) -> str:
+    counts = Counter(symbol.capitalize() for symbol in symbols)
+    return " ".join(
+        f"{symbol}{counts[symbol]}" for symbol in sorted(counts) if symbol not in _HYDROGENS
+    )

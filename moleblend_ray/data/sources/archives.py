@@ -1,0 +1,275 @@
+"""Members of tar and zip archives as streams. Nothing is ever unpacked to disk, so no name can lead anywhere.
+
+A member that holds molecules but is a link or a device, is encrypted, expands beyond all proportion or has a
+name outside of the archive is refused with the archive: what is left out silently would be missed too late.
+"""
+
+from __future__ import annotations
+
+import lzma
+import re
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from typing import BinaryIO, Final, NamedTuple
+
+from moleblend_ray.data.sources.records import Container, Format, SourceFile
+from moleblend_ray.data.sources.text import COMPRESSIONS, DamageError, blocks_of, decompressed
+from moleblend_ray.errors import DataError
+
+CONTAINERS: Final[dict[str, Container]] = {
+    ".tar": "tar",
+    ".tgz": "tar",
+    ".tbz2": "tar",
+    ".txz": "tar",
+    ".zip": "zip",
+}
+"""Suffix -> kind of archive; ``.tar`` also with a suffix of a compression behind."""
+
+_FORMATS: Final[dict[str, Format]] = {
+    ".sdf": "sdf",
+    ".sd": "sdf",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".smi": "smi",
+    ".smiles": "smi",
+    ".xyz": "xyz",
+}
+
+_BLOCK: Final = tarfile.BLOCKSIZE
+_MAX_HEADER_BYTES: Final = 1 << 20
+"""Of an extended header, which holds a path."""
+_MAX_EXPANSION: Final = 200
+_EXPANSION_GRACE_BYTES: Final = 256 << 20
+_PEEK_BYTES: Final = 64 << 20
+"""Unpacked bytes looked through for a first member with molecules."""
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    """As stored."""
+    blocks: Iterator[bytes]
+    """Its content, to be used before the next member is asked for."""
+
+
+def container_of(name: str) -> Container | None:
+    """Kind of archive that a file of that name is."""
+    lowered = name.lower()
+    for suffix in COMPRESSIONS:
+        if lowered.endswith(".tar" + suffix):
+            return "tar"
+    return next((kind for suffix, kind in CONTAINERS.items() if lowered.endswith(suffix)), None)
+
+
+def text_format(name: str) -> Format | None:
+    """Format of a text file of that name, compressed or not."""
+    lowered = name.lower()
+    for suffix in COMPRESSIONS:
+        lowered = lowered.removesuffix(suffix)
+    return next((form for end, form in _FORMATS.items() if lowered.endswith(end)), None)
+
+
+def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
+    """The texts of a file, decompressed: one of a plain file, of an archive one for each member with molecules.
+
+    DataError if an archive holds molecules in two formats, or a member that is refused.
+    """
+    if file.container is None:
+        yield Member("", decompressed(blocks_of(stream)))
+        return
+    for name, form, blocks in _molecule_members(file.uri, file.container, file.members, stream):
+        if form != file.format:
+            raise DataError(
+                f"{file.uri} holds {file.format} files and with {name} {form} files; expected one kind. "
+                f"Choose some by ARCHIVE!PATTERN, such as {file.uri}!*.{file.format}."
+            )
+        yield Member(name, decompressed(blocks))
+
+
+def first_format(uri: str, container: Container, pattern: str, stream: BinaryIO) -> Format | None:
+    """Format of the first member with molecules, None if there is none (in the first 64 MiB of a tar)."""
+    members = _molecule_members(uri, container, pattern, stream, limit=_PEEK_BYTES)
+    return next((form for _, form, _ in members), None)
+
+
+def zip_names(uri: str, stream: BinaryIO) -> list[str]:
+    """Names of the members of a zip archive."""
+    with _zip_archive(uri, stream) as archive:
+        return archive.namelist()
+
+
+def _molecule_members(
+    uri: str, container: Container, pattern: str, stream: BinaryIO, limit: int | None = None
+) -> Iterator[tuple[str, Format, Iterator[bytes]]]:
+    def wanted(name: str) -> bool:
+        is_hidden = any(part.startswith((".", "__MACOSX")) for part in _parts(name))
+        return text_format(name) is not None and not is_hidden and fnmatchcase(name, pattern)
+
+    if container == "tar":
+        members = _tar_members(uri, decompressed(blocks_of(stream)), wanted, limit)
+    else:
+        members = _zip_members(uri, stream, wanted)
+    for name, blocks in members:
+        form = text_format(name)
+        assert form is not None
+        yield name, form, blocks
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in re.split(r"[/\\]", name) if part not in ("", ".", "..")]
+
+
+def _check_name(uri: str, name: str) -> None:
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name) or name[1:2] == ":":
+        raise _refused(uri, name, "its name leads out of the archive")
+
+
+def _refused(uri: str, name: str, reason: str) -> DataError:
+    return DataError(
+        f"{uri}: member {name!r} is refused: {reason}. Pack the archive anew, or choose other members "
+        "by ARCHIVE!PATTERN."
+    )
+
+
+# -- tar ----------------------------------------------------------------------------------------------
+
+
+class _Bytes:
+    """Blocks, read by number of bytes."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self._blocks = blocks
+        self._rest = b""
+        self.position = 0
+
+    def pieces(self, count: int) -> Iterator[bytes]:
+        """The next ``count`` bytes; DamageError if the stream ends before."""
+        while count:
+            piece = self._rest or next(self._blocks, b"")
+            if not piece:
+                raise DamageError("the tar archive is truncated")
+            piece, self._rest = piece[:count], piece[count:]
+            count -= len(piece)
+            self.position += len(piece)
+            yield piece
+
+    def read(self, count: int) -> bytes:
+        """The same at once."""
+        return b"".join(self.pieces(count))
+
+    def skip(self, count: int) -> None:
+        """Pass over ``count`` bytes."""
+        for _ in self.pieces(count):
+            pass
+
+    def drain(self) -> None:
+        """Read to the end, which lets a decompressor check what it has read."""
+        for _ in self._blocks:
+            pass
+
+
+def _tar_members(
+    uri: str, blocks: Iterator[bytes], wanted: Callable[[str], bool], limit: int | None
+) -> Iterator[Member]:
+    """Members in order, one header in memory at a time.
+
+    ``tarfile`` reads extended headers of any size and keeps every header; here its parser of a header is used
+    alone.
+    """
+    stream = _Bytes(blocks)
+    extended: dict[str, str] = {}
+    while limit is None or stream.position < limit:
+        try:
+            # Names that are no UTF-8 are of no interest here but must not end the reading.
+            header = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "utf-8", "surrogateescape")
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            stream.drain()
+            return
+        except tarfile.HeaderError as error:
+            raise DamageError(f"the tar archive is corrupt ({error})") from error
+        padded = -(-header.size // _BLOCK) * _BLOCK
+        if header.type in (tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
+            if header.size > _MAX_HEADER_BYTES:
+                raise DamageError(f"a tar header of {header.size} bytes")
+            extended |= _extension(header, stream.read(padded)[: header.size])
+            continue
+        name = extended.get("path", header.name)
+        size = _pax_size(extended, header.size)
+        extended = {}
+        content = stream.pieces(size)
+        if wanted(name) and header.type != tarfile.DIRTYPE:
+            _check_name(uri, name)
+            if not header.isreg() or header.type == tarfile.GNUTYPE_SPARSE:
+                raise _refused(uri, name, "it is a link, a device or a sparse file")
+            yield Member(name, content)
+        for _ in content:  # what its user has left
+            pass
+        stream.skip(-size % _BLOCK)
+
+
+def _extension(header: tarfile.TarInfo, body: bytes) -> dict[str, str]:
+    """What an extended header says about the next member."""
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return {"path": body.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    if header.type == tarfile.GNUTYPE_LONGLINK:
+        return {}
+    found = {}
+    for match in re.finditer(rb"\d+ (path|size)=([^\n]*)\n", body):
+        found[match[1].decode()] = match[2].decode("utf-8", "surrogateescape")
+    return found
+
+
+def _pax_size(extended: dict[str, str], size: int) -> int:
+    text = extended.get("size", str(size))
+    if not text.isdecimal():
+        raise DamageError(f"a tar header with size {text!r}")
+    return int(text)
+
+
+# -- zip ----------------------------------------------------------------------------------------------
+
+
+def _zip_archive(uri: str, stream: BinaryIO) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise DataError(
+            f"{uri} is no zip archive or is damaged: {error}. Fetch it again."
+        ) from error
+
+
+def _zip_members(uri: str, stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
+    with _zip_archive(uri, stream) as archive:
+        for info in archive.infolist():
+            if not info.is_dir() and wanted(info.filename):
+                _check_name(uri, info.filename)
+                _check_zip_member(uri, info)
+                yield Member(info.filename, _zip_blocks(archive, info))
+
+
+def _check_zip_member(uri: str, info: zipfile.ZipInfo) -> None:
+    kind = info.external_attr >> 28  # the type in the mode of a Unix file
+    if kind not in (0, 8):
+        raise _refused(uri, info.filename, "it is a link or a device")
+    if info.flag_bits & 1:
+        raise _refused(uri, info.filename, "it is encrypted")
+    is_large = info.file_size > _EXPANSION_GRACE_BYTES
+    if is_large and info.file_size > _MAX_EXPANSION * max(1, info.compress_size):
+        raise _refused(
+            uri, info.filename, f"it expands to more than {_MAX_EXPANSION} times its size"
+        )
+
+
+def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    try:
+        with archive.open(info) as content:
+            yield from blocks_of(content)  # type: ignore[arg-type]
+    # zlib.error is no OSError; EOFError: cut off.
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DamageError(
+            f"member {info.filename} of the zip archive is corrupt ({error})"
+        ) from error

@@ -1,0 +1,78 @@
+"""Cells of tables and properties of SD records: what counts as a number, and how a record's parts are told."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data.sources.text import decode
+
+_MISSING: Final = frozenset({"", "na", "n/a", "null", "none", "?"})
+_TRUTH: Final = {"true": 1.0, "false": 0.0}
+
+_LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
+_MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
+_PROPERTY: Final = re.compile(
+    r"^>.*?<(?P<name>[^>]*)>.*\n(?P<value>(?:[^\n]+(?:\n|\Z))*)", re.MULTILINE
+)
+
+
+def number(text: str) -> float | None:
+    """A cell's number, NaN for a missing one, None for what is neither."""
+    try:
+        value = float(text)
+    except ValueError:
+        word = text.strip().lower()
+        return math.nan if word in _MISSING else _TRUTH.get(word)
+    # float() also takes "1_000", which no chemist writes and some identifiers look like.
+    return None if math.isinf(value) or "_" in text else value
+
+
+def is_numeric(cells: Iterable[str]) -> bool:
+    """Whether a sample of a column holds numbers or nothing; true and false alone make no label."""
+    return all(number(cell) is not None and cell.strip().lower() not in _TRUTH for cell in cells)
+
+
+def read_labels(
+    names: Sequence[str], values: Mapping[str, str]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Label values (L,), NaN where missing, and the names of those that hold no finite number."""
+    labels = np.full(len(names), np.nan)
+    unreadable = []
+    for index, name in enumerate(names):
+        text = values.get(name, "")
+        # Most cells of a sparse table are empty: nothing more to find out about them.
+        if text:
+            value = number(text)
+            if value is None:
+                unreadable.append(name)
+            else:
+                labels[index] = value
+    return labels, tuple(unreadable)
+
+
+def sd_text(raw: bytes) -> str:
+    """An SD record without its delimiter, lines ended as on Unix."""
+    return decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
+
+
+def sd_properties(text: str) -> tuple[str, dict[str, str]]:
+    """The molblock of an SD record, and its properties."""
+    end = _MOLBLOCK_END.search(text)
+    if end is None:
+        return text, {}
+    found = _PROPERTY.finditer(text, end.end())
+    return text[: end.end()], {match["name"]: match["value"].strip() for match in found}
+
+
+def smiles_and_name(line: bytes) -> tuple[str, str]:
+    """The two parts of a line of a table of SMILES, the second empty if it has none."""
+    first, _, rest = decode(line).strip().partition("\t")
+    if not rest:
+        first, _, rest = first.partition(" ")
+    return first.strip(), rest.strip()

@@ -1,0 +1,245 @@
+"""Parquet tables: how they are cut into chunks, and their rows as records, with geometry where they have it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final, NamedTuple, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode, SmilesText
+from moleblend_ray.data import storage
+from moleblend_ray.data.sources.cells import number
+from moleblend_ray.data.sources.records import (
+    EXCERPT_CHARACTERS,
+    RawRecord,
+    RowChunk,
+    SourceFile,
+    SourceLayout,
+)
+from moleblend_ray.data.sources.text import unreadable as damaged
+from moleblend_ray.errors import DataError, without_credentials
+
+logger = logging.getLogger(__name__)
+
+_GEOMETRY_COLUMNS: Final = {
+    "atomic_numbers": pa.list_(pa.int32()),
+    "formal_charges": pa.list_(pa.int32()),
+    "positions": pa.list_(pa.float32()),
+    "bond_begin": pa.list_(pa.int32()),
+    "bond_end": pa.list_(pa.int32()),
+    "bond_order": pa.list_(pa.int32()),
+}
+
+
+def has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
+    """Whether the table has the geometry columns; says so if it has only some, or of another type."""
+    present = [name for name in _GEOMETRY_COLUMNS if name in schema.names]
+    if "positions" not in present:
+        return False
+    lacking = sorted(set(_GEOMETRY_COLUMNS) - set(present))
+    if lacking:
+        logger.warning(
+            "%s has positions but not %s: its geometry is not used",
+            without_credentials(file.uri),
+            ", ".join(lacking),
+        )
+        return False
+    for name in present:
+        kind = schema.field(name).type
+        is_list = (
+            pa.types.is_list(kind)
+            or pa.types.is_large_list(kind)
+            or pa.types.is_fixed_size_list(kind)
+        )
+        if not (is_list and is_number_type(kind.value_type)):
+            raise DataError(
+                f"{file.uri}: column {name!r} is {kind}; expected a flat list of numbers a molecule."
+            )
+    return True
+
+
+def is_number_type(kind: pa.DataType) -> bool:
+    """Whether values of the type can be labels."""
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )
+
+
+class ParquetPart(NamedTuple):
+    """Rows of a Parquet file that make one chunk."""
+
+    chunk_index: int
+    first_row: int
+    num_rows: int
+    groups: tuple[int, ...]
+    """Row groups to read."""
+    skip: int
+    """Rows of the first of them that belong to earlier chunks."""
+
+
+def parquet_parts(file: SourceFile, rows_per_chunk: int) -> list[ParquetPart]:
+    """How a Parquet file is cut: whole row groups are put together, larger ones divided, up to ``rows_per_chunk``."""
+    with parquet_file(file) as table:
+        sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+    parts: list[ParquetPart] = []
+    first_row = 0
+    groups: list[int] = []
+    rows = 0
+
+    def close() -> None:
+        nonlocal first_row, groups, rows
+        if rows:
+            parts.append(ParquetPart(len(parts), first_row, rows, tuple(groups), 0))
+            first_row, groups, rows = first_row + rows, [], 0
+
+    for index, size in enumerate(sizes):
+        if rows + size > rows_per_chunk:
+            close()
+        if size <= rows_per_chunk:
+            groups.append(index)
+            rows += size
+            continue
+        for skip in range(0, size, rows_per_chunk):
+            length = min(rows_per_chunk, size - skip)
+            parts.append(ParquetPart(len(parts), first_row, length, (index,), skip))
+            first_row += length
+    close()
+    return parts
+
+
+def parquet_chunks(
+    layout: SourceLayout, file_index: int, parts: Sequence[ParquetPart]
+) -> Iterator[RowChunk]:
+    """The chunks of these parts, in order; DataError with the row where a page cannot be read."""
+    wanted = [layout.smiles_column, layout.id_column, *layout.own_labels]
+    wanted += [*_GEOMETRY_COLUMNS] if layout.has_geometry else []
+    columns = [name for name in layout.columns if name in wanted]
+    at_hand: tuple[tuple[int, ...], pa.Table] | None = None
+    with parquet_file(layout.file) as file:
+        for part in parts:
+            if at_hand is None or at_hand[0] != part.groups:
+                try:
+                    at_hand = (part.groups, file.read_row_groups(list(part.groups), columns))
+                except (pa.ArrowException, OSError) as error:
+                    raise damaged(layout.file.uri, part.first_row, error) from error
+            table = at_hand[1].slice(part.skip, part.num_rows)
+            yield RowChunk(
+                file_index=file_index,
+                chunk_index=part.chunk_index,
+                first_row=part.first_row,
+                num_rows=part.num_rows,
+                payload=to_ipc(table),
+            )
+
+
+def to_ipc(table: pa.Table) -> bytes:
+    """The table as an Arrow stream, the same bytes for the same rows."""
+    sink = pa.BufferOutputStream()
+    # One batch of its own buffers: the bytes depend on the rows alone, not on how they were cut out.
+    table = pa.table(
+        [pa.concat_arrays([pa.array([], column.type), *column.chunks]) for column in table.columns],
+        schema=table.schema.remove_metadata(),
+    )
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return cast(bytes, sink.getvalue().to_pybytes())
+
+
+@contextmanager
+def parquet_file(file: SourceFile) -> Iterator[pq.ParquetFile]:
+    """The open file; DataError if it is none."""
+    with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
+        try:
+            table = pq.ParquetFile(stream, pre_buffer=True)
+        except pa.ArrowException as error:
+            raise DataError(
+                f"{file.uri} is not a Parquet file or is damaged: {' '.join(str(error).split())}"
+            ) from error
+        yield table
+
+
+def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
+    """The records of a chunk of rows."""
+    table = pa.ipc.open_stream(chunk.payload).read_all().combine_chunks()
+    smiles = _strings(table, layout.smiles_column)
+    mol_ids = _strings(table, layout.id_column)
+    labels, unreadable = _label_matrix(table, layout.labels)
+    geometry = _geometry_rows(table, smiles) if layout.has_geometry else None
+    for index in range(chunk.num_rows):
+        text = smiles[index]
+        yield RawRecord(
+            chunk.first_row + index,
+            mol_ids[index] or None,
+            SmilesText(text or "") if geometry is None else geometry(index),
+            labels[index],
+            tuple(layout.labels[i] for i in np.flatnonzero(unreadable[index])),
+            (text or "")[:EXCERPT_CHARACTERS],
+        )
+
+
+def _strings(table: pa.Table, name: str | None) -> list[str | None]:
+    if name is None or name not in table.column_names:
+        return [None] * table.num_rows
+    return [str(value).strip() if value is not None else None for value in table[name].to_pylist()]
+
+
+def _label_matrix(
+    table: pa.Table, names: Sequence[str]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Labels (M, L), NaN where missing, and where a value is there but no finite number."""
+    labels = np.full((table.num_rows, len(names)), np.nan)
+    unreadable = np.zeros(labels.shape, dtype=np.bool_)
+    for index, name in enumerate(names):
+        if name not in table.column_names:
+            continue
+        column = table[name]
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.uint8())
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            numbers = [number(text or "") for text in column.to_pylist()]
+            unreadable[:, index] = [value is None for value in numbers]
+            labels[:, index] = [math.nan if value is None else value for value in numbers]
+            continue
+        values = column.cast(pa.float64(), safe=False).to_numpy()
+        unreadable[:, index] = np.isinf(values)
+        labels[:, index] = np.where(np.isfinite(values), values, np.nan)
+    return labels, unreadable
+
+
+def _geometry_rows(
+    table: pa.Table, smiles: Sequence[str | None]
+) -> Callable[[int], GeometryRow | Rejection]:
+    """A function from a row's index to its geometry."""
+    lists = {
+        name: pa.concat_arrays([pa.array([], kind), *table[name].cast(kind, safe=False).chunks])
+        for name, kind in _GEOMETRY_COLUMNS.items()
+    }
+    offsets = {name: column.offsets.to_numpy() for name, column in lists.items()}
+    values = {name: column.values.to_numpy(zero_copy_only=False) for name, column in lists.items()}
+    holes = {
+        name for name, column in lists.items() if column.null_count or column.values.null_count
+    }
+
+    def row(index: int) -> GeometryRow | Rejection:
+        for name in holes:
+            entry = lists[name][index]
+            if not entry.is_valid and name != "positions":
+                return Rejection(code=RejectionCode.INVALID_RECORD, detail=f"{name} is null")
+            if entry.is_valid and entry.values.null_count:
+                return Rejection(code=RejectionCode.INVALID_RECORD, detail=f"a null in {name}")
+        parts = {
+            name: values[name][offsets[name][index] : offsets[name][index + 1]] for name in lists
+        }
+        if "positions" in holes and not lists["positions"][index].is_valid:
+            parts["positions"] = None
+        return GeometryRow(**parts, smiles=smiles[index])
+
+    return row

@@ -1,0 +1,138 @@
+"""Chunks -> records with identifiers and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from moleblend_ray.chemistry.composition import formula_of_molblock, formula_of_smiles
+from moleblend_ray.chemistry.molecule import MolBlock, Rejection, RejectionCode, SmilesText
+from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
+from moleblend_ray.data import storage
+from moleblend_ray.data.sources.cells import read_labels, sd_properties, sd_text, smiles_and_name
+from moleblend_ray.data.sources.parquet import parse_parquet
+from moleblend_ray.data.sources.reading import Item
+from moleblend_ray.data.sources.records import (
+    EXCERPT_CHARACTERS,
+    RawRecord,
+    RowChunk,
+    SourceLayout,
+)
+from moleblend_ray.data.sources.text import (
+    DELIMITERS,
+    csv_records,
+    decode,
+    fields,
+    lines_of,
+    sd_records,
+)
+
+
+def parse_chunk(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
+    """The chunk's records, ``chunk.num_rows`` of them, in order."""
+    if layout.file.format == "parquet":
+        return parse_parquet(chunk, layout)
+    return parse_items(_items(chunk, layout), layout, chunk.first_row)
+
+
+def _items(chunk: RowChunk, layout: SourceLayout) -> Iterable[Item]:
+    if not layout.is_plain_text:
+        columns = pa.ipc.open_stream(chunk.payload).read_all().to_pydict()
+        return map(Item, columns["text"], columns["geometry"], columns["excluded"])
+    if layout.file.format == "sdf":
+        return map(Item, sd_records([chunk.payload]))
+    if layout.file.format == "smi":
+        return map(Item, lines_of([chunk.payload]))
+    return map(Item, csv_records([chunk.payload], DELIMITERS[layout.file.format]))
+
+
+def parse_items(items: Iterable[Item], layout: SourceLayout, first_row: int) -> Iterator[RawRecord]:
+    """A record for each item, numbered from ``first_row``."""
+    parse = {"sdf": _parse_sdf, "smi": _parse_smiles, "xyz": _parse_xyz}.get(
+        layout.file.format, _parse_row
+    )
+    for row, item in enumerate(items, first_row):
+        record = parse(row, item, layout)
+        yield _excluded(record, layout) if item.excluded else record
+
+
+def _excluded(record: RawRecord, layout: SourceLayout) -> RawRecord:
+    assert layout.file.exclusions is not None
+    detail = f"listed in {storage.name_of(layout.file.exclusions)}, published with the collection"
+    return record._replace(content=Rejection(code=RejectionCode.EXCLUDED, detail=detail))
+
+
+def _parse_sdf(row: int, item: Item, layout: SourceLayout) -> RawRecord:
+    text = sd_text(item.text)
+    block, properties = sd_properties(text)
+    title = text.partition("\n")[0].strip()
+    mol_id = properties.get(layout.id_column, "") if layout.id_column else title
+    labels, unreadable = read_labels(layout.labels, properties)
+    excerpt = text[:EXCERPT_CHARACTERS]
+    return RawRecord(row, mol_id or None, MolBlock(block), labels, unreadable, excerpt)
+
+
+def _parse_smiles(row: int, item: Item, layout: SourceLayout) -> RawRecord:
+    smiles, name = smiles_and_name(item.text)
+    nothing = np.full(len(layout.labels), np.nan)
+    excerpt = smiles[:EXCERPT_CHARACTERS]
+    return RawRecord(row, name or None, SmilesText(smiles), nothing, (), excerpt)
+
+
+def _parse_xyz(row: int, item: Item, layout: SourceLayout) -> RawRecord:
+    text = decode(item.text)
+    record = parse_xyz(text)
+    if isinstance(record, Rejection):
+        return _rejected(row, record, text, layout)
+    labels = np.array([record.properties.get(name, np.nan) for name in layout.labels])
+    smiles = record.smiles[0] if record.smiles else ""
+    content = bonded_geometry(record) if not item.excluded else SmilesText(smiles)
+    excerpt = smiles[:EXCERPT_CHARACTERS]
+    return RawRecord(row, f"gdb_{record.number}", content, labels, (), excerpt)
+
+
+def _rejected(row: int, rejection: Rejection, text: str, layout: SourceLayout) -> RawRecord:
+    nothing = np.full(len(layout.labels), np.nan)
+    return RawRecord(row, None, rejection, nothing, (), text[:EXCERPT_CHARACTERS])
+
+
+def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
+    cells = fields(item.text, DELIMITERS[layout.file.format])
+    found = "no readable row" if cells is None else f"{len(cells)} fields"
+    while cells and len(cells) > len(layout.columns) and not cells[-1].strip():
+        cells.pop()
+    if cells is None or len(cells) != len(layout.columns):
+        detail = f"{found} where the header has {len(layout.columns)}"
+        rejection = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
+        return _rejected(row, rejection, decode(item.text), layout)
+    by_name = dict(zip(layout.columns, cells, strict=True))
+    smiles = by_name[layout.smiles_column].strip() if layout.smiles_column else None
+    mol_id = by_name[layout.id_column].strip() if layout.id_column else ""
+    labels, unreadable = read_labels(layout.labels, by_name)
+    content: SmilesText | MolBlock | Rejection = SmilesText(smiles or "")
+    if item.geometry is not None:
+        content = _geometry(item.geometry, smiles, mol_id)
+    elif smiles is None:
+        detail = "the geometry ends before this row"
+        content = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
+    excerpt = (smiles if smiles is not None else decode(item.text))[:EXCERPT_CHARACTERS]
+    return RawRecord(row, mol_id or None, content, labels, unreadable, excerpt)
+
+
+def _geometry(raw: bytes, smiles: str | None, mol_id: str) -> MolBlock | Rejection:
+    """The molblock, if it can be of the molecule that its row names."""
+    text = sd_text(raw)
+    block, _ = sd_properties(text)
+    if smiles is not None:
+        found, expected = formula_of_molblock(block), formula_of_smiles(smiles)
+        if found is not None and found != expected:
+            detail = f"the geometry has heavy atoms {found}, the SMILES {expected}"
+            return Rejection(code=RejectionCode.GEOMETRY_MISMATCH, detail=detail)
+        return MolBlock(block)
+    title = text.partition("\n")[0].strip()
+    if title and mol_id and title != mol_id:
+        detail = f"the geometry is that of {title}, the row that of {mol_id}"
+        return Rejection(code=RejectionCode.GEOMETRY_MISMATCH, detail=detail)
+    return MolBlock(block)

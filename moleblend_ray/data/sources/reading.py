@@ -1,0 +1,155 @@
+"""Files -> chunks of raw records."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain, islice
+from typing import Final, NamedTuple
+
+import pyarrow as pa
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.sources.archives import Member, contents
+from moleblend_ray.data.sources.parquet import ParquetPart, parquet_chunks, parquet_parts, to_ipc
+from moleblend_ray.data.sources.published import read_exclusions
+from moleblend_ray.data.sources.records import RowChunk, SourceFile, SourceLayout
+from moleblend_ray.data.sources.text import DELIMITERS, DamageError, split_records, unreadable
+
+MAX_CHUNK_BYTES: Final = 64 << 20
+
+RECORD_SCHEMA: Final = pa.schema(
+    [
+        pa.field("text", pa.binary(), nullable=False),
+        pa.field("geometry", pa.binary()),
+        pa.field("excluded", pa.bool_(), nullable=False),
+    ]
+)
+"""Of a chunk whose records have parts: the text (a row, or an XYZ file), the SD record that belongs to it, and
+whether a published list excludes it."""
+
+_QM9_NUMBER: Final = re.compile(rb"\A(?:gdb_(\d+)\b|[^\n]*\n\s*gdb\w*\s+(\d+)\b)")
+"""In the first cell of a row, or in the second line of an XYZ file."""
+
+
+class Item(NamedTuple):
+    """A raw record with what belongs to it."""
+
+    text: bytes
+    geometry: bytes | None = None
+    excluded: bool = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its parts."""
+        return len(self.text) + len(self.geometry or b"")
+
+
+def read_chunks(
+    layout: SourceLayout,
+    file_index: int,
+    rows_per_chunk: int,
+    parts: Sequence[ParquetPart] | None = None,
+) -> Iterator[RowChunk]:
+    """The chunks of a file in order; of a Parquet file, those of ``parts`` only, if given.
+
+    A text chunk ends after ``rows_per_chunk`` records, or before with the record that makes it 64 MiB: where
+    chunks end depends on the file's content and ``rows_per_chunk`` alone. If the file turns out to be damaged,
+    the complete chunks before come first, then a DataError.
+    """
+    if layout.file.size == 0:
+        return
+    if layout.file.format == "parquet":
+        if parts is None:
+            parts = parquet_parts(layout.file, rows_per_chunk)
+        yield from parquet_chunks(layout, file_index, parts)
+    else:
+        yield from _text_chunks(layout, file_index, rows_per_chunk)
+
+
+def _text_chunks(layout: SourceLayout, file_index: int, rows_per_chunk: int) -> Iterator[RowChunk]:
+    chunk_index, first_row = 0, 0
+    with open_items(layout.file) as items:
+        while True:
+            pending: list[Item] = []
+            num_bytes = 0
+            try:
+                for item in islice(items, rows_per_chunk):
+                    pending.append(item)
+                    num_bytes += item.num_bytes
+                    if num_bytes >= MAX_CHUNK_BYTES:
+                        break
+            except DamageError as damage:
+                raise unreadable(layout.file.uri, first_row + len(pending), damage) from damage
+            if not pending:
+                return
+            yield RowChunk(
+                file_index=file_index,
+                chunk_index=chunk_index,
+                first_row=first_row,
+                num_rows=len(pending),
+                payload=_payload(pending, layout),
+            )
+            chunk_index, first_row = chunk_index + 1, first_row + len(pending)
+
+
+def _payload(items: Sequence[Item], layout: SourceLayout) -> bytes:
+    if layout.is_plain_text:
+        return b"".join(item.text for item in items)
+    columns = zip(*items, strict=True)
+    arrays = [pa.array(list(c), f.type) for c, f in zip(columns, RECORD_SCHEMA, strict=True)]
+    return to_ipc(pa.table(arrays, schema=RECORD_SCHEMA))
+
+
+@contextmanager
+def open_items(file: SourceFile) -> Iterator[Iterator[Item]]:
+    """The records of a text file without its header; reading them raises DamageError where it is damaged."""
+    with ExitStack() as stack:
+        records = stack.enter_context(open_records(file))
+        if file.format in DELIMITERS:
+            next(records, None)  # the header
+        items: Iterator[Item] = map(Item, records)
+        if file.geometry is not None:
+            items = _joined(items, stack.enter_context(open_records(file.geometry)), file.geometry)
+        if file.exclusions is not None:
+            items = _marked(items, read_exclusions(file.exclusions))
+        yield items
+
+
+@contextmanager
+def open_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
+    """The raw records of a text file (for a table: header first), each with its line end; DamageError if damaged."""
+    with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
+        yield _records(file, contents(file, stream))
+
+
+def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
+    header: bytes | None = None
+    for name, blocks in members:
+        records = split_records(blocks, file.format)
+        if file.format in DELIMITERS:
+            first = next(records, None)
+            if header is None:
+                header = first
+                records = chain([first], records) if first is not None else records
+            elif first is not None and first.rstrip() != header.rstrip():
+                raise DamageError(f"the header of {name} is not that of the files before it")
+        yield from records
+
+
+def _joined(items: Iterator[Item], geometries: Iterator[bytes], file: SourceFile) -> Iterator[Item]:
+    """Each row with the geometry of the same number, those beyond the last without."""
+    try:
+        for item in items:
+            yield item._replace(geometry=next(geometries, None))
+        if next(geometries, None) is not None:
+            raise DamageError("it has more records than its table has rows")
+    except DamageError as damage:
+        raise DamageError(f"in it or in its geometry {file.uri}: {damage}") from damage
+
+
+def _marked(items: Iterator[Item], excluded: frozenset[int]) -> Iterator[Item]:
+    for item in items:
+        found = _QM9_NUMBER.match(item.text)
+        yield item._replace(excluded=found is not None and int(found[1] or found[2]) in excluded)
