@@ -1,0 +1,272 @@
+"""What a prepared data set holds, and whether its files are still the ones that were written.
+
+The manifest answers nearly everything, so a look at a billion molecules reads a few files. Reading the shards
+is needed for checksums (``verify``), and for the statistics that manifests of earlier versions lack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.receipts import (
+    RECEIPTS_DIR,
+    Statistics,
+    listed,
+    sum_statistics,
+    valid_receipts,
+)
+from moleblend_ray.data.shards import (
+    MANIFEST_NAME,
+    QUARANTINE_DIR,
+    SPLITS,
+    Counts,
+    LabelInfo,
+    Manifest,
+    ShardInfo,
+    ShardReader,
+    SourceInfo,
+    load_manifest,
+    shard_schema,
+)
+from moleblend_ray.errors import DataError
+
+_THREADS: Final = 8
+_PLAN: Final = f"{RECEIPTS_DIR}/plan.json"
+_STATISTICS_COLUMNS: Final = ("num_atoms", "atom_features", "num_conformers", "conformer_status")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SplitSize:
+    """One split of a data set."""
+
+    molecules: int
+    shards: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuarantinedRow:
+    """A source row that is not in the data set."""
+
+    source_uri: str
+    source_row: int
+    excerpt: str
+    """Its SMILES, or how the record begins."""
+    detail: str
+    """What was found."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuarantineReason:
+    """The rows that were refused for one reason."""
+
+    rows: int
+    examples: tuple[QuarantinedRow, ...]
+    """The first of them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSetReport:
+    """A prepared data set."""
+
+    uri: str
+    format_version: int
+    fingerprint: str
+    """SHA-256 of the manifest's content: the data set's identity."""
+    options: Mapping[str, Any]
+    """Settings that decided the content."""
+    sources: tuple[SourceInfo, ...]
+    labels: tuple[LabelInfo, ...]
+    counts: Counts
+    """With the histograms of atoms and elements, whatever the version of the manifest."""
+    splits: Mapping[str, SplitSize]
+    """``train``, ``valid``, ``test`` and ``quarantine``, those that are not empty."""
+    quarantine: Mapping[str, QuarantineReason]
+    """By reason, most rows first."""
+    schema: Mapping[str, str]
+    """Column of the shards -> Arrow type, with the unit where there is one."""
+    verified: bool
+    """Whether every file was read and compared with its checksum."""
+    damages: tuple[str, ...]
+    """What is wrong with which file, in order of the manifest; without ``verify``, missing files and wrong sizes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UnfinishedReport:
+    """A preparation that has not ended."""
+
+    uri: str
+    options: Mapping[str, Any]
+    sources: tuple[str, ...]
+    """URIs of the files, without credentials."""
+    chunks_done: int
+    rows_in: int
+    """Source rows in these chunks."""
+    rows_quarantined: int
+
+
+def inspect_data_set(
+    uri: str,
+    *,
+    verify: bool = False,
+    num_examples: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataSetReport | UnfinishedReport:
+    """Describe the data set in directory ``uri``, finished or not; DataError if there is none.
+
+    ``verify`` reads every file and compares its SHA-256; ``progress`` is told the bytes read so far and in all.
+    Damage is reported, not raised.
+    """
+    if not storage.exists(storage.join(uri, MANIFEST_NAME)) and storage.exists(
+        storage.join(uri, _PLAN)
+    ):
+        return _unfinished(uri)
+    manifest = load_manifest(uri)
+    damages = _damages(uri, manifest, verify=verify, progress=progress)
+    return DataSetReport(
+        uri=uri,
+        format_version=manifest.format_version,
+        fingerprint=manifest.fingerprint,
+        options=manifest.options,
+        sources=manifest.sources,
+        labels=manifest.labels,
+        counts=_counts(uri, manifest),
+        splits={
+            split: SplitSize(
+                molecules=sum(shard.num_rows for shard in shards),
+                shards=len(shards),
+                bytes=sum(shard.num_bytes for shard in shards),
+            )
+            for split in (*SPLITS, QUARANTINE_DIR)
+            if (shards := manifest.shards_of(split))
+        },
+        quarantine=_quarantine(uri, manifest, num_examples, damaged=damages),
+        schema=_schema(manifest),
+        verified=verify,
+        damages=tuple(f"{path} {reason}" for path, reason in damages.items()),
+    )
+
+
+def _unfinished(uri: str) -> UnfinishedReport:
+    plan = storage.read_json(storage.join(uri, _PLAN))
+    receipts = valid_receipts(uri, listed(uri)).values()
+    return UnfinishedReport(
+        uri=uri,
+        options=plan["options"],
+        sources=tuple(plan["sources"]),
+        chunks_done=len(receipts),
+        rows_in=sum(receipt.rows_in for receipt in receipts),
+        rows_quarantined=sum(sum(receipt.quarantined_by_reason.values()) for receipt in receipts),
+    )
+
+
+def _damages(
+    uri: str,
+    manifest: Manifest,
+    *,
+    verify: bool,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, str]:
+    """What is wrong, by path of the file."""
+    sizes = listed(uri, *SPLITS, QUARANTINE_DIR)
+    found = {}
+    total = sum(shard.num_bytes for shard in manifest.shards)
+    read = 0
+
+    def check(shard: ShardInfo) -> str | None:
+        size = sizes.get(storage.join(uri, shard.path))
+        if size is None:
+            return "is missing"
+        if size != shard.num_bytes:
+            return f"has {size} bytes instead of {shard.num_bytes}"
+        if not verify:
+            return None
+        digest = storage.sha256_bytes(storage.read_bytes(storage.join(uri, shard.path)))
+        return None if digest == shard.sha256 else f"has SHA-256 {digest} instead of {shard.sha256}"
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for shard, damage in zip(manifest.shards, pool.map(check, manifest.shards), strict=True):
+            if damage is not None:
+                found[shard.path] = damage
+            read += shard.num_bytes
+            if verify and progress is not None:
+                progress(read, total)
+    return found
+
+
+def _counts(uri: str, manifest: Manifest) -> Counts:
+    """The manifest's counts, with histograms from the shards if it has none."""
+    counts = manifest.counts
+    if counts.atom_count_histogram or not counts.rows_out:
+        return counts
+    statistics = sum_statistics(
+        Statistics.of(table)
+        for split in SPLITS
+        for table in ShardReader(uri, manifest, split, columns=_STATISTICS_COLUMNS).iter_tables()
+    )
+    known = {name: getattr(counts, name) for name in Counts.__slots__}
+    return Counts(
+        **{
+            **known,
+            "atom_count_histogram": statistics.atom_count_histogram,
+            "elements": statistics.elements,
+        }
+    )
+
+
+def _quarantine(
+    uri: str, manifest: Manifest, num_examples: int, damaged: Mapping[str, str]
+) -> dict[str, QuarantineReason]:
+    """Every reason with its first rows; files are read only until all reasons have enough of them."""
+    rows = manifest.counts.quarantined_by_reason
+    wanted = {reason: min(count, num_examples) for reason, count in rows.items()}
+    examples: dict[str, list[QuarantinedRow]] = {reason: [] for reason in rows}
+    for table in _quarantine_tables(uri, manifest, damaged):
+        if all(len(examples[reason]) >= count for reason, count in wanted.items()):
+            break
+        for row in table.to_pylist():
+            shown = examples.setdefault(row["reason"], [])
+            if len(shown) < num_examples:
+                shown.append(
+                    QuarantinedRow(
+                        source_uri=row["source_uri"],
+                        source_row=row["source_row"],
+                        excerpt=row["excerpt"] or "",
+                        detail=row["detail"] or "",
+                    )
+                )
+    return {
+        reason: QuarantineReason(rows=count, examples=tuple(examples[reason]))
+        for reason, count in sorted(rows.items(), key=lambda item: (-item[1], item[0]))
+    }
+
+
+def _quarantine_tables(
+    uri: str, manifest: Manifest, damaged: Mapping[str, str]
+) -> Iterator[pa.Table]:
+    for shard in manifest.shards_of(QUARANTINE_DIR):
+        if shard.path in damaged:
+            continue
+        content = storage.read_bytes(storage.join(uri, shard.path))
+        try:
+            yield pq.read_table(pa.BufferReader(content))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{storage.join(uri, shard.path)} is damaged: {' '.join(str(error).split())}. "
+                "Look at all files with verify=true."
+            ) from error
+
+
+def _schema(manifest: Manifest) -> dict[str, str]:
+    schema = {}
+    for field in shard_schema(manifest.labels):
+        unit = (field.metadata or {}).get(b"unit", b"").decode()
+        schema[field.name] = f"{field.type}{f' ({unit})' if unit else ''}"
+    return schema

@@ -1,0 +1,251 @@
+"""`moleblend data`: look at a prepared data set, and show what was found on a terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
+from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data.inspect import (
+    DataSetReport,
+    QuarantineReason,
+    UnfinishedReport,
+    inspect_data_set,
+)
+
+Report = DataSetReport | UnfinishedReport
+
+_BAR_WIDTH: Final = 32
+_MAX_BARS: Final = 16
+_MAX_ELEMENTS: Final = 12
+_MAX_LABELS: Final = 12
+_MAX_DAMAGES: Final = 20
+_MAX_SOURCES: Final = 5
+_EXCERPT_CHARACTERS: Final = 60
+
+
+def inspect_data(config: InspectConfig) -> Report:
+    """What the prepared data set ``config.data`` holds; with ``config.verify`` after reading every file of it."""
+    config = with_absolute_paths(config)
+    with _byte_bar(enabled=config.verify) as progress:
+        return inspect_data_set(
+            config.data, verify=config.verify, num_examples=config.examples, progress=progress
+        )
+
+
+@contextmanager
+def _byte_bar(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(desc="verify", unit="B", unit_scale=True, leave=False, disable=not enabled) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def show_report(report: Report, config: InspectConfig) -> RenderableType:
+    """The report as ``config.format`` says."""
+    if config.format == "json":
+        return Text(json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False))
+    if isinstance(report, UnfinishedReport):
+        return _unfinished(report)
+    parts = [
+        _overview(report),
+        _histogram(report.counts.atom_count_histogram),
+        _labels(report),
+        _quarantine(report.quarantine),
+        _damages(report),
+    ]
+    return Group(*(part for part in parts if part is not None))
+
+
+def _overview(report: DataSetReport) -> Table:
+    counts = report.counts
+    table = _plain_table()
+    table.add_row("data set", f"[bold]{escape(str(redact(report.uri)))}[/]")
+    table.add_row(
+        "identity", f"fingerprint {report.fingerprint[:16]}, format version {report.format_version}"
+    )
+    for index, source in enumerate(report.sources[:_MAX_SOURCES]):
+        table.add_row(
+            "" if index else "made of",
+            f"{escape(source.uri)} ({source.format}, {source.rows:,} rows, {_bytes(source.size)})",
+        )
+    if len(report.sources) > _MAX_SOURCES:
+        table.add_row("", f"and {len(report.sources) - _MAX_SOURCES} more files")
+    for index, (split, size) in enumerate(report.splits.items()):
+        what = "rows" if split == "quarantine" else "molecules"
+        table.add_row(
+            "" if index else "holds",
+            f"{split}: {size.molecules:,} {what} in {size.shards:,} files, {_bytes(size.bytes)}",
+        )
+    table.add_row(
+        "accounts",
+        f"{counts.rows_in:,} rows in = {counts.rows_out:,} molecules out + {counts.rows_quarantined:,} quarantined"
+        + (f"; {counts.duplicate_ids:,} ids repeat" if counts.duplicate_ids else ""),
+    )
+    table.add_row("conformers", _shares(counts.conformer_status, counts.rows_out))
+    elements = sorted(counts.elements.items(), key=lambda item: -item[1])
+    shown = dict(elements[:_MAX_ELEMENTS])
+    more = f" and {len(elements) - len(shown)} more" if len(elements) > len(shown) else ""
+    table.add_row("elements", _shares(shown, counts.rows_out) + more)
+    changed = {
+        key: value
+        for key, value in report.options.items()
+        if key in ("shuffle", "deduplicate", "canonical_order") and value not in (False, "none")
+    }
+    if changed:
+        table.add_row("made with", ", ".join(f"{key}={value}" for key, value in changed.items()))
+    return table
+
+
+def _histogram(histogram: Mapping[str, int]) -> Table | None:
+    """Molecules by number of atoms, in bins of equal width, as bars."""
+    sizes = {int(size): count for size, count in histogram.items()}
+    if not sizes:
+        return None
+    first, last = min(sizes), max(sizes)
+    width = max(1, -(-(last - first + 1) // _MAX_BARS))
+    bins = [
+        (low, min(low + width - 1, last), sum(sizes.get(s, 0) for s in range(low, low + width)))
+        for low in range(first, last + 1, width)
+    ]
+    total, most = sum(sizes.values()), max(count for _, _, count in bins)
+    mean = sum(size * count for size, count in sizes.items()) / total
+    table = Table(
+        show_edge=False,
+        pad_edge=False,
+        box=None,
+        title=f"\natoms a molecule: {first} to {last}, mean {mean:.1f}",
+        title_justify="left",
+        title_style="bold",
+        show_header=False,
+    )
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for low, high, count in bins:
+        label = str(low) if low == high else f"{low}-{high}"
+        table.add_row(label, f"[cyan]{_bar(count / most)}[/]", f"{count:,}")
+    return table
+
+
+def _bar(share: float) -> str:
+    """A bar of eighths of a character; the smallest for anything that is not nothing."""
+    eighths = max(round(share * _BAR_WIDTH * 8), 1 if share > 0 else 0)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+
+
+def _labels(report: DataSetReport) -> Table | None:
+    if not report.labels:
+        return None
+    table = _headed("label", "unit", "molecules", "share", "unreadable")
+    for label in report.labels[:_MAX_LABELS]:
+        table.add_row(
+            escape(label.name),
+            escape(label.unit or ""),
+            f"{label.count:,}",
+            _percent(label.count, report.counts.rows_out),
+            f"{label.num_unreadable:,}" if label.num_unreadable else "",
+        )
+    if len(report.labels) > _MAX_LABELS:
+        table.add_row(f"and {len(report.labels) - _MAX_LABELS} more", "", "", "", "")
+    return table
+
+
+def _quarantine(reasons: Mapping[str, QuarantineReason]) -> Table | None:
+    if not reasons:
+        return None
+    table = _headed("quarantined for", "rows", "row", "looks like", "detail", numbers=(1, 2))
+    for reason, found in reasons.items():
+        if not found.examples:
+            table.add_row(reason, f"{found.rows:,}", "", "", "")
+        for index, row in enumerate(found.examples):
+            excerpt = " ".join(row.excerpt.split())[:_EXCERPT_CHARACTERS]
+            table.add_row(
+                "" if index else reason,
+                "" if index else f"{found.rows:,}",
+                f"{row.source_row:,}",
+                escape(excerpt),
+                escape(row.detail),
+            )
+    return table
+
+
+def _damages(report: DataSetReport) -> Text:
+    if not report.damages:
+        what = "every file has its checksum" if report.verified else "every file is there"
+        hint = "" if report.verified else " with its size (--verify compares checksums)"
+        return Text(f"\n{what}{hint}", style="green")
+    shown = list(report.damages[:_MAX_DAMAGES])
+    if len(report.damages) > len(shown):
+        shown.append(f"and {len(report.damages) - len(shown)} more")
+    lines = [f"\n{len(report.damages)} files are damaged:", *(f"  {line}" for line in shown)]
+    lines.append("Restore them, or delete the data set and prepare it again.")
+    return Text("\n".join(lines), style="bold red")
+
+
+def _unfinished(report: UnfinishedReport) -> Table:
+    table = _plain_table()
+    table.add_row("data set", f"[bold]{escape(str(redact(report.uri)))}[/]")
+    table.add_row("state", "[yellow]unfinished[/]: there is a plan but no manifest")
+    for index, source in enumerate(report.sources[:_MAX_SOURCES]):
+        table.add_row("" if index else "made of", escape(source))
+    table.add_row(
+        "so far",
+        f"{report.chunks_done:,} chunks of {report.rows_in:,} rows, {report.rows_quarantined:,} quarantined",
+    )
+    table.add_row("to finish", "the `moleblend prepare` command that began it, typed again")
+    return table
+
+
+def _plain_table() -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None, show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _headed(*names: str, numbers: tuple[int, ...] = (2, 3, 4)) -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None, title="\n", title_justify="left")
+    for index, name in enumerate(names):
+        table.add_column(
+            name,
+            justify="right" if index in numbers else "left",
+            overflow="fold",
+            header_style="bold",
+        )
+    return table
+
+
+def _shares(counts: Mapping[str, int], total: int) -> str:
+    parts = [f"{escape(name)} {_percent(count, total)}" for name, count in counts.items()]
+    return ", ".join(parts) or "none"
+
+
+def _percent(count: int, total: int) -> str:
+    if not total:
+        return "0 %"
+    share = 100 * count / total
+    return f"{share:.3g} %" if count < total else "100 %"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
