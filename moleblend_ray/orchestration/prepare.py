@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -87,9 +90,13 @@ _RESULT_SCHEMA: Final = pa.schema(
         ("receipt", pa.string()),
         ("damage", pa.string()),
         ("failure", pa.string()),
+        ("started_s", pa.float64()),
+        ("ended_s", pa.float64()),
+        ("peak_bytes", pa.int64()),
     ]
 )
-"""One row a chunk. With ``file_index`` alone: the receipt at hand holds."""
+"""One row a chunk: its receipt, when it was converted (seconds since 1970) and the most memory that the process
+that did it has had. Without ``receipt``: the one at hand holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +125,11 @@ class PrepareSummary:
     bytes: int
     """Of all shards."""
     fingerprint: str
+    converting_seconds: float
+    """From the first chunk's start to the last one's end; less than ``seconds`` by the start of the processes, the
+    shuffle and the manifest."""
+    converting_peak_mib: int
+    """Most memory of a converting process, the libraries it shares with others included."""
     seconds: float
 
 
@@ -134,19 +146,20 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     if manifest is not None:
         logger.info("%s is prepared already: nothing to do", shown_out)
         remove_work(config.out)  # if the run that wrote the manifest ended there
-        return _summary(config.out, "already prepared", manifest, start_s)
+        return _summary(config.out, "already prepared", manifest, _Effort(), start_s)
     sources = inspect_sources(files, options.columns)
     done = begin(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
-        receipts = _Job(config, sources, options, done).run(progress.reporter)
+        job = _Job(config, sources, options, done)
+        receipts = job.run(progress.reporter)
         placed = _exchanged(config, sources, options, receipts, progress.reporter)
         rows = sum(receipt.rows_in for receipt in receipts)
         progress.reporter({"done": rows, "total": rows})
     manifest = finish(config.out, sources, options, receipts, placed)
     _log_outcome(manifest, config)
-    return _summary(config.out, "continued" if done else "prepared", manifest, start_s)
+    return _summary(config.out, "continued" if done else "prepared", manifest, job.effort, start_s)
 
 
 def _exchanged(
@@ -226,6 +239,27 @@ def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
             raise ConfigError(f"out: {config.out} holds the source {uri}; give a place apart.")
 
 
+class _Effort:
+    """Time and memory that the conversion of chunks took."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._started_s = math.inf
+        self._ended_s = -math.inf
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end; 0 if nothing was converted."""
+        return max(0.0, self._ended_s - self._started_s)
+
+    def add(self, result: Mapping[str, Any]) -> None:
+        """Take in the result of a chunk."""
+        if result["started_s"] is not None:
+            self._started_s = min(self._started_s, result["started_s"])
+            self._ended_s = max(self._ended_s, result["ended_s"])
+            self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
+
+
 class _Job:
     """One run of the Ray Data pipeline."""
 
@@ -242,6 +276,7 @@ class _Job:
         self._options = options
         self._done = done
         self._num_actors = _num_actors(config, sources)
+        self.effort = _Effort()
 
     def run(self, report: Reporter) -> list[Receipt]:
         """Convert what is to be converted; the receipts of all chunks, or an error that says what is lacking."""
@@ -255,6 +290,7 @@ class _Job:
             if result["damage"] is not None:
                 damages.append(result["damage"])
                 continue
+            self.effort.add(result)
             receipt = self._receipt(result)
             receipts.append(receipt)
             rows += receipt.rows_in
@@ -419,6 +455,7 @@ class _Converter:
             return _row(_RESULT_SCHEMA, **row)
         chunk = RowChunk(**{field.name: row[field.name] for field in fields(RowChunk)})
         layout = self._sources.layouts[chunk.file_index]
+        started_s = time.time()
         try:
             receipt = convert_chunk(
                 chunk, layout, self._sources.labels, self._options, self._out, self._splits
@@ -427,7 +464,20 @@ class _Converter:
             return _row(_RESULT_SCHEMA, **{**row, "failure": str(error)})
         except DataError as error:
             return _row(_RESULT_SCHEMA, **{**row, "damage": str(error)})
-        return _row(_RESULT_SCHEMA, **row, receipt=json.dumps(receipt.to_json()))
+        return _row(
+            _RESULT_SCHEMA,
+            **row,
+            receipt=json.dumps(receipt.to_json()),
+            started_s=started_s,
+            ended_s=time.time(),
+            peak_bytes=_peak_bytes(),
+        )
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _row(schema: pa.Schema, **values: Any) -> pa.Table:
@@ -459,7 +509,9 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
         )
 
 
-def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> PrepareSummary:
+def _summary(
+    out: str, status: str, manifest: Manifest, effort: _Effort, start_s: float
+) -> PrepareSummary:
     counts = manifest.counts
     return PrepareSummary(
         out=out,
@@ -477,5 +529,7 @@ def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> Prepa
         shards=len(manifest.shards),
         bytes=sum(shard.num_bytes for shard in manifest.shards),
         fingerprint=manifest.fingerprint,
+        converting_seconds=round(effort.seconds, 3),
+        converting_peak_mib=effort.peak_bytes >> 20,
         seconds=round(time.monotonic() - start_s, 3),
     )
