@@ -107,12 +107,12 @@ def shuffle(path: str, arguments: argparse.Namespace) -> dict[str, float | dict[
             stage(out, molecules, index, deduplicate=arguments.deduplicate)
             for index in range(-(-arguments.molecules // molecules.num_rows))
         ]
-        exchange = plan_exchange(
+        exchange, units_of_passes = plan_exchange(
             out, ["source"], (), chunks, row_group_rows=1024, rows_per_shard=65536, shuffle=True,
             deduplicate=arguments.deduplicate, memory_bytes=int(arguments.memory_gib * 2**30),
         )  # fmt: skip
         passes = {}
-        for units in exchange.passes():
+        for units in units_of_passes:
             start = time.perf_counter()
             for unit in units:
                 run_unit(exchange, unit)
@@ -120,7 +120,7 @@ def shuffle(path: str, arguments: argparse.Namespace) -> dict[str, float | dict[
     return {
         "molecules": sum(chunk.num_rows for chunk in chunks),
         "data_mib": sum(chunk.memory_bytes for chunk in chunks) >> 20,
-        "groups": len(exchange.groups),
+        "groups": len(exchange.group_starts),
         "buckets": exchange.num_buckets,
         "base_mib": base,
         "peak_mib": peak_mib(),

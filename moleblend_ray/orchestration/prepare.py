@@ -172,7 +172,7 @@ def _exchanged(
     """The shards of a shuffle, or without duplicates, of all staged molecules; nothing if neither is asked for."""
     if not options.needs_exchange:
         return []
-    exchange = plan_exchange(
+    exchange, passes = plan_exchange(
         config.out,
         [without_credentials(layout.file.uri) for layout in sources.layouts],
         sources.labels,
@@ -183,7 +183,7 @@ def _exchanged(
         deduplicate=options.deduplicate != "none",
         memory_bytes=int(config.shuffle_memory_gib * GIB),
     )
-    return run_exchange(exchange, config.cluster.num_data_actors, _ACTOR_CPUS, report)
+    return run_exchange(exchange, passes, config.cluster.num_data_actors, _ACTOR_CPUS, report)
 
 
 def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:
