@@ -3,8 +3,9 @@
     python benchmarks/prepare.py [--source qm9 zinc] [--molecules 50000] [--shuffle]
 
 Each source is prepared twice by the command's own code, into empty folders: with one actor and with two. The
-speed-up is that of the conversion, from the first chunk's start to the last one's end; the whole time, with the
-start of a private Ray cluster (some seconds, whatever the size), stands beside it. In the same run, as what the
+speed-up is that of the conversion while all actors are at work; beside it stand the times from the first chunk's
+start to the last one's end (the second actor comes some time after the first), and of the whole command, with the
+start of a private Ray cluster (some seconds, whatever the size). In the same run, as what the
 machine allows: RDKit alone reads SMILES in one process and in two. The sources are those beside the project if
 they are there, else sample molecules made here. Prints one JSON line. ``benchmarks/results`` keeps some.
 """
@@ -82,9 +83,11 @@ def measure(source: str, folder: str, *, shuffle: bool) -> dict[str, object]:
     return {
         "source": Path(source).name,
         "molecules": one.rows_out,
-        "molecules_per_s_1": round(one.rows_out / one.converting_seconds),
-        "molecules_per_s_2": round(two.rows_out / two.converting_seconds),
-        "speedup": round(one.converting_seconds / two.converting_seconds, 2),
+        "molecules_per_s_1": round(one.converting_rows_per_s),
+        "molecules_per_s_2": round(two.converting_rows_per_s),
+        "speedup": round(two.converting_rows_per_s / one.converting_rows_per_s, 2),
+        "converting_s_1": round(one.converting_seconds, 1),
+        "converting_s_2": round(two.converting_seconds, 1),
         "wall_s_1": round(one.seconds, 1),
         "wall_s_2": round(two.seconds, 1),
         "actor_peak_mib": max(one.converting_peak_mib, two.converting_peak_mib),

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import os
+import platform
 import resource
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -90,13 +91,14 @@ _RESULT_SCHEMA: Final = pa.schema(
         ("receipt", pa.string()),
         ("damage", pa.string()),
         ("failure", pa.string()),
+        ("process", pa.string()),
         ("started_s", pa.float64()),
         ("ended_s", pa.float64()),
         ("peak_bytes", pa.int64()),
     ]
 )
-"""One row a chunk: its receipt, when it was converted (seconds since 1970) and the most memory that the process
-that did it has had. Without ``receipt``: the one at hand holds."""
+"""One row a chunk: its receipt; where it was converted, when (seconds since 1970), and the most memory that the
+process there has had. Without ``receipt``: the one at hand holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,6 +130,8 @@ class PrepareSummary:
     converting_seconds: float
     """From the first chunk's start to the last one's end; less than ``seconds`` by the start of the processes, the
     shuffle and the manifest."""
+    converting_rows_per_s: float
+    """Records converted a second while all processes were at work."""
     converting_peak_mib: int
     """Most memory of a converting process, the libraries it shares with others included."""
     seconds: float
@@ -239,25 +243,54 @@ def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
             raise ConfigError(f"out: {config.out} holds the source {uri}; give a place apart.")
 
 
+class _Interval(NamedTuple):
+    """The conversion of one chunk."""
+
+    process: str
+    rows: int
+    started_s: float
+    ended_s: float
+
+
 class _Effort:
     """Time and memory that the conversion of chunks took."""
 
     def __init__(self) -> None:
         self.peak_bytes = 0
-        self._started_s = math.inf
-        self._ended_s = -math.inf
+        self._intervals: list[_Interval] = []
+
+    def add(self, rows: int, result: Mapping[str, Any]) -> None:
+        """Take in the result of a chunk of so many records."""
+        if result["process"] is None:
+            return  # it was converted by a former run
+        times = (result["started_s"], result["ended_s"])
+        self._intervals.append(_Interval(result["process"], rows, *times))
+        self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
 
     @property
     def seconds(self) -> float:
         """From the first start to the last end; 0 if nothing was converted."""
-        return max(0.0, self._ended_s - self._started_s)
+        if not self._intervals:
+            return 0.0
+        started_s = min(interval.started_s for interval in self._intervals)
+        return max(interval.ended_s for interval in self._intervals) - started_s
 
-    def add(self, result: Mapping[str, Any]) -> None:
-        """Take in the result of a chunk."""
-        if result["started_s"] is not None:
-            self._started_s = min(self._started_s, result["started_s"])
-            self._ended_s = max(self._ended_s, result["ended_s"])
-            self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
+    @property
+    def rows_per_s(self) -> float:
+        """Records converted a second while all processes were at work; 0 if they never were."""
+        spans: dict[str, tuple[float, float]] = {}
+        for process, _, started_s, ended_s in self._intervals:
+            first_s, last_s = spans.get(process, (started_s, ended_s))
+            spans[process] = (min(first_s, started_s), max(last_s, ended_s))
+        begin_s = max((first_s for first_s, _ in spans.values()), default=0.0)
+        end_s = min((last_s for _, last_s in spans.values()), default=0.0)
+        if end_s <= begin_s:
+            return 0.0
+        rows = 0.0
+        for _, count, started_s, ended_s in self._intervals:
+            inside_s = max(0.0, min(ended_s, end_s) - max(started_s, begin_s))
+            rows += count * inside_s / max(ended_s - started_s, 1e-9)
+        return rows / (end_s - begin_s)
 
 
 class _Job:
@@ -290,8 +323,8 @@ class _Job:
             if result["damage"] is not None:
                 damages.append(result["damage"])
                 continue
-            self.effort.add(result)
             receipt = self._receipt(result)
+            self.effort.add(receipt.rows_in, result)
             receipts.append(receipt)
             rows += receipt.rows_in
             quarantined += receipt.rows_quarantined
@@ -468,6 +501,7 @@ class _Converter:
             _RESULT_SCHEMA,
             **row,
             receipt=json.dumps(receipt.to_json()),
+            process=f"{platform.node()}:{os.getpid()}",
             started_s=started_s,
             ended_s=time.time(),
             peak_bytes=_peak_bytes(),
@@ -530,6 +564,7 @@ def _summary(
         bytes=sum(shard.num_bytes for shard in manifest.shards),
         fingerprint=manifest.fingerprint,
         converting_seconds=round(effort.seconds, 3),
+        converting_rows_per_s=round(effort.rows_per_s, 1),
         converting_peak_mib=effort.peak_bytes >> 20,
         seconds=round(time.monotonic() - start_s, 3),
     )
