@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
@@ -113,7 +113,7 @@ def begin(out: str, sources: SourceSet, options: ConvertOptions) -> dict[tuple[i
     present = listed(out)
     if uri in present:
         _check_plan(out, storage.read_json(uri), plan)
-    elif any(f"/{split}/" in name for name in present for split in (*SPLITS, QUARANTINE_DIR)):
+    elif _has_shards(out, present):
         raise ConfigError(
             f"out: {out} holds shards of which neither a manifest nor a plan tells anything. "
             "Give another `out`, or delete this one."
@@ -121,6 +121,12 @@ def begin(out: str, sources: SourceSet, options: ConvertOptions) -> dict[tuple[i
     else:
         storage.write_json(uri, plan)
     return valid_receipts(out, present)
+
+
+def _has_shards(out: str, present: Iterable[str]) -> bool:
+    # Not anywhere in the URI: `out` itself may lie in a folder named test.
+    places = tuple(storage.join(out, split) + "/" for split in (*SPLITS, QUARANTINE_DIR))
+    return any(uri.startswith(places) for uri in present)
 
 
 def remove_work(out: str) -> None:

@@ -241,21 +241,30 @@ def staged_chunk(receipt: Receipt) -> StagedChunk:
     )
 
 
+UnitKind = Literal["runs", "buckets", "duplicates", "groups", "all"]
+
+
 class Unit(NamedTuple):
     """A piece of the work that one process does."""
 
-    kind: Literal["runs", "buckets", "duplicates", "groups", "all"]
+    kind: UnitKind
     number: int
+    chunks: tuple[StagedChunk, ...] = ()
+    """The staged chunks it reads, if it does: those of a group."""
 
     @property
     def name(self) -> str:
-        """Of its receipt, and of its files in progress."""
-        return f"{self.kind}/{self.number:06d}"
+        """Of its receipt, and of its file in progress."""
+        return _unit_name(self.kind, self.number)
+
+
+def _unit_name(kind: UnitKind, number: int) -> str:
+    return f"{kind}/{number:06d}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """Which molecules meet where; the same for every process that does a part of it."""
+    """What every process that does a unit of the work must know."""
 
     out: str
     source_uris: tuple[str, ...]
@@ -267,29 +276,20 @@ class Exchange:
     """Shards in the order of the keys, else of the source."""
     deduplicate: bool
     num_buckets: int
-    groups: tuple[tuple[StagedChunk, ...], ...]
-    """The staged chunks in source order, in pieces that fit into memory."""
+    group_starts: tuple[int, ...]
+    """Position of the first record of each group's first chunk."""
     content_digest: str
     """Of the molecules and of what is to become of them."""
-
-    def passes(self) -> list[list[Unit]]:
-        """The units of work: those of one pass in any order or at a time, passes one after the other."""
-        if len(self.groups) == 1:
-            return [[Unit("all", 0)]]
-        runs = [Unit("runs", index) for index in range(len(self.groups))]
-        if self.shuffle:
-            return [runs, [Unit("buckets", index) for index in range(self.num_buckets)]]
-        return [
-            runs,
-            [Unit("duplicates", index) for index in range(self.num_buckets)],
-            [Unit("groups", index) for index in range(len(self.groups))],
-        ]
 
     def digest(self, unit: Unit) -> str:
         """Of all that decides the files of a unit: a receipt with another digest does not count."""
         # What a shard holds does not depend on groups; how the files in progress are cut does.
-        bounds = [] if unit.kind in ("buckets", "all") else [len(group) for group in self.groups]
-        text = json.dumps([self.content_digest, unit.name, bounds])
+        return self.content_digest if unit.kind in ("buckets", "all") else self.file_digest
+
+    @property
+    def file_digest(self) -> str:
+        """Of the content of files in progress."""
+        text = json.dumps([self.content_digest, self.group_starts])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
@@ -321,8 +321,11 @@ def plan_exchange(
     shuffle: bool,
     deduplicate: bool,
     memory_bytes: int,
-) -> Exchange:
-    """The exchange of these chunks by processes that have ``memory_bytes`` each for molecules."""
+) -> tuple[Exchange, list[list[Unit]]]:
+    """The exchange of these chunks by processes that have ``memory_bytes`` each for molecules, and its passes.
+
+    The units of one pass can be done in any order or at a time; the passes one after the other.
+    """
     ordered = sorted(chunks)
     num_rows = sum(chunk.num_rows for chunk in ordered)
     num_bytes = sum(chunk.memory_bytes for chunk in ordered)
@@ -332,7 +335,8 @@ def plan_exchange(
     digest.update(json.dumps(settings).encode())
     for chunk in ordered:
         digest.update(json.dumps(chunk).encode())
-    return Exchange(
+    groups = _groups(ordered, min(memory_bytes // _COPIES, _MAX_GROUP_BYTES))
+    exchange = Exchange(
         out=out,
         source_uris=tuple(source_uris),
         labels=tuple((name, unit) for name, unit in labels),
@@ -340,9 +344,25 @@ def plan_exchange(
         shuffle=shuffle,
         deduplicate=deduplicate,
         num_buckets=num_buckets,
-        groups=_groups(ordered, min(memory_bytes // _COPIES, _MAX_GROUP_BYTES)),
+        group_starts=tuple(
+            (group[0].file_index << _ROW_BITS) | group[0].first_row for group in groups if group
+        ),
         content_digest=digest.hexdigest(),
     )
+    return exchange, _passes(exchange, groups)
+
+
+def _passes(exchange: Exchange, groups: Sequence[tuple[StagedChunk, ...]]) -> list[list[Unit]]:
+    if len(groups) == 1:
+        return [[Unit("all", 0, groups[0])]]
+    runs = [Unit("runs", number, group) for number, group in enumerate(groups)]
+    if exchange.shuffle:
+        return [runs, [Unit("buckets", number) for number in range(exchange.num_buckets)]]
+    return [
+        runs,
+        [Unit("duplicates", number) for number in range(exchange.num_buckets)],
+        [Unit("groups", number, group) for number, group in enumerate(groups)],
+    ]
 
 
 def _groups(chunks: Sequence[StagedChunk], max_bytes: int) -> tuple[tuple[StagedChunk, ...], ...]:
@@ -380,7 +400,7 @@ def run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt:
     elif unit.kind == "groups":
         done = _write_group(exchange, unit)
     else:
-        done = _write_all(exchange)
+        done = _write_all(exchange, unit)
     receipt = UnitReceipt(
         name=unit.name,
         digest=exchange.digest(unit),
@@ -392,34 +412,35 @@ def run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt:
 
 
 def _write_run(exchange: Exchange, unit: Unit) -> _Done:
-    table = _load_group(exchange, exchange.groups[unit.number], exchange.run_schema)
+    table = _load_group(exchange, unit.chunks, exchange.run_schema)
     order, bounds = _by_bucket(table, exchange.num_buckets)
     return _write_cut(exchange, unit, table, order, bounds)
 
 
 def _write_bucket(exchange: Exchange, unit: Unit) -> _Done:
-    table = _read_pass(exchange, 0, unit.number, exchange.num_buckets, exchange.run_schema)
+    table = _read_runs(exchange, unit.number)
     return _place_bucket(exchange, table, unit.number)
 
 
 def _write_duplicates(exchange: Exchange, unit: Unit) -> _Done:
-    table = _read_pass(exchange, 0, unit.number, exchange.num_buckets, exchange.run_schema)
+    table = _read_runs(exchange, unit.number)
     dropped = _dropped(table)
-    first = [(group[0].file_index << _ROW_BITS) | group[0].first_row for group in exchange.groups]
-    bounds = np.searchsorted(dropped[POSITION].to_numpy(), [*first, np.iinfo(np.int64).max])
+    ends = [*exchange.group_starts, np.iinfo(np.int64).max]
+    bounds = np.searchsorted(dropped[POSITION].to_numpy(), ends)
     return _write_cut(exchange, unit, dropped, np.arange(len(dropped)), bounds)
 
 
 def _write_group(exchange: Exchange, unit: Unit) -> _Done:
-    dropped = _read_pass(exchange, 1, unit.number, len(exchange.groups), pa.schema(_KEPT_FIELDS))
-    return _place_group(exchange, exchange.groups[unit.number], dropped)
+    num_groups, schema = len(exchange.group_starts), pa.schema(_KEPT_FIELDS)
+    uris = _segment_uris(exchange, "duplicates", exchange.num_buckets)
+    dropped = _read_segments(uris, unit.number, num_groups, exchange.file_digest, schema)
+    return _place_group(exchange, unit.chunks, dropped)
 
 
-def _write_all(exchange: Exchange) -> _Done:
-    (group,) = exchange.groups
-    table = _load_group(exchange, group, exchange.run_schema)
+def _write_all(exchange: Exchange, unit: Unit) -> _Done:
+    table = _load_group(exchange, unit.chunks, exchange.run_schema)
     if not exchange.shuffle:
-        return _place_group(exchange, group, _dropped(table))
+        return _place_group(exchange, unit.chunks, _dropped(table))
     order, bounds = _by_bucket(table, exchange.num_buckets)
     done = _Done([], [])
     for bucket in range(exchange.num_buckets):
@@ -454,12 +475,21 @@ def _by_bucket(table: pa.Table, num_buckets: int) -> tuple[NDArray[np.int64], ND
     return order, np.append(np.searchsorted(keys[order], starts), len(keys))
 
 
-def _segments_uri(exchange: Exchange, unit: Unit) -> str:
-    return storage.join(exchange.out, _segments_path(unit))
+def _segments_path(kind: UnitKind, number: int) -> str:
+    return f"{STAGED_DIR}/{_unit_name(kind, number)}.segments"
 
 
-def _segments_path(unit: Unit) -> str:
-    return f"{STAGED_DIR}/{unit.name}.segments"
+def _segment_uris(exchange: Exchange, kind: UnitKind, count: int) -> list[str]:
+    """The files in progress of a pass."""
+    return [storage.join(exchange.out, _segments_path(kind, number)) for number in range(count)]
+
+
+def _read_runs(exchange: Exchange, bucket: int) -> pa.Table:
+    """What all runs have of a bucket."""
+    uris = _segment_uris(exchange, "runs", len(exchange.group_starts))
+    return _read_segments(
+        uris, bucket, exchange.num_buckets, exchange.file_digest, exchange.run_schema
+    )
 
 
 def _write_cut(
@@ -474,17 +504,9 @@ def _write_cut(
         encode_segment(table.take(pa.array(order[start:end]))) if end > start else b""
         for start, end in pairwise(bounds.tolist())
     ]
-    content = _write_segments(_segments_uri(exchange, unit), segments)
-    return _Done([shard_info(_segments_path(unit), STAGED, table.num_rows, content)], [])
-
-
-def _read_pass(
-    exchange: Exchange, pass_index: int, number: int, num_segments: int, schema: pa.Schema
-) -> pa.Table:
-    """Segment ``number`` of every file of a former pass."""
-    units = exchange.passes()[pass_index]
-    uris = [_segments_uri(exchange, unit) for unit in units]
-    return _read_segments(uris, number, num_segments, exchange.digest(units[0]), schema)
+    path = _segments_path(unit.kind, unit.number)
+    content = _write_segments(storage.join(exchange.out, path), segments)
+    return _Done([shard_info(path, STAGED, table.num_rows, content)], [])
 
 
 def _place_bucket(exchange: Exchange, table: pa.Table, bucket: int) -> _Done:

@@ -21,13 +21,16 @@ _MAX_RETRIES: Final = 3
 
 
 def run_exchange(
-    exchange: Exchange, num_tasks: int, num_cpus: float, report: Reporter
+    exchange: Exchange,
+    passes: Sequence[Sequence[Unit]],
+    num_tasks: int,
+    num_cpus: float,
+    report: Reporter,
 ) -> list[UnitReceipt]:
     """Run the passes of ``exchange``, ``num_tasks`` units at a time; the receipts of the last, in order.
 
     Units whose receipt holds are not run again.
     """
-    passes = exchange.passes()
     done = _done(exchange, passes)
     shared = ray.put(exchange)
     task = ray.remote(num_cpus=num_cpus, max_retries=_MAX_RETRIES)(_run_unit)
@@ -54,7 +57,8 @@ def _done(exchange: Exchange, passes: Sequence[Sequence[Unit]]) -> dict[str, Uni
     if not listed(exchange.out, *kinds):
         return {}
     found = valid_unit_receipts(exchange.out, listed(exchange.out))
-    wanted = {unit.name: exchange.digest(unit) for units in passes for unit in units}
+    kinds_digests = {units[0].kind: exchange.digest(units[0]) for units in passes}
+    wanted = {unit.name: kinds_digests[unit.kind] for units in passes for unit in units}
     return {name: receipt for name, receipt in found.items() if wanted.get(name) == receipt.digest}
 
 
@@ -76,7 +80,10 @@ def _run_tasks(
         ready, running = ray.wait(running, num_returns=1)
         try:
             outcome = ray.get(ready[0])
-        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        except ray.exceptions.RayTaskError:
+            # A fault of this program: its traceback is what helps.
+            raise
+        except ray.exceptions.RayError as error:
             raise DataError(
                 f"Placing molecules in {out} ended its process {_MAX_RETRIES + 1} times: it was killed for want of "
                 f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import ray
@@ -87,9 +91,14 @@ _RESULT_SCHEMA: Final = pa.schema(
         ("receipt", pa.string()),
         ("damage", pa.string()),
         ("failure", pa.string()),
+        ("process", pa.string()),
+        ("started_s", pa.float64()),
+        ("ended_s", pa.float64()),
+        ("peak_bytes", pa.int64()),
     ]
 )
-"""One row a chunk. With ``file_index`` alone: the receipt at hand holds."""
+"""One row a chunk: its receipt; where it was converted, when (seconds since 1970), and the most memory that the
+process there has had. Without ``receipt``: the one at hand holds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +127,13 @@ class PrepareSummary:
     bytes: int
     """Of all shards."""
     fingerprint: str
+    converting_seconds: float
+    """From the first chunk's start to the last one's end; less than ``seconds`` by the start of the processes, the
+    shuffle and the manifest."""
+    converting_rows_per_s: float
+    """Records converted a second while all processes were at work."""
+    converting_peak_mib: int
+    """Most memory of a converting process, the libraries it shares with others included."""
     seconds: float
 
 
@@ -134,19 +150,20 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     if manifest is not None:
         logger.info("%s is prepared already: nothing to do", shown_out)
         remove_work(config.out)  # if the run that wrote the manifest ended there
-        return _summary(config.out, "already prepared", manifest, start_s)
+        return _summary(config.out, "already prepared", manifest, _Effort(), start_s)
     sources = inspect_sources(files, options.columns)
     done = begin(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
-        receipts = _Job(config, sources, options, done).run(progress.reporter)
+        job = _Job(config, sources, options, done)
+        receipts = job.run(progress.reporter)
         placed = _exchanged(config, sources, options, receipts, progress.reporter)
         rows = sum(receipt.rows_in for receipt in receipts)
         progress.reporter({"done": rows, "total": rows})
     manifest = finish(config.out, sources, options, receipts, placed)
     _log_outcome(manifest, config)
-    return _summary(config.out, "continued" if done else "prepared", manifest, start_s)
+    return _summary(config.out, "continued" if done else "prepared", manifest, job.effort, start_s)
 
 
 def _exchanged(
@@ -159,7 +176,7 @@ def _exchanged(
     """The shards of a shuffle, or without duplicates, of all staged molecules; nothing if neither is asked for."""
     if not options.needs_exchange:
         return []
-    exchange = plan_exchange(
+    exchange, passes = plan_exchange(
         config.out,
         [without_credentials(layout.file.uri) for layout in sources.layouts],
         sources.labels,
@@ -170,7 +187,7 @@ def _exchanged(
         deduplicate=options.deduplicate != "none",
         memory_bytes=int(config.shuffle_memory_gib * GIB),
     )
-    return run_exchange(exchange, config.cluster.num_data_actors, _ACTOR_CPUS, report)
+    return run_exchange(exchange, passes, config.cluster.num_data_actors, _ACTOR_CPUS, report)
 
 
 def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:
@@ -226,6 +243,56 @@ def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
             raise ConfigError(f"out: {config.out} holds the source {uri}; give a place apart.")
 
 
+class _Interval(NamedTuple):
+    """The conversion of one chunk."""
+
+    process: str
+    rows: int
+    started_s: float
+    ended_s: float
+
+
+class _Effort:
+    """Time and memory that the conversion of chunks took."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._intervals: list[_Interval] = []
+
+    def add(self, rows: int, result: Mapping[str, Any]) -> None:
+        """Take in the result of a chunk of so many records."""
+        if result["process"] is None:
+            return  # it was converted by a former run
+        times = (result["started_s"], result["ended_s"])
+        self._intervals.append(_Interval(result["process"], rows, *times))
+        self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end; 0 if nothing was converted."""
+        if not self._intervals:
+            return 0.0
+        started_s = min(interval.started_s for interval in self._intervals)
+        return max(interval.ended_s for interval in self._intervals) - started_s
+
+    @property
+    def rows_per_s(self) -> float:
+        """Records converted a second while all processes were at work; 0 if they never were."""
+        spans: dict[str, tuple[float, float]] = {}
+        for process, _, started_s, ended_s in self._intervals:
+            first_s, last_s = spans.get(process, (started_s, ended_s))
+            spans[process] = (min(first_s, started_s), max(last_s, ended_s))
+        begin_s = max((first_s for first_s, _ in spans.values()), default=0.0)
+        end_s = min((last_s for _, last_s in spans.values()), default=0.0)
+        if end_s <= begin_s:
+            return 0.0
+        rows = 0.0
+        for _, count, started_s, ended_s in self._intervals:
+            inside_s = max(0.0, min(ended_s, end_s) - max(started_s, begin_s))
+            rows += count * inside_s / max(ended_s - started_s, 1e-9)
+        return rows / (end_s - begin_s)
+
+
 class _Job:
     """One run of the Ray Data pipeline."""
 
@@ -242,6 +309,7 @@ class _Job:
         self._options = options
         self._done = done
         self._num_actors = _num_actors(config, sources)
+        self.effort = _Effort()
 
     def run(self, report: Reporter) -> list[Receipt]:
         """Convert what is to be converted; the receipts of all chunks, or an error that says what is lacking."""
@@ -256,6 +324,7 @@ class _Job:
                 damages.append(result["damage"])
                 continue
             receipt = self._receipt(result)
+            self.effort.add(receipt.rows_in, result)
             receipts.append(receipt)
             rows += receipt.rows_in
             quarantined += receipt.rows_quarantined
@@ -419,6 +488,7 @@ class _Converter:
             return _row(_RESULT_SCHEMA, **row)
         chunk = RowChunk(**{field.name: row[field.name] for field in fields(RowChunk)})
         layout = self._sources.layouts[chunk.file_index]
+        started_s = time.time()
         try:
             receipt = convert_chunk(
                 chunk, layout, self._sources.labels, self._options, self._out, self._splits
@@ -427,7 +497,21 @@ class _Converter:
             return _row(_RESULT_SCHEMA, **{**row, "failure": str(error)})
         except DataError as error:
             return _row(_RESULT_SCHEMA, **{**row, "damage": str(error)})
-        return _row(_RESULT_SCHEMA, **row, receipt=json.dumps(receipt.to_json()))
+        return _row(
+            _RESULT_SCHEMA,
+            **row,
+            receipt=json.dumps(receipt.to_json()),
+            process=f"{platform.node()}:{os.getpid()}",
+            started_s=started_s,
+            ended_s=time.time(),
+            peak_bytes=_peak_bytes(),
+        )
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _row(schema: pa.Schema, **values: Any) -> pa.Table:
@@ -459,7 +543,9 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
         )
 
 
-def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> PrepareSummary:
+def _summary(
+    out: str, status: str, manifest: Manifest, effort: _Effort, start_s: float
+) -> PrepareSummary:
     counts = manifest.counts
     return PrepareSummary(
         out=out,
@@ -477,5 +563,8 @@ def _summary(out: str, status: str, manifest: Manifest, start_s: float) -> Prepa
         shards=len(manifest.shards),
         bytes=sum(shard.num_bytes for shard in manifest.shards),
         fingerprint=manifest.fingerprint,
+        converting_seconds=round(effort.seconds, 3),
+        converting_rows_per_s=round(effort.rows_per_s, 1),
+        converting_peak_mib=effort.peak_bytes >> 20,
         seconds=round(time.monotonic() - start_s, 3),
     )

@@ -96,6 +96,7 @@ def test_prepare_equals_the_job_in_one_process_and_a_rerun_does_nothing(
     assert summary.status == "prepared"
     assert (summary.rows_in, summary.rows_out, summary.rows_quarantined) == (252, 251, 1)
     assert summary.train + summary.valid == 251
+    assert summary.test == 0
     assert summary.quarantined_by_reason == {"unparsable_smiles": 1}
     manifest = load_manifest(str(tmp_path / "out"))
     assert [source.rows for source in manifest.sources] == [120, 130, 2]
@@ -131,6 +132,46 @@ def test_an_interrupted_and_a_damaged_source_are_continued_to_the_same_bytes(
     assert summary.status == "continued"
     assert summary.rows_in == 400
     assert content_of(out) == content_of(tmp_path / "reference")
+
+
+def test_a_shuffle_by_several_actors_is_that_of_one_process(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_sources(tmp_path / "in")
+    settings = {"shuffle": True, "deduplicate": "inchikey", "rows_per_shard": 60}
+    whole = prepare(config_for(tmp_path / "in", tmp_path / "whole", **settings))
+    # The source is now of more groups than one: runs are written, and buckets read from them.
+    monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_GROUP_BYTES", 1)
+    pieces = prepare(config_for(tmp_path / "in", tmp_path / "pieces", **settings))
+    assert content_of(tmp_path / "whole") == content_of(tmp_path / "pieces")
+    assert whole.fingerprint == pieces.fingerprint
+    assert (whole.rows_in, whole.rows_out) == (252, 245)
+    assert whole.quarantined_by_reason == {"unparsable_smiles": 1, "duplicate": 6}
+    assert whole.converting_seconds < whole.seconds
+    assert not list(tmp_path.glob("*/staged")) + list(tmp_path.glob("*/receipts"))
+
+
+def test_the_split_file_of_a_source_decides_and_must_name_every_molecule(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_text("\n".join(["smiles", *smiles(60)]) + "\n")
+    splits = {"train": [*range(40)], "valid": [*range(40, 50)], "test-dev": [*range(50, 59)]}
+    (tmp_path / "split.json").write_text(json.dumps(splits))
+    config = config_for(
+        tmp_path / "in.csv", tmp_path / "out", split_file=str(tmp_path / "split.json")
+    )
+    with pytest.raises(DataError, match=r"split\.json names no split for row 59 of"):
+        prepare(config)
+    summary = prepare(
+        dataclasses.replace(config, out=str(tmp_path / "2"), split_file_unnamed="quarantine")
+    )
+    assert (summary.train, summary.valid, summary.test) == (40, 10, 9)
+    assert summary.quarantined_by_reason == {"not_in_split_file": 1}
+    (tmp_path / "in").mkdir()
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / "in" / name).write_text("smiles\nC\n")
+    with pytest.raises(ConfigError, match="names rows, which are those of one file"):
+        prepare(dataclasses.replace(config, source=str(tmp_path / "in")))
 
 
 def test_relative_paths_mean_the_folder_of_the_command(

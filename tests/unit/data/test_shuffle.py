@@ -17,7 +17,7 @@ from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest, re
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, listed, valid_unit_receipts
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
-from moleblend_ray.data.shuffle import Exchange, plan_exchange, run_unit, staged_chunk
+from moleblend_ray.data.shuffle import Exchange, Unit, plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.hashing import keyed_hash
@@ -45,7 +45,7 @@ def prepare(
             if receipt is None or receipt.digest != chunk.digest():
                 receipt = convert_chunk(chunk, layout, sources.labels, options, str(out))
             receipts.append(receipt)
-    exchange = plan_exchange(
+    exchange, passes = plan_exchange(
         str(out),
         [layout.file.uri for layout in sources.layouts],
         sources.labels,
@@ -56,18 +56,18 @@ def prepare(
         deduplicate=options.deduplicate != "none",
         memory_bytes=memory_bytes,
     )
-    placed = run_passes(exchange, reverse=reverse)
+    placed = run_passes(exchange, passes, reverse=reverse)
     return finish(str(out), sources, options, receipts, placed)
 
 
-def run_passes(exchange: Exchange, *, reverse: bool) -> list[UnitReceipt]:
+def run_passes(exchange: Exchange, passes: list[list[Unit]], *, reverse: bool) -> list[UnitReceipt]:
     done = valid_unit_receipts(exchange.out, listed(exchange.out))
-    for units in exchange.passes():
+    for units in passes:
         for unit in reversed(units) if reverse else units:
             found = done.get(unit.name)
             if found is None or found.digest != exchange.digest(unit):
                 done[unit.name] = run_unit(exchange, unit)
-    return [done[unit.name] for unit in exchange.passes()[-1]]
+    return [done[unit.name] for unit in passes[-1]]
 
 
 def content_of(out: Path) -> dict[str, bytes]:
@@ -298,24 +298,24 @@ def test_a_changed_source_leaves_nothing_stale(tmp_path: Path) -> None:
 
 
 def test_a_damaged_staged_file_is_told(source: Path, tmp_path: Path) -> None:
-    def damage_and_run(exchange: Exchange) -> None:
+    def damage_and_run(exchange: Exchange, unit: Unit) -> None:
         (path, *_) = sorted((tmp_path / "out" / "staged" / "chunks").iterdir())
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
-        run_unit(exchange, exchange.passes()[0][0])
+        run_unit(exchange, unit)
 
     options = ConvertOptions(shuffle=True)
     sources = inspect_sources(find_sources(str(source)), options.columns)
     layout = sources.layouts[0]
     (chunk,) = read_chunks(layout, 0, 100)
     receipt = convert_chunk(chunk, layout, sources.labels, options, str(tmp_path / "out"))
-    exchange = plan_exchange(
+    exchange, passes = plan_exchange(
         str(tmp_path / "out"), [layout.file.uri], sources.labels, [staged_chunk(receipt)],
         row_group_rows=8, rows_per_shard=8, shuffle=True, deduplicate=False, memory_bytes=LARGE,
     )  # fmt: skip
     with pytest.raises(DataError, match=r"00000-000000\.segment is damaged\. Delete it and run"):
-        damage_and_run(exchange)
+        damage_and_run(exchange, passes[0][0])
 
 
 def test_repeats_are_counted_exactly_beyond_the_memory_bound(
@@ -346,3 +346,19 @@ def test_statistics_are_those_of_the_molecules(tmp_path: Path) -> None:
         atom_count_histogram={"1": 1, "2": 2, "3": 1},
         elements={"C": 3, "O": 1, "Cl": 2, "Na": 1},
     )
+
+
+def test_a_source_without_a_molecule_is_an_empty_data_set(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("smiles\nC1CC\n\n,\n")
+    for settings in ({"shuffle": True}, {"deduplicate": "inchikey"}):
+        out = tmp_path / f"{settings}"
+        manifest = prepare(tmp_path / "in.csv", out, **settings)
+        assert manifest.counts.rows_out == 0 < manifest.counts.rows_quarantined
+        assert manifest.counts.atom_count_histogram == {}
+
+
+def test_a_place_in_a_folder_named_like_a_split_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("smiles\nC\n")
+    out = tmp_path / "test" / "out"
+    storage.write_bytes(str(out / "notes.txt"), b"mine")
+    assert prepare(tmp_path / "in.csv", out, shuffle=True).counts.rows_out == 1

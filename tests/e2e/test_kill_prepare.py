@@ -1,0 +1,88 @@
+"""Kill `moleblend prepare` in each of its phases, type it again: the files are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+LIMIT_S = 120.0
+COMMAND = """
+import sys
+from moleblend_ray.data import shuffle
+
+# As if there were memory for some hundred molecules only: the source is then of many groups.
+shuffle._MAX_GROUP_BYTES = 60_000
+from moleblend_ray.cli import main
+
+sys.exit(main())
+"""
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[str]:
+    settings = [
+        f"source={source}", f"out={out}", "rows_per_chunk=100", "rows_per_shard=150",
+        "shuffle=true", "deduplicate=inchikey", "test_fraction=0.1", "cluster.num_data_actors=2",
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "prepare", *settings],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, errors[-3000:]
+
+
+def kill_when(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the command and all its children that are still in its group."""
+    deadline = time.monotonic() + LIMIT_S
+    while not seen():
+        assert process.poll() is None, "it ended before the moment to kill it"
+        assert time.monotonic() < deadline, "the moment to kill it did not come"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def content_of(out: Path) -> dict[str, bytes]:
+    files = sorted(path for path in out.rglob("*") if path.is_file())
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_prepare_killed_in_every_phase_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    chains = [f"{'C' * a}{middle}{'C' * b}{end}" for a in range(1, 13) for b in range(1, 13)
+              for middle in ("O", "N", "S", "C(=O)N", "C#C", "OO") for end in ("", "F", "Cl")]  # fmt: skip
+    source, out = tmp_path / "in.csv", tmp_path / "killed"
+    source.write_text("\n".join(["smiles", *chains, "C1CC", *chains[:100]]) + "\n")
+    finish(start(source, tmp_path / "undisturbed"))
+    expected = content_of(tmp_path / "undisturbed")
+    names = {name.split("/")[0] for name in expected}
+    assert names == {"train", "valid", "test", "quarantine", "manifest.json"}
+
+    def count(pattern: str) -> int:
+        return len(list(out.glob(pattern)))
+
+    num_buckets = sum(name.startswith("train/") for name in expected)
+    moments = {
+        "chunks": lambda: count("receipts/0*.json") >= 5,
+        "runs": lambda: count("receipts/runs/*.json") >= 3,
+        "manifest": lambda: count("receipts/buckets/*.json") == num_buckets,
+    }
+    for moment, seen in moments.items():
+        kill_when(seen, start(source, out))
+        assert not (out / "manifest.json").exists(), f"the kill among the {moment} came too late"
+    finish(start(source, out))
+    assert content_of(out) == expected
