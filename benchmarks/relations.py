@@ -1,10 +1,16 @@
 """Shards to packed micro-batches on one core, beside a plain per-molecule NumPy implementation.
 
-    python benchmarks/relations.py [--molecules 65536] [--source molecules.parquet]
+    python benchmarks/relations.py [--molecules 65536] [--source molecules.parquet] [--growth]
 
-Reads shards with the training order, builds all relations and packs micro-batches, in one thread. The source is
-the PCQM4Mv2 sample beside the project if it is there, else 500 sample molecules made here; its shards are repeated
-until there are at least as many molecules as asked. Prints one JSON line. ``benchmarks/results`` keeps some.
+Reads shards with the training order, builds all relations and packs micro-batches. The source is the PCQM4Mv2
+sample beside the project if it is there, else 500 sample molecules made here; its shards are repeated until there
+are at least as many molecules as asked. ``stage_us`` is what each stage takes of a molecule's time, measured one
+after the other: the order, fetching and decoding row groups, gathering molecules from them, relations and packing.
+``attention_padding`` is the share of pairs of tokens that are padding: as cut, and if molecules were not ordered
+by size; layers that work token by token see no padding.
+
+``--growth`` adds a run on 10^4, 10^5 and 10^6 molecules with the default stream and a cache of 64 MiB, each in a process
+of its own: microseconds a molecule and peak memory. Prints one JSON line last. ``benchmarks/results`` keeps some.
 """
 
 from __future__ import annotations
@@ -17,33 +23,47 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.batch import StreamConfig, build_steps
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
-from moleblend_ray.data.shards import MANIFEST_NAME, Manifest, ShardReader, fingerprint
+from moleblend_ray.data.shards import (
+    GRAPH_COLUMNS,
+    MANIFEST_NAME,
+    Manifest,
+    ShardReader,
+    fingerprint,
+    load_manifest,
+)
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.relations.topology import topology
 from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 
 SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
-MICRO_BATCH_SIZE = 64
+STREAM = StreamConfig(micro_batch_size=64, steps_per_block=16)
+ORDER = OrderConfig(global_batch_size=1024, num_streams=4)
+GROWTH_STREAM = StreamConfig(cache_bytes=64 << 20)
+GROWTH_SIZES = (10**4, 10**5, 10**6)
 REPEATS = 3
 PLAIN_MOLECULES = 200
 
 
 def main() -> None:
     arguments = parse_arguments()
+    stay_on_one_core()
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.source or default_source(folder)
         uri = os.path.join(folder, "dataset")
@@ -51,8 +71,11 @@ def main() -> None:
         reader = ShardReader(uri, manifest, "train")
         table = reader.read(np.arange(reader.num_rows))
         molecules = repeat(uri, manifest, arguments.molecules)
-        seconds, num_bytes = measure_stream(uri, molecules)
+        seconds, num_bytes = measure_stream(uri, molecules, ORDER, STREAM)
         plain = measure_plain(block_from_table(table, np.arange(len(table))))
+        stages = measure_stages(uri)
+        padding = measure_padding(uri)
+        growth = measure_growth(uri, manifest) if arguments.growth else {}
     per_second = molecules / seconds
     print(
         json.dumps(
@@ -63,10 +86,16 @@ def main() -> None:
                 "mean_atoms": round(float(np.mean(table["num_atoms"].to_numpy())), 2),
                 "molecules_per_s": round(per_second),
                 "us_per_molecule": round(1e6 / per_second, 2),
+                "stage_us": stages,
                 "bytes_per_molecule": round(num_bytes / molecules),
+                "shard_bytes_per_molecule": round(
+                    sum(shard.num_bytes for shard in manifest.shards_of("train")) / len(table)
+                ),
+                "attention_padding": padding,
                 "plain_molecules_per_s": round(plain, 1),
                 "speedup": round(per_second / plain, 1),
                 "cpus": os.cpu_count(),
+                **growth,
             }
         )
     )
@@ -76,7 +105,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--molecules", type=int, default=65536)
     parser.add_argument("--source", help="SDF, CSV or Parquet file to take molecules from")
+    parser.add_argument(
+        "--growth", action="store_true", help="also measure how cost grows with the molecules"
+    )
     return parser.parse_args()
+
+
+def stay_on_one_core() -> None:
+    """Row groups are fetched and decoded in threads: they all share the core with everything else."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def default_source(folder: str) -> str:
@@ -115,10 +153,10 @@ def repeat(uri: str, manifest: Manifest, num_molecules: int) -> int:
     return repeated.num_molecules("train")
 
 
-def measure_stream(uri: str, num_molecules: int) -> tuple[float, int]:
+def measure_stream(
+    uri: str, num_molecules: int, order: OrderConfig, stream: StreamConfig
+) -> tuple[float, int]:
     """Median seconds and payload bytes of one epoch, cold cache of row groups each time."""
-    stream = StreamConfig(micro_batch_size=MICRO_BATCH_SIZE, steps_per_block=16)
-    order = OrderConfig(global_batch_size=1024, num_streams=4)
     groups = max(1, num_molecules // (order.global_batch_size * stream.steps_per_block))
     # Loads the compiled kernels.
     MicroBatchBuilder(uri, order, stream).build(0, 1, 0)
@@ -137,6 +175,94 @@ def measure_stream(uri: str, num_molecules: int) -> tuple[float, int]:
         seconds.append(elapsed * num_molecules / molecules)
         num_bytes = num_bytes * num_molecules // molecules
     return statistics.median(seconds), num_bytes
+
+
+def measure_stages(uri: str) -> dict[str, float]:
+    """Microseconds a molecule of each stage: median of runs over the blocks of four groups of steps."""
+    manifest = load_manifest(uri)
+    data_order = DataOrder(manifest.num_molecules("train"), ORDER)
+    groups = [range(group * 16, group * 16 + 16) for group in range(4)]
+    runs = []
+    for _ in range(REPEATS):
+        reader = ShardReader(uri, manifest, "train", columns=GRAPH_COLUMNS)
+        started = time.perf_counter()
+        asked = [
+            (steps, data_order.stream_batches(steps.start, len(steps), stream).ravel())
+            for steps in groups
+            for stream in range(ORDER.num_streams)
+        ]
+        ordered = time.perf_counter()
+        for _, positions in asked:
+            reader.read_block(positions)
+        decoded = time.perf_counter()
+        blocks = [(steps, reader.read_block(positions)) for steps, positions in asked]
+        gathered = time.perf_counter()
+        for steps, block in blocks:
+            build_steps(block, steps, 0, STREAM.micro_batch_size)
+        packed = time.perf_counter()
+        gather = gathered - decoded
+        runs.append((ordered - started, decoded - ordered - gather, gather, packed - gathered))
+    molecules = sum(len(positions) for _, positions in asked)
+    names = ("order", "fetch_and_decode", "gather", "relate_and_pack")
+    medians = [statistics.median(run) for run in zip(*runs, strict=True)]
+    return {
+        name: round(1e6 * value / molecules, 2) for name, value in zip(names, medians, strict=True)
+    }
+
+
+def measure_padding(uri: str) -> dict[str, dict[str, float]]:
+    """Share of token pairs that are padding, by molecules of a (step, stream), cut into micro-batches of 64."""
+    shares = {}
+    for size in (64, 256, 1024):
+        order = OrderConfig(global_batch_size=size, num_streams=1)
+        builder = MicroBatchBuilder(uri, order, STREAM)
+        micro_batches = builder.build(0, 64, 0)
+        sizes = np.concatenate([micro.num_atoms for micro in micro_batches])
+        mixed = np.random.default_rng(0).permutation(sizes).reshape(-1, STREAM.micro_batch_size)
+        shares[f"{size}_molecules"] = {
+            "ordered": padding_share([micro.num_atoms for micro in micro_batches]),
+            "unordered": padding_share(list(mixed)),
+        }
+    return shares
+
+
+def padding_share(batches: list[np.ndarray]) -> float:
+    """Padding among the pairs of tokens (atoms and a graph token) of rectangular batches with these atom counts."""
+    tokens = [sizes.astype(np.int64) + 1 for sizes in batches]
+    real = sum(int(n @ n) for n in tokens)
+    return round(1 - real / sum(len(n) * int(n.max()) ** 2 for n in tokens), 4)
+
+
+def measure_growth(uri: str, manifest: Manifest) -> dict[str, Any]:
+    """Time a molecule and peak memory of the default stream at three sizes, and how far the times lie apart."""
+    rows = []
+    for size in GROWTH_SIZES:
+        molecules = repeat(uri, manifest, size)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as process:
+            microseconds, megabytes = process.submit(grown, uri, molecules).result()
+        rows.append(
+            {
+                "molecules": molecules,
+                "us_per_molecule": round(microseconds, 2),
+                "peak_rss_mb": round(megabytes),
+            }
+        )
+    times = [row["us_per_molecule"] for row in rows]
+    return {"growth": rows, "growth_spread": round(max(times) / min(times) - 1, 3)}
+
+
+def grown(uri: str, molecules: int) -> tuple[float, float]:
+    """Microseconds a molecule and peak resident megabytes of this process."""
+    stay_on_one_core()
+    seconds, _ = measure_stream(uri, molecules, OrderConfig(), GROWTH_STREAM)
+    return 1e6 * seconds / molecules, peak_resident_kilobytes() / 1024
+
+
+def peak_resident_kilobytes() -> int:
+    """From the kernel: what ``getrusage`` says of a process begins with its parent's peak."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
 def measure_plain(block: MoleculeBlock) -> float:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -350,6 +350,7 @@ class ShardReader:
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
         self._verify = verify
+        self._threads: ThreadPoolExecutor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -461,9 +462,12 @@ class ShardReader:
             batch = missing[start : start + _FETCH_THREADS]
             asked = [places[index] for index in batch]
             self._fetch_footers(sorted({place.shard for place in asked}))
-            fetched = _in_threads(self._fetch_group, asked)
-            for index, place, group in zip(batch, asked, fetched, strict=True):
-                self._keep(place, group)
+            # Only the waiting is shared out: an actor that has one core decodes fastest in one thread.
+            for index, content in zip(
+                batch, self._in_threads(self._fetch_group, asked), strict=True
+            ):
+                group = self._decode_group(places[index], content)
+                self._keep(places[index], group)
                 yield index, group
 
     def _keep(self, place: _Place, group: _RowGroup) -> None:
@@ -476,7 +480,9 @@ class ShardReader:
 
     def _fetch_footers(self, shards: Sequence[int]) -> None:
         missing = [index for index in shards if index not in self._footers]
-        for index, footer in zip(missing, _in_threads(self._read_footer, missing), strict=True):
+        for index, footer in zip(
+            missing, self._in_threads(self._read_footer, missing), strict=True
+        ):
             self._footers[index] = footer
         for index in shards:
             self._footers.move_to_end(index)
@@ -501,15 +507,23 @@ class ShardReader:
             self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
         return metadata
 
-    def _fetch_group(self, place: _Place) -> _RowGroup:
-        """One row group, by one read of the byte range that holds its asked columns."""
-        metadata = self._footers[place.shard]
-        group = metadata.row_group(place.group)
-        start, end = _byte_range(group, frozenset(self._columns))
-        content = self._read_range(place.shard, start, end - start)
+    def _fetch_group(self, place: _Place) -> bytes:
+        """The byte range of a row group that holds its asked columns, by one read."""
+        start, end = self._group_range(place)
+        return self._read_range(place.shard, start, end - start)
+
+    def _group_range(self, place: _Place) -> tuple[int, int]:
+        group = self._footers[place.shard].row_group(place.group)
+        return _byte_range(group, frozenset(self._columns))
+
+    def _decode_group(self, place: _Place, content: bytes) -> _RowGroup:
+        """A row group from its byte range."""
         with self._parquet_errors(place.shard):
+            start, _ = self._group_range(place)
             source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
-            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+            file = pq.ParquetFile(
+                source, metadata=self._footers[place.shard], page_checksum_verification=True
+            )
             table = file.read_row_group(place.group, self._columns, use_threads=False)
         if not set(GRAPH_COLUMNS) <= set(self._columns):
             return _RowGroup(table, None, table.nbytes)
@@ -519,6 +533,16 @@ class ShardReader:
             raise self._damaged(place.shard, f"row group {place.group}: {error}") from error
         own = graph.rows.nbytes + graph.position_mask.nbytes
         return _RowGroup(table, graph, table.nbytes + own)
+
+    def _in_threads(
+        self, function: Callable[[_Key], _Value], keys: Sequence[_Key]
+    ) -> Iterable[_Value]:
+        """``function`` of each key, several at once: the waiting is on storage."""
+        if len(keys) <= 1:
+            return [function(key) for key in keys]
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_FETCH_THREADS)
+        return self._threads.map(function, keys)
 
     def _read_range(self, index: int, offset: int, length: int) -> bytes:
         uri = storage.join(self._uri, self._shards[index].path)
@@ -568,14 +592,6 @@ def _byte_range(group: Any, columns: frozenset[str]) -> tuple[int, int]:
             starts.append(start)
             ends.append(start + column.total_compressed_size)
     return min(starts), max(ends)
-
-
-def _in_threads(function: Callable[[_Key], _Value], keys: Sequence[_Key]) -> list[_Value]:
-    """``function`` of each key, several at once: the waiting is on storage."""
-    if len(keys) <= 1:
-        return [function(key) for key in keys]
-    with ThreadPoolExecutor(min(_FETCH_THREADS, len(keys))) as pool:
-        return list(pool.map(function, keys))
 
 
 class _RangeFile(io.RawIOBase):
