@@ -16,7 +16,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -34,6 +36,7 @@ from moleblend_ray.chemistry.samples import make_samples
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDS = 1500
+TURN = 100
 CONFIG = FeaturizeConfig()
 
 
@@ -43,20 +46,20 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     result = {"benchmark": "featurize", "cpus": os.cpu_count(), "rdkit": rdBase.rdkitVersion}
     for name, records in smiles_sources().items():
-        measured = measure_smiles(records, repeats)
-        print(f"{name}: {measured}")
-        result |= measured if not result.get("ratio_to_parse") else prefixed(name, measured)
+        figures = measure_smiles(records, repeats)
+        print(f"{name}: {figures}")
+        result |= prefixed(name, figures) if "ratio_to_parse" in result else figures
     for name, records in molblock_sources().items():
-        measured = measure_molblocks(records, repeats)
-        print(f"{name}: {measured}")
-        result |= prefixed(name, measured)
+        figures = measure_molblocks(records, repeats)
+        print(f"{name}: {figures}")
+        result |= prefixed(name, figures)
     print(json.dumps(result))
 
 
-def prefixed(name: str, measured: dict[str, float | str]) -> dict[str, float | str]:
+def prefixed(name: str, figures: dict[str, float | str]) -> dict[str, float | str]:
     stem = name.split(".", 1)[0]
     kept = ("molecules_per_s", "ratio_to_parse")
-    return {f"{stem}_{key}": measured[key] for key in kept}
+    return {f"{stem}_{key}": figures[key] for key in kept}
 
 
 def smiles_sources() -> dict[str, list[str]]:
@@ -81,31 +84,30 @@ def molblock_sources() -> dict[str, list[str]]:
 def measure_smiles(records: Sequence[str], repeats: int) -> dict[str, float | str]:
     molecules = [Chem.MolFromSmiles(record) for record in records]
     binaries = [to_binary(molecule) for molecule in molecules]
-    seconds = median_seconds(
+    return measured(
         {
-            "parse": lambda: each(Chem.MolFromSmiles, records),
-            "whole": lambda: molecules_from_records(map(SmilesText, records), CONFIG),
-            "canonical_smiles": lambda: each(Chem.MolToSmiles, molecules),
-            "binary": lambda: each(to_binary, molecules),
-            "arrays": lambda: graph_arrays(binaries),
-            "arrays_by_getters": lambda: each(graph_arrays_by_getters, molecules),
+            "parse": lambda part: each(Chem.MolFromSmiles, records[part]),
+            "whole": lambda part: molecules_from_records(map(SmilesText, records[part]), CONFIG),
+            "canonical_smiles": lambda part: each(Chem.MolToSmiles, molecules[part]),
+            "binary": lambda part: each(to_binary, molecules[part]),
+            "arrays": lambda part: graph_arrays(binaries[part]),
+            "arrays_by_getters": lambda part: each(graph_arrays_by_getters, molecules[part]),
         },
+        len(records),
         repeats,
     )
-    return rates(seconds, len(records))
 
 
 def measure_molblocks(records: Sequence[str], repeats: int) -> dict[str, float | str]:
-    seconds = median_seconds(
+    parse = partial(Chem.MolFromMolBlock, sanitize=True, removeHs=False)
+    return measured(
         {
-            "parse": lambda: each(
-                lambda text: Chem.MolFromMolBlock(text, sanitize=True, removeHs=False), records
-            ),
-            "whole": lambda: molecules_from_records(map(MolBlock, records), CONFIG),
+            "parse": lambda part: each(parse, records[part]),
+            "whole": lambda part: molecules_from_records(map(MolBlock, records[part]), CONFIG),
         },
+        len(records),
         repeats,
     )
-    return rates(seconds, len(records))
 
 
 def each(function: Callable[..., object], records: Sequence[object]) -> None:
@@ -113,16 +115,23 @@ def each(function: Callable[..., object], records: Sequence[object]) -> None:
         function(record)
 
 
-def median_seconds(functions: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median time of each; they take turns, so that a busy moment of the machine meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
+def measured(
+    functions: Mapping[str, Callable[[slice], object]], records: int, repeats: int
+) -> dict[str, float | str]:
+    """Median time of each over the repeats.
+
+    They take turns after every few records, so that a busy moment of the machine meets all of them, and
+    processor time counts, which other processes do not add to.
+    """
+    times: dict[str, list[float]] = {name: [0.0] * repeats for name in functions}
+    parts = [slice(begin, begin + TURN) for begin in range(0, records, TURN)]
     with rdBase.BlockLogs():
-        for _ in range(repeats):
+        for repeat, part in product(range(repeats), parts):
             for name, function in functions.items():
-                began = time.perf_counter()
-                function()
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
+                began = time.process_time()
+                function(part)
+                times[name][repeat] += time.process_time() - began
+    return rates({name: statistics.median(values) for name, values in times.items()}, records)
 
 
 def rates(seconds: dict[str, float], records: int) -> dict[str, float | str]:

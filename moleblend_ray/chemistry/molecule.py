@@ -6,12 +6,14 @@ rejection with a reason code, so that a data set accounts for every row.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from itertools import islice
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -156,9 +158,12 @@ def molecules_from_records(
 
     Many at a time are cheaper than one: RDKit parses each, and one compiled pass reads the atoms and bonds of all.
     """
+    drafts: list[_Draft | Rejection] = []
+    waiting = iter(records)
     # What RDKit has to say of a molecule stands in its rejection.
     with rdBase.BlockLogs():
-        drafts = [_draft(record, config) for record in records]
+        while batch := list(islice(waiting, _BATCH)):
+            drafts += _drafts(batch, config)
     graphs = iter(graph_arrays([draft.binary for draft in drafts if isinstance(draft, _Draft)]))
     return [
         _finished(draft, next(graphs), config) if isinstance(draft, _Draft) else draft
@@ -188,6 +193,29 @@ def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome
     return molecules_from_records([row], config)[0]
 
 
+_BATCH: Final = 16
+"""Records that go through one step of RDKit (parser, SMILES writer, binary writer) before the next: its code then
+stays in the processor's caches, which makes the three together 10 % faster than molecule by molecule."""
+
+
+class _Kept(NamedTuple):
+    """A sanitized molecule with the atoms that stay."""
+
+    mol: Chem.Mol
+    num_placed: int
+    """The first so many atoms have the coordinates of the molecule's conformer, if it has one."""
+
+
+class _Named(NamedTuple):
+    """A molecule with its canonical SMILES and its coordinates."""
+
+    mol: Chem.Mol
+    smiles: str
+    positions: NDArray[np.float32]
+    position_mask: NDArray[np.bool_]
+    conformer_status: ConformerStatus
+
+
 class _Draft(NamedTuple):
     """A molecule whose atoms and bonds are not yet read."""
 
@@ -198,19 +226,58 @@ class _Draft(NamedTuple):
     conformer_status: ConformerStatus
 
 
-def _draft(record: SourceRecord | Rejection, config: FeaturizeConfig) -> _Draft | Rejection:
+_Made = TypeVar("_Made")
+
+
+def _drafts(
+    batch: Sequence[SourceRecord | Rejection], config: FeaturizeConfig
+) -> list[_Draft | Rejection]:
+    read, name = partial(_read, config=config), partial(_name, config=config)
+    kept = [_attempt(read, record) for record in batch]
+    named = [_attempt(name, molecule) for molecule in kept]
+    return [_attempt(_draft, molecule) for molecule in named]
+
+
+def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
+    """What the step makes of it, or why it cannot; a rejection stays what it is."""
+    if isinstance(given, Rejection):
+        return given
     try:
-        if isinstance(record, SmilesText):
-            return _read_smiles(record.smiles, config)
-        if isinstance(record, MolBlock):
-            return _read_molblock(record.block, config)
-        return _read_geometry(record, config) if isinstance(record, GeometryRow) else record
+        return step(given)
     except _RejectedError as rejected:
         return rejected.rejection
     # RDKit turns its C++ errors into RuntimeError, ValueError and half a dozen of its own classes; one odd
     # row of a hundred million must not end a job.
     except Exception as error:
         return Rejection(code=RejectionCode.INVALID_RECORD, detail=_one_line(error))
+
+
+def _read(record: SourceRecord, config: FeaturizeConfig) -> _Kept:
+    if isinstance(record, SmilesText):
+        return _read_smiles(record.smiles, config)
+    if isinstance(record, MolBlock):
+        return _read_molblock(record.block, config)
+    return _read_geometry(record, config)
+
+
+def _name(kept: _Kept, config: FeaturizeConfig) -> _Named:
+    mol, num_placed = kept
+    smiles = Chem.MolToSmiles(mol)
+    positions, placed, status = _coordinates(mol, smiles, num_placed, config)
+    if config.canonical_order:
+        mol, order = _in_canonical_order(mol, smiles)
+        positions, placed = positions[:, order], placed[:, order]
+    return _Named(mol, smiles, positions, placed, status)
+
+
+def _draft(named: _Named) -> _Draft:
+    return _Draft(
+        named.smiles,
+        to_binary(named.mol),
+        named.positions,
+        named.position_mask,
+        named.conformer_status,
+    )
 
 
 def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Outcome:
@@ -243,7 +310,7 @@ def _one_line(message: object, limit: int = 200) -> str:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> _Draft:
+def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> _Kept:
     if not isinstance(smiles, str) or not smiles.strip():
         raise _RejectedError(RejectionCode.MISSING_SMILES, f"found {_one_line(repr(smiles), 80)}")
     # RDKit would stop at a NUL and return what comes before; lone surrogates are no UTF-8.
@@ -253,7 +320,7 @@ def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> _Draft:
     mol: Chem.Mol | None = Chem.MolFromSmiles(smiles) if readable else None
     if mol is None:
         raise _RejectedError(RejectionCode.UNPARSABLE_SMILES, _why_unparsable(smiles))
-    return _featurize(mol, config, has_positions=False, has_hydrogens=False)
+    return _keep(mol, config, has_positions=False, has_hydrogens=False)
 
 
 def _why_unparsable(smiles: str) -> str:
@@ -271,14 +338,14 @@ def _why_unparsable(smiles: str) -> str:
 _NON_FINITE = re.compile(r"(?i)(?<![\w.])(?:nan|inf|infinity)(?![\w.])")
 
 
-def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Draft:
+def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Kept:
     if not isinstance(block, str) or not block.strip():
         raise _RejectedError(RejectionCode.INVALID_RECORD, "the record is empty")
     mol: Chem.Mol | None = Chem.MolFromMolBlock(block, sanitize=True, removeHs=False)
     if mol is None:
         raise _why_invalid(block)
     if mol.GetNumConformers() == 0:
-        return _featurize(mol, config, has_positions=False, has_hydrogens=True)
+        return _keep(mol, config, has_positions=False, has_hydrogens=True)
     conformer = mol.GetConformer()
     positions = conformer.GetPositions()
     # RDKit takes a molecule that is flat to 0.001 angstrom for a depiction if it has a "cis or trans"
@@ -289,7 +356,7 @@ def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Draft:
         conformer.Set3D(True)
         _forget_undecided_stereo(mol)
         Chem.AssignStereochemistryFrom3D(mol)
-    return _featurize(mol, config, has_positions=has_positions, has_hydrogens=True)
+    return _keep(mol, config, has_positions=has_positions, has_hydrogens=True)
 
 
 def _is_tagged_3d(block: str) -> bool:
@@ -298,10 +365,14 @@ def _is_tagged_3d(block: str) -> bool:
     return len(header) > 1 and header[1][20:22] == "3D"
 
 
+_DOUBLE_BOND = Chem.MolFromSmarts("*=*")
+
+
 def _forget_undecided_stereo(mol: Chem.Mol) -> None:
     """Drop "cis or trans" marks, which RDKit writes itself for any double bond it did not look at and
     would keep against the geometry."""
-    for bond in map(mol.GetBondWithIdx, range(mol.GetNumBonds())):
+    for ends in mol.GetSubstructMatches(_DOUBLE_BOND, maxMatches=mol.GetNumBonds() + 1):
+        bond = mol.GetBondBetweenAtoms(*ends)
         if bond.GetStereo() == Chem.BondStereo.STEREOANY:
             bond.SetStereo(Chem.BondStereo.STEREONONE)
             bond.SetBondDir(Chem.BondDir.NONE)
@@ -328,7 +399,7 @@ def _why_invalid(block: str) -> _RejectedError:
 _KEKULE = {1: Chem.BondType.SINGLE, 2: Chem.BondType.DOUBLE, 3: Chem.BondType.TRIPLE}
 
 
-def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> _Draft:
+def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> _Kept:
     positions = _positions_of(row)
     if positions is None and row.smiles:
         return _read_smiles(row.smiles, config)
@@ -342,7 +413,7 @@ def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> _Draft:
         conformer.SetPositions(positions)
         mol.AddConformer(conformer)
         Chem.AssignStereochemistryFrom3D(mol)
-    return _featurize(mol, config, has_positions=positions is not None, has_hydrogens=True)
+    return _keep(mol, config, has_positions=positions is not None, has_hydrogens=True)
 
 
 def _positions_of(row: GeometryRow) -> NDArray[np.float64] | None:
@@ -360,6 +431,9 @@ def _positions_of(row: GeometryRow) -> NDArray[np.float64] | None:
 
 def _has_positions(positions: NDArray[np.float64]) -> bool:
     """Whether these are coordinates at all: several atoms in the origin are a file without any."""
+    total = float(positions.sum())
+    if total and math.isfinite(total):  # the usual case, told by one pass
+        return True
     finite = np.isfinite(positions)
     if not finite.all():
         atom = int(np.argmin(finite.all(axis=1)))
@@ -413,10 +487,10 @@ def _integers(values: Sequence[int] | NDArray[np.integer]) -> list[int]:
 # -- featurizing --------------------------------------------------------------------------------------
 
 
-def _featurize(
+def _keep(
     mol: Chem.Mol, config: FeaturizeConfig, *, has_positions: bool, has_hydrogens: bool
-) -> _Draft:
-    """The sanitized ``mol`` as a record; its conformer, if it counts, is the source's."""
+) -> _Kept:
+    """The sanitized ``mol`` with the atoms that stay; its conformer, if it counts, is the source's."""
     if not has_positions:
         mol.RemoveAllConformers()
     if config.salts != "keep":
@@ -425,17 +499,14 @@ def _featurize(
     if config.explicit_hydrogens:
         mol = Chem.AddHs(mol)
     elif has_hydrogens:
-        # The molecule is sanitized; doing it again would double the time, only the H counts are stale.
+        # The molecule is sanitized; doing it again would double the time, only the H counts are stale and the
+        # rings forgotten.
         mol = Chem.RemoveHs(mol, sanitize=False)
         mol.UpdatePropertyCache(strict=False)
+        Chem.FastFindRings(mol)
         num_placed = mol.GetNumAtoms()
     _check_size(mol.GetNumAtoms(), config)
-    smiles = Chem.MolToSmiles(mol)
-    positions, placed, status = _coordinates(mol, smiles, num_placed, config)
-    if config.canonical_order:
-        mol, order = _in_canonical_order(mol, smiles)
-        positions, placed = positions[:, order], placed[:, order]
-    return _Draft(smiles, to_binary(mol), positions, placed, status)
+    return _Kept(mol, num_placed)
 
 
 class _Coordinates(NamedTuple):
