@@ -1,0 +1,168 @@
+"""A look at a prepared data set tells what is in it, and what is wrong with its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.data.inspect import DataSetReport, UnfinishedReport, inspect_data_set
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.errors import DataError
+from moleblend_ray.orchestration.inspect import show_report
+
+TABLE = "smiles,id,y\nCCO,a,1\nc1ccccc1O,b,>10\nC1CC,c,3\n,d,4\nCCN,e,\nC[Si](C)(C)C,f,6\nC1CCCCC,g,7\n"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> str:
+    """4 molecules in 2 chunks; 3 rows in the quarantine for 2 reasons."""
+    return prepare(tmp_path, finished=True)
+
+
+def prepare(folder: Path, *, finished: bool) -> str:
+    source, out = folder / "table.csv", str(folder / "out")
+    source.write_text(TABLE)
+    options = ConvertOptions(
+        columns=ColumnConfig(id_column="id", label_columns=("y",)),
+        rows_per_chunk=4,
+        valid_fraction=0.0,
+    )
+    sources = inspect_sources(find_sources(str(source)), options.columns)
+    begin(out, sources, options)
+    (layout,) = sources.layouts
+    chunks = list(read_chunks(layout, 0, options.rows_per_chunk))
+    done = chunks if finished else chunks[:1]
+    receipts = [convert_chunk(chunk, layout, sources.labels, options, out) for chunk in done]
+    if finished:
+        finish(out, sources, options, receipts)
+    return out
+
+
+def report_of(uri: str, **options: object) -> DataSetReport:
+    report = inspect_data_set(uri, **options)  # type: ignore[arg-type]
+    assert isinstance(report, DataSetReport)
+    return report
+
+
+def shown(uri: str, **settings: object) -> str:
+    console = Console(width=100, record=True, quiet=True)
+    config = InspectConfig(data=uri, **settings)  # type: ignore[arg-type]
+    report = inspect_data_set(uri, verify=config.verify, num_examples=config.examples)
+    console.print(show_report(report, config))
+    return console.export_text()
+
+
+def test_counts_histograms_and_labels_are_those_of_the_molecules(prepared: str) -> None:
+    report = report_of(prepared)
+    assert (report.counts.rows_in, report.counts.rows_out, report.counts.rows_quarantined) == (7, 4, 3)
+    assert report.splits["train"].molecules == 4
+    assert report.splits["quarantine"].molecules == 3
+    assert report.counts.atom_count_histogram == {"3": 2, "5": 1, "7": 1}
+    assert report.counts.elements == {"C": 4, "N": 1, "O": 2, "Si": 1}
+    (label,) = report.labels
+    assert (label.name, label.count, label.num_unreadable) == ("y", 2, 1)
+    assert report.fingerprint == load_manifest(prepared).fingerprint
+    assert report.schema["positions"] == "list<element: float> (angstrom)"
+
+
+def test_every_reason_of_the_quarantine_comes_with_its_first_rows(prepared: str) -> None:
+    quarantine = report_of(prepared, num_examples=1).quarantine
+    assert {reason: found.rows for reason, found in quarantine.items()} == {
+        "unparsable_smiles": 2,
+        "missing_smiles": 1,
+    }
+    (example,) = quarantine["unparsable_smiles"].examples
+    assert (example.source_row, example.excerpt) == (2, "C1CC")
+    assert quarantine["missing_smiles"].examples[0].source_row == 3
+    assert report_of(prepared, num_examples=0).quarantine["missing_smiles"].examples == ()
+
+
+def test_a_manifest_without_histograms_gets_them_from_the_shards(prepared: str) -> None:
+    expected = report_of(prepared).counts
+    path = Path(prepared) / "manifest.json"
+    value = json.loads(path.read_text())
+    del value["counts"]["atom_count_histogram"], value["counts"]["elements"]
+    path.write_text(json.dumps(value))
+    assert report_of(prepared).counts == expected
+
+
+def test_whole_files_are_verified_on_request_and_sizes_always(prepared: str) -> None:
+    train = sorted((Path(prepared) / "train").iterdir())
+    content = bytearray(train[0].read_bytes())
+    content[len(content) // 2] ^= 1
+    train[0].write_bytes(content)
+    assert report_of(prepared).damages == ()
+    (damage,) = report_of(prepared, verify=True).damages
+    assert damage.startswith(f"train/{train[0].name} has SHA-256 ")
+    train[0].write_bytes(content[:-1])
+    train[1].unlink()
+    damages = report_of(prepared).damages
+    assert [text.split(" ")[1] for text in damages] == ["has", "is"]
+    assert "is missing" in damages[1]
+
+
+def test_a_damaged_quarantine_does_not_hide_the_rest(prepared: str) -> None:
+    for file in (Path(prepared) / "quarantine").iterdir():
+        file.unlink()
+    report = report_of(prepared)
+    assert len(report.damages) == 2
+    assert report.counts.rows_quarantined == 3
+
+
+def test_verification_reports_its_progress_in_bytes(prepared: str) -> None:
+    seen: list[tuple[int, int]] = []
+    report = report_of(prepared, verify=True, progress=lambda *step: seen.append(step))
+    total = sum(split.bytes for split in report.splits.values())
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == (total, total)
+
+
+def test_an_unfinished_data_set_says_how_far_it_came(tmp_path: Path) -> None:
+    report = inspect_data_set(prepare(tmp_path, finished=False))
+    assert isinstance(report, UnfinishedReport)
+    assert (report.chunks_done, report.rows_in, report.rows_quarantined) == (1, 4, 2)
+    text = shown(report.uri)
+    assert "unfinished" in text
+    assert "1 chunks of 4 rows" in text
+
+
+def test_a_place_without_a_data_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a prepared data set"):
+        inspect_data_set(str(tmp_path))
+
+
+def test_the_report_for_people_shows_what_they_look_for(prepared: str) -> None:
+    text = shown(prepared)
+    for part in (
+        "7 rows in = 4 molecules out + 3 quarantined",
+        "atoms a molecule: 3 to 7, mean 4.5",
+        "Si 25 %",
+        "unparsable_smiles",
+        "C1CCCCC",
+        "every file is there",
+    ):
+        assert part in text
+
+
+def test_damage_stands_at_the_end_of_the_report(prepared: str) -> None:
+    next((Path(prepared) / "train").iterdir()).unlink()
+    assert "1 files are damaged" in shown(prepared).splitlines()[-3]
+
+
+def test_json_holds_the_whole_report(prepared: str) -> None:
+    assert json.loads(shown(prepared, format="json")) == json.loads(
+        json.dumps(to_dict(report_of(prepared)))
+    )
+
+
+def test_the_counts_of_a_report_are_a_manifest_s(prepared: str) -> None:
+    manifest = load_manifest(prepared)
+    assert dataclasses.asdict(report_of(prepared).counts) == dataclasses.asdict(manifest.counts)
