@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
     from moleblend_ray.config.cluster import ClusterConfig
-    from moleblend_ray.config.compose import model_preset
+    from moleblend_ray.config.compose import collection_preset, model_preset
+    from moleblend_ray.config.download import DownloadConfig
     from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
+    from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.finetune import finetune
     from moleblend_ray.orchestration.prepare import prepare
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointConfig",
     "ClusterConfig",
     "ConformerConfig",
+    "DownloadConfig",
     "EmbedConfig",
     "FeaturizeConfig",
     "FinetuneConfig",
@@ -58,6 +61,8 @@ __all__ = [
     "TrackingConfig",
     "TrainConfig",
     "__version__",
+    "collection_preset",
+    "download",
     "embed",
     "finetune",
     "model_preset",
@@ -72,6 +77,7 @@ _HOMES = {
     "CheckpointConfig": "training.config",
     "ClusterConfig": "config.cluster",
     "ConformerConfig": "chemistry.config",
+    "DownloadConfig": "config.download",
     "EmbedConfig": "config.downstream",
     "FeaturizeConfig": "chemistry.config",
     "FinetuneConfig": "config.downstream",
@@ -90,6 +96,8 @@ _HOMES = {
     "TaskConfig": "config.downstream",
     "TrackingConfig": "training.config",
     "TrainConfig": "training.config",
+    "collection_preset": "config.compose",
+    "download": "orchestration.download",
     "embed": "orchestration.embed",
     "finetune": "orchestration.finetune",
     "model_preset": "config.compose",

@@ -30,9 +30,17 @@ class Job(NamedTuple):
     """module:name of its configuration dataclass."""
     function: str
     """module:name of the function that takes the configuration and returns a summary dataclass."""
+    first_group: str | None = None
+    """Group that a first argument without "=" chooses from: `moleblend download qm9` for collection=qm9."""
 
 
 JOBS: Mapping[str, Job] = {
+    "download": Job(
+        "published files of a collection -> a directory or object store, resumed and verified",
+        "moleblend_ray.config.download:DownloadConfig",
+        "moleblend_ray.orchestration.download:download",
+        first_group="collection",
+    ),
     "prepare": Job(
         "molecules (SDF, CSV, Parquet) -> checksummed shards, a manifest and a quarantine",
         "moleblend_ray.config.prepare:PrepareConfig",
@@ -109,6 +117,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     from moleblend_ray.config.paths import with_absolute_paths
 
     job = _job(name)
+    overrides = _with_first_group(job, overrides)
     config = with_absolute_paths(load_config(load_reference(job.config), name, overrides))
     if dry_run:
         print(to_yaml(redact(to_dict(config))).rstrip())
@@ -126,13 +135,22 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 
+def _with_first_group(job: Job, overrides: Sequence[str]) -> list[str]:
+    """The overrides, a first one without "=" spelled out as the choice of the job's first group."""
+    given = list(overrides)
+    if job.first_group and given and "=" not in given[0] and not given[0].startswith("~"):
+        given[0] = f"{job.first_group}={given[0]}"
+    return given
+
+
 def job_help(name: str) -> str:
     """Groups and settings of the job `name`, with types, defaults and what they mean."""
     from moleblend_ray.config.compose import group_choices, job_groups
     from moleblend_ray.config.describe import describe
 
     job = _job(name)
-    lines = [f"moleblend {name} [KEY=VALUE ...] [--dry-run]", "", f"  {job.summary}", ""]
+    first = f"{job.first_group.upper()} " if job.first_group else ""
+    lines = [f"moleblend {name} {first}[KEY=VALUE ...] [--dry-run]", "", f"  {job.summary}", ""]
     groups = job_groups(name)
     if groups:
         lines.append("Groups (GROUP=NAME, a file of conf/GROUP/):")

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moleblend_ray.config.builder import build
+from moleblend_ray.data.download import Collection
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 
@@ -62,6 +63,12 @@ def model_preset(name: ModelPreset) -> ModelConfig:
     """The model of conf/model/`name`.yaml."""
     _check_choice("model", name)
     return build(ModelConfig, _read_yaml(config_dir() / "model" / f"{name}.yaml"))
+
+
+def collection_preset(name: str) -> Collection:
+    """The published collection of conf/collection/`name`.yaml."""
+    _check_choice("collection", name)
+    return build(Collection, _read_yaml(config_dir() / "collection" / f"{name}.yaml"))
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATH_FIELDS = frozenset({"checkpoint", "data", "dir", "out", "source", "split_file"})
+PATH_FIELDS = frozenset({"checkpoint", "data", "dir", "out", "source", "split_file", "spool"})
 """Names of the fields that hold a path or URI, or several."""
 
 

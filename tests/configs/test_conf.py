@@ -19,6 +19,7 @@ from moleblend_ray.model.config import ModelConfig
 
 # What a user has to say for each job.
 REQUIRED = {
+    "download": ("collection=qm9", "out=runs/raw"),
     "prepare": ("source=s3://b/x.sdf", "out=runs/data"),
     "pretrain": ("data=runs/data", "out=runs/run"),
     "finetune": ("task=esol", "task.source=s3://b/esol.csv", "out=runs/esol"),
@@ -85,7 +86,7 @@ def test_defaults_live_in_the_dataclasses_only() -> None:
 
 def test_every_job_but_the_small_ones_has_a_script() -> None:
     scripts = {file.stem for file in (config_dir().parent / "jobs").glob("*.py")}
-    assert scripts >= {"prepare", "pretrain", "finetune", "sweep", "embed"}
+    assert scripts >= {"download", "prepare", "pretrain", "finetune", "sweep", "embed"}
 
 
 def test_the_paper_experiment_takes_the_official_decisions() -> None:

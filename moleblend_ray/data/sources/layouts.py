@@ -168,7 +168,9 @@ def _look_at_smiles(file: SourceFile, config: ColumnConfig) -> _View:
 
 
 def _delimited(file: SourceFile) -> SourceFile | None:
-    """The file as TSV or CSV if its first line is the header of one."""
+    """A plain file as TSV or CSV if its first line is the header of one."""
+    if file.container is not None:
+        return None
     with open_records(replace(file, format="tsv")) as records:
         first = _first_records(file, records, 1)
     forms: tuple[tuple[Format, bytes], ...] = (("tsv", b"\t"), ("csv", b","))

@@ -21,6 +21,7 @@ from moleblend_ray.errors import DataError
 MAX_RECORD_BYTES: Final = 16 << 20
 
 _BLOCK_BYTES: Final = 1 << 20
+_ZSTD_BYTES: Final = 1 << 15
 _MAX_EXPANSION: Final = 200
 """Molecules in text shrink to between a third and a thirtieth; beyond this, a file is made to fill memory or time."""
 _EXPANSION_GRACE_BYTES: Final = 256 << 20
@@ -143,7 +144,8 @@ def _unpacked(name: str, make: Callable[[], Any], blocks: Iterator[bytes]) -> It
 def _unpacked_zstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
     try:
         stream = pa.CompressedInputStream(pa.PythonFile(_Readable(blocks), mode="r"), "zstd")
-        while piece := stream.read(_BLOCK_BYTES):
+        # A read that meets damage gives nothing: small ones lose little of what comes before it.
+        while piece := stream.read(_ZSTD_BYTES):
             yield piece
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())

@@ -555,3 +555,51 @@ def test_a_source_in_s3_is_read_like_a_local_one(s3_uri: str, tmp_path: Path) ->
     storage.upload(tmp_path / "g.parquet", s3_uri + "/b.parquet")
     assert [record.mol_id for record in records_of(s3_uri)] == [None, None, "m0", "m1", "m2"]
     assert find_sources(s3_uri)[0].uri == s3_uri + "/a.csv.gz"
+
+
+# --- tables of SMILES -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "smiles", "names"),
+    [
+        (
+            "m.smi",
+            "CCO ethanol\nC\n\nN an amine\n",
+            ["CCO", "C", "N"],
+            ["ethanol", None, "an amine"],
+        ),
+        ("m.smiles", "CCO\tethyl alcohol\r\nC\tm\r\n", ["CCO", "C"], ["ethyl alcohol", "m"]),
+        ("m.smi", "smiles zinc_id\nC 1\nCC 2\n", ["C", "CC"], ["1", "2"]),
+        ("m.smi", "SMILES\tname\nC\t1\n", ["C"], ["1"]),
+        ("m.txt", "C\nCC\n", ["C", "CC"], [None, None]),
+        ("m.txt.gz", "canonical_smiles\nC\n", ["C"], [None]),
+    ],
+)
+def test_a_table_of_smiles_needs_no_header(
+    tmp_path: Path, name: str, content: str, smiles: list[str], names: list[str | None]
+) -> None:
+    raw = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    records = records_of(tmp_path / name, rows_per_chunk=1)
+    assert smiles_of(records) == smiles
+    assert [record.mol_id for record in records] == names
+    assert [record.row for record in records] == list(range(len(smiles)))
+
+
+@pytest.mark.parametrize("delimiter", ["\t", ","])
+def test_a_text_table_with_a_header_of_columns_is_a_table(tmp_path: Path, delimiter: str) -> None:
+    lines = [("chembl_id", "canonical_smiles", "y"), ("CHEMBL1", "C", "2.5")]
+    path = tmp_path / "chemreps.txt"
+    path.write_text("".join(delimiter.join(line) + "\n" for line in lines))
+    (record,) = records_of(path, smiles_column="canonical_smiles", id_column="chembl_id")
+    assert (record.mol_id, record.labels.tolist()) == ("CHEMBL1", [2.5])
+    assert smiles_of([record]) == ["C"]
+    with pytest.raises(ConfigError, match="mean 'canonical_smiles'"):
+        inspected(path)
+
+
+def test_text_files_in_a_directory_are_notes(tmp_path: Path) -> None:
+    (tmp_path / "README.txt").write_text("C\n")
+    (tmp_path / "m.smi").write_text("CC\n")
+    assert smiles_of(records_of(tmp_path)) == ["CC"]
