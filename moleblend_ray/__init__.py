@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moleblend_ray.config.compose import collection_preset, model_preset
     from moleblend_ray.config.download import DownloadConfig
     from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
+    from moleblend_ray.config.inspect import InspectConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
     from moleblend_ray.data.batch import StreamConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.finetune import finetune
+    from moleblend_ray.orchestration.inspect import inspect_data
     from moleblend_ray.orchestration.prepare import prepare
     from moleblend_ray.orchestration.pretrain import pretrain
     from moleblend_ray.orchestration.sweep import sweep
@@ -46,6 +48,7 @@ __all__ = [
     "FeaturizeConfig",
     "FinetuneConfig",
     "FinetuneSettings",
+    "InspectConfig",
     "LossConfig",
     "ModelConfig",
     "MoleBlend",
@@ -65,6 +68,7 @@ __all__ = [
     "download",
     "embed",
     "finetune",
+    "inspect_data",
     "model_preset",
     "prepare",
     "pretrain",
@@ -82,6 +86,7 @@ _HOMES = {
     "FeaturizeConfig": "chemistry.config",
     "FinetuneConfig": "config.downstream",
     "FinetuneSettings": "evaluation.settings",
+    "InspectConfig": "config.inspect",
     "LossConfig": "model.config",
     "ModelConfig": "model.config",
     "MoleBlend": "model.moleblend:MoleBlendModel",
@@ -100,6 +105,7 @@ _HOMES = {
     "download": "orchestration.download",
     "embed": "orchestration.embed",
     "finetune": "orchestration.finetune",
+    "inspect_data": "orchestration.inspect",
     "model_preset": "config.compose",
     "prepare": "orchestration.prepare",
     "pretrain": "orchestration.pretrain",

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +31,13 @@ class Job(NamedTuple):
     """module:name of its configuration dataclass."""
     function: str
     """module:name of the function that takes the configuration and returns a summary dataclass."""
-    first_group: str | None = None
-    """Group that a first argument without "=" chooses from: `moleblend download qm9` for collection=qm9."""
+    first_key: str | None = None
+    """Group or setting that a first argument without KEY= is for: `moleblend download qm9` for collection=qm9."""
+    flags: tuple[str, ...] = ()
+    """Settings that a bare --NAME turns on: --verify for verify=true."""
+    show: str | None = None
+    """module:name of the function that takes summary and configuration and returns what to print instead of the two
+    tables: something for rich, or a string to print as it is."""
 
 
 JOBS: Mapping[str, Job] = {
@@ -39,12 +45,20 @@ JOBS: Mapping[str, Job] = {
         "published files of a collection -> a directory or object store, resumed and verified",
         "moleblend_ray.config.download:DownloadConfig",
         "moleblend_ray.orchestration.download:download",
-        first_group="collection",
+        first_key="collection",
     ),
     "prepare": Job(
         "molecules (SDF, CSV, Parquet) -> checksummed shards, a manifest and a quarantine",
         "moleblend_ray.config.prepare:PrepareConfig",
         "moleblend_ray.orchestration.prepare:prepare",
+    ),
+    "data": Job(
+        "what a prepared data set holds: counts, atoms, labels, quarantine, damaged files",
+        "moleblend_ray.config.inspect:InspectConfig",
+        "moleblend_ray.orchestration.inspect:inspect_data",
+        first_key="data",
+        flags=("verify",),
+        show="moleblend_ray.orchestration.inspect:show_report",
     ),
     "pretrain": Job(
         "shards -> a pretrained encoder; the same command again continues an interrupted run",
@@ -85,7 +99,7 @@ Not 0, so that a job system that retries does so."""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: this process's); the exit status."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.version:
         print(importlib.import_module("moleblend_ray").__version__)
         return 0
@@ -117,7 +131,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     from moleblend_ray.config.paths import with_absolute_paths
 
     job = _job(name)
-    overrides = _with_first_group(job, overrides)
+    overrides = _spelled_out(job, overrides)
     config = with_absolute_paths(load_config(load_reference(job.config), name, overrides))
     if dry_run:
         print(to_yaml(redact(to_dict(config))).rstrip())
@@ -127,6 +141,8 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
         print("# nothing was read or written")
         return 0
     console = Console(highlight=False)
+    if job.show is not None:
+        return _show(console, job.show, load_reference(job.function)(config), config)
     console.print(f"[bold]moleblend {name}[/]", _settings_table(config), sep="\n")
     started_s = time.monotonic()
     summary = load_reference(job.function)(config)
@@ -135,11 +151,25 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 
-def _with_first_group(job: Job, overrides: Sequence[str]) -> list[str]:
-    """The overrides, a first one without "=" spelled out as the choice of the job's first group."""
-    given = list(overrides)
-    if job.first_group and given and "=" not in given[0] and not given[0].startswith("~"):
-        given[0] = f"{job.first_group}={given[0]}"
+def _show(console: Console, show: str, summary: Any, config: object) -> int:
+    """Print what the job's own function makes of its summary; the exit status."""
+    shown = load_reference(show)(summary, config)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        console.print(shown)
+    return EXIT_ERROR if getattr(summary, "damages", None) else 0
+
+
+def _spelled_out(job: Job, overrides: Sequence[str]) -> list[str]:
+    """The overrides; a first one without KEY= gets the job's first key, a flag its value."""
+    flags = {f"--{flag}": f"{flag}=true" for flag in job.flags}
+    given = [flags.get(text, text) for text in overrides]
+    if job.first_key and given and not re.match(r"[~+]|[\w./@]+=", given[0]):
+        value = given[0]
+        if not re.fullmatch(r"[\w./:-]+", value):  # it holds what means something to hydra
+            value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        given[0] = f"{job.first_key}={value}"
     return given
 
 
@@ -149,8 +179,14 @@ def job_help(name: str) -> str:
     from moleblend_ray.config.describe import describe
 
     job = _job(name)
-    first = f"{job.first_group.upper()} " if job.first_group else ""
-    lines = [f"moleblend {name} {first}[KEY=VALUE ...] [--dry-run]", "", f"  {job.summary}", ""]
+    first = f"{job.first_key.upper()} " if job.first_key else ""
+    flags = "".join(f"[--{flag}] " for flag in job.flags)
+    lines = [
+        f"moleblend {name} {first}[KEY=VALUE ...] {flags}[--dry-run]",
+        "",
+        f"  {job.summary}",
+        "",
+    ]
     groups = job_groups(name)
     if groups:
         lines.append("Groups (GROUP=NAME, a file of conf/GROUP/):")
@@ -163,6 +199,14 @@ def job_help(name: str) -> str:
         default = "required" if key.default == "required" else f"= {key.default}"
         lines += [f"  {key.path}: {key.type} {default}", f"      {key.doc}"]
     return "\n".join(lines)
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Options of the command, and job and overrides; among the latter the flags of jobs."""
+    flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
+    known = _parser().parse_intermixed_args([text for text in arguments if text not in flags])
+    known.overrides += [text for text in arguments if text in flags]
+    return known
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
@@ -24,6 +28,8 @@ from moleblend_ray.data.inspect import (
     inspect_data_set,
 )
 
+logger = logging.getLogger(__name__)
+
 Report = DataSetReport | UnfinishedReport
 
 _BAR_WIDTH: Final = 32
@@ -32,7 +38,8 @@ _MAX_ELEMENTS: Final = 12
 _MAX_LABELS: Final = 12
 _MAX_DAMAGES: Final = 20
 _MAX_SOURCES: Final = 5
-_EXCERPT_CHARACTERS: Final = 60
+_EXCERPT_CHARACTERS: Final = 40
+_LOG_EVERY_S: Final = 10.0
 
 
 def inspect_data(config: InspectConfig) -> Report:
@@ -46,29 +53,37 @@ def inspect_data(config: InspectConfig) -> Report:
 
 @contextmanager
 def _byte_bar(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(desc="verify", unit="B", unit_scale=True, leave=False, disable=not enabled) as bar:
+    """A bar on a terminal, elsewhere a log line now and then."""
+    is_terminal = sys.stderr.isatty()
+    last_s = time.monotonic()
+    hidden = not (enabled and is_terminal)
+    with tqdm(desc="verify", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
 
         def show(done: int, total: int) -> None:
+            nonlocal last_s
             bar.total = total
             bar.update(done - bar.n)
+            if not is_terminal and time.monotonic() - last_s > _LOG_EVERY_S:
+                last_s = time.monotonic()
+                logger.info("verify: %s of %s", _bytes(done), _bytes(total))
 
         yield show
 
 
-def show_report(report: Report, config: InspectConfig) -> RenderableType:
-    """The report as ``config.format`` says."""
+def show_report(report: Report, config: InspectConfig) -> RenderableType | str:
+    """The report as ``config.format`` says; a plain string is to be printed as it is."""
     if config.format == "json":
-        return Text(json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False))
+        return json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False)
     if isinstance(report, UnfinishedReport):
         return _unfinished(report)
-    parts = [
+    parts: list[RenderableType | None] = [
         _overview(report),
         _histogram(report.counts.atom_count_histogram),
         _labels(report),
         _quarantine(report.quarantine),
-        _damages(report),
     ]
-    return Group(*(part for part in parts if part is not None))
+    shown = [Padding(part, (0, 0, 1, 0)) for part in parts if part is not None]
+    return Group(*shown, _damages(report))
 
 
 def _overview(report: DataSetReport) -> Table:
@@ -86,10 +101,10 @@ def _overview(report: DataSetReport) -> Table:
     if len(report.sources) > _MAX_SOURCES:
         table.add_row("", f"and {len(report.sources) - _MAX_SOURCES} more files")
     for index, (split, size) in enumerate(report.splits.items()):
-        what = "rows" if split == "quarantine" else "molecules"
+        what = "row" if split == "quarantine" else "molecule"
         table.add_row(
             "" if index else "holds",
-            f"{split}: {size.molecules:,} {what} in {size.shards:,} files, {_bytes(size.bytes)}",
+            f"{split}: {_count(size.molecules, what)} in {_count(size.shards, 'file')}, {_bytes(size.bytes)}",
         )
     table.add_row(
         "accounts",
@@ -128,7 +143,7 @@ def _histogram(histogram: Mapping[str, int]) -> Table | None:
         show_edge=False,
         pad_edge=False,
         box=None,
-        title=f"\natoms a molecule: {first} to {last}, mean {mean:.1f}",
+        title=f"atoms a molecule: {first} to {last}, mean {mean:.1f}",
         title_justify="left",
         title_style="bold",
         show_header=False,
@@ -174,7 +189,9 @@ def _quarantine(reasons: Mapping[str, QuarantineReason]) -> Table | None:
         if not found.examples:
             table.add_row(reason, f"{found.rows:,}", "", "", "")
         for index, row in enumerate(found.examples):
-            excerpt = " ".join(row.excerpt.split())[:_EXCERPT_CHARACTERS]
+            excerpt = " ".join(row.excerpt.split())
+            if len(excerpt) > _EXCERPT_CHARACTERS:
+                excerpt = excerpt[: _EXCERPT_CHARACTERS - 1] + "…"
             table.add_row(
                 "" if index else reason,
                 "" if index else f"{found.rows:,}",
@@ -189,11 +206,11 @@ def _damages(report: DataSetReport) -> Text:
     if not report.damages:
         what = "every file has its checksum" if report.verified else "every file is there"
         hint = "" if report.verified else " with its size (--verify compares checksums)"
-        return Text(f"\n{what}{hint}", style="green")
+        return Text(f"{what}{hint}", style="green")
     shown = list(report.damages[:_MAX_DAMAGES])
     if len(report.damages) > len(shown):
         shown.append(f"and {len(report.damages) - len(shown)} more")
-    lines = [f"\n{len(report.damages)} files are damaged:", *(f"  {line}" for line in shown)]
+    lines = [f"{_count(len(report.damages), 'file')} damaged:", *(f"  {line}" for line in shown)]
     lines.append("Restore them, or delete the data set and prepare it again.")
     return Text("\n".join(lines), style="bold red")
 
@@ -206,7 +223,7 @@ def _unfinished(report: UnfinishedReport) -> Table:
         table.add_row("" if index else "made of", escape(source))
     table.add_row(
         "so far",
-        f"{report.chunks_done:,} chunks of {report.rows_in:,} rows, {report.rows_quarantined:,} quarantined",
+        f"{_count(report.chunks_done, 'chunk')} of {_count(report.rows_in, 'row')}, {report.rows_quarantined:,} quarantined",
     )
     table.add_row("to finish", "the `moleblend prepare` command that began it, typed again")
     return table
@@ -220,7 +237,7 @@ def _plain_table() -> Table:
 
 
 def _headed(*names: str, numbers: tuple[int, ...] = (2, 3, 4)) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None, title="\n", title_justify="left")
+    table = Table(show_edge=False, pad_edge=False, box=None)
     for index, name in enumerate(names):
         table.add_column(
             name,
@@ -241,6 +258,10 @@ def _percent(count: int, total: int) -> str:
         return "0 %"
     share = 100 * count / total
     return f"{share:.3g} %" if count < total else "100 %"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _bytes(count: float) -> str:

@@ -21,6 +21,7 @@ from moleblend_ray.model.config import ModelConfig
 REQUIRED = {
     "download": ("collection=qm9", "out=runs/raw"),
     "prepare": ("source=s3://b/x.sdf", "out=runs/data"),
+    "data": ("data=runs/data",),
     "pretrain": ("data=runs/data", "out=runs/run"),
     "finetune": ("task=esol", "task.source=s3://b/esol.csv", "out=runs/esol"),
     "sweep": ("task=bbbp", "task.source=s3://b/bbbp.csv", "out=runs/bbbp"),

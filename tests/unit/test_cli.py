@@ -9,6 +9,8 @@ import pytest
 
 import moleblend_ray
 from moleblend_ray import cli
+from moleblend_ray.config.compose import load_config
+from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.errors import ConfigError, StorageError
 
 PREPARE = ["prepare", "source=s3://key:secret@bucket/x.csv", "out=runs/data"]
@@ -31,7 +33,8 @@ def test_help_of_a_job_lists_its_keys_with_types_and_defaults(
     job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([job, "--help"]) == 0
-    assert "out: str required" in capsys.readouterr().out
+    key = "data" if job == "data" else "out"
+    assert f"{key}: str required" in capsys.readouterr().out
 
 
 def test_without_a_job_the_jobs_are_shown_and_the_status_is_2(
@@ -150,3 +153,27 @@ def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
         "load_reference",
         lambda reference: function if reference.endswith(":prepare") else load(reference),
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "spelled"),
+    [
+        (["s3://bucket/mols"], ["data=s3://bucket/mols"]),
+        (["runs/it's here"], ["data='runs/it\\'s here'"]),
+        (["data=x", "--verify"], ["data=x", "verify=true"]),
+        (["examples=1"], ["examples=1"]),
+    ],
+)
+def test_a_bare_first_argument_is_the_main_setting_of_its_job(
+    given: list[str], spelled: list[str]
+) -> None:
+    assert cli._spelled_out(cli.JOBS["data"], given) == spelled
+    config = load_config(InspectConfig, "data", cli._spelled_out(cli.JOBS["data"], ["a b/'c'=1"]))
+    assert config.data == "a b/'c'=1"
+
+
+def test_looking_at_a_place_without_data_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["data", "--verify", str(tmp_path)]) == cli.EXIT_ERROR
+    assert "not a prepared data set" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sourc
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.inspect import show_report
 
-TABLE = "smiles,id,y\nCCO,a,1\nc1ccccc1O,b,>10\nC1CC,c,3\n,d,4\nCCN,e,\nC[Si](C)(C)C,f,6\nC1CCCCC,g,7\n"
+TABLE = (
+    "smiles,id,y\nCCO,a,1\nc1ccccc1O,b,>10\nC1CC,c,3\n,d,4\nCCN,e,\nC[Si](C)(C)C,f,6\nC1CCCCC,g,7\n"
+)
 
 
 @pytest.fixture
@@ -53,16 +56,23 @@ def report_of(uri: str, **options: object) -> DataSetReport:
 
 
 def shown(uri: str, **settings: object) -> str:
-    console = Console(width=100, record=True, quiet=True)
+    screen = io.StringIO()
     config = InspectConfig(data=uri, **settings)  # type: ignore[arg-type]
     report = inspect_data_set(uri, verify=config.verify, num_examples=config.examples)
-    console.print(show_report(report, config))
-    return console.export_text()
+    found = show_report(report, config)
+    if isinstance(found, str):
+        return found
+    Console(file=screen, width=100).print(found)
+    return screen.getvalue()
 
 
 def test_counts_histograms_and_labels_are_those_of_the_molecules(prepared: str) -> None:
     report = report_of(prepared)
-    assert (report.counts.rows_in, report.counts.rows_out, report.counts.rows_quarantined) == (7, 4, 3)
+    assert (report.counts.rows_in, report.counts.rows_out, report.counts.rows_quarantined) == (
+        7,
+        4,
+        3,
+    )
     assert report.splits["train"].molecules == 4
     assert report.splits["quarantine"].molecules == 3
     assert report.counts.atom_count_histogram == {"3": 2, "5": 1, "7": 1}
@@ -70,7 +80,7 @@ def test_counts_histograms_and_labels_are_those_of_the_molecules(prepared: str) 
     (label,) = report.labels
     assert (label.name, label.count, label.num_unreadable) == ("y", 2, 1)
     assert report.fingerprint == load_manifest(prepared).fingerprint
-    assert report.schema["positions"] == "list<element: float> (angstrom)"
+    assert report.schema["positions"] == "list<item: float> (angstrom)"
 
 
 def test_every_reason_of_the_quarantine_comes_with_its_first_rows(prepared: str) -> None:
@@ -131,7 +141,7 @@ def test_an_unfinished_data_set_says_how_far_it_came(tmp_path: Path) -> None:
     assert (report.chunks_done, report.rows_in, report.rows_quarantined) == (1, 4, 2)
     text = shown(report.uri)
     assert "unfinished" in text
-    assert "1 chunks of 4 rows" in text
+    assert "1 chunk of 4 rows" in text
 
 
 def test_a_place_without_a_data_set_is_an_error(tmp_path: Path) -> None:
@@ -154,7 +164,7 @@ def test_the_report_for_people_shows_what_they_look_for(prepared: str) -> None:
 
 def test_damage_stands_at_the_end_of_the_report(prepared: str) -> None:
     next((Path(prepared) / "train").iterdir()).unlink()
-    assert "1 files are damaged" in shown(prepared).splitlines()[-3]
+    assert "1 file damaged" in shown(prepared).splitlines()[-3]
 
 
 def test_json_holds_the_whole_report(prepared: str) -> None:
