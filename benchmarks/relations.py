@@ -9,8 +9,11 @@ after the other: the order, fetching and decoding row groups, gathering molecule
 ``attention_padding`` is the share of pairs of tokens that are padding: as cut, and if molecules were not ordered
 by size; layers that work token by token see no padding.
 
-``--growth`` adds a run on 10^4, 10^5 and 10^6 molecules with the default stream and a cache of 64 MiB, each in a process
-of its own: microseconds a molecule and peak memory. Prints one JSON line last. ``benchmarks/results`` keeps some.
+``--growth`` adds runs on 10^4, 10^5 and 10^6 molecules: microseconds a molecule, the median over stretches of 10,240 of
+which the three collections take turns, and the peak memory of a process that reads one of them. The shuffle window
+is two whole shards and the cache holds little more, so that each row group is decoded once an epoch at any size and only
+what grows with the collection can differ.
+Prints one JSON line last. ``benchmarks/results`` keeps some.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,8 +60,11 @@ from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
 STREAM = StreamConfig(micro_batch_size=64, steps_per_block=16)
 ORDER = OrderConfig(global_batch_size=1024, num_streams=4)
-GROWTH_STREAM = StreamConfig(cache_bytes=64 << 20)
+GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20)
+GROWTH_BATCH_SIZE = OrderConfig().global_batch_size
 GROWTH_SIZES = (10**4, 10**5, 10**6)
+GROWTH_STRETCH = 5 * GROWTH_STREAM.steps_per_block
+"""Steps whose time is one measurement: 10,240 molecules."""
 REPEATS = 3
 PLAIN_MOLECULES = 200
 
@@ -234,29 +242,57 @@ def padding_share(batches: list[np.ndarray]) -> float:
 
 
 def measure_growth(uri: str, manifest: Manifest) -> dict[str, Any]:
-    """Time a molecule and peak memory of the default stream at three sizes, and how far the times lie apart."""
+    """Time a molecule and peak memory at three sizes, and how far the times lie apart."""
+    uris = [f"{uri}-{size}" for size in GROWTH_SIZES]
+    for target in uris:
+        shutil.copytree(uri, target)
+    molecules = [
+        repeat(target, manifest, size) for target, size in zip(uris, GROWTH_SIZES, strict=True)
+    ]
+    stretches = [stretch_seconds(*place) for place in zip(uris, molecules, strict=True)]
+    rounds = molecules[-1] // (GROWTH_STRETCH * GROWTH_BATCH_SIZE)
+    seconds = [[next(stretch) for stretch in stretches] for _ in range(rounds)]
+    times = [
+        1e6 * statistics.median(column) / (GROWTH_STRETCH * GROWTH_BATCH_SIZE)
+        for column in zip(*seconds, strict=True)
+    ]
+    context = multiprocessing.get_context("spawn")
     rows = []
-    for size in GROWTH_SIZES:
-        molecules = repeat(uri, manifest, size)
-        context = multiprocessing.get_context("spawn")
+    for place, microseconds in zip(zip(uris, molecules, strict=True), times, strict=True):
         with ProcessPoolExecutor(1, mp_context=context) as process:
-            microseconds, megabytes = process.submit(grown, uri, molecules).result()
+            megabytes = process.submit(epoch_megabytes, *place).result()
         rows.append(
             {
-                "molecules": molecules,
+                "molecules": place[1],
                 "us_per_molecule": round(microseconds, 2),
                 "peak_rss_mb": round(megabytes),
             }
         )
-    times = [row["us_per_molecule"] for row in rows]
     return {"growth": rows, "growth_spread": round(max(times) / min(times) - 1, 3)}
 
 
-def grown(uri: str, molecules: int) -> tuple[float, float]:
-    """Microseconds a molecule and peak resident megabytes of this process."""
-    stay_on_one_core()
-    seconds, _ = measure_stream(uri, molecules, OrderConfig(), GROWTH_STREAM)
-    return 1e6 * seconds / molecules, peak_resident_kilobytes() / 1024
+def stretch_seconds(uri: str, molecules: int) -> Iterator[float]:
+    """Seconds of one stretch after the other, for ever, each epoch with a reader of its own."""
+    shard_rows = load_manifest(uri).shards_of("train")[0].num_rows
+    order = OrderConfig(chunk_rows=shard_rows, shuffle_window=2 * shard_rows)
+    steps = GROWTH_STREAM.steps_per_block
+    last = molecules // GROWTH_BATCH_SIZE - GROWTH_STRETCH
+    while True:
+        builder = MicroBatchBuilder(uri, order, GROWTH_STREAM)
+        for first in range(0, last + 1, GROWTH_STRETCH):
+            started = time.perf_counter()
+            for step in range(first, first + GROWTH_STRETCH, steps):
+                for number in range(order.num_streams):
+                    builder.build(step, steps, number)
+            yield time.perf_counter() - started
+
+
+def epoch_megabytes(uri: str, molecules: int) -> float:
+    """Peak resident megabytes of this process after one epoch."""
+    stretches = stretch_seconds(uri, molecules)
+    for _ in range(molecules // (GROWTH_STRETCH * GROWTH_BATCH_SIZE)):
+        next(stretches)
+    return peak_resident_kilobytes() / 1024
 
 
 def peak_resident_kilobytes() -> int:

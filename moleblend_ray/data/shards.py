@@ -91,7 +91,7 @@ _DICTIONARY_COLUMNS: Final = (
 
 _FOOTER_BYTES: Final = 1 << 16
 # A parsed footer takes about 100 kB.
-_MAX_FOOTERS: Final = 512
+_MAX_FOOTERS: Final = 256
 _FETCH_THREADS: Final = 8
 _PARQUET_MAGIC: Final = b"PAR1"
 
