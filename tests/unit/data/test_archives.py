@@ -15,12 +15,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from moleblend_ray.chemistry.molecule import SmilesText
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources import (
     ColumnConfig,
     RawRecord,
     RowChunk,
-    SmilesText,
     find_sources,
     inspect_sources,
     parse_chunk,
