@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.download import RECORD_NAME
 from moleblend_ray.data.shards import MANIFEST_NAME
 from moleblend_ray.data.sources import archives
 from moleblend_ray.data.sources.published import EXCLUSIONS_NAME, associate, pair_in_archive
@@ -60,7 +61,8 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
                 "leaves it out."
             )
     lists = [info.uri for info in listed if storage.name_of(info.uri) == EXCLUSIONS_NAME]
-    others = [info for info in listed if info.uri not in lists]
+    beside = (EXCLUSIONS_NAME, RECORD_NAME)
+    others = [info for info in listed if storage.name_of(info.uri) not in beside]
     # A text file is a table only if it is meant: most in a directory are notes.
     is_named = len(listed) == 1
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -414,7 +414,8 @@ TOX21 = "NR-AR,NR-AR-LBD,NR-AhR,NR-Aromatase,NR-ER,NR-ER-LBD,NR-PPAR-gamma,SR-AR
 def test_moleculenet_tables_are_known_by_their_headers(
     tmp_path: Path, name: str, header: str, row: str, mol_id: str | None, labels: dict[str, float]
 ) -> None:
-    from moleblend_ray.data.sources import SmilesText, parse_chunk
+    from moleblend_ray.chemistry.molecule import SmilesText
+    from moleblend_ray.data.sources import parse_chunk
 
     content = f"{header}\n{row}\n".encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
