@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, gather
+from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.errors import DataError
 
 FORMAT_VERSION: Final = 1
@@ -330,9 +333,13 @@ class ShardReader:
         *,
         columns: Sequence[str] | None = None,
         cache_bytes: int = 256 << 20,
+        shared: NodeCache | None = None,
         verify: bool = False,
     ) -> None:
-        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened."""
+        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened.
+
+        ``shared`` holds the decoded row groups of this data set and these columns for all processes of the machine.
+        """
         self._uri = uri
         self._shards = manifest.shards_of(split)
         self._schema = shard_schema(manifest.labels)
@@ -349,6 +356,7 @@ class ShardReader:
         self._groups: OrderedDict[_Place, _RowGroup] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
+        self._shared = shared
         self._verify = verify
 
     @property
@@ -457,6 +465,10 @@ class ShardReader:
             else:
                 self._groups.move_to_end(place)
                 yield index, group
+        if self._shared is not None and missing:
+            # Processes that come to a window together begin at different places, and find each other's work.
+            first = os.getpid() % len(missing)
+            missing = missing[first:] + missing[:first]
         for start in range(0, len(missing), _FETCH_THREADS):
             batch = missing[start : start + _FETCH_THREADS]
             asked = [places[index] for index in batch]
@@ -502,15 +514,11 @@ class ShardReader:
         return metadata
 
     def _fetch_group(self, place: _Place) -> _RowGroup:
-        """One row group, by one read of the byte range that holds its asked columns."""
-        metadata = self._footers[place.shard]
-        group = metadata.row_group(place.group)
-        start, end = _byte_range(group, frozenset(self._columns))
-        content = self._read_range(place.shard, start, end - start)
-        with self._parquet_errors(place.shard):
-            source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
-            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
-            table = file.read_row_group(place.group, self._columns, use_threads=False)
+        if self._shared is None:
+            table = self._decode_group(place)
+        else:
+            name = f"{self._split}-{place.shard}-{place.group}"
+            table = self._shared.table(name, partial(self._decode_group, place))
         if not set(GRAPH_COLUMNS) <= set(self._columns):
             return _RowGroup(table, None, table.nbytes)
         try:
@@ -519,6 +527,17 @@ class ShardReader:
             raise self._damaged(place.shard, f"row group {place.group}: {error}") from error
         own = graph.rows.nbytes + graph.position_mask.nbytes
         return _RowGroup(table, graph, table.nbytes + own)
+
+    def _decode_group(self, place: _Place) -> pa.Table:
+        """One row group, by one read of the byte range that holds its asked columns."""
+        metadata = self._footers[place.shard]
+        group = metadata.row_group(place.group)
+        start, end = _byte_range(group, frozenset(self._columns))
+        content = self._read_range(place.shard, start, end - start)
+        with self._parquet_errors(place.shard):
+            source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
+            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+            return file.read_row_group(place.group, self._columns, use_threads=False)
 
     def _read_range(self, index: int, offset: int, length: int) -> bytes:
         uri = storage.join(self._uri, self._shards[index].path)
