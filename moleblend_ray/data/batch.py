@@ -96,6 +96,9 @@ SECTIONS: Final = (
     _section("path_words", np.uint32, 2, 1),
 )
 """The arrays of a buffer, in their order."""
+# What a block costs Ray (some milliseconds) is then little beside building it (some tens of milliseconds).
+_BLOCK_MOLECULES: Final = 4096
+_MAX_BLOCK_STEPS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,20 +108,26 @@ class StreamConfig:
     micro_batch_size: int = 64
     """Molecules of a micro-batch: what one forward and backward pass sees."""
 
-    steps_per_block: int = 8
-    """Optimizer steps whose micro-batches of one stream travel together as one Ray block."""
+    steps_per_block: int | None = None
+    """Optimizer steps whose micro-batches of one stream travel together as one Ray block; null: as many as give
+    a block of about 4096 molecules, at most 64."""
 
     min_actors: int = 1
     """CPU actors that build micro-batches: fewest."""
 
-    max_actors: int = 1
-    """CPU actors that build micro-batches: most; Ray adds them while trainers wait for data."""
+    max_actors: int | None = None
+    """CPU actors that build micro-batches: most; null: as many as the CPUs that the workers leave free. How many
+    there are follows from the measured rates of building and training."""
 
     actor_cpus: float = 1.0
     """CPUs that each building actor reserves."""
 
     cache_bytes: int = 512 * 2**20
-    """Bytes of decoded row groups that each building actor keeps."""
+    """Bytes of decoded row groups that the building actors of a machine keep, together."""
+
+    object_store_gib: float | None = None
+    """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster; null:
+    three tenths of the store. Building waits while it is full, and nothing is ever written to disk."""
 
     random_rotation: bool = False
     """Rotate each conformer at random, anew each step, keyed by (seed, step, molecule id)."""
@@ -131,14 +140,28 @@ class StreamConfig:
                     getattr(self, name) >= 1,
                     f"{name}: expected at least 1, found {getattr(self, name)}",
                 )
-                for name in ("micro_batch_size", "steps_per_block", "min_actors", "cache_bytes")
+                for name in ("micro_batch_size", "min_actors", "cache_bytes")
             ),
             (
-                self.max_actors >= self.min_actors,
-                f"max_actors: expected at least min_actors ({self.min_actors}), found {self.max_actors}",
+                self.steps_per_block is None or self.steps_per_block >= 1,
+                f"steps_per_block: expected null or at least 1, found {self.steps_per_block}",
+            ),
+            (
+                self.max_actors is None or self.max_actors >= self.min_actors,
+                f"max_actors: expected null or at least min_actors ({self.min_actors}), found {self.max_actors}",
+            ),
+            (
+                self.object_store_gib is None or self.object_store_gib > 0,
+                f"object_store_gib: expected null or more than 0, found {self.object_store_gib}",
             ),
             (self.actor_cpus > 0, f"actor_cpus: expected more than 0, found {self.actor_cpus}"),
         )
+
+    def block_steps(self, stream_batch_size: int) -> int:
+        """Steps of a block, where one stream has ``stream_batch_size`` molecules of a step."""
+        if self.steps_per_block is not None:
+            return self.steps_per_block
+        return min(max(1, _BLOCK_MOLECULES // stream_batch_size), _MAX_BLOCK_STEPS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,7 @@ from moleblend_ray.data.batch import (
     build_steps,
 )
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shards import GRAPH_COLUMNS, ShardReader, load_manifest
 from moleblend_ray.errors import ConfigError
@@ -35,14 +36,32 @@ class MicroBatchBuilder:
     """Reads the molecules of given steps and packs them with their relations."""
 
     def __init__(
-        self, data_uri: str, order: OrderConfig, stream: StreamConfig, split: str = "train"
+        self,
+        data_uri: str,
+        order: OrderConfig,
+        stream: StreamConfig,
+        split: str = "train",
+        *,
+        shared: bool = False,
     ) -> None:
+        """``shared``: decoded row groups are shared with the other builders of this machine until :meth:`close`."""
         manifest = load_manifest(data_uri)
+        self._shared = NodeCache(manifest.fingerprint[:32], stream.cache_bytes) if shared else None
         self._order = DataOrder(manifest.num_molecules(split), order)
         self._stream = stream
         self._reader = ShardReader(
-            data_uri, manifest, split, columns=GRAPH_COLUMNS, cache_bytes=stream.cache_bytes
+            data_uri,
+            manifest,
+            split,
+            columns=GRAPH_COLUMNS,
+            cache_bytes=stream.cache_bytes,
+            shared=self._shared,
         )
+
+    def close(self) -> None:
+        """Leave the row groups that are shared; the last builder of the machine removes them."""
+        if self._shared is not None:
+            self._shared.close()
 
     def build(self, first_step: int, num_steps: int, stream: int) -> list[MicroBatch]:
         """The micro-batches of consecutive steps of one stream, by step, then by index."""

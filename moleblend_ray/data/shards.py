@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, gather
+from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.errors import DataError
 
 FORMAT_VERSION: Final = 1
@@ -330,9 +332,13 @@ class ShardReader:
         *,
         columns: Sequence[str] | None = None,
         cache_bytes: int = 256 << 20,
+        shared: NodeCache | None = None,
         verify: bool = False,
     ) -> None:
-        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened."""
+        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened.
+
+        ``shared`` holds the decoded row groups of this data set and these columns for all processes of the machine.
+        """
         self._uri = uri
         self._shards = manifest.shards_of(split)
         self._schema = shard_schema(manifest.labels)
@@ -349,6 +355,7 @@ class ShardReader:
         self._groups: OrderedDict[_Place, _RowGroup] = OrderedDict()
         self._cache_bytes = cache_bytes
         self._cached_bytes = 0
+        self._shared = shared
         self._verify = verify
         self._threads: ThreadPoolExecutor | None = None
 
@@ -458,15 +465,19 @@ class ShardReader:
             else:
                 self._groups.move_to_end(place)
                 yield index, group
+        if self._shared is not None and missing:
+            # Processes that come to a window together begin at different places, and find each other's work.
+            first = os.getpid() % len(missing)
+            missing = missing[first:] + missing[:first]
         for start in range(0, len(missing), _FETCH_THREADS):
             batch = missing[start : start + _FETCH_THREADS]
             asked = [places[index] for index in batch]
             self._fetch_footers(sorted({place.shard for place in asked}))
             # Only the waiting is shared out: an actor that has one core decodes fastest in one thread.
-            for index, content in zip(
+            for index, fetched in zip(
                 batch, self._in_threads(self._fetch_group, asked), strict=True
             ):
-                group = self._decode_group(places[index], content)
+                group = self._row_group(places[index], fetched)
                 self._keep(places[index], group)
                 yield index, group
 
@@ -507,24 +518,34 @@ class ShardReader:
             self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
         return metadata
 
-    def _fetch_group(self, place: _Place) -> bytes:
-        """The byte range of a row group that holds its asked columns, by one read."""
+    def _fetch_group(self, place: _Place) -> bytes | pa.Table:
+        """The byte range of a row group, by one read; shared with other processes, its table."""
+        if self._shared is None:
+            return self._read_group(place)
+        name = f"{self._split}-{place.shard}-{place.group}"
+        return self._shared.table(name, lambda: self._decode_group(place, self._read_group(place)))
+
+    def _read_group(self, place: _Place) -> bytes:
         start, end = self._group_range(place)
         return self._read_range(place.shard, start, end - start)
 
     def _group_range(self, place: _Place) -> tuple[int, int]:
+        """First and one-past-last byte of the asked columns of a row group."""
         group = self._footers[place.shard].row_group(place.group)
         return _byte_range(group, frozenset(self._columns))
 
-    def _decode_group(self, place: _Place, content: bytes) -> _RowGroup:
-        """A row group from its byte range."""
+    def _decode_group(self, place: _Place, content: bytes) -> pa.Table:
+        """The asked columns of a row group from its byte range."""
         with self._parquet_errors(place.shard):
             start, _ = self._group_range(place)
             source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
-            file = pq.ParquetFile(
-                source, metadata=self._footers[place.shard], page_checksum_verification=True
-            )
-            table = file.read_row_group(place.group, self._columns, use_threads=False)
+            metadata = self._footers[place.shard]
+            file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
+            return file.read_row_group(place.group, self._columns, use_threads=False)
+
+    def _row_group(self, place: _Place, fetched: bytes | pa.Table) -> _RowGroup:
+        """What is kept of a row group that :meth:`_fetch_group` has brought."""
+        table = self._decode_group(place, fetched) if isinstance(fetched, bytes) else fetched
         if not set(GRAPH_COLUMNS) <= set(self._columns):
             return _RowGroup(table, None, table.nbytes)
         try:

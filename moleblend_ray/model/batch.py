@@ -122,6 +122,12 @@ class MoleculeBatch:
         }
         return dataclasses.replace(self, **moved)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell CUDA's allocator that ``stream`` uses the tensors, which another stream has made."""
+        for field in dataclasses.fields(self):
+            if isinstance(value := getattr(self, field.name), Tensor):
+                value.record_stream(stream)
+
     @property
     def num_molecules(self) -> int:
         """B."""

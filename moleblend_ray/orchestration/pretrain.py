@@ -248,7 +248,8 @@ class _WorkerSettings:
 
 
 def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: int) -> _Outcome:
-    data_cpus = config.stream.max_actors * config.stream.actor_cpus
+    stream = config.stream
+    data_cpus = (stream.max_actors or stream.min_actors) * stream.actor_cpus
     with (
         ray_session(config.cluster, data_cpus=data_cpus),
         _stop_on_sigterm() as stop_flag,
@@ -280,7 +281,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
             # A callable: evaluated again at each start of a worker group, so the stream begins where the
             # newest checkpoint ends.
             datasets={"train": partial(_stream_from_newest, config, progress.reporter)},
-            dataset_config=stream_data_config(),
+            dataset_config=stream_data_config(stream),
             run_config=ray.train.RunConfig(
                 # A fresh name each time, or Ray would restore its own idea of an earlier run.
                 name=f"pretrain-{uuid.uuid4().hex[:12]}",
@@ -345,6 +346,8 @@ def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
         config.stream,
         first_step,
         config.train.num_steps - first_step,
+        reserved_cpus=config.reserved_cpus(0),
+        reporter=reporter,
     )
 
 

@@ -13,11 +13,18 @@ fast as one of ten; putting the rows of the plan into the object store costs abo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 import pyarrow as pa
 import ray.data
 import ray.train
-from ray.data import ActorPoolStrategy, DataIterator, Dataset, ExecutionOptions
+from ray.data import (
+    ActorPoolStrategy,
+    DataIterator,
+    Dataset,
+    ExecutionOptions,
+    ExecutionResources,
+)
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
@@ -32,8 +39,14 @@ from moleblend_ray.data.batch import (
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.orchestration.local import GIB
+from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
+from moleblend_ray.orchestration.progress import Reporter
 
 _PLAN_ROW_BYTES = 24
+
+_STORE_SHARE: Final = 0.3
+"""Of the object store, by default: Ray begins to spill at four fifths, and others use it as well."""
 
 
 class _StreamPlan(Datasource):
@@ -81,8 +94,11 @@ class _StreamPlan(Datasource):
 class _BlockBuilder:
     """The actor: one row of the plan in, one packed block out."""
 
-    def __init__(self, data_uri: str, order: OrderConfig, stream: StreamConfig) -> None:
+    def __init__(
+        self, data_uri: str, order: OrderConfig, stream: StreamConfig, *, shared: bool
+    ) -> None:
         self._arguments = (data_uri, order, stream)
+        self._shared = shared
         self._builder: MicroBatchBuilder | None = None
 
     def __call__(self, plan: pa.Table) -> pa.Table:
@@ -91,47 +107,97 @@ class _BlockBuilder:
         # and an error in the actor's constructor would start actor after actor.
         try:
             if self._builder is None:
-                self._builder = MicroBatchBuilder(*self._arguments)
+                self._builder = MicroBatchBuilder(*self._arguments, shared=self._shared)
             return pack_block(
                 self._builder.build(row["first_step"], row["num_steps"], row["stream"])
             )
         except MoleBlendError as error:
             return pack_error(error, row["first_step"], row["stream"])
 
+    def __del__(self) -> None:
+        # Ray deletes the instance when it lets the actor go, the only moment to leave what actors share.
+        if self._builder is not None:
+            self._builder.close()
+
 
 def stream_dataset(
-    data_uri: str, order: OrderConfig, stream: StreamConfig, first_step: int, num_steps: int
+    data_uri: str,
+    order: OrderConfig,
+    stream: StreamConfig,
+    first_step: int,
+    num_steps: int,
+    *,
+    reserved_cpus: float = 0.0,
+    reporter: Reporter | None = None,
 ) -> Dataset:
     """The packed blocks of at least ``num_steps`` steps from ``first_step`` on.
 
     The last group is filled with the steps that would follow, so that all streams have as many blocks; a
     consumer stops by itself. Split it with ``streaming_split(W, equal=True)`` and no locality hints, or give
-    :func:`stream_data_config` to the trainer.
+    :func:`stream_data_config` to the trainer. ``reserved_cpus`` of the cluster are not for its actors; ``reporter``
+    shows decisions about their number.
     """
-    num_groups = max(1, -(-num_steps // stream.steps_per_block))
-    plan = _StreamPlan(first_step, num_groups, stream.steps_per_block, order.num_streams)
+    group_steps = min(stream.block_steps(order.stream_batch_size), max(1, num_steps))
+    num_groups = max(1, -(-num_steps // group_steps))
+    plan = _StreamPlan(first_step, num_groups, group_steps, order.num_streams)
     # No CPU: it sleeps most of the time. Being unlike the actors' request, it also keeps Ray from fusing the
     # two operators, which would build every block in one task.
     rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
+    most = most_actors(stream, reserved_cpus)
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),
+        fn_constructor_kwargs={"shared": most > 1},
         batch_size=None,
         batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=stream.max_actors),
+        compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
         num_cpus=stream.actor_cpus,
     )
+    context = dataset.context
     # Each row becomes a block of its own; by default Ray would join the small rows of the plan.
-    dataset.context.target_max_block_size = 1
-    dataset.context.execution_options.preserve_order = True
+    context.target_max_block_size = 1
+    context.execution_options = _execution_options(stream)
+    if most > stream.min_actors:
+        bounds = PoolBounds(
+            fewest=stream.min_actors,
+            most=most,
+            molecules_per_block=group_steps * order.stream_batch_size,
+            reporter=reporter,
+        )
+        context.set_config(POOL_CONFIG_KEY, bounds)
+        context.custom_execution_callback_classes = [PoolSizer]
     return dataset
 
 
-def stream_data_config() -> ray.train.DataConfig:
-    """The trainer's data settings under which each rank gets its streams in order."""
+def most_actors(stream: StreamConfig, reserved_cpus: float) -> int:
+    """The upper bound of the pool: the configured one, or what the CPUs of the cluster leave."""
+    if stream.max_actors is not None:
+        return stream.max_actors
+    cpus = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
+    return max(stream.min_actors, int((cpus - reserved_cpus) // stream.actor_cpus))
+
+
+def object_store_budget(stream: StreamConfig) -> int:
+    """Bytes of Ray's object store that blocks on their way may take, over the whole cluster."""
+    if stream.object_store_gib is not None:
+        return int(stream.object_store_gib * GIB)
+    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
+    return int(store * _STORE_SHARE)
+
+
+def stream_data_config(stream: StreamConfig) -> ray.train.DataConfig:
+    """The trainer's data settings under which each rank gets its streams in order, within the budget."""
     return ray.train.DataConfig(
-        enable_shard_locality=False,
-        execution_options=ExecutionOptions(preserve_order=True),
+        enable_shard_locality=False, execution_options=_execution_options(stream)
+    )
+
+
+def _execution_options(stream: StreamConfig) -> ExecutionOptions:
+    return ExecutionOptions(
+        preserve_order=True,
+        resource_limits=ExecutionResources.for_limits(
+            object_store_memory=object_store_budget(stream)
+        ),
     )
 
 
@@ -148,7 +214,8 @@ def shard_step_batches(
     blocks = shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
         batch_format="pyarrow",
-        prefetch_batches=2 * order.num_streams // world_size,
+        # The next group. What is built beyond it waits in the executor, which counts it.
+        prefetch_batches=order.num_streams // world_size,
     )
     return step_batches(
         blocks,

@@ -69,6 +69,10 @@ class TrainConfig:
     precision: Precision = "fp32"
     """bf16: matrix products (and FSDP's gathering of layers) in bfloat16; weights and reductions stay float32."""
 
+    prefetch_steps: int = 2
+    """Steps that are unpacked and copied to the device ahead of the one that computes; more bridges uneven data,
+    and takes device memory."""
+
     log_every: int = 1
     """Steps between reports to tracker and progress display; the run's own JSON lines hold every step."""
 
@@ -85,6 +89,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_all(
             (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
+            (
+                self.prefetch_steps >= 1,
+                f"prefetch_steps: expected >= 1, found {self.prefetch_steps}",
+            ),
             (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
             (self.max_failures >= 0, f"max_failures: expected >= 0, found {self.max_failures}"),
             (

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, NoReturn
 
 import numpy as np
@@ -51,6 +52,7 @@ from moleblend_ray.training.optim import (
     learning_rate,
     set_learning_rate,
 )
+from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep
 
 logger = logging.getLogger(__name__)
 
@@ -151,46 +153,55 @@ def fit(
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
     gets the record of every ``log_every``-th step; all of them are committed with the checkpoints, and kept in memory no
-    longer. A stop commits what was done and returns.
+    longer. ``data_wait_s`` of a record is the time in which no step was ready on the device. A stop commits what was
+    done and returns.
     """
     num_steps = learner.train.num_steps
     uncommitted: list[Record] = []
     learner.objective.train()
-    for step in range(start_step, num_steps):
-        began_s = time.perf_counter()
-        batch = _next_batch(steps, step, num_steps)
-        data_wait_s = time.perf_counter() - began_s
-        record, stop = train_step(learner, batch, stop=should_stop is not None and should_stop())
-        step_s = time.perf_counter() - began_s
-        record |= {
-            "step_s": step_s,
-            "data_wait_s": data_wait_s,
-            "molecules_per_s": record["molecules"] / step_s,
-        }
-        done = step + 1
-        is_last = done == num_steps
-        if validate is not None and not stop and (is_last or _is_due(done, learner)):
-            record |= validate()
-        if report is not None and (is_last or stop or done % learner.train.log_every == 0):
-            report(record)
-        if checkpoints is not None:
-            uncommitted.append(record)
-            if is_last or stop or checkpoints.is_due(done):
-                state = training_state(learner.model, learner.optimizer)
-                checkpoints.commit(done, state, uncommitted)
-                uncommitted = []
-        if stop and not is_last:
-            logger.info("stopped after step %d of %d, as asked", done, num_steps)
-            return FitResult(step=done, stopped=True)
+    wanted = islice(steps, num_steps - start_step)
+    with DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead:
+        for step in range(start_step, num_steps):
+            began_s = time.perf_counter()
+            batch = _next_step(ahead, step, num_steps)
+            data_wait_s = time.perf_counter() - began_s
+            record, stop = train_step(
+                learner, batch, stop=should_stop is not None and should_stop()
+            )
+            step_s = time.perf_counter() - began_s
+            record |= {
+                "step_s": step_s,
+                "data_wait_s": data_wait_s,
+                "molecules_per_s": record["molecules"] / step_s,
+            }
+            done = step + 1
+            is_last = done == num_steps
+            if validate is not None and not stop and (is_last or _is_due(done, learner)):
+                record |= validate()
+            if report is not None and (is_last or stop or done % learner.train.log_every == 0):
+                report(record)
+            if checkpoints is not None:
+                uncommitted.append(record)
+                if is_last or stop or checkpoints.is_due(done):
+                    state = training_state(learner.model, learner.optimizer)
+                    checkpoints.commit(done, state, uncommitted)
+                    uncommitted = []
+            if stop and not is_last:
+                logger.info("stopped after step %d of %d, as asked", done, num_steps)
+                return FitResult(step=done, stopped=True)
     return FitResult(step=num_steps, stopped=False)
 
 
-def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tuple[Record, bool]:
+def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tuple[Record, bool]:
     """One update from this rank's micro-batches; the step's numbers, and whether any rank has asked to ``stop``.
 
     A loss or gradient that is not finite raises on all ranks before anything is changed.
     """
-    parts = [_blended(learner, micro) for micro in batch.micro_batches]
+    batch = step.batch
+    parts = [
+        (molecules, draw_blend(molecules, learner.blend, learner.seed))
+        for molecules in step.molecules
+    ]
     counts = sum_over_ranks(sum_of([loss_counts(*part, learner.loss) for part in parts]))
     losses = [
         _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
@@ -210,26 +221,21 @@ def train_step(learner: Learner, batch: StepBatch, *, stop: bool = False) -> tup
     return record, stop
 
 
-def _next_batch(steps: Iterator[StepBatch], step: int, num_steps: int) -> StepBatch:
-    batch = next(steps, None)
-    if batch is None:
+def _next_step(steps: Iterator[DeviceStep], step: int, num_steps: int) -> DeviceStep:
+    found = next(steps, None)
+    if found is None:
         raise TrainingError(f"the data stream ended before step {step} of {num_steps}")
-    if batch.step != step:
+    if found.batch.step != step:
         raise TrainingError(
-            f"the data stream gives step {batch.step} where the model is at step {step}; "
+            f"the data stream gives step {found.batch.step} where the model is at step {step}; "
             "restart from the last checkpoint"
         )
-    return batch
+    return found
 
 
 def _is_due(done: int, learner: Learner) -> bool:
     every = learner.train.validate_every
     return every > 0 and done % every == 0
-
-
-def _blended(learner: Learner, micro: MicroBatch) -> tuple[MoleculeBatch, Blend]:
-    batch = MoleculeBatch.from_micro_batch(micro, device=learner.ranks.device)
-    return batch, draw_blend(batch, learner.blend, learner.seed)
 
 
 def _backward(

@@ -43,7 +43,9 @@ def consume(uri: str, world_size: int, first_step: int) -> list[Payloads]:
     dataset = stream_dataset(uri, ORDER, STREAM, first_step, NUM_STEPS)
     # As Ray Train does it: a copy of the data set with the trainer's execution options.
     dataset = dataset.copy(dataset)
-    dataset.context.execution_options = stream_data_config()._resolve_execution_options("train")
+    dataset.context.execution_options = stream_data_config(STREAM)._resolve_execution_options(
+        "train"
+    )
     shards = dataset.streaming_split(world_size, equal=True)
     received: list[Payloads] = [{} for _ in shards]
 

@@ -29,23 +29,28 @@ from moleblend_ray.training.loop import (
     train_step,
 )
 from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.prefetch import DeviceStep, to_device
 
 
 def losses(records: Any) -> list[float]:
     return [record["loss"] for record in records]
 
 
+def on_cpu(batch: StepBatch) -> DeviceStep:
+    return to_device(batch, torch.device("cpu"))
+
+
 def test_the_loss_falls_on_one_repeated_batch() -> None:
     learner = toy.learner(num_steps=20)
     batch = next(toy.steps())
-    records = [train_step(learner, batch)[0] for _ in range(20)]
+    records = [train_step(learner, on_cpu(batch))[0] for _ in range(20)]
     for name in ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise"):
         assert records[-1][name] < records[0][name]
 
 
 def test_the_optimised_loss_is_the_weighted_sum_of_the_heads() -> None:
     learner = toy.learner()
-    record, _ = train_step(learner, next(toy.steps()))
+    record, _ = train_step(learner, on_cpu(next(toy.steps())))
     weights = learner.loss
     assert record["loss"] == pytest.approx(
         sum(
@@ -92,7 +97,8 @@ def test_a_batch_without_coordinates_has_no_geometry_losses() -> None:
         for i in range(4)
     ]
     micro = build_micro_batches(toy.concat(blocks), 0, 0, 4)
-    record, _ = train_step(toy.learner(), StepBatch(step=0, micro_batches=tuple(micro)))
+    batch = StepBatch(step=0, micro_batches=tuple(micro))
+    record, _ = train_step(toy.learner(), on_cpu(batch))
     assert {"loss", "loss_spd", "loss_edge"} <= record.keys()
     assert not {"loss_direction", "loss_denoise"} & record.keys()
 
@@ -115,7 +121,7 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
     micro.position_mask[:] = True
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     with pytest.raises(NotFiniteError) as caught:
-        train_step(learner, batch)
+        train_step(learner, on_cpu(batch))
     assert str(micro.molecule_ids.tolist()) in str(caught.value)
     for name, value in learner.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -193,7 +199,7 @@ def test_ignored_bonds_are_counted() -> None:
     batch = next(toy.steps())
     learner = replace(learner, loss=LossConfig(ignore_other_bonds=True))
     learner.objective.loss = learner.loss
-    record, _ = train_step(learner, batch)
+    record, _ = train_step(learner, on_cpu(batch))
     assert record["other_bonds"] == 0
 
 

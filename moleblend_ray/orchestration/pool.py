@@ -1,0 +1,161 @@
+"""How many actors build micro-batches: as many as the trainers' measured appetite needs, within the configured bounds.
+
+Ray's own rule adds actors, one at each turn of its scheduler, for as long as the blocks that were built have room in the
+object store: whatever the trainers need, a new stream takes every CPU it may. Here the pool may hold what two measured
+rates ask for, blocks that the trainers take a second and seconds that one actor needs for a block, and grows beyond that
+only while the trainers find nothing built. Ray still starts and stops the actors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from moleblend_ray.orchestration.progress import Reporter
+
+if TYPE_CHECKING:
+    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+logger = logging.getLogger(__name__)
+
+POOL_CONFIG_KEY: Final = "moleblend.actor_pool"
+"""Where a dataset's context holds its :class:`PoolBounds`."""
+
+_INTERVAL_S: Final = 2.0
+_BUSY_SHARE: Final = 0.8
+_STARVING_SHARE: Final = 0.8
+_GROWTH: Final = 0.5
+_PATIENCE_S: Final = 60.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolBounds:
+    """What a stream asks of its pool."""
+
+    fewest: int
+    most: int
+    molecules_per_block: int
+    """For the report only."""
+    reporter: Reporter | None = None
+    """Where the decisions are shown; None: in the process's log alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What was measured since the last decision."""
+
+    build_s: float
+    """Seconds that one actor needs for a block."""
+    blocks_per_s: float
+    """Blocks that the trainers took."""
+    starving_share: float
+    """Share of the time in which no built block was there for them."""
+
+
+def wanted_actors(rates: Rates, running: int, bounds: PoolBounds) -> int:
+    """Actors that keep the trainers fed while each has a fifth of its time to spare.
+
+    Starving trainers show a lower appetite than they have, so for them the pool grows by half at a time.
+    """
+    wanted = math.ceil(rates.blocks_per_s * rates.build_s / _BUSY_SHARE)
+    if rates.starving_share >= _STARVING_SHARE:
+        wanted = max(wanted, running + max(1, math.floor(running * _GROWTH)))
+    return min(max(wanted, bounds.fewest), bounds.most)
+
+
+class PoolSizer(ExecutionCallback):
+    """Ray Data's hook: sets the pool's upper bound every few seconds."""
+
+    def __init__(self) -> None:
+        self._operator: PhysicalOperator | None = None
+        self._pool: AutoscalingActorPool | None = None
+        self._began: _Totals | None = None
+        self._samples = 0
+        self._starving = 0
+        self._last_needed_s = 0.0
+
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        """Find the pool, and let it have its fewest actors until something is measured."""
+        self._bounds: PoolBounds = executor._data_context.get_config(POOL_CONFIG_KEY)
+        assert executor._topology is not None
+        *_, self._sink = executor._topology
+        for operator in executor._topology:
+            for pool in operator.get_autoscaling_actor_pools():
+                self._operator, self._pool = operator, pool
+                _set_most(pool, self._bounds.fewest)
+        if self._bounds.reporter is not None:
+            self._bounds.reporter.forward_logs(level=logging.INFO)
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002
+        """One turn of Ray's scheduler."""
+        if self._operator is None or self._pool is None:
+            return
+        self._samples += 1
+        self._starving += not self._sink.metrics.num_external_outqueue_blocks
+        now = self._totals(self._operator)
+        if self._began is None or self._pool.num_pending_actors() or not now.built:
+            # Neither the time that actors need to start nor the first filling of the buffers says anything.
+            self._restart(now)
+        elif now.time_s - self._began.time_s >= _INTERVAL_S and now.built > self._began.built:
+            self._decide(now, self._began, self._pool)
+            self._restart(now)
+
+    def _totals(self, operator: PhysicalOperator) -> _Totals:
+        metrics = operator.metrics
+        return _Totals(
+            time_s=time.monotonic(),
+            build_s=metrics.block_generation_time,
+            built=metrics.num_task_outputs_generated,
+            taken=self._sink.metrics.block_outputs_taken,
+        )
+
+    def _restart(self, now: _Totals) -> None:
+        self._began, self._samples, self._starving = now, 0, 0
+
+    def _decide(self, now: _Totals, began: _Totals, pool: AutoscalingActorPool) -> None:
+        rates = Rates(
+            build_s=(now.build_s - began.build_s) / (now.built - began.built),
+            blocks_per_s=(now.taken - began.taken) / (now.time_s - began.time_s),
+            starving_share=self._starving / self._samples,
+        )
+        wanted = wanted_actors(rates, pool.current_size(), self._bounds)
+        if wanted >= pool.max_size():
+            self._last_needed_s = now.time_s
+        if wanted > pool.max_size() or now.time_s - self._last_needed_s >= _PATIENCE_S:
+            self._resize(pool, wanted, rates)
+
+    def _resize(self, pool: AutoscalingActorPool, wanted: int, rates: Rates) -> None:
+        if wanted == pool.max_size():
+            return
+        logger.info(
+            "data actors: %d -> %d (of %d to %d): building takes %.1f us a molecule, the trainers take %.0f molecules/s "
+            "and find nothing ready in %.0f %% of the time",
+            pool.max_size(),
+            wanted,
+            self._bounds.fewest,
+            self._bounds.most,
+            1e6 * rates.build_s / self._bounds.molecules_per_block,
+            rates.blocks_per_s * self._bounds.molecules_per_block,
+            100 * rates.starving_share,
+        )
+        _set_most(pool, wanted)
+
+
+def _set_most(pool: AutoscalingActorPool, most: int) -> None:
+    # Ray has no call for it; its autoscaler reads the bound at every turn.
+    pool._config = replace(pool._config, max_size=most)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Totals:
+    time_s: float
+    build_s: float
+    built: int
+    taken: int
