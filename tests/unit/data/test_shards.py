@@ -273,7 +273,7 @@ def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> No
     newer = {**manifest.to_json(), "format_version": shards.FORMAT_VERSION + 1, "unheard_of": True}
     storage.write_json(str(tmp_path / "manifest.json"), newer)
     with pytest.raises(
-        DataError, match=r"format version 2; this installation reads up to 1.*Upgrade"
+        DataError, match=r"format version 3; this installation reads up to 2.*Upgrade"
     ):
         shards.load_manifest(str(tmp_path))
 
