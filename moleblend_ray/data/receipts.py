@@ -80,7 +80,7 @@ class Statistics:
             atoms=int(num_atoms.sum()),
             with_coordinates=int(np.count_nonzero(table["num_conformers"].to_numpy())),
             conformer_status=_value_counts(table["conformer_status"]),
-            conformer_detail=_detail_kinds(table["conformer_detail"]),
+            conformer_detail=_detail_kinds(table),
             label_counts={
                 name.removeprefix(LABEL_PREFIX): table.num_rows - table[name].null_count
                 for name in labels
@@ -129,10 +129,12 @@ def _molecules_with_each_code(
     return molecules
 
 
-def _detail_kinds(column: pa.ChunkedArray) -> dict[str, int]:
+def _detail_kinds(table: pa.Table) -> dict[str, int]:
     """How many molecules have a statement of each kind: ``kind: what; kind: what``."""
     kinds: Counter[str] = Counter()
-    for detail, count in _value_counts(column).items():
+    if "conformer_detail" not in table.column_names:  # shards of format version 1 have none
+        return {}
+    for detail, count in _value_counts(table["conformer_detail"]).items():
         for kind in {part.split(":", 1)[0] for part in detail.split("; ") if part}:
             kinds[kind] += count
     return dict(kinds)
