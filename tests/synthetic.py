@@ -8,6 +8,7 @@ import pyarrow as pa
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.shards import (
+    FORMAT_VERSION,
     MANIFEST_NAME,
     Counts,
     Manifest,
@@ -67,6 +68,8 @@ def shard_table(block: MoleculeBlock, conformers: np.ndarray) -> pa.Table:
             "source_row": int(molecule),
             "smiles": "C",
             "conformer_status": "source",
+            "conformer_detail": "",
+            "conformer_energies": np.full(conformers[i], np.nan, np.float32),
             "num_atoms": int(block.num_atoms[i]),
             "atom_features": block.atom_features[atoms].ravel(),
             "bonds": block.bonds[bonds].ravel(),
@@ -122,7 +125,7 @@ def write_dataset(
         duplicate_ids=0,
     )
     manifest = Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         featurizer_version=1,
         options={},
         sources=(),

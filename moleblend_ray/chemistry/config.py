@@ -13,19 +13,25 @@ ATOM_LIMIT = 65_535
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerConfig:
-    """How to make coordinates where the source has none (ETKDGv3, then MMFF94)."""
+    """How to make coordinates where the source has none (ETKDGv3, then MMFF94, or UFF where that lacks parameters)."""
 
     generate: bool = False
     """Embed molecules whose source has no coordinates."""
     count: int = 1
-    """Conformers made for each molecule."""
+    """Conformers tried for each molecule; stored by energy, the lowest first."""
+    prune_rms_angstrom: float | None = None
+    """Leave out a conformer whose heavy atoms, best aligned, are closer than this (RMSD, angstrom) to
+    one of lower energy; None keeps all."""
+    energy_window_kcal_mol: float | None = None
+    """Leave out conformers whose energy is more than this (kcal/mol) above the lowest; None keeps all.
+    Has no effect where no force field ran."""
     seed: int = 7
     """With the canonical SMILES, seeds the embedding: the result does not depend on the file's order."""
     timeout_s: float = 3.0
-    """Seconds an embedding may take, rounded up to whole ones; the force field is bounded by its
-    iterations instead, so that what it returns does not depend on the machine's speed."""
+    """Seconds a molecule's conformers may take, embedding, force field and pruning together. It is the
+    only thing by which the outcome depends on the machine, and the molecule's detail then says so."""
     mmff_max_iterations: int = 200
-    """MMFF94 iterations for each conformer; 0 leaves the embedded geometry as it is."""
+    """Force-field iterations for each conformer; 0 leaves the embedded geometry as it is."""
     on_failure: Literal["keep_2d", "reject"] = "keep_2d"
     """Keep a molecule that could not be embedded, with status ``failed`` and no coordinates, or reject it."""
 
@@ -33,6 +39,15 @@ class ConformerConfig:
         check_all(
             (1 <= self.count <= 255, f"count: expected 1 to 255, found {self.count}"),
             (self.timeout_s > 0, f"timeout_s: expected > 0 seconds, found {self.timeout_s}"),
+            (
+                self.prune_rms_angstrom is None or self.prune_rms_angstrom > 0,
+                f"prune_rms_angstrom: expected > 0 angstrom or null, found {self.prune_rms_angstrom}",
+            ),
+            (
+                self.energy_window_kcal_mol is None or self.energy_window_kcal_mol > 0,
+                "energy_window_kcal_mol: expected > 0 kcal/mol or null, "
+                f"found {self.energy_window_kcal_mol}",
+            ),
             (
                 self.mmff_max_iterations >= 0,
                 f"mmff_max_iterations: expected >= 0, found {self.mmff_max_iterations}",

@@ -1,22 +1,40 @@
-"""Coordinates for molecules that come without: seeded ETKDGv3, then MMFF94."""
+"""Coordinates for molecules that come without: seeded ETKDGv3, then MMFF94 (else UFF), lowest energy first."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
-import math
+import os
 import time
+from collections import Counter
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem
-from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+from rdkit.Chem import rdDistGeom, rdForceFieldHelpers, rdMolAlign
 
 from moleblend_ray.chemistry.config import ConformerConfig
+from moleblend_ray.chemistry.killable import (
+    KillableWorker,
+    WorkerCrashedError,
+    WorkerTimeoutError,
+)
 
-FRAGMENT_GAP = 4.0
+FRAGMENT_GAP: Final = 4.0
 """Angstrom between the boxes of neighbouring fragments (salts) after embedding."""
+
+DETAIL_SEPARATOR: Final = "; "
+"""Between the statements of a detail; each begins with its kind and a colon."""
+
+_WORKER_MODULE: Final = "moleblend_ray.chemistry.conformer_worker"
+_FAILURE_CAUSES: Final = {
+    int(cause): str(name) for name, cause in rdDistGeom.EmbedFailureCauses.names.items()
+}
+_TIMEOUT_CAUSE: Final = int(rdDistGeom.EmbedFailureCauses.EXCEEDED_TIMEOUT)
+_SHOWN_CAUSES: Final = 3
 
 
 class ConformerStatus(StrEnum):
@@ -25,11 +43,11 @@ class ConformerStatus(StrEnum):
     SOURCE = "source"
     """Read from the source record."""
     RELAXED = "relaxed"
-    """Embedded, then MMFF94 until it converged or used up its iterations."""
+    """Embedded, then a force field until it converged; where it did not, the detail says so."""
     EMBEDDED = "embedded"
-    """Embedded only: MMFF94 has no parameters for the molecule, or was switched off."""
+    """Embedded only: no force field has parameters for the molecule, or it was switched off."""
     FAILED = "failed"
-    """Embedding was tried and failed or ran out of time: no coordinates."""
+    """Embedding was tried and failed, ran out of time or crashed: no coordinates."""
     NONE = "none"
     """The source has none and none were asked for."""
 
@@ -38,8 +56,25 @@ class Embedding(NamedTuple):
     """The outcome of embedding one molecule."""
 
     positions: NDArray[np.float32]
-    """(C, N, 3), angstrom, in the molecule's own atom order; C is 0 if it failed."""
+    """(C, N, 3), angstrom, in the molecule's own atom order, lowest energy first; C is 0 if it failed."""
+    energies: NDArray[np.float32]
+    """(C,), kcal/mol, of the relaxed geometry with all hydrogens; NaN where no force field ran."""
     status: ConformerStatus
+    detail: str
+    """What is to be said of it, statements of the form ``kind: what``, joined by ``"; "``; empty if nothing.
+
+    Kinds: ``timeout``, ``crashed``, ``embedding failed``, ``force field`` (UFF, or none at all, as MMFF94 lacks
+    parameters), ``not converged``.
+    """
+
+
+class ConformerRequest(NamedTuple):
+    """What the child process is asked for."""
+
+    binary: bytes
+    """The molecule as RDKit's binary form."""
+    canonical_smiles: str
+    config: ConformerConfig
 
 
 def conformer_seed(seed: int, canonical_smiles: str) -> int:
@@ -48,37 +83,129 @@ def conformer_seed(seed: int, canonical_smiles: str) -> int:
     return int.from_bytes(digest[:4], "little") >> 1
 
 
+# -- in a process that can be killed ------------------------------------------------------------------
+
+
+class _Maker:
+    """This process's child that makes conformers."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.worker = KillableWorker(("-m", _WORKER_MODULE))
+
+
+_maker: _Maker | None = None
+
+
+def _worker() -> KillableWorker:
+    global _maker
+    # A forked process shares the pipes of its parent's child, and must not use them.
+    if _maker is None or _maker.pid != os.getpid():
+        _maker = _Maker()
+        atexit.register(_maker.worker.close)
+    return _maker.worker
+
+
+def make_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfig) -> Embedding:
+    """:func:`embed_conformers` in a child process that is killed when ``config.timeout_s`` is over.
+
+    A molecule that hangs or crashes RDKit is ``failed``; this process goes on. Raises WorkerStartError if no
+    child can be started.
+    """
+    request = ConformerRequest(mol.ToBinary(), canonical_smiles, config)
+    try:
+        embedding: Embedding = _worker().call(request, config.timeout_s)
+    except WorkerTimeoutError:
+        return _failed(mol, f"timeout: not done after {config.timeout_s:g} s")
+    except WorkerCrashedError as error:
+        return _failed(mol, f"crashed: {error}")
+    return embedding
+
+
+def _failed(mol: Chem.Mol, detail: str) -> Embedding:
+    return Embedding(
+        np.empty((0, mol.GetNumAtoms(), 3), dtype=np.float32),
+        np.empty(0, dtype=np.float32),
+        ConformerStatus.FAILED,
+        detail,
+    )
+
+
+# -- in this process ----------------------------------------------------------------------------------
+
+
+class _Relaxation(NamedTuple):
+    status: ConformerStatus
+    energies: NDArray[np.float64]
+    """(C,), kcal/mol, or NaN."""
+    details: tuple[str, ...]
+
+
 def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfig) -> Embedding:
     """Embed ``mol`` (hydrogens implicit or not), relax it, and return the positions of its own atoms.
 
-    Cages and crowded molecules defeat the metric-matrix start; they get a second attempt from random
-    coordinates in what is left of the time. A deadline makes the outcome depend on the machine only
-    for molecules near it, and then the status says ``failed``.
+    The same molecule, atom order, SMILES and settings give the same bits, unless the time runs out. RDKit
+    looks at the time in whole seconds and only while it embeds, so this may go over ``config.timeout_s``
+    (:func:`make_conformers` does not); embedding ends a second before, so that what it has can be relaxed.
     """
+    deadline = time.monotonic() + config.timeout_s
     full = Chem.AddHs(mol)
     full.RemoveAllConformers()
     Chem.GetSymmSSSR(full)  # ETKDG reads the rings, which removing or adding hydrogens forgets
-    deadline = time.monotonic() + config.timeout_s
+    try:
+        details = _embed(full, canonical_smiles, config, deadline)
+        if not full.GetNumConformers():
+            return _failed(mol, DETAIL_SEPARATOR.join(details))
+        _separate_fragments(full)
+        relaxation = _relax(full, config.mmff_max_iterations)
+        kept = _kept_conformers(full, relaxation.energies, config)
+    # RDKit turns its C++ errors into RuntimeError, ValueError and classes of its own.
+    except Exception as error:
+        text = " ".join(str(error).replace(";", ",").split())
+        return _failed(mol, f"embedding failed: {text[:200]}")
+    positions = np.stack([conformer.GetPositions() for conformer in full.GetConformers()])[kept]
+    # AddHs appends, so the molecule's own atoms come first.
+    return Embedding(
+        positions[:, : mol.GetNumAtoms()].astype(np.float32),
+        relaxation.energies[kept].astype(np.float32),
+        relaxation.status,
+        DETAIL_SEPARATOR.join([*details, *relaxation.details]),
+    )
+
+
+def _embed(
+    full: Chem.Mol, canonical_smiles: str, config: ConformerConfig, deadline: float
+) -> list[str]:
+    """Give ``full`` its conformers; what is to be said if they are fewer than asked.
+
+    Cages, macrocycles and crowded molecules defeat the metric-matrix start; they get a second attempt from
+    random coordinates in what is left of the time.
+    """
     parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed = conformer_seed(config.seed, canonical_smiles)
+    parameters.trackFailures = True
+    causes: Counter[int] = Counter()
     for parameters.useRandomCoords in (False, True):
         seconds_left = deadline - time.monotonic()
-        if seconds_left <= 0:
+        if parameters.useRandomCoords and seconds_left <= 1 and causes[_TIMEOUT_CAUSE]:
             break
-        parameters.timeout = math.ceil(seconds_left)
+        parameters.timeout = max(1, int(seconds_left - 0.5))
         # Count conformers rather than the ids this returns: out of time, it returns one, -1.
         rdDistGeom.EmbedMultipleConfs(full, config.count, parameters)
+        causes.update(dict(enumerate(parameters.GetFailureCounts())))
         if full.GetNumConformers():
             break
-    if not full.GetNumConformers():
-        return Embedding(
-            np.empty((0, mol.GetNumAtoms(), 3), dtype=np.float32), ConformerStatus.FAILED
-        )
-    _separate_fragments(full)
-    status = _relax(full, config.mmff_max_iterations)
-    positions = np.stack([conformer.GetPositions() for conformer in full.GetConformers()])
-    # AddHs appends, so the molecule's own atoms come first.
-    return Embedding(positions[:, : mol.GetNumAtoms()].astype(np.float32), status)
+    made = full.GetNumConformers()
+    if made == config.count:
+        return []
+    if causes[_TIMEOUT_CAUSE]:
+        return [f"timeout: {made} of {config.count} conformers within {config.timeout_s:g} s"]
+    found = ", ".join(
+        f"{count} x {_FAILURE_CAUSES[cause]}"
+        for cause, count in causes.most_common(_SHOWN_CAUSES)
+        if count
+    )
+    return [f"embedding failed: {made} of {config.count} conformers, {found or 'no cause given'}"]
 
 
 def _separate_fragments(mol: Chem.Mol) -> None:
@@ -95,8 +222,57 @@ def _separate_fragments(mol: Chem.Mol) -> None:
         conformer.SetPositions(positions)
 
 
-def _relax(mol: Chem.Mol, max_iterations: int) -> ConformerStatus:
-    if max_iterations == 0 or not rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
-        return ConformerStatus.EMBEDDED
-    rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=max_iterations)
-    return ConformerStatus.RELAXED
+def _relax(mol: Chem.Mol, max_iterations: int) -> _Relaxation:
+    """Minimize each conformer, in one thread, by MMFF94 or, for elements it does not know, UFF."""
+    none = np.full(mol.GetNumConformers(), np.nan)
+    if max_iterations == 0:
+        return _Relaxation(ConformerStatus.EMBEDDED, none, ())
+    details: list[str] = []
+    optimize: Any
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
+        name, optimize = "MMFF94", rdForceFieldHelpers.MMFFOptimizeMoleculeConfs
+    elif rdForceFieldHelpers.UFFHasAllMoleculeParams(mol):
+        name, optimize = "UFF", rdForceFieldHelpers.UFFOptimizeMoleculeConfs
+        details.append("force field: UFF, as MMFF94 lacks parameters")
+    else:
+        lacking = "force field: none, as MMFF94 and UFF lack parameters"
+        return _Relaxation(ConformerStatus.EMBEDDED, none, (lacking,))
+    results: Sequence[tuple[int, float]] = optimize(mol, numThreads=1, maxIters=max_iterations)
+    unfinished = sum(flag != 0 for flag, _ in results)
+    if unfinished:
+        details.append(
+            f"not converged: {unfinished} of {len(results)} conformers "
+            f"after {max_iterations} {name} iterations"
+        )
+    energies = np.array([energy if flag >= 0 else np.nan for flag, energy in results])
+    return _Relaxation(ConformerStatus.RELAXED, energies, tuple(details))
+
+
+def _kept_conformers(
+    mol: Chem.Mol, energies: NDArray[np.float64], config: ConformerConfig
+) -> NDArray[np.int64]:
+    """Indices of the conformers to store, lowest energy first; in the order made where no force field ran."""
+    order = np.argsort(energies, kind="stable")
+    if config.energy_window_kcal_mol is not None:
+        # Without energies nothing is above the window.
+        order = order[~(energies[order] - energies[order[0]] > config.energy_window_kcal_mol)]
+    if config.prune_rms_angstrom is None or len(order) < 2:
+        return order
+    distances = _rms_distances(mol)
+    kept: list[int] = []
+    for conformer in order.tolist():
+        if (distances[conformer, kept] >= config.prune_rms_angstrom).all():
+            kept.append(conformer)
+    return np.array(kept, dtype=np.int64)
+
+
+def _rms_distances(mol: Chem.Mol) -> NDArray[np.float64]:
+    """(C, C), angstrom: RMSD of the heavy atoms after the best alignment, symmetric atoms exchanged."""
+    count = mol.GetNumConformers()
+    heavy = Chem.RemoveAllHs(mol)
+    distances = np.zeros((count, count))
+    if heavy.GetNumAtoms() > 1:
+        lower = np.tril_indices(count, -1)  # RDKit's order: (1, 0), (2, 0), (2, 1), ...
+        distances[lower] = rdMolAlign.GetAllConformerBestRMS(heavy, numThreads=1)
+    symmetric: NDArray[np.float64] = distances + distances.T
+    return symmetric

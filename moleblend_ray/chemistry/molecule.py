@@ -21,8 +21,9 @@ from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import FeaturizeConfig
-from moleblend_ray.chemistry.conformers import ConformerStatus, embed_conformers
+from moleblend_ray.chemistry.conformers import ConformerStatus, Embedding, make_conformers
 from moleblend_ray.chemistry.features import GraphArrays, graph_arrays
+from moleblend_ray.chemistry.killable import WorkerStartError
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES
 
 _DUMMY = ATOM_VOCAB_SIZES[0] - 1
@@ -88,7 +89,11 @@ class Molecule:
     position_mask: NDArray[np.bool_]
     """(C, N): which atoms have coordinates. Hydrogens added to a record that lacks them have none."""
     conformer_status: ConformerStatus
-    """Where the coordinates come from, or why there are none."""
+    """Where the coordinates come from."""
+    conformer_detail: str
+    """What is to be said of coordinates made or not made (``conformers.Embedding``); empty if nothing."""
+    conformer_energies: NDArray[np.float32]
+    """(C,), kcal/mol, of conformers relaxed here, lowest first; NaN of others."""
 
     @property
     def num_atoms(self) -> int:
@@ -211,9 +216,8 @@ class _Named(NamedTuple):
 
     mol: Chem.Mol
     smiles: str
-    positions: NDArray[np.float32]
+    made: Embedding
     position_mask: NDArray[np.bool_]
-    conformer_status: ConformerStatus
 
 
 class _Draft(NamedTuple):
@@ -221,9 +225,8 @@ class _Draft(NamedTuple):
 
     smiles: str
     binary: bytes
-    positions: NDArray[np.float32]
+    made: Embedding
     position_mask: NDArray[np.bool_]
-    conformer_status: ConformerStatus
 
 
 _Made = TypeVar("_Made")
@@ -246,6 +249,8 @@ def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
         return step(given)
     except _RejectedError as rejected:
         return rejected.rejection
+    except WorkerStartError:
+        raise  # no fault of the record: all others would fail like it
     # RDKit turns its C++ errors into RuntimeError, ValueError and half a dozen of its own classes; one odd
     # row of a hundred million must not end a job.
     except Exception as error:
@@ -263,21 +268,15 @@ def _read(record: SourceRecord, config: FeaturizeConfig) -> _Kept:
 def _name(kept: _Kept, config: FeaturizeConfig) -> _Named:
     mol, num_placed = kept
     smiles = Chem.MolToSmiles(mol)
-    positions, placed, status = _coordinates(mol, smiles, num_placed, config)
+    made, placed = _coordinates(mol, smiles, num_placed, config)
     if config.canonical_order:
         mol, order = _in_canonical_order(mol, smiles)
-        positions, placed = positions[:, order], placed[:, order]
-    return _Named(mol, smiles, positions, placed, status)
+        made, placed = made._replace(positions=made.positions[:, order]), placed[:, order]
+    return _Named(mol, smiles, made, placed)
 
 
 def _draft(named: _Named) -> _Draft:
-    return _Draft(
-        named.smiles,
-        to_binary(named.mol),
-        named.positions,
-        named.position_mask,
-        named.conformer_status,
-    )
+    return _Draft(named.smiles, to_binary(named.mol), named.made, named.position_mask)
 
 
 def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Outcome:
@@ -294,9 +293,11 @@ def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Out
         atom_features=graph.atom_features,
         bonds=graph.bonds,
         bond_features=graph.bond_features,
-        positions=draft.positions,
+        positions=draft.made.positions,
         position_mask=draft.position_mask,
-        conformer_status=draft.conformer_status,
+        conformer_status=draft.made.status,
+        conformer_detail=draft.made.detail,
+        conformer_energies=draft.made.energies,
     )
 
 
@@ -510,9 +511,8 @@ def _keep(
 
 
 class _Coordinates(NamedTuple):
-    positions: NDArray[np.float32]
+    made: Embedding
     position_mask: NDArray[np.bool_]
-    status: ConformerStatus
 
 
 def _coordinates(
@@ -524,22 +524,38 @@ def _coordinates(
         positions = mol.GetConformer().GetPositions().astype(np.float32)[None]
         mask = np.ones((1, num_atoms), dtype=np.bool_)
         mask[:, num_placed:] = False
-        return _Coordinates(positions, mask, ConformerStatus.SOURCE)
-    positions = np.empty((0, num_atoms, 3), dtype=np.float32)
-    status = ConformerStatus.NONE
+        unknown = np.full(1, np.nan, dtype=np.float32)
+        return _Coordinates(Embedding(positions, unknown, ConformerStatus.SOURCE, ""), mask)
     if config.conformers.generate:
-        positions, status = embed_conformers(mol, smiles, config.conformers)
-    if status is ConformerStatus.FAILED and (
+        made = _made_coordinates(mol, smiles, config)
+        return _Coordinates(made, np.ones(made.positions.shape[:2], dtype=np.bool_))
+    if config.require_coordinates:
+        raise _RejectedError(RejectionCode.NO_COORDINATES, "the source has no 3D coordinates")
+    positions = np.empty((0, num_atoms, 3), dtype=np.float32)
+    nothing = Embedding(positions, _NO_ENERGIES, ConformerStatus.NONE, "")
+    return _Coordinates(nothing, _no_mask(num_atoms))
+
+
+_NO_ENERGIES = np.empty(0, dtype=np.float32)
+
+
+def _made_coordinates(mol: Chem.Mol, smiles: str, config: FeaturizeConfig) -> Embedding:
+    """Conformers that depend on the canonical SMILES alone, not on the order of the source's atoms."""
+    try:
+        canonical, order = _in_canonical_order(mol, smiles)
+    except _RejectedError:
+        # RDKit writes a few SMILES that it cannot read; their conformers follow the source's order.
+        canonical, order = mol, list(range(mol.GetNumAtoms()))
+    made = make_conformers(canonical, smiles, config.conformers)
+    if made.status is ConformerStatus.FAILED and (
         config.require_coordinates or config.conformers.on_failure == "reject"
     ):
         raise _RejectedError(
-            RejectionCode.CONFORMER_FAILED,
-            f"no conformer within {config.conformers.timeout_s:g} s for {_one_line(smiles, 120)}",
+            RejectionCode.CONFORMER_FAILED, _one_line(f"{made.detail}, for {smiles}")
         )
-    if status is ConformerStatus.NONE and config.require_coordinates:
-        raise _RejectedError(RejectionCode.NO_COORDINATES, "the source has no 3D coordinates")
-    mask = np.ones(positions.shape[:2], dtype=np.bool_) if len(positions) else _no_mask(num_atoms)
-    return _Coordinates(positions, mask, status)
+    positions = np.empty_like(made.positions)
+    positions[:, order] = made.positions
+    return made._replace(positions=positions)
 
 
 def _no_mask(num_atoms: int) -> NDArray[np.bool_]:

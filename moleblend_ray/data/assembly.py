@@ -133,6 +133,7 @@ def _counts(
         atoms_out=statistics.atoms,
         with_coordinates=statistics.with_coordinates,
         conformer_status=statistics.conformer_status,
+        conformer_detail=statistics.conformer_detail,
         duplicate_ids=count_repeats(_id_hashes(out, receipts)),
         without_inchikey=sum(receipt.without_inchikey for receipt in receipts),
         atom_count_histogram=statistics.atom_count_histogram,

@@ -59,6 +59,8 @@ class Statistics:
     with_coordinates: int = 0
     """Molecules with at least one conformer."""
     conformer_status: dict[str, int] = field(default_factory=dict)
+    conformer_detail: dict[str, int] = field(default_factory=dict)
+    """Kind of statement on made conformers -> molecules."""
     label_counts: dict[str, int] = field(default_factory=dict)
     """Label -> molecules that have it."""
     atom_count_histogram: dict[str, int] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Statistics:
             atoms=int(num_atoms.sum()),
             with_coordinates=int(np.count_nonzero(table["num_conformers"].to_numpy())),
             conformer_status=_value_counts(table["conformer_status"]),
+            conformer_detail=_detail_kinds(table),
             label_counts={
                 name.removeprefix(LABEL_PREFIX): table.num_rows - table[name].null_count
                 for name in labels
@@ -92,12 +95,13 @@ class Statistics:
 def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
     """Of all molecules together; histograms sorted, atoms by number, the rest by name."""
     molecules = atoms = with_coordinates = 0
-    status, labels, sizes, elements = (Counter[str]() for _ in range(4))
+    status, details, labels, sizes, elements = (Counter[str]() for _ in range(5))
     for part in parts:
         molecules += part.molecules
         atoms += part.atoms
         with_coordinates += part.with_coordinates
         status.update(part.conformer_status)
+        details.update(part.conformer_detail)
         labels.update(part.label_counts)
         sizes.update(part.atom_count_histogram)
         elements.update(part.elements)
@@ -106,6 +110,7 @@ def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
         atoms=atoms,
         with_coordinates=with_coordinates,
         conformer_status=dict(sorted(status.items())),
+        conformer_detail=dict(sorted(details.items())),
         label_counts=dict(sorted(labels.items())),
         atom_count_histogram={size: sizes[size] for size in sorted(sizes, key=int)},
         elements=dict(sorted(elements.items())),
@@ -122,6 +127,17 @@ def _molecules_with_each_code(
     present[np.repeat(np.arange(len(num_atoms)), num_atoms), codes] = True
     molecules: NDArray[np.int64] = present.sum(axis=0, dtype=np.int64)
     return molecules
+
+
+def _detail_kinds(table: pa.Table) -> dict[str, int]:
+    """How many molecules have a statement of each kind: ``kind: what; kind: what``."""
+    kinds: Counter[str] = Counter()
+    if "conformer_detail" not in table.column_names:  # shards of format version 1 have none
+        return {}
+    for detail, count in _value_counts(table["conformer_detail"]).items():
+        for kind in {part.split(":", 1)[0] for part in detail.split("; ") if part}:
+            kinds[kind] += count
+    return dict(kinds)
 
 
 def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:

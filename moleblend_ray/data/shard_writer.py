@@ -266,6 +266,8 @@ def _molecule_table(
         "source_row": [record.row for record in records],
         "smiles": [molecule.smiles for molecule in molecules],
         "conformer_status": [str(molecule.conformer_status) for molecule in molecules],
+        "conformer_detail": [molecule.conformer_detail for molecule in molecules],
+        "conformer_energies": [molecule.conformer_energies for molecule in molecules],
         "num_atoms": [molecule.num_atoms for molecule in molecules],
         "atom_features": [molecule.atom_features for molecule in molecules],
         "bonds": [molecule.bonds for molecule in molecules],

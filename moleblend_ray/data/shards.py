@@ -27,8 +27,8 @@ from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, g
 from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.errors import DataError
 
-FORMAT_VERSION: Final = 1
-"""Raised whenever older code could not read what newer code writes."""
+FORMAT_VERSION: Final = 2
+"""Raised whenever older code could not read what newer code writes. Every version is read."""
 
 MANIFEST_NAME: Final = "manifest.json"
 QUARANTINE_DIR: Final = "quarantine"
@@ -48,6 +48,8 @@ MOLECULE_FIELDS: Final = (
     pa.field("source_row", pa.int64()),
     pa.field("smiles", pa.string()),
     pa.field("conformer_status", pa.string()),
+    pa.field("conformer_detail", pa.string()),
+    pa.field("conformer_energies", pa.list_(pa.float32()), metadata={"unit": "kcal/mol"}),
     pa.field("num_atoms", pa.uint16()),
     pa.field("atom_features", pa.list_(pa.uint8())),
     pa.field("bonds", pa.list_(pa.uint16())),
@@ -57,6 +59,8 @@ MOLECULE_FIELDS: Final = (
     pa.field("position_mask", pa.list_(pa.bool_())),
 )
 """Columns of every shard, before its label columns. The graph columns stand together: one range read gets them."""
+
+_SINCE_VERSION_2: Final = frozenset({"conformer_detail", "conformer_energies"})
 
 GRAPH_COLUMNS: Final = (
     "num_atoms",
@@ -83,6 +87,7 @@ QUARANTINE_SCHEMA: Final = pa.schema(
 
 _DICTIONARY_COLUMNS: Final = (
     "conformer_status",
+    "conformer_detail",
     "num_atoms",
     "atom_features.list.element",
     "bonds.list.element",
@@ -162,6 +167,8 @@ class Counts:
     """Conformer status -> molecules out."""
     duplicate_ids: int
     """Molecules whose ``mol_id`` another before it has too; those in the quarantine as duplicates count as well."""
+    conformer_detail: dict[str, int] = field(default_factory=dict)
+    """Kind of statement in ``conformer_detail`` (its words before the colon) -> molecules out."""
     without_inchikey: int = 0
     """With ``deduplicate``: molecules of which InChI makes no key, so that they are never found to be duplicates."""
     atom_count_histogram: dict[str, int] = field(default_factory=dict)
@@ -220,13 +227,15 @@ def fingerprint(
     options: Mapping[str, Any],
     labels: Sequence[LabelInfo],
     shards: Sequence[ShardInfo],
+    *,
+    format_version: int = FORMAT_VERSION,
 ) -> str:
     """The identity of a data set's molecules, wherever they and their sources are.
 
     The quarantine, which names the sources, is no part of it.
     """
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version,
         "featurizer_version": featurizer_version,
         "options": dict(options),
         "labels": [asdict(label) for label in labels],
@@ -262,7 +271,11 @@ def load_manifest(uri: str) -> Manifest:
             f"{manifest_uri} is damaged: {error!s}. Prepare the data set again."
         ) from error
     found = fingerprint(
-        manifest.featurizer_version, manifest.options, manifest.labels, manifest.shards
+        manifest.featurizer_version,
+        manifest.options,
+        manifest.labels,
+        manifest.shards,
+        format_version=manifest.format_version,
     )
     if found != manifest.fingerprint:
         raise DataError(
@@ -272,16 +285,20 @@ def load_manifest(uri: str) -> Manifest:
     return manifest
 
 
-def shard_schema(labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]]) -> pa.Schema:
-    """The schema of a shard with these labels (``LabelInfo`` or (name, unit))."""
+def shard_schema(
+    labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]],
+    format_version: int = FORMAT_VERSION,
+) -> pa.Schema:
+    """The schema of a shard with these labels (``LabelInfo`` or (name, unit)), as of a version of the format."""
     label_fields = []
     for label in labels:
         name, unit = (label.name, label.unit) if isinstance(label, LabelInfo) else label
         metadata = {"unit": unit} if unit else None
         label_fields.append(pa.field(LABEL_PREFIX + name, pa.float64(), metadata=metadata))
+    absent = _SINCE_VERSION_2 if format_version < 2 else ()
     return pa.schema(
-        [*MOLECULE_FIELDS, *label_fields],
-        metadata={"moleblend.format_version": str(FORMAT_VERSION)},
+        [*(field for field in MOLECULE_FIELDS if field.name not in absent), *label_fields],
+        metadata={"moleblend.format_version": str(format_version)},
     )
 
 
@@ -341,7 +358,7 @@ class ShardReader:
         """
         self._uri = uri
         self._shards = manifest.shards_of(split)
-        self._schema = shard_schema(manifest.labels)
+        self._schema = shard_schema(manifest.labels, manifest.format_version)
         self._columns = list(columns) if columns is not None else self._schema.names
         unknown = [name for name in self._columns if name not in self._schema.names]
         if unknown:

@@ -533,6 +533,15 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
     for split in ["train", *([] if config.split_file else wanted)]:
         if not manifest.num_molecules(split):
             logger.warning("%s: split %s has no molecules", without_credentials(config.out), split)
+    failed = counts.conformer_status.get("failed", 0)
+    if failed:
+        logger.warning(
+            "%d of %d molecules have no coordinates, as no conformer could be made (column conformer_detail "
+            "tells why; of all molecules: %s)",
+            failed,
+            counts.rows_out,
+            ", ".join(f"{kind} {count}" for kind, count in counts.conformer_detail.items()),
+        )
     if counts.duplicate_ids:
         logger.info("%d rows repeat the id of another", counts.duplicate_ids)
     if config.deduplicate != "none":

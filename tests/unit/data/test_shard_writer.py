@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moleblend_ray.chemistry import conformers
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data import storage
@@ -148,6 +149,9 @@ def test_shards_hold_what_the_featurizer_gives(tmp_path: Path) -> None:
         assert row["bond_features"] == molecule.bond_features.reshape(-1).tolist()
         assert row["num_conformers"] == molecule.num_conformers
         assert row["conformer_status"] == str(molecule.conformer_status)
+        assert row["conformer_detail"] == molecule.conformer_detail
+        energies = np.array(row["conformer_energies"], np.float32)
+        np.testing.assert_array_equal(energies, molecule.conformer_energies)
         np.testing.assert_array_equal(
             np.array(row["positions"], np.float32), molecule.positions.reshape(-1)
         )
@@ -155,6 +159,26 @@ def test_shards_hold_what_the_featurizer_gives(tmp_path: Path) -> None:
     assert table["mol_id"].to_pylist() == ["in_0", "in_1", "in_2"]
     block = block_from_table(table, np.arange(3))
     assert block.num_atoms.tolist() == [3, 1, 5]
+
+
+def test_made_conformers_do_not_depend_on_chunks_or_the_child_that_makes_them(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("smiles\nCCO\nC[Se]C\nC1#CC1\nOCC\nCC(N)C(=O)O\n")
+    config = FeaturizeConfig(conformers=ConformerConfig(generate=True, count=3))
+    tables = []
+    for rows_per_chunk in (1, 5):
+        out = tmp_path / str(rows_per_chunk)
+        manifest = convert(
+            source, out, featurize=config, valid_fraction=0.0, rows_per_chunk=rows_per_chunk
+        )
+        assert manifest.counts.conformer_status == {"failed": 1, "relaxed": 4}
+        assert manifest.counts.conformer_detail == {"embedding failed": 1, "force field": 1}
+        tables.append(ShardReader(str(out), manifest, "train").read(np.arange(5)))
+        conformers._worker().close()
+    assert tables[0].equals(tables[1])
+    assert tables[0]["conformer_energies"].to_pylist()[2] == []
 
 
 SDF_ATOMS = """{title}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -33,6 +34,8 @@ def make_table(num_rows: int, seed: int) -> pa.Table:
         "source_row": list(range(num_rows)),
         "smiles": ["C" * n for n in num_atoms],
         "conformer_status": ["source"] * num_rows,
+        "conformer_detail": [""] * num_rows,
+        "conformer_energies": [[float(row)] for row in range(num_rows)],
         "num_atoms": num_atoms,
         "atom_features": [rng.integers(0, 9, 9 * n).tolist() for n in num_atoms],
         "bonds": [rng.integers(0, n, 2 * n).tolist() for n in num_atoms],
@@ -267,10 +270,10 @@ def test_a_data_set_without_manifest_is_told_to_be_unfinished(tmp_path: Path) ->
 
 def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:
     manifest, _ = write_dataset(str(tmp_path))
-    newer = {**manifest.to_json(), "format_version": 2, "unheard_of": True}
+    newer = {**manifest.to_json(), "format_version": shards.FORMAT_VERSION + 1, "unheard_of": True}
     storage.write_json(str(tmp_path / "manifest.json"), newer)
     with pytest.raises(
-        DataError, match=r"format version 2; this installation reads up to 1.*Upgrade"
+        DataError, match=r"format version 3; this installation reads up to 2.*Upgrade"
     ):
         shards.load_manifest(str(tmp_path))
 
@@ -296,3 +299,55 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "manifest.json"), changed.to_json())
     with pytest.raises(DataError, match="changed after it was written"):
         shards.load_manifest(str(tmp_path))
+
+
+def test_a_data_set_of_format_version_1_is_read_without_the_columns_it_lacks(
+    tmp_path: Path,
+) -> None:
+    lacking = ["conformer_detail", "conformer_energies"]
+    table = make_table(100, 0).drop_columns(lacking)
+    content = shards.encode_shard(table, GROUP_ROWS)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "0.parquet").write_bytes(content)
+    shard = {
+        "path": "train/0.parquet",
+        "split": "train",
+        "num_rows": 100,
+        "num_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    labels = [{"name": label.name, "unit": label.unit, "count": 0} for label in LABELS]
+    identity = {
+        "format_version": 1,
+        "featurizer_version": 1,
+        "options": {"x": 1},
+        "labels": [{**label, "num_unreadable": 0} for label in labels],
+        "shards": [[shard["path"], 100, shard["sha256"]]],
+    }
+    old = {
+        **identity,
+        "sources": [],
+        "labels": labels,
+        "shards": [shard],
+        "counts": {
+            "rows_in": 100,
+            "rows_out": 100,
+            "rows_quarantined": 0,
+            "quarantined_by_reason": {},
+            "atoms_out": 0,
+            "with_coordinates": 100,
+            "conformer_status": {"source": 100},
+            "duplicate_ids": 0,
+        },
+        "row_group_rows": GROUP_ROWS,
+        "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps(old))
+    manifest = shards.load_manifest(str(tmp_path))
+    assert manifest.counts.conformer_detail == {}
+    reader = ShardReader(str(tmp_path), manifest, "train", verify=True)
+    positions = np.array([99, 0, 64])
+    assert reader.read(positions).equals(table.take(pa.array(positions)))
+    assert pa.concat_tables(reader.iter_tables()).num_rows == 100
+    with pytest.raises(DataError, match="has no columns"):
+        ShardReader(str(tmp_path), manifest, "train", columns=lacking)
