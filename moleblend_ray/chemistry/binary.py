@@ -95,12 +95,8 @@ class DecodedGraphs(NamedTuple):
 def to_binary(mol: Chem.Mol) -> bytes:
     """RDKit's binary form, without properties.
 
-    Rings that RDKit has forgotten, as when it removes hydrogens, are found again.
+    A molecule whose rings RDKit has forgotten, as when it removes hydrogens, is of the kind not known here.
     """
-    try:
-        mol.GetRingInfo().NumRings()
-    except RuntimeError:  # RDKit's way to say that nobody has looked for rings
-        Chem.FastFindRings(mol)
     binary: bytes = mol.ToBinary(_NO_PROPERTIES)
     return binary
 
