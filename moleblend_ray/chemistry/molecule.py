@@ -6,7 +6,6 @@ rejection with a reason code, so that a data set accounts for every row.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -336,10 +335,12 @@ def _check_unsanitized(mol: Chem.Mol | None, config: FeaturizeConfig) -> None:
     """Reject a molecule whose heavy atoms alone are too many. None passes: the full parse says what is wrong."""
     if mol is None or mol.GetNumAtoms() == 0:
         return
-    parts = [mol]
+    heavy_atoms = mol.GetNumHeavyAtoms()
     if config.salts != "keep":
-        parts = list(Chem.GetMolFrags(mol, asMols=True, sanitizeFrags=False))
-    heavy_atoms = max(part.GetNumHeavyAtoms() for part in parts)
+        is_heavy = [atom.GetAtomicNum() != 1 for atom in mol.GetAtoms()]
+        heavy_atoms = max(
+            sum(map(is_heavy.__getitem__, fragment)) for fragment in Chem.GetMolFrags(mol)
+        )
     if heavy_atoms > config.max_atoms:
         _check_size(heavy_atoms, config)
 
@@ -467,12 +468,15 @@ def _positions_of(row: GeometryRow) -> NDArray[np.float64] | None:
     return positions if _has_positions(positions) else None
 
 
+_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+
+
 def _has_positions(positions: NDArray[np.float64]) -> bool:
     """Whether these are coordinates at all: several atoms in the origin are a file without any."""
-    total = float(positions.sum())
-    if total and math.isfinite(total):  # the usual case, told by one pass
+    extent = float(np.abs(positions).max()) if len(positions) else 0.0
+    if 0.0 < extent <= _FLOAT32_MAX:  # the usual case, told by one pass
         return True
-    finite = np.isfinite(positions)
+    finite = np.abs(positions) <= _FLOAT32_MAX  # as what they are stored
     if not finite.all():
         atom = int(np.argmin(finite.all(axis=1)))
         raise _RejectedError(
