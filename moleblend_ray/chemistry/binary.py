@@ -58,6 +58,10 @@ _PLAIN_BOND: Final = _BOND_IS_AROMATIC | _IS_CONJUGATED | _HAS_TYPE | _HAS_DIREC
 
 _SP3: Final = int(Chem.HybridizationType.SP3)
 _SINGLE: Final = int(Chem.BondType.SINGLE)
+_ZERO: Final = int(Chem.BondType.ZERO)
+
+_CHIRAL_NEIGHBOURS: Final = 3
+"""An atom whose hydrogens went may keep a chirality that fewer neighbours do not give a meaning."""
 
 
 class CodeTables(NamedTuple):
@@ -95,12 +99,8 @@ class DecodedGraphs(NamedTuple):
 def to_binary(mol: Chem.Mol) -> bytes:
     """RDKit's binary form, without properties.
 
-    Rings that RDKit has forgotten, as when it removes hydrogens, are found again.
+    A molecule whose rings RDKit has forgotten, as when it removes hydrogens, is of the kind not known here.
     """
-    try:
-        mol.GetRingInfo().NumRings()
-    except RuntimeError:  # RDKit's way to say that nobody has looked for rings
-        Chem.FastFindRings(mol)
     binary: bytes = mol.ToBinary(_NO_PROPERTIES)
     return binary
 
@@ -195,7 +195,13 @@ def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # t
     at = _decode_bonds(data, at + 1, tables, stereo_type, atoms, bonds, bond_features)
     if at < 0:
         return False
+    if data[at] == _BEGIN_FAST_RINGS and (bond_features[:, 0] == tables.bond_type[_ZERO]).any():
+        return (
+            False  # these rings run through dative bonds, too; RDKit counts only those that do not
+        )
     for atom in range(atoms.shape[0]):
+        if atoms[atom, 2] - np.int64(atoms[atom, 4]) < _CHIRAL_NEIGHBOURS:
+            atoms[atom, 1] = 0
         atoms[atom, 2] = tables.degree[atoms[atom, 2]]
         atoms[atom, 4] = tables.hydrogens[atoms[atom, 4]]
     return _decode_rings(data, at, atoms)
@@ -270,8 +276,8 @@ def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  
         bond_features[bond, 0] = code
         bond_features[bond, 1] = tables.bond_stereo[stereo] if code == stereo_type else 0
         bond_features[bond, 2] = 1 if flags & _IS_CONJUGATED else 0
-        atoms[begin, 2] += 1
-        atoms[end, 2] += 1
+        atoms[begin, 2] = min(np.int64(atoms[begin, 2]) + 1, 255)
+        atoms[end, 2] = min(np.int64(atoms[end, 2]) + 1, 255)
     return at
 
 

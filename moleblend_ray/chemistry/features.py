@@ -115,7 +115,9 @@ def graph_arrays(binaries: Sequence[bytes]) -> list[GraphArrays]:
                 )
             )
         else:
-            arrays.append(graph_arrays_by_getters(from_binary(binaries[index])))
+            mol = from_binary(binaries[index])
+            Chem.GetSymmSSSR(mol)  # it may have rings of another kind, or none
+            arrays.append(graph_arrays_by_getters(mol))
         atom, bond = next_atom, next_bond
     return arrays
 

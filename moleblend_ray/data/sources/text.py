@@ -19,6 +19,8 @@ from moleblend_ray.data.sources.records import Format
 from moleblend_ray.errors import DataError
 
 MAX_RECORD_BYTES: Final = 16 << 20
+# The csv module's own 128 KiB would let one long cell end the job; it becomes a rejected row instead.
+csv.field_size_limit(MAX_RECORD_BYTES)
 
 _BLOCK_BYTES: Final = 1 << 20
 _ZSTD_BYTES: Final = 1 << 15

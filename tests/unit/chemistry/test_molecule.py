@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from rdkit import Chem
 from rdkit.Chem import rdDepictor, rdDistGeom
 
+from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus
+from moleblend_ray.chemistry.features import graph_arrays
 from moleblend_ray.chemistry.molecule import (
     GeometryRow,
     Molecule,
@@ -311,6 +314,49 @@ def test_a_nearly_flat_record_marked_3d_with_an_open_double_bond_has_coordinates
     molecule = accepted(molecule_from_molblock(molblock(lines, num_bonds=3), CONFIG))
     assert molecule.num_conformers == 1
     assert molecule.smiles == "C/N=N/C"
+
+
+def test_coordinates_beyond_single_precision_are_not_finite() -> None:
+    block = molblock([atom_line("C", 0, 0, 1), atom_line("C", 0, 0, 2)])
+    assert accepted(molecule_from_molblock(block, CONFIG)).num_conformers == 1
+    row = row_of(embedded("C"), positions=[1e39] + [1.0] * 14)
+    assert rejected(molecule_from_geometry(row, CONFIG)) is RejectionCode.NON_FINITE_COORDINATES
+
+
+def test_an_atom_that_loses_its_hydrogens_loses_a_chirality_they_gave() -> None:
+    # Two of four neighbours are hydrogens, and the record is flat enough for RDKit to see a centre.
+    mol = Chem.MolFromSmiles("CCC")
+    mol.GetAtomWithIdx(1).SetChiralTag(Chem.ChiralType.CHI_TETRAHEDRAL_CW)
+    assert not graph_arrays([to_binary(mol)])[0].atom_features[:, 1].any()
+
+
+def test_dative_bonds_close_no_ring_in_a_record_either() -> None:
+    block = Chem.MolToMolBlock(embedded("C1CN->[Zn]<-N1"), forceV3000=True)
+    molecule = accepted(molecule_from_molblock(block, CONFIG))
+    assert not molecule.atom_features[:, 8].any()
+    from_text = accepted(molecule_from_smiles(molecule.smiles, CONFIG))
+    assert not from_text.atom_features[:, 8].any()
+
+
+@pytest.mark.parametrize(
+    ("smiles", "atoms"), [("C1CC1" * 3000, 9000), ("C" * 1_000_000, 1_000_000), ("C1" * 200_000, 0)]
+)
+def test_a_text_far_too_long_is_turned_away_before_rdkit_labours_over_it(
+    smiles: str, atoms: int
+) -> None:
+    began = time.process_time()
+    outcome = molecule_from_smiles(smiles, CONFIG)
+    assert time.process_time() - began < 5
+    assert rejected(outcome) is RejectionCode.TOO_MANY_ATOMS
+    assert isinstance(outcome, Rejection)
+    assert str(atoms or len(smiles)) in outcome.detail
+
+
+def test_small_fragments_of_a_long_text_are_kept_if_salts_are_dropped() -> None:
+    smiles = ".".join(["CCO"] * 520)
+    largest = FeaturizeConfig(salts="largest_fragment")
+    assert accepted(molecule_from_smiles(smiles, largest)).smiles == "CCO"
+    assert rejected(molecule_from_smiles(smiles, CONFIG)) is RejectionCode.TOO_MANY_ATOMS
 
 
 @pytest.mark.parametrize("block", [None, "", "\n\n\n", "garbage", "a\nb\nc\nd\ne\n", "\0" * 50, 3])
