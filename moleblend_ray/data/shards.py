@@ -383,7 +383,7 @@ class ShardReader:
 
     def read(self, positions: NDArray[np.int64]) -> pa.Table:
         """The rows at ``positions`` (M,), in that order; repeats allowed."""
-        places, which, row = self._locate(positions)
+        places, which, row = self._locate(np.asarray(positions, dtype=np.int64))
         if not places:
             return self._schema.empty_table().select(self._columns)
         order = np.lexsort((row, which))
@@ -404,6 +404,7 @@ class ShardReader:
         ``conformer`` (M,) chooses among a molecule's conformers as :func:`block.gather` says. What a call
         holds besides its result is bounded by the cache, however many row groups the positions touch.
         """
+        positions = np.asarray(positions, dtype=np.int64)
         places, which, row = self._locate(positions)
         held: list[GraphColumns] = []
         held_bytes = 0
@@ -454,7 +455,6 @@ class ShardReader:
         self, positions: NDArray[np.int64]
     ) -> tuple[list[_Place], NDArray[np.int64], NDArray[np.int64]]:
         """The row groups that hold ``positions``, in order; for each position, which of these and which row."""
-        positions = np.asarray(positions, dtype=np.int64)
         self._check_positions(positions)
         shard = np.searchsorted(self._starts, positions, side="right") - 1
         group, row = np.divmod(positions - self._starts[shard], self._group_rows)
