@@ -1,0 +1,28 @@
+"""The size of the actor pool follows from measured rates, within its bounds."""
+
+from __future__ import annotations
+
+import pytest
+
+from moleblend_ray.orchestration.pool import PoolBounds, Rates, wanted_actors
+
+BOUNDS = PoolBounds(fewest=1, most=16, molecules_per_block=4096)
+
+
+@pytest.mark.parametrize(
+    ("build_s", "blocks_per_s", "starving", "running", "expected"),
+    [
+        (0.05, 1.0, 0.0, 1, 1),  # 5 % of one actor
+        (0.05, 1.0, 0.0, 8, 1),  # a pool that is too large is told so
+        (0.05, 60.0, 0.0, 4, 4),  # three busy ones and a fifth to spare
+        (0.05, 18.0, 1.0, 1, 2),  # starving: one more
+        (0.05, 72.0, 1.0, 4, 6),  # starving: half more
+        (0.05, 300.0, 1.0, 16, 16),  # never above the bound
+        (0.05, 0.0, 0.0, 3, 1),  # never below it
+    ],
+)
+def test_actors_follow_the_trainers_appetite(
+    build_s: float, blocks_per_s: float, starving: float, running: int, expected: int
+) -> None:
+    rates = Rates(build_s=build_s, blocks_per_s=blocks_per_s, starving_share=starving)
+    assert wanted_actors(rates, running, BOUNDS) == expected

@@ -1,0 +1,66 @@
+"""Steps prepared ahead: the same steps in the same order, bounded, with errors as themselves."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+
+import pytest
+import torch
+import toy
+
+from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.training.prefetch import DevicePrefetch, to_device
+
+CPU = torch.device("cpu")
+
+
+def test_steps_come_in_order_and_equal_those_prepared_one_by_one() -> None:
+    with DevicePrefetch(islice(toy.steps(), 4), CPU, 2) as ahead:
+        found = list(ahead)
+    expected = [to_device(batch, CPU) for batch in islice(toy.steps(), 4)]
+    assert [step.batch.step for step in found] == [0, 1, 2, 3]
+    for ours, theirs in zip(found, expected, strict=True):
+        for molecules, others in zip(ours.molecules, theirs.molecules, strict=True):
+            assert torch.equal(molecules.spd, others.spd)
+            assert torch.equal(molecules.positions, others.positions)
+            assert torch.equal(molecules.molecule_ids, others.molecule_ids)
+
+
+def test_no_more_steps_are_taken_ahead_than_asked() -> None:
+    batch = next(toy.steps())
+    taken = count()
+    newest = 0
+
+    def steps() -> Iterator[StepBatch]:
+        nonlocal newest
+        while True:
+            newest = next(taken)
+            yield batch
+
+    with DevicePrefetch(steps(), CPU, 3) as ahead:
+        next(ahead)
+        time.sleep(0.5)
+        assert 3 <= newest <= 4  # three wait, one is at work; the first was taken
+
+
+def test_an_error_of_the_stream_is_raised_after_the_steps_before_it() -> None:
+    def steps() -> Iterator[StepBatch]:
+        yield next(toy.steps())
+        raise TrainingError("a gap")
+
+    with DevicePrefetch(steps(), CPU, 2) as ahead:
+        assert next(ahead).batch.step == 0
+        for _ in range(2):
+            with pytest.raises(TrainingError, match="a gap"):
+                next(ahead)
+
+
+def test_leaving_ends_the_thread_while_steps_are_waiting() -> None:
+    before = threading.active_count()
+    with DevicePrefetch(iter(toy.steps()), CPU, 1) as ahead:
+        next(ahead)
+    assert threading.active_count() == before
