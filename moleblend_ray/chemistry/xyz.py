@@ -7,6 +7,7 @@ and from the relaxed geometry; the InChIs likewise. Exponents may be spelled ``*
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -116,9 +117,11 @@ def _atomic_number(symbol: str) -> int:
     return int(Chem.GetPeriodicTable().GetAtomicNumber(symbol))
 
 
-@lru_cache(maxsize=256)
-def _radius(number: int) -> float:
-    return float(Chem.GetPeriodicTable().GetRcovalent(number))
+@lru_cache(maxsize=1)
+def _radii() -> NDArray[np.float64]:
+    """(119,) covalent radius by atomic number, angstrom."""
+    table = Chem.GetPeriodicTable()
+    return np.array([table.GetRcovalent(number) for number in range(119)])
 
 
 class _Skeleton(NamedTuple):
@@ -130,88 +133,123 @@ class _Skeleton(NamedTuple):
     """Pairs (lower, higher)."""
     num_hydrogens: tuple[int, ...]
     """(H,)"""
+    reaches: NDArray[np.float64]
+    """(H, H) distance of each pair in sums of their covalent radii."""
+
+
+class _Drawing(NamedTuple):
+    """What a SMILES says of its H heavy atoms, read from RDKit once."""
+
+    atoms: list[tuple[int, int]]
+    """(H,) atomic number and number of hydrogens."""
+    charges: list[int]
+    """(H,)"""
+    bonds: list[tuple[int, int, int]]
+    """Atoms and Kekule order of each bond."""
+
+    def pairs(self, mapping: Sequence[int]) -> set[tuple[int, int]]:
+        """Ends of the bonds (lower, higher) under a mapping of the atoms."""
+        ends = ((mapping[begin], mapping[end]) for begin, end, _ in self.bonds)
+        return {(begin, end) if begin < end else (end, begin) for begin, end in ends}
+
+
+def _drawing(smiles: str) -> _Drawing | None:
+    mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
+    if mol is None:
+        return None
+    Chem.Kekulize(mol, clearAromaticFlags=True)
+    # By index: RDKit's own sequences of atoms and bonds ask for their length at each step.
+    atoms = [mol.GetAtomWithIdx(index) for index in range(mol.GetNumAtoms())]
+    bonds = [mol.GetBondWithIdx(index) for index in range(mol.GetNumBonds())]
+    return _Drawing(
+        [(atom.GetAtomicNum(), atom.GetTotalNumHs()) for atom in atoms],
+        [atom.GetFormalCharge() for atom in atoms],
+        [(b.GetBeginAtomIdx(), b.GetEndAtomIdx(), int(b.GetBondTypeAsDouble())) for b in bonds],
+    )
 
 
 def _with_bonds_of(smiles: str, record: XyzRecord) -> GeometryRow | None:
-    mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
-    if mol is None or mol.GetNumAtoms() != np.count_nonzero(record.atomic_numbers > 1):
+    drawing = _drawing(smiles)
+    heavy = np.flatnonzero(record.atomic_numbers > 1)
+    if drawing is None or len(drawing.atoms) != len(heavy):
         return None
-    Chem.Kekulize(mol, clearAromaticFlags=True)
-    owners = _hydrogen_owners(record)
+    reaches = _reaches(record)
+    owners = _hydrogen_owners(record, reaches, heavy)
     if owners is None:
         return None
     for reach in _REACH:
-        skeleton = _skeleton(record, owners, reach)
-        mapping = _mapping(mol, record, skeleton)
+        skeleton = _skeleton(record, reaches, owners, heavy, reach)
+        mapping = _mapping(drawing, record, skeleton)
         if mapping is not None:
-            return _row(mol, record, owners, skeleton.atoms[list(mapping)])
+            return _row(drawing, record, owners, heavy[list(mapping)])
     return None
 
 
-def _hydrogen_owners(record: XyzRecord) -> NDArray[np.intp] | None:
+def _reaches(record: XyzRecord) -> NDArray[np.float64]:
+    """(N, N) distance of each pair of atoms in sums of their covalent radii."""
+    places, radii = record.positions, _radii()[record.atomic_numbers]
+    apart = places[:, None] - places
+    distances: NDArray[np.float64] = np.sqrt(np.einsum("ijk,ijk->ij", apart, apart))
+    return distances / (radii[:, None] + radii)
+
+
+def _hydrogen_owners(
+    record: XyzRecord, reaches: NDArray[np.float64], heavy: NDArray[np.intp]
+) -> NDArray[np.intp] | None:
     """For each hydrogen, in order, the nearest heavy atom; None if one is out of reach of all."""
-    heavy = np.flatnonzero(record.atomic_numbers > 1)
     hydrogens = np.flatnonzero(record.atomic_numbers == 1)
-    distances = np.linalg.norm(
-        record.positions[hydrogens, None] - record.positions[None, heavy], axis=-1
-    )
-    radii = np.array([_radius(int(number)) for number in record.atomic_numbers[heavy]])
-    excess = distances / (radii + _radius(1))
-    nearest = excess.argmin(axis=1) if hydrogens.size else np.empty(0, np.intp)
-    if (excess[np.arange(len(hydrogens)), nearest] > _HYDROGEN_REACH).any():
+    if not hydrogens.size:
+        return np.empty(0, np.intp)
+    to_heavy = reaches[hydrogens][:, heavy]
+    if to_heavy.min(axis=1).max() > _HYDROGEN_REACH:
         return None
-    owners: NDArray[np.intp] = heavy[nearest]
+    owners: NDArray[np.intp] = heavy[to_heavy.argmin(axis=1)]
     return owners
 
 
-def _skeleton(record: XyzRecord, owners: NDArray[np.intp], reach: float) -> _Skeleton:
-    heavy = np.flatnonzero(record.atomic_numbers > 1)
-    places = record.positions[heavy]
-    radii = np.array([_radius(int(number)) for number in record.atomic_numbers[heavy]])
-    distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
-    first, second = np.nonzero(np.triu(distances < reach * (radii[:, None] + radii), k=1))
+def _skeleton(
+    record: XyzRecord,
+    reaches: NDArray[np.float64],
+    owners: NDArray[np.intp],
+    heavy: NDArray[np.intp],
+    reach: float,
+) -> _Skeleton:
+    between = reaches[heavy][:, heavy]
+    first, second = np.nonzero(between < reach)
+    pairs = zip(first.tolist(), second.tolist(), strict=True)
     counts = np.bincount(owners, minlength=len(record.atomic_numbers))[heavy]
     return _Skeleton(
         heavy,
-        frozenset(zip(first.tolist(), second.tolist(), strict=True)),
+        frozenset((begin, end) for begin, end in pairs if begin < end),
         tuple(counts.tolist()),
+        between,
     )
 
 
-def _mapping(mol: Chem.Mol, record: XyzRecord, skeleton: _Skeleton) -> tuple[int, ...] | None:
-    """Place among the heavy atoms for each atom of ``mol``; None if the graphs differ."""
-    if mol.GetNumBonds() != len(skeleton.bonds):
+def _mapping(drawing: _Drawing, record: XyzRecord, skeleton: _Skeleton) -> Sequence[int] | None:
+    """Place among the heavy atoms for each atom of the drawing; None if the graphs differ."""
+    if len(drawing.bonds) != len(skeleton.bonds):
         return None
     numbers = record.atomic_numbers[skeleton.atoms].tolist()
-    wanted = [(atom.GetAtomicNum(), atom.GetTotalNumHs()) for atom in mol.GetAtoms()]
     found = list(zip(numbers, skeleton.num_hydrogens, strict=True))
-    if sorted(wanted) != sorted(found):
+    if sorted(drawing.atoms) != sorted(found):
         return None
-    same = tuple(range(len(found)))
+    same = range(len(found))
+    drawn = drawing.pairs(same)
     # The published order is that of the SMILES for nearly all molecules.
     if (
-        wanted == found
-        and {_pair(bond, same) for bond in mol.GetBonds()} == skeleton.bonds
-        and not _has_long_multiple_bond(mol, record, skeleton)
+        drawing.atoms == found
+        and drawn == skeleton.bonds
+        and not _has_long_multiple_bond(drawing, skeleton)
     ):
         return same
     matches = _graph(found, skeleton.bonds).GetSubstructMatches(
-        _graph(wanted, {_pair(bond, same) for bond in mol.GetBonds()}),
-        uniquify=False,
-        maxMatches=_MAX_MAPPINGS,
+        _graph(drawing.atoms, drawn), uniquify=False, maxMatches=_MAX_MAPPINGS
     )
-    if not matches:
-        return None
-    places = record.positions[skeleton.atoms]
-    best: tuple[int, ...] = min(
-        map(tuple, matches), key=lambda match: _multiple_bond_length(mol, places, match)
+    best: Sequence[int] | None = min(
+        matches, key=lambda match: _multiple_bond_length(drawing, skeleton, match), default=None
     )
     return best
-
-
-def _pair(bond: Chem.Bond, mapping: tuple[int, ...]) -> tuple[int, int]:
-    begin, end = mapping[bond.GetBeginAtomIdx()], mapping[bond.GetEndAtomIdx()]
-    return (begin, end) if begin < end else (end, begin)
 
 
 def _graph(
@@ -230,45 +268,34 @@ def _graph(
     return graph
 
 
-def _has_long_multiple_bond(mol: Chem.Mol, record: XyzRecord, skeleton: _Skeleton) -> bool:
-    for bond in mol.GetBonds():
-        if bond.GetBondTypeAsDouble() > 1:
-            ends = skeleton.atoms[[bond.GetBeginAtomIdx(), bond.GetEndAtomIdx()]]
-            length = np.linalg.norm(np.subtract(*record.positions[ends]))
-            radii = sum(_radius(int(number)) for number in record.atomic_numbers[ends])
-            if length > _LONG_MULTIPLE_BOND * radii:
-                return True
-    return False
+def _has_long_multiple_bond(drawing: _Drawing, skeleton: _Skeleton) -> bool:
+    return any(
+        order > 1 and skeleton.reaches[begin, end] > _LONG_MULTIPLE_BOND
+        for begin, end, order in drawing.bonds
+    )
 
 
-def _multiple_bond_length(
-    mol: Chem.Mol, places: NDArray[np.float64], mapping: tuple[int, ...]
-) -> float:
+def _multiple_bond_length(drawing: _Drawing, skeleton: _Skeleton, mapping: Sequence[int]) -> float:
+    """Of all multiple bonds under the mapping, in sums of radii; a triple bond counts twice."""
     return sum(
-        (bond.GetBondTypeAsDouble() - 1)
-        * float(np.linalg.norm(np.subtract(*places[list(_pair(bond, mapping))])))
-        for bond in mol.GetBonds()
+        (order - 1) * float(skeleton.reaches[mapping[begin], mapping[end]])
+        for begin, end, order in drawing.bonds
     )
 
 
 def _row(
-    mol: Chem.Mol, record: XyzRecord, owners: NDArray[np.intp], atoms: NDArray[np.intp]
+    drawing: _Drawing, record: XyzRecord, owners: NDArray[np.intp], atoms: NDArray[np.intp]
 ) -> GeometryRow:
-    """Lists of atoms and bonds; ``atoms`` gives the atom of the record for each of ``mol``."""
+    """Lists of atoms and bonds; ``atoms`` gives the atom of the record for each of the drawing."""
     charges = np.zeros(len(record.atomic_numbers), np.int32)
-    charges[atoms] = [atom.GetFormalCharge() for atom in mol.GetAtoms()]
-    bonds = [
-        (atoms[b.GetBeginAtomIdx()], atoms[b.GetEndAtomIdx()], int(b.GetBondTypeAsDouble()))
-        for b in mol.GetBonds()
-    ]
+    charges[atoms] = drawing.charges
+    drawn = np.array(drawing.bonds, np.int32).reshape(-1, 3)
     hydrogens = np.flatnonzero(record.atomic_numbers == 1)
-    bonds += [(owner, hydrogen, 1) for owner, hydrogen in zip(owners, hydrogens, strict=True)]
-    begin, end, order = np.array(bonds, np.int32).reshape(-1, 3).T
     return GeometryRow(
         atomic_numbers=record.atomic_numbers,
         formal_charges=charges,
         positions=record.positions,
-        bond_begin=begin,
-        bond_end=end,
-        bond_order=order,
+        bond_begin=np.concatenate([atoms[drawn[:, 0]], owners]).astype(np.int32),
+        bond_end=np.concatenate([atoms[drawn[:, 1]], hydrogens]).astype(np.int32),
+        bond_order=np.concatenate([drawn[:, 2], np.ones(len(hydrogens), np.int32)]),
     )

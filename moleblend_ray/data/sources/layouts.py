@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 _THREADS: Final = 16
 _SAMPLE_RECORDS: Final = 1000
 """Records looked at to tell numeric columns or properties from others, and whether a geometry fits its table."""
+_SAMPLE_BYTES: Final = 64 << 20
+"""The sample ends with the record that makes it so large."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
@@ -190,9 +192,9 @@ def _says_smiles(cell: bytes) -> bool:
 def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> _View:
     with open_records(file) as records:
         sample = _first_records(file, records, _SAMPLE_RECORDS)
+        is_whole = _is_at_end(records)
     properties = [sd_properties(sd_text(record))[1] for record in sample]
     names = tuple(dict.fromkeys(name for record in properties for name in record))
-    is_whole = len(sample) < _SAMPLE_RECORDS
     if config.id_column is not None and is_whole and sample:
         _require(file, "id_column", config.id_column, names)
     numeric = [
@@ -283,10 +285,15 @@ def _check_geometry(layout: SourceLayout) -> None:
 
 
 def _first_items(file: SourceFile, items: Iterator[Item]) -> list[Item]:
+    """The same of records with their geometries."""
     found: list[Item] = []
+    num_bytes = 0
     try:
         for item in islice(items, _SAMPLE_RECORDS):
-            found.append(item)  # noqa: PERF402 - those before the damage are wanted, too
+            found.append(item)
+            num_bytes += item.num_bytes
+            if num_bytes >= _SAMPLE_BYTES:
+                break
     except DamageError as damage:
         if not found:
             raise unreadable(file.uri, 0, damage) from damage
@@ -307,13 +314,24 @@ def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
 def _first_records(file: SourceFile, records: Iterator[bytes], count: int) -> list[bytes]:
     """Up to ``count`` records; damage further on is left to the reading to report, with the record's number."""
     found: list[bytes] = []
+    num_bytes = 0
     try:
         for record in islice(records, count):
-            found.append(record)  # noqa: PERF402 - those before the damage are wanted, too
+            found.append(record)
+            num_bytes += len(record)
+            if num_bytes >= _SAMPLE_BYTES:
+                break
     except DamageError as damage:
         if not found:
             raise unreadable(file.uri, 0, damage) from damage
     return found
+
+
+def _is_at_end(records: Iterator[bytes]) -> bool:
+    try:
+        return next(records, None) is None
+    except DamageError:
+        return False
 
 
 def _merge_labels(views: Sequence[_View]) -> tuple[LabelColumn, ...]:

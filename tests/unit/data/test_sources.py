@@ -603,3 +603,20 @@ def test_text_files_in_a_directory_are_notes(tmp_path: Path) -> None:
     (tmp_path / "README.txt").write_text("C\n")
     (tmp_path / "m.smi").write_text("CC\n")
     assert smiles_of(records_of(tmp_path)) == ["CC"]
+
+
+def test_the_sample_of_a_file_with_huge_records_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moleblend_ray.data.sources import layouts
+
+    monkeypatch.setattr(layouts, "_SAMPLE_BYTES", 3000)
+    path = tmp_path / "m.sdf"
+    records = [
+        sd_record(f"m{i}", note="x" * 1000, **({"late": i} if i == 9 else {})) for i in range(10)
+    ]
+    path.write_text("".join(records))
+    assert inspected(path).labels == ()
+    # The sample is not all there is: a property that it lacks may be asked for.
+    assert [label.name for label in inspected(path, label_columns=("late",)).labels] == ["late"]
+    assert records_of(path, label_columns=("late",))[9].labels.tolist() == [9.0]
