@@ -82,7 +82,8 @@ _KEPT_FIELDS: Final = (
 _ROW_BITS: Final = 40
 """A position is ``file_index << 40 | row``."""
 _MAX_BUCKET_BYTES: Final = 64 << 20
-"""A bucket of so many bytes in memory is a shard, however few rows it has."""
+"""A bucket of so many bytes in memory is a shard, however few rows it has. Times ``_COPIES``, it is the least memory
+that a process can do with."""
 _COPIES: Final = 4
 """How often a unit may hold its molecules at a time: as read, put together, as taken out, as encoded."""
 _MAX_GROUP_BYTES: Final = 1 << 30
@@ -91,8 +92,6 @@ _THREADS: Final = 16
 _HEADER: Final = struct.Struct("<IQ")
 """Of a segment: CRC-32 of what follows, bytes of it when unpacked."""
 _EXCERPT_CHARACTERS: Final = 200
-
-MIN_MEMORY_BYTES: Final = _COPIES * _MAX_BUCKET_BYTES
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
 from moleblend_ray.data.shards import ShardReader, load_manifest
+from moleblend_ray.data.shuffle import plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import (
     ColumnConfig,
     find_sources,
@@ -41,10 +42,13 @@ def config_for(source: Path, out: Path, **changes: object) -> PrepareConfig:
     )
 
 
-def in_process(source: Path, out: Path, num_chunks: int | None = None) -> None:
+def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes: object) -> None:
     """The same job without Ray; with ``num_chunks`` left as a kill after as many chunks leaves it."""
     options = ConvertOptions(
-        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=16
+        columns=ColumnConfig(),
+        rows_per_chunk=ROWS_PER_CHUNK,
+        row_group_rows=16,
+        **changes,  # type: ignore[arg-type]
     )
     sources = inspect_sources(find_sources(str(source)), options.columns)
     begin(str(out), sources, options)
@@ -57,8 +61,17 @@ def in_process(source: Path, out: Path, num_chunks: int | None = None) -> None:
         convert_chunk(chunk, layout, sources.labels, options, str(out))
         for chunk, layout in chunks[:num_chunks]
     ]
-    if num_chunks is None:
-        finish(str(out), sources, options, receipts)
+    if num_chunks is not None:
+        return
+    placed = []
+    if options.needs_exchange:
+        exchange, ((unit,),) = plan_exchange(
+            str(out), [layout.file.uri for layout in sources.layouts], sources.labels,
+            map(staged_chunk, receipts), row_group_rows=16, rows_per_shard=options.rows_per_shard,
+            shuffle=options.shuffle, deduplicate=True, memory_bytes=1 << 30,
+        )  # fmt: skip
+        placed.append(run_unit(exchange, unit))
+    finish(str(out), sources, options, receipts, placed)
 
 
 def content_of(out: Path) -> dict[str, bytes]:
@@ -139,16 +152,14 @@ def test_a_shuffle_by_several_actors_is_that_of_one_process(
 ) -> None:
     write_sources(tmp_path / "in")
     settings = {"shuffle": True, "deduplicate": "inchikey", "rows_per_shard": 60}
-    whole = prepare(config_for(tmp_path / "in", tmp_path / "whole", **settings))
+    in_process(tmp_path / "in", tmp_path / "whole", **settings)
     # The source is now of more groups than one: runs are written, and buckets read from them.
     monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_GROUP_BYTES", 1)
-    pieces = prepare(config_for(tmp_path / "in", tmp_path / "pieces", **settings))
-    assert content_of(tmp_path / "whole") == content_of(tmp_path / "pieces")
-    assert whole.fingerprint == pieces.fingerprint
-    assert (whole.rows_in, whole.rows_out) == (252, 245)
-    assert whole.quarantined_by_reason == {"unparsable_smiles": 1, "duplicate": 6}
-    assert whole.converting_seconds < whole.seconds
-    assert not list(tmp_path.glob("*/staged")) + list(tmp_path.glob("*/receipts"))
+    summary = prepare(config_for(tmp_path / "in", tmp_path / "pieces", **settings))
+    assert content_of(tmp_path / "pieces") == content_of(tmp_path / "whole")
+    assert (summary.rows_in, summary.rows_out) == (252, 245)
+    assert summary.quarantined_by_reason == {"unparsable_smiles": 1, "duplicate": 6}
+    assert 0 < summary.converting_seconds < summary.seconds
 
 
 def test_the_split_file_of_a_source_decides_and_must_name_every_molecule(
