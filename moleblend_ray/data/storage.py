@@ -2,12 +2,14 @@
 
 Every function takes a URI (a plain path means a local file) and turns whatever the backend raises into a
 :class:`StorageError` that says what was tried, on what, and what to do. Writes are atomic: a local file appears
-by rename, an object by one PUT or one completed multipart upload. Listings are never cached.
+by rename, an object by one PUT or one completed multipart upload. Listings are never cached. Transient failures of
+remote storage are tried again (:mod:`moleblend_ray.data.retry`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import fsspec
 
+from moleblend_ray.data.retry import ShortReadError, retried, s3_error, timeout_seconds
 from moleblend_ray.errors import DataError, StorageError
 
 _S3_ENVIRONMENT: Final = (
@@ -34,13 +37,34 @@ _S3_ENVIRONMENT: Final = (
     "AWS_REGION",
     "AWS_SHARED_CREDENTIALS_FILE",
     "AWS_CONFIG_FILE",
+    "MOLEBLEND_STORAGE_TIMEOUT_S",
 )
 """Settings an S3 client reads once: a client made under other values must not be used again."""
 
 _READ_AHEAD_BYTES: Final = 8 << 20
 """What one request of a streamed read fetches from remote storage."""
 
+_PART_BYTES: Final = 16 << 20
+"""Part of a multipart upload; a file of two parts or more is sent in parts."""
+
+_PARALLEL_PARTS: Final = 4
+"""Parts in flight: bounds an upload's memory to 64 MiB."""
+
 _GLOB_CHARACTERS: Final = frozenset("*?[")
+
+_RANGED: Final = frozenset({"s3", "s3a", "gs", "gcs"})
+"""Protocols whose servers always answer range requests."""
+
+_ADVICE: Final = {
+    "InvalidAccessKeyId": "the access key is not known there. Check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL.",
+    "SignatureDoesNotMatch": "the secret key does not fit the access key. Check AWS_SECRET_ACCESS_KEY.",
+    "ExpiredToken": "the session token has expired. Get new temporary credentials and start again.",
+    "InvalidToken": "the session token is not valid. Correct or unset AWS_SESSION_TOKEN.",
+    "RequestTimeTooSkewed": "this machine's clock differs from the server's. Set it (NTP).",
+    "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_DEFAULT_REGION to its region.",
+    "PermanentRedirect": "the bucket is in another region. Set AWS_DEFAULT_REGION to its region.",
+}
+"""S3 error code -> what it means and what to do."""
 
 
 class NotFoundError(StorageError):
@@ -85,7 +109,7 @@ def exists(uri: str) -> bool:
     filesystem, path = _resolve(uri)
     try:
         with translate_errors("look at", uri):
-            filesystem.info(path)
+            _call("look at", uri, filesystem.info, path)
     except NotFoundError:
         return False
     except StorageError as error:
@@ -100,7 +124,7 @@ def size(uri: str) -> int:
     """Bytes of a file."""
     filesystem, path = _resolve(uri)
     with translate_errors("look at", uri):
-        info = filesystem.info(path)
+        info = _call("look at", uri, filesystem.info, path)
     if info["type"] == "directory":
         raise StorageError(f"{uri} is a directory, where a file is expected.")
     return int(info["size"] or 0)
@@ -110,20 +134,25 @@ def read_bytes(uri: str) -> bytes:
     """The whole content of a file."""
     filesystem, path = _resolve(uri)
     with translate_errors("read", uri):
-        return bytes(filesystem.cat_file(path))
+        return bytes(_call("read", uri, filesystem.cat_file, path))
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """Bytes ``[offset, offset + length)`` of a file, fewer if it ends before."""
     filesystem, path = _resolve(uri)
     with translate_errors("read", uri):
-        return bytes(filesystem.cat_file(path, start=offset, end=offset + length))
+        return bytes(
+            _call("read", uri, filesystem.cat_file, path, start=offset, end=offset + length)
+        )
 
 
 def open_read(uri: str) -> BinaryIO:
     """A binary file object; wrap its reads in :func:`translate_errors`, they may fail late."""
     filesystem, path = _resolve(uri)
     with translate_errors("open", uri):
+        if _protocol(uri) in _RANGED:
+            stream = _RangeStream(uri, size(uri))
+            return cast(BinaryIO, io.BufferedReader(stream, _READ_AHEAD_BYTES))
         return cast(BinaryIO, filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES))
 
 
@@ -135,7 +164,7 @@ def write_bytes(uri: str, data: bytes) -> None:
             with _local_replacement(path) as temporary:
                 temporary.write_bytes(data)
         else:
-            filesystem.pipe_file(path, data)
+            _call("write", uri, filesystem.pipe_file, path, data, **_part_options(uri))
 
 
 def upload(local_path: str | Path, uri: str) -> None:
@@ -146,14 +175,15 @@ def upload(local_path: str | Path, uri: str) -> None:
             with _local_replacement(path) as temporary:
                 shutil.copyfile(local_path, temporary)
         else:
-            filesystem.put_file(str(local_path), path)
+            options = _part_options(uri)
+            _call("write", uri, filesystem.put_file, str(local_path), path, **options)
 
 
 def download(uri: str, local_path: str | Path) -> None:
     """Copy a file to a local path; it appears there whole or not at all."""
     filesystem, path = _resolve(uri)
     with translate_errors("read", uri), _local_replacement(local_path) as temporary:
-        filesystem.get_file(path, str(temporary))
+        _call("read", uri, filesystem.get_file, path, str(temporary))
 
 
 def read_json(uri: str) -> Any:
@@ -181,12 +211,12 @@ def list_files(uri: str) -> list[FileInfo]:
     filesystem, path = _resolve(uri)
     if _GLOB_CHARACTERS & set(path) and not exists(uri):
         with translate_errors("list", uri):
-            found = filesystem.glob(path, detail=True)
+            found = _call("list", uri, filesystem.glob, path, detail=True)
     else:
         with translate_errors("list", uri):
-            info = filesystem.info(path)
+            info = _call("list", uri, filesystem.info, path)
             if info["type"] == "directory":
-                found = filesystem.find(path, detail=True)
+                found = _call("list", uri, filesystem.find, path, detail=True)
             else:
                 found = {path: info}
     files = (
@@ -205,7 +235,7 @@ def delete(uri: str) -> None:
     filesystem, path = _resolve(uri)
     try:
         with translate_errors("delete", uri):
-            filesystem.rm_file(path)
+            _call("delete", uri, filesystem.rm_file, path)
     except NotFoundError:
         return
 
@@ -217,7 +247,7 @@ def delete_tree(uri: str) -> None:
         raise StorageError(f"Refused to delete {uri}: it is a whole file system or bucket.")
     try:
         with translate_errors("delete", uri):
-            filesystem.rm(path, recursive=True)
+            _call("delete", uri, filesystem.rm, path, recursive=True)
     except NotFoundError:
         return
 
@@ -256,6 +286,9 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
     kind = type(error).__name__
     reason = " ".join(str(error).split()) or kind
     failed = f"Cannot {action} {uri}: "
+    advice = _ADVICE.get(s3_error(error)[0])
+    if advice is not None:
+        return StorageError(failed + advice)
     if isinstance(error, FileNotFoundError):
         if "bucket" in reason.lower():
             return NotFoundError(
@@ -271,7 +304,10 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
             "AWS_PROFILE, or give the machine a role."
         )
     if isinstance(error, PermissionError):
-        return StorageError(failed + f"access was denied ({reason}). Check credentials and policy.")
+        return StorageError(
+            failed + f"access was denied ({reason}). Check the credentials, and whether they may "
+            f"{action} there (the bucket may be read-only for them)."
+        )
     if isinstance(error, NotImplementedError):
         return StorageError(failed + "this kind of storage does not support it.")
     if isinstance(error, ConnectionError | TimeoutError) or "Connect" in kind or "Timeout" in kind:
@@ -280,6 +316,70 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
             + f"the storage cannot be reached ({reason}). Check the network and AWS_ENDPOINT_URL."
         )
     return StorageError(failed + f"{kind}: {reason}")
+
+
+class _RangeStream(io.RawIOBase):
+    """A remote file read by range requests: a cut connection costs one request, not the stream."""
+
+    def __init__(self, uri: str, size: int) -> None:
+        super().__init__()
+        self._uri, self._size, self._position = uri, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"position {start + offset} is before the file's begin")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        content = self._fetch(len(view))
+        view[: len(content)] = content
+        return len(content)
+
+    def readall(self) -> bytes:
+        return self._fetch(self._size)
+
+    def _fetch(self, limit: int) -> bytes:
+        length = min(limit, self._size - self._position)
+        if length <= 0:
+            return b""
+        filesystem, path = _resolve(self._uri)
+        start, end = self._position, self._position + length
+
+        def read() -> bytes:
+            content = bytes(filesystem.cat_file(path, start=start, end=end))
+            if len(content) != length:
+                raise ShortReadError(f"{len(content)} of {length} bytes at {start} were given")
+            return content
+
+        content = retried("read", self._uri, read)
+        self._position = end
+        return content
+
+
+def _call(action: str, uri: str, function: Any, *arguments: Any, **options: Any) -> Any:
+    """One idempotent operation of a backend, tried again on remote storage."""
+    if is_local(uri):
+        return function(*arguments, **options)
+    return retried(action, uri, lambda: function(*arguments, **options))
+
+
+def _part_options(uri: str) -> dict[str, int]:
+    """How S3 uploads are cut; s3fs aborts an upload that fails, so that no parts are left."""
+    if _protocol(uri) not in {"s3", "s3a"}:
+        return {}
+    return {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}
 
 
 def _protocol(uri: str) -> str:
@@ -308,7 +408,7 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
     if protocol in {"s3", "s3a"}:
         options |= {
             "use_listings_cache": False,
-            "config_kwargs": {"connect_timeout": 10, "read_timeout": 60},
+            "config_kwargs": {"connect_timeout": 10, "read_timeout": timeout_seconds()},
         }
     elif protocol in {"gs", "gcs"}:
         options["use_listings_cache"] = False

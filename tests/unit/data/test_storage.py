@@ -115,6 +115,7 @@ def test_an_unreachable_server_is_told_with_the_variable_to_check(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
     with pytest.raises(StorageError, match=r"cannot be reached.*AWS_ENDPOINT_URL"):
         storage.read_bytes("s3://bucket/x")
 
@@ -190,7 +191,8 @@ def test_joining_uris() -> None:
     assert storage.name_of("https://h/p/x.csv?X-Amz-Credential=a/b") == "x.csv"
 
 
-def test_errors_show_no_credentials() -> None:
+def test_errors_show_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
     with pytest.raises(StorageError) as caught:
         storage.read_bytes("http://user:hunter2@127.0.0.1:9/x.csv?X-Amz-Signature=hunter2")
     assert "hunter2" not in str(caught.value)

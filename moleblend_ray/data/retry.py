@@ -1,0 +1,133 @@
+"""Which failures of remote storage pass by themselves, and trying again until they did or time is up."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+from moleblend_ray.errors import ConfigError, without_credentials
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+RETRY_VARIABLE: Final = "MOLEBLEND_STORAGE_RETRY_S"
+"""Environment variable: seconds during which one failing operation is tried again; 0 turns it off."""
+TIMEOUT_VARIABLE: Final = "MOLEBLEND_STORAGE_TIMEOUT_S"
+"""Environment variable: seconds without a byte after which a connection counts as dead."""
+
+_DEFAULT_RETRY_S: Final = 120.0
+_DEFAULT_TIMEOUT_S: Final = 60.0
+_FIRST_WAIT_S: Final = 0.2
+_LONGEST_WAIT_S: Final = 15.0
+
+_TRANSIENT_CODES: Final = frozenset(
+    {
+        "SlowDown",
+        "InternalError",
+        "ServiceUnavailable",
+        "RequestTimeout",
+        "Throttling",
+        "ThrottlingException",
+        "RequestLimitExceeded",
+        "OperationAborted",
+        # The answer to a completed multipart upload was lost: the whole upload is made again.
+        "NoSuchUpload",
+    }
+)
+_TRANSIENT_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class ShortReadError(OSError):
+    """Storage gave fewer bytes than the file has."""
+
+
+def retry_seconds() -> float:
+    """The time budget of one operation; ConfigError if the variable holds no number >= 0."""
+    return _seconds(RETRY_VARIABLE, _DEFAULT_RETRY_S)
+
+
+def timeout_seconds() -> float:
+    """The read timeout of a connection; ConfigError if the variable holds no number >= 0."""
+    return _seconds(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S)
+
+
+def retried(action: str, uri: str, call: Callable[[], _T]) -> _T:
+    """The result of ``call``, made again after transient failures with exponential back-off and jitter.
+
+    ``call`` must be idempotent. The last error is raised as it is once the next wait would exceed the budget.
+    """
+    deadline = time.monotonic() + retry_seconds()
+    wait_s = _FIRST_WAIT_S
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            pause_s = random.uniform(0.5, 1.0) * wait_s
+            if not is_transient(error) or time.monotonic() + pause_s > deadline:
+                raise
+            logger.warning(
+                "Cannot %s %s (%s); trying again in %.1f s",
+                action,
+                without_credentials(uri),
+                type(error).__name__,
+                pause_s,
+            )
+        time.sleep(pause_s)
+        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+
+
+def s3_error(error: BaseException) -> tuple[str, int]:
+    """Code and HTTP status of the S3 answer behind an error, ``("", 0)`` if there was none."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict):
+            code = str(response.get("Error", {}).get("Code", ""))
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return code, int(status or 0)
+    return "", 0
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed later; false for refusals, wrong names and local failures."""
+    code, status = s3_error(error)
+    if code or status:
+        return code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS
+    http_status = getattr(error, "status", None)  # aiohttp.ClientResponseError
+    if isinstance(http_status, int) and http_status:
+        return http_status in _TRANSIENT_STATUS
+    return isinstance(error, _transient_types())
+
+
+def _transient_types() -> tuple[type[BaseException], ...]:
+    types: tuple[type[BaseException], ...] = (ConnectionError, TimeoutError, ShortReadError)
+    if "aiohttp" in sys.modules:
+        types = (*types, sys.modules["aiohttp"].ClientError)
+    if "botocore.exceptions" in sys.modules:
+        botocore = sys.modules["botocore.exceptions"]
+        types = (*types, botocore.HTTPClientError, botocore.IncompleteReadError)
+    return types
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__
+
+
+def _seconds(variable: str, default: float) -> float:
+    text = os.environ.get(variable, "")
+    try:
+        value = float(text) if text else default
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise ConfigError(f"{variable} is {text!r}; expected a number of seconds, 0 or more.")
+    return value
