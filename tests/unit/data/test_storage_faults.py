@@ -1,0 +1,68 @@
+"""Storage behind a proxy that fails: the same bytes, faults that were really given, refusals at once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from moleblend_ray.data import retry, storage
+from moleblend_ray.errors import ConfigError
+
+_SPEC = importlib.util.spec_from_file_location(
+    "fault_proxy", Path(__file__).resolve().parents[2] / "support" / "fault_proxy.py"
+)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+fault_proxy = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fault_proxy)
+
+
+def test_writes_and_streams_behind_a_failing_proxy_give_the_same_bytes(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(0).randbytes(9 << 20)
+    upstream = os.environ["AWS_ENDPOINT_URL"]
+    with fault_proxy.FaultProxy(upstream, rate=0.3, seed=7) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        for index in range(6):
+            uri = storage.join(s3_uri, f"{index}.bin")
+            part = content[index << 10 :]
+            storage.write_bytes(uri, part)
+            with storage.open_read(uri) as stream:
+                assert stream.read(100) == part[:100]
+                assert stream.read() == part[100:]
+        assert len(storage.list_files(s3_uri)) == 6
+    assert proxy.faults >= 5, proxy.counts
+    monkeypatch.setenv("AWS_ENDPOINT_URL", upstream)
+    assert storage.read_bytes(storage.join(s3_uri, "5.bin")) == content[5 << 10 :]
+
+
+def test_a_transient_failure_is_tried_again_and_a_refusal_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for error, expected in ((ConnectionResetError(), 3), (PermissionError(), 1)):
+        calls = []
+
+        def call(error: Exception = error, calls: list[int] = calls) -> int:
+            calls.append(1)
+            if len(calls) < 3:
+                raise error
+            return 7
+
+        if expected == 3:
+            assert retry.retried("read", "s3://b/k", call) == 7
+        else:
+            with pytest.raises(PermissionError):
+                retry.retried("read", "s3://b/k", call)
+        assert len(calls) == expected
+
+
+def test_a_budget_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(retry.RETRY_VARIABLE, "soon")
+    with pytest.raises(ConfigError, match="MOLEBLEND_STORAGE_RETRY_S is 'soon'"):
+        retry.retry_seconds()
