@@ -18,13 +18,16 @@ from moleblend_ray.chemistry.conformers import ConformerStatus
 from moleblend_ray.chemistry.features import graph_arrays
 from moleblend_ray.chemistry.molecule import (
     GeometryRow,
+    MolBlock,
     Molecule,
     Outcome,
     Rejection,
     RejectionCode,
+    SmilesText,
     molecule_from_geometry,
     molecule_from_molblock,
     molecule_from_smiles,
+    molecules_from_records,
 )
 
 CONFIG = FeaturizeConfig()
@@ -508,6 +511,34 @@ def test_a_molecule_that_cannot_be_embedded_is_kept_flat_or_rejected_never_silen
     assert rejected(molecule_from_smiles(smiles, reject)) is RejectionCode.CONFORMER_FAILED
     required = FeaturizeConfig(require_coordinates=True, conformers=ConformerConfig(generate=True))
     assert rejected(molecule_from_smiles(smiles, required)) is RejectionCode.CONFORMER_FAILED
+
+
+# -- many at once -------------------------------------------------------------------------------------
+
+
+def test_records_at_once_have_the_outcomes_that_each_has_alone() -> None:
+    block = Chem.MolToMolBlock(embedded("C[C@H](N)C(=O)O"))
+    refused = Rejection(code=RejectionCode.INVALID_RECORD, detail="refused before")
+    kinds = [
+        SmilesText("c1ccccc1"),
+        SmilesText("C(C"),
+        MolBlock(block),
+        SmilesText("*C"),
+        row_of(embedded("CCO")),
+        refused,
+        MolBlock("no record"),
+        SmilesText("C" * 300),
+    ]
+    records = kinds * 13  # several batches, the last one not full
+    together = molecules_from_records(iter(records), CONFIG)
+    alone = [molecules_from_records([record], CONFIG)[0] for record in kinds] * 13
+    for found, expected in zip(together, alone, strict=True):
+        if isinstance(expected, Rejection):
+            assert found == expected
+            continue
+        assert accepted(found).smiles == expected.smiles
+        for name in ("atom_features", "bonds", "bond_features", "positions", "position_mask"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
 # -- anything -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunk
 def test_damaged_and_hostile_records_are_all_accounted_for(tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
-    rows = write_sources(source, 3000, seed=1)
+    rows = write_sources(source, 2000, seed=1)
     options = ConvertOptions(rows_per_chunk=400)
     sources = inspect_sources(find_sources(str(source)), options.columns)
     begin(str(out), sources, options)
@@ -32,12 +33,14 @@ def test_damaged_and_hostile_records_are_all_accounted_for(tmp_path: Path) -> No
     assert accounting_errors(out, rows) == []
     counts = load_manifest(str(out)).counts
     # The corpus is worth something: much is still a molecule, and the rest is turned away for many reasons.
-    assert counts.rows_out > 300
+    assert counts.rows_out > 150
     assert len(counts.quarantined_by_reason) >= 6
 
 
 @pytest.mark.parametrize("inputs", [smiles_inputs, molblock_inputs], ids=["smiles", "molblock"])
-def test_damaged_molecules_have_the_codes_that_the_getters_give(inputs) -> None:  # type: ignore[no-untyped-def]
+def test_damaged_molecules_have_the_codes_that_the_getters_give(
+    inputs: Callable[..., Iterator[str]],
+) -> None:
     parse = Chem.MolFromSmiles if inputs is smiles_inputs else Chem.MolFromMolBlock
     with rdBase.BlockLogs():
         parsed = (
