@@ -121,7 +121,7 @@ def measured(
     """Median time of each over the repeats.
 
     They take turns after every few records, so that a busy moment of the machine meets all of them, and
-    processor time counts, which other processes do not add to.
+    processor time counts.
     """
     times: dict[str, list[float]] = {name: [0.0] * repeats for name in functions}
     parts = [slice(begin, begin + TURN) for begin in range(0, records, TURN)]
