@@ -60,10 +60,11 @@ from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
 STREAM = StreamConfig(micro_batch_size=64, steps_per_block=16)
 ORDER = OrderConfig(global_batch_size=1024, num_streams=4)
-GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20)
+GROWTH_STEPS = 8
+GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20, steps_per_block=GROWTH_STEPS)
 GROWTH_BATCH_SIZE = OrderConfig().global_batch_size
 GROWTH_SIZES = (10**4, 10**5, 10**6)
-GROWTH_STRETCH = 5 * GROWTH_STREAM.steps_per_block
+GROWTH_STRETCH = 5 * GROWTH_STEPS
 """Steps whose time is one measurement: 10,240 molecules."""
 REPEATS = 3
 PLAIN_MOLECULES = 200
@@ -275,7 +276,7 @@ def stretch_seconds(uri: str, molecules: int) -> Iterator[float]:
     """Seconds of one stretch after the other, for ever, each epoch with a reader of its own."""
     shard_rows = load_manifest(uri).shards_of("train")[0].num_rows
     order = OrderConfig(chunk_rows=shard_rows, shuffle_window=2 * shard_rows)
-    steps = GROWTH_STREAM.steps_per_block
+    steps = GROWTH_STEPS
     last = molecules // GROWTH_BATCH_SIZE - GROWTH_STRETCH
     while True:
         builder = MicroBatchBuilder(uri, order, GROWTH_STREAM)
