@@ -173,7 +173,7 @@ def measure(uri: str, arguments: argparse.Namespace, reporter: Any) -> dict[str,
     batches = shard_step_batches(shard, order, stream, rank=0, world_size=1)
     with Watch() as watch:
         result = consume(batches, arguments.consumer_pause_ms / 1000, started, watch)
-    remove_unused(stream.cache_bytes)
+    remove_unused()
     molecules = result.molecules
     rate = molecules / result.seconds
     return {

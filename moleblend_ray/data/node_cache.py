@@ -141,17 +141,24 @@ class NodeCache:
 
 def cache_parent(max_bytes: int) -> Path:
     """This user's folder of caches: in shared memory if twice ``max_bytes`` are free there, else on disk."""
+    in_memory, on_disk = _parents()
+    if in_memory.is_dir():
+        return in_memory
+    memory = in_memory.parent
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free >= 2 * max_bytes
+    return in_memory if has_room else on_disk
+
+
+def remove_unused() -> None:
+    """Remove what processes of this user left behind on this machine when they were killed."""
+    for parent in _parents():
+        for folder in parent.glob("*/"):
+            _remove_if_unused(folder)
+
+
+def _parents() -> tuple[Path, Path]:
     name = f"moleblend-row-groups-{os.getuid()}"
-    in_memory = _SHARED_MEMORY / name
-    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free >= 2 * max_bytes
-    return in_memory if has_room or in_memory.is_dir() else Path(tempfile.gettempdir()) / name
-
-
-def remove_unused(max_bytes: int) -> None:
-    """Remove the caches that processes left behind when they were killed."""
-    parent = cache_parent(max_bytes)
-    for folder in parent.glob("*/"):
-        _remove_if_unused(folder)
+    return _SHARED_MEMORY / name, Path(tempfile.gettempdir()) / name
 
 
 def _join(parent: Path, name: str) -> tuple[Path, int]:

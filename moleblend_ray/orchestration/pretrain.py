@@ -35,6 +35,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import DataError, MoleBlendError, TrainingError
 from moleblend_ray.orchestration.local import (
@@ -251,12 +252,14 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
     stream = config.stream
     data_cpus = (stream.max_actors or stream.min_actors) * stream.actor_cpus
     with (
+        contextlib.ExitStack() as last,
         ray_session(config.cluster, data_cpus=data_cpus),
         _stop_on_sigterm() as stop_flag,
         Progress("pretrain", unit="step", total=config.train.num_steps) as progress,
         # Ray wants a place for its own notes; nothing of the run is in it.
         tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
     ):
+        last.callback(remove_unused)  # actors that end with the cluster leave row groups behind
         _require_fitting_cluster(config)
         settings = _WorkerSettings(
             config=config,

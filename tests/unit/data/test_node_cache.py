@@ -118,6 +118,7 @@ def test_a_killed_process_leaves_no_lock_and_its_folder_goes_with_the_next_user(
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()
+    assert (tmp_path / "a").exists()
     cache = NodeCache("a", 1 << 20, tmp_path)
     assert cache.table("t", lambda: table(1)).equals(table(1))
     cache.close()
