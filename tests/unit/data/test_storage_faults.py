@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
-from pathlib import Path
 
 import pytest
+from fault_proxy import FaultProxy
 
 from moleblend_ray.data import retry, storage
 from moleblend_ray.errors import ConfigError
-
-_SPEC = importlib.util.spec_from_file_location(
-    "fault_proxy", Path(__file__).resolve().parents[2] / "support" / "fault_proxy.py"
-)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-fault_proxy = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fault_proxy)
 
 
 def test_writes_and_streams_behind_a_failing_proxy_give_the_same_bytes(
@@ -26,7 +17,7 @@ def test_writes_and_streams_behind_a_failing_proxy_give_the_same_bytes(
 ) -> None:
     content = random.Random(0).randbytes(9 << 20)
     upstream = os.environ["AWS_ENDPOINT_URL"]
-    with fault_proxy.FaultProxy(upstream, rate=0.3, seed=7) as proxy:
+    with FaultProxy(upstream, rate=0.3, seed=7) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         for index in range(6):
             uri = storage.join(s3_uri, f"{index}.bin")

@@ -1,0 +1,84 @@
+"""Object storage that fails three requests of ten changes nothing but the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fault_proxy import FaultProxy
+from storage_worker import (
+    NUM_STEPS,
+    ORDER,
+    ROW_GROUP_ROWS,
+    ROWS_PER_CHUNK,
+    STREAM,
+    digests,
+)
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+WORKER = Path(__file__).resolve().parents[1] / "storage_worker.py"
+
+
+def write_source(path: Path) -> None:
+    rows = [
+        f"{'C' * a}{middle}{'C' * b},{a * b}"
+        for a in range(1, 7)
+        for b in range(1, 7)
+        for middle in ("O", "N", "S")
+    ]
+    path.write_text("\n".join(["smiles,y", *rows, "C1CC,0"]) + "\n")
+
+
+def prepare_undisturbed(source: str, out: str) -> None:
+    options = ConvertOptions(
+        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=ROW_GROUP_ROWS
+    )
+    sources = inspect_sources(find_sources(source), options.columns)
+    begin(out, sources, options)
+    (layout,) = sources.layouts
+    receipts = [
+        convert_chunk(chunk, layout, sources.labels, options, out)
+        for chunk in read_chunks(layout, 0, options.rows_per_chunk)
+    ]
+    finish(out, sources, options, receipts)
+
+
+def test_prepare_and_stream_behind_a_failing_proxy_end_with_identical_output(
+    tmp_path: Path, s3_uri: str
+) -> None:
+    write_source(tmp_path / "table.csv")
+    undisturbed = str(tmp_path / "out")
+    prepare_undisturbed(str(tmp_path / "table.csv"), undisturbed)
+    expected = local_step_batches(undisturbed, ORDER, STREAM, first_step=0, num_steps=NUM_STEPS)
+    storage.upload(tmp_path / "table.csv", storage.join(s3_uri, "table.csv"))
+    out = storage.join(s3_uri, "out")
+    with FaultProxy(os.environ["AWS_ENDPOINT_URL"], rate=0.3, seed=7) as proxy:
+        environment = {**os.environ, "AWS_ENDPOINT_URL": proxy.url}
+        worker = subprocess.run(
+            [sys.executable, str(WORKER), storage.join(s3_uri, "table.csv"), out],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    assert worker.returncode == 0, worker.stderr[-4000:]
+    assert proxy.faults >= 10, proxy.counts
+    assert proxy.counts["cut"], proxy.counts
+    assert json.loads(worker.stdout.splitlines()[-1]) == digests(list(expected))
+    for file in storage.list_files(undisturbed):
+        name = file.uri.removeprefix(undisturbed)
+        if name.startswith(("/train", "/valid", "/quarantine")):
+            content = storage.read_bytes(out + name)
+            if not name.startswith("/quarantine"):  # it names the source's URI
+                assert content == storage.read_bytes(file.uri), name
