@@ -139,8 +139,9 @@ class StreamConfig:
     """Bytes of decoded row groups that the building actors of a machine keep, together."""
 
     object_store_gib: float | None = None
-    """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster; null:
-    three tenths of the store. Building waits while it is full, and nothing is ever written to disk."""
+    """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster, besides
+    the one block of each stream that is being trained on; null: three tenths of the store. Building waits while it
+    is full, so that nothing is spilled to disk."""
 
     random_rotation: bool = False
     """Rotate each conformer at random, anew each step, keyed by (seed, step, molecule id)."""

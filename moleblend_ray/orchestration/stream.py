@@ -48,6 +48,9 @@ _PLAN_ROW_BYTES = 24
 _STORE_SHARE: Final = 0.3
 """Of the object store, by default: Ray begins to spill at four fifths, and others use it as well."""
 
+_EXECUTOR_SHARE: Final = 0.5
+"""Of the budget: Ray does not count the blocks that the trainers are in or that actors are about to hand over."""
+
 
 class _StreamPlan(Datasource):
     """Rows ``first_step, num_steps, stream``, one a block, group by group."""
@@ -196,7 +199,7 @@ def _execution_options(stream: StreamConfig) -> ExecutionOptions:
     return ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources.for_limits(
-            object_store_memory=object_store_budget(stream)
+            object_store_memory=int(object_store_budget(stream) * _EXECUTOR_SHARE)
         ),
     )
 

@@ -220,4 +220,4 @@ def test_a_stream_far_larger_than_its_budget_stays_within_it_and_never_spills(ur
     budget = 30 << 20
     assert found["total"] > 4 * budget
     assert found["spilled"] == 0
-    assert found["peak"] <= budget + found["block"]
+    assert found["peak"] <= budget + 4 * found["block"]  # the group that the consumer is in
