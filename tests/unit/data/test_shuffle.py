@@ -16,11 +16,12 @@ from moleblend_ray.data.assembly import count_repeats, finish
 from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest, remove_work
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, listed, valid_unit_receipts
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
+from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, ShardReader, load_manifest
 from moleblend_ray.data.shuffle import Exchange, Unit, plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.hashing import keyed_hash
+from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
 SMALL = 1
 """Bytes of memory that leave each chunk a group of its own."""
@@ -285,8 +286,8 @@ def test_a_changed_source_leaves_nothing_stale(tmp_path: Path) -> None:
     options = ConvertOptions(rows_per_chunk=20, row_group_rows=8, shuffle=True, rows_per_shard=20)
     uris = [str(source)]
     plan = {
-        "format_version": 1,
-        "featurizer_version": 1,
+        "format_version": FORMAT_VERSION,
+        "featurizer_version": FEATURIZER_VERSION,
         "options": options.to_json(),
         "sources": uris,
     }
