@@ -51,8 +51,8 @@ class OrderConfig:
     """Streams a step is cut into. Any number of workers that divides it sees the same global batches."""
 
     shuffle_window: int = 65536
-    """Molecules within which single rows are shuffled. Larger mixes better, but each process that builds
-    micro-batches decodes and caches all row groups of a window, so with many of them choose it smaller."""
+    """Molecules within which single rows are shuffled. Larger mixes better, but each machine that builds
+    micro-batches decodes and caches all row groups of a window."""
 
     chunk_rows: int = 1024
     """Consecutive molecules that move together before rows are shuffled; best the rows of a row group."""
