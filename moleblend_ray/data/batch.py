@@ -141,7 +141,7 @@ class StreamConfig:
     object_store_gib: float | None = None
     """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster, besides
     the one block of each stream that is being trained on; null: three tenths of the store. Building waits while it
-    is full, so that nothing is spilled to disk."""
+    is full. Not yet strict: a small store was seen to hold twice the budget, without spilling."""
 
     random_rotation: bool = False
     """Rotate each conformer at random, anew each step, keyed by (seed, step, molecule id)."""

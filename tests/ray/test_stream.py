@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +31,7 @@ ORDER = OrderConfig(seed=5, global_batch_size=32, num_streams=4, shuffle_window=
 STREAM = StreamConfig(
     micro_batch_size=3, steps_per_block=3, min_actors=2, max_actors=2, actor_cpus=0.5
 )
+AUTOMATIC = StreamConfig(micro_batch_size=3, steps_per_block=1, actor_cpus=0.5)
 # Consumers and first step of each stream; epochs are 12.5 steps long.
 RUNS = {"one": (1, 0), "four": (4, 0), "two_from_the_middle": (2, 7)}
 NUM_STEPS = 15
@@ -118,3 +125,103 @@ def test_global_batches_are_those_of_the_data_order(
 
 def molecule_ids(payload: bytes) -> np.ndarray:
     return unpack_micro_batch(payload).molecule_ids
+
+
+@pytest.mark.xfail(run=False, reason="open: the pool did not grow within 3,000 steps")
+def test_a_pool_that_grows_and_loses_an_actor_gives_the_same_steps(
+    ray_cluster: None, uri: str
+) -> None:
+    """A consumer that never pauses starves, so the pool grows; then one of the actors is killed."""
+    first_step, num_steps = 3, 5000
+    dataset = stream_dataset(uri, ORDER, AUTOMATIC, first_step, num_steps)
+    dataset.context.execution_options = stream_data_config(AUTOMATIC)._resolve_execution_options(
+        "train"
+    )
+    (shard,) = dataset.streaming_split(1, equal=True)
+    expected = local_step_batches(uri, ORDER, AUTOMATIC, first_step=first_step, num_steps=num_steps)
+    steps = shard_step_batches(shard, ORDER, AUTOMATIC, rank=0, world_size=1)
+    last = first_step + num_steps
+    for found, wanted in zip(steps, expected, strict=False):
+        assert payloads([found]) == payloads([wanted])
+        if found.step == last:
+            return
+        actors = building_actors() if found.step % 20 == 0 and last > 5000 else []
+        if len(actors) > 1:
+            os.kill(actors[0], signal.SIGKILL)
+            last = found.step + 60
+    raise AssertionError("the pool did not grow")
+
+
+def building_actors() -> list[int]:
+    """Processes of the pool, among the descendants of this process."""
+    import psutil  # Ray brings its own copy
+
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if (
+                process.cmdline()[:1]
+                and "MapWorker(MapBatches(_BlockBuilder))" in process.cmdline()[0]
+            ):
+                found.append(process.pid)
+    return found
+
+
+SLOW_CONSUMER = """
+import json, sys, threading, time
+import ray
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.orchestration.local import GIB, ray_session
+from moleblend_ray.orchestration.stream import (
+    shard_step_batches, stream_data_config, stream_dataset,
+)
+from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+order = OrderConfig(global_batch_size=1024, num_streams=4, shuffle_window=256, chunk_rows=64)
+stream = StreamConfig(
+    micro_batch_size=64, steps_per_block=4, min_actors=2, max_actors=2, object_store_gib=30 / 1024
+)
+peak, over = 0, threading.Event()
+
+def store():
+    address = ray.get_runtime_context().gcs_address
+    return get_memory_info_reply(get_state_from_address(address)).store_stats
+
+def watch():
+    global peak
+    while not over.wait(0.05):
+        peak = max(peak, store().object_store_bytes_used)
+
+with ray_session(ClusterConfig(num_workers=1, local_cpus=4, object_store_gib=0.12)):
+    dataset = stream_dataset(sys.argv[1], order, stream, 0, 120)
+    options = stream_data_config(stream)._resolve_execution_options("train")
+    dataset.context.execution_options = options
+    (shard,) = dataset.streaming_split(1, equal=True)
+    threading.Thread(target=watch, daemon=True).start()
+    total = largest = 0
+    for batch in shard_step_batches(shard, order, stream, rank=0, world_size=1):
+        size = sum(len(micro.payload) for micro in batch.micro_batches)
+        total, largest = total + size, max(largest, size)
+        time.sleep(3.0 if batch.step == 0 else 0.01)
+    over.set()
+    spilled = store().spilled_bytes_total
+print(json.dumps({"total": total, "block": largest, "peak": peak, "spilled": spilled}))
+"""
+
+
+@pytest.mark.xfail(
+    run=False, reason="open: nothing spilled, but the peak was 68.7 MB at a budget of 31.5 MB"
+)
+def test_a_stream_far_larger_than_its_budget_stays_within_it_and_never_spills(uri: str) -> None:
+    """In a cluster of its own, whose object store holds a fraction of the stream."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_CONSUMER, uri], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    budget = 30 << 20
+    assert found["total"] > 4 * budget
+    assert found["spilled"] == 0
+    assert found["peak"] <= budget + 4 * found["block"]  # the group that the consumer is in
