@@ -540,13 +540,6 @@ def _block_row(first_step: int, stream: int, error: str | None, payloads: pa.Arr
     )
 
 
-def section_begins(micro: MicroBatch) -> list[int]:
-    """Byte of ``micro.payload`` where each of ``SECTIONS`` begins."""
-    counts = np.array([[len(micro), len(micro.degrees), len(micro.spd)]], np.int64)
-    begins: list[int] = _section_begins(counts)[0, :-1].tolist()
-    return begins
-
-
 def _read_header(payload: NDArray[np.uint8]) -> list[int]:
     if len(payload) < _HEADER_BYTES:
         raise DataError(

@@ -4,33 +4,36 @@ Shape legend: B molecules, N atoms of the largest molecule, T = N + 1 tokens (gr
 A real atoms of all molecules together, S = A + B real tokens, L hops of a bond path.
 
 Atoms are padded only where pairs need a rectangle; everything that is done atom by atom runs on the A or S
-packed rows. All index tensors are made on the CPU from ``num_atoms``, so that no forward pass has to ask the
-accelerator for a size.
+packed rows. Everything is laid out on the CPU, so that no forward pass has to ask the accelerator for a size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import itertools
+import math
+from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numba import njit
+from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.batch import SECTIONS, MicroBatch, section_begins
+from moleblend_ray.data.batch import MicroBatch
+from moleblend_ray.data.block import NUM_ATOM_FEATURES
 from moleblend_ray.relations.topology import HOP_BITS, HOP_MASK
 from moleblend_ray.vocabulary import NUM_HOPS
 
-# As torch has no unsigned shifts, path words are read as int32.
-_TORCH_TYPES = {
+_TORCH_TYPES: Final = {
     np.dtype(np.int64): torch.int64,
-    np.dtype(np.int32): torch.int32,
-    np.dtype(np.uint32): torch.int32,
     np.dtype(np.float32): torch.float32,
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.bool_): torch.bool,
 }
+# Unsigned like the words: Numba would compute in floating point otherwise.
+_HOP_BITS: Final = np.uint32(HOP_BITS)
+_HOP_MASK: Final = np.uint32(HOP_MASK)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,46 +75,43 @@ class MoleculeBatch:
     def from_micro_batch(
         cls, micro: MicroBatch, device: torch.device | str = "cpu"
     ) -> MoleculeBatch:
-        """Copy the buffer of ``micro`` to ``device``, view its arrays there and pad them.
-
-        Two transfers, whatever the number of molecules: the buffer as it is, and the index tensors.
-        """
+        """Pad the arrays of ``micro`` on the host and bring them to ``device`` by one transfer."""
         device = torch.device(device)
-        num_atoms = micro.num_atoms.astype(np.int64)
-        B, N = len(num_atoms), int(num_atoms.max())
-        first_atom = np.cumsum(num_atoms) - num_atoms
-        molecule_of_atom = np.repeat(np.arange(B), num_atoms)
-        atom_rank = np.arange(len(molecule_of_atom)) - first_atom[molecule_of_atom]
-        molecule_of_token = np.repeat(np.arange(B), num_atoms + 1)
-        graph_token = first_atom + np.arange(B)
-        token_rank = np.arange(len(molecule_of_token)) - graph_token[molecule_of_token]
-        indices = _send_indices(
-            device,
-            molecule_ids=micro.molecule_ids,
-            num_atoms=num_atoms,
-            atom_index=molecule_of_atom * N + atom_rank,
-            token_index=molecule_of_token * (N + 1) + token_rank,
-            token_molecule=molecule_of_token,
-            atom_token=np.arange(len(molecule_of_atom)) + molecule_of_atom + 1,
-            graph_token=graph_token,
+        B, A, N = len(micro), len(micro.positions), int(micro.num_atoms.max())
+        shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+            "molecule_ids": (np.int64, (B,)),
+            "num_atoms": (np.int64, (B,)),
+            "graph_token": (np.int64, (B,)),
+            "atom_index": (np.int64, (A,)),
+            "atom_token": (np.int64, (A,)),
+            "token_index": (np.int64, (A + B,)),
+            "token_molecule": (np.int64, (A + B,)),
+            "positions": (np.float32, (B, N, 3)),
+            "atom_mask": (np.bool_, (B, N)),
+            "position_mask": (np.bool_, (B, N)),
+            "atom_features": (np.uint8, (B, N, NUM_ATOM_FEATURES)),
+            "degrees": (np.uint8, (B, N)),
+            "spd": (np.uint8, (B, N, N)),
+            "path_codes": (np.uint8, (B, N, N, NUM_HOPS)),
+        }
+        staging = _Staging(shapes, device)
+        host = staging.arrays
+        host["molecule_ids"][:] = micro.molecule_ids
+        host["num_atoms"][:] = micro.num_atoms
+        _index(
+            N,
+            micro.num_atoms,
+            *(host[name] for name in ("graph_token", "atom_index", "atom_token")),
+            *(host[name] for name in ("token_index", "token_molecule")),
         )
-        arrays = _send_arrays(micro, device)
-        atom_mask = torch.arange(N, device=device) < indices["num_atoms"][:, None]
-        pair_mask = atom_mask[:, :, None] & atom_mask[:, None, :]
-        known = arrays["position_mask"]
-        # Missing coordinates may be stored as anything, NaN included; zero keeps the arithmetic finite.
-        positions = arrays["positions"].masked_fill(~known[:, None], 0.0)
-        return cls(
-            step=micro.step,
-            atom_mask=atom_mask,
-            atom_features=_spread(arrays["atom_features"], atom_mask),
-            degrees=_spread(arrays["degrees"], atom_mask),
-            positions=_spread(positions, atom_mask),
-            position_mask=_spread(known, atom_mask),
-            spd=_spread(arrays["spd"], pair_mask),
-            path_codes=_path_codes(_spread(arrays["path_words"], pair_mask)),
-            **indices,
+        _pad_atoms(
+            micro.num_atoms,
+            (micro.positions, micro.position_mask, micro.atom_features, micro.degrees),
+            *(host[name] for name in ("positions", "atom_mask", "position_mask")),
+            *(host[name] for name in ("atom_features", "degrees")),
         )
+        _pad_pairs(micro.num_atoms, micro.spd, micro.path_words, host["spd"], host["path_codes"])
+        return cls(step=micro.step, **staging.send())
 
     def to(self, device: torch.device | str) -> MoleculeBatch:
         """The same batch on another device."""
@@ -171,44 +171,93 @@ class MoleculeBatch:
         return filled.view(B, T, *packed.shape[1:])
 
 
-def _send(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A copy of a one-dimensional array on ``device``."""
-    # Received buffers are read-only, which torch does not know; page-locked memory is sent while the CPU goes on.
-    staged = torch.empty(
-        array.shape, dtype=_TORCH_TYPES[array.dtype], pin_memory=device.type == "cuda"
-    )
-    staged.numpy()[:] = array
-    return staged.to(device, non_blocking=True)
+class _Staging:
+    """Zeroed arrays that lie one behind the other in one buffer, so that they travel together."""
+
+    def __init__(
+        self,
+        shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]],
+        device: torch.device,
+    ) -> None:
+        """``shapes``: dtype and shape of each, items of 8 bytes first, then of 4, then of 1, which keeps them aligned."""
+        self._device = device
+        self._shapes = {name: shape for name, (_, shape) in shapes.items()}
+        dtypes = [np.dtype(dtype) for dtype, _ in shapes.values()]
+        sizes = [
+            math.prod(shape) * dtype.itemsize
+            for (_, shape), dtype in zip(shapes.values(), dtypes, strict=True)
+        ]
+        ends = list(itertools.accumulate(sizes))
+        # From page-locked memory the copy runs while the CPU goes on.
+        self._buffer = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        host = self._buffer.numpy()
+        self._parts = dict(zip(shapes, zip(dtypes, sizes, ends, strict=True), strict=True))
+        self.arrays: dict[str, NDArray[Any]] = {
+            name: host[end - size : end].view(dtype).reshape(self._shapes[name])
+            for name, (dtype, size, end) in self._parts.items()
+        }
+
+    def send(self) -> dict[str, Tensor]:
+        """The arrays as tensors on the device."""
+        buffer = self._buffer.to(self._device, non_blocking=True)
+        return {
+            name: buffer[end - size : end].view(_TORCH_TYPES[dtype]).view(self._shapes[name])
+            for name, (dtype, size, end) in self._parts.items()
+        }
 
 
-def _send_indices(device: torch.device, **arrays: npt.NDArray[np.int64]) -> dict[str, Tensor]:
-    """One-dimensional arrays by one transfer."""
-    sent = _send(np.concatenate(list(arrays.values())), device)
-    parts = torch.split(sent, [len(array) for array in arrays.values()])
-    return dict(zip(arrays, parts, strict=True))
+@njit(cache=True, nogil=True)
+def _index(  # type: ignore[no-untyped-def]
+    most_atoms, num_atoms, graph_token, atom_index, atom_token, token_index, token_molecule
+):
+    """Fill the index arrays of :class:`MoleculeBatch`."""
+    atom = 0
+    for molecule in range(len(num_atoms)):
+        token = atom + molecule
+        graph_token[molecule] = token
+        token_index[token] = molecule * (most_atoms + 1)
+        token_molecule[token] = molecule
+        for rank in range(num_atoms[molecule]):
+            token += 1
+            atom_index[atom] = molecule * most_atoms + rank
+            atom_token[atom] = token
+            token_index[token] = molecule * (most_atoms + 1) + rank + 1
+            token_molecule[token] = molecule
+            atom += 1
 
 
-def _send_arrays(micro: MicroBatch, device: torch.device) -> dict[str, Tensor]:
-    """The arrays of ``micro`` as views of its buffer on ``device``; ``path_words`` as int32, of which it uses 30 bits."""
-    buffer = _send(micro.payload, device)
-    arrays = {}
-    for section, begin in zip(SECTIONS, section_begins(micro), strict=True):
-        array = getattr(micro, section.name)
-        view = buffer[begin : begin + array.nbytes].view(_TORCH_TYPES[section.dtype])
-        arrays[section.name] = view.view(array.shape)
-    return arrays
+@njit(cache=True, nogil=True)
+def _pad_atoms(  # type: ignore[no-untyped-def]
+    num_atoms, packed, positions, atom_mask, position_mask, atom_features, degrees
+):
+    """Rows of the ``packed`` arrays (A, ...) into the zeroed (B, N, ...) ones."""
+    packed_positions, packed_mask, packed_features, packed_degrees = packed
+    atom = 0
+    for molecule in range(len(num_atoms)):
+        for rank in range(num_atoms[molecule]):
+            atom_mask[molecule, rank] = True
+            degrees[molecule, rank] = packed_degrees[atom]
+            for column in range(packed_features.shape[1]):
+                atom_features[molecule, rank, column] = packed_features[atom, column]
+            # Missing coordinates may be stored as anything, NaN included; zero keeps the arithmetic finite.
+            if packed_mask[atom]:
+                position_mask[molecule, rank] = True
+                for axis in range(3):
+                    positions[molecule, rank, axis] = packed_positions[atom, axis]
+            atom += 1
 
 
-def _path_codes(words: Tensor) -> Tensor:
-    """Path words (...) as the bond codes (..., L) uint8 of their hops."""
-    shifts = torch.arange(0, HOP_BITS * NUM_HOPS, HOP_BITS, dtype=torch.int32, device=words.device)
-    return (words[..., None] >> shifts & HOP_MASK).to(torch.uint8)
-
-
-def _spread(packed: Tensor, mask: Tensor) -> Tensor:
-    """Rows of ``packed`` into the True entries of ``mask``, in row-major order; zero elsewhere."""
-    trailing = packed.shape[1:]
-    full = mask.reshape(*mask.shape, *(1 for _ in trailing)).expand(*mask.shape, *trailing)
-    return torch.zeros(full.shape, dtype=packed.dtype, device=packed.device).masked_scatter(
-        full, packed
-    )
+@njit(cache=True, nogil=True)
+def _pad_pairs(num_atoms, packed_spd, words, spd, path_codes):  # type: ignore[no-untyped-def]
+    """Rows of the packed pair arrays (P,) into the zeroed (B, N, N, ...) ones; path words as their bond codes."""
+    pair = 0
+    for molecule in range(len(num_atoms)):
+        n = num_atoms[molecule]
+        for a in range(n):
+            for b in range(n):
+                spd[molecule, a, b] = packed_spd[pair]
+                word = words[pair]
+                for hop in range(NUM_HOPS):
+                    path_codes[molecule, a, b, hop] = word & _HOP_MASK
+                    word >>= _HOP_BITS
+                pair += 1
