@@ -3,16 +3,16 @@
     python benchmarks/relations.py [--molecules 65536] [--source molecules.parquet] [--growth]
 
 Reads shards with the training order, builds all relations and packs micro-batches. The source is the PCQM4Mv2
-sample beside the project if it is there, else 500 sample molecules made here; its shards are repeated until there
-are at least as many molecules as asked. ``stage_us`` is what each stage takes of a molecule's time, measured one
+sample beside the project if it is there, else 500 sample molecules made here; its molecules are taken in turn until
+there are as many as asked, in shards as a shuffle writes them. ``stage_us`` is what each stage takes of a molecule's time, measured one
 after the other: the order, fetching and decoding row groups, gathering molecules from them, relations and packing.
 ``attention_padding`` is the share of pairs of tokens that are padding: as cut, and if molecules were not ordered
 by size; layers that work token by token see no padding.
 
-``--growth`` adds runs on 10^4, 10^5 and 10^6 molecules: microseconds a molecule, the median over stretches of 10,240 of
+``--growth`` adds runs on 10^4, 10^5 and 10^6 molecules: microseconds a molecule, the median over stretches of 8,192 of
 which the three collections take turns, and the peak memory of a process that reads one of them. The shuffle window
-is two whole shards and the cache holds little more, so that each row group is decoded once an epoch at any size and only
-what grows with the collection can differ.
+is two row groups and the cache holds little more, so that each row group is decoded about once an epoch at any size and
+only what grows with the collection can differ.
 Prints one JSON line last. ``benchmarks/results`` keeps some.
 """
 
@@ -27,7 +27,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import shutil
 import statistics
 import tempfile
 import time
@@ -44,11 +43,13 @@ from moleblend_ray.data.batch import StreamConfig, build_steps
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.receipts import write_part
 from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
 from moleblend_ray.data.shards import (
     GRAPH_COLUMNS,
     MANIFEST_NAME,
     Manifest,
+    ShardInfo,
     ShardReader,
     fingerprint,
     load_manifest,
@@ -60,12 +61,15 @@ from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 SHARED_SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "pcqm4mv2_2k.parquet"
 STREAM = StreamConfig(micro_batch_size=64, steps_per_block=16)
 ORDER = OrderConfig(global_batch_size=1024, num_streams=4)
-GROWTH_STEPS = 8
-GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20, steps_per_block=GROWTH_STEPS)
-GROWTH_BATCH_SIZE = OrderConfig().global_batch_size
+SHARD_ROWS = 65_536
+"""`rows_per_shard` of `prepare` unless told otherwise."""
 GROWTH_SIZES = (10**4, 10**5, 10**6)
-GROWTH_STRETCH = 5 * GROWTH_STEPS
-"""Steps whose time is one measurement: 10,240 molecules."""
+GROWTH_STEPS = 8
+GROWTH_BATCH_SIZE = OrderConfig().global_batch_size
+GROWTH_ORDER = OrderConfig(shuffle_window=GROWTH_STEPS * GROWTH_BATCH_SIZE)
+GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20, steps_per_block=GROWTH_STEPS)
+GROWTH_STRETCH = 4 * GROWTH_STEPS
+"""Steps whose time is one measurement: 8,192 molecules."""
 REPEATS = 3
 PLAIN_MOLECULES = 200
 
@@ -75,16 +79,17 @@ def main() -> None:
     stay_on_one_core()
     with tempfile.TemporaryDirectory() as folder:
         source = arguments.source or default_source(folder)
-        uri = os.path.join(folder, "dataset")
-        manifest = prepared(source, uri)
-        reader = ShardReader(uri, manifest, "train")
+        sample, uri = os.path.join(folder, "sample"), os.path.join(folder, "dataset")
+        reader = ShardReader(sample, prepared(source, sample), "train")
         table = reader.read(np.arange(reader.num_rows))
-        molecules = repeat(uri, manifest, arguments.molecules)
+        molecules = arguments.molecules
+        grow(uri, sample, molecules)
         seconds, num_bytes = measure_stream(uri, molecules, ORDER, STREAM)
         plain = measure_plain(block_from_table(table, np.arange(len(table))))
         stages = measure_stages(uri)
         padding = measure_padding(uri)
-        growth = measure_growth(uri, manifest) if arguments.growth else {}
+        shards = load_manifest(uri).shards_of("train")
+        growth = measure_growth(sample, folder) if arguments.growth else {}
     per_second = molecules / seconds
     print(
         json.dumps(
@@ -98,7 +103,7 @@ def main() -> None:
                 "stage_us": stages,
                 "bytes_per_molecule": round(num_bytes / molecules),
                 "shard_bytes_per_molecule": round(
-                    sum(shard.num_bytes for shard in manifest.shards_of("train")) / len(table)
+                    sum(shard.num_bytes for shard in shards) / molecules
                 ),
                 "attention_padding": padding,
                 "plain_molecules_per_s": round(plain, 1),
@@ -147,19 +152,28 @@ def prepared(source: str, uri: str) -> Manifest:
     return finish(uri, found, options, receipts)
 
 
-def repeat(uri: str, manifest: Manifest, num_molecules: int) -> int:
-    """Name the shards of the data set in its manifest as often as gives ``num_molecules``; returns how many then."""
-    shards = manifest.shards_of("train")
-    times = -(-num_molecules // manifest.num_molecules("train"))
-    repeated = dataclasses.replace(
-        manifest,
-        shards=shards * times,
-        fingerprint=fingerprint(
-            manifest.featurizer_version, manifest.options, manifest.labels, shards * times
-        ),
+def grow(uri: str, source_uri: str, num_molecules: int, num_shard_rows: int = SHARD_ROWS) -> None:
+    """A data set of ``num_molecules``, those of another one in turn, with shards of the size that a shuffle makes.
+
+    Full shards are equal: they are one file that the manifest names repeatedly.
+    """
+    source = load_manifest(source_uri)
+    molecules = ShardReader(source_uri, source, "train").read(
+        np.arange(source.num_molecules("train"))
     )
-    storage.write_json(storage.join(uri, MANIFEST_NAME), repeated.to_json())
-    return repeated.num_molecules("train")
+
+    def write(name: str, num_rows: int) -> list[ShardInfo]:
+        table = molecules.take(np.arange(num_rows) % len(molecules))
+        return write_part(uri, f"train/{name}.parquet", "train", table, source.row_group_rows)
+
+    full, rest = divmod(num_molecules, num_shard_rows)
+    shards = (*write("full", num_shard_rows if full else 0) * full, *write("rest", rest))
+    manifest = dataclasses.replace(
+        source,
+        shards=shards,
+        fingerprint=fingerprint(source.featurizer_version, source.options, source.labels, shards),
+    )
+    storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
 
 
 def measure_stream(
@@ -242,16 +256,13 @@ def padding_share(batches: list[np.ndarray]) -> float:
     return round(1 - real / sum(len(n) * int(n.max()) ** 2 for n in tokens), 4)
 
 
-def measure_growth(uri: str, manifest: Manifest) -> dict[str, Any]:
+def measure_growth(sample: str, folder: str) -> dict[str, Any]:
     """Time a molecule and peak memory at three sizes, and how far the times lie apart."""
-    uris = [f"{uri}-{size}" for size in GROWTH_SIZES]
-    for target in uris:
-        shutil.copytree(uri, target)
-    molecules = [
-        repeat(target, manifest, size) for target, size in zip(uris, GROWTH_SIZES, strict=True)
-    ]
-    stretches = [stretch_seconds(*place) for place in zip(uris, molecules, strict=True)]
-    rounds = molecules[-1] // (GROWTH_STRETCH * GROWTH_BATCH_SIZE)
+    uris = [os.path.join(folder, str(size)) for size in GROWTH_SIZES]
+    for uri, size in zip(uris, GROWTH_SIZES, strict=True):
+        grow(uri, sample, size)
+    stretches = [stretch_seconds(uri) for uri in uris]
+    rounds = GROWTH_SIZES[-1] // (GROWTH_STRETCH * GROWTH_BATCH_SIZE)
     seconds = [[next(stretch) for stretch in stretches] for _ in range(rounds)]
     times = [
         1e6 * statistics.median(column) / (GROWTH_STRETCH * GROWTH_BATCH_SIZE)
@@ -259,12 +270,12 @@ def measure_growth(uri: str, manifest: Manifest) -> dict[str, Any]:
     ]
     context = multiprocessing.get_context("spawn")
     rows = []
-    for place, microseconds in zip(zip(uris, molecules, strict=True), times, strict=True):
+    for uri, size, microseconds in zip(uris, GROWTH_SIZES, times, strict=True):
         with ProcessPoolExecutor(1, mp_context=context) as process:
-            megabytes = process.submit(epoch_megabytes, *place).result()
+            megabytes = process.submit(epoch_megabytes, uri).result()
         rows.append(
             {
-                "molecules": place[1],
+                "molecules": size,
                 "us_per_molecule": round(microseconds, 2),
                 "peak_rss_mb": round(megabytes),
             }
@@ -272,25 +283,24 @@ def measure_growth(uri: str, manifest: Manifest) -> dict[str, Any]:
     return {"growth": rows, "growth_spread": round(max(times) / min(times) - 1, 3)}
 
 
-def stretch_seconds(uri: str, molecules: int) -> Iterator[float]:
+def stretch_seconds(uri: str) -> Iterator[float]:
     """Seconds of one stretch after the other, for ever, each epoch with a reader of its own."""
-    shard_rows = load_manifest(uri).shards_of("train")[0].num_rows
-    order = OrderConfig(chunk_rows=shard_rows, shuffle_window=2 * shard_rows)
-    steps = GROWTH_STEPS
+    molecules = load_manifest(uri).num_molecules("train")
     last = molecules // GROWTH_BATCH_SIZE - GROWTH_STRETCH
     while True:
-        builder = MicroBatchBuilder(uri, order, GROWTH_STREAM)
+        builder = MicroBatchBuilder(uri, GROWTH_ORDER, GROWTH_STREAM)
         for first in range(0, last + 1, GROWTH_STRETCH):
             started = time.perf_counter()
-            for step in range(first, first + GROWTH_STRETCH, steps):
-                for number in range(order.num_streams):
-                    builder.build(step, steps, number)
+            for step in range(first, first + GROWTH_STRETCH, GROWTH_STEPS):
+                for number in range(GROWTH_ORDER.num_streams):
+                    builder.build(step, GROWTH_STEPS, number)
             yield time.perf_counter() - started
 
 
-def epoch_megabytes(uri: str, molecules: int) -> float:
+def epoch_megabytes(uri: str) -> float:
     """Peak resident megabytes of this process after one epoch."""
-    stretches = stretch_seconds(uri, molecules)
+    stretches = stretch_seconds(uri)
+    molecules = load_manifest(uri).num_molecules("train")
     for _ in range(molecules // (GROWTH_STRETCH * GROWTH_BATCH_SIZE)):
         next(stretches)
     return peak_resident_kilobytes() / 1024

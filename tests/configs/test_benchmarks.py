@@ -24,14 +24,17 @@ def test_a_kept_result_has_date_hardware_and_config(file: Path) -> None:
     assert (BENCHMARKS / f"{value['result']['benchmark']}.py").is_file()
 
 
-def test_the_relations_benchmark_reads_its_source_as_often_as_asked(tmp_path: Path) -> None:
+def test_the_relations_benchmark_takes_its_molecules_in_turn(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("relations", BENCHMARKS / "relations.py")
     assert spec is not None
     assert spec.loader is not None
     relations = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(relations)
-    source, uri = tmp_path / "a.csv", str(tmp_path / "out")
+    source, sample, uri = tmp_path / "a.csv", str(tmp_path / "sample"), str(tmp_path / "grown")
     source.write_text("smiles\nC\nCC\nCCC\n")
-    assert relations.repeat(uri, relations.prepared(str(source), uri), 7) == 9
+    relations.prepared(str(source), sample)
+    relations.grow(uri, sample, 9, num_shard_rows=4)
     reader = ShardReader(uri, load_manifest(uri), "train")
-    assert reader.read(np.arange(9))["num_atoms"].to_pylist() == [1, 2, 3] * 3
+    assert reader.num_rows == 9
+    found = reader.read(np.arange(9))["num_atoms"].to_pylist()
+    assert found == [1, 2, 3, 1, 1, 2, 3, 1, 1]
