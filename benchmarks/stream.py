@@ -157,9 +157,8 @@ def measure(uri: str, arguments: argparse.Namespace, reporter: Any) -> dict[str,
         max_actors=arguments.max_actors,
         object_store_gib=arguments.budget_gib,
     )
-    # Whole blocks: a stream that is left before its end would be closed some time after Ray is.
-    per_block = stream.block_steps(order.stream_batch_size)
-    steps = -(-arguments.molecules // (order.global_batch_size * per_block)) * per_block
+    # Whole blocks, of at most 64 steps: a stream that is left before its end would be closed some time after Ray is.
+    steps = -(-arguments.molecules // (order.global_batch_size * 64)) * 64
     started = time.perf_counter()
     dataset = stream_dataset(uri, order, stream, 0, steps, reserved_cpus=1.0, reporter=reporter)
     dataset.context.execution_options = stream_data_config(stream)._resolve_execution_options(

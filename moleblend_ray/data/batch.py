@@ -40,7 +40,7 @@ smaller micro-batches save attention work.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -109,8 +109,21 @@ SECTIONS: Final = (
     _section("path_words", np.uint32, 2, 1),
 )
 """The arrays of a buffer, in their order."""
-# What a block costs Ray (some milliseconds) is then little beside building it (some tens of milliseconds).
-_BLOCK_MOLECULES: Final = 4096
+
+
+def mean_molecule_bytes(atom_counts: Mapping[int, int]) -> float:
+    """Bytes of a buffer that a molecule takes on average, from the number of molecules by their number of atoms."""
+    num_molecules = max(1, sum(atom_counts.values()))
+    rows: list[float] = [
+        sum(count * atoms**power for atoms, count in atom_counts.items()) / num_molecules
+        for power in range(3)
+    ]
+    return sum((rows[section.rows] * section.row_bytes for section in SECTIONS), 0.0)
+
+
+_BLOCKS_PER_STREAM: Final = 6
+# A block costs Ray some 20 ms of CPU time whatever its size: little beside the 100 ms that this one takes to build.
+_BLOCK_BYTES: Final = 12 << 20
 _MAX_BLOCK_STEPS: Final = 64
 
 
@@ -123,7 +136,7 @@ class StreamConfig:
 
     steps_per_block: int | None = None
     """Optimizer steps whose micro-batches of one stream travel together as one Ray block; null: as many as give
-    a block of about 4096 molecules, at most 64."""
+    a block of about 12 MiB, less if six blocks of each stream would not fit into object_store_gib, at most 64 steps."""
 
     min_actors: int = 1
     """CPU actors that build micro-batches: fewest."""
@@ -141,7 +154,7 @@ class StreamConfig:
     object_store_gib: float | None = None
     """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster, besides
     the one block of each stream that is being trained on; null: three tenths of the store. Building waits while it
-    is full. Not yet strict: a small store was seen to hold twice the budget, without spilling."""
+    is full."""
 
     random_rotation: bool = False
     """Rotate each conformer at random, anew each step, keyed by (seed, step, molecule id)."""
@@ -171,11 +184,13 @@ class StreamConfig:
             (self.actor_cpus > 0, f"actor_cpus: expected more than 0, found {self.actor_cpus}"),
         )
 
-    def block_steps(self, stream_batch_size: int) -> int:
-        """Steps of a block, where one stream has ``stream_batch_size`` molecules of a step."""
+    def block_steps(self, num_streams: int, step_bytes: float, budget: int) -> int:
+        """Steps of a block, where one stream has ``step_bytes`` of each and the object store ``budget`` bytes for all."""
         if self.steps_per_block is not None:
             return self.steps_per_block
-        return min(max(1, _BLOCK_MOLECULES // stream_batch_size), _MAX_BLOCK_STEPS)
+        block_bytes = min(_BLOCK_BYTES, budget / (_BLOCKS_PER_STREAM * num_streams))
+        steps = min(max(1, int(block_bytes // step_bytes)), _MAX_BLOCK_STEPS)
+        return 1 << steps.bit_length() - 1  # divides more numbers of steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -176,6 +176,13 @@ class Counts:
     elements: dict[str, int] = field(default_factory=dict)
     """Element symbol (``*``: none) -> molecules out that contain it; empty in data sets of earlier versions."""
 
+    @property
+    def molecules_by_atoms(self) -> dict[int, int]:
+        """Number of atoms -> molecules out; where only sums are known, as if all had the mean."""
+        if self.atom_count_histogram:
+            return {int(atoms): count for atoms, count in self.atom_count_histogram.items()}
+        return {round(self.atoms_out / max(1, self.rows_out)): self.rows_out}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:

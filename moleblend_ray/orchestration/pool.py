@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
+from moleblend_ray.orchestration.budget import blocks_taken
 from moleblend_ray.orchestration.progress import Reporter
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class PoolSizer(ExecutionCallback):
             time_s=time.monotonic(),
             build_s=metrics.block_generation_time,
             built=metrics.num_task_outputs_generated,
-            taken=self._sink.metrics.block_outputs_taken,
+            taken=blocks_taken(self._sink),
         )
 
     def _restart(self, now: _Totals) -> None:

@@ -6,6 +6,7 @@ preserve order, so with W consumers, W a divisor of V, consumer r gets exactly t
 Every block is one row: Ray can neither cut nor join them. Each micro-batch carries its (step, stream,
 index), which :func:`~moleblend_ray.data.batch.step_batches` checks.
 
+The blocks on their way are counted, so that they keep within ``stream.object_store_gib`` (:mod:`.budget`).
 The plan (which block is which) comes from one lazy read task, so that a run of a million blocks starts as
 fast as one of ten; putting the rows of the plan into the object store costs about 1 ms each.
 """
@@ -31,6 +32,7 @@ from ray.data.datasource import Datasource, ReadTask
 from moleblend_ray.data.batch import (
     StepBatch,
     StreamConfig,
+    mean_molecule_bytes,
     num_micro_batches,
     pack_block,
     pack_error,
@@ -38,7 +40,9 @@ from moleblend_ray.data.batch import (
 )
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.orchestration.budget import BLOCKS_IN_ADVANCE, limit_blocks, most_blocks
 from moleblend_ray.orchestration.local import GIB
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
@@ -47,9 +51,6 @@ _PLAN_ROW_BYTES = 24
 
 _STORE_SHARE: Final = 0.3
 """Of the object store, by default: Ray begins to spill at four fifths, and others use it as well."""
-
-_EXECUTOR_SHARE: Final = 0.5
-"""Of the budget: Ray does not count the blocks that the trainers are in or that actors are about to hand over."""
 
 
 class _StreamPlan(Datasource):
@@ -138,15 +139,19 @@ def stream_dataset(
     The last group is filled with the steps that would follow, so that all streams have as many blocks; a
     consumer stops by itself. Split it with ``streaming_split(W, equal=True)`` and no locality hints, or give
     :func:`stream_data_config` to the trainer. ``reserved_cpus`` of the cluster are not for its actors; ``reporter``
-    shows decisions about their number.
+    shows decisions about their number. Raises ConfigError if the blocks are too large for the object store's budget.
     """
-    group_steps = min(stream.block_steps(order.stream_batch_size), max(1, num_steps))
+    atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
+    step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
+    budget = object_store_budget(stream)
+    group_steps = min(stream.block_steps(order.num_streams, step_bytes, budget), max(1, num_steps))
+    limit = most_blocks(budget, group_steps * step_bytes, order.num_streams)
     num_groups = max(1, -(-num_steps // group_steps))
     plan = _StreamPlan(first_step, num_groups, group_steps, order.num_streams)
     # No CPU: it sleeps most of the time. Being unlike the actors' request, it also keeps Ray from fusing the
     # two operators, which would build every block in one task.
     rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
-    most = most_actors(stream, reserved_cpus)
+    most = max(stream.min_actors, min(most_actors(stream, reserved_cpus), limit))
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),
@@ -160,6 +165,7 @@ def stream_dataset(
     # Each row becomes a block of its own; by default Ray would join the small rows of the plan.
     context.target_max_block_size = 1
     context.execution_options = _execution_options(stream)
+    limit_blocks(context, limit)
     if most > stream.min_actors:
         bounds = PoolBounds(
             fewest=stream.min_actors,
@@ -199,7 +205,7 @@ def _execution_options(stream: StreamConfig) -> ExecutionOptions:
     return ExecutionOptions(
         preserve_order=True,
         resource_limits=ExecutionResources.for_limits(
-            object_store_memory=int(object_store_budget(stream) * _EXECUTOR_SHARE)
+            object_store_memory=object_store_budget(stream)
         ),
     )
 
@@ -217,8 +223,9 @@ def shard_step_batches(
     blocks = shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
         batch_format="pyarrow",
-        # The next group. What is built beyond it waits in the executor, which counts it.
-        prefetch_batches=order.num_streams // world_size,
+        # Ray's threads hold about 2 + 2 n blocks in advance: here as many as the budget leaves for them. What is built
+        # beyond these waits where it is counted.
+        prefetch_batches=int(order.num_streams >= 2 * BLOCKS_IN_ADVANCE * world_size),
     )
     return step_batches(
         blocks,

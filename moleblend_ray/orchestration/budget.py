@@ -1,0 +1,92 @@
+"""How many blocks may be on their way at once: as many as the stream's share of the object store holds.
+
+Ray Data counts the blocks that its operators hold, not those that its actors are about to hand over nor those that the
+trainers have taken, and was seen to fill twice the limit it was given. All our blocks have nearly the same size,
+so here they are counted: from the moment that an actor is asked for one until a trainer has taken it and Ray has freed
+another in its place.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+    BackpressurePolicy,
+)
+
+from moleblend_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.resource_manager import ResourceManager
+    from ray.data._internal.execution.streaming_executor_state import Topology
+
+BLOCKS_IN_ADVANCE: Final = 2
+"""Blocks of each stream that trainers take before they need them, on average."""
+
+_FREE_S: Final = 1.1
+"""Ray's object stores free what nobody holds any more once a second."""
+
+_CONFIG_KEY: Final = "moleblend.most_blocks"
+
+
+def most_blocks(budget: int, block_bytes: float, num_streams: int) -> int:
+    """Blocks that may be asked for and not yet taken, so that with those taken in advance ``budget`` bytes hold all.
+
+    Raises ConfigError if that is less than a block of each stream: trainers would then wait for each other for ever.
+    """
+    blocks = int(budget // block_bytes)
+    if blocks < (BLOCKS_IN_ADVANCE + 1) * num_streams:
+        raise ConfigError(
+            f"stream.object_store_gib: {budget / 2**20:.0f} MiB of the object store hold {blocks} blocks of "
+            f"{block_bytes / 2**20:.1f} MiB, and {num_streams} streams need {BLOCKS_IN_ADVANCE + 1} each; give it more, "
+            "or set fewer stream.steps_per_block"
+        )
+    return blocks - BLOCKS_IN_ADVANCE * num_streams
+
+
+def limit_blocks(context: DataContext, most: int) -> None:
+    """Let actors of the stream with this context begin a block only while fewer than ``most`` are on their way."""
+    context.set_config(_CONFIG_KEY, most)
+    context.set_config(
+        ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, _BlockLimit]
+    )
+
+
+class _BlockLimit(BackpressurePolicy):
+    """Ray Data's hook: says whether an operator may start a task."""
+
+    def __init__(
+        self, data_context: DataContext, topology: Topology, resource_manager: ResourceManager
+    ) -> None:
+        super().__init__(data_context, topology, resource_manager)
+        self._most: int = data_context.get_config(_CONFIG_KEY)
+        *_, self._sink = topology
+        self._taken: deque[tuple[float, int]] = deque([(-math.inf, 0)])
+
+    def can_add_input(self, op: PhysicalOperator) -> bool:
+        """Each input of the building operator becomes one block; other operators hold no blocks of their own."""
+        if not op.get_autoscaling_actor_pools():
+            return True
+        return op.metrics.num_inputs_received - self._freed(time.monotonic()) < self._most
+
+    def _freed(self, now: float) -> int:
+        """Blocks whose memory is free, had the trainers let go of each as soon as they took it."""
+        taken = blocks_taken(self._sink)
+        if taken > self._taken[-1][1]:
+            self._taken.append((now, taken))
+        while len(self._taken) > 1 and self._taken[1][0] <= now - _FREE_S:
+            self._taken.popleft()
+        return self._taken[0][1]
+
+
+def blocks_taken(sink: PhysicalOperator) -> int:
+    """Blocks that trainers have taken from the last operator of a stream."""
+    metrics = sink.metrics
+    return int(metrics.block_outputs_taken - metrics.num_external_outqueue_blocks)
