@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from synthetic import random_block
 
 from moleblend_ray.data.batch import (
+    HEADER_FIELDS,
     MicroBatch,
     StreamConfig,
     build_micro_batches,
     build_steps,
+    mean_molecule_bytes,
     num_micro_batches,
     pack_block,
     pack_error,
@@ -250,6 +252,23 @@ def test_a_block_that_could_not_be_built_raises_its_error_where_it_is_consumed()
     blocks[3] = pack_error(DataError("shard 7 is damaged"), 7, 1)
     with pytest.raises(DataError, match=r"step 7 of stream 1 .* DataError: shard 7 is damaged"):
         consume(blocks)
+
+
+def test_the_mean_bytes_of_a_molecule_are_those_of_its_buffer(block: MoleculeBlock) -> None:
+    sizes, counts = np.unique(block.num_atoms, return_counts=True)
+    mean = mean_molecule_bytes(dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
+    (micro,) = build_micro_batches(block, 0, 0, len(block))
+    header, padding = 8 * len(HEADER_FIELDS), 8 * 8
+    assert 0 <= len(micro.payload) - header - mean * len(block) < padding
+
+
+def test_blocks_have_as_many_steps_as_the_store_holds_six_times_for_each_stream() -> None:
+    stream = StreamConfig()
+    assert stream.block_steps(4, step_bytes=380_000, budget=10**9) == 32  # 12 MiB
+    assert stream.block_steps(4, step_bytes=380_000, budget=24 * 1_900_000) == 4
+    assert stream.block_steps(4, step_bytes=380_000, budget=10**6) == 1
+    assert stream.block_steps(4, step_bytes=1_000, budget=10**9) == 64
+    assert StreamConfig(steps_per_block=5).block_steps(4, step_bytes=1.0, budget=1) == 5
 
 
 def test_stream_settings_out_of_range_are_refused_all_at_once() -> None:
