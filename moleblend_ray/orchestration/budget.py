@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 BLOCKS_IN_ADVANCE: Final = 2
 """Blocks of each stream that trainers take before they need them, on average."""
 
-_FREE_S: Final = 1.1
-"""Ray's object stores free what nobody holds any more once a second."""
+_FREE_S: Final = 1.5
+"""Ray's object stores free what nobody holds any more once a second, and hear of it with a delay."""
 
 _CONFIG_KEY: Final = "moleblend.most_blocks"
 
@@ -74,7 +74,21 @@ class _BlockLimit(BackpressurePolicy):
         """Each input of the building operator becomes one block; other operators hold no blocks of their own."""
         if not op.get_autoscaling_actor_pools():
             return True
+        if self._has_room(op):
+            return True
+        if op.num_active_tasks() == 0:
+            # Ray would start a task regardless of all limits when none runs and a trainer waits for a block.
+            self._await_memory()
+            return self._has_room(op)
+        return False
+
+    def _has_room(self, op: PhysicalOperator) -> bool:
         return op.metrics.num_inputs_received - self._freed(time.monotonic()) < self._most
+
+    def _await_memory(self) -> None:
+        """Sleep until Ray has freed the next block that was taken; the executor has nothing else to do."""
+        if len(self._taken) > 1:
+            time.sleep(max(0.0, self._taken[1][0] + _FREE_S - time.monotonic()))
 
     def _freed(self, now: float) -> int:
         """Blocks whose memory is free, had the trainers let go of each as soon as they took it."""
