@@ -64,11 +64,11 @@ ORDER = OrderConfig(global_batch_size=1024, num_streams=4)
 SHARD_ROWS = 65_536
 """`rows_per_shard` of `prepare` unless told otherwise."""
 GROWTH_SIZES = (10**4, 10**5, 10**6)
-GROWTH_STEPS = 8
+GROWTH_STEPS = 16
 GROWTH_BATCH_SIZE = OrderConfig().global_batch_size
 GROWTH_ORDER = OrderConfig(shuffle_window=GROWTH_STEPS * GROWTH_BATCH_SIZE)
-GROWTH_STREAM = StreamConfig(cache_bytes=4 << 20, steps_per_block=GROWTH_STEPS)
-GROWTH_STRETCH = 4 * GROWTH_STEPS
+GROWTH_STREAM = StreamConfig(cache_bytes=8 << 20, steps_per_block=GROWTH_STEPS)
+GROWTH_STRETCH = 2 * GROWTH_STEPS
 """Steps whose time is one measurement: 8,192 molecules."""
 REPEATS = 3
 PLAIN_MOLECULES = 200

@@ -1,17 +1,51 @@
-"""A seeded HTTP proxy that refuses requests, resets connections, cuts bodies and loses answers, and counts them."""
+"""Seeded HTTP proxies that refuse requests, reset connections, cut bodies and lose answers, and count what they did."""
 
 from __future__ import annotations
 
 import http.client
+import json
 import random
+import subprocess
+import sys
 import threading
+import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 FAULTS = ("unavailable", "reset", "cut", "lost_answer")
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
+
+
+class ProxyProgram:
+    """The program beside the project, of the same use as :class:`FaultProxy`: its draws hold in whatever order requests come.
+
+    It fails ``rate`` of the requests and cuts the connections of a third as many.
+    """
+
+    def __init__(self, program: Path, upstream: str, *, rate: float, seed: int) -> None:
+        settings = {"upstream": upstream, "seed": seed}
+        settings |= {"fail-rate": rate, "cut-rate": rate / 3}
+        self._command = [sys.executable, str(program)]
+        self._command += [f"--{name}={value}" for name, value in settings.items()]
+
+    def __enter__(self) -> ProxyProgram:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().split()[-1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with urllib.request.urlopen(f"{self.url}/-/fault-proxy") as answer:
+            counts = json.load(answer)["counts"]
+        self.faults = counts["failed"] + sum(
+            count for name, count in counts.items() if name.startswith("cut")
+        )
+        self.cuts = self.faults - counts["failed"]
+        self._process.terminate()
+        self._process.communicate()
 
 
 class FaultProxy:
@@ -44,6 +78,11 @@ class FaultProxy:
     def faults(self) -> int:
         """Requests that got a fault so far."""
         return sum(count for name, count in self.counts.items() if name != "passed")
+
+    @property
+    def cuts(self) -> int:
+        """Answers that ended early."""
+        return self.counts["cut"]
 
 
 def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:

@@ -29,7 +29,7 @@ class PrepareConfig:
     """From molecule to atom and bond codes and coordinates; what is refused."""
     rows_per_chunk: int = 8192
     """Source rows per unit of work, and so without shuffle at most per shard."""
-    row_group_rows: int = 1024
+    row_group_rows: int = 2048
     """Rows per Parquet row group: what training reads at a time."""
     valid_fraction: float = 0.05
     """Share of the molecules kept for validation, chosen by a hash of the molecule; 0 to keep none."""

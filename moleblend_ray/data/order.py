@@ -54,7 +54,7 @@ class OrderConfig:
     """Molecules within which single rows are shuffled. Larger mixes better, but each machine that builds
     micro-batches decodes and caches all row groups of a window."""
 
-    chunk_rows: int = 1024
+    chunk_rows: int = 2048
     """Consecutive molecules that move together before rows are shuffled; best the rows of a row group."""
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class ConvertOptions:
     featurize: FeaturizeConfig = field(default_factory=FeaturizeConfig)
     rows_per_chunk: int = 8192
     """Source records that make one unit of work, and without ``shuffle`` at most one shard of each split."""
-    row_group_rows: int = 1024
+    row_group_rows: int = 2048
     """Rows of each row group but the last of a shard."""
     valid_fraction: float = 0.05
     """Share of molecules, chosen by a hash of the canonical SMILES, in split ``valid``."""
