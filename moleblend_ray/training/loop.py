@@ -24,6 +24,7 @@ from moleblend_ray.data.batch import MicroBatch, StepBatch
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
+from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.losses import (
     LOSS_NAMES,
     LossConfig,
@@ -53,6 +54,7 @@ from moleblend_ray.training.optim import (
     set_learning_rate,
 )
 from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep
+from moleblend_ray.training.throughput import Meter
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +161,7 @@ def fit(
     num_steps = learner.train.num_steps
     uncommitted: list[Record] = []
     learner.objective.train()
+    meter = Meter.of_device(learner.ranks.device, learner.train.precision, learner.ranks.world_size)
     wanted = islice(steps, num_steps - start_step)
     with DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead:
         for step in range(start_step, num_steps):
@@ -169,11 +172,7 @@ def fit(
                 learner, batch, stop=should_stop is not None and should_stop()
             )
             step_s = time.perf_counter() - began_s
-            record |= {
-                "step_s": step_s,
-                "data_wait_s": data_wait_s,
-                "molecules_per_s": record["molecules"] / step_s,
-            }
+            record |= {"step_s": step_s, "data_wait_s": data_wait_s, **meter.rates(record, step_s)}
             done = step + 1
             is_last = done == num_steps
             if validate is not None and not stop and (is_last or _is_due(done, learner)):
@@ -269,11 +268,13 @@ def sum_of(tensors: list[Tensor]) -> Tensor:
 
 
 def _sizes(learner: Learner, batch: StepBatch, parts: list[MoleculeBatch], *, stop: bool) -> Tensor:
-    """(6,) float64: molecules, atoms, atom slots with padding, checksum, 1 if a stop is asked for, ignored bonds."""
+    """(7,) float64: molecules, atoms, atom slots with padding, FLOPs, checksum, 1 if a stop is asked for, ignored bonds."""
+    forward = pretraining_flops(learner.model.config)
     host = [
         sum(part.num_molecules for part in parts),
         sum(len(part.atom_index) for part in parts),
         sum(part.num_molecules * part.max_atoms for part in parts),
+        TRAINING_FACTOR * sum(forward.of(m.num_atoms).sum() for m in batch.micro_batches),
         sum(molecules_checksum(micro.molecule_ids) for micro in batch.micro_batches),
         int(stop),
     ]
@@ -296,7 +297,7 @@ def _record(
     values = torch.cat([totals, counts, norm.detach().double().reshape(1)]).cpu()
     sums, sizes = values[: len(LOSS_NAMES)], values[len(LOSS_NAMES) : len(totals)].tolist()
     counted, grad_norm = values[len(totals) : -1], float(values[-1])
-    molecules, atoms, slots, checksum, stops, ignored = sizes
+    molecules, atoms, slots, flops, checksum, stops, ignored = sizes
     record: Record = {
         "step": step,
         **named_losses(learner, sums, counted),
@@ -306,6 +307,7 @@ def _record(
         "atoms": int(atoms),
         "molecules_checksum": int(checksum),
         "padding_share": 1.0 - atoms / slots,
+        "model_flops": flops,
     }
     if learner.loss.ignore_other_bonds:
         record["other_bonds"] = int(ignored)

@@ -16,6 +16,7 @@ import toy
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training import loop
 from moleblend_ray.training.checkpoint import CheckpointWriter
@@ -79,11 +80,17 @@ def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
 
 def test_records_say_what_a_step_saw() -> None:
     order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
-    for record in toy.records(toy.learner(num_steps=2), toy.steps()):
+    learner = toy.learner(num_steps=2)
+    forward = pretraining_flops(learner.model.config)
+    for record in toy.records(learner, toy.steps()):
         ids = order.global_batch(int(record["step"]))
-        atoms = sum(int(toy.molecule(int(i)).num_atoms[0]) for i in ids)
+        num_atoms = np.concatenate([toy.molecule(int(i)).num_atoms for i in ids])
         assert record["molecules"] == toy.ORDER.global_batch_size
-        assert record["atoms"] == atoms
+        assert record["atoms"] == num_atoms.sum()
+        assert record["model_flops"] == pytest.approx(3 * forward.of(num_atoms).sum())
+        assert record["atoms_per_s"] == pytest.approx(record["atoms"] / record["step_s"])
+        assert 0 < record["mfu"] < 1
+        assert record["peak_memory_mib"] > 100
         assert (
             record["molecules_checksum"] == molecules_checksum(ids) != molecules_checksum(ids + 1)
         )

@@ -1,0 +1,85 @@
+"""Floating-point operations that a model needs, by formula: real atoms and pairs only, no padding.
+
+Counted are matrix products, two operations for each multiply-add, as ``torch.utils.flop_counter`` does; embeddings,
+normalisations, activations and softmaxes are left out. A backward pass costs twice a forward pass: one product for the
+gradient of each factor. Model FLOPs utilisation (MFU) is this number over time and the device's peak rate
+(Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B).
+
+Shape legend: n atoms of a molecule, t = n + 1 tokens, D width, H heads, K kernels, P pair width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.vocabulary import NUM_HOPS
+
+if TYPE_CHECKING:
+    from moleblend_ray.model.config import ModelConfig
+
+TRAINING_FACTOR: Final = 3
+"""Forward and backward pass over a forward pass alone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardFlops:
+    """Operations of a forward pass: ``constant + linear * n + quadratic * n**2`` for a molecule of n atoms."""
+
+    constant: float
+    linear: float
+    quadratic: float
+
+    def of(self, num_atoms: NDArray[np.integer]) -> NDArray[np.float64]:
+        """Operations for each molecule; ``num_atoms`` (B,) -> (B,)."""
+        n = np.asarray(num_atoms, np.float64)
+        return self.constant + self.linear * n + self.quadratic * n**2
+
+    def __add__(self, other: ForwardFlops) -> ForwardFlops:
+        return ForwardFlops(
+            constant=self.constant + other.constant,
+            linear=self.linear + other.linear,
+            quadratic=self.quadratic + other.quadratic,
+        )
+
+
+def encoder_flops(config: ModelConfig) -> ForwardFlops:
+    """Blocks over n atoms and the graph token, and the 3D bias of n**2 pairs."""
+    D, H, K = config.dim, config.num_heads, config.num_kernels
+    token = config.num_layers * (8 * D**2 + 4 * D * config.ffn_dim)
+    square = config.num_layers * 4 * D  # queries times keys, attention times values
+    return ForwardFlops(
+        constant=token + square,
+        linear=token + 2 * square + 2 * K * D,
+        quadratic=square + 2 * K * (K + H),
+    )
+
+
+def pair_head_flops(config: ModelConfig, num_outputs: int) -> ForwardFlops:
+    """One bilinear pair head: row and column vectors, the columns times the weight, rows times that."""
+    D, P = config.dim, config.pair_dim
+    return ForwardFlops(
+        constant=0.0,
+        linear=4 * D * P + 2 * P * P * num_outputs,
+        quadratic=2 * P * num_outputs,
+    )
+
+
+def denoising_head_flops(config: ModelConfig) -> ForwardFlops:
+    """Three linear maps, one attention score, and three numbers a head instead of its value vectors."""
+    D, H = config.dim, config.num_heads
+    return ForwardFlops(constant=0.0, linear=6 * D**2 + 2 * 3 * D, quadratic=2 * D + 2 * 3 * H)
+
+
+def pretraining_flops(config: ModelConfig) -> ForwardFlops:
+    """A forward pass of :class:`~moleblend_ray.model.moleblend.MoleBlendModel` with all its heads."""
+    outputs = [config.num_spd_classes, NUM_HOPS * config.num_edge_classes]
+    outputs += [3] if config.direction_head else []
+    outputs += [1] if config.distance_head else []
+    total = encoder_flops(config) + denoising_head_flops(config)
+    for num_outputs in outputs:
+        total = total + pair_head_flops(config, num_outputs)
+    return total

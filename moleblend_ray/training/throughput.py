@@ -1,0 +1,88 @@
+"""How fast and how large: matrix-product rate of a device, peak memory, and the rates of a step's record.
+
+Model FLOPs utilisation is measured against the rate that a square matrix product reaches on the same device in the same
+process, not against a data sheet: what a step could reach here and now.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from moleblend_ray.training.config import Precision
+from moleblend_ray.training.metrics import Record
+
+_MATRIX_SIZE: Final = {"cpu": 1536, "cuda": 8192}
+_REPEATS: Final = 5
+_MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LINUX_STATUS: Final = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meter:
+    """Gives the rates of a run on equal devices."""
+
+    device: torch.device
+    matrix_rate: float
+    """Operations a second of matrix products, summed over the devices of all ranks."""
+
+    @classmethod
+    def of_device(cls, device: torch.device, precision: Precision, world_size: int) -> Meter:
+        """Measure this device, which takes some tenths of a second; the others are taken to be alike."""
+        rate = matrix_rate(device, precision) * world_size
+        return cls(device=device, matrix_rate=rate)
+
+    def rates(self, record: Record, step_s: float) -> Record:
+        """Rates of the step of this ``record``, which took ``step_s`` seconds, and this rank's peak memory."""
+        return {
+            "molecules_per_s": record["molecules"] / step_s,
+            "atoms_per_s": record["atoms"] / step_s,
+            "mfu": record["model_flops"] / step_s / self.matrix_rate,
+            "peak_memory_mib": peak_memory_bytes(self.device) / 2**20,
+        }
+
+
+def matrix_rate(device: torch.device, precision: Precision, size: int | None = None) -> float:
+    """Operations a second of a square matrix product in ``precision`` with this process's threads, the best of five."""
+    size = size or _MATRIX_SIZE[device.type]
+    dtype = _MATRIX_TYPES[precision]
+    left, right = torch.rand(2, size, size, device=device).to(dtype)
+    product = torch.empty_like(left)
+    best = min(
+        seconds_of(lambda: torch.mm(left, right, out=product), device) for _ in range(_REPEATS)
+    )
+    return 2 * size**3 / best
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``run`` takes, with all work that it puts on the device."""
+    _synchronize(device)
+    begin = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: that of the allocator on a GPU, of this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _LINUX_STATUS.exists():
+        # getrusage begins with the peak of the parent process.
+        for line in _LINUX_STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
