@@ -46,15 +46,20 @@ class PairHead(nn.Module):
 
     def forward(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
         """``atoms`` (A, D) -> (B, N, N, *output_shape): ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``."""
-        row = batch.pad_atoms(self.row_norm(F.gelu(self.row(atoms))))
+        row = self.row_norm(F.gelu(self.row(atoms)))
         column = self.column_norm(F.gelu(self.column(atoms)))
+        return self.combine(row, column, batch)
+
+    def combine(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
+        """The bilinear form of packed ``row`` and ``column`` vectors (A, P) -> (B, N, N, *output_shape)."""
         C, P, _ = self.weight.shape
+        rows = batch.pad_atoms(row)
         # (P columns, C * P rows), so that the large result comes out in its final layout without a copy.
         weight = self.weight.permute(2, 1, 0).flatten(1)
         contracted = batch.pad_atoms(column @ weight.to(column.dtype))
         N = contracted.shape[1]
         contracted = contracted.view(-1, N, P, C).transpose(1, 2).flatten(2)
-        pairs = torch.bmm(row, contracted.to(row.dtype)).view(-1, N, N, *self.output_shape)
+        pairs = torch.bmm(rows, contracted.to(rows.dtype)).view(-1, N, N, *self.output_shape)
         output: Tensor = pairs + self.bias.view(self.output_shape)
         return output
 

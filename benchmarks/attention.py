@@ -1,0 +1,198 @@
+"""Attention with a bias for each pair: the ways to the same numbers, forward and backward.
+
+    python benchmarks/attention.py [--batch 64] [--device cpu|cuda] [--dtype fp32|bf16]
+
+From packed queries, keys and values (S, D) and a bias (B, H, T, T) with a gradient to packed outputs, at the base preset's width:
+
+- ``padded_fused``: `scaled_dot_product_attention` on the rectangle, as `model/encoder.py` does.
+- ``padded_plain``: two matrix products and a softmax on the rectangle.
+- ``by_size``: the fused call for molecules of one size at a time, without padding.
+- ``packed_block_mask``: one sequence of all tokens, other molecules masked out.
+- ``flex``: FlexAttention, compiled (GPU only).
+
+All ways are checked against each other first. Molecules are synthetic, with PCQM4Mv2's sizes. One JSON line comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+
+import torch
+from synthetic_molecules import synthetic_block
+from torch import Tensor
+from torch.nn import functional as F
+
+from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.training.throughput import seconds_of
+
+REPEATS = 15
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What attention gets."""
+
+    qkv: Tensor
+    """(S, 3 * D)."""
+    bias: Tensor
+    """(B, H, T, T), -inf in padding columns."""
+    batch: MoleculeBatch
+    num_heads: int
+
+    def split(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, 3 * D) -> three (B, H, T, D / H)."""
+        parts = padded.view(*padded.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return parts[0], parts[1], parts[2]
+
+    def pack(self, attended: Tensor) -> Tensor:
+        return self.batch.pack_tokens(attended.transpose(1, 2).flatten(2))
+
+
+Way = Callable[[Case], Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=list(TYPES), default="fp32")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    torch.manual_seed(0)
+    case = new_case(arguments.batch, device, TYPES[arguments.dtype])
+    ways = {name: way for name, way in WAYS.items() if name != "flex" or device.type == "cuda"}
+    check(case, ways)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    # In turn, so that a slow moment of the machine meets all of them.
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            seconds[name].append(seconds_of(partial(both_passes, way, case), device))
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(
+        json.dumps(
+            {
+                "benchmark": "attention",
+                "batch": arguments.batch,
+                "tokens": len(case.qkv),
+                "padded_tokens": case.bias.shape[0] * case.bias.shape[2],
+                "device": arguments.device,
+                "dtype": arguments.dtype,
+                "ways": {
+                    name: {
+                        "ms": round(1e3 * median, 2),
+                        "times_chosen": round(median / medians["padded_fused"], 2),
+                    }
+                    for name, median in medians.items()
+                },
+                "chosen": "padded_fused",
+            }
+        )
+    )
+
+
+def new_case(num_molecules: int, device: torch.device, dtype: torch.dtype) -> Case:
+    config = ModelConfig()
+    (micro,) = build_micro_batches(synthetic_block(num_molecules), 0, 0, num_molecules)
+    batch = MoleculeBatch.from_micro_batch(micro, device)
+    T = batch.max_atoms + 1
+    bias = torch.randn(num_molecules, config.num_heads, T, T, device=device)
+    padding = torch.arange(T, device=device) > batch.num_atoms[:, None]
+    return Case(
+        qkv=torch.randn(len(batch.token_index), 3 * config.dim, device=device, dtype=dtype),
+        bias=bias.masked_fill(padding[:, None, None, :], -math.inf),
+        batch=batch,
+        num_heads=config.num_heads,
+    )
+
+
+def padded_fused(case: Case) -> Tensor:
+    query, key, value = case.split(case.batch.pad_tokens(case.qkv))
+    mask = case.bias.to(query.dtype)
+    return case.pack(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+
+
+def padded_plain(case: Case) -> Tensor:
+    query, key, value = case.split(case.batch.pad_tokens(case.qkv))
+    score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + case.bias.to(query.dtype)
+    return case.pack(torch.softmax(score, -1) @ value)
+
+
+def by_size(case: Case) -> Tensor:
+    # Molecules are ordered by size, so those of one size are neighbours.
+    sizes, counts = torch.unique_consecutive(case.batch.num_atoms.cpu(), return_counts=True)
+    outputs = []
+    begin = first = 0
+    for tokens, count in zip((sizes + 1).tolist(), counts.tolist(), strict=True):
+        part = case.qkv[begin : begin + tokens * count].view(count, tokens, -1)
+        query, key, value = case.split(part)
+        mask = case.bias[first : first + count, :, :tokens, :tokens].to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        begin, first = begin + tokens * count, first + count
+    return torch.cat(outputs)
+
+
+def packed_block_mask(case: Case) -> Tensor:
+    batch, T = case.batch, case.bias.shape[-1]
+    molecule = batch.token_molecule
+    place = batch.token_index - molecule * T
+    same = molecule[:, None] == molecule[None, :]
+    bias = case.bias[molecule[:, None], :, place[:, None], place[None, :]].permute(2, 0, 1)
+    mask = bias.masked_fill(~same, -math.inf).to(case.qkv.dtype)
+    query, key, value = case.split(case.qkv[None])
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None])
+    return attended[0].transpose(0, 1).flatten(1)
+
+
+def flex(case: Case) -> Tensor:
+    query, key, value = case.split(case.batch.pad_tokens(case.qkv))
+    bias = case.bias
+
+    def add_bias(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score + bias[b, h, q, k]
+
+    return case.pack(compiled_flex()(query, key, value, score_mod=add_bias))
+
+
+@lru_cache
+def compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+WAYS: dict[str, Way] = {
+    "padded_fused": padded_fused,
+    "padded_plain": padded_plain,
+    "by_size": by_size,
+    "packed_block_mask": packed_block_mask,
+    "flex": flex,
+}
+
+
+def check(case: Case, ways: dict[str, Way]) -> None:
+    expected = padded_fused(case)
+    for name, way in ways.items():
+        found = way(case)
+        if not torch.allclose(found, expected, rtol=3e-2, atol=3e-2):
+            raise AssertionError(f"{name} differs by {(found - expected).abs().max()}")
+
+
+def both_passes(way: Way, case: Case) -> None:
+    case.qkv.requires_grad_()
+    case.bias.requires_grad_()
+    way(case).sum().backward()
+    case.qkv.grad = case.bias.grad = None
+
+
+if __name__ == "__main__":
+    main()
