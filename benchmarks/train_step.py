@@ -5,7 +5,7 @@
 
 The step is the trainer's own (`training/loop.py`): random choices, forward, losses, backward, clipping, optimizer.
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
-the median step time and the measured matrix-product rate. ``peak_mib`` is the process's peak resident memory on a CPU, the
+the step's time and the rate of a matrix product measured just after it, the median over steps. ``peak_mib`` is the process's peak resident memory on a CPU, the
 allocator's on a GPU. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
 PCQM4Mv2's sizes. Needs torch, NumPy and Numba only. Prints one JSON line last.
 """
@@ -32,7 +32,6 @@ from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.throughput import matrix_rate, peak_memory_bytes, seconds_of
 
 NUM_BATCHES = 4
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 PRESETS = Path(__file__).resolve().parents[1] / "conf" / "model"
 
 
@@ -49,12 +48,15 @@ def main() -> None:
     steps = [to_device(batch, device) for batch in batches]
     for step in steps[: arguments.warm_up]:
         train_step(learner, step)
-    seconds = [
-        seconds_of(partial(train_step, learner, steps[index % NUM_BATCHES]), device)
-        for index in range(arguments.steps)
-    ]
-    peak = peak_memory_bytes(device)
-    rate = matrix_rate(device, arguments.dtype, MATRIX_SIZE[device.type])
+    seconds, rates, mfu = [], [], []
+    peak = 0
+    for index in range(arguments.steps):
+        number = index % NUM_BATCHES
+        seconds.append(seconds_of(partial(train_step, learner, steps[number]), device))
+        peak = peak or peak_memory_bytes(device)
+        # At once: the speed of a shared machine changes within seconds.
+        rates.append(matrix_rate(device, arguments.dtype))
+        mfu.append(step_flops(config, batches[number]) / seconds[-1] / rates[-1])
     flops = statistics.fmean(step_flops(config, batch) for batch in batches)
     median = statistics.median(seconds)
     print(
@@ -72,8 +74,8 @@ def main() -> None:
                 "step_s": round(median, 4),
                 "molecules_per_s": round(arguments.batch / median, 2),
                 "model_gflop_per_molecule": round(flops / arguments.batch / 1e9, 3),
-                "matrix_tflop_per_s": round(rate / 1e12, 4),
-                "mfu": round(flops / median / rate, 4),
+                "matrix_tflop_per_s": round(statistics.median(rates) / 1e12, 4),
+                "mfu": round(statistics.median(mfu), 4),
                 "padding_share": round(padding_share(steps), 4),
                 "pair_padding_share": round(pair_padding_share(steps), 4),
                 "peak_mib": round(peak / 2**20),

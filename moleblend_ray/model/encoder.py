@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import AtomFeature, Blend, Relation
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import (
     MERGED_DISTANCE_SCALE,
     AtomEmbedding,
@@ -40,15 +42,29 @@ class Attention(nn.Module):
         padded = batch.pad_tokens(self.qkv(tokens))
         split = padded.view(*padded.shape[:2], 3, self.num_heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=bias.to(query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        attended = self._attend(query, key, value, bias.to(query.dtype))
         output: Tensor = self.out(batch.pack_tokens(attended.transpose(1, 2).flatten(2)))
         return output
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Three (B, H, T, D / H) and the bias (B, H, T, T) -> (B, H, T, D / H)."""
+        if query.device.type != "cpu" or not torch.is_grad_enabled():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=bias,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
+        # On a CPU a bias with a gradient rules the fused kernel out, and the general one scales copies of both factors.
+        score = torch.baddbmm(
+            bias.flatten(0, 1),
+            query.flatten(0, 1),
+            key.flatten(0, 1).transpose(1, 2),
+            alpha=query.shape[-1] ** -0.5,
+        )
+        weight = dropout(torch.softmax(score, -1), self.dropout, training=self.training)
+        return torch.bmm(weight, value.flatten(0, 1).to(weight.dtype)).view_as(query)
 
 
 class Block(nn.Module):
@@ -64,19 +80,29 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
         self.drop_path = drop_path
+        self.recompute = False
+        """Keep only the input for the backward pass, and compute the rest again there."""
 
     def forward(self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch) -> Tensor:
         """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D)."""
+        # In here and not around the block: FSDP's hooks then see one forward pass.
+        if self.recompute and torch.is_grad_enabled():
+            output: Tensor = checkpoint(self._compute, tokens, bias, batch, use_reentrant=False)
+            return output
+        return self._compute(tokens, bias, batch)
+
+    def _compute(self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch) -> Tensor:
         branch = self.attention(tokens, bias, batch)
         tokens = self.attention_norm(tokens + self._thin(branch, batch))
         hidden = F.gelu(self.ffn_in(tokens))
-        branch = self.ffn_out(F.dropout(hidden, self.activation_dropout, self.training))
+        hidden = dropout(hidden, self.activation_dropout, training=self.training)
+        branch = self.ffn_out(hidden)
         output: Tensor = self.ffn_norm(tokens + self._thin(branch, batch))
         return output
 
     def _thin(self, branch: Tensor, batch: MoleculeBatch) -> Tensor:
         """Dropout, then stochastic depth: a molecule keeps or loses the whole branch."""
-        branch = F.dropout(branch, self.dropout, self.training)
+        branch = dropout(branch, self.dropout, training=self.training)
         if not self.training or self.drop_path == 0.0:
             return branch
         kept = torch.rand(batch.num_molecules, device=branch.device) >= self.drop_path
@@ -111,13 +137,19 @@ class Encoder(nn.Module):
             Block(config, config.drop_path * layer / depth) for layer in range(config.num_layers)
         )
 
+    def recompute_blocks(self, *, enabled: bool) -> None:
+        """Let the blocks keep only their inputs for the backward pass, or everything, as they do at first."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.recompute = enabled
+
     def forward(self, batch: MoleculeBatch, blend: Blend | None) -> EncoderOutput:
         """Encode; without ``blend`` every relation of every pair is visible and positions carry no noise."""
         positions = batch.positions if blend is None else batch.positions + blend.noise
         geometry: GeometryFeatures = self.geometry(batch, positions)
         bias = self.attention_bias(batch, blend, geometry)
         tokens = self.input_norm(self.embed(batch, blend, geometry))
-        tokens = F.dropout(tokens, self.dropout, self.training)
+        tokens = dropout(tokens, self.dropout, training=self.training)
         for layer in self.layers:
             tokens = layer(tokens, bias, batch)
         return EncoderOutput(tokens=tokens, bias=bias, displacement=geometry.displacement)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import INIT_STD
 from moleblend_ray.model.precision import precise
 
@@ -90,7 +91,7 @@ class DenoisingHead(nn.Module):
         )
         score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         attention = torch.softmax(precise(score) + precise(bias), dim=-1)
-        attention = F.dropout(attention, self.dropout, self.training)
+        attention = dropout(attention, self.dropout, training=self.training)
         per_axis = self._projected_values(atoms, batch)
         with torch.autocast(atoms.device.type, enabled=False):
             # (B, N, N, 3): what atom b contributes to atom a, summed over heads.
@@ -120,7 +121,7 @@ class PropertyHead(nn.Module):
 
     def forward(self, graph: Tensor) -> Tensor:
         """(B, D) -> (B, num_targets)."""
-        graph = F.dropout(graph, self.dropout, self.training)
-        hidden = F.dropout(F.gelu(self.hidden(graph)), self.dropout, self.training)
+        graph = dropout(graph, self.dropout, training=self.training)
+        hidden = dropout(F.gelu(self.hidden(graph)), self.dropout, training=self.training)
         output: Tensor = self.out(hidden)
         return output

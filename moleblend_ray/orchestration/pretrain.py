@@ -68,6 +68,7 @@ from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from
 from moleblend_ray.training.export import export_run, export_uri
 from moleblend_ray.training.loop import FitResult, NotFiniteError, build_learner, fit
 from moleblend_ray.training.metrics import Record, drop_records_from, loss_ends, read_records
+from moleblend_ray.training.profile import trace_steps
 from moleblend_ray.training.tracking import NoTracker, Tracker, TrackerError, start_tracker
 from moleblend_ray.training.validation import build_validation
 
@@ -452,15 +453,19 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
     )
     tracker = _start_tracker(settings, ranks, is_new_try=first.step > settings.start_step)
     try:
-        return fit(
-            learner,
-            chain([first], steps),
-            start_step=first.step,
-            checkpoints=checkpoints,
-            validate=validate,
-            report=partial(_report, settings, tracker) if ranks.is_first else None,
-            should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
-        )
+        with contextlib.ExitStack() as stack:
+            traced = config.train.profile and ranks.is_first
+            trace = trace_steps(config.out, first.step, ranks.device) if traced else None
+            return fit(
+                learner,
+                chain([first], steps),
+                start_step=first.step,
+                checkpoints=checkpoints,
+                validate=validate,
+                report=partial(_report, settings, tracker) if ranks.is_first else None,
+                should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
+                after_step=stack.enter_context(trace) if trace else None,
+            )
     finally:
         tracker.finish()
 

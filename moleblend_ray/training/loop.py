@@ -121,6 +121,7 @@ def build_learner(
     """A new model (the same on every rank and at every world size) ready for its first step."""
     torch.manual_seed(seed)
     new_model = MoleBlendModel(model)
+    new_model.encoder.recompute_blocks(enabled=train.activation_checkpointing)
     objective = distribute(
         PretrainingObjective(new_model, loss),
         new_model.encoder.layers,
@@ -150,6 +151,7 @@ def fit(
     validate: Callable[[], Record] | None = None,
     report: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    after_step: Callable[[], None] | None = None,
 ) -> FitResult:
     """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
 
@@ -173,6 +175,8 @@ def fit(
             )
             step_s = time.perf_counter() - began_s
             record |= {"step_s": step_s, "data_wait_s": data_wait_s, **meter.rates(record, step_s)}
+            if after_step is not None:
+                after_step()
             done = step + 1
             is_last = done == num_steps
             if validate is not None and not stop and (is_last or _is_due(done, learner)):

@@ -52,10 +52,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
+        fused=True,
     )
     for parameter in (*decayed, *kept):
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32),
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

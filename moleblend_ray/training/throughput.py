@@ -11,15 +11,20 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
 
 from moleblend_ray.training.config import Precision
 from moleblend_ray.training.metrics import Record
 
-_MATRIX_SIZE: Final = {"cpu": 1536, "cuda": 8192}
+_SMALLEST_MATRIX: Final = 256
+_LARGEST_MATRIX: Final = {"cpu": 2048, "cuda": 8192}
+_LONG_ENOUGH_S: Final = {"cpu": 0.03, "cuda": 0.001}
+"""Larger matrices would not run faster: some CPUs take seconds for a bfloat16 product."""
 _REPEATS: Final = 5
 _MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _LINUX_STATUS: Final = Path("/proc/self/status")
@@ -49,16 +54,23 @@ class Meter:
         }
 
 
-def matrix_rate(device: torch.device, precision: Precision, size: int | None = None) -> float:
+def matrix_rate(device: torch.device, precision: Precision) -> float:
     """Operations a second of a square matrix product in ``precision`` with this process's threads, the best of five."""
-    size = size or _MATRIX_SIZE[device.type]
-    dtype = _MATRIX_TYPES[precision]
+    size = _SMALLEST_MATRIX
+    while True:
+        product = _product(size, device, _MATRIX_TYPES[precision])
+        product()
+        long_enough = seconds_of(product, device) >= _LONG_ENOUGH_S[device.type]
+        if long_enough or 2 * size > _LARGEST_MATRIX[device.type]:
+            break
+        size *= 2
+    return 2 * size**3 / min(seconds_of(product, device) for _ in range(_REPEATS))
+
+
+def _product(size: int, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
     left, right = torch.rand(2, size, size, device=device).to(dtype)
-    product = torch.empty_like(left)
-    best = min(
-        seconds_of(lambda: torch.mm(left, right, out=product), device) for _ in range(_REPEATS)
-    )
-    return 2 * size**3 / best
+    result = torch.empty_like(left)
+    return partial(torch.mm, left, right, out=result)
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -6,12 +6,13 @@ import weakref
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
 import torch
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
 from moleblend_ray.data.order import DataOrder
@@ -213,3 +214,89 @@ def test_ignored_bonds_are_counted() -> None:
 def test_several_workers_without_a_strategy_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"train\.strategy is none but 2 workers"):
         toy.learner(Ranks(world_size=2), strategy="none")
+
+
+def test_activation_checkpointing_changes_no_number_and_keeps_less() -> None:
+    """Dropout included: recomputing draws the same masks."""
+    batch = next(toy.steps())
+
+    def trained(*, checkpointing: bool) -> tuple[list[float], list[torch.Tensor], int]:
+        learner = toy.learner(
+            num_steps=3, model=toy.DROPOUT_MODEL, activation_checkpointing=checkpointing
+        )
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            part = on_cpu(batch).molecules[0]
+            learner.model.encoder(part, None)
+        steps = toy.records(learner, toy.steps())
+        return losses(steps), list(learner.model.parameters()), sum(kept.values())
+
+    plain, checkpointed = trained(checkpointing=False), trained(checkpointing=True)
+    assert checkpointed[0] == plain[0]
+    for one, other in zip(checkpointed[1], plain[1], strict=True):
+        assert torch.equal(one, other)
+    assert checkpointed[2] < 0.8 * plain[2]
+
+
+class HostWaits(TorchDispatchMode):
+    """Notes the operations for which the host must wait for the device."""
+
+    WAITING: Final = {
+        torch.ops.aten._local_scalar_dense.default,  # item, float, bool
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.equal.default,
+        torch.ops.aten._unique2.default,
+        torch.ops.aten.unique_consecutive.default,
+        torch.ops.aten.bincount.default,
+        torch.ops.aten.repeat_interleave.Tensor,
+    }
+    INDEXING: Final = {
+        torch.ops.aten.index.Tensor,
+        torch.ops.aten.index_put_.default,
+        torch.ops.aten._index_put_impl_.default,
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        by_mask = operator in self.INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if operator in self.WAITING or by_mask:
+            self.found.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ignore_other_bonds", [False, True])
+def test_a_step_asks_the_device_for_nothing_until_its_record(
+    ignore_other_bonds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = toy.learner(model=toy.DROPOUT_MODEL)
+    learner = replace(learner, loss=replace(learner.loss, ignore_other_bonds=ignore_other_bonds))
+    step = on_cpu(next(toy.steps()))
+    before_record: list[int] = []
+    record = loop._record
+
+    def noted_record(*arguments: Any) -> Any:
+        before_record.append(len(waits.found))
+        return record(*arguments)
+
+    monkeypatch.setattr(loop, "_record", noted_record)
+    with HostWaits() as waits:
+        train_step(learner, step)
+        after_record = len(waits.found)
+        torch.ones(1)[torch.ones(1) > 0].item()
+    assert before_record == [0]
+    assert len(waits.found) == after_record + 2, "the counter counts nothing"
+    # The values of the record itself: the gradient's norm, and the mean of each loss.
+    assert set(waits.found[:after_record]) <= {"aten._local_scalar_dense.default"}

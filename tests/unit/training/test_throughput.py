@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from moleblend_ray.training import throughput
 from moleblend_ray.training.config import Precision
 from moleblend_ray.training.throughput import Meter, matrix_rate
 
 CPU = torch.device("cpu")
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def test_rates_are_those_of_all_ranks_over_their_devices() -> None:
@@ -24,19 +27,26 @@ def test_rates_are_those_of_all_ranks_over_their_devices() -> None:
 
 
 def test_the_rate_counts_the_devices_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moleblend_ray.training.throughput.matrix_rate", lambda *_: 3e9)
+    monkeypatch.setattr(throughput, "matrix_rate", lambda *_: 3e9)
     assert Meter.of_device(CPU, "fp32", world_size=4).matrix_rate == 12e9
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_multiply_add_counts_as_two(
-    precision: Precision, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rate", "size"), [(1e9, 256), (3e10, 1024), (1e15, 2048)])
+def test_the_rate_is_that_of_the_first_size_that_takes_long_enough(
+    precision: Precision, rate: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = iter([0.5, 0.25, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(
-        "moleblend_ray.training.throughput.seconds_of", lambda run, _: (run(), next(seconds))[1]
-    )
-    assert matrix_rate(CPU, precision, size=16) == 2 * 16**3 / 0.25
+    sizes = []
+
+    def seconds_at_rate(product: Any, _: torch.device) -> float:
+        (left, right), out = product.args, product.keywords["out"]
+        assert left.dtype == right.dtype == out.dtype == TYPES[precision]
+        sizes.append(len(out))
+        return 2 * len(out) ** 3 / rate
+
+    monkeypatch.setattr(throughput, "seconds_of", seconds_at_rate)
+    assert matrix_rate(CPU, precision) == pytest.approx(rate)
+    assert sizes[-1] == size
 
 
 def test_peak_memory_stays_after_memory_was_freed() -> None:
