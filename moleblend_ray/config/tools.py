@@ -20,7 +20,10 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
+            (
+                self.out.endswith((".parquet", ".pq")),
+                f"out: expected a path or URI that ends in .parquet, found {self.out!r}",
+            ),
             (self.num_molecules >= 1, f"num_molecules: expected >= 1, found {self.num_molecules}"),
         )
 
