@@ -7,7 +7,7 @@ The step is the trainer's own (`training/loop.py`): random choices, forward, los
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
 the step's time and the rate of a matrix product measured just after it, the median over steps. ``peak_mib`` is the process's peak resident memory on a CPU, the
 allocator's on a GPU. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
-PCQM4Mv2's sizes. Needs torch, NumPy and Numba only. Prints one JSON line last.
+PCQM4Mv2's sizes. Needs neither Ray nor RDKit. Prints one JSON line last.
 """
 
 from __future__ import annotations
