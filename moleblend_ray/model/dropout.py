@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LEVELS: Final = 1 << 16
-"""A probability is rounded to a multiple of 1 / 65536; what is kept is scaled by the rounded one, so the mean is exact."""
+"""A probability is rounded to a multiple of 1 / 65536, below 1; what is kept is scaled by the rounded one, so the mean is
+exact."""
 
 
 def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
@@ -23,9 +24,9 @@ def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
         return values
     if values.device.type != "cpu":
         return F.dropout(values, probability, training=True)
-    dropped = round(probability * _LEVELS)
+    dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     output: Tensor = _KeepAndScale.apply(  # type: ignore[no-untyped-call]
-        values, _kept(values, dropped), _LEVELS / max(_LEVELS - dropped, 1)
+        values, _kept(values, dropped), _LEVELS / (_LEVELS - dropped)
     )
     return output
 
