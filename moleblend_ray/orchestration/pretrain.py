@@ -451,11 +451,13 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
     validate = build_validation(
         config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
     )
+    traced = config.train.profile and ranks.is_first
+    trace: contextlib.AbstractContextManager[Callable[[], None] | None] = (
+        trace_steps(config.out, first.step, ranks.device) if traced else contextlib.nullcontext()
+    )
     tracker = _start_tracker(settings, ranks, is_new_try=first.step > settings.start_step)
     try:
-        with contextlib.ExitStack() as stack:
-            traced = config.train.profile and ranks.is_first
-            trace = trace_steps(config.out, first.step, ranks.device) if traced else None
+        with trace as after_step:
             return fit(
                 learner,
                 chain([first], steps),
@@ -464,7 +466,7 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
                 validate=validate,
                 report=partial(_report, settings, tracker) if ranks.is_first else None,
                 should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
-                after_step=stack.enter_context(trace) if trace else None,
+                after_step=after_step,
             )
     finally:
         tracker.finish()

@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from moleblend_ray.data import storage
+from moleblend_ray.errors import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +52,18 @@ def _write(
     profile: torch.profiler.profile, run_uri: str, first_step: int, device: torch.device
 ) -> None:
     uri = storage.join(run_uri, PROFILE_DIR, f"step-{first_step:08d}")
-    order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json.gz"
-        profile.export_chrome_trace(str(trace))
-        storage.upload(trace, f"{uri}.json.gz")
-    storage.write_bytes(f"{uri}.txt", table.encode())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / "trace.json.gz"
+            profile.export_chrome_trace(str(trace))
+            storage.upload(trace, f"{uri}.json.gz")
+        storage.write_bytes(f"{uri}.txt", table.encode())
+    except StorageError as error:
+        # The run is worth more than its trace.
+        logger.warning("the profile could not be written: %s", error)
+        return
     logger.info(
         "profile of steps %d to %d: %s.json.gz (open it in Perfetto) and .txt",
         first_step,

@@ -6,6 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import toy
 
@@ -40,3 +41,11 @@ def test_a_trace_holds_the_chosen_steps_of_the_model(tmp_path: Path) -> None:
 
 def test_a_run_too_short_for_a_trace_leaves_none(tmp_path: Path) -> None:
     assert train(tmp_path, num_steps=SKIPPED_STEPS - 1) == []
+
+
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    assert train(tmp_path, num_steps=8) == ["profile"]
+    assert "the profile could not be written" in caplog.text
