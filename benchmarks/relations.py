@@ -5,7 +5,8 @@
 Reads shards with the training order, builds all relations and packs micro-batches. The source is the PCQM4Mv2
 sample beside the project if it is there, else 500 sample molecules made here; its molecules are taken in turn until
 there are as many as asked, in shards as a shuffle writes them. ``stage_us`` is what each stage takes of a molecule's time, measured one
-after the other: the order, fetching and decoding row groups, gathering molecules from them, relations and packing.
+after the other: the order, fetching and decoding row groups, gathering molecules from them, relations and packing, and
+what the trainer then does, unpacking and padding. ``limit_us`` is what memory alone would take for such amounts.
 ``attention_padding`` is the share of pairs of tokens that are padding: as cut, and if molecules were not ordered
 by size; layers that work token by token see no padding.
 
@@ -30,7 +31,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ import numpy as np
 
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
-from moleblend_ray.data.batch import StreamConfig, build_steps
+from moleblend_ray.data.batch import StreamConfig, build_steps, unpack_micro_batch
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import DataOrder, OrderConfig
@@ -55,6 +56,7 @@ from moleblend_ray.data.shards import (
     load_manifest,
 )
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.relations.topology import topology
 from moleblend_ray.vocabulary import NUM_HOPS, UNREACHABLE
 
@@ -87,6 +89,7 @@ def main() -> None:
         seconds, num_bytes = measure_stream(uri, molecules, ORDER, STREAM)
         plain = measure_plain(block_from_table(table, np.arange(len(table))))
         stages = measure_stages(uri)
+        limits = measure_limits(uri, round(num_bytes / molecules))
         padding = measure_padding(uri)
         shards = load_manifest(uri).shards_of("train")
         growth = measure_growth(sample, folder) if arguments.growth else {}
@@ -101,6 +104,7 @@ def main() -> None:
                 "molecules_per_s": round(per_second),
                 "us_per_molecule": round(1e6 / per_second, 2),
                 "stage_us": stages,
+                "limit_us": limits,
                 "bytes_per_molecule": round(num_bytes / molecules),
                 "shard_bytes_per_molecule": round(
                     sum(shard.num_bytes for shard in shards) / molecules
@@ -220,13 +224,19 @@ def measure_stages(uri: str) -> dict[str, float]:
         decoded = time.perf_counter()
         blocks = [(steps, reader.read_block(positions)) for steps, positions in asked]
         gathered = time.perf_counter()
+        pack = pad = 0.0
+        # Block by block: to keep them all would measure new memory.
         for steps, block in blocks:
-            build_steps(block, steps, 0, STREAM.micro_batch_size)
-        packed = time.perf_counter()
+            begun = time.perf_counter()
+            micro_batches = build_steps(block, steps, 0, STREAM.micro_batch_size)
+            packed = time.perf_counter()
+            for micro in micro_batches:
+                MoleculeBatch.from_micro_batch(unpack_micro_batch(micro.payload))
+            pack, pad = pack + packed - begun, pad + time.perf_counter() - packed
         gather = gathered - decoded
-        runs.append((ordered - started, decoded - ordered - gather, gather, packed - gathered))
+        runs.append((ordered - started, decoded - ordered - gather, gather, pack, pad))
     molecules = sum(len(positions) for _, positions in asked)
-    names = ("order", "fetch_and_decode", "gather", "relate_and_pack")
+    names = ("order", "fetch_and_decode", "gather", "relate_and_pack", "unpack_and_pad")
     medians = [statistics.median(run) for run in zip(*runs, strict=True)]
     return {
         name: round(1e6 * value / molecules, 2) for name, value in zip(names, medians, strict=True)
@@ -310,6 +320,37 @@ def peak_resident_kilobytes() -> int:
     """From the kernel: what ``getrusage`` says of a process begins with its parent's peak."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
+
+
+def measure_limits(uri: str, packed_bytes: int) -> dict[str, float]:
+    """Microseconds a molecule that memory alone would take: to copy what decoding and packing write, and to take rows of the
+    decoded size at random."""
+    reader = ShardReader(uri, load_manifest(uri), "train", columns=GRAPH_COLUMNS)
+    molecules = reader.num_rows
+    decoded_bytes = reader.read(np.arange(molecules)).nbytes // molecules
+    rows = np.ones((molecules, decoded_bytes), np.uint8)
+    packed = np.ones((molecules, packed_bytes), np.uint8)
+    order = np.random.default_rng(0).permutation(molecules)
+    rows_out, packed_out = np.empty_like(rows), np.empty_like(packed)
+    runs = {
+        "copy_decoded": lambda: np.copyto(rows_out, rows),
+        "gather_decoded": lambda: np.take(rows, order, axis=0, out=rows_out),
+        "copy_packed": lambda: np.copyto(packed_out, packed),
+    }
+    return {
+        "decoded_bytes": decoded_bytes,
+        **{name: round(1e6 * best_seconds(run) / molecules, 3) for name, run in runs.items()},
+    }
+
+
+def best_seconds(run: Callable[[], object]) -> float:
+    run()  # the first touches new memory
+    seconds = []
+    for _ in range(2 * REPEATS):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def measure_plain(block: MoleculeBlock) -> float:
