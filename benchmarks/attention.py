@@ -26,16 +26,15 @@ from functools import lru_cache, partial
 import torch
 from synthetic_molecules import synthetic_block
 from torch import Tensor
-from torch.nn import functional as F
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.training.throughput import seconds_of
+from moleblend_ray.model.encoder import attend_by_products, attend_fused
+from moleblend_ray.training.throughput import MATRIX_TYPES, seconds_of
 
 REPEATS = 15
 CHOSEN = {"cpu": "padded_products", "cuda": "padded_fused"}
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +64,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=list(TYPES), default="fp32")
+    parser.add_argument("--dtype", choices=list(MATRIX_TYPES), default="fp32")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    case = new_case(arguments.batch, device, TYPES[arguments.dtype])
+    case = new_case(arguments.batch, device, MATRIX_TYPES[arguments.dtype])
     ways = {name: way for name, way in WAYS.items() if name != "flex" or device.type == "cuda"}
     check(case, ways)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -118,20 +117,12 @@ def new_case(num_molecules: int, device: torch.device, dtype: torch.dtype) -> Ca
 
 def padded_fused(case: Case) -> Tensor:
     query, key, value = case.split(case.batch.pad_tokens(case.qkv))
-    mask = case.bias.to(query.dtype)
-    return case.pack(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+    return case.pack(attend_fused(query, key, value, case.bias.to(query.dtype)))
 
 
 def padded_products(case: Case) -> Tensor:
     query, key, value = case.split(case.batch.pad_tokens(case.qkv))
-    score = torch.baddbmm(
-        case.bias.to(query.dtype).flatten(0, 1),
-        query.flatten(0, 1),
-        key.flatten(0, 1).transpose(1, 2),
-        alpha=query.shape[-1] ** -0.5,
-    )
-    attended = torch.bmm(torch.softmax(score, -1), value.flatten(0, 1))
-    return case.pack(attended.view_as(query))
+    return case.pack(attend_by_products(query, key, value, case.bias.to(query.dtype)))
 
 
 def by_size(case: Case) -> Tensor:
@@ -143,7 +134,7 @@ def by_size(case: Case) -> Tensor:
         part = case.qkv[begin : begin + tokens * count].view(count, tokens, -1)
         query, key, value = case.split(part)
         mask = case.bias[first : first + count, :, :tokens, :tokens].to(query.dtype)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        attended = attend_fused(query, key, value, mask)
         outputs.append(attended.transpose(1, 2).flatten(2).flatten(0, 1))
         begin, first = begin + tokens * count, first + count
     return torch.cat(outputs)
@@ -157,7 +148,7 @@ def packed_block_mask(case: Case) -> Tensor:
     bias = case.bias[molecule[:, None], :, place[:, None], place[None, :]].permute(2, 0, 1)
     mask = bias.masked_fill(~same, -math.inf).to(case.qkv.dtype)
     query, key, value = case.split(case.qkv[None])
-    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask[None])
+    attended = attend_fused(query, key, value, mask[None])
     return attended[0].transpose(0, 1).flatten(1)
 
 

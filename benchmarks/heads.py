@@ -27,10 +27,9 @@ from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.heads import PairHead
-from moleblend_ray.training.throughput import seconds_of
+from moleblend_ray.training.throughput import MATRIX_TYPES, seconds_of
 
 REPEATS = 15
-TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 Way = Callable[[PairHead, Tensor, Tensor, MoleculeBatch], Tensor]
 
@@ -40,9 +39,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--outputs", type=int, default=125)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=list(TYPES), default="fp32")
+    parser.add_argument("--dtype", choices=list(MATRIX_TYPES), default="fp32")
     arguments = parser.parse_args()
-    device, dtype = torch.device(arguments.device), TYPES[arguments.dtype]
+    device, dtype = torch.device(arguments.device), MATRIX_TYPES[arguments.dtype]
     torch.manual_seed(0)
     (micro,) = build_micro_batches(synthetic_block(arguments.batch), 0, 0, arguments.batch)
     batch = MoleculeBatch.from_micro_batch(micro, device)

@@ -5,7 +5,8 @@
 
 The step is the trainer's own (`training/loop.py`): random choices, forward, losses, backward, clipping, optimizer.
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
-the step's time and the rate of a matrix product measured just after it, the median over steps. ``peak_mib`` is the process's peak resident memory on a CPU, the
+the step's time and the rate of a matrix product measured just after it, the median over steps; each
+batch has gone through a step before. ``peak_mib`` is the process's peak resident memory on a CPU, the
 allocator's on a GPU. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
 PCQM4Mv2's sizes. Needs neither Ray nor RDKit. Prints one JSON line last.
 """
@@ -37,52 +38,59 @@ PRESETS = Path(__file__).resolve().parents[1] / "conf" / "model"
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    config = preset(arguments.preset)
-    learner = new_learner(config, arguments.dtype, device)
-    batches = [
-        step_batch(step, arguments.batch, arguments.micro_batch) for step in range(NUM_BATCHES)
+    device = torch.device(arguments.device)
+    learner = new_learner(preset(arguments.preset), arguments.dtype, device)
+    steps = [
+        to_device(step_batch(step, arguments.batch, arguments.micro_batch), device)
+        for step in range(NUM_BATCHES)
     ]
-    steps = [to_device(batch, device) for batch in batches]
-    for step in steps[: arguments.warm_up]:
+    line = {
+        "benchmark": "train_step",
+        "preset": arguments.preset,
+        "parameters": sum(p.numel() for p in learner.model.parameters()),
+        "batch": arguments.batch,
+        "micro_batch": arguments.micro_batch,
+        "device": device_name(device),
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **measure(learner, steps, arguments),
+        "padding_share": round(padding_share(steps), 4),
+        "pair_padding_share": round(pair_padding_share(steps), 4),
+    }
+    if arguments.operators:
+        line["operators"] = operators(learner, steps)
+    print(json.dumps(line))
+
+
+def measure(
+    learner: Learner, steps: list[DeviceStep], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Times of the steps, taken in turn, each beside the matrix-product rate of that moment."""
+    device = learner.ranks.device
+    for step in steps:
         train_step(learner, step)
+    # Before the matrix products, which take memory of their own.
+    peak = peak_memory_bytes(device)
     seconds, rates, mfu = [], [], []
-    peak = 0
     for index in range(arguments.steps):
-        number = index % NUM_BATCHES
-        seconds.append(seconds_of(partial(train_step, learner, steps[number]), device))
-        peak = peak or peak_memory_bytes(device)
+        step = steps[index % NUM_BATCHES]
+        seconds.append(seconds_of(partial(train_step, learner, step), device))
         # At once: the speed of a shared machine changes within seconds.
         rates.append(matrix_rate(device, arguments.dtype))
-        mfu.append(step_flops(config, batches[number]) / seconds[-1] / rates[-1])
-    flops = statistics.fmean(step_flops(config, batch) for batch in batches)
+        mfu.append(step_flops(learner.model.config, step.batch) / seconds[-1] / rates[-1])
+    flops = statistics.fmean(step_flops(learner.model.config, step.batch) for step in steps)
     median = statistics.median(seconds)
-    print(
-        json.dumps(
-            {
-                "benchmark": "train_step",
-                "preset": arguments.preset,
-                "parameters": sum(p.numel() for p in learner.model.parameters()),
-                "batch": arguments.batch,
-                "micro_batch": arguments.micro_batch,
-                "device": device_name(device),
-                "dtype": arguments.dtype,
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "step_s": round(median, 4),
-                "molecules_per_s": round(arguments.batch / median, 2),
-                "model_gflop_per_molecule": round(flops / arguments.batch / 1e9, 3),
-                "matrix_tflop_per_s": round(statistics.median(rates) / 1e12, 4),
-                "mfu": round(statistics.median(mfu), 4),
-                "padding_share": round(padding_share(steps), 4),
-                "pair_padding_share": round(pair_padding_share(steps), 4),
-                "peak_mib": round(peak / 2**20),
-                **({"operators": operators(learner, steps)} if arguments.operators else {}),
-            }
-        )
-    )
+    return {
+        "step_s": round(median, 4),
+        "molecules_per_s": round(arguments.batch / median, 2),
+        "model_gflop_per_molecule": round(flops / arguments.batch / 1e9, 3),
+        "matrix_tflop_per_s": round(statistics.median(rates) / 1e12, 4),
+        "mfu": round(statistics.median(mfu), 4),
+        "peak_mib": round(peak / 2**20),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -93,7 +101,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--operators", action="store_true")
     return parser.parse_args()

@@ -27,6 +27,29 @@ from moleblend_ray.model.embeddings import (
 from moleblend_ray.model.precision import precise
 
 
+def attend_fused(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_probability: float = 0.0
+) -> Tensor:
+    """PyTorch's kernel: three (B, H, T, D / H) and ``bias`` (B, H, T, T), all of one dtype -> (B, H, T, D / H)."""
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout_probability
+    )
+
+
+def attend_by_products(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_probability: float = 0.0
+) -> Tensor:
+    """The same as :func:`attend_fused` by two batched matrix products."""
+    score = torch.baddbmm(
+        bias.flatten(0, 1),
+        query.flatten(0, 1),
+        key.flatten(0, 1).transpose(1, 2),
+        alpha=query.shape[-1] ** -0.5,
+    )
+    weight = dropout(torch.softmax(score, -1), dropout_probability, training=True)
+    return torch.bmm(weight, value.flatten(0, 1).to(weight.dtype)).view_as(query)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention of packed tokens with an additive bias."""
 
@@ -42,29 +65,13 @@ class Attention(nn.Module):
         padded = batch.pad_tokens(self.qkv(tokens))
         split = padded.view(*padded.shape[:2], 3, self.num_heads, -1)
         query, key, value = split.permute(2, 0, 3, 1, 4)
-        attended = self._attend(query, key, value, bias.to(query.dtype))
+        probability = self.dropout if self.training else 0.0
+        # On a CPU a bias with a gradient rules the fused kernel out, and the general one scales copies of both factors.
+        by_products = query.device.type == "cpu" and torch.is_grad_enabled()
+        attend = attend_by_products if by_products else attend_fused
+        attended = attend(query, key, value, bias.to(query.dtype), probability)
         output: Tensor = self.out(batch.pack_tokens(attended.transpose(1, 2).flatten(2)))
         return output
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Three (B, H, T, D / H) and the bias (B, H, T, T) -> (B, H, T, D / H)."""
-        if query.device.type != "cpu" or not torch.is_grad_enabled():
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=bias,
-                dropout_p=self.dropout if self.training else 0.0,
-            )
-        # On a CPU a bias with a gradient rules the fused kernel out, and the general one scales copies of both factors.
-        score = torch.baddbmm(
-            bias.flatten(0, 1),
-            query.flatten(0, 1),
-            key.flatten(0, 1).transpose(1, 2),
-            alpha=query.shape[-1] ** -0.5,
-        )
-        weight = dropout(torch.softmax(score, -1), self.dropout, training=self.training)
-        return torch.bmm(weight, value.flatten(0, 1).to(weight.dtype)).view_as(query)
 
 
 class Block(nn.Module):

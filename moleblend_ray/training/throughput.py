@@ -26,7 +26,8 @@ _LARGEST_MATRIX: Final = {"cpu": 2048, "cuda": 8192}
 _LONG_ENOUGH_S: Final = {"cpu": 0.03, "cuda": 0.001}
 """Larger matrices would not run faster: some CPUs take seconds for a bfloat16 product."""
 _REPEATS: Final = 5
-_MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Type of the factors of matrix products at each setting of ``train.precision``."""
 _LINUX_STATUS: Final = Path("/proc/self/status")
 
 
@@ -58,7 +59,7 @@ def matrix_rate(device: torch.device, precision: Precision) -> float:
     """Operations a second of a square matrix product in ``precision`` with this process's threads, the best of five."""
     size = _SMALLEST_MATRIX
     while True:
-        product = _product(size, device, _MATRIX_TYPES[precision])
+        product = _product(size, device, MATRIX_TYPES[precision])
         product()
         long_enough = seconds_of(product, device) >= _LONG_ENOUGH_S[device.type]
         if long_enough or 2 * size > _LARGEST_MATRIX[device.type]:
