@@ -156,8 +156,8 @@ class MoleculeBatch:
         """(A, ...) to (B, N, ...), padding rows 0."""
         B, N = self.atom_mask.shape
         rectangle = packed.new_zeros((B * N, *packed.shape[1:]))
-        filled = rectangle.index_copy(0, self.atom_index, packed)
-        return filled.view(B, N, *packed.shape[1:])
+        rectangle.index_copy_(0, self.atom_index, packed)
+        return rectangle.view(B, N, *packed.shape[1:])
 
     def pack_tokens(self, padded: Tensor) -> Tensor:
         """(B, T, ...) to the (S, ...) real tokens."""
@@ -167,8 +167,8 @@ class MoleculeBatch:
         """(S, ...) to (B, T, ...), padding rows 0."""
         B, T = self.num_molecules, self.max_atoms + 1
         rectangle = packed.new_zeros((B * T, *packed.shape[1:]))
-        filled = rectangle.index_copy(0, self.token_index, packed)
-        return filled.view(B, T, *packed.shape[1:])
+        rectangle.index_copy_(0, self.token_index, packed)
+        return rectangle.view(B, T, *packed.shape[1:])
 
 
 class _Staging:

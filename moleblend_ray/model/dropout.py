@@ -24,19 +24,21 @@ def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
         return values
     if values.device.type != "cpu":
         return F.dropout(values, probability, training=True)
-    dropped = min(round(probability * _LEVELS), _LEVELS - 1)
-    output: Tensor = _KeepAndScale.apply(  # type: ignore[no-untyped-call]
-        values, _kept(values, dropped), _LEVELS / (_LEVELS - dropped)
-    )
+    kept, scale = draw_kept(values, probability)
+    output: Tensor = _KeepAndScale.apply(values, kept, scale)  # type: ignore[no-untyped-call]
     return output
 
 
-def _kept(like: Tensor, dropped: int) -> Tensor:
-    """Boolean of the shape of ``like``, False for ``dropped`` of 65,536 elements on average."""
+def draw_kept(like: Tensor, probability: float) -> tuple[Tensor | None, float]:
+    """Boolean of the shape of ``like`` on the CPU, False for elements to drop (None: for none of them), and what to
+    multiply the others with."""
+    if probability == 0.0:
+        return None, 1.0
+    dropped = min(round(probability * _LEVELS), _LEVELS - 1)
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64)
     words.random_(-(1 << 63), None)
     levels = words.view(torch.int16)[: like.numel()].view(like.shape)
-    return levels >= dropped - _LEVELS // 2
+    return levels >= dropped - _LEVELS // 2, _LEVELS / (_LEVELS - dropped)
 
 
 class _KeepAndScale(torch.autograd.Function):

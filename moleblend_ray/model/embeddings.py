@@ -5,7 +5,7 @@ Shape legend: B molecules, N atoms (padded), A real atoms packed, H heads, D wid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -146,15 +146,45 @@ class GaussianDistance(nn.Module):
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
 
-    def forward(self, distance: Tensor, element: Tensor) -> Tensor:
-        """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code -> (B, N, N, K) float32."""
+    def forward(self, distance: Tensor, element: Tensor, known: Tensor) -> Tensor:
+        """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code; ``known`` (B, N, N) bool
+        -> (B, N, N, K) float32, 0 where not known."""
         scale, shift = precise(self.scale)[:, element], precise(self.shift)[:, element]
         value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
         value = value + (shift[0][:, :, None] + shift[1][:, None, :])
         width = precise(self.widths).abs() + MIN_GAUSSIAN_WIDTH
-        standard = (value[..., None] - precise(self.means)) / width
-        kernels: Tensor = torch.exp(-0.5 * standard.square()) / (GAUSSIAN_NORM * width)
+        kernels: Tensor = _Gaussians.apply(value, precise(self.means), width, known)  # type: ignore[no-untyped-call]
         return kernels
+
+
+class _Gaussians(torch.autograd.Function):
+    """Normal densities of each value under K means and widths: the derivative of each formula's step, one by one, would
+    keep and pass over five tensors of the size of the result."""
+
+    @staticmethod
+    def forward(context: Any, value: Tensor, mean: Tensor, width: Tensor, known: Tensor) -> Tensor:
+        standard = (value[..., None] - mean).div_(width)
+        density = standard.square().mul_(-0.5).exp_().div_(GAUSSIAN_NORM * width)
+        density.masked_fill_(~known[..., None], 0.0)
+        context.save_for_backward(standard, density, width)
+        return density
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        standard, density, width = context.saved_tensors
+        # d density / d mean = density * standard / width, and the others follow from it.
+        scaled = (gradient * density).div_(width)
+        of_width = -_per_kernel(scaled)
+        scaled.mul_(standard)
+        of_mean = _per_kernel(scaled)
+        of_value = -scaled.sum(-1)
+        of_width += _per_kernel(scaled.mul_(standard))
+        return of_value, of_mean, of_width, None
+
+
+def _per_kernel(values: Tensor) -> Tensor:
+    """(..., K) -> (K,) sums."""
+    return values.flatten(0, -2).sum(0)
 
 
 class GeometryFeatures(NamedTuple):
@@ -191,8 +221,7 @@ class GeometryBias(nn.Module):
         element = batch.atom_features[:, :, 0].long()
         # Kernels can be 0.01 angstrom wide: bfloat16 would not place a distance inside one.
         with torch.autocast(positions.device.type, enabled=False):
-            kernels = self.gaussian(distance, element)
-        kernels = kernels.masked_fill(~pairs[..., None], 0.0)
+            kernels = self.gaussian(distance, element, pairs)
         hidden = F.gelu(self.bias_in(kernels.to(self.bias_in.weight.dtype)))
         bias = self.bias_out(hidden).masked_fill(~pairs[..., None], 0.0)
         merged = self.merge(kernels.sum(dim=2).to(self.merge.weight.dtype))

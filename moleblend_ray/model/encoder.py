@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from moleblend_ray.model.attention import HeadRows, attend_by_rows, attend_padded, head_rows
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import AtomFeature, Blend, Relation
 from moleblend_ray.model.config import ModelConfig
@@ -27,29 +28,6 @@ from moleblend_ray.model.embeddings import (
 from moleblend_ray.model.precision import precise
 
 
-def attend_fused(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_probability: float = 0.0
-) -> Tensor:
-    """PyTorch's kernel: three (B, H, T, D / H) and ``bias`` (B, H, T, T), all of one dtype -> (B, H, T, D / H)."""
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout_probability
-    )
-
-
-def attend_by_products(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_probability: float = 0.0
-) -> Tensor:
-    """The same as :func:`attend_fused` by two batched matrix products."""
-    score = torch.baddbmm(
-        bias.flatten(0, 1),
-        query.flatten(0, 1),
-        key.flatten(0, 1).transpose(1, 2),
-        alpha=query.shape[-1] ** -0.5,
-    )
-    weight = dropout(torch.softmax(score, -1), dropout_probability, training=True)
-    return torch.bmm(weight, value.flatten(0, 1).to(weight.dtype)).view_as(query)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention of packed tokens with an additive bias."""
 
@@ -60,17 +38,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch) -> Tensor:
+    def forward(
+        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
+    ) -> Tensor:
         """``tokens`` (S, D), ``bias`` (B, H, T, T) with -inf in padding columns -> (S, D)."""
-        padded = batch.pad_tokens(self.qkv(tokens))
-        split = padded.view(*padded.shape[:2], 3, self.num_heads, -1)
-        query, key, value = split.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens)
         probability = self.dropout if self.training else 0.0
-        # On a CPU a bias with a gradient rules the fused kernel out, and the general one scales copies of both factors.
-        by_products = query.device.type == "cpu" and torch.is_grad_enabled()
-        attend = attend_by_products if by_products else attend_fused
-        attended = attend(query, key, value, bias.to(query.dtype), probability)
-        output: Tensor = self.out(batch.pack_tokens(attended.transpose(1, 2).flatten(2)))
+        if rows is None:
+            attended = attend_padded(qkv, bias, batch, probability)
+        else:
+            attended = attend_by_rows(qkv, bias, rows, probability)
+        output: Tensor = self.out(attended)
         return output
 
 
@@ -90,16 +68,22 @@ class Block(nn.Module):
         self.recompute = False
         """Keep only the input for the backward pass, and compute the rest again there."""
 
-    def forward(self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch) -> Tensor:
-        """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D)."""
+    def forward(
+        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
+    ) -> Tensor:
+        """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D); ``rows`` on CPUs."""
         # In here and not around the block: FSDP's hooks then see one forward pass.
         if self.recompute and torch.is_grad_enabled():
-            output: Tensor = checkpoint(self._compute, tokens, bias, batch, use_reentrant=False)
+            output: Tensor = checkpoint(
+                self._compute, tokens, bias, batch, rows, use_reentrant=False
+            )
             return output
-        return self._compute(tokens, bias, batch)
+        return self._compute(tokens, bias, batch, rows)
 
-    def _compute(self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch) -> Tensor:
-        branch = self.attention(tokens, bias, batch)
+    def _compute(
+        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
+    ) -> Tensor:
+        branch = self.attention(tokens, bias, batch, rows)
         tokens = self.attention_norm(tokens + self._thin(branch, batch))
         hidden = F.gelu(self.ffn_in(tokens))
         hidden = dropout(hidden, self.activation_dropout, training=self.training)
@@ -157,8 +141,9 @@ class Encoder(nn.Module):
         bias = self.attention_bias(batch, blend, geometry)
         tokens = self.input_norm(self.embed(batch, blend, geometry))
         tokens = dropout(tokens, self.dropout, training=self.training)
+        rows = head_rows(batch, bias.shape[1]) if bias.device.type == "cpu" else None
         for layer in self.layers:
-            tokens = layer(tokens, bias, batch)
+            tokens = layer(tokens, bias, batch, rows)
         return EncoderOutput(tokens=tokens, bias=bias, displacement=geometry.displacement)
 
     def embed(

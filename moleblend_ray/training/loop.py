@@ -45,6 +45,7 @@ from moleblend_ray.training.distributed import (
     gradient_sync,
     sum_over_ranks,
 )
+from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.metrics import TOTAL_LOSS, Record
 from moleblend_ray.training.optim import (
     build_optimizer,
@@ -119,6 +120,8 @@ def build_learner(
     ranks: Ranks,
 ) -> Learner:
     """A new model (the same on every rank and at every world size) ready for its first step."""
+    if ranks.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(seed)
     new_model = MoleBlendModel(model)
     new_model.encoder.recompute_blocks(enabled=train.activation_checkpointing)
