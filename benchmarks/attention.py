@@ -4,8 +4,10 @@
 
 From packed queries, keys and values (S, D) and a bias (B, H, T, T) with a gradient to packed outputs, at the base preset's width:
 
-- ``padded_products``: batched products and a softmax on the rectangle, what `model/encoder.py` does on a CPU.
+- ``gathered_rows``: each head's rows gathered from the packed ones, batched products, written-out derivative: what
+  `model/attention.py` does on a CPU.
 - ``padded_fused``: `scaled_dot_product_attention` on the rectangle, what it does on a GPU.
+- ``padded_products``: batched products and a softmax on the rectangle.
 - ``by_size``: the fused call for molecules of one size at a time, without padding.
 - ``packed_block_mask``: one sequence of all tokens, other molecules masked out.
 - ``flex``: FlexAttention, compiled (GPU only).
@@ -28,13 +30,20 @@ from synthetic_molecules import synthetic_block
 from torch import Tensor
 
 from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.model.attention import (
+    HeadRows,
+    attend_by_rows,
+    attend_fused,
+    attend_padded,
+    head_rows,
+)
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.encoder import attend_by_products, attend_fused
+from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.throughput import MATRIX_TYPES, seconds_of
 
 REPEATS = 15
-CHOSEN = {"cpu": "padded_products", "cuda": "padded_fused"}
+CHOSEN = {"cpu": "gathered_rows", "cuda": "padded_fused"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +55,7 @@ class Case:
     bias: Tensor
     """(B, H, T, T), -inf in padding columns."""
     batch: MoleculeBatch
+    rows: HeadRows
     num_heads: int
 
     def split(self, padded: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,6 +77,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(MATRIX_TYPES), default="fp32")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     torch.manual_seed(0)
     case = new_case(arguments.batch, device, MATRIX_TYPES[arguments.dtype])
     ways = {name: way for name, way in WAYS.items() if name != "flex" or device.type == "cuda"}
@@ -111,18 +123,27 @@ def new_case(num_molecules: int, device: torch.device, dtype: torch.dtype) -> Ca
         qkv=torch.randn(len(batch.token_index), 3 * config.dim, device=device, dtype=dtype),
         bias=bias.masked_fill(padding[:, None, None, :], -math.inf),
         batch=batch,
+        rows=head_rows(batch, config.num_heads),
         num_heads=config.num_heads,
     )
 
 
+def gathered_rows(case: Case) -> Tensor:
+    return attend_by_rows(case.qkv, case.bias, case.rows)
+
+
 def padded_fused(case: Case) -> Tensor:
-    query, key, value = case.split(case.batch.pad_tokens(case.qkv))
-    return case.pack(attend_fused(query, key, value, case.bias.to(query.dtype)))
+    return attend_padded(case.qkv, case.bias, case.batch)
 
 
 def padded_products(case: Case) -> Tensor:
-    query, key, value = case.split(case.batch.pad_tokens(case.qkv))
-    return case.pack(attend_by_products(query, key, value, case.bias.to(query.dtype)))
+    query, key, value = (part.flatten(0, 1) for part in case.split(case.batch.pad_tokens(case.qkv)))
+    bias = case.bias.to(query.dtype)
+    score = torch.baddbmm(
+        bias.flatten(0, 1), query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5
+    )
+    attended = torch.bmm(torch.softmax(score, -1), value)
+    return case.pack(attended.view(*bias.shape[:3], -1))
 
 
 def by_size(case: Case) -> Tensor:
@@ -170,8 +191,9 @@ def compiled_flex() -> Callable[..., Tensor]:
 
 
 WAYS: dict[str, Way] = {
-    "padded_products": padded_products,
+    "gathered_rows": gathered_rows,
     "padded_fused": padded_fused,
+    "padded_products": padded_products,
     "by_size": by_size,
     "packed_block_mask": packed_block_mask,
     "flex": flex,

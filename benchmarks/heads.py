@@ -27,6 +27,7 @@ from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.heads import PairHead
+from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.throughput import MATRIX_TYPES, seconds_of
 
 REPEATS = 15
@@ -42,6 +43,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(MATRIX_TYPES), default="fp32")
     arguments = parser.parse_args()
     device, dtype = torch.device(arguments.device), MATRIX_TYPES[arguments.dtype]
+    if device.type == "cpu":
+        keep_freed_memory()  # as the trainer does
     torch.manual_seed(0)
     (micro,) = build_micro_batches(synthetic_block(arguments.batch), 0, 0, arguments.batch)
     batch = MoleculeBatch.from_micro_batch(micro, device)

@@ -84,7 +84,8 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     """Global L2 norm of the gradients over all ranks, () float32, the same on each.
 
-    Squares are added in float64: the norm scales every clipped gradient, so it must not depend on how they are sharded.
+    The norm scales every clipped gradient, so it must not depend on how they are sharded: rows, which no shard splits, have
+    norms in their own type, and the squares of these are added in float64.
     """
     squares: dict[bool, Tensor] = {}
     for parameter in parameters:
@@ -93,7 +94,8 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
             continue
         is_sharded = isinstance(gradient, DTensor)
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        square = torch.linalg.vector_norm(local, dtype=torch.float64).square()
+        rows = local if local.ndim < 2 else torch.linalg.vector_norm(local, dim=-1)
+        square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
         squares[is_sharded] = squares[is_sharded] + square if is_sharded in squares else square
     if True in squares:
         squares[True] = sum_over_ranks(squares[True])
