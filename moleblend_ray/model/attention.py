@@ -43,9 +43,7 @@ def head_rows(batch: MoleculeBatch, num_heads: int) -> HeadRows:
     place = batch.token_index - batch.token_molecule * T
     molecule = part[:, None] * B + batch.token_molecule[:, None, None]
     padded = (molecule * H + head) * T + place[:, None, None]
-    return HeadRows(
-        packed=packed.flatten(), padded=padded.flatten(), output=padded[:, 0].flatten()
-    )
+    return HeadRows(packed=packed.flatten(), padded=padded.flatten(), output=padded[:, 0].flatten())
 
 
 def attend_fused(

@@ -73,9 +73,16 @@ def concat(blocks: Sequence[MoleculeBlock]) -> MoleculeBlock:
     )
 
 
-def steps(rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[StepBatch]:
+def steps(
+    rank: int = 0,
+    world_size: int = 1,
+    start: int = 0,
+    *,
+    num_molecules: int = NUM_MOLECULES,
+    micro_batch_size: int = MICRO_BATCH_SIZE,
+) -> Iterator[StepBatch]:
     """This rank's share of each step, from step ``start`` on, without end."""
-    order = DataOrder(NUM_MOLECULES, ORDER)
+    order = DataOrder(num_molecules, ORDER)
     step = start
     while True:
         micro_batches = [
@@ -85,7 +92,7 @@ def steps(rank: int = 0, world_size: int = 1, start: int = 0) -> Iterator[StepBa
                 concat([molecule(int(i)) for i in order.stream_batch(step, stream)]),
                 step,
                 stream,
-                MICRO_BATCH_SIZE,
+                micro_batch_size,
             )
         ]
         yield StepBatch(step=step, micro_batches=tuple(micro_batches))
@@ -98,6 +105,7 @@ def learner(
     strategy: str = "none",
     num_steps: int = 8,
     model: ModelConfig = MODEL,
+    loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
     **train: Any,
 ) -> Learner:
     """A new learner of the toy model; the same parameters each time."""
@@ -106,7 +114,7 @@ def learner(
         train=TrainConfig(num_steps=num_steps, strategy=strategy, **train),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01),
         blend=BlendConfig(),
-        loss=LossConfig(),
+        loss=loss,
         seed=11,
         ranks=ranks or Ranks(),
     )
