@@ -50,8 +50,9 @@ def test_a_run_repeats_the_recorded_losses() -> None:
     found = curves(run(RECORDED_STEPS))
     assert found.keys() == recorded.keys()
     for name, losses in recorded.items():
-        # Rounding differs between processors, and training amplifies it: over 60 steps to less than this.
-        np.testing.assert_allclose(found[name], losses, rtol=1e-3, atol=1e-4, err_msg=name)
+        # Rounding differs between processors and numbers of threads, and training amplifies it.
+        np.testing.assert_allclose(found[name][:10], losses[:10], rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found[name], losses, rtol=0.01, err_msg=name)
     assert recorded["loss"][-1] < 0.9 * recorded["loss"][0]
 
 
