@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import pyarrow as pa
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -16,6 +15,9 @@ from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
+
+if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
+    import pyarrow as pa
 
 NUM_ATOM_FEATURES: Final = len(ATOM_VOCAB_SIZES)
 NUM_BOND_FEATURES: Final = len(BOND_VOCAB_SIZES)

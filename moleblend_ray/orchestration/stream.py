@@ -4,7 +4,7 @@ Block number ``g * V + v`` holds the micro-batches of ``steps_per_block`` consec
 stream v. Ray hands blocks of equal row count round-robin to the consumers of an equal split when it must
 preserve order, so with W consumers, W a divisor of V, consumer r gets exactly the streams v = r mod W.
 Every block is one row: Ray can neither cut nor join them. Each micro-batch carries its (step, stream,
-index), which :func:`~moleblend_ray.data.batch.step_batches` checks.
+index), which :func:`~moleblend_ray.data.transport.step_batches` checks.
 
 The blocks on their way are counted, so that they keep within ``stream.object_store_gib`` (:mod:`.budget`).
 The plan (which block is which) comes from one lazy read task, so that a run of a million blocks starts as
@@ -34,13 +34,11 @@ from moleblend_ray.data.batch import (
     StreamConfig,
     mean_molecule_bytes,
     num_micro_batches,
-    pack_block,
-    pack_error,
-    step_batches,
 )
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.transport import pack_block, pack_error, step_batches
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.budget import BLOCKS_IN_ADVANCE, limit_blocks, most_blocks
 from moleblend_ray.orchestration.local import GIB

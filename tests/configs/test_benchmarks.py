@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +40,15 @@ def test_the_relations_benchmark_takes_its_molecules_in_turn(tmp_path: Path) -> 
     assert reader.num_rows == 9
     found = reader.read(np.arange(9))["num_atoms"].to_pylist()
     assert found == [1, 2, 3, 1, 1, 2, 3, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["train_step", "attention", "heads"])
+def test_benchmarks_of_the_model_need_torch_and_numba_alone(name: str) -> None:
+    code = f"""
+import sys
+for missing in ("ray", "rdkit", "pyarrow", "s3fs", "hydra", "omegaconf", "wandb"):
+    sys.modules[missing] = None
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import {name}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
