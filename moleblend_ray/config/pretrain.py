@@ -85,4 +85,9 @@ class PretrainConfig:
                 f"train.strategy: none trains one worker alone, found cluster.num_workers={workers}; "
                 "use fsdp or ddp",
             ),
+            (
+                workers % self.train.fsdp_replicas == 0,
+                f"train.fsdp_replicas: expected a divisor of cluster.num_workers ({workers}), "
+                f"found {self.train.fsdp_replicas}",
+            ),
         )

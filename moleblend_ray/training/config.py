@@ -66,6 +66,10 @@ class TrainConfig:
     """fsdp: parameters, gradients and moments sharded over workers (FSDP2); ddp: a copy on each worker; none:
     one worker alone."""
 
+    fsdp_replicas: int = 1
+    """Copies of the model under fsdp, each sharded over the workers / this number of them (HSDP). With the number of nodes,
+    parameters are gathered within a node, and only gradients of a shard cross between nodes."""
+
     precision: Precision = "fp32"
     """bf16: matrix products (and FSDP's gathering of layers) in bfloat16; weights and reductions stay float32."""
 
@@ -96,6 +100,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_all(
             (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
+            (
+                self.fsdp_replicas >= 1,
+                f"fsdp_replicas: expected >= 1, found {self.fsdp_replicas}",
+            ),
+            (
+                self.fsdp_replicas == 1 or self.strategy == "fsdp",
+                f"fsdp_replicas: {self.fsdp_replicas} copies are for strategy fsdp, found strategy {self.strategy}",
+            ),
             (
                 self.prefetch_steps >= 1,
                 f"prefetch_steps: expected >= 1, found {self.prefetch_steps}",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -89,11 +90,12 @@ def distribute(
     strategy: Strategy,
     precision: Precision,
     ranks: Ranks,
+    replicas: int = 1,
 ) -> nn.Module:
     """Move ``objective`` to its device and spread it over the ranks; its forward then takes part in the collectives.
 
-    ``fsdp`` shards each of ``layers`` by itself and the rest as one group; ``ddp`` keeps a whole copy on each
-    rank. Without a process group both train the plain module.
+    ``fsdp`` shards each of ``layers`` by itself and the rest as one group, over all ranks or in ``replicas`` equal groups of
+    neighbours; ``ddp`` keeps a whole copy on each rank. Without a process group both train the plain module.
     """
     objective.to(ranks.device)
     if strategy == "none" and ranks.world_size > 1:
@@ -104,11 +106,28 @@ def distribute(
         return objective
     if strategy == "ddp":
         return _replicate(objective, ranks)
-    return _shard(objective, layers, precision, ranks)
+    return _shard(objective, layers, precision, ranks, _mesh(replicas, ranks))
+
+
+def _mesh(replicas: int, ranks: Ranks) -> DeviceMesh:
+    """All ranks in a row, or a row for each replica."""
+    kind, size = ranks.device.type, ranks.world_size
+    if replicas == 1:
+        return init_device_mesh(kind, (size,))
+    if size % replicas:
+        raise ConfigError(
+            f"train.fsdp_replicas: {size} workers cannot form {replicas} equal groups; choose a divisor of {size}"
+        )
+    names = ("replicate", "shard")
+    return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=names)
 
 
 def _shard(
-    objective: nn.Module, layers: Iterable[nn.Module], precision: Precision, ranks: Ranks
+    objective: nn.Module,
+    layers: Iterable[nn.Module],
+    precision: Precision,
+    ranks: Ranks,
+    mesh: DeviceMesh,
 ) -> nn.Module:
     # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
@@ -124,9 +143,10 @@ def _shard(
         cast_forward_inputs=False,
     )
     for layer in layers:
-        fully_shard(layer, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(
         objective,
+        mesh=mesh,
         mp_policy=MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False),
     )
     for module in objective.modules():

@@ -131,6 +131,7 @@ def build_learner(
         strategy=train.strategy,
         precision=train.precision,
         ranks=ranks,
+        replicas=train.fsdp_replicas,
     )
     return Learner(
         objective=objective,

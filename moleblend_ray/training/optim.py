@@ -88,17 +88,22 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     norms in their own type, and the squares of these are added in float64.
     """
     squares: dict[bool, Tensor] = {}
+    replicas = 1
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
             continue
-        is_sharded = isinstance(gradient, DTensor)
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        is_sharded, local = False, gradient
+        if isinstance(gradient, DTensor):
+            is_sharded, local = True, gradient.to_local()
+            mesh = gradient.device_mesh
+            replicas = mesh.size(0) if mesh.ndim > 1 else 1
         rows = local if local.ndim < 2 else torch.linalg.vector_norm(local, dim=-1)
         square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
         squares[is_sharded] = squares[is_sharded] + square if is_sharded in squares else square
     if True in squares:
-        squares[True] = sum_over_ranks(squares[True])
+        # Each replica holds all of it once.
+        squares[True] = sum_over_ranks(squares[True]) / replicas
     return torch.stack(list(squares.values())).sum().sqrt().float()
 
 

@@ -1,4 +1,4 @@
-"""The same run on 1, 2 and 4 processes, under FSDP2 and DDP, interrupted and continued at another world size."""
+"""The same run on 1, 2 and 4 processes, under FSDP2, HSDP and DDP, interrupted and continued at another world size."""
 
 from __future__ import annotations
 
@@ -130,7 +130,14 @@ def four(folder: Path, two: dict[str, list[Any]]) -> dict[str, list[Any]]:
         {
             "fsdp": {"strategy": "fsdp"},
             "ddp": {"strategy": "ddp"},
-            "from_two": {"strategy": "fsdp", "run": str(folder / "from_two"), "start": 5},
+            "hsdp": {"strategy": "fsdp", "replicas": 2},
+            "three_replicas": {"strategy": "fsdp", "replicas": 3},
+            "from_two": {
+                "strategy": "fsdp",
+                "replicas": 2,
+                "run": str(folder / "from_two"),
+                "start": 5,
+            },
         },
         folder / "four",
     )
@@ -141,7 +148,7 @@ def test_two_processes_give_the_steps_of_one(one: Any, two: Any, strategy: str) 
     assert_same_steps(two[strategy][0]["records"], one["whole"][0]["records"])
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+@pytest.mark.parametrize("strategy", ["fsdp", "hsdp", "ddp"])
 def test_four_processes_give_the_steps_of_one(one: Any, four: Any, strategy: str) -> None:
     assert_same_steps(four[strategy][0]["records"], one["whole"][0]["records"])
 
@@ -150,8 +157,16 @@ def test_sharded_runs_of_two_and_four_processes_are_equal_to_the_last_bit(
     two: Any, four: Any
 ) -> None:
     # Gradients of different ranks are added in float64 on CPU; a float32 sum would depend on its order.
-    for ours, theirs in zip(two["fsdp"][0]["records"], four["fsdp"][0]["records"], strict=True):
-        assert {name: ours[name] for name in COMPARED} == {name: theirs[name] for name in COMPARED}
+    for other in ("fsdp", "hsdp"):
+        for ours, theirs in zip(two["fsdp"][0]["records"], four[other][0]["records"], strict=True):
+            assert {name: ours[name] for name in COMPARED} == {
+                name: theirs[name] for name in COMPARED
+            }
+
+
+def test_workers_that_cannot_form_the_replicas_are_an_error_naming_both(four: Any) -> None:
+    for outcome in four["three_replicas"]:
+        assert "4 workers cannot form 3 equal groups" in outcome["error"]
 
 
 def test_all_ranks_have_the_same_records(two: Any) -> None:

@@ -31,6 +31,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     learner = toy.learner(
         ranks,
         strategy=task["strategy"],
+        fsdp_replicas=task.get("replicas", 1),
         num_steps=8,
         model=model,
         precision=task.get("precision", "fp32"),

@@ -8,6 +8,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.training.config import TrainConfig
 
 
 def test_a_private_cluster_without_room_for_a_worker_is_refused() -> None:
@@ -35,3 +36,11 @@ def test_every_data_actor_that_must_start_is_counted() -> None:
 def test_a_seed_that_no_generator_takes_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^seed: expected 0 to 2\*\*63 - 1"):
         PretrainConfig(data="data", out="out", seed=2**64)
+
+
+def test_replicas_that_the_workers_cannot_form_are_refused() -> None:
+    train = TrainConfig(fsdp_replicas=3)
+    with pytest.raises(ConfigError, match=r"^train\.fsdp_replicas: expected a divisor .*\(2\)"):
+        PretrainConfig(data="data", out="out", train=train, cluster=ClusterConfig(num_workers=2))
+    with pytest.raises(ConfigError, match=r"^fsdp_replicas: 2 copies are for strategy fsdp"):
+        TrainConfig(strategy="ddp", fsdp_replicas=2)
