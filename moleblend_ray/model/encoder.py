@@ -6,6 +6,7 @@ A real atoms packed, H heads, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each with dropout, stochastic depth, residual sum and LayerNorm after it."""
 
-    def __init__(self, config: ModelConfig, drop_path: float) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(config.dim)
@@ -64,41 +65,51 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
-        self.drop_path = drop_path
         self.recompute = False
         """Keep only the input for the backward pass, and compute the rest again there."""
+        self.compiled: Callable[..., Tensor] | None = None
+        """What a forward pass runs instead of the plain code, see :meth:`Encoder.compile_blocks`."""
 
     def forward(
-        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        batch: MoleculeBatch,
+        rows: HeadRows | None,
+        factors: Tensor | None,
     ) -> Tensor:
-        """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D); ``rows`` on CPUs."""
+        """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D); ``rows`` on CPUs; ``factors`` (2, B) of the branches."""
+        compute = self.compiled or self.compute
         # In here and not around the block: FSDP's hooks then see one forward pass.
         if self.recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(
-                self._compute, tokens, bias, batch, rows, use_reentrant=False
+                compute, tokens, bias, batch, rows, factors, use_reentrant=False
             )
             return output
-        return self._compute(tokens, bias, batch, rows)
+        return compute(tokens, bias, batch, rows, factors)
 
-    def _compute(
-        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
+    def compute(
+        self,
+        tokens: Tensor,
+        bias: Tensor,
+        batch: MoleculeBatch,
+        rows: HeadRows | None,
+        factors: Tensor | None,
     ) -> Tensor:
+        """The block itself, with the arguments of :meth:`forward`."""
+        of_attention, of_ffn = (None, None) if factors is None else factors.unbind(0)
         branch = self.attention(tokens, bias, batch, rows)
-        tokens = self.attention_norm(tokens + self._thin(branch, batch))
+        tokens = self.attention_norm(tokens + self._thin(branch, batch, of_attention))
         hidden = F.gelu(self.ffn_in(tokens))
         hidden = dropout(hidden, self.activation_dropout, training=self.training)
         branch = self.ffn_out(hidden)
-        output: Tensor = self.ffn_norm(tokens + self._thin(branch, batch))
+        output: Tensor = self.ffn_norm(tokens + self._thin(branch, batch, of_ffn))
         return output
 
-    def _thin(self, branch: Tensor, batch: MoleculeBatch) -> Tensor:
-        """Dropout, then stochastic depth: a molecule keeps or loses the whole branch."""
+    def _thin(self, branch: Tensor, batch: MoleculeBatch, factor: Tensor | None) -> Tensor:
+        """Dropout, then stochastic depth: ``factor`` (B,) keeps or removes the whole branch of a molecule."""
         branch = dropout(branch, self.dropout, training=self.training)
-        if not self.training or self.drop_path == 0.0:
-            return branch
-        kept = torch.rand(batch.num_molecules, device=branch.device) >= self.drop_path
-        factor = kept.to(branch.dtype) / (1.0 - self.drop_path)
-        return branch * factor[batch.token_molecule, None]
+        return branch if factor is None else branch * factor[batch.token_molecule, None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,16 +134,20 @@ class Encoder(nn.Module):
         self.geometry = GeometryBias(config)
         self.input_norm = nn.LayerNorm(config.dim)
         self.dropout = config.dropout
-        depth = max(config.num_layers - 1, 1)
-        self.layers = nn.ModuleList(
-            Block(config, config.drop_path * layer / depth) for layer in range(config.num_layers)
-        )
+        self.drop_path = config.drop_path
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def recompute_blocks(self, *, enabled: bool) -> None:
         """Let the blocks keep only their inputs for the backward pass, or everything, as they do at first."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.recompute = enabled
+
+    def compile_blocks(self) -> None:
+        """Let ``torch.compile`` fuse what is inside a block, once for all blocks and sizes of micro-batches."""
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.compiled = torch.compile(layer.compute, dynamic=True)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None) -> EncoderOutput:
         """Encode; without ``blend`` every relation of every pair is visible and positions carry no noise."""
@@ -142,9 +157,23 @@ class Encoder(nn.Module):
         tokens = self.input_norm(self.embed(batch, blend, geometry))
         tokens = dropout(tokens, self.dropout, training=self.training)
         rows = head_rows(batch, bias.shape[1]) if bias.device.type == "cpu" else None
-        for layer in self.layers:
-            tokens = layer(tokens, bias, batch, rows)
+        factors = self._branch_factors(batch)
+        for layer, factor in zip(self.layers, factors, strict=True):
+            tokens = layer(tokens, bias, batch, rows, factor)
         return EncoderOutput(tokens=tokens, bias=bias, displacement=geometry.displacement)
+
+    def _branch_factors(self, batch: MoleculeBatch) -> Sequence[Tensor | None]:
+        """Stochastic depth, linear in depth from 0 to ``drop_path``: for each block (2, B) what to multiply the two branches
+        of a molecule with, 0 or 1 / (1 - rate)."""
+        num_layers = len(self.layers)
+        if not self.training or self.drop_path == 0.0:
+            return [None] * num_layers
+        device = batch.token_molecule.device
+        # All in one draw, and as data: a rate in the code of a block would make it another program to compile.
+        rate = torch.arange(num_layers, device=device) * (self.drop_path / max(num_layers - 1, 1))
+        rate = rate[:, None, None]
+        kept = torch.rand(num_layers, 2, batch.num_molecules, device=device) >= rate
+        return (kept / (1.0 - rate)).unbind(0)
 
     def embed(
         self, batch: MoleculeBatch, blend: Blend | None, geometry: GeometryFeatures

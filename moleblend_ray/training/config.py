@@ -73,6 +73,10 @@ class TrainConfig:
     precision: Precision = "fp32"
     """bf16: matrix products (and FSDP's gathering of layers) in bfloat16; weights and reductions stay float32."""
 
+    compile: bool = False
+    """Fuse the inside of the blocks with torch.compile, on GPUs: it takes about a minute at the start, and a C++ compiler. Random
+    choices of dropout then are others than without it."""
+
     activation_checkpointing: bool = False
     """Keep only the input of each block for the backward pass and compute its inside again: a third more time in the
     blocks, a fraction of their memory. The numbers stay the same."""

@@ -55,7 +55,7 @@ from moleblend_ray.training.optim import (
     set_learning_rate,
 )
 from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep
-from moleblend_ray.training.throughput import Meter
+from moleblend_ray.training.throughput import Meter, compiled_graphs
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,8 @@ def build_learner(
     torch.manual_seed(seed)
     new_model = MoleBlendModel(model)
     new_model.encoder.recompute_blocks(enabled=train.activation_checkpointing)
+    if train.compile:
+        new_model.encoder.compile_blocks()
     objective = distribute(
         PretrainingObjective(new_model, loss),
         new_model.encoder.layers,
@@ -179,6 +181,8 @@ def fit(
             )
             step_s = time.perf_counter() - began_s
             record |= {"step_s": step_s, "data_wait_s": data_wait_s, **meter.rates(record, step_s)}
+            if learner.train.compile:
+                record["compiled_graphs"] = compiled_graphs()
             if after_step is not None:
                 after_step()
             done = step + 1

@@ -83,6 +83,13 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
+def compiled_graphs() -> int:
+    """Programs that ``torch.compile`` has made in this process: one that still rises late in a run is a shape too many."""
+    from torch._dynamo.utils import counters  # takes a second, and only who compiles needs it
+
+    return int(counters["stats"]["unique_graphs"])
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory so far: that of the allocator on a GPU, of this whole process on a CPU."""
     if device.type == "cuda":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def two(folder: Path, data: str, one: dict[str, list[Any]]) -> dict[str, list[An
         {
             "fsdp": {"strategy": "fsdp"},
             "ddp": {"strategy": "ddp"},
+            **({"compiled": {"strategy": "fsdp", "compile": True}} if shutil.which("g++") else {}),
             "fsdp_dropout": {"strategy": "fsdp", "dropout": True},
             "bf16": {"strategy": "fsdp", "precision": "bf16"},
             "from_one": {"strategy": "ddp", "run": from_one, "start": 4},
@@ -167,6 +169,14 @@ def test_sharded_runs_of_two_and_four_processes_are_equal_to_the_last_bit(
 def test_workers_that_cannot_form_the_replicas_are_an_error_naming_both(four: Any) -> None:
     for outcome in four["three_replicas"]:
         assert "4 workers cannot form 3 equal groups" in outcome["error"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_give_the_same_steps_from_few_programs(one: Any, two: Any) -> None:
+    records = two["compiled"][0]["records"]
+    assert_same_steps(records, one["whole"][0]["records"])
+    # Micro-batches of many shapes: one program for them, and one where two sizes were equal by chance.
+    assert 1 <= records[-1]["compiled_graphs"] <= 3
 
 
 def test_all_ranks_have_the_same_records(two: Any) -> None:

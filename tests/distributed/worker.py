@@ -32,6 +32,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         ranks,
         strategy=task["strategy"],
         fsdp_replicas=task.get("replicas", 1),
+        compile=task.get("compile", False),
         num_steps=8,
         model=model,
         precision=task.get("precision", "fp32"),
