@@ -1,13 +1,14 @@
 """A whole training step of the model, beside the device's matrix-product rate measured in the same run.
 
     python benchmarks/train_step.py [--preset base] [--batch 64] [--micro-batch 64] [--device cpu|cuda]
-                                    [--dtype fp32|bf16] [--steps 10] [--operators]
+                                    [--dtype fp32|bf16] [--steps 10] [--compile] [--plain] [--operators]
 
 The step is the trainer's own (`training/loop.py`): random choices, forward, losses, backward, clipping, optimizer.
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
 the step's time and the rate of a matrix product measured just after it, the median over steps; each
 batch has gone through a step before. ``peak_mib`` is the process's peak resident memory on a CPU, the
-allocator's on a GPU. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
+allocator's on a GPU. ``--plain`` times the step of `plain_model.py` in turn with it (``times_plain``, ``plain_peak_mib`` on
+a GPU), after a check that both give the same losses. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
 PCQM4Mv2's sizes. Needs neither Ray nor RDKit. Prints one JSON line last.
 """
 
@@ -17,18 +18,24 @@ import argparse
 import json
 import platform
 import statistics
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
+from plain_model import PlainModel
 from synthetic_molecules import synthetic_block
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
+from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
+from moleblend_ray.model.losses import loss_counts
+from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Precision, TrainConfig
-from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, build_learner, train_step
+from moleblend_ray.training.distributed import Ranks, autocast, evaluating
+from moleblend_ray.training.loop import Learner, PretrainingObjective, build_learner, train_step
 from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.throughput import matrix_rate, peak_memory_bytes, seconds_of
 
@@ -41,7 +48,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
-    learner = new_learner(preset(arguments.preset), arguments.dtype, device)
+    config = preset(arguments.preset)
+    learner = new_learner(config, arguments.dtype, device, compiled=arguments.compile)
     steps = [
         to_device(step_batch(step, arguments.batch, arguments.micro_batch), device)
         for step in range(NUM_BATCHES)
@@ -56,10 +64,13 @@ def main() -> None:
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "compile": arguments.compile,
         **measure(learner, steps, arguments),
         "padding_share": round(padding_share(steps), 4),
         "pair_padding_share": round(pair_padding_share(steps), 4),
     }
+    if arguments.plain:
+        line |= compare(learner, steps, arguments)
     if arguments.operators:
         line["operators"] = operators(learner, steps)
     print(json.dumps(line))
@@ -93,6 +104,48 @@ def measure(
     }
 
 
+def compare(
+    learner: Learner, steps: list[DeviceStep], arguments: argparse.Namespace
+) -> dict[str, float]:
+    """How many times longer the plain step takes, both timed in turn."""
+    device = learner.ranks.device
+    plain = new_learner(learner.model.config, arguments.dtype, device)
+    objective = PretrainingObjective(cast(MoleBlendModel, PlainModel(plain.model)), plain.loss)
+    plain = replace(plain, objective=objective)
+    check_equal(learner, plain, steps[0])
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for step in steps:
+        train_step(plain, step)
+    peak = round(peak_memory_bytes(device) / 2**20)
+    ours, theirs = [], []
+    for index in range(arguments.steps):
+        step = steps[index % NUM_BATCHES]
+        ours.append(seconds_of(partial(train_step, learner, step), device))
+        theirs.append(seconds_of(partial(train_step, plain, step), device))
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    return {
+        "plain_step_s": round(statistics.median(theirs), 4),
+        "times_plain": round(ratio, 3),
+        # A process has one peak on a CPU, and it was the other model's.
+        **({"plain_peak_mib": peak} if device.type == "cuda" else {}),
+    }
+
+
+def check_equal(learner: Learner, plain: Learner, step: DeviceStep) -> None:
+    """Both learners' losses on ``step``, without dropout and with the same weights, must agree."""
+    plain.model.load_state_dict(learner.model.state_dict())
+    losses = []
+    for one in (learner, plain):
+        molecules = step.molecules[0]
+        blend = draw_blend(molecules, one.blend, one.seed)
+        counts = loss_counts(molecules, blend, one.loss)
+        with evaluating(one.objective), autocast(one.train.precision, one.ranks.device):
+            losses.append(float(one.objective(molecules, blend, counts)[0]))
+    if abs(losses[0] - losses[1]) > 1e-2 * abs(losses[0]):
+        raise AssertionError(f"the losses differ: {losses}")
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="base")
@@ -102,6 +155,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--operators", action="store_true")
     return parser.parse_args()
 
@@ -113,10 +168,12 @@ def preset(name: str) -> ModelConfig:
     return ModelConfig(**{key: json.loads(value) for key, colon, value in values if colon})
 
 
-def new_learner(config: ModelConfig, precision: Precision, device: torch.device) -> Learner:
+def new_learner(
+    config: ModelConfig, precision: Precision, device: torch.device, *, compiled: bool = False
+) -> Learner:
     return build_learner(
         config,
-        train=TrainConfig(num_steps=10**6, strategy="none", precision=precision),
+        train=TrainConfig(num_steps=10**6, strategy="none", precision=precision, compile=compiled),
         optim=OptimConfig(),
         blend=BlendConfig(),
         loss=LossConfig(),
