@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -132,11 +132,12 @@ def _shard(
     # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
     # float32 tokens (autocast casts them on a GPU).
-    gathers_bf16 = precision == "bf16" and ranks.device.type == "cuda"
+    on_gpu = ranks.device.type == "cuda"
+    gathers_bf16 = precision == "bf16" and on_gpu
     # A sum of float32 gradients in float64 is nearly always exact, so its order, and with it the number of ranks,
     # leaves no trace; in float32 the last digits differ and training amplifies them. On a GPU the doubled traffic
     # would cost too much for that.
-    reduce_dtype = torch.float32 if ranks.device.type == "cuda" else torch.float64
+    reduce_dtype = torch.float32 if on_gpu else torch.float64
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if gathers_bf16 else None,
         reduce_dtype=reduce_dtype,
@@ -154,7 +155,36 @@ def _shard(
             # Divide by 1 and use plain sums: gloo has no averaging and no pre-multiplied reduction.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            if not on_gpu:
+                module.set_custom_reduce_scatter(_ExchangeAndAdd())  # type: ignore[arg-type]
     return objective
+
+
+class _ExchangeAndAdd:
+    """Reduce-scatter for gloo, whose own is an all-reduce of which each rank keeps a part: ranks exchange the parts and each
+    adds up its own, for half of the traffic.
+
+    The interface is FSDP2's ``ReduceScatter``, an abstract class of a private module.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer to communicate from or into."""
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        """``input_tensor``, a part for each rank, to this rank's part of the sum over ranks."""
+        assert op == dist.ReduceOp.SUM
+        assert not async_op
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(group.size(), -1), 0, out=output_tensor)
 
 
 def _replicate(objective: nn.Module, ranks: Ranks) -> nn.Module:
