@@ -78,6 +78,24 @@ def test_gaussian_layer_starts_as_intended() -> None:
         assert 2.9 < values.max() <= 3.0
 
 
+def test_gaussian_kernels_have_the_gradient_of_their_formula() -> None:
+    torch.manual_seed(0)
+    layer = GaussianDistance(6).double()
+    distance = 3 * torch.rand(2, 4, 4, dtype=torch.float64)
+    element = torch.randint(0, 100, (2, 4))
+    known = torch.rand(2, 4, 4) > 0.3
+    parameters = dict(layer.named_parameters())
+
+    def kernels(distance: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(parameters, values, strict=True))
+        return torch.func.functional_call(layer, named, (distance, element, known))
+
+    torch.autograd.gradcheck(kernels, (distance.requires_grad_(), *parameters.values()))
+    assert torch.equal(
+        kernels(distance, *parameters.values()) != 0, known[..., None].expand(-1, -1, -1, 6)
+    )
+
+
 def test_bfloat16_autocast_stays_close_and_finite() -> None:
     torch.manual_seed(0)
     model = MoleBlendModel(QUIET)
