@@ -65,6 +65,14 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.config.pretrain:PretrainConfig",
         "moleblend_ray.orchestration.pretrain:pretrain",
     ),
+    "checkpoints": Job(
+        "checkpoints of a run: whole or damaged, differences between two, old ones deleted",
+        "moleblend_ray.config.inspect:CheckpointsConfig",
+        "moleblend_ray.orchestration.inspect:inspect_checkpoints",
+        first_key="run",
+        flags=("verify",),
+        show="moleblend_ray.orchestration.inspect:show_checkpoints",
+    ),
     "finetune": Job(
         "encoder + labelled molecules -> a property model and its scores",
         "moleblend_ray.config.downstream:FinetuneConfig",

@@ -1,4 +1,4 @@
-"""What `moleblend data` looks at."""
+"""What `moleblend data` and `moleblend checkpoints` look at."""
 
 from __future__ import annotations
 
@@ -25,4 +25,33 @@ class InspectConfig:
         check_all(
             (bool(self.data), "data: expected a path or URI, found an empty string"),
             (self.examples >= 0, f"examples: expected >= 0, found {self.examples}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointsConfig:
+    """A run -> its checkpoints: which are whole, how two differ; deletes old ones if asked."""
+
+    run: str
+    """Folder of a run (the `out` of `pretrain`) or, to compare, one checkpoint of it, as a path or URI."""
+    verify: bool = False
+    """Read every file and compare it with its checksum."""
+    against: str | None = None
+    """Another run or checkpoint: show what differs between the two instead."""
+    keep_last: int | None = None
+    """Delete all but this many of the newest whole checkpoints; null deletes nothing."""
+    format: Literal["text", "json"] = "text"
+    """A report for people, or one JSON document on standard output."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (bool(self.run), "run: expected a path or URI, found an empty string"),
+            (
+                self.keep_last is None or self.keep_last >= 1,
+                f"keep_last: expected null or at least 1, found {self.keep_last}",
+            ),
+            (
+                self.against is None or not (self.verify or self.keep_last),
+                "against: a comparison deletes and verifies nothing; leave verify and keep_last out",
+            ),
         )

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-PATH_FIELDS = frozenset({"checkpoint", "data", "dir", "out", "source", "split_file", "spool"})
+PATH_FIELDS = frozenset(
+    {"against", "checkpoint", "data", "dir", "out", "run", "source", "split_file", "spool"}
+)
 """Names of the fields that hold a path or URI, or several."""
 
 

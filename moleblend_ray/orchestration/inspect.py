@@ -1,4 +1,4 @@
-"""`moleblend data`: look at a prepared data set, and show what was found on a terminal or as JSON."""
+"""`moleblend data` and `moleblend checkpoints`: look at what lies in storage, and show it on a terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ from tqdm import tqdm
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.inspect import (
     DataSetReport,
     QuarantineReason,
     UnfinishedReport,
     inspect_data_set,
+)
+from moleblend_ray.training.inventory import (
+    DifferenceReport,
+    InventoryReport,
+    compare_checkpoints,
+    take_inventory,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ _MAX_ELEMENTS: Final = 12
 _MAX_LABELS: Final = 12
 _MAX_DAMAGES: Final = 20
 _MAX_SOURCES: Final = 5
+_MAX_TENSORS: Final = 12
 _EXCERPT_CHARACTERS: Final = 40
 _LOG_EVERY_S: Final = 10.0
 
@@ -45,29 +52,31 @@ _LOG_EVERY_S: Final = 10.0
 def inspect_data(config: InspectConfig) -> Report:
     """What the prepared data set ``config.data`` holds; with ``config.verify`` after reading every file of it."""
     config = with_absolute_paths(config)
-    with _byte_bar(enabled=config.verify) as progress:
+    with _progress("verify", enabled=config.verify, show=_bytes, unit="B") as progress:
         return inspect_data_set(
             config.data, verify=config.verify, num_examples=config.examples, progress=progress
         )
 
 
 @contextmanager
-def _byte_bar(*, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, elsewhere a log line now and then."""
+def _progress(
+    what: str, *, enabled: bool, show: Callable[[int], str], unit: str
+) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, elsewhere a log line now and then; ``show`` writes a number for it."""
     is_terminal = sys.stderr.isatty()
     last_s = time.monotonic()
     hidden = not (enabled and is_terminal)
-    with tqdm(desc="verify", unit="B", unit_scale=True, leave=False, disable=hidden) as bar:
+    with tqdm(desc=what, unit=unit, unit_scale=True, leave=False, disable=hidden) as bar:
 
-        def show(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             nonlocal last_s
             bar.total = total
             bar.update(done - bar.n)
-            if not is_terminal and time.monotonic() - last_s > _LOG_EVERY_S:
+            if enabled and not is_terminal and time.monotonic() - last_s > _LOG_EVERY_S:
                 last_s = time.monotonic()
-                logger.info("verify: %s of %s", _bytes(done), _bytes(total))
+                logger.info("%s: %s of %s", what, show(done), show(total))
 
-        yield show
+        yield update
 
 
 def show_report(report: Report, config: InspectConfig) -> RenderableType | str:
@@ -227,6 +236,106 @@ def _unfinished(report: UnfinishedReport) -> Table:
     )
     table.add_row("to finish", "the `moleblend prepare` command that began it, typed again")
     return table
+
+
+def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | DifferenceReport:
+    """The checkpoints of ``config.run``, or with ``config.against`` how two of them differ; deletes only by ``keep_last``."""
+    config = with_absolute_paths(config)
+    if config.against is not None:
+        return compare_checkpoints(config.run, config.against)
+    with _progress("verify", enabled=config.verify, show=str, unit=" checkpoints") as progress:
+        return take_inventory(
+            config.run,
+            verify_content=config.verify,
+            keep_last=config.keep_last,
+            progress=progress,
+        )
+
+
+def show_checkpoints(
+    report: InventoryReport | DifferenceReport, config: CheckpointsConfig
+) -> RenderableType | str:
+    """The report as ``config.format`` says; a plain string is to be printed as it is."""
+    if config.format == "json":
+        return json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False)
+    if isinstance(report, DifferenceReport):
+        return _difference(report)
+    overview = _plain_table()
+    overview.add_row("run", f"[bold]{escape(str(redact(report.uri)))}[/]")
+    overview.add_row("state", _state(report))
+    data = str(report.identity.get("data_fingerprint", ""))[:16]
+    model = report.identity.get("model", {})
+    if data:
+        overview.add_row("identity", f"data {data}, seed {report.identity.get('seed', '?')}")
+    if model:
+        sizes = ", ".join(
+            f"{name} {model[name]}" for name in ("num_layers", "dim") if name in model
+        )
+        overview.add_row("model", sizes)
+    if report.deleted:
+        overview.add_row("deleted", "steps " + ", ".join(map(str, report.deleted)))
+    checkpoints = _headed(
+        "step",
+        "state",
+        "size",
+        "files",
+        "workers",
+        "loss",
+        "valid loss",
+        "written (UTC)",
+        numbers=(0, 2, 3, 4, 5, 6),
+    )
+    for one in report.checkpoints:
+        written = one.created.partition("+")[0].replace("T", " ")
+        checkpoints.add_row(
+            f"{one.step:,}",
+            one.state if one.state == "whole" else f"[bold red]{one.state}[/]",
+            _bytes(one.num_bytes) if one.num_files else "",
+            str(one.num_files or ""),
+            str(one.world_size or ""),
+            "" if one.loss is None else f"{one.loss:.4g}",
+            "" if one.valid_loss is None else f"{one.valid_loss:.4g}",
+            written,
+        )
+    checked = (
+        "all bytes were compared"
+        if report.verified
+        else "sizes were compared; --verify reads every byte"
+    )
+    foot = Text(
+        "\n".join(report.damages) or f"no damage found ({checked})",
+        style="red" if report.damages else "",
+    )
+    return Group(Padding(overview, (0, 0, 1, 0)), Padding(checkpoints, (0, 0, 1, 0)), foot)
+
+
+def _state(report: InventoryReport) -> str:
+    if report.finished:
+        return "finished"
+    if report.continues_at is None:
+        return "no whole checkpoint: its command cannot continue"
+    return f"not finished; its command continues at step {report.continues_at:,}"
+
+
+def _difference(report: DifferenceReport) -> RenderableType:
+    overview = _plain_table()
+    overview.add_row("first", f"[bold]{escape(str(redact(report.first)))}[/]")
+    overview.add_row("second", f"[bold]{escape(str(redact(report.second)))}[/]")
+    for index, setting in enumerate(report.settings):
+        overview.add_row("" if index else "settings", escape(str(redact(setting))))
+    if not report.settings:
+        overview.add_row("settings", "the same")
+    equal = report.num_tensors - len(report.tensors)
+    overview.add_row("weights", f"{equal} of {report.num_tensors} tensors are bit-identical")
+    overview.add_row("optimizer", "bit-identical" if report.optimizer_equal else "differs")
+    if not report.tensors:
+        return overview
+    tensors = _headed("tensor", "relative difference", "largest absolute", numbers=(1, 2))
+    for tensor in report.tensors[:_MAX_TENSORS]:
+        tensors.add_row(escape(tensor.name), f"{tensor.relative:.3g}", f"{tensor.max_abs:.3g}")
+    if len(report.tensors) > _MAX_TENSORS:
+        tensors.add_row(f"and {len(report.tensors) - _MAX_TENSORS} more", "", "")
+    return Group(Padding(overview, (0, 0, 1, 0)), tensors)
 
 
 def _plain_table() -> Table:

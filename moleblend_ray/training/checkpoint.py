@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -197,6 +197,19 @@ def load_model_state(run_uri: str, step: int, model: nn.Module) -> None:
     with tempfile.TemporaryDirectory(prefix="moleblend-load-") as local:
         _download_files(run_uri, commit, Path(local))
         _load(state, Path(local), step_uri(run_uri, step), alone=True)
+
+
+def load_all_tensors(run_uri: str, commit: Commit, local: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by its name, in this process alone; its files are downloaded to ``local`` and checked."""
+    _download_files(run_uri, commit, local)
+    index = _SafeReader(local).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    _load(state, local, step_uri(run_uri, commit.step), alone=True)
+    return state
 
 
 def _load(state: dict[str, Tensor], local: Path, folder: str, *, alone: bool = False) -> None:

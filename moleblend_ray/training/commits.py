@@ -173,6 +173,11 @@ def _sha256_of(uri: str) -> str:
     return digest.hexdigest()
 
 
+def checkpoint_steps(run_uri: str) -> list[int]:
+    """Steps of all checkpoint folders, those without a marker included."""
+    return list(_checkpoint_files(run_uri))
+
+
 def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:
     """Names of the (not hidden) files below the folder of every step."""
     try:
@@ -188,11 +193,9 @@ def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:
 
 def require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
     """Refuse to continue a run under settings that would make it another one, naming each with both values."""
-    old, new = _flatten(stored), _flatten(wanted)
     differences = [
-        f"{key}: the run has {old.get(key)!r}, the configuration asks for {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        f"{key}: the run has {old!r}, the configuration asks for {new!r}"
+        for key, old, new in flat_differences(stored, wanted)
     ]
     if differences:
         raise CheckpointError(
@@ -200,6 +203,18 @@ def require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_u
             + "\n  ".join(differences)
             + "\nGive the run's own settings, or start a new run under another `out`."
         )
+
+
+def flat_differences(
+    one: Mapping[str, Any], other: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    """Key path and both values (None where there is none) of every setting that differs, in order of the path."""
+    old, new = _flatten(one), _flatten(other)
+    return [
+        (key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

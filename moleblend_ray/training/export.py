@@ -31,14 +31,21 @@ def export_uri(run_uri: str) -> str:
     return storage.join(run_uri, EXPORT_DIR)
 
 
+def split_checkpoint_uri(uri: str) -> tuple[str, int | None]:
+    """The run that ``uri`` is or lies in, and the step if it is one checkpoint's folder."""
+    match = _CHECKPOINT_DIR.match(uri)
+    return (match["run"], int(match["step"])) if match else (uri, None)
+
+
 def load_model(uri: str) -> MoleBlendModel:
     """The model that ``uri`` names, on the CPU, in evaluation mode.
 
     ``uri`` is a run (its export if it is finished, else its newest committed checkpoint), one checkpoint folder
     of a run, a folder with ``model.safetensors``, or a file of official parameters (``.pt``, ``.npz``).
     """
-    if match := _CHECKPOINT_DIR.match(uri):
-        return _from_commit(match["run"], read_commit(match["run"], int(match["step"])))
+    run, step = split_checkpoint_uri(uri)
+    if step is not None:
+        return _from_commit(run, read_commit(run, step))
     if uri.endswith((".pt", ".npz")) or storage.exists(storage.join(uri, WEIGHTS_NAME)):
         return from_pretrained(uri)
     if storage.exists(storage.join(uri, FINISHED_NAME)):

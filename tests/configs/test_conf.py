@@ -23,6 +23,7 @@ REQUIRED = {
     "prepare": ("source=s3://b/x.sdf", "out=runs/data"),
     "data": ("data=runs/data",),
     "pretrain": ("data=runs/data", "out=runs/run"),
+    "checkpoints": ("run=runs/run",),
     "finetune": ("task=esol", "task.source=s3://b/esol.csv", "out=runs/esol"),
     "sweep": ("task=bbbp", "task.source=s3://b/bbbp.csv", "out=runs/bbbp"),
     "embed": ("checkpoint=runs/run", "source=s3://b/x.csv", "out=runs/vectors"),

@@ -1,0 +1,265 @@
+"""The checkpoints of a run as they lie in storage: which are whole, how two differ, and what may be deleted."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.training.checkpoint import load_all_tensors
+from moleblend_ray.training.commits import (
+    FINISHED_NAME,
+    Commit,
+    check_files,
+    checkpoint_steps,
+    committed_steps,
+    delete_checkpoint,
+    flat_differences,
+    latest_committed,
+    read_commit,
+    step_uri,
+)
+from moleblend_ray.training.export import split_checkpoint_uri
+from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, read_records
+
+_MODEL_PREFIX: Final = "model."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointReport:
+    """One checkpoint folder."""
+
+    step: int
+    """Steps done."""
+    state: str
+    """``whole``, ``damaged``, or ``incomplete``: without a marker, what a crash left or a running command is writing."""
+    detail: str
+    """What is damaged."""
+    created: str
+    """UTC time, ISO 8601; empty without a marker."""
+    world_size: int
+    """Ranks that wrote it; 0 without a marker."""
+    num_files: int
+    num_bytes: int
+    """Of the files that the marker names."""
+    loss: float | None
+    """Of the last step it includes, from the run's metrics."""
+    valid_loss: float | None
+    """The newest one up to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InventoryReport:
+    """The checkpoints of a run."""
+
+    uri: str
+    finished: bool
+    """Whether the run has its summary."""
+    checkpoints: tuple[CheckpointReport, ...]
+    """Newest first."""
+    continues_at: int | None
+    """Step at which the run's command would go on; None if there is no whole checkpoint."""
+    identity: Mapping[str, Any]
+    """What cannot change within the run, of the newest readable marker."""
+    verified: bool
+    """Whether every byte was compared with its checksum."""
+    deleted: tuple[int, ...]
+    """Steps whose checkpoints were deleted just now."""
+    damages: tuple[str, ...]
+    """Every damaged checkpoint with what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorDifference:
+    """One tensor of two checkpoints."""
+
+    name: str
+    max_abs: float
+    """Largest absolute difference of two elements; infinite if shapes differ or one of them lacks the tensor."""
+    relative: float
+    """Norm of the difference over the norm of the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DifferenceReport:
+    """Two checkpoints side by side."""
+
+    first: str
+    second: str
+    """Folders of the checkpoints."""
+    settings: tuple[str, ...]
+    """Settings of the runs' identities and library versions that differ, with both values."""
+    tensors: tuple[TensorDifference, ...]
+    """Model tensors that differ, most relative difference first."""
+    num_tensors: int
+    """Of the models, together."""
+    optimizer_equal: bool
+    """Whether steps and moments of the optimizer are bit-identical."""
+
+
+def take_inventory(
+    run_uri: str,
+    *,
+    verify_content: bool = False,
+    keep_last: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> InventoryReport:
+    """Look at every checkpoint of the run; with ``keep_last``, first delete all but that many of the newest whole ones.
+
+    ``verify_content`` reads every byte; ``progress`` is told how many checkpoints are done, and of how many. Deleting spares
+    damaged checkpoints newer than the ones kept, and folders without a marker newer than the newest whole one: a running
+    command may be writing there. Raises CheckpointError where there is no run.
+    """
+    steps = sorted(checkpoint_steps(run_uri), reverse=True)
+    finished = storage.exists(storage.join(run_uri, FINISHED_NAME))
+    if not steps and not finished:
+        raise CheckpointError(
+            f"{run_uri} holds no checkpoints: expected the folder of a run, the `out` of `moleblend pretrain`"
+        )
+    losses, marked = _losses(run_uri), set(committed_steps(run_uri))
+    found = []
+    for done, step in enumerate(steps, 1):
+        found.append(_look_at(run_uri, step, losses, step in marked, verify_content))
+        if progress is not None:
+            progress(done, len(steps))
+    deleted = () if keep_last is None else _prune(run_uri, found, keep_last)
+    left = tuple(report for report in found if report.step not in deleted)
+    whole = [report.step for report in left if report.state == "whole"]
+    return InventoryReport(
+        uri=run_uri,
+        finished=finished,
+        checkpoints=left,
+        continues_at=whole[0] if whole else None,
+        identity=_identity(run_uri),
+        verified=verify_content,
+        deleted=deleted,
+        damages=tuple(
+            f"step {report.step}: {report.detail}" for report in left if report.state == "damaged"
+        ),
+    )
+
+
+def _look_at(
+    run_uri: str,
+    step: int,
+    losses: Sequence[Mapping[str, float]],
+    is_marked: bool,
+    verify_content: bool,
+) -> CheckpointReport:
+    state, detail = "whole", ""
+    commit: Commit | None = None
+    if not is_marked:
+        state = "incomplete"
+    else:
+        try:
+            commit = read_commit(run_uri, step)
+            check_files(run_uri, commit, verify_content=verify_content)
+        except CheckpointError as error:
+            state, detail = "damaged", str(error)
+    files = commit.files if commit else ()
+    before = [record for record in losses if record["step"] < step]
+    validated = [record for record in before if VALID_PREFIX + TOTAL_LOSS in record]
+    return CheckpointReport(
+        step=step,
+        state=state,
+        detail=detail,
+        created=commit.created if commit else "",
+        world_size=commit.world_size if commit else 0,
+        num_files=len(files),
+        num_bytes=sum(file.num_bytes for file in files),
+        loss=before[-1][TOTAL_LOSS] if before else None,
+        valid_loss=validated[-1][VALID_PREFIX + TOTAL_LOSS] if validated else None,
+    )
+
+
+def _losses(run_uri: str) -> list[dict[str, float]]:
+    names = ("step", TOTAL_LOSS, VALID_PREFIX + TOTAL_LOSS)
+    return [
+        {name: record[name] for name in names if name in record} for record in read_records(run_uri)
+    ]
+
+
+def _identity(run_uri: str) -> dict[str, Any]:
+    for step in committed_steps(run_uri):
+        try:
+            return read_commit(run_uri, step).identity
+        except CheckpointError:
+            continue
+    return {}
+
+
+def _prune(run_uri: str, found: Sequence[CheckpointReport], keep_last: int) -> tuple[int, ...]:
+    kept = [report.step for report in found if report.state == "whole"][:keep_last]
+    if not kept:
+        return ()
+    deleted = tuple(report.step for report in found if report.step < kept[-1])
+    for step in deleted:
+        delete_checkpoint(run_uri, step)
+    return deleted
+
+
+def compare_checkpoints(first_uri: str, second_uri: str) -> DifferenceReport:
+    """How two checkpoints differ; each is a run (its newest whole checkpoint) or one checkpoint folder of a run."""
+    first, second = _commit_of(first_uri), _commit_of(second_uri)
+    ours, theirs = _tensors(*first), _tensors(*second)
+    settings = flat_differences(
+        {**first[1].identity, "versions": first[1].versions},
+        {**second[1].identity, "versions": second[1].versions},
+    )
+    model = sorted(name for name in ours.keys() | theirs.keys() if name.startswith(_MODEL_PREFIX))
+    others = [name for name in ours.keys() | theirs.keys() if not name.startswith(_MODEL_PREFIX)]
+    tensors = [_difference(name, ours.get(name), theirs.get(name)) for name in model]
+    return DifferenceReport(
+        first=step_uri(first[0], first[1].step),
+        second=step_uri(second[0], second[1].step),
+        settings=tuple(f"{name}: {old!r} and {new!r}" for name, old, new in settings),
+        tensors=tuple(
+            sorted(
+                (tensor for tensor in tensors if tensor.max_abs > 0), key=lambda one: -one.relative
+            )
+        ),
+        num_tensors=len(model),
+        optimizer_equal=all(
+            name in ours and name in theirs and torch.equal(ours[name], theirs[name])
+            for name in others
+        ),
+    )
+
+
+def _commit_of(uri: str) -> tuple[str, Commit]:
+    run, step = split_checkpoint_uri(uri)
+    if step is not None:
+        return run, read_commit(run, step)
+    commit = latest_committed(run)
+    if commit is None:
+        raise CheckpointError(
+            f"{uri} holds no checkpoints: expected a run or one of its checkpoints"
+        )
+    return run, commit
+
+
+def _tensors(run_uri: str, commit: Commit) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory(prefix="moleblend-compare-") as local:
+        return load_all_tensors(run_uri, commit, Path(local))
+
+
+def _difference(name: str, one: Tensor | None, other: Tensor | None) -> TensorDifference:
+    short = name.removeprefix(_MODEL_PREFIX)
+    if one is None or other is None or one.shape != other.shape:
+        return TensorDifference(name=short, max_abs=float("inf"), relative=float("inf"))
+    delta = other.double() - one.double()
+    if not delta.numel() or torch.equal(one, other):
+        return TensorDifference(name=short, max_abs=0.0, relative=0.0)
+    norm = float(one.double().norm())
+    return TensorDifference(
+        name=short,
+        max_abs=float(delta.abs().max()),
+        relative=float(delta.norm()) / norm if norm else float("inf"),
+    )
