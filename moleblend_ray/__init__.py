@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from moleblend_ray.config.compose import collection_preset, model_preset
     from moleblend_ray.config.download import DownloadConfig
     from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
-    from moleblend_ray.config.inspect import InspectConfig
+    from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
     from moleblend_ray.data.batch import StreamConfig
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.finetune import finetune
-    from moleblend_ray.orchestration.inspect import inspect_data
+    from moleblend_ray.orchestration.inspect import inspect_checkpoints, inspect_data
     from moleblend_ray.orchestration.prepare import prepare
     from moleblend_ray.orchestration.pretrain import pretrain
     from moleblend_ray.orchestration.sweep import sweep
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BlendConfig",
     "CheckpointConfig",
+    "CheckpointsConfig",
     "ClusterConfig",
     "ConformerConfig",
     "DownloadConfig",
@@ -68,6 +69,7 @@ __all__ = [
     "download",
     "embed",
     "finetune",
+    "inspect_checkpoints",
     "inspect_data",
     "model_preset",
     "prepare",
@@ -79,6 +81,7 @@ __all__ = [
 _HOMES = {
     "BlendConfig": "model.config",
     "CheckpointConfig": "training.config",
+    "CheckpointsConfig": "config.inspect",
     "ClusterConfig": "config.cluster",
     "ConformerConfig": "chemistry.config",
     "DownloadConfig": "config.download",
@@ -105,6 +108,7 @@ _HOMES = {
     "download": "orchestration.download",
     "embed": "orchestration.embed",
     "finetune": "orchestration.finetune",
+    "inspect_checkpoints": "orchestration.inspect",
     "inspect_data": "orchestration.inspect",
     "model_preset": "config.compose",
     "prepare": "orchestration.prepare",

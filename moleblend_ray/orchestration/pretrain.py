@@ -37,7 +37,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
-from moleblend_ray.errors import DataError, MoleBlendError, TrainingError
+from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
 from moleblend_ray.orchestration.local import (
     ray_session,
     require_resources,
@@ -49,6 +49,7 @@ from moleblend_ray.orchestration.stream import (
     stream_data_config,
     stream_dataset,
 )
+from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import (
     AnotherWriterError,
     CheckpointWriter,
@@ -66,8 +67,14 @@ from moleblend_ray.training.commits import (
 )
 from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from_ranks
 from moleblend_ray.training.export import export_run, export_uri
-from moleblend_ray.training.loop import FitResult, NotFiniteError, build_learner, fit
-from moleblend_ray.training.metrics import Record, drop_records_from, loss_ends, read_records
+from moleblend_ray.training.loop import FitResult, build_learner, fit
+from moleblend_ray.training.metrics import (
+    Record,
+    drop_records_from,
+    last_record,
+    loss_ends,
+    read_records,
+)
 from moleblend_ray.training.profile import trace_steps
 from moleblend_ray.training.tracking import NoTracker, Tracker, TrackerError, start_tracker
 from moleblend_ray.training.validation import build_validation
@@ -467,9 +474,25 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
                 report=partial(_report, settings, tracker) if ranks.is_first else None,
                 should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
                 after_step=after_step,
+                on_anomaly=partial(_keep_anomaly, config.out) if ranks.is_first else None,
+                skipped_before=_skipped_before(config, first.step, ranks),
             )
     finally:
         tracker.finish()
+
+
+def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:
+    """Steps that the run has skipped up to ``step``, from its own records."""
+    found = last_record(config.out, step) if ranks.is_first and step > 0 else {}
+    return int(gather_from_ranks(found.get("skipped_steps", 0))[0])
+
+
+def _keep_anomaly(run_uri: str, anomaly: Anomaly) -> None:
+    """Write it beside the run; a storage that fails must not end the run for that."""
+    try:
+        logger.warning("its molecules are in %s", redact(write_anomaly(run_uri, anomaly)))
+    except StorageError as error:
+        logger.warning("its molecules could not be written down: %s", error)
 
 
 def _start_tracker(settings: _WorkerSettings, ranks: Ranks, *, is_new_try: bool) -> Tracker:

@@ -91,6 +91,17 @@ class TrainConfig:
     profile: bool = False
     """Write a profiler trace of a few early steps of the first worker to `profile/` under the run."""
 
+    on_non_finite: Literal["stop", "skip"] = "stop"
+    """What to do about a step whose loss or gradient is not finite: stop: end the run before the update; skip: leave the step's
+    update out and go on. Both write its molecules to `anomalies/` under the run."""
+
+    max_skipped_steps: int = 10
+    """Steps that a run may skip in all; one more ends it."""
+
+    spike_deviations: float | None = 10.0
+    """Losses that lie more standard deviations than this above the median of the last 200 steps are logged, and the step's
+    molecules written to `anomalies/` under the run; null: no look-out for them."""
+
     max_failures: int = 3
     """Losses of workers (killed, out of memory, storage out of reach) after which the run ends with an error. After
     each, all workers start again from the newest checkpoint. A loss that is not finite ends the run at once."""
@@ -115,6 +126,14 @@ class TrainConfig:
             (
                 self.prefetch_steps >= 1,
                 f"prefetch_steps: expected >= 1, found {self.prefetch_steps}",
+            ),
+            (
+                self.max_skipped_steps >= 1,
+                f"max_skipped_steps: expected >= 1, found {self.max_skipped_steps}",
+            ),
+            (
+                self.spike_deviations is None or self.spike_deviations > 0,
+                f"spike_deviations: expected null or > 0, found {self.spike_deviations}",
             ),
             (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
             (self.max_failures >= 0, f"max_failures: expected >= 0, found {self.max_failures}"),

@@ -174,7 +174,7 @@ def _look_at(
         world_size=commit.world_size if commit else 0,
         num_files=len(files),
         num_bytes=sum(file.num_bytes for file in files),
-        loss=before[-1][TOTAL_LOSS] if before else None,
+        loss=before[-1].get(TOTAL_LOSS) if before else None,
         valid_loss=validated[-1][VALID_PREFIX + TOTAL_LOSS] if validated else None,
     )
 

@@ -10,10 +10,10 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from moleblend_ray.model.losses import (
     total_loss,
 )
 from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
+from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, SpikeDetector, finite
 from moleblend_ray.training.checkpoint import CheckpointWriter, training_state
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import (
@@ -60,10 +61,6 @@ from moleblend_ray.training.throughput import Meter, compiled_graphs
 logger = logging.getLogger(__name__)
 
 _GOLDEN_RATIO: Final = np.uint64(0x9E3779B97F4A7C15)
-
-
-class NotFiniteError(TrainingError):
-    """A loss or gradient is not finite. Raised on all ranks together; trying again gives the same."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -158,17 +155,21 @@ def fit(
     report: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     after_step: Callable[[], None] | None = None,
+    on_anomaly: Callable[[Anomaly], None] | None = None,
+    skipped_before: int = 0,
 ) -> FitResult:
     """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
     gets the record of every ``log_every``-th step; all of them are committed with the checkpoints, and kept in memory no
     longer. ``data_wait_s`` of a record is the time in which no step was ready on the device. A stop commits what was
-    done and returns.
+    done and returns. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
+    skipped already.
     """
     num_steps = learner.train.num_steps
     uncommitted: list[Record] = []
     learner.objective.train()
+    watch = _Watch(learner, on_anomaly, skipped_before)
     meter = Meter.of_device(learner.ranks.device, learner.train.precision, learner.ranks.world_size)
     wanted = islice(steps, num_steps - start_step)
     with DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead:
@@ -176,9 +177,7 @@ def fit(
             began_s = time.perf_counter()
             batch = _next_step(ahead, step, num_steps)
             data_wait_s = time.perf_counter() - began_s
-            record, stop = train_step(
-                learner, batch, stop=should_stop is not None and should_stop()
-            )
+            record, stop = watch.train_step(batch, should_stop is not None and should_stop())
             step_s = time.perf_counter() - began_s
             record |= {"step_s": step_s, "data_wait_s": data_wait_s, **meter.rates(record, step_s)}
             if learner.train.compile:
@@ -203,6 +202,55 @@ def fit(
     return FitResult(step=num_steps, stopped=False)
 
 
+class _Watch:
+    """Runs steps, leaves bad ones out if the settings say so, and tells of those and of losses out of line."""
+
+    def __init__(
+        self, learner: Learner, tell: Callable[[Anomaly], None] | None, skipped: int
+    ) -> None:
+        self._learner = learner
+        self._tell = tell
+        self._skipped = skipped
+        self._spikes = SpikeDetector(learner.train.spike_deviations)
+
+    def train_step(self, step: DeviceStep, stop: bool) -> tuple[Record, bool]:
+        """As :func:`train_step`; a step that is left out has ``skipped_steps`` one higher, and lacks what was not finite."""
+        learner = self._learner
+        skips = learner.train.on_non_finite == "skip"
+        try:
+            record, stop = train_step(learner, step, stop=stop)
+        except NotFiniteError as error:
+            self._report(error.anomaly)
+            self._skipped += 1
+            if not skips or self._skipped > learner.train.max_skipped_steps:
+                raise
+            learner.optimizer.zero_grad(set_to_none=True)
+            record, stop = dict(error.anomaly.record), error.stop
+        else:
+            if problem := self._spikes.update(float(record[TOTAL_LOSS])):
+                self._report(self._spike(step.batch, record, problem))
+        if skips:
+            record["skipped_steps"] = self._skipped
+        return record, stop
+
+    def _spike(self, batch: StepBatch, record: Record, problem: str) -> Anomaly:
+        # Every rank has the same losses, so all come here together.
+        everything = [True] * len(batch.micro_batches)
+        return Anomaly(
+            step=batch.step,
+            reason="spike",
+            detail=f"step {batch.step}: {problem}",
+            record=record,
+            micro_batches=tuple(_on_all_ranks(self._learner, batch, everything)),
+        )
+
+    def _report(self, anomaly: Anomaly) -> None:
+        if self._learner.ranks.is_first:
+            logger.warning("%s", anomaly.detail)
+        if self._tell is not None:
+            self._tell(anomaly)
+
+
 def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tuple[Record, bool]:
     """One update from this rank's micro-batches; the step's numbers, and whether any rank has asked to ``stop``.
 
@@ -224,7 +272,7 @@ def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tup
     norm = gradient_norm(parameters)
     record, stop = _record(learner, batch.step, totals, counts, norm)
     if not (math.isfinite(record[TOTAL_LOSS]) and math.isfinite(record["grad_norm"])):
-        _raise_not_finite(batch, losses, record)
+        _raise_not_finite(learner, batch, losses, record, stop=stop)
     clip_gradients(parameters, norm, learner.optim.clip_norm)
     set_learning_rate(learner.optimizer, float(record["learning_rate"]))
     learner.optimizer.step()
@@ -338,21 +386,46 @@ def named_losses(learner: Learner, sums: Tensor, counts: Tensor) -> Record:
     return {TOTAL_LOSS: float(total), **heads}
 
 
-def _raise_not_finite(batch: StepBatch, losses: list[Tensor], record: Record) -> NoReturn:
+def _raise_not_finite(
+    learner: Learner, batch: StepBatch, losses: list[Tensor], record: Record, *, stop: bool
+) -> NoReturn:
     """Name the molecules whose loss is not finite, from all ranks; if there are none, the gradient alone broke."""
-    suspects = [
-        micro.molecule_ids.tolist()
-        for micro, sums in zip(batch.micro_batches, losses, strict=True)
-        if not bool(torch.isfinite(sums).all())
-    ]
-    found = [ids for of_rank in gather_from_ranks(suspects) for ids in of_rank]
+    broken = [not bool(torch.isfinite(sums).all()) for sums in losses]
+    suspects = _on_all_ranks(learner, batch, broken)
+    found = [suspect["molecule_ids"] for suspect in suspects]
     where = (
         f"in the micro-batches with molecule ids {found}"
         if found
         else "though every micro-batch's loss is finite: the gradient overflowed"
     )
     heads = {name: value for name, value in record.items() if name.startswith(TOTAL_LOSS)}
-    raise NotFiniteError(
+    detail = (
         f"step {batch.step}: loss or gradient is not finite ({heads}, grad_norm {record['grad_norm']}) {where}. "
-        "The model was not changed. Look at these molecules, or lower optim.learning_rate, or use train.precision=fp32."
+        "The model was not changed. Look at these molecules, lower optim.learning_rate, use train.precision=fp32, "
+        "or leave such steps out with train.on_non_finite=skip."
     )
+    anomaly = Anomaly(
+        step=batch.step,
+        reason="non_finite",
+        detail=detail,
+        record=finite(record),
+        micro_batches=tuple(suspects or _on_all_ranks(learner, batch, [True] * len(losses))),
+    )
+    raise NotFiniteError(anomaly, stop)
+
+
+def _on_all_ranks(
+    learner: Learner, batch: StepBatch, chosen: Sequence[bool]
+) -> list[dict[str, Any]]:
+    """The chosen micro-batches of every rank; all ranks call this."""
+    here = [
+        {
+            "rank": learner.ranks.rank,
+            "stream": micro.stream,
+            "index": micro.index,
+            "molecule_ids": micro.molecule_ids.tolist(),
+        }
+        for micro, is_chosen in zip(batch.micro_batches, chosen, strict=True)
+        if is_chosen
+    ]
+    return [micro for of_rank in gather_from_ranks(here) for micro in of_rank]

@@ -50,6 +50,16 @@ def read_records(run_uri: str) -> list[Record]:
     return records
 
 
+def last_record(run_uri: str, step: int) -> Record:
+    """The record of the step before ``step``, which must be committed; empty if that is the beginning of the run."""
+    ending = [file for file in _files(run_uri) if file.end == step]
+    if not ending:
+        return {}
+    lines = storage.read_bytes(ending[-1].uri).splitlines()
+    record: Record = json.loads(lines[-1]) if lines else {}
+    return record
+
+
 def drop_records_from(run_uri: str, step: int) -> None:
     """Remove what an abandoned attempt wrote for ``step`` and later; call when training starts at ``step``."""
     for file in _files(run_uri):

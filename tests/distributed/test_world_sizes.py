@@ -120,6 +120,7 @@ def two(folder: Path, data: str, one: dict[str, list[Any]]) -> dict[str, list[An
             # Step 3 ends with a validation, then a checkpoint.
             "stopped": {"strategy": "fsdp", "run": from_two, "stop_after": 4, "data": data},
             "poisoned": {"strategy": "fsdp", "poison": 7},
+            "skipped": {"strategy": "fsdp", "poison": 7, "on_non_finite": "skip"},
         },
         folder / "two",
     )
@@ -219,6 +220,16 @@ def test_validation_losses_do_not_depend_on_the_number_of_processes(one: Any, tw
 
 def test_four_processes_continue_the_sharded_run_of_two(one: Any, four: Any) -> None:
     assert_same_steps(four["from_two"][0]["records"], one["whole"][0]["records"][5:])
+
+
+def test_all_ranks_skip_the_same_non_finite_steps_and_go_on(two: Any) -> None:
+    first, second = (outcome["records"] for outcome in two["skipped"])
+    counts = [record["skipped_steps"] for record in first]
+    assert counts == [record["skipped_steps"] for record in second]
+    assert 1 <= counts[-1] < 8
+    skipped = [now > before for now, before in zip(counts, [0, *counts], strict=False)]
+    assert skipped == ["loss" not in record for record in first]
+    assert not all(skipped[skipped.index(True) :])
 
 
 def test_a_non_finite_loss_stops_every_rank_and_names_the_molecules(two: Any) -> None:

@@ -33,6 +33,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         strategy=task["strategy"],
         fsdp_replicas=task.get("replicas", 1),
         compile=task.get("compile", False),
+        on_non_finite=task.get("on_non_finite", "stop"),
         num_steps=8,
         model=model,
         precision=task.get("precision", "fp32"),

@@ -20,11 +20,11 @@ from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training import loop
+from moleblend_ray.training.anomalies import NotFiniteError
 from moleblend_ray.training.checkpoint import CheckpointWriter
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import (
-    NotFiniteError,
     dropout_seed,
     fit,
     molecules_checksum,
