@@ -39,11 +39,18 @@ from moleblend_ray.training.commits import (
     delete_old_checkpoints,
     read_commit,
     step_uri,
+    steps_to_keep,
     write_commit,
 )
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, gather_from_ranks
-from moleblend_ray.training.metrics import Record, write_records
+from moleblend_ray.training.metrics import (
+    TOTAL_LOSS,
+    VALID_PREFIX,
+    Record,
+    read_records,
+    write_records,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +110,7 @@ class CheckpointWriter:
         self._start_step = start_step
         self._committed_step = start_step
         self._attempt = uuid.uuid4().hex
+        self._validations: list[tuple[int, float]] | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether the interval asks for a checkpoint after ``step`` steps."""
@@ -172,10 +180,30 @@ class CheckpointWriter:
         write_records(self._run_uri, records, self._committed_step, step)
         write_commit(self._run_uri, commit)
         try:
-            delete_old_checkpoints(self._run_uri, self._config.keep_last)
+            self._delete_old(records)
         except StorageError as error:
             # The new checkpoint is whole; the next commit tries again.
             logger.warning("old checkpoints were not deleted: %s", error)
+
+    def _delete_old(self, records: Sequence[Record]) -> None:
+        if self._config.keep_best:
+            # Once, after a restart, those of earlier commands as well; `records` are on file by now.
+            new = records if self._validations is not None else read_records(self._run_uri)
+            self._validations = [*(self._validations or []), *_validations(new)]
+        validations = self._validations or []
+
+        def keep(steps: Sequence[int]) -> set[int]:
+            included = {step: [loss for at, loss in validations if at < step] for step in steps}
+            losses = {step: found[-1] for step, found in included.items() if found}
+            return steps_to_keep(steps, self._config, losses)
+
+        delete_old_checkpoints(self._run_uri, keep)
+
+
+def _validations(records: Sequence[Record]) -> list[tuple[int, float]]:
+    """Step and loss of every validation."""
+    name = VALID_PREFIX + TOTAL_LOSS
+    return [(int(record["step"]), record[name]) for record in records if name in record]
 
 
 def restore_training_state(

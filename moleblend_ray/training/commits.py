@@ -20,13 +20,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, DataError
+from moleblend_ray.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
@@ -240,11 +241,26 @@ def delete_checkpoint(run_uri: str, step: int) -> None:
     storage.delete_tree(folder)
 
 
-def delete_old_checkpoints(run_uri: str, keep_last: int) -> None:
-    """Remove all but the newest ``keep_last`` checkpoints, and older folders that never got a marker."""
-    kept = committed_steps(run_uri)[:keep_last]
+def steps_to_keep(
+    steps: Sequence[int], config: CheckpointConfig, valid_losses: Mapping[int, float]
+) -> set[int]:
+    """Those of the committed ``steps`` that stay; ``valid_losses`` of the ones that have one."""
+    newest = sorted(steps, reverse=True)[: config.keep_last]
+    every = config.keep_every_steps
+    milestones = [step for step in steps if every is not None and step % every == 0]
+    # Of equal losses the earlier checkpoint is no better: the newer one stays.
+    ranked = sorted((valid_losses[step], -step) for step in steps if step in valid_losses)
+    best = [-negative for _, negative in ranked[: config.keep_best]]
+    return {*newest, *milestones, *best}
+
+
+def delete_old_checkpoints(run_uri: str, keep: Callable[[Sequence[int]], set[int]]) -> None:
+    """Remove the checkpoints that ``keep`` (committed steps -> those to keep) leaves out, and folders before the newest
+    checkpoint that never got a marker."""
+    committed = committed_steps(run_uri)
+    kept = keep(committed)
     for step in _checkpoint_files(run_uri):
-        if step < kept[-1]:
+        if step < committed[0] and step not in kept:
             delete_checkpoint(run_uri, step)
 
 

@@ -156,12 +156,25 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; there is always one at the end."""
 
     keep_last: int = 3
-    """Committed checkpoints kept; older ones are deleted after a newer one is committed."""
+    """Newest checkpoints kept; older ones are deleted after a newer one is committed, but for those below."""
+
+    keep_every_steps: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good; null for none."""
+
+    keep_best: int = 0
+    """Checkpoints with the lowest validation loss that are kept; each has that of the newest validation it includes."""
 
     def __post_init__(self) -> None:
         check_all(
             (self.every_steps >= 1, f"every_steps: expected >= 1, found {self.every_steps}"),
             (self.keep_last >= 1, f"keep_last: expected >= 1, found {self.keep_last}"),
+            (
+                self.keep_every_steps is None
+                or (self.keep_every_steps >= 1 and self.keep_every_steps % self.every_steps == 0),
+                f"keep_every_steps: expected null or a multiple of every_steps ({self.every_steps}), "
+                f"found {self.keep_every_steps}",
+            ),
+            (self.keep_best >= 0, f"keep_best: expected >= 0, found {self.keep_best}"),
         )
 
 

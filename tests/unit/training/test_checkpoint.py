@@ -13,7 +13,7 @@ import torch
 import toy
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, StorageError
+from moleblend_ray.errors import CheckpointError, ConfigError, StorageError
 from moleblend_ray.training import checkpoint as checkpoint_module
 from moleblend_ray.training.checkpoint import (
     AnotherWriterError,
@@ -30,6 +30,7 @@ from moleblend_ray.training.commits import (
     read_commit,
     require_same_run,
     step_uri,
+    steps_to_keep,
 )
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
@@ -37,9 +38,11 @@ from moleblend_ray.training.loop import Learner, fit
 from moleblend_ray.training.metrics import read_records
 
 
-def writer(run: str, *, start: int = 0, every: int = 2, keep: int = 3) -> CheckpointWriter:
+def writer(
+    run: str, *, start: int = 0, every: int = 2, keep: int = 3, **kept: Any
+) -> CheckpointWriter:
     return CheckpointWriter(
-        CheckpointConfig(every_steps=every, keep_last=keep),
+        CheckpointConfig(every_steps=every, keep_last=keep, **kept),
         run,
         Ranks(),
         identity={"data_fingerprint": "toy", "model": {"dim": 32}},
@@ -199,6 +202,46 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [record["step"] for record in read_records(run)] == list(range(6))
 
 
+def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart(
+    tmp_path: Path,
+) -> None:
+    run = str(tmp_path)
+    losses = dict(enumerate([9.0, 2.0, 7.0, 3.0, 6.0, 2.5, 8.0, 5.0]))
+    kept = {"every": 1, "keep": 1, "keep_every_steps": 4, "keep_best": 2}
+
+    def train_on(start: int, stop_before: int) -> None:
+        learner = toy.learner(num_steps=8, validate_every=1)
+        steps = iter(range(start, 8))
+        fit(
+            learner,
+            toy.steps(start=start),
+            start_step=start,
+            checkpoints=writer(run, start=start, **kept),
+            validate=lambda: {"valid_loss": losses[next(steps)]},
+            should_stop=lambda: len(read_records(run)) == stop_before - 1,
+        )
+
+    train_on(0, 5)
+    # Steps done: 4 is a milestone, 5 the newest (a stop does not validate), 2 and 4 the best.
+    assert committed_steps(run) == [5, 4, 2]
+    train_on(5, 100)
+    # 2 (loss 2.0) was the first command's, 6 (2.5) is the second's.
+    assert committed_steps(run) == [8, 6, 4, 2]
+
+
+def test_what_to_keep_is_a_function_of_steps_and_losses() -> None:
+    steps = [60, 50, 40, 30, 20, 10]
+    config = CheckpointConfig(every_steps=10, keep_last=2)
+    assert steps_to_keep(steps, config, {}) == {60, 50}
+    config = CheckpointConfig(every_steps=10, keep_last=1, keep_every_steps=20)
+    assert steps_to_keep(steps, config, {10: 1.0}) == {60, 40, 20}
+    config = CheckpointConfig(every_steps=10, keep_last=1, keep_best=2)
+    assert steps_to_keep(steps, config, {10: 3.0, 20: 1.0, 30: 2.0, 40: 2.0}) == {60, 20, 40}
+    assert steps_to_keep(steps, config, {}) == {60}
+    with pytest.raises(ConfigError, match=r"keep_every_steps: expected null or a multiple of .*10"):
+        CheckpointConfig(every_steps=10, keep_every_steps=15)
+
+
 def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = str(tmp_path)
     train(run, num_steps=2)
@@ -230,7 +273,7 @@ def test_a_full_local_disk_is_an_error_on_all_ranks(
 def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def refuse(run_uri: str, keep_last: int) -> None:
+    def refuse(run_uri: str, keep: Any) -> None:
         raise StorageError(f"Cannot delete below {run_uri}: access denied")
 
     monkeypatch.setattr(checkpoint_module, "delete_old_checkpoints", refuse)
