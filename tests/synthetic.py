@@ -91,12 +91,13 @@ def write_dataset(
     *,
     seed: int = 0,
     max_conformers: int = 1,
+    max_atoms: int = 20,
     shard_rows: int = 300,
     row_group_rows: int = 64,
 ) -> MoleculeBlock:
     """Write a prepared data set with one split ``train`` at ``uri`` and return its molecules."""
     rng = np.random.default_rng(seed)
-    block = random_block(rng, num_molecules)
+    block = random_block(rng, num_molecules, max_atoms)
     conformers = rng.integers(min(1, max_conformers), max_conformers + 1, num_molecules)
     table = shard_table(block, conformers)
     shards = []

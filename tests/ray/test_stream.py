@@ -11,6 +11,7 @@ import sys
 import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,10 +132,12 @@ def molecule_ids(payload: bytes) -> np.ndarray:
 
 
 def test_a_pool_that_grows_and_loses_an_actor_gives_the_same_steps(
-    ray_cluster: None, uri: str
+    ray_cluster: None, tmp_path: Path
 ) -> None:
     """A consumer that never pauses starves, so the pool grows; then one of the actors is killed."""
-    num_steps = 4000
+    # Relations of large molecules take an actor far longer than a consumer takes to read them.
+    uri, num_steps = str(tmp_path), 4000
+    write_dataset(uri, NUM_MOLECULES, max_atoms=70)
     dataset = stream_dataset(uri, LARGE, AUTOMATIC, 0, num_steps)
     dataset.context.execution_options = stream_data_config(AUTOMATIC)._resolve_execution_options(
         "train"
