@@ -21,6 +21,8 @@ class PlainModel(nn.Module):
 
     def __init__(self, model: MoleBlendModel) -> None:
         super().__init__()
+        if model.config.dropout:
+            raise ValueError("the plain model knows no dropout of tokens and branches")
         self.model = model
 
     def forward(self, batch: MoleculeBatch, blend: Blend) -> MoleBlendOutput:

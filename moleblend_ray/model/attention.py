@@ -36,8 +36,9 @@ def head_rows(batch: MoleculeBatch, num_heads: int) -> HeadRows:
     part = torch.arange(NUM_PARTS, device=device)
     head = torch.arange(H, device=device)
     S = len(batch.token_index)
-    # Padding takes part in nothing: its columns have a bias of -inf, and nobody reads its rows.
-    token = torch.zeros(B * T, dtype=torch.int64, device=device)
+    # Padding takes part in nothing: its columns have a bias of -inf, and nobody reads its rows. But it must be of its own
+    # molecule, lest one that is not finite spreads.
+    token = batch.graph_token.repeat_interleave(T)
     token[batch.token_index] = torch.arange(S, device=device)
     packed = (token.view(B, 1, T) * NUM_PARTS + part[:, None, None, None]) * H + head[:, None]
     place = batch.token_index - batch.token_molecule * T

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -257,7 +258,7 @@ def show_checkpoints(
 ) -> RenderableType | str:
     """The report as ``config.format`` says; a plain string is to be printed as it is."""
     if config.format == "json":
-        return json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False)
+        return json.dumps(redact(_finite(to_dict(report))), indent=1, ensure_ascii=False)
     if isinstance(report, DifferenceReport):
         return _difference(report)
     overview = _plain_table()
@@ -309,11 +310,25 @@ def show_checkpoints(
     return Group(Padding(overview, (0, 0, 1, 0)), Padding(checkpoints, (0, 0, 1, 0)), foot)
 
 
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no way to write."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _state(report: InventoryReport) -> str:
     if report.finished:
         return "finished"
     if report.continues_at is None:
-        return "no whole checkpoint: its command cannot continue"
+        states = {one.state for one in report.checkpoints}
+        if "newer" in states:
+            return "a newer version wrote its newest checkpoint: its command asks for the upgrade"
+        if "damaged" in states:
+            return "all checkpoints are damaged: its command cannot continue"
+        return "nothing committed yet: its command starts anew"
     return f"not finished; its command continues at step {report.continues_at:,}"
 
 

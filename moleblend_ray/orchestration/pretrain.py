@@ -483,8 +483,13 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
 
 def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:
     """Steps that the run has skipped up to ``step``, from its own records."""
-    found = last_record(config.out, step) if ranks.is_first and step > 0 else {}
-    return int(gather_from_ranks(found.get("skipped_steps", 0))[0])
+    count = 0
+    if ranks.is_first and step > 0:
+        try:
+            count = int(last_record(config.out, step).get("skipped_steps", 0))
+        except (StorageError, DataError) as error:
+            logger.warning("skipped steps are counted from 0 again: %s", redact(str(error)))
+    return gather_from_ranks(count)[0]
 
 
 def _keep_anomaly(run_uri: str, anomaly: Anomaly) -> None:

@@ -17,6 +17,8 @@ ANOMALIES_DIR: Final = "anomalies"
 _WINDOW: Final = 200
 _FEWEST: Final = 50
 """Losses that must have been seen before one can be out of line."""
+_QUIET_STEPS: Final = 20
+"""After a report, before the next: a jump that lasts is one event."""
 _SMALLEST_DEVIATION: Final = 0.005
 """Of the median."""
 _MAD_TO_DEVIATION: Final = 1.4826
@@ -80,10 +82,12 @@ class SpikeDetector:
         """``deviations``: how many standard deviations above the median is out of line; None for never."""
         self._deviations = deviations
         self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._quiet = 0
 
     def update(self, loss: float) -> str | None:
         """Take the loss of the next step; in words what is wrong with it, if anything is."""
-        problem = self._problem(loss)
+        problem = None if self._quiet else self._problem(loss)
+        self._quiet = _QUIET_STEPS if problem else max(0, self._quiet - 1)
         self._losses.append(loss)
         return problem
 

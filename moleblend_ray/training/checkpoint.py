@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import pickle
 import platform
 import shutil
@@ -29,7 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, MoleBlendError, StorageError
+from moleblend_ray.errors import CheckpointError, DataError, MoleBlendError, StorageError
 from moleblend_ray.training.commits import (
     COMMIT_FORMAT,
     Commit,
@@ -181,7 +182,7 @@ class CheckpointWriter:
         write_commit(self._run_uri, commit)
         try:
             self._delete_old(records)
-        except StorageError as error:
+        except (StorageError, DataError) as error:
             # The new checkpoint is whole; the next commit tries again.
             logger.warning("old checkpoints were not deleted: %s", error)
 
@@ -193,17 +194,21 @@ class CheckpointWriter:
         validations = self._validations or []
 
         def keep(steps: Sequence[int]) -> set[int]:
-            included = {step: [loss for at, loss in validations if at < step] for step in steps}
-            losses = {step: found[-1] for step, found in included.items() if found}
+            # Of the very weights in a checkpoint: an earlier validation says nothing about them.
+            losses = {at + 1: loss for at, loss in validations if at + 1 in steps}
             return steps_to_keep(steps, self._config, losses)
 
         delete_old_checkpoints(self._run_uri, keep)
 
 
 def _validations(records: Sequence[Record]) -> list[tuple[int, float]]:
-    """Step and loss of every validation."""
+    """Step and loss of every validation whose loss is a number that can be ranked."""
     name = VALID_PREFIX + TOTAL_LOSS
-    return [(int(record["step"]), record[name]) for record in records if name in record]
+    return [
+        (int(record["step"]), record[name])
+        for record in records
+        if math.isfinite(record.get(name, math.nan))
+    ]
 
 
 def restore_training_state(

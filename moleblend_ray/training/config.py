@@ -162,7 +162,8 @@ class CheckpointConfig:
     """Checkpoints whose step is a multiple of this are kept for good; null for none."""
 
     keep_best: int = 0
-    """Checkpoints with the lowest validation loss that are kept; each has that of the newest validation it includes."""
+    """Checkpoints with the lowest validation loss that are kept. Only those count that were validated at their own step: let
+    `every_steps` divide `train.validate_every`, or the other way round."""
 
     def __post_init__(self) -> None:
         check_all(

@@ -17,6 +17,7 @@ from moleblend_ray.training.checkpoint import load_all_tensors
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
+    NewerFormatError,
     check_files,
     checkpoint_steps,
     committed_steps,
@@ -39,7 +40,8 @@ class CheckpointReport:
     step: int
     """Steps done."""
     state: str
-    """``whole``, ``damaged``, or ``incomplete``: without a marker, what a crash left or a running command is writing."""
+    """``whole``, ``damaged``, ``newer`` (of a newer version, not to be touched), or ``incomplete``: without a marker, what a
+    crash left or a running command is writing."""
     detail: str
     """What is damaged."""
     created: str
@@ -65,7 +67,7 @@ class InventoryReport:
     checkpoints: tuple[CheckpointReport, ...]
     """Newest first."""
     continues_at: int | None
-    """Step at which the run's command would go on; None if there is no whole checkpoint."""
+    """Step at which the run's command would go on; None if it would refuse, or has nothing to go on from."""
     identity: Mapping[str, Any]
     """What cannot change within the run, of the newest readable marker."""
     verified: bool
@@ -82,7 +84,8 @@ class TensorDifference:
 
     name: str
     max_abs: float
-    """Largest absolute difference of two elements; infinite if shapes differ or one of them lacks the tensor."""
+    """Largest absolute difference of two elements; infinite if shapes differ, one of them lacks the tensor, or some are
+    not finite."""
     relative: float
     """Norm of the difference over the norm of the first."""
 
@@ -124,19 +127,23 @@ def take_inventory(
             f"{run_uri} holds no checkpoints: expected the folder of a run, the `out` of `moleblend pretrain`"
         )
     losses, marked = _losses(run_uri), set(committed_steps(run_uri))
-    found = []
+    found: list[CheckpointReport] = []
     for done, step in enumerate(steps, 1):
-        found.append(_look_at(run_uri, step, losses, step in marked, verify_content))
+        report = _look_at(run_uri, step, losses, step in marked, verify_content)
+        # A running command may have deleted it while it was read.
+        if report.state != "damaged" or step in checkpoint_steps(run_uri):
+            found.append(report)
         if progress is not None:
             progress(done, len(steps))
     deleted = () if keep_last is None else _prune(run_uri, found, keep_last)
     left = tuple(report for report in found if report.step not in deleted)
     whole = [report.step for report in left if report.state == "whole"]
+    newer = any(report.state == "newer" and report.step > max(whole, default=0) for report in left)
     return InventoryReport(
         uri=run_uri,
         finished=finished,
         checkpoints=left,
-        continues_at=whole[0] if whole else None,
+        continues_at=None if not whole or newer else whole[0],
         identity=_identity(run_uri),
         verified=verify_content,
         deleted=deleted,
@@ -161,6 +168,8 @@ def _look_at(
         try:
             commit = read_commit(run_uri, step)
             check_files(run_uri, commit, verify_content=verify_content)
+        except NewerFormatError as error:
+            state, detail = "newer", str(error)
         except CheckpointError as error:
             state, detail = "damaged", str(error)
     files = commit.files if commit else ()
@@ -199,7 +208,9 @@ def _prune(run_uri: str, found: Sequence[CheckpointReport], keep_last: int) -> t
     kept = [report.step for report in found if report.state == "whole"][:keep_last]
     if not kept:
         return ()
-    deleted = tuple(report.step for report in found if report.step < kept[-1])
+    deleted = tuple(
+        report.step for report in found if report.step < kept[-1] and report.state != "newer"
+    )
     for step in deleted:
         delete_checkpoint(run_uri, step)
     return deleted
@@ -257,6 +268,8 @@ def _difference(name: str, one: Tensor | None, other: Tensor | None) -> TensorDi
     delta = other.double() - one.double()
     if not delta.numel() or torch.equal(one, other):
         return TensorDifference(name=short, max_abs=0.0, relative=0.0)
+    if not bool(torch.isfinite(delta).all()):
+        return TensorDifference(name=short, max_abs=float("inf"), relative=float("inf"))
     norm = float(one.double().norm())
     return TensorDifference(
         name=short,

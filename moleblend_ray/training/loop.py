@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final, NoReturn
 
@@ -221,15 +221,23 @@ class _Watch:
             record, stop = train_step(learner, step, stop=stop)
         except NotFiniteError as error:
             self._report(error.anomaly)
-            self._skipped += 1
-            if not skips or self._skipped > learner.train.max_skipped_steps:
+            if not skips:
                 raise
+            allowed = learner.train.max_skipped_steps
+            if self._skipped >= allowed:
+                detail = (
+                    f"step {step.batch.step}: not finite again, and {self._skipped} steps were skipped already; "
+                    f"train.max_skipped_steps allows {allowed}. Look at their molecules in anomalies/, lower "
+                    "optim.learning_rate, or use train.precision=fp32."
+                )
+                raise NotFiniteError(replace(error.anomaly, detail=detail)) from error
+            self._skipped += 1
             learner.optimizer.zero_grad(set_to_none=True)
             record, stop = dict(error.anomaly.record), error.stop
         else:
             if problem := self._spikes.update(float(record[TOTAL_LOSS])):
                 self._report(self._spike(step.batch, record, problem))
-        if skips:
+        if skips or self._skipped:
             record["skipped_steps"] = self._skipped
         return record, stop
 

@@ -56,7 +56,12 @@ def last_record(run_uri: str, step: int) -> Record:
     if not ending:
         return {}
     lines = storage.read_bytes(ending[-1].uri).splitlines()
-    record: Record = json.loads(lines[-1]) if lines else {}
+    try:
+        record: Record = json.loads(lines[-1]) if lines else {}
+    except ValueError as error:
+        raise DataError(
+            f"{ending[-1].uri} is damaged: its last line is not JSON ({error})"
+        ) from error
     return record
 
 

@@ -84,7 +84,8 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
 
 
 def compiled_graphs() -> int:
-    """Programs that ``torch.compile`` has made in this process: one that still rises late in a run is a shape too many."""
+    """Programs that ``torch.compile`` has made in this process: one that still rises after the first validation, which
+    adds its own, is a shape too many."""
     from torch._dynamo.utils import counters  # takes a second, and only who compiles needs it
 
     return int(counters["stats"]["unique_graphs"])

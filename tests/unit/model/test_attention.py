@@ -50,6 +50,16 @@ def test_rows_give_what_padded_attention_gives_and_the_same_gradients(
         torch.testing.assert_close(ours.double(), expected.double(), rtol=tolerance, atol=tolerance)
 
 
+def test_a_molecule_that_is_not_finite_stays_alone() -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)])
+    qkv, bias = inputs(batch, torch.float32)
+    with torch.no_grad():
+        qkv[0] = float("nan")
+        output = attend_by_rows(qkv, bias, head_rows(batch, H))
+    broken = {int(i) for i in batch.token_molecule[output.isnan().any(1)]}
+    assert broken == {0}
+
+
 def test_the_gradient_under_dropout_is_that_of_the_masked_function() -> None:
     batch = zoo.batch([zoo.chain(3), zoo.single_atom()])
     rows = head_rows(batch, H)

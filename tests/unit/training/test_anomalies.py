@@ -86,9 +86,9 @@ def test_training_goes_on_after_a_skipped_step() -> None:
 
 def test_more_skipped_steps_than_allowed_end_the_run_those_before_a_restart_included() -> None:
     run((1, 3), on_non_finite="skip", max_skipped_steps=2)
-    with pytest.raises(NotFiniteError, match="step 3"):
+    with pytest.raises(NotFiniteError, match=r"step 3: .*1 steps were skipped .* allows 1"):
         run((1, 3), on_non_finite="skip", max_skipped_steps=1)
-    with pytest.raises(NotFiniteError, match="step 1"):
+    with pytest.raises(NotFiniteError, match=r"step 1: .*2 steps were skipped .* allows 2"):
         run((1,), on_non_finite="skip", max_skipped_steps=2, skipped_before=2)
 
 
@@ -138,7 +138,8 @@ def test_a_loss_far_above_the_last_ones_is_seen_and_noise_is_not() -> None:
     problem = detector.update(5.0)
     assert problem is not None
     assert "loss 5 is more than 10 standard deviations" in problem
-    # A single spike moves neither median nor deviation.
+    # One report for a jump that lasts, not one a step; a single spike moves neither median nor deviation.
+    assert [detector.update(5.0) for _ in range(20)] == [None] * 20
     assert detector.update(5.0) is not None
     assert detector.update(float(falling[-1])) is None
 
@@ -156,8 +157,13 @@ def test_losses_that_stand_still_make_no_spike_of_a_small_rise() -> None:
     assert detector.update(2.11) is not None
 
 
+def test_a_count_once_begun_stays_in_the_records_of_a_run_that_no_longer_skips() -> None:
+    records, _, _ = run((), skipped_before=2)
+    assert {record["skipped_steps"] for record in records} == {2}
+
+
 def test_a_spike_names_all_molecules_of_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SpikeDetector, "_problem", lambda self, loss: f"loss {loss} is odd")
+    monkeypatch.setattr(SpikeDetector, "update", lambda self, loss: f"loss {loss} is odd")
     _, anomalies, _ = run(())
     assert [(anomaly.step, anomaly.reason) for anomaly in anomalies] == [
         (step, "spike") for step in range(5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -222,11 +223,36 @@ def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart
         )
 
     train_on(0, 5)
-    # Steps done: 4 is a milestone, 5 the newest (a stop does not validate), 2 and 4 the best.
+    # Steps done: 4 is a milestone and with 2 (loss 2.0) the best, 5 the newest (a stop does not validate).
     assert committed_steps(run) == [5, 4, 2]
     train_on(5, 100)
     # 2 (loss 2.0) was the first command's, 6 (2.5) is the second's.
     assert committed_steps(run) == [8, 6, 4, 2]
+
+
+def test_a_checkpoint_has_the_loss_of_its_own_step_alone(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    losses = iter([0.5, math.nan, 0.9])
+    fit(
+        toy.learner(num_steps=6, validate_every=2),
+        toy.steps(),
+        checkpoints=writer(run, every=1, keep=1, keep_best=1),
+        validate=lambda: {"valid_loss": next(losses)},
+    )
+    # 3 has no loss of its own, 4 none that can be ranked: 2 (loss 0.5) stays the best.
+    assert committed_steps(run) == [6, 2]
+
+
+def test_a_damaged_metrics_file_does_not_end_a_run_that_keeps_its_best(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = str(tmp_path)
+    train(run, num_steps=2)
+    next((tmp_path / "metrics").iterdir()).write_text("not JSON\n")
+    learner = toy.learner(num_steps=4)
+    fit(learner, toy.steps(start=2), start_step=2, checkpoints=writer(run, start=2, keep_best=1))
+    assert committed_steps(run) == [4, 2]
+    assert "old checkpoints were not deleted" in caplog.text
 
 
 def test_what_to_keep_is_a_function_of_steps_and_losses() -> None:

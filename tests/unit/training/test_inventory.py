@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import toy
 
 from moleblend_ray.cli import EXIT_CONFIG, EXIT_ERROR, main
+from moleblend_ray.config.inspect import CheckpointsConfig
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.training.checkpoint import CheckpointWriter
+from moleblend_ray.orchestration.inspect import show_checkpoints
+from moleblend_ray.training.checkpoint import CheckpointWriter, training_state
 from moleblend_ray.training.commits import COMMIT_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
@@ -166,6 +169,46 @@ def test_the_command_shows_tables_or_json_and_fails_on_damage(
     assert report["deleted"] == [2]
     assert main(["checkpoints", str(run), "against=x", "keep_last=1"]) == EXIT_CONFIG
     assert main(["checkpoints", str(run), "keep_last=0"]) == EXIT_CONFIG
+
+
+def test_weights_that_are_not_numbers_differ_from_those_that_are(tmp_path: Path) -> None:
+    for name, broken in (("one", False), ("other", True)):
+        learner = toy.learner(num_steps=2)
+        if broken:
+            with torch.no_grad():
+                learner.model.spd_head.bias[0] = float("nan")
+        writer = CheckpointWriter(
+            CheckpointConfig(every_steps=2),
+            str(tmp_path / name),
+            Ranks(),
+            identity={},
+            config_fingerprint="f",
+            start_step=0,
+        )
+        writer.commit(2, training_state(learner.model, learner.optimizer), [])
+    report = compare_checkpoints(str(tmp_path / "one"), str(tmp_path / "other"))
+    assert [tensor.name for tensor in report.tensors] == ["spd_head.bias"]
+    shown = show_checkpoints(report, CheckpointsConfig(run="a", against="b", format="json"))
+    assert isinstance(shown, str)
+    assert json.loads(shown)["tensors"][0]["max_abs"] is None
+
+
+def test_a_checkpoint_of_a_newer_version_is_neither_damaged_nor_deleted(run: Path) -> None:
+    for step in (2, 6):
+        marker = Path(step_uri(str(run), step)) / COMMIT_NAME
+        marker.write_text(json.dumps({**json.loads(marker.read_text()), "format": 99}))
+    report = take_inventory(str(run), keep_last=1)
+    assert [one.state for one in report.checkpoints] == ["newer", "whole", "newer"]
+    assert (report.continues_at, report.damages, report.deleted) == (None, (), ())
+
+
+def test_a_run_without_any_marker_starts_anew(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4, 6):
+        (Path(step_uri(str(run), step)) / COMMIT_NAME).unlink()
+    assert main(["checkpoints", str(run)]) == 0
+    assert "its command starts anew" in capsys.readouterr().out
 
 
 def test_comparing_runs_no_code_of_a_checkpoint(run: Path) -> None:
