@@ -22,7 +22,7 @@ class HeadRows(NamedTuple):
     """Where vectors of d numbers lie in packed tokens (S, 3, H, d), and where in rectangles (3, B, H, T, d)."""
 
     packed: Tensor
-    """(3 * B * H * T,) int64: packed row of each row of the rectangle; any real one for padding."""
+    """(3 * B * H * T,) int64: packed row of each row of the rectangle; for padding its molecule's graph token."""
     padded: Tensor
     """(S * 3 * H,) int64: row of the rectangle of each packed row."""
     output: Tensor

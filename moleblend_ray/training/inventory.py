@@ -54,7 +54,7 @@ class CheckpointReport:
     loss: float | None
     """Of the last step it includes, from the run's metrics."""
     valid_loss: float | None
-    """The newest one up to it."""
+    """Of the validation at its own step, if there was one: of these very weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,7 +174,8 @@ def _look_at(
             state, detail = "damaged", str(error)
     files = commit.files if commit else ()
     before = [record for record in losses if record["step"] < step]
-    validated = [record for record in before if VALID_PREFIX + TOTAL_LOSS in record]
+    last = before[-1] if before else {}
+    own = last if last.get("step") == step - 1 else {}
     return CheckpointReport(
         step=step,
         state=state,
@@ -183,8 +184,8 @@ def _look_at(
         world_size=commit.world_size if commit else 0,
         num_files=len(files),
         num_bytes=sum(file.num_bytes for file in files),
-        loss=before[-1].get(TOTAL_LOSS) if before else None,
-        valid_loss=validated[-1][VALID_PREFIX + TOTAL_LOSS] if validated else None,
+        loss=last.get(TOTAL_LOSS),
+        valid_loss=own.get(VALID_PREFIX + TOTAL_LOSS),
     )
 
 

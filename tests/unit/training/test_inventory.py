@@ -35,7 +35,12 @@ def train(run: Path, *, seed: int = 1, num_steps: int = 6, **changes: Any) -> No
         config_fingerprint="f",
         start_step=0,
     )
-    fit(toy.learner(num_steps=num_steps), toy.steps(), checkpoints=writer)
+    fit(
+        toy.learner(num_steps=num_steps, validate_every=4),
+        toy.steps(),
+        checkpoints=writer,
+        validate=lambda: {"valid_loss": 1.5},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,8 @@ def test_every_checkpoint_is_listed_newest_first_with_its_loss(run: Path) -> Non
     assert (report.continues_at, report.finished, report.damages) == (6, False, ())
     losses = [record["loss"] for record in read_records(str(run))]
     assert [one.loss for one in report.checkpoints] == [losses[5], losses[3], losses[1]]
+    # Validated after 4 steps and at the end: 2 has no loss of its own.
+    assert [one.valid_loss for one in report.checkpoints] == [1.5, 1.5, None]
     for one in report.checkpoints:
         files = [f for f in Path(step_uri(str(run), one.step)).iterdir() if f.name != COMMIT_NAME]
         assert one.num_files == len(files)
