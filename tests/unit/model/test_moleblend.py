@@ -173,6 +173,15 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
     assert encoder._branch_factors(batch) == [None] * 3
 
 
+def test_predictions_are_the_same_with_gradients_and_without() -> None:
+    torch.manual_seed(0)
+    model = MoleBlendModel(QUIET).eval()
+    batch = zoo.batch(ODD)
+    with torch.no_grad():
+        without = model(batch)
+    torch.testing.assert_close(model(batch).tokens, without.tokens, rtol=1e-5, atol=1e-5)
+
+
 def test_property_model_shares_the_encoder_and_predicts_from_the_graph_token() -> None:
     torch.manual_seed(0)
     pretrained = MoleBlendModel(QUIET)
