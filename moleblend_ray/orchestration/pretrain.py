@@ -51,8 +51,6 @@ from moleblend_ray.orchestration.stream import (
 )
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import (
-    AnotherWriterError,
-    CheckpointWriter,
     library_versions,
     restore_training_state,
 )
@@ -76,6 +74,7 @@ from moleblend_ray.training.metrics import (
     read_records,
 )
 from moleblend_ray.training.profile import trace_steps
+from moleblend_ray.training.saving import AnotherWriterError, CheckpointWriter
 from moleblend_ray.training.tracking import NoTracker, Tracker, TrackerError, start_tracker
 from moleblend_ray.training.validation import build_validation
 

@@ -1,20 +1,20 @@
-"""Saving and restoring the state of training: shards by torch DCP, believed through :mod:`.commits`."""
+"""The state of training, and reading it back: shards by torch DCP, believed through :mod:`.commits`.
+
+Saving it is in :mod:`.saving`."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
-import math
 import pickle
 import platform
 import shutil
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, TypeVar, cast
@@ -24,38 +24,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, DataError, MoleBlendError, StorageError
+from moleblend_ray.errors import CheckpointError, MoleBlendError
 from moleblend_ray.training.commits import (
-    COMMIT_FORMAT,
     Commit,
     CommittedFile,
-    committed_steps,
-    delete_checkpoint,
-    delete_old_checkpoints,
     read_commit,
     step_uri,
-    steps_to_keep,
-    write_commit,
 )
-from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, gather_from_ranks
-from moleblend_ray.training.metrics import (
-    TOTAL_LOSS,
-    VALID_PREFIX,
-    Record,
-    read_records,
-    write_records,
-)
 
 logger = logging.getLogger(__name__)
 
-_TRANSFER_THREADS: Final = 8
+TRANSFER_THREADS: Final = 8
 _MODEL_PREFIX: Final = "model."
 _ADAM_STATE: Final = ("exp_avg", "exp_avg_sq", "step")
 
@@ -72,10 +57,6 @@ _INDEX_NAMES: Final = frozenset(
 T = TypeVar("T")
 
 
-class AnotherWriterError(CheckpointError):
-    """Someone else commits to the same run. Raised on all ranks together; trying again would only repeat it."""
-
-
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Parameters, buffers and Adam moments under names that do not depend on strategy or world size.
 
@@ -88,127 +69,6 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
             if key in optimizer.state[parameter]:
                 state[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
     return state
-
-
-class CheckpointWriter:
-    """Commits the state of a run, from all ranks together."""
-
-    def __init__(
-        self,
-        config: CheckpointConfig,
-        run_uri: str,
-        ranks: Ranks,
-        *,
-        identity: Mapping[str, Any],
-        config_fingerprint: str,
-        start_step: int,
-    ) -> None:
-        self._config = config
-        self._run_uri = run_uri
-        self._ranks = ranks
-        self._identity = dict(identity)
-        self._config_fingerprint = config_fingerprint
-        self._start_step = start_step
-        self._committed_step = start_step
-        self._attempt = uuid.uuid4().hex
-        self._validations: list[tuple[int, float]] | None = None
-
-    def is_due(self, step: int) -> bool:
-        """Whether the interval asks for a checkpoint after ``step`` steps."""
-        return step % self._config.every_steps == 0
-
-    def commit(self, step: int, state: dict[str, Tensor], records: Sequence[Record]) -> None:
-        """Save ``state`` as the checkpoint of ``step``, with the ``records`` since the last one (rank 0's count).
-
-        Every rank calls this. It returns when the marker is written; any rank's failure is raised on all.
-        """
-        self._require_sole_writer()
-        folder = step_uri(self._run_uri, step)
-        # What an abandoned attempt left there: its marker must go before its files change.
-        _on_first_rank(self._ranks, lambda: delete_checkpoint(self._run_uri, step))
-        files = self._save_shards(folder, state)
-        _on_first_rank(self._ranks, lambda: self._write_marker(step, files, records))
-        self._committed_step = step
-
-    def _require_sole_writer(self) -> None:
-        """Stop where another driver trains the same run: each would delete and replace what the other commits."""
-        look = self._foreign_step if self._ranks.is_first else lambda: None
-        foreign = _on_every_rank(look)[0]
-        if foreign is not None:
-            raise AnotherWriterError(
-                f"another driver is writing to this run: it committed step {foreign} of {self._run_uri}, "
-                f"while this one was at step {self._committed_step}. Let only one of them run; "
-                "the same command then continues from what is committed."
-            )
-
-    def _foreign_step(self) -> int | None:
-        """A step at or after our last one that somebody else has committed since this attempt started."""
-        for step in committed_steps(self._run_uri):
-            if step < self._committed_step or step == self._start_step:
-                break
-            if read_commit(self._run_uri, step).attempt != self._attempt:
-                return step
-        return None
-
-    def _save_shards(self, folder: str, state: dict[str, Tensor]) -> list[CommittedFile]:
-        with tempfile.TemporaryDirectory(prefix="moleblend-save-") as local:
-            with _quiet_alone():
-                save_shards(
-                    state,
-                    storage_writer=FileSystemWriter(local, sync_files=False),
-                    no_dist=not dist.is_initialized(),
-                )
-            return [
-                file
-                for files in _on_every_rank(lambda: _upload_files(Path(local), folder))
-                for file in files
-            ]
-
-    def _write_marker(
-        self, step: int, files: list[CommittedFile], records: Sequence[Record]
-    ) -> None:
-        commit = Commit(
-            format=COMMIT_FORMAT,
-            step=step,
-            world_size=self._ranks.world_size,
-            files=tuple(files),
-            identity=self._identity,
-            config_fingerprint=self._config_fingerprint,
-            versions=library_versions(),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            attempt=self._attempt,
-        )
-        write_records(self._run_uri, records, self._committed_step, step)
-        write_commit(self._run_uri, commit)
-        try:
-            self._delete_old(records)
-        except (StorageError, DataError) as error:
-            # The new checkpoint is whole; the next commit tries again.
-            logger.warning("old checkpoints were not deleted: %s", error)
-
-    def _delete_old(self, records: Sequence[Record]) -> None:
-        if self._config.keep_best:
-            # Once, after a restart, those of earlier commands as well; `records` are on file by now.
-            new = records if self._validations is not None else read_records(self._run_uri)
-            self._validations = [*(self._validations or []), *_validations(new)]
-        validations = self._validations or []
-
-        def keep(steps: Sequence[int]) -> set[int]:
-            # Of the very weights in a checkpoint: an earlier validation says nothing about them.
-            losses = {at + 1: loss for at, loss in validations if at + 1 in steps}
-            return steps_to_keep(steps, self._config, losses)
-
-        delete_old_checkpoints(self._run_uri, keep)
-
-
-def _validations(records: Sequence[Record]) -> list[tuple[int, float]]:
-    """Step and loss of every validation whose loss is a number that can be ranked."""
-    name = VALID_PREFIX + TOTAL_LOSS
-    return [
-        (int(record["step"]), record[name])
-        for record in records
-        if math.isfinite(record.get(name, math.nan))
-    ]
 
 
 def restore_training_state(
@@ -247,7 +107,7 @@ def load_all_tensors(run_uri: str, commit: Commit, local: Path) -> dict[str, Ten
 
 def _load(state: dict[str, Tensor], local: Path, folder: str, *, alone: bool = False) -> None:
     try:
-        with _quiet_alone():
+        with quiet_alone():
             load_shards(
                 state,
                 storage_reader=_SafeReader(local),
@@ -261,7 +121,7 @@ def _load(state: dict[str, Tensor], local: Path, folder: str, *, alone: bool = F
 
 
 @contextlib.contextmanager
-def _quiet_alone() -> Iterator[None]:
+def quiet_alone() -> Iterator[None]:
     """Without DCP's warning that there is no process group: ours to decide."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -312,8 +172,8 @@ def _node_local_copy(run_uri: str, step: int, ranks: Ranks) -> Iterator[tuple[Co
         return commit
 
     try:
-        yield _on_every_rank(fetch)[ranks.rank], local
-        _on_every_rank(lambda: None)  # no rank may still be reading when the copy goes
+        yield on_every_rank(fetch)[ranks.rank], local
+        on_every_rank(lambda: None)  # no rank may still be reading when the copy goes
     finally:
         if ranks.local_rank == 0:
             shutil.rmtree(local, ignore_errors=True)
@@ -331,28 +191,12 @@ def _download_files(run_uri: str, commit: Commit, local: Path) -> None:
                     f"{storage.join(folder, file.name)} has another SHA-256 than its marker says: it is damaged"
                 )
 
-    with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
+    with ThreadPoolExecutor(TRANSFER_THREADS) as pool:
         list(pool.map(download, commit.files))
 
 
-def _upload_files(local: Path, folder: str) -> list[CommittedFile]:
-    def upload(path: Path) -> CommittedFile:
-        storage.upload(path, storage.join(folder, path.name))
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return CommittedFile(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
-
-    with ThreadPoolExecutor(_TRANSFER_THREADS) as pool:
-        return list(pool.map(upload, sorted(local.iterdir())))
-
-
-def _on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Rank 0 does ``action`` while the others wait; its failure is raised on all."""
-    _on_every_rank(action if ranks.is_first else lambda: None)
-
-
-def _on_every_rank(action: Callable[[], T]) -> list[T]:
-    """Every rank does ``action``; the results in rank order. One rank's failure is raised on all.
+def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank does ``action``; the results in rank order. One rank's failure is raised on all as a CheckpointError.
 
     Without this, the others would wait in the next collective for a rank that has already given up.
     """
@@ -363,7 +207,7 @@ def _on_every_rank(action: Callable[[], T]) -> list[T]:
         outcome = (None, str(error))
     except OSError as error:  # of the local disk: storage has errors of its own
         outcome = (None, f"{type(error).__name__}: {error}")
-    outcomes = gather_from_ranks(outcome)
+    outcomes = gather_from_ranks(outcome, group)
     errors = sorted({text for _, text in outcomes if text})
     if errors:
         raise CheckpointError("; ".join(errors))

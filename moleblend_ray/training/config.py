@@ -155,6 +155,14 @@ class CheckpointConfig:
     every_steps: int = 1000
     """Optimizer steps between checkpoints; there is always one at the end."""
 
+    asynchronous: bool = True
+    """Train on while a checkpoint is written: a step waits only for a copy of the state in the memory of the host (12 bytes a
+    parameter, over the workers that share the model). false: no copy, and the step waits for the whole save."""
+
+    max_failed_saves: int = 3
+    """Saves in a row that may fail (storage out of reach, disk full) while training goes on; the next tries again with
+    newer state. One more, or a failure of the last save, counts as a loss of workers (train.max_failures)."""
+
     keep_last: int = 3
     """Newest checkpoints kept; older ones are deleted after a newer one is committed, but for those below."""
 
@@ -168,6 +176,10 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         check_all(
             (self.every_steps >= 1, f"every_steps: expected >= 1, found {self.every_steps}"),
+            (
+                self.max_failed_saves >= 0,
+                f"max_failed_saves: expected >= 0, found {self.max_failed_saves}",
+            ),
             (self.keep_last >= 1, f"keep_last: expected >= 1, found {self.keep_last}"),
             (
                 self.keep_every_steps is None

@@ -233,12 +233,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_from_ranks(value: T) -> list[T]:
-    """The picklable ``value`` of every rank, in rank order; also a barrier."""
+def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The picklable ``value`` of every rank, in rank order; also a barrier. ``group``: of all ranks, None for the default one."""
     if not dist.is_initialized():
         return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

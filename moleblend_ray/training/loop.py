@@ -6,6 +6,7 @@ of the whole step. So a step gives the same numbers (up to rounding) at any numb
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -36,7 +37,7 @@ from moleblend_ray.model.losses import (
 )
 from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, SpikeDetector, finite
-from moleblend_ray.training.checkpoint import CheckpointWriter, training_state
+from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import (
     Ranks,
@@ -56,6 +57,7 @@ from moleblend_ray.training.optim import (
     set_learning_rate,
 )
 from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep
+from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.throughput import Meter, compiled_graphs
 
 logger = logging.getLogger(__name__)
@@ -162,8 +164,8 @@ def fit(
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
     gets the record of every ``log_every``-th step; all of them are committed with the checkpoints, and kept in memory no
-    longer. ``data_wait_s`` of a record is the time in which no step was ready on the device. A stop commits what was
-    done and returns. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
+    longer. ``checkpoints`` is closed at the end. ``data_wait_s`` of a record is the time in which no step was ready on the
+    device. A stop commits what was done and returns. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
     skipped already.
     """
     num_steps = learner.train.num_steps
@@ -172,7 +174,10 @@ def fit(
     watch = _Watch(learner, on_anomaly, skipped_before)
     meter = Meter.of_device(learner.ranks.device, learner.train.precision, learner.ranks.world_size)
     wanted = islice(steps, num_steps - start_step)
-    with DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead:
+    with (
+        checkpoints or contextlib.nullcontext(),
+        DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead,
+    ):
         for step in range(start_step, num_steps):
             began_s = time.perf_counter()
             batch = _next_step(ahead, step, num_steps)

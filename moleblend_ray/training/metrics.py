@@ -1,7 +1,8 @@
 """The numbers of a run: one JSON line a step, committed together with the checkpoint that ends them.
 
 ``metrics/steps-A-B.jsonl`` of a run holds steps A <= step < B. Such a file is written just before the commit
-marker of step B, so after a restart at a committed step every step before it is on file exactly once.
+marker of step B, so after a restart at a committed step every step before it is on file. Steps of a save that failed come
+again in the file of the next one, with the same numbers; readers take each step once.
 """
 
 from __future__ import annotations
@@ -42,34 +43,37 @@ def write_records(run_uri: str, records: Sequence[Record], first: int, end: int)
 def read_records(run_uri: str) -> list[Record]:
     """The records of every committed step of a run, in step order; empty if there are none yet."""
     records: list[Record] = []
+    next_step = 0
     for file in _files(run_uri):
-        try:
-            records.extend(json.loads(line) for line in storage.read_bytes(file.uri).splitlines())
-        except ValueError as error:
-            raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
+        records += [record for record in _read(file) if record["step"] >= next_step]
+        next_step = max(next_step, file.end)
     return records
 
 
 def last_record(run_uri: str, step: int) -> Record:
     """The record of the step before ``step``, which must be committed; empty if that is the beginning of the run."""
-    ending = [file for file in _files(run_uri) if file.end == step]
-    if not ending:
-        return {}
-    lines = storage.read_bytes(ending[-1].uri).splitlines()
-    try:
-        record: Record = json.loads(lines[-1]) if lines else {}
-    except ValueError as error:
-        raise DataError(
-            f"{ending[-1].uri} is damaged: its last line is not JSON ({error})"
-        ) from error
-    return record
+    for file in _files(run_uri):
+        if file.first < step <= file.end:
+            return next((record for record in _read(file) if record["step"] == step - 1), {})
+    return {}
 
 
 def drop_records_from(run_uri: str, step: int) -> None:
     """Remove what an abandoned attempt wrote for ``step`` and later; call when training starts at ``step``."""
     for file in _files(run_uri):
-        if file.first >= step:
-            storage.delete(file.uri)
+        if file.end <= step:
+            continue
+        if file.first < step:
+            kept = [record for record in _read(file) if record["step"] < step]
+            write_records(run_uri, kept, file.first, step)
+        storage.delete(file.uri)
+
+
+def _read(file: _File) -> list[Record]:
+    try:
+        return [json.loads(line) for line in storage.read_bytes(file.uri).splitlines()]
+    except ValueError as error:
+        raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
 
 
 def _files(run_uri: str) -> list[_File]:

@@ -17,11 +17,12 @@ import toy
 
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import MoleBlendError
-from moleblend_ray.training.checkpoint import CheckpointWriter, restore_training_state
+from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, process_group
 from moleblend_ray.training.loop import fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.validation import build_validation
 
 

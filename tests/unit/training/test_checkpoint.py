@@ -15,10 +15,8 @@ import toy
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, StorageError
-from moleblend_ray.training import checkpoint as checkpoint_module
+from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import (
-    AnotherWriterError,
-    CheckpointWriter,
     restore_training_state,
     training_state,
 )
@@ -37,6 +35,7 @@ from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Learner, fit
 from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.saving import AnotherWriterError, CheckpointWriter
 
 
 def writer(
@@ -212,14 +211,14 @@ def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart
 
     def train_on(start: int, stop_before: int) -> None:
         learner = toy.learner(num_steps=8, validate_every=1)
-        steps = iter(range(start, 8))
+        steps, polls = iter(range(start, 8)), iter(range(start, 8))
         fit(
             learner,
             toy.steps(start=start),
             start_step=start,
             checkpoints=writer(run, start=start, **kept),
             validate=lambda: {"valid_loss": losses[next(steps)]},
-            should_stop=lambda: len(read_records(run)) == stop_before - 1,
+            should_stop=lambda: next(polls) == stop_before - 1,
         )
 
     train_on(0, 5)
@@ -275,7 +274,7 @@ def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(local_path: Path, uri: str) -> None:
         raise StorageError(f"Cannot write {uri}: the disk is full")
 
-    monkeypatch.setattr(checkpoint_module.storage, "upload", refuse)
+    monkeypatch.setattr(saving.storage, "upload", refuse)
     learner = toy.learner(num_steps=4)
     with pytest.raises(CheckpointError, match="the disk is full"):
         fit(learner, toy.steps(start=2), start_step=2, checkpoints=writer(run, start=2))
@@ -290,7 +289,7 @@ def test_a_full_local_disk_is_an_error_on_all_ranks(
     def refuse(local_path: Path, uri: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_module.storage, "upload", refuse)
+    monkeypatch.setattr(saving.storage, "upload", refuse)
     # What a rank raises by itself leaves the others waiting; a CheckpointError was agreed on.
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(str(tmp_path), num_steps=2)
@@ -302,7 +301,7 @@ def test_old_checkpoints_that_cannot_be_deleted_do_not_end_the_run(
     def refuse(run_uri: str, keep: Any) -> None:
         raise StorageError(f"Cannot delete below {run_uri}: access denied")
 
-    monkeypatch.setattr(checkpoint_module, "delete_old_checkpoints", refuse)
+    monkeypatch.setattr(saving, "delete_old_checkpoints", refuse)
     train(str(tmp_path), num_steps=4)
     assert committed_steps(str(tmp_path)) == [4, 2]
     assert "old checkpoints were not deleted" in caplog.text
@@ -316,13 +315,13 @@ def test_two_writers_of_one_run_do_not_replace_each_other_s_checkpoints(
     run = str(tmp_path)
     learner = toy.learner()
     state = training_state(learner.model, learner.optimizer)
-    ours, other = writer(run), writer(run)
+    ours, other = (writer(run, asynchronous=False) for _ in range(2))
     ours.commit(2, state, [])
     # The other one either comes to our last step, or has passed it.
     if others_first == 2:
         delete_checkpoint(run, 2)
     else:
-        other = writer(run, start=2)
+        other = writer(run, start=2, asynchronous=False)
     other.commit(others_first, state, [])
     before = read_commit(run, others_first)
     with pytest.raises(AnotherWriterError, match=f"another driver .* step {others_first}"):

@@ -12,12 +12,12 @@ import toy
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.training.checkpoint import CheckpointWriter
 from moleblend_ray.training.commits import FINISHED_NAME, step_uri
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.export import export_run, export_uri, load_model
 from moleblend_ray.training.loop import Learner, fit
+from moleblend_ray.training.saving import CheckpointWriter
 
 
 @pytest.fixture(scope="module")

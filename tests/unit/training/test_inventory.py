@@ -16,13 +16,14 @@ from moleblend_ray.cli import EXIT_CONFIG, EXIT_ERROR, main
 from moleblend_ray.config.inspect import CheckpointsConfig
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.orchestration.inspect import show_checkpoints
-from moleblend_ray.training.checkpoint import CheckpointWriter, training_state
+from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.commits import COMMIT_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.inventory import compare_checkpoints, take_inventory
 from moleblend_ray.training.loop import fit
 from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.saving import CheckpointWriter
 
 
 def train(run: Path, *, seed: int = 1, num_steps: int = 6, **changes: Any) -> None:
@@ -184,15 +185,15 @@ def test_weights_that_are_not_numbers_differ_from_those_that_are(tmp_path: Path)
         if broken:
             with torch.no_grad():
                 learner.model.spd_head.bias[0] = float("nan")
-        writer = CheckpointWriter(
+        with CheckpointWriter(
             CheckpointConfig(every_steps=2),
             str(tmp_path / name),
             Ranks(),
             identity={},
             config_fingerprint="f",
             start_step=0,
-        )
-        writer.commit(2, training_state(learner.model, learner.optimizer), [])
+        ) as writer:
+            writer.commit(2, training_state(learner.model, learner.optimizer), [])
     report = compare_checkpoints(str(tmp_path / "one"), str(tmp_path / "other"))
     assert [tensor.name for tensor in report.tensors] == ["spd_head.bias"]
     shown = show_checkpoints(report, CheckpointsConfig(run="a", against="b", format="json"))

@@ -21,7 +21,6 @@ from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training import loop
 from moleblend_ray.training.anomalies import NotFiniteError
-from moleblend_ray.training.checkpoint import CheckpointWriter
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import (
@@ -32,6 +31,7 @@ from moleblend_ray.training.loop import (
 )
 from moleblend_ray.training.metrics import read_records
 from moleblend_ray.training.prefetch import DeviceStep, to_device
+from moleblend_ray.training.saving import CheckpointWriter
 
 
 def losses(records: Any) -> list[float]:
@@ -170,7 +170,8 @@ def test_records_are_kept_no_longer_than_until_their_checkpoint(
         start_step=0,
     )
     fit(toy.learner(num_steps=8), toy.steps(), checkpoints=checkpoints)
-    assert 1 <= most <= 2
+    # Those since the last commit, and those of the save under way.
+    assert 1 <= most <= 4
     assert [record["step"] for record in read_records(str(tmp_path))] == list(range(8))
 
 

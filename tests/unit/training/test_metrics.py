@@ -9,6 +9,7 @@ import pytest
 from moleblend_ray.errors import DataError
 from moleblend_ray.training.metrics import (
     drop_records_from,
+    last_record,
     loss_ends,
     read_records,
     write_records,
@@ -36,6 +37,26 @@ def test_steps_of_an_abandoned_attempt_are_dropped(tmp_path: Path) -> None:
     write_records(run, records(2, 5), 2, 5)
     drop_records_from(run, 2)
     assert read_records(run) == records(0, 2)
+
+
+def test_steps_that_a_failed_save_wrote_as_well_are_taken_once(tmp_path: Path) -> None:
+    run = str(tmp_path)
+    write_records(run, records(0, 2), 0, 2)
+    write_records(run, records(2, 4), 2, 4)  # its marker failed
+    write_records(run, records(2, 6), 2, 6)
+    write_records(run, records(6, 8), 6, 8)
+    assert read_records(run) == records(0, 8)
+    assert [last_record(run, step).get("step") for step in (0, 2, 4, 6, 8)] == [None, 1, 3, 5, 7]
+
+
+def test_a_restart_within_a_file_keeps_the_steps_before_it(tmp_path: Path) -> None:
+    # The marker of step 4 was written after all, though the answer to the writer was lost; step 6 then never came.
+    run = str(tmp_path)
+    write_records(run, records(0, 2), 0, 2)
+    write_records(run, records(2, 6), 2, 6)
+    drop_records_from(run, 4)
+    assert read_records(run) == records(0, 4)
+    assert last_record(run, 4) == records(3, 4)[0]
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

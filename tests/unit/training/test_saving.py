@@ -1,0 +1,220 @@
+"""Saving behind the training step: what is committed, when, and what a failing save does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, StorageError, TrainingError
+from moleblend_ray.training import saving
+from moleblend_ray.training.checkpoint import restore_training_state, training_state
+from moleblend_ray.training.commits import committed_steps, latest_committed
+from moleblend_ray.training.config import CheckpointConfig
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.loop import Learner, fit
+from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.saving import CheckpointWriter
+
+LIMIT_S = 30.0
+
+both_ways = pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
+
+
+def writer(run: Path | str, **options: Any) -> CheckpointWriter:
+    return CheckpointWriter(
+        CheckpointConfig(**{"every_steps": 2, **options}),
+        str(run),
+        Ranks(),
+        identity={"data_fingerprint": "toy"},
+        config_fingerprint="f",
+        start_step=0,
+    )
+
+
+def change_in_place(learner: Learner) -> None:
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            parameter.add_(1.0)
+
+
+class Gate:
+    """Uploads wait at it until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.concurrent = self.most = 0
+        upload, lock = storage.upload, threading.Lock()
+
+        def wait_and_upload(local_path: str | Path, uri: str) -> None:
+            with lock:
+                self.concurrent += 1
+                self.most = max(self.most, self.concurrent)
+            self.reached.set()
+            assert self.opened.wait(LIMIT_S)
+            upload(local_path, uri)
+            with lock:
+                self.concurrent -= 1
+
+        monkeypatch.setattr(saving.storage, "upload", wait_and_upload)
+
+
+def fail_uploads(
+    monkeypatch: pytest.MonkeyPatch, is_failing: Callable[[str], bool], error: Exception
+) -> None:
+    upload = storage.upload
+
+    def maybe(local_path: str | Path, uri: str) -> None:
+        if is_failing(uri):
+            raise error
+        upload(local_path, uri)
+
+    monkeypatch.setattr(saving.storage, "upload", maybe)
+
+
+def test_training_goes_on_while_the_state_of_the_commit_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    learner = toy.learner()
+    fit(toy.learner(num_steps=2), toy.steps())
+    with writer(tmp_path) as checkpoints:
+        before = {
+            name: value.clone()
+            for name, value in training_state(learner.model, learner.optimizer).items()
+        }
+        checkpoints.commit(2, training_state(learner.model, learner.optimizer), [])
+        change_in_place(learner)
+        assert gate.reached.wait(LIMIT_S)
+        assert committed_steps(str(tmp_path)) == []
+        gate.opened.set()
+    assert committed_steps(str(tmp_path)) == [2]
+    other = toy.learner()
+    restore_training_state(other.model, other.optimizer, str(tmp_path), 2, Ranks())
+    for name, value in training_state(other.model, other.optimizer).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_synchronous_commit_returns_with_its_marker(tmp_path: Path) -> None:
+    learner = toy.learner()
+    with writer(tmp_path, asynchronous=False) as checkpoints:
+        checkpoints.commit(2, training_state(learner.model, learner.optimizer), [])
+        assert committed_steps(str(tmp_path)) == [2]
+
+
+def test_a_commit_waits_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    learner = toy.learner()
+    state = training_state(learner.model, learner.optimizer)
+    files = 2  # index and one shard, uploaded side by side
+    with writer(tmp_path) as checkpoints:
+        checkpoints.commit(2, state, [])
+        assert gate.reached.wait(LIMIT_S)
+        second = threading.Thread(target=checkpoints.commit, args=(4, state, []))
+        second.start()
+        second.join(0.3)
+        assert second.is_alive()
+        gate.opened.set()
+        second.join(LIMIT_S)
+    assert committed_steps(str(tmp_path)) == [4, 2]
+    assert gate.most <= files
+
+
+def test_an_error_in_training_does_not_lose_the_save_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+
+    def steps() -> Any:
+        yield from zip(range(2), toy.steps(), strict=False)
+
+    def only_two() -> Any:
+        for _, step in steps():
+            yield step
+        threading.Timer(0.3, gate.opened.set).start()
+
+    with pytest.raises(TrainingError, match="ended before step 2"):
+        fit(toy.learner(num_steps=4), only_two(), checkpoints=writer(tmp_path))
+    assert committed_steps(str(tmp_path)) == [2]
+    assert [record["step"] for record in read_records(str(tmp_path))] == [0, 1]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "error", [StorageError("the storage cannot be reached"), OSError(28, "No space left on device")]
+)
+def test_a_save_that_fails_is_a_warning_and_its_steps_come_with_the_next(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asynchronous: bool,
+    error: Exception,
+) -> None:
+    fail_uploads(monkeypatch, lambda uri: "step-00000004" in uri, error)
+    with caplog.at_level(logging.WARNING):
+        fit(
+            toy.learner(num_steps=8),
+            toy.steps(),
+            checkpoints=writer(tmp_path, asynchronous=asynchronous),
+        )
+    assert committed_steps(str(tmp_path)) == [8, 6, 2]
+    assert [record["step"] for record in read_records(str(tmp_path))] == list(range(8))
+    (warning,) = [r for r in caplog.records if "could not be saved" in r.message]
+    assert str(error.args[-1]) in warning.message
+    assert latest_committed(str(tmp_path), verify_content=True) is not None
+
+
+@both_ways
+def test_one_failing_save_too_many_ends_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    fail_uploads(monkeypatch, lambda uri: "step-00000002" not in uri, StorageError("gone"))
+    reported: list[int] = []
+    with pytest.raises(CheckpointError, match="save 3 in a row"):
+        fit(
+            toy.learner(num_steps=20),
+            toy.steps(),
+            checkpoints=writer(tmp_path, max_failed_saves=2, asynchronous=asynchronous),
+            report=lambda record: reported.append(int(record["step"])),
+        )
+    assert committed_steps(str(tmp_path)) == [2]
+    # Saves of 4, 6 and 8 fail; behind the steps, the third failure is seen when step 10 is due.
+    assert reported[-1] == (9 if asynchronous else 7)
+
+
+@both_ways
+def test_the_last_save_must_not_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    fail_uploads(monkeypatch, lambda uri: "step-00000004" in uri, StorageError("gone"))
+    with pytest.raises(CheckpointError, match="gone"):
+        fit(
+            toy.learner(num_steps=4),
+            toy.steps(),
+            checkpoints=writer(tmp_path, asynchronous=asynchronous),
+        )
+    assert committed_steps(str(tmp_path)) == [2]
+
+
+def test_shards_that_find_no_local_space_are_an_error_of_that_save_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = iter([True, False, False])
+    make = saving.tempfile.mkdtemp
+
+    def refuse_once(prefix: str) -> str:
+        if next(failing):
+            raise OSError(28, "No space left on device")
+        return make(prefix=prefix)
+
+    monkeypatch.setattr(saving.tempfile, "mkdtemp", refuse_once)
+    fit(toy.learner(num_steps=6), toy.steps(), checkpoints=writer(tmp_path))
+    assert committed_steps(str(tmp_path)) == [6, 4]
+    assert [record["step"] for record in read_records(str(tmp_path))] == list(range(6))
