@@ -7,12 +7,12 @@ import pyarrow as pa
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     Counts,
     Manifest,
-    ShardInfo,
     encode_shard,
     fingerprint,
     shard_schema,
@@ -106,15 +106,7 @@ def write_dataset(
         content = encode_shard(part, row_group_rows)
         path = f"train/{len(shards):05d}.parquet"
         storage.write_bytes(storage.join(uri, path), content)
-        shards.append(
-            ShardInfo(
-                path=path,
-                split="train",
-                num_rows=len(part),
-                num_bytes=len(content),
-                sha256=storage.sha256_bytes(content),
-            )
-        )
+        shards.append(shard_info(path, "train", len(part), content))
     counts = Counts(
         rows_in=num_molecules,
         rows_out=num_molecules,

@@ -26,6 +26,7 @@ from moleblend_ray.data.shards import (
     SPLITS,
     ShardInfo,
     encode_shard,
+    footer_crc32,
 )
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ELEMENT_SYMBOLS
@@ -244,6 +245,7 @@ def shard_info(path: str, split: str, num_rows: int, content: bytes) -> ShardInf
         num_rows=num_rows,
         num_bytes=len(content),
         sha256=storage.sha256_bytes(content),
+        footer_crc32=footer_crc32(content),
     )
 
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, g
 from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.errors import DataError
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Raised whenever older code could not read what newer code writes. Every version is read."""
 
 MANIFEST_NAME: Final = "manifest.json"
@@ -149,6 +150,8 @@ class ShardInfo:
     num_rows: int
     num_bytes: int
     sha256: str
+    footer_crc32: int | None = None
+    """Of the file's end, from its Parquet footer on; None in data sets of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,6 +328,47 @@ def encode_shard(table: pa.Table, row_group_rows: int) -> bytes:
     return bytes(sink.getvalue())
 
 
+def read_file(uri: str, shard: ShardInfo) -> bytes:
+    """A whole file of the data set ``uri``, after comparing it with the manifest; DataError if it is another."""
+    content = _read_range(uri, shard, 0, shard.num_bytes + 1)
+    if len(content) != shard.num_bytes:
+        raise _damaged(uri, shard, f"it has not the {shard.num_bytes} bytes of the manifest")
+    found = storage.sha256_bytes(content)
+    if found != shard.sha256:
+        raise _damaged(uri, shard, f"its SHA-256 is {found}, not {shard.sha256}")
+    return content
+
+
+def _read_range(uri: str, shard: ShardInfo, offset: int, length: int) -> bytes:
+    try:
+        return storage.read_range(storage.join(uri, shard.path), offset, length)
+    except storage.NotFoundError as error:
+        raise _damaged(uri, shard, "it does not exist") from error
+
+
+def _damaged(uri: str, shard: ShardInfo, reason: str) -> DataError:
+    return DataError(
+        f"Shard {shard.path} of {uri} is missing or damaged: {reason}. "
+        "Restore it, or prepare the data set again in an empty directory."
+    )
+
+
+def footer_crc32(content: bytes) -> int | None:
+    """CRC-32 of a Parquet file's end, from its footer on, given at least that much of the file; None for other files.
+
+    Parquet's own checksums are those of pages. Arrow believes a footer, and a flipped bit there can end the process
+    (an exception that its C++ threads do not catch) or give other numbers without an error.
+    """
+    if content[-4:] != _PARQUET_MAGIC:
+        return None
+    return zlib.crc32(content[-_footer_bytes(content) :])
+
+
+def _footer_bytes(content: bytes) -> int:
+    """Length of a Parquet file's end, from its footer on, as the file itself states it."""
+    return int.from_bytes(content[-8:-4], "little") + 8
+
+
 class _Place(NamedTuple):
     """A row group of a shard."""
 
@@ -446,12 +490,7 @@ class ShardReader:
     def iter_tables(self) -> Iterator[pa.Table]:
         """Each shard as one table, in order, past the cache."""
         for index, shard in enumerate(self._shards):
-            content = self._read_range(index, 0, shard.num_bytes + 1)
-            if len(content) != shard.num_bytes:
-                raise self._damaged(
-                    index, f"it has not the {shard.num_bytes} bytes of the manifest"
-                )
-            self._check_sum(index, content)
+            content = read_file(self._uri, shard)
             with self._parquet_errors(index):
                 file = pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
                 table = file.read(self._columns)
@@ -528,15 +567,18 @@ class ShardReader:
         """A shard's Parquet footer, after checking that the file is the one of the manifest."""
         size = self._shards[index].num_bytes
         if self._verify:
-            self._check_sum(index, self._read_range(index, 0, size + 1))
+            read_file(self._uri, self._shards[index])
         start = max(0, size - _FOOTER_BYTES)
         tail = self._read_range(index, start, size - start + 1)
         if len(tail) != size - start or tail[-4:] != _PARQUET_MAGIC:
             raise self._damaged(index, f"it is not a Parquet file of {size} bytes")
-        footer_bytes = int.from_bytes(tail[-8:-4], "little") + 8
+        footer_bytes = _footer_bytes(tail)
         if len(tail) < footer_bytes <= size:
             start = size - footer_bytes
             tail = self._read_range(index, start, footer_bytes)
+        expected = self._shards[index].footer_crc32
+        if expected is not None and footer_crc32(tail) != expected:
+            raise self._damaged(index, "its footer has not the CRC-32 of the manifest")
         with self._parquet_errors(index):
             metadata = pq.read_metadata(_RangeFile(tail, start, size))
             self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
@@ -590,16 +632,7 @@ class ShardReader:
         return self._threads.map(function, keys)
 
     def _read_range(self, index: int, offset: int, length: int) -> bytes:
-        uri = storage.join(self._uri, self._shards[index].path)
-        try:
-            return storage.read_range(uri, offset, length)
-        except storage.NotFoundError as error:
-            raise self._damaged(index, "it does not exist") from error
-
-    def _check_sum(self, index: int, content: bytes) -> None:
-        found = storage.sha256_bytes(content)
-        if found != self._shards[index].sha256:
-            raise self._damaged(index, f"its SHA-256 is {found}, not {self._shards[index].sha256}")
+        return _read_range(self._uri, self._shards[index], offset, length)
 
     def _check_schema(self, index: int, found: pa.Table | pa.Schema, num_rows: int) -> None:
         expected = self._shards[index].num_rows
@@ -619,10 +652,7 @@ class ShardReader:
             raise self._damaged(index, " ".join(str(error).split())) from error
 
     def _damaged(self, index: int, reason: str) -> DataError:
-        return DataError(
-            f"Shard {self._shards[index].path} of {self._uri} is missing or damaged: {reason}. "
-            "Restore it, or prepare the data set again in an empty directory."
-        )
+        return _damaged(self._uri, self._shards[index], reason)
 
 
 def _byte_range(group: Any, columns: frozenset[str]) -> tuple[int, int]:

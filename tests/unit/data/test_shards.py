@@ -14,6 +14,7 @@ import pytest
 
 from moleblend_ray.data import shards, storage
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import Counts, LabelInfo, Manifest, ShardInfo, ShardReader
 from moleblend_ray.errors import DataError
 
@@ -84,15 +85,7 @@ def write_dataset(uri: str) -> tuple[Manifest, pa.Table]:
         content = shards.encode_shard(table, GROUP_ROWS)
         path = f"{split}/{index:05d}-000000.parquet"
         storage.write_bytes(storage.join(uri, path), content)
-        infos.append(
-            ShardInfo(
-                path=path,
-                split=split,
-                num_rows=num_rows,
-                num_bytes=len(content),
-                sha256=storage.sha256_bytes(content),
-            )
-        )
+        infos.append(shard_info(path, split, num_rows, content))
         tables.append(table)
     manifest = make_manifest(infos)
     storage.write_json(storage.join(uri, shards.MANIFEST_NAME), manifest.to_json())
@@ -182,13 +175,7 @@ def test_lists_that_do_not_fit_are_reported_with_their_shard(tmp_path: Path) -> 
     index = table.column_names.index("bond_features")
     table = table.set_column(index, "bond_features", pa.array(lists, pa.list_(pa.uint8())))
     content = shards.encode_shard(table, GROUP_ROWS)
-    info = ShardInfo(
-        path="train/0.parquet",
-        split="train",
-        num_rows=40,
-        num_bytes=len(content),
-        sha256=storage.sha256_bytes(content),
-    )
+    info = shard_info("train/0.parquet", "train", 40, content)
     storage.write_bytes(str(tmp_path / "train/0.parquet"), content)
     reader = ShardReader(str(tmp_path), make_manifest([info]), "train")
     with pytest.raises(DataError, match=r"train/0\.parquet .* 'bond_features' .* in row 7"):
@@ -273,7 +260,7 @@ def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> No
     newer = {**manifest.to_json(), "format_version": shards.FORMAT_VERSION + 1, "unheard_of": True}
     storage.write_json(str(tmp_path / "manifest.json"), newer)
     with pytest.raises(
-        DataError, match=r"format version 3; this installation reads up to 2.*Upgrade"
+        DataError, match=r"format version 4; this installation reads up to 3.*Upgrade"
     ):
         shards.load_manifest(str(tmp_path))
 

@@ -1,0 +1,43 @@
+"""A damaged shard ends the stream where it is consumed, with the shard's name: no actor dies of it, no step is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from synthetic import write_dataset
+
+from moleblend_ray.data.batch import StepBatch, StreamConfig
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.errors import DataError
+from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset
+
+pytestmark = pytest.mark.ray
+
+ORDER = OrderConfig(global_batch_size=20, num_streams=2, shuffle_window=40, chunk_rows=20)
+STREAM = StreamConfig(
+    micro_batch_size=10, steps_per_block=1, min_actors=2, max_actors=2, actor_cpus=0.5
+)
+NUM_STEPS = 6
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("damage", ["footer", "missing"])
+def test_a_stream_over_a_damaged_shard_ends_with_its_name(tmp_path: Path, damage: str) -> None:
+    write_dataset(str(tmp_path), 120, max_atoms=8, shard_rows=40, row_group_rows=20)
+    path = tmp_path / "train/00001.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    else:
+        # Of the schema: before footers had checksums, Arrow ended the process at such a bit.
+        footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+        content[footer + 21] ^= 1 << 3
+        path.write_bytes(content)
+    dataset = stream_dataset(str(tmp_path), ORDER, STREAM, 0, NUM_STEPS)
+    (shard,) = dataset.streaming_split(1, equal=True)
+    found: list[StepBatch] = []
+    with pytest.raises(DataError, match=r"train/00001\.parquet of .* is missing or damaged"):
+        found.extend(shard_step_batches(shard, ORDER, STREAM, rank=0, world_size=1, first_step=0))
+    assert [batch.step for batch in found] == list(range(len(found)))
+    assert len(found) < NUM_STEPS
