@@ -29,6 +29,7 @@ from moleblend_ray.data.shards import (
     Manifest,
     ShardReader,
     load_manifest,
+    read_file,
 )
 from moleblend_ray.errors import (
     CheckpointError,
@@ -311,7 +312,7 @@ def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.
 def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
     """``rejected.parquet``: every source row without a vector, and why."""
     tables = [
-        pq.read_table(pa.BufferReader(storage.read_bytes(storage.join(data_uri, shard.path))))
+        pq.read_table(pa.BufferReader(read_file(data_uri, shard)))
         for shard in manifest.shards_of("quarantine")
     ]
     table = pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()

@@ -7,9 +7,12 @@ the search is over, the best configuration is trained with several seeds, and ea
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
+import pickle
+import re
 import time
 import warnings
 from collections.abc import Mapping
@@ -27,7 +30,7 @@ from ray.tune.search.optuna import OptunaSearch
 from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.errors import TrainingError
+from moleblend_ray.errors import DataError, TrainingError, without_credentials
 from moleblend_ray.evaluation.results import TrialResult
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
@@ -54,7 +57,12 @@ REDUCTION_FACTOR = 3
 """ASHA keeps this share (one in three) of the trials at each of its levels."""
 
 TUNE_DIR = "tune"
-"""Folder of the search's state within ``out``, named by Ray Tune's rules."""
+"""Folder of all about trials within ``out``."""
+
+SEARCH_DIR = "search"
+"""Folder of the search's state within that, whose files are named by Ray Tune."""
+
+_STATE_NAME = re.compile(r"experiment_state-(.+)\.json")
 
 _TUNE_SETTINGS = {
     # One JSON file a trial is enough; no TensorBoard or CSV beside it.
@@ -163,6 +171,11 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
                 grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
+    if len(grid) != config.num_trials:
+        raise TrainingError(
+            f"the search in {storage.join(config.out, TUNE_DIR)} ended after {len(grid)} of {config.num_trials} trials. "
+            f"Delete its folder {SEARCH_DIR} and run the command again: trials that were over are not trained again"
+        )
     results = (grid[index] for index in range(len(grid)))
     trials = sorted(map(_trial_result, results), key=lambda trial: trial.number)
     for trial in trials:
@@ -206,8 +219,8 @@ def concurrent_trials(config: SweepConfig) -> int:
 
 def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     storage_path = storage.join(config.out, TUNE_DIR)
-    experiment_path = storage.join(storage_path, "search")
-    if tune.Tuner.can_restore(experiment_path):
+    experiment_path = storage.join(storage_path, SEARCH_DIR)
+    if _can_continue(experiment_path):
         logger.info("continuing the search in %s", experiment_path)
         # Failed trials get another chance: what failed them may have been what interrupted the command.
         return tune.Tuner.restore(experiment_path, trainable=trainable, resume_errored=True)
@@ -237,7 +250,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
             trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
-            name="search",
+            name=SEARCH_DIR,
             storage_path=storage_path,
             # A lost node costs a trial its progress, not the sweep; what fails twice is recorded as failed.
             failure_config=tune.FailureConfig(max_failures=1),
@@ -245,6 +258,68 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
             verbose=0,
         ),
     )
+
+
+def _can_continue(experiment_path: str) -> bool:
+    """Whether an interrupted search left a state to continue from; what Tune would take for one is removed.
+
+    Tune writes its settings at the start and the state seconds later, as several files, none of them at one stroke.
+    From settings without a state it would run a single trial and call the search finished.
+    """
+    settings_uri = storage.join(experiment_path, "tuner.pkl")
+    if not storage.exists(settings_uri):
+        return False
+    if _unpickled(settings_uri) is not None:
+        for state in _states(experiment_path):
+            if _is_whole(*state):
+                return True
+            for uri in state:
+                storage.delete(uri)
+    logger.warning(
+        "the search in %s was interrupted before its state was stored, and begins again; trials that were over are "
+        "not trained again",
+        without_credentials(experiment_path),
+    )
+    storage.delete_tree(experiment_path)
+    return False
+
+
+def _states(experiment_path: str) -> list[tuple[str, str, str]]:
+    """The files of each stored state, newest first: trials, searcher, generator of trials.
+
+    Each command that continued the search has a state of its own, named by the time of its start.
+    """
+    names = [storage.name_of(file.uri) for file in storage.list_files(experiment_path)]
+    starts = [found[1] for name in names if (found := _STATE_NAME.fullmatch(name))]
+    return [
+        (
+            storage.join(experiment_path, f"experiment_state-{start}.json"),
+            storage.join(experiment_path, f"searcher-state-{start}.pkl"),
+            storage.join(experiment_path, f"search_gen_state-{start}.json"),
+        )
+        for start in sorted(starts, reverse=True)
+    ]
+
+
+def _is_whole(trials_uri: str, searcher_uri: str, generator_uri: str) -> bool:
+    """Whether the files of a state are whole, and of one moment: they speak of the same trials."""
+    try:
+        state = storage.read_json(trials_uri)
+        trials = {json.loads(trial)["trial_id"] for trial, _ in state["trial_data"]}
+    except (storage.NotFoundError, DataError, KeyError, TypeError, ValueError):
+        return False
+    searcher, generator = _unpickled(searcher_uri), _unpickled(generator_uri)
+    if searcher is None or generator is None:
+        return False
+    return set(searcher["_ot_trials"]) == trials and generator["counter"] == len(trials)
+
+
+def _unpickled(uri: str) -> Any:
+    """What a file of Tune holds, which Tune itself would unpickle next; None if it is not there or cut short."""
+    try:
+        return pickle.loads(storage.read_bytes(uri))
+    except (storage.NotFoundError, EOFError, pickle.UnpicklingError):
+        return None
 
 
 def search_distributions(

@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from commands import finish, kill_when, moleblend
 
 from moleblend_ray.training.commits import committed_steps
 from moleblend_ray.training.metrics import read_records
 
 NUM_STEPS = 40
 CHECKPOINT_EVERY = 10
-START_UP_LIMIT_S = 240.0
-
-
-def moleblend(*arguments: str, work: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moleblend_ray.cli", *arguments]
-    return subprocess.Popen(
-        command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=START_UP_LIMIT_S)
-    assert process.returncode == 0, errors[-3000:]
 
 
 def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
@@ -47,14 +31,6 @@ def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_a_checkpoint(run: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + START_UP_LIMIT_S
-    while not committed_steps(run):
-        assert process.poll() is None, process.stderr.read()[-3000:]
-        assert time.monotonic() < deadline, "no checkpoint was committed in time"
-        time.sleep(0.2)
-
-
 @pytest.mark.shared_data
 @pytest.mark.slow
 def test_a_killed_pretraining_on_s3_ends_as_the_undisturbed_one(
@@ -67,9 +43,7 @@ def test_a_killed_pretraining_on_s3_ends_as_the_undisturbed_one(
 
     run = f"{s3_uri}/killed"
     driver = pretrain(data, run, tmp_path)
-    wait_for_a_checkpoint(run, driver)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.communicate()
+    kill_when(lambda: bool(committed_steps(run)), driver, interval_s=0.2)
     assert max(committed_steps(run)) < NUM_STEPS, "the kill came too late to prove anything"
     finish(pretrain(data, run, tmp_path))
 

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-LIMIT_S = 120.0
-COMMAND = """
-import sys
-from moleblend_ray.data import shuffle
+from commands import finish, kill_when, moleblend
 
 # As if there were memory for some hundred molecules only: the source is then of many groups.
-shuffle._MAX_GROUP_BYTES = 60_000
-from moleblend_ray.cli import main
+SMALL_GROUPS = """
+from moleblend_ray.data import shuffle
 
-sys.exit(main())
+shuffle._MAX_GROUP_BYTES = 60_000
 """
 
 
@@ -30,29 +21,7 @@ def start(source: Path, out: Path) -> subprocess.Popen[str]:
         f"source={source}", f"out={out}", "rows_per_chunk=100", "rows_per_shard=150",
         "shuffle=true", "deduplicate=inchikey", "test_fraction=0.1", "cluster.num_data_actors=2",
     ]  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, "-c", COMMAND, "prepare", *settings],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0, errors[-3000:]
-
-
-def kill_when(seen: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """SIGKILL for the command and all its children that are still in its group."""
-    deadline = time.monotonic() + LIMIT_S
-    while not seen():
-        assert process.poll() is None, "it ended before the moment to kill it"
-        assert time.monotonic() < deadline, "the moment to kill it did not come"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    return moleblend("prepare", *settings, before=SMALL_GROUPS)
 
 
 def content_of(out: Path) -> dict[str, bytes]:
@@ -82,7 +51,7 @@ def test_a_prepare_killed_in_every_phase_ends_as_the_undisturbed_one(tmp_path: P
         "manifest": lambda: count("receipts/buckets/*.json") == num_buckets,
     }
     for moment, seen in moments.items():
-        kill_when(seen, start(source, out))
+        kill_when(seen, start(source, out), whole_group=True)
         assert not (out / "manifest.json").exists(), f"the kill among the {moment} came too late"
     finish(start(source, out))
     assert content_of(out) == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -154,14 +155,16 @@ def test_a_finished_sweep_is_not_run_again_and_its_folder_is_for_no_other_questi
 
 
 def test_an_interrupted_sweep_keeps_its_trials_and_trains_the_missing_seed(
-    finished: tuple[SweepConfig, dict[str, Any]],
+    finished: tuple[SweepConfig, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     config, before = finished
     out = Path(config.out)
     kept = (out / "models/seed-3/result.json").stat().st_mtime_ns
     (out / "results.json").unlink()
     shutil.rmtree(out / "models/seed-5")
-    summary = sweep(config)
+    with caplog.at_level(logging.INFO, "moleblend_ray"):
+        summary = sweep(config)
+    assert "continuing the search" in caplog.text, "Ray Tune's files are not understood"
     after = storage.read_json(summary.results)
     assert not summary.already_finished
     assert (out / "models/seed-3/result.json").stat().st_mtime_ns == kept
