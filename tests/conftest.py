@@ -56,7 +56,9 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for the whole session: starting one costs seconds."""
     import ray
 
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning")
+    ray.init(
+        "local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning"
+    )
     yield
     ray.shutdown()
 

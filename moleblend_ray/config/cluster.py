@@ -17,6 +17,12 @@ class ClusterConfig:
     num_workers: int = 2
     """Training workers of one pretraining run: one process each, with `use_gpu` one GPU each. A sweep starts as
     many trials as fit into the cluster."""
+    min_workers: int | None = None
+    """Elastic pretraining: when nodes are lost, go on with the workers that still fit, down to this number, and with more,
+    up to `num_workers`, once there is room again. Only numbers that divide `order.num_streams` are used, so the global
+    batches stay the same. null: always `num_workers`."""
+    resize_interval_s: float = 60.0
+    """Seconds between looks at the room for workers; an elastic group changes its size after two that agree."""
     use_gpu: bool = False
     """Give each training worker a GPU (NCCL); otherwise CPU (gloo)."""
     cpus_per_worker: float = 1.0
@@ -31,6 +37,14 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         check_all(
             (self.num_workers >= 1, f"num_workers: expected >= 1, found {self.num_workers}"),
+            (
+                self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
+                f"min_workers: expected null or 1 to num_workers ({self.num_workers}), found {self.min_workers}",
+            ),
+            (
+                self.resize_interval_s > 0,
+                f"resize_interval_s: expected > 0, found {self.resize_interval_s}",
+            ),
             (
                 self.cpus_per_worker > 0,
                 f"cpus_per_worker: expected > 0, found {self.cpus_per_worker}",

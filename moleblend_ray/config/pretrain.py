@@ -58,10 +58,22 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         run_checks(lambda: check_objective(self.model, self.loss), self._check_run)
 
-    def reserved_cpus(self, num_actors: int) -> float:
-        """CPUs that the workers and ``num_actors`` actors of the stream reserve together."""
-        workers = self.cluster.num_workers * self.cluster.cpus_per_worker
-        return workers + num_actors * self.stream.actor_cpus
+    def reserved_cpus(self, num_actors: int, num_workers: int | None = None) -> float:
+        """CPUs that ``num_workers`` (None: cluster.num_workers) and ``num_actors`` of the stream reserve together."""
+        workers = self.cluster.num_workers if num_workers is None else num_workers
+        return workers * self.cluster.cpus_per_worker + num_actors * self.stream.actor_cpus
+
+    @property
+    def worker_counts(self) -> tuple[int, ...]:
+        """Numbers of workers that may train this run, ascending: one if it is not elastic."""
+        most, fewest = self.cluster.num_workers, self.cluster.min_workers
+        if fewest is None:
+            return (most,)
+        return tuple(
+            count
+            for count in range(fewest, most + 1)
+            if self.order.num_streams % count == 0 and count % self.train.fsdp_replicas == 0
+        )
 
     def _check_run(self) -> None:
         workers, streams = self.cluster.num_workers, self.order.num_streams
@@ -74,6 +86,12 @@ class PretrainConfig:
             (
                 streams % workers == 0,
                 f"cluster.num_workers: expected a divisor of order.num_streams ({streams}), found {workers}",
+            ),
+            (
+                self.cluster.min_workers is None or len(self.worker_counts) > 1,
+                f"cluster.min_workers: of the numbers from {self.cluster.min_workers} to {workers} only {workers} "
+                f"divides order.num_streams ({streams}) into groups for train.fsdp_replicas "
+                f"({self.train.fsdp_replicas}): lower it, or leave it null",
             ),
             (
                 local_cpus is None or local_cpus >= reserved,

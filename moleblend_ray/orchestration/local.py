@@ -27,9 +27,6 @@ GIB = 1024**3
 _QUIET_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A trainer's report blocks for up to one interval, and a lost worker is noticed after one: the default
-    # of 2 s costs a short run half of its time, 0.2 s loads small machines.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Workers that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is: Ray's coming default, and without a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -65,7 +62,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address == "local":
         address = None
-    with _environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
+    with environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
         if address:
             _attach(address)
         else:
@@ -236,7 +233,7 @@ def _memory_bytes() -> int:
 
 
 @contextlib.contextmanager
-def _environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
+def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
     """Set what the user has not set, for the body only."""
     added = [name for name in settings if name not in os.environ]
     # Ray turns this on by itself in the body, and would take it for the user's choice in the next session.

@@ -12,12 +12,10 @@ import contextlib
 import hashlib
 import json
 import logging
-import signal
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -38,12 +36,15 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
+from moleblend_ray.orchestration.elastic import ElasticTrainer
 from moleblend_ray.orchestration.local import (
+    environment_defaults,
     ray_session,
     require_resources,
     require_shared_paths,
 )
 from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.stopping import StopFlag, StopPoll, StopReason, stop_on_sigterm
 from moleblend_ray.orchestration.stream import (
     shard_step_batches,
     stream_data_config,
@@ -82,7 +83,18 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME: Final = "config.json"
 
-_STOP_REPEAT_S: Final = 2.0
+_TRAIN_SETTINGS: Final = {
+    # A lost worker is noticed after one interval: the default of 2 s costs a short run much of its time, 0.2 s loads small
+    # machines.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Nodes with a notice (spot instances) often have 30 s left.
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+}
+_ELASTIC_SETTINGS: Final = {
+    # How long a group waits for its place. Where the place was on a node that is gone, and not yet known to be, a smaller
+    # group starts after it.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+}
 
 _FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
 """Raised on all ranks together, and again by every new try."""
@@ -101,7 +113,7 @@ class PretrainSummary:
     resumed_from: int
     """Committed step at which this call began; 0 for a new run."""
     world_size: int
-    """Workers of this call."""
+    """Workers of this call, at its end."""
     molecules: int
     """Molecule presentations in all steps."""
     loss_first: dict[str, float]
@@ -136,7 +148,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
         storage.delete(storage.join(config.out, FINISHED_NAME))
     if resumed_from:
         logger.info("continuing %s at step %d", config.out, resumed_from)
-    result = _Outcome(step=resumed_from, stopped=False)
+    result = _Outcome(step=resumed_from, world_size=config.cluster.num_workers)
     if resumed_from < config.train.num_steps:
         result = _train_on_workers(config, manifest, resumed_from)
     summary = _summarize(config, manifest, result, resumed_from, time.monotonic() - began_s)
@@ -217,17 +229,17 @@ def _summarize(
     step_seconds = sum(record["step_s"] for record in records)
     return PretrainSummary(
         out=config.out,
-        finished=not outcome.stopped,
+        finished=not outcome.stopped_by,
         steps=outcome.step,
         resumed_from=resumed_from,
-        world_size=config.cluster.num_workers,
+        world_size=outcome.world_size,
         molecules=molecules,
         loss_first=loss_first,
         loss_last=loss_last,
         molecules_per_s=molecules / step_seconds if step_seconds else 0.0,
         seconds=seconds,
         data_fingerprint=manifest.fingerprint,
-        export=None if outcome.stopped else export_run(config.out),
+        export=None if outcome.stopped_by else export_run(config.out),
     )
 
 
@@ -239,7 +251,9 @@ class _Outcome:
     """What the first worker returns."""
 
     step: int
-    stopped: bool
+    world_size: int
+    stopped_by: StopReason = ""
+    """Why it left before the last step."""
     error: MoleBlendError | None = None
     """A failure that trying again would only repeat."""
 
@@ -251,8 +265,8 @@ class _WorkerSettings:
     start_step: int
     """Step at which this command began; a worker group that begins later is a new try."""
     reporter: Reporter
-    stop_flag: Any
-    """Handle of the actor that knows whether a stop was asked for."""
+    stop_flag: StopFlag
+    """Knows whether a stop was asked for."""
 
 
 def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: int) -> _Outcome:
@@ -261,7 +275,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
     with (
         contextlib.ExitStack() as last,
         ray_session(config.cluster, data_cpus=data_cpus),
-        _stop_on_sigterm() as stop_flag,
+        stop_on_sigterm() as stop_flag,
         Progress("pretrain", unit="step", total=config.train.num_steps) as progress,
         # Ray wants a place for its own notes; nothing of the run is in it.
         tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
@@ -275,41 +289,81 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
             reporter=progress.reporter,
             stop_flag=stop_flag,
         )
-        cluster = config.cluster
-        trainer = ray.train.torch.TorchTrainer(
-            _train_worker,  # type: ignore[arg-type]  # it returns something: Result.return_value
-            train_loop_config={"settings": settings},
-            torch_config=ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.num_workers,
-                use_gpu=cluster.use_gpu,
-                resources_per_worker={
-                    "CPU": cluster.cpus_per_worker,
-                    **({"GPU": 1} if cluster.use_gpu else {}),
-                },
-            ),
-            # A callable: evaluated again at each start of a worker group, so the stream begins where the
-            # newest checkpoint ends.
-            datasets={"train": partial(_stream_from_newest, config, progress.reporter)},
-            dataset_config=stream_data_config(stream),
-            run_config=ray.train.RunConfig(
-                # A fresh name each time, or Ray would restore its own idea of an earlier run.
-                name=f"pretrain-{uuid.uuid4().hex[:12]}",
-                storage_path=ray_notes,
-                failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
-                logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            ),
-        )
-        outcome = _fit(trainer)
+        outcome = _train_until_done(settings, ray_notes)
     if outcome.error is not None:
         raise outcome.error
     return outcome
 
 
+def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
+    """One worker group after the other, as long as they leave only because the nodes change."""
+    cluster = settings.config.cluster
+    interval_s = cluster.resize_interval_s
+    environment = _TRAIN_SETTINGS | (_ELASTIC_SETTINGS if cluster.min_workers else {})
+    while True:
+        with environment_defaults(environment):
+            outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
+        if outcome.stopped_by not in ("drain", "resize"):
+            return outcome
+        what = (
+            "a node is going" if outcome.stopped_by == "drain" else "there is room for more workers"
+        )
+        logger.info(
+            "%s: %d workers committed step %d; starting anew",
+            what,
+            outcome.world_size,
+            outcome.step,
+        )
+        settings.stop_flag.ask("")
+        if outcome.stopped_by == "resize":
+            # Room that others take again and again must not keep a run busy with restarts.
+            interval_s *= 2
+
+
+def _new_trainer(
+    settings: _WorkerSettings, ray_notes: str, resize_interval_s: float
+) -> ray.train.torch.TorchTrainer:
+    config = settings.config
+    cluster, sizes = config.cluster, config.worker_counts
+    is_elastic = cluster.min_workers is not None
+    scaling: dict[str, Any] = {
+        "num_workers": (sizes[0], sizes[-1]) if is_elastic else cluster.num_workers,
+        "use_gpu": cluster.use_gpu,
+        "resources_per_worker": {
+            "CPU": cluster.cpus_per_worker,
+            **({"GPU": 1} if cluster.use_gpu else {}),
+        },
+        "elastic_resize_monitor_interval_s": resize_interval_s,
+    }
+    options: dict[str, Any] = {
+        "train_loop_per_worker": _train_worker,
+        "train_loop_config": {"settings": settings},
+        "torch_config": ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
+        "scaling_config": ray.train.ScalingConfig(**scaling),
+        # A callable: evaluated again at each start of a worker group, so the stream begins where the
+        # newest checkpoint ends.
+        "datasets": {"train": partial(_stream_from_newest, config, settings.reporter)},
+        "dataset_config": stream_data_config(config.stream),
+        "run_config": ray.train.RunConfig(
+            # A fresh name each time, or Ray would restore its own idea of an earlier run.
+            name=f"pretrain-{uuid.uuid4().hex[:12]}",
+            storage_path=ray_notes,
+            failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+        ),
+    }
+    if is_elastic:
+        actors = (config.stream.min_actors, config.stream.actor_cpus)
+        return ElasticTrainer(
+            sizes=sizes, data_actors=actors, stop_flag=settings.stop_flag, **options
+        )
+    return ray.train.torch.TorchTrainer(**options)
+
+
 def _require_fitting_cluster(config: PretrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever, or each machine would write files of its own."""
-    workers, actors = config.cluster.num_workers, config.stream.min_actors
-    need = {"CPU": config.reserved_cpus(actors)}
+    workers, actors = config.worker_counts[0], config.stream.min_actors
+    need = {"CPU": config.reserved_cpus(actors, workers)}
     if config.cluster.use_gpu:
         need["GPU"] = workers
     require_resources(need, f"{workers} workers and {actors} data actors")
@@ -361,49 +415,6 @@ def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
     )
 
 
-class _StopFlag:
-    """The actor through which a signal to the driver reaches the workers."""
-
-    def __init__(self) -> None:
-        self._is_set = False
-
-    def set(self) -> None:
-        self._is_set = True
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-
-@contextlib.contextmanager
-def _stop_on_sigterm() -> Iterator[Any]:
-    """A stop flag that SIGTERM sets, within the body, if this is the main thread; Ray's own handler would just exit."""
-    # Its node may be lost: then it starts anew elsewhere, and no worker fails because of it.
-    options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
-    flag: Any = options(_StopFlag).remote()
-    asked, over = threading.Event(), threading.Event()
-
-    def forward() -> None:
-        asked.wait()
-        if not over.is_set():
-            logger.warning("SIGTERM: committing the current step, then stopping")
-        while not over.is_set():
-            flag.set.remote()
-            over.wait(_STOP_REPEAT_S)  # said again: a flag that was started anew has forgotten it
-
-    # From a thread: a signal handler runs inside whatever call of Ray the main thread is in.
-    threading.Thread(target=forward, name="stop-on-sigterm", daemon=True).start()
-    is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if is_main else None
-    try:
-        yield flag
-    finally:
-        over.set()
-        asked.set()
-        if is_main:
-            signal.signal(signal.SIGTERM, previous)
-        ray.kill(flag)
-
-
 # --------------------------------------------------------------------------------------------------- the workers
 
 
@@ -415,14 +426,18 @@ def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     ranks = current_ranks(use_gpu=config.cluster.use_gpu, local_rank=context.get_local_rank())
     settings.reporter.forward_logs(prefix=f"[rank {ranks.rank}] ")
+    should_stop = StopPoll(settings.stop_flag) if ranks.is_first else None
     try:
-        result = _fit_rank(settings, ranks)
+        result = _fit_rank(settings, ranks, should_stop)
     except _FINAL_ERRORS as error:
-        return _Outcome(step=0, stopped=False, error=error)
-    return _Outcome(step=result.step, stopped=result.stopped)
+        return _Outcome(step=0, world_size=ranks.world_size, error=error)
+    reason: StopReason = should_stop.reason if should_stop is not None and result.stopped else ""
+    return _Outcome(step=result.step, world_size=ranks.world_size, stopped_by=reason)
 
 
-def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
+def _fit_rank(
+    settings: _WorkerSettings, ranks: Ranks, should_stop: Callable[[], bool] | None
+) -> FitResult:
     config = settings.config
     learner = build_learner(
         config.model,
@@ -441,6 +456,10 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
         world_size=ranks.world_size,
     )
     first = next(steps)
+    is_new_try = first.step > settings.start_step
+    if ranks.is_first and is_new_try:
+        # Shown to the user: time was lost, perhaps also workers.
+        logger.warning("continuing at step %d with %d workers", first.step, ranks.world_size)
     if first.step > 0:
         restore_training_state(learner.model, learner.optimizer, config.out, first.step, ranks)
     if ranks.is_first:
@@ -461,7 +480,7 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
     trace: contextlib.AbstractContextManager[Callable[[], None] | None] = (
         trace_steps(config.out, first.step, ranks.device) if traced else contextlib.nullcontext()
     )
-    tracker = _start_tracker(settings, ranks, is_new_try=first.step > settings.start_step)
+    tracker = _start_tracker(settings, ranks, is_new_try=is_new_try)
     try:
         with trace as after_step:
             return fit(
@@ -471,7 +490,7 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks) -> FitResult:
                 checkpoints=checkpoints,
                 validate=validate,
                 report=partial(_report, settings, tracker) if ranks.is_first else None,
-                should_stop=_poll(settings.stop_flag) if ranks.is_first else None,
+                should_stop=should_stop,
                 after_step=after_step,
                 on_anomaly=partial(_keep_anomaly, config.out) if ranks.is_first else None,
                 skipped_before=_skipped_before(config, first.step, ranks),
@@ -528,21 +547,3 @@ def _report(settings: _WorkerSettings, tracker: Tracker, record: Record) -> None
             **{name: record[name] for name in shown if name in record},
         }
     )
-
-
-def _poll(stop_flag: Any) -> Callable[[], bool]:
-    """A function that says whether a stop was asked for, and never waits for the answer."""
-    pending = stop_flag.is_set.remote()
-    is_set = False
-
-    def should_stop() -> bool:
-        nonlocal pending, is_set
-        ready, _ = ray.wait([pending], timeout=0)
-        if ready and not is_set:
-            # A flag that is lost, for now or for good, asks for nothing.
-            with contextlib.suppress(ray.exceptions.RayActorError):
-                is_set = ray.get(pending)
-            pending = stop_flag.is_set.remote()
-        return is_set
-
-    return should_stop

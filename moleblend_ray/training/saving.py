@@ -103,12 +103,12 @@ class CheckpointWriter:
         """Wait for the save under way. If the newest save failed that is raised, unless another error is on its way."""
         try:
             if kind is None:
-                self._wait()
+                self.wait()
                 if self._failure is not None:
                     raise self._failure
             else:
                 with contextlib.suppress(CheckpointError):
-                    self._wait()
+                    self.wait()
         finally:
             self._thread.shutdown()
             if self._stager is not None:
@@ -129,18 +129,18 @@ class CheckpointWriter:
         whose failure is a warning, or raised on all ranks if more than ``checkpoint.max_failed_saves`` in a row failed.
         """
         began_s = time.perf_counter()
-        self._wait()
+        self.wait()
         self._tolerate_failure()
         self._unsaved += records
         snapshot = state if self._stager is None else self._stager.stage(state)
         waited_s = time.perf_counter() - began_s
         self._pending = self._thread.submit(self._save, step, snapshot, waited_s)
         if self._stager is None:
-            self._wait()
+            self.wait()
             self._tolerate_failure()
 
-    def _wait(self) -> None:
-        """Until the save under way is over, and note how it ended."""
+    def wait(self) -> None:
+        """Until the save under way is over; how it ended is said at the next commit."""
         pending, self._pending = self._pending, None
         if pending is None:
             return

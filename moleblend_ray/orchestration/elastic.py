@@ -1,0 +1,150 @@
+"""Training with as many workers as the cluster has room for.
+
+Ray Train's own elastic policy takes any number of workers between two bounds, may leave no CPU to the data actors, and
+kills a healthy group in order to start a larger one. Here a number must divide the streams of the data order, so that the global
+batches stay the same, the data actors keep their CPUs, and a group is asked to commit its step and leave before a larger
+one starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import ray
+import ray._private.state
+import ray.train.torch
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from moleblend_ray.orchestration.stopping import StopFlag
+
+logger = logging.getLogger(__name__)
+
+_REMIND_S: Final = 60.0
+_LOOKS_TO_ASK: Final = 2
+_LOOKS_TO_FORCE: Final = 4
+
+
+class GracefulElasticPolicy(ElasticScalingPolicy):
+    """Starts the largest group of the allowed sizes that fits, and resizes it through the stop flag. Runs in Ray Train's
+    controller."""
+
+    def __init__(
+        self,
+        scaling_config: Any,
+        sizes: tuple[int, ...],
+        data_actors: tuple[int, float],
+        stop_flag: StopFlag,
+    ) -> None:
+        super().__init__(scaling_config)
+        self._sizes = sizes
+        self._data_actors = data_actors
+        self._stop_flag = stop_flag
+        self._wanted = 0
+        self._looks = 0
+        self._reminded_s = time.monotonic()
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        # Ray's count knows what other jobs hold; ours leaves room for the data actors.
+        leaving = ray._private.state.state.get_draining_nodes()
+        nodes = [
+            node["Resources"]
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"] and node["NodeID"] not in leaving
+        ]
+        worker = self.scaling_config._resources_per_worker_not_none
+        room = count_workers(nodes, worker, self._sizes, *self._data_actors)
+        possible = min(room, super()._count_possible_workers(reserved_resources))
+        return max((size for size in self._sizes if size <= possible), default=0)
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Start what fits, or wait and say so."""
+        decision = super().make_decision_for_non_running_worker_group()
+        waits = isinstance(decision, NoopDecision)
+        if waits and time.monotonic() - self._reminded_s > _REMIND_S:
+            self._reminded_s = time.monotonic()
+            logger.warning(
+                "waiting for room in the cluster for %d workers and %d data actors",
+                self._sizes[0],
+                self._data_actors[0],
+            )
+        return decision
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> ScalingDecision:
+        """Another size sets the stop flag if two looks agree on it. A group without room is resized at once after two more."""
+        latest = self._latest_monitor_time
+        decision = super().make_decision_for_running_worker_group(
+            worker_group_state, worker_group_status
+        )
+        if not isinstance(decision, ResizeDecision):
+            if self._latest_monitor_time != latest:  # it looked, and all is as it was
+                self._looks = 0
+            return decision
+        self._looks = self._looks + 1 if decision.num_workers == self._wanted else 1
+        self._wanted = decision.num_workers
+        # Nodes that come and go are not worth a restart.
+        if self._looks >= _LOOKS_TO_ASK:
+            self._stop_flag.ask("resize")
+        # Workers that took the place of the data actors wait for data, and will not come to the end of a step.
+        is_starving = self._wanted < worker_group_state.num_workers
+        if is_starving and self._looks >= _LOOKS_TO_FORCE:
+            self._looks = 0
+            self._stop_flag.ask("")
+            logger.warning(
+                "no room for %d workers beside the data actors: starting anew with %d",
+                worker_group_state.num_workers,
+                self._wanted,
+            )
+            return decision
+        return NoopDecision()
+
+
+def count_workers(
+    nodes: Sequence[Mapping[str, float]],
+    worker: Mapping[str, float],
+    sizes: Sequence[int],
+    num_actors: int,
+    actor_cpus: float,
+) -> int:
+    """The largest of ``sizes`` (ascending) for which ``nodes`` (resource -> amount) have room besides the data actors; 0 if none.
+
+    A worker must fit on one node; of the actors only the sum of CPUs is looked at.
+    """
+    slots = sum(
+        min(int(node.get(name, 0.0) // amount) for name, amount in worker.items() if amount > 0)
+        for node in nodes
+    )
+    cpus = sum(node.get("CPU", 0.0) for node in nodes) - num_actors * actor_cpus
+    by_cpus = int(cpus // worker["CPU"])
+    return max((size for size in sizes if size <= min(slots, by_cpus)), default=0)
+
+
+class ElasticTrainer(ray.train.torch.TorchTrainer):
+    """TorchTrainer under a :class:`GracefulElasticPolicy`."""
+
+    def __init__(
+        self,
+        *,
+        sizes: tuple[int, ...],
+        data_actors: tuple[int, float],
+        stop_flag: StopFlag,
+        **options: Any,
+    ) -> None:
+        """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of one."""
+        super().__init__(**options)
+        self._policy_arguments = (sizes, data_actors, stop_flag)
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        options["scaling_policy"] = GracefulElasticPolicy(
+            self.scaling_config, *self._policy_arguments
+        )
+        return super()._initialize_and_run_controller(**options)  # type: ignore[misc]

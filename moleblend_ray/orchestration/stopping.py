@@ -1,0 +1,119 @@
+"""Asking the workers to commit the step they are at and leave: SIGTERM, a node about to go, room for more workers.
+
+Only rank 0 is asked, between two steps, and the others hear of it with the step's sums: so all of them stop after the same
+step, and nothing that was computed is lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Final, Literal
+
+import ray
+import ray.exceptions
+from ray.train.v2._internal.execution.context import get_train_context
+
+logger = logging.getLogger(__name__)
+
+_REPEAT_S: Final = 2.0
+
+StopReason = Literal["", "sigterm", "resize", "drain"]
+"""Why the workers leave; "" if they were not asked to. All but "sigterm" are followed by a new start."""
+
+
+class _StopFlag:
+    """The actor through which a stop is asked for."""
+
+    def __init__(self) -> None:
+        self._reason: StopReason = ""
+
+    def ask(self, reason: StopReason) -> None:
+        """Ask for a stop; SIGTERM is not taken back by a weaker reason."""
+        if self._reason != "sigterm":
+            self._reason = reason
+
+    def reason(self) -> StopReason:
+        return self._reason
+
+
+class StopFlag:
+    """Handle of the flag, for the driver, the controller and the workers."""
+
+    def __init__(self) -> None:
+        # Its node may be lost: then it starts anew elsewhere, and no worker fails because of it.
+        options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        self._actor: Any = options(_StopFlag).remote()
+
+    def ask(self, reason: StopReason) -> None:
+        """Ask the workers to leave; "" takes a question back, other than that of SIGTERM. Does not wait."""
+        self._actor.ask.remote(reason)
+
+    def pending_reason(self) -> Any:
+        """Reference to the reason, to be fetched when it is there."""
+        return self._actor.reason.remote()
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm() -> Iterator[StopFlag]:
+    """A stop flag that SIGTERM sets, within the body, if this is the main thread; Ray's own handler would just exit."""
+    flag = StopFlag()
+    asked, over = threading.Event(), threading.Event()
+
+    def forward() -> None:
+        asked.wait()
+        if not over.is_set():
+            logger.warning("SIGTERM: committing the current step, then stopping")
+        while not over.is_set():
+            flag.ask("sigterm")
+            over.wait(_REPEAT_S)  # said again: a flag that was started anew has forgotten it
+
+    # From a thread: a signal handler runs inside whatever call of Ray the main thread is in.
+    threading.Thread(target=forward, name="stop-on-sigterm", daemon=True).start()
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set()) if is_main else None
+    try:
+        yield flag
+    finally:
+        over.set()
+        asked.set()
+        if is_main:
+            signal.signal(signal.SIGTERM, previous)
+        flag.close()
+
+
+class StopPoll:
+    """Rank 0's look at the flag and at notices about nodes, once a step; it never waits for the answer."""
+
+    def __init__(self, flag: StopFlag) -> None:
+        self._flag = flag
+        self._pending = flag.pending_reason()
+        self.reason: StopReason = ""
+        """Why the workers were asked to leave, so far."""
+
+    def __call__(self) -> bool:
+        """Whether they were."""
+        if not self.reason and _is_draining():
+            self.reason = "drain"
+        ready, _ = ray.wait([self._pending], timeout=0)
+        if ready and self.reason in ("", "resize"):
+            # A flag that is lost, for now or for good, asks for nothing.
+            with contextlib.suppress(ray.exceptions.RayActorError):
+                self.reason = ray.get(self._pending) or self.reason
+            self._pending = self._flag.pending_reason()
+        return bool(self.reason)
+
+
+def _is_draining() -> bool:
+    """Whether Ray was told that the node of a worker will be taken away.
+
+    `ray.train.get_preemption_info` says the same, but is a barrier of all workers through an actor, too slow for each step.
+    """
+    return get_train_context().preemption_context.preemption_info is not None

@@ -1,0 +1,137 @@
+"""A run on a cluster that loses nodes and gets new ones; a process of its own, because the cluster is.
+
+    python elastic_run.py DATA OUT
+
+The nodes of a worker: one is told to drain, a new one comes, then one dies. Prints one JSON line: the summary, and the world
+size that wrote each checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.orchestration.pretrain import pretrain
+from moleblend_ray.training.commits import committed_steps, read_commit
+from moleblend_ray.training.config import (
+    CheckpointConfig,
+    OptimConfig,
+    TrackingConfig,
+    TrainConfig,
+)
+
+NUM_STEPS = 160
+EVERY = 5
+LIMIT_S = 120.0
+
+
+def settings(data: str, out: str) -> PretrainConfig:
+    """Steps of about a fifth of a second, so that nodes can come and go during the run."""
+    return PretrainConfig(
+        data=data,
+        out=out,
+        seed=5,
+        order=OrderConfig(global_batch_size=64, num_streams=4, shuffle_window=64, chunk_rows=32),
+        stream=StreamConfig(
+            micro_batch_size=16, steps_per_block=4, min_actors=1, max_actors=1, actor_cpus=1
+        ),
+        model=ModelConfig(
+            num_layers=4,
+            dim=128,
+            ffn_dim=256,
+            num_heads=4,
+            num_kernels=16,
+            pair_dim=8,
+            dropout=0.0,
+            attention_dropout=0.0,
+            activation_dropout=0.0,
+            drop_path=0.0,
+        ),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=20),
+        train=TrainConfig(num_steps=NUM_STEPS, validate_every=0, max_failures=3),
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=1000),
+        tracking=TrackingConfig(mode="disabled"),
+        cluster=ClusterConfig(num_workers=2, min_workers=1, resize_interval_s=1.0),
+    )
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SystemExit(f"not in time: {what}")
+        time.sleep(0.1)
+
+
+def world_sizes(out: str) -> dict[int, int]:
+    """Step of each checkpoint -> ranks that wrote it."""
+    return {step: read_commit(out, step).world_size for step in sorted(committed_steps(out))}
+
+
+def writers(out: str) -> list[int]:
+    """World sizes of the checkpoints so far, in order, each change once."""
+    return [size for size, _ in groupby(world_sizes(out).values())]
+
+
+def drain(node_id: str, seconds: float) -> None:
+    """Tell Ray that the node will be taken away, as an autoscaler does when a spot instance gets its notice."""
+    from ray._raylet import GcsClient
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    deadline_ms = int((time.time() + seconds) * 1000)
+    accepted, reason = client.drain_node(node_id, 2, "spot instance", deadline_ms)
+    if not accepted:
+        raise SystemExit(f"the node refuses to drain: {reason}")
+
+
+def has_worker(node: Any) -> bool:
+    """Whether a training worker runs on the node."""
+    import psutil  # Ray brings its own copy
+
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any("TrainWorker" in " ".join(child.cmdline()) for child in raylet.children())
+
+
+def main(data: str, out: str) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+    summaries: list[Any] = []
+    # Nodes must be started in the main thread (it sets signal handlers), so the run is in another.
+    run = threading.Thread(
+        target=lambda: summaries.append(pretrain(settings(data, out))), daemon=True
+    )
+    run.start()
+    wait_until(lambda: writers(out) == [2], "a checkpoint of two workers")
+    # Head and nodes have one CPU each, for two workers and the data actor: one node at least has a worker.
+    draining = next(node for node in nodes if has_worker(node))
+    drain(draining.node_id, seconds=600.0)
+    wait_until(lambda: writers(out) == [2, 1], "a checkpoint of one worker")
+    nodes.append(cluster.add_node(num_cpus=1))
+    wait_until(lambda: writers(out) == [2, 1, 2], "a checkpoint of two workers again")
+    nodes.remove(draining)
+    cluster.remove_node(next(node for node in nodes if has_worker(node)), allow_graceful=False)
+    run.join(LIMIT_S)
+    (summary,) = summaries
+    ray.shutdown()
+    cluster.shutdown()
+    # Ray prints what it has to say about lost nodes until its end.
+    print(json.dumps({"summary": asdict(summary), "world_sizes": world_sizes(out)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,154 @@
+"""Workers that come and go with their nodes: no step is lost or different."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import elastic_run
+import pytest
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from synthetic import write_dataset
+
+from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.orchestration import elastic
+from moleblend_ray.orchestration.elastic import GracefulElasticPolicy, count_workers
+from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.loop import build_learner, fit
+from moleblend_ray.training.metrics import Record, read_records
+
+TIMEOUT_S = 400
+
+
+def undisturbed(data: str, num_steps: int) -> list[Record]:
+    """The records of the same run in this process, without Ray."""
+    config = elastic_run.settings(data, "unused")
+    learner = build_learner(
+        config.model,
+        train=config.train,
+        optim=config.optim,
+        blend=config.blend,
+        loss=config.loss,
+        seed=config.seed,
+        ranks=Ranks(),
+    )
+    steps = local_step_batches(
+        data, config.order, config.stream, first_step=0, num_steps=config.train.num_steps
+    )
+    records: list[Record] = []
+    fit(learner, iter(steps), report=records.append)
+    return records[:num_steps]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -> None:
+    data, out = (f"file://{tmp_path}/{name}" for name in ("data", "run"))
+    write_dataset(data, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
+    program = Path(elastic_run.__file__)
+    done = subprocess.run(
+        [sys.executable, str(program), data, out],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["summary"]["finished"]
+    assert found["summary"]["steps"] == elastic_run.NUM_STEPS
+    sizes = found["world_sizes"]
+    assert [size for size, _ in groupby(sizes.values())] == [2, 1, 2, 1]
+    records = read_records(out)
+    expected = undisturbed(data, elastic_run.NUM_STEPS)
+    assert [record["step"] for record in records] == list(range(elastic_run.NUM_STEPS))
+    for ours, theirs in zip(records, expected, strict=True):
+        assert ours["molecules_checksum"] == theirs["molecules_checksum"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), ours["step"]
+
+
+GPU_NODE = {"CPU": 8.0, "GPU": 4.0}
+GPU_WORKER = {"CPU": 2.0, "GPU": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "worker", "actors", "expected"),
+    [
+        ([GPU_NODE, GPU_NODE, {"CPU": 4.0}], GPU_WORKER, (4, 1.0), 8),
+        # Three CPUs less than all workers and actors need.
+        ([GPU_NODE, GPU_NODE, {"CPU": 1.0}], GPU_WORKER, (4, 1.0), 4),
+        # Seven GPUs are there, of which four divide the streams.
+        ([GPU_NODE, {"CPU": 32.0, "GPU": 3.0}], GPU_WORKER, (4, 1.0), 4),
+        ([{"CPU": 1.0}] * 3, {"CPU": 1.0}, (1, 1.0), 2),
+        ([{"CPU": 1.0}] * 2, {"CPU": 1.0}, (1, 1.0), 1),
+        ([{"CPU": 1.0}], {"CPU": 1.0}, (1, 1.0), 0),
+        # A worker must fit on one node.
+        ([{"CPU": 1.0}] * 8, {"CPU": 2.0}, (1, 1.0), 0),
+        ([], {"CPU": 1.0}, (1, 1.0), 0),
+    ],
+)
+def test_as_many_workers_start_as_leave_room_for_the_data_actors(
+    nodes: Any, worker: Any, actors: tuple[int, float], expected: int
+) -> None:
+    assert count_workers(nodes, worker, (1, 2, 4, 8), *actors) == expected
+
+
+class Flag:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def ask(self, reason: str) -> None:
+        self.asked.append(reason)
+
+
+class Group:
+    num_workers = 2
+
+
+def policy_that_sees(monkeypatch: pytest.MonkeyPatch, sizes: list[int], flag: Flag) -> list[Any]:
+    """The policy's decisions for a running group of two workers while the room is for ``sizes``, look after look."""
+    policy = GracefulElasticPolicy(
+        None,
+        (1, 2, 4),
+        (1, 1.0),
+        flag,  # type: ignore[arg-type]
+    )
+    looks = iter(sizes)
+
+    def look(self: Any, state: Any, status: Any) -> Any:
+        self._latest_monitor_time += 1.0
+        size = next(looks)
+        return ResizeDecision(size, {}) if size != state.num_workers else NoopDecision()
+
+    monkeypatch.setattr(
+        elastic.ElasticScalingPolicy, "make_decision_for_running_worker_group", look
+    )
+    policy._latest_monitor_time = 0.0
+    return [policy.make_decision_for_running_worker_group(Group, None) for _ in sizes]
+
+
+def test_room_for_more_workers_asks_the_running_ones_to_leave_only_if_it_lasts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flag = Flag()
+    decisions = policy_that_sees(monkeypatch, [4, 2, 4, 2, 2, 4], flag)
+    assert flag.asked == []
+    decisions += policy_that_sees(monkeypatch, [4, 4], flag)
+    assert flag.asked == ["resize"]
+    assert all(isinstance(decision, NoopDecision) for decision in decisions)
+
+
+def test_workers_that_took_the_place_of_the_data_actors_are_resized_though_they_do_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flag = Flag()
+    *before, last = policy_that_sees(monkeypatch, [1, 1, 1, 1], flag)
+    assert all(isinstance(decision, NoopDecision) for decision in before)
+    assert isinstance(last, ResizeDecision)
+    assert last.num_workers == 1
+    assert flag.asked[0] == "resize"
+    assert flag.asked[-1] == ""  # the new group must not leave at once
