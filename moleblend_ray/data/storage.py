@@ -86,6 +86,11 @@ def is_local(uri: str) -> bool:
     return _protocol(uri) == "file"
 
 
+def local_path(uri: str) -> Path:
+    """The path of a URI for which :func:`is_local` holds."""
+    return Path(_resolve(uri)[1])
+
+
 def join(uri: str, *parts: str) -> str:
     """The URI of ``parts`` below ``uri``, with single slashes between."""
     pieces = [uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)]

@@ -271,10 +271,10 @@ def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     run = str(tmp_path)
     train(run, num_steps=2)
 
-    def refuse(local_path: Path, uri: str) -> None:
-        raise StorageError(f"Cannot write {uri}: the disk is full")
+    def refuse(path: Path, folder: str) -> None:
+        raise StorageError(f"Cannot write {folder}: the disk is full")
 
-    monkeypatch.setattr(saving.storage, "upload", refuse)
+    monkeypatch.setattr(saving, "_place_file", refuse)
     learner = toy.learner(num_steps=4)
     with pytest.raises(CheckpointError, match="the disk is full"):
         fit(learner, toy.steps(start=2), start_step=2, checkpoints=writer(run, start=2))
@@ -286,10 +286,10 @@ def test_a_failed_upload_commits_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_full_local_disk_is_an_error_on_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(local_path: Path, uri: str) -> None:
+    def refuse(path: Path, folder: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.storage, "upload", refuse)
+    monkeypatch.setattr(saving, "_place_file", refuse)
     # What a rank raises by itself leaves the others waiting; a CheckpointError was agreed on.
     with pytest.raises(CheckpointError, match="No space left on device"):
         train(str(tmp_path), num_steps=2)

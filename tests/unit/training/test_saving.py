@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,10 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, StorageError, TrainingError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state, training_state
-from moleblend_ray.training.commits import committed_steps, latest_committed
+from moleblend_ray.training.commits import CommittedFile, committed_steps, latest_committed
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Learner, fit
@@ -46,37 +46,38 @@ def change_in_place(learner: Learner) -> None:
 
 
 class Gate:
-    """Uploads wait at it until it is opened."""
+    """Files wait at it, before they are in their place, until it is opened."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.reached, self.opened = threading.Event(), threading.Event()
         self.concurrent = self.most = 0
-        upload, lock = storage.upload, threading.Lock()
+        place, lock = saving._place_file, threading.Lock()
 
-        def wait_and_upload(local_path: str | Path, uri: str) -> None:
+        def wait_and_place(path: Path, folder: str) -> CommittedFile:
             with lock:
                 self.concurrent += 1
                 self.most = max(self.most, self.concurrent)
             self.reached.set()
             assert self.opened.wait(LIMIT_S)
-            upload(local_path, uri)
+            placed = place(path, folder)
             with lock:
                 self.concurrent -= 1
+            return placed
 
-        monkeypatch.setattr(saving.storage, "upload", wait_and_upload)
+        monkeypatch.setattr(saving, "_place_file", wait_and_place)
 
 
-def fail_uploads(
+def fail_saves(
     monkeypatch: pytest.MonkeyPatch, is_failing: Callable[[str], bool], error: Exception
 ) -> None:
-    upload = storage.upload
+    place = saving._place_file
 
-    def maybe(local_path: str | Path, uri: str) -> None:
-        if is_failing(uri):
+    def maybe(path: Path, folder: str) -> CommittedFile:
+        if is_failing(folder):
             raise error
-        upload(local_path, uri)
+        return place(path, folder)
 
-    monkeypatch.setattr(saving.storage, "upload", maybe)
+    monkeypatch.setattr(saving, "_place_file", maybe)
 
 
 def test_training_goes_on_while_the_state_of_the_commit_is_written(
@@ -157,7 +158,7 @@ def test_a_save_that_fails_is_a_warning_and_its_steps_come_with_the_next(
     asynchronous: bool,
     error: Exception,
 ) -> None:
-    fail_uploads(monkeypatch, lambda uri: "step-00000004" in uri, error)
+    fail_saves(monkeypatch, lambda folder: "step-00000004" in folder, error)
     with caplog.at_level(logging.WARNING):
         fit(
             toy.learner(num_steps=8),
@@ -175,7 +176,7 @@ def test_a_save_that_fails_is_a_warning_and_its_steps_come_with_the_next(
 def test_one_failing_save_too_many_ends_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    fail_uploads(monkeypatch, lambda uri: "step-00000002" not in uri, StorageError("gone"))
+    fail_saves(monkeypatch, lambda folder: "step-00000002" not in folder, StorageError("gone"))
     reported: list[int] = []
     with pytest.raises(CheckpointError, match="save 3 in a row"):
         fit(
@@ -193,7 +194,7 @@ def test_one_failing_save_too_many_ends_training(
 def test_the_last_save_must_not_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
-    fail_uploads(monkeypatch, lambda uri: "step-00000004" in uri, StorageError("gone"))
+    fail_saves(monkeypatch, lambda folder: "step-00000004" in folder, StorageError("gone"))
     with pytest.raises(CheckpointError, match="gone"):
         fit(
             toy.learner(num_steps=4),
@@ -204,8 +205,9 @@ def test_the_last_save_must_not_fail(
 
 
 def test_shards_that_find_no_local_space_are_an_error_of_that_save_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    run = f"memory://{uuid.uuid4().hex}/run"  # not on a disk: shards go through a local folder
     failing = iter([True, False, False])
     make = saving.tempfile.mkdtemp
 
@@ -215,6 +217,7 @@ def test_shards_that_find_no_local_space_are_an_error_of_that_save_alone(
         return make(prefix=prefix)
 
     monkeypatch.setattr(saving.tempfile, "mkdtemp", refuse_once)
-    fit(toy.learner(num_steps=6), toy.steps(), checkpoints=writer(tmp_path))
-    assert committed_steps(str(tmp_path)) == [6, 4]
-    assert [record["step"] for record in read_records(str(tmp_path))] == list(range(6))
+    fit(toy.learner(num_steps=6), toy.steps(), checkpoints=writer(run))
+    assert committed_steps(run) == [6, 4]
+    assert latest_committed(run, verify_content=True) is not None
+    assert [record["step"] for record in read_records(run)] == list(range(6))
