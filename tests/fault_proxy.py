@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,10 +50,14 @@ class ProxyProgram:
 
 
 class FaultProxy:
-    """``with FaultProxy(upstream, rate=0.3, seed=7) as proxy``: ``proxy.url`` fails so often."""
+    """``with FaultProxy(upstream, rate=0.3, seed=7) as proxy``: ``proxy.url`` fails so often.
+
+    ``rate``, and ``delay_s`` before every request, may be changed while it runs.
+    """
 
     def __init__(self, upstream: str, *, rate: float, seed: int) -> None:
         self.upstream, self.rate = urlsplit(upstream), rate
+        self.delay_s = 0.0
         self.counts: Counter[str] = Counter()
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -92,6 +97,7 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
         def handle_one(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             fault = proxy.draw()
+            time.sleep(proxy.delay_s)
             self.close_connection = True
             if fault == "reset":
                 return

@@ -20,7 +20,7 @@ RETRY_VARIABLE: Final = "MOLEBLEND_STORAGE_RETRY_S"
 TIMEOUT_VARIABLE: Final = "MOLEBLEND_STORAGE_TIMEOUT_S"
 """Environment variable: seconds without a byte after which a connection counts as dead."""
 
-_DEFAULT_RETRY_S: Final = 120.0
+_DEFAULT_RETRY_S: Final = 180.0
 _DEFAULT_TIMEOUT_S: Final = 60.0
 _FIRST_WAIT_S: Final = 0.2
 _LONGEST_WAIT_S: Final = 15.0

@@ -100,6 +100,10 @@ _FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
 """Raised on all ranks together, and again by every new try."""
 
 
+class WorkersLostError(TrainingError):
+    """Workers failed more often than ``train.max_failures`` allows."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainSummary:
     """What a call of :func:`pretrain` found or did."""
@@ -296,28 +300,37 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
 
 
 def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
-    """One worker group after the other, as long as they leave only because the nodes change."""
+    """One trainer after the other, as long as workers leave because nodes change, or fail after new checkpoints."""
     cluster = settings.config.cluster
     interval_s = cluster.resize_interval_s
     environment = _TRAIN_SETTINGS | (_ELASTIC_SETTINGS if cluster.min_workers else {})
     while True:
-        with environment_defaults(environment):
-            outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
+        begin = _newest_step(settings.config.out)
+        try:
+            with environment_defaults(environment):
+                outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
+        except WorkersLostError as error:
+            # A long run on many machines loses some of them many times; what counts is whether it gets on.
+            if _newest_step(settings.config.out) <= begin:
+                raise
+            logger.warning("%s Training got on since the first of them: starting anew", error)
+            continue
         if outcome.stopped_by not in ("drain", "resize"):
             return outcome
-        what = (
+        why = (
             "a node is going" if outcome.stopped_by == "drain" else "there is room for more workers"
         )
         logger.info(
-            "%s: %d workers committed step %d; starting anew",
-            what,
-            outcome.world_size,
-            outcome.step,
+            "%s: %d workers committed step %d and start anew", why, outcome.world_size, outcome.step
         )
         settings.stop_flag.ask("")
         if outcome.stopped_by == "resize":
             # Room that others take again and again must not keep a run busy with restarts.
             interval_s *= 2
+
+
+def _newest_step(run_uri: str) -> int:
+    return max(committed_steps(run_uri), default=0)
 
 
 def _new_trainer(
@@ -378,7 +391,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> _Outcome:
             f"worker {rank}: {_root_cause(failure)}"
             for rank, failure in sorted(error.worker_failures.items())
         )
-        raise TrainingError(
+        raise WorkersLostError(
             f"the workers failed more often than train.max_failures allows. The last failure: {failures}. "
             "What is committed is kept: the same command continues from it."
         ) from error

@@ -103,8 +103,9 @@ class TrainConfig:
     molecules written to `anomalies/` under the run; null: no look-out for them."""
 
     max_failures: int = 3
-    """Losses of workers (killed, out of memory, storage out of reach) after which the run ends with an error. After
-    each, all workers start again from the newest checkpoint. A loss that is not finite ends the run at once."""
+    """Losses of workers (killed, out of memory, storage out of reach) without a new checkpoint after which the run ends with an
+    error. After each, all workers start again from the newest checkpoint. A loss that is not finite ends the run at
+    once; nodes that announce that they go do not count."""
 
     validate_every: int = 1000
     """Steps between validations (one more at the end); 0 for none."""
