@@ -1,6 +1,6 @@
 """One pretraining run through a seeded schedule of faults, compared with the same run left alone.
 
-    python benchmarks/chaos.py [--faults 24] [--seed 0] [--molecules 3000]
+    python benchmarks/chaos.py [--faults 24] [--seed 0] [--molecules 3000] [--kinds worker_kill ...] [--log FILE]
 
 The cluster is a head and two nodes on this machine, the object store an S3 server behind a proxy that fails on demand (moto's, or the one
 of ``AWS_ENDPOINT_URL``). The run is ``moleblend pretrain`` with the tiny preset, FSDP on one or two workers, elastic. Faults: a worker, a data actor or
@@ -70,11 +70,13 @@ def main() -> None:
         write_dataset(data, arguments.molecules, shard_rows=500, max_conformers=2)
         num_steps = (arguments.faults + 2) * STEPS_A_FAULT
         say(f"undisturbed run of {num_steps} steps")
-        finish(start_driver(command(data, f"{bucket}/undisturbed", num_steps), folder, {}))
+        undisturbed = command(data, f"{bucket}/undisturbed", num_steps)
+        finish(start_driver(undisturbed, folder, arguments.log, {}))
         say("disturbed run")
-        chaos = Chaos(data, f"{bucket}/disturbed", num_steps, proxy, folder, arguments.seed)
+        out = f"{bucket}/disturbed"
+        chaos = Chaos(data, out, num_steps, proxy, folder, arguments.log, arguments.seed)
         with chaos.cluster():
-            faults = chaos.run(arguments.faults)
+            faults = chaos.run(arguments.faults, arguments.kinds)
         line = {
             "benchmark": "chaos",
             "seed": arguments.seed,
@@ -93,6 +95,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--molecules", type=int, default=3000)
+    parser.add_argument("--kinds", nargs="*", default=[], help="only faults of these kinds")
+    parser.add_argument("--log", default=os.devnull, help="file for what the runs print")
     return parser.parse_args()
 
 
@@ -153,15 +157,15 @@ def command(data: str, out: str, num_steps: int) -> list[str]:
 
 
 def start_driver(
-    arguments: list[str], folder: str, environment: dict[str, str]
+    arguments: list[str], folder: str, log: str, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-    with Path(folder, "driver.log").open("ab") as log:
+    with Path(log).open("ab") as screen:
         return subprocess.Popen(
             arguments,
             cwd=folder,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=log,
-            stderr=log,
+            stdout=screen,
+            stderr=screen,
         )
 
 
@@ -192,12 +196,14 @@ class Chaos:
         num_steps: int,
         proxy: FaultProxy,
         folder: str,
+        log: str,
         seed: int,
     ) -> None:
         self._out = out
         self._num_steps = num_steps
         self._proxy = proxy
         self._folder = folder
+        self._log = log
         self._random = random.Random(seed)
         self._command = command(data, out, num_steps)
         self._nodes: list[Any] = []
@@ -233,11 +239,13 @@ class Chaos:
             self._cluster.shutdown()
             os.environ["AWS_ENDPOINT_URL"] = endpoint
 
-    def run(self, count: int) -> list[Fault]:
-        """Train to the end through ``count`` faults, each kind in turn, in an order and at steps that the seed decides."""
+    def run(self, count: int, kinds: list[str]) -> list[Fault]:
+        """Train to the end through ``count`` faults, each kind (of ``kinds``, or of all) in turn, in an order and at steps
+        that the seed decides."""
+        chosen = kinds or list(self._kinds)
         order: list[str] = []
         while len(order) < count:
-            order += self._random.sample(list(self._kinds), len(self._kinds))
+            order += self._random.sample(chosen, len(chosen))
         self._start()
         self._wait_for_newer(0)
         faults = []
@@ -263,7 +271,7 @@ class Chaos:
         return fault
 
     def _start(self) -> None:
-        self._driver = start_driver(self._command, self._folder, self._environment)
+        self._driver = start_driver(self._command, self._folder, self._log, self._environment)
 
     def _newest(self) -> int:
         return max(committed_steps(self._out), default=0)
@@ -275,7 +283,7 @@ class Chaos:
             status = self._driver.poll()
             if status is not None:
                 if status not in (-signal.SIGKILL, STOPPED_STATUS):
-                    say(f"the driver ended by itself with status {status}: see {self._folder}")
+                    say(f"the driver ended by itself with status {status}; --log shows why")
                     return False
                 self._start()
             if time.monotonic() > deadline:

@@ -160,6 +160,9 @@ def stream_dataset(
         num_cpus=stream.actor_cpus,
     )
     context = dataset.context
+    # The trainer's controller makes the data set, on any node; a bar of its own would run across the driver's.
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
     # Each row becomes a block of its own; by default Ray would join the small rows of the plan.
     context.target_max_block_size = 1
     context.execution_options = _execution_options(stream)

@@ -7,13 +7,19 @@ function of the step, so a resumed run needs no scheduler state.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.distributed import sum_over_ranks
+
+_VECTOR: Final = 16
+"""Elements of the widest vector register (AVX-512, float32); a multiple of those of narrower ones and wider types."""
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -36,6 +42,110 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
         group["lr"] = value
 
 
+class CutInvariantAdamW(torch.optim.AdamW):
+    """AdamW whose update of an element does not depend on how its tensor is cut into shards.
+
+    The fused kernel for CPUs rounds the last elements of a tensor, those that fill no vector register, in another way than
+    the rest. Which these are changes with the number of workers, and training amplifies it. So tensors with such a rest are
+    updated as one long, padded vector.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+            super().step(closure)
+            return
+        for group in self.param_groups:
+            parts = [self._part(p) for p in group["params"] if p.grad is not None]
+            whole = [part for part in parts if part.is_whole]
+            # The kernel takes a step count for each tensor, and heads without targets are behind.
+            by_step: dict[float, list[_Part]] = {}
+            for part in parts:
+                if not part.is_whole:
+                    by_step.setdefault(float(part.step), []).append(part)
+            joined = [_join(together) for together in by_step.values()]
+            _update(group, [*whole, *joined])
+            for together, long in zip(by_step.values(), joined, strict=True):
+                _put_back(long, together)
+
+    def _part(self, parameter: nn.Parameter) -> _Part:
+        state = self.state[parameter]
+        assert parameter.grad is not None
+        return _Part(
+            parameter=_local(parameter),
+            gradient=_local(parameter.grad),
+            exp_avg=_local(state["exp_avg"]),
+            exp_avg_sq=_local(state["exp_avg_sq"]),
+            step=state["step"],
+            is_whole=math.prod(parameter.shape[1:]) % _VECTOR == 0 and parameter.ndim > 1,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Part:
+    """What the kernel needs of one tensor, or of this rank's shard of it."""
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+    is_whole: bool
+    """Rows fill vector registers, so every shard does: shards are made of rows."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local
+
+
+def _join(parts: list[_Part]) -> _Part:
+    """Copies of the tensors, one behind the other, padded to whole registers."""
+    rest = -sum(part.parameter.numel() for part in parts) % _VECTOR
+    joined = {
+        name: torch.cat(
+            [
+                *(getattr(part, name).flatten() for part in parts),
+                parts[0].parameter.new_zeros(rest),
+            ]
+        )
+        for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+    }
+    return _Part(**joined, step=parts[0].step.clone(), is_whole=True)
+
+
+def _put_back(joined: _Part, parts: list[_Part]) -> None:
+    sizes = [part.parameter.numel() for part in parts]
+    for name in ("parameter", "exp_avg", "exp_avg_sq"):
+        pieces = getattr(joined, name)[: sum(sizes)].split(sizes)
+        for part, piece in zip(parts, pieces, strict=True):
+            target = getattr(part, name)
+            target.copy_(piece.view_as(target))
+    for part in parts:
+        part.step.copy_(joined.step)
+
+
+def _update(group: dict[str, Any], parts: list[_Part]) -> None:
+    beta1, beta2 = group["betas"]
+    adamw(
+        [part.parameter for part in parts],
+        [part.gradient for part in parts],
+        [part.exp_avg for part in parts],
+        [part.exp_avg_sq for part in parts],
+        [],
+        [part.step for part in parts],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of ``model``, with its moments allocated at once.
 
@@ -44,7 +154,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     which tensors a checkpoint holds.
     """
     decayed, kept = split_by_decay(model)
-    optimizer = torch.optim.AdamW(
+    optimizer = CutInvariantAdamW(
         [
             {"params": decayed, "weight_decay": config.weight_decay},
             {"params": kept, "weight_decay": 0.0},
