@@ -7,7 +7,8 @@ of ``AWS_ENDPOINT_URL``). The run is ``moleblend pretrain`` with the tiny preset
 the driver killed; the driver told to stop; a node lost or told to drain, and a new one later; storage failing three requests of ten, slow, or away
 for 20 s; the newest checkpoint damaged while a worker dies. A driver that ended is started again with the same command.
 
-A fault is survived if a newer checkpoint is committed within two minutes, without any help but that. ``recovery_s`` is the time from a fault to
+A fault is survived if a newer checkpoint is committed within two minutes, without any help but that (after a notice to drain: by
+workers elsewhere). ``recovery_s`` is the time from a fault to
 the next checkpoint, three steps and their upload included. At the end the records of the run tell what each committed step consumed
 (``molecules_lost`` and ``molecules_repeated`` against the plan), and ``max_abs_weight_diff`` compares the exported weights with those of the
 undisturbed run. One JSON line comes last.
@@ -36,7 +37,7 @@ from ray.cluster_utils import Cluster
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.order import DataOrder, OrderConfig
-from moleblend_ray.training.commits import committed_steps, step_uri
+from moleblend_ray.training.commits import committed_steps, read_commit, step_uri
 from moleblend_ray.training.export import load_model
 from moleblend_ray.training.loop import molecules_checksum
 from moleblend_ray.training.metrics import Record, read_records
@@ -51,6 +52,8 @@ STEPS_A_FAULT = 12
 """Mean number of committed steps between the end of one fault and the next."""
 SURVIVED_WITHIN_S = 120.0
 AWAY_S = 20.0
+DISTURBED_S = 10.0
+"""Least time that storage fails or is slow; until the next checkpoint after it."""
 STOPPED_STATUS = 75
 
 Injection = Callable[[], Callable[[], None] | None]
@@ -316,12 +319,18 @@ class Chaos:
     def _drain_node(self) -> Callable[[], None]:
         from ray._raylet import GcsClient
 
-        node = self._random.choice(self._nodes)
+        node = self._random.choice([node for node in self._nodes if has_worker(node)])
         client = GcsClient(address=self._cluster.address)
         deadline_ms = int((time.time() + 60.0) * 1000)
         accepted, reason = client.drain_node(node.node_id, 2, "spot instance", deadline_ms)
         if not accepted:
             raise SystemExit(f"the node refuses to drain: {reason}")
+        leaving = read_commit(self._out, self._newest()).attempt
+        deadline = time.monotonic() + SURVIVED_WITHIN_S
+        while read_commit(self._out, self._newest()).attempt == leaving:
+            if time.monotonic() > deadline:
+                raise SystemExit("the workers stay on a node that drains")
+            time.sleep(0.1)
 
         def replace() -> None:
             self._nodes.remove(node)
@@ -352,6 +361,7 @@ class Chaos:
             self._proxy.rate = self._proxy.delay_s = 0.0
 
         self._proxy.rate, self._proxy.delay_s = rate, delay_s
+        time.sleep(DISTURBED_S)
         return heal
 
     def _storage_away(self) -> None:
@@ -369,6 +379,14 @@ class Chaos:
                 return found
             time.sleep(1.0)
         raise SystemExit(f"no process {name} is there")
+
+
+def has_worker(node: Any) -> bool:
+    """Whether a training worker runs on the node."""
+    import psutil  # Ray brings its own copy
+
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return any("TrainWorker" in title(child) for child in raylet.children())
 
 
 def title(process: Any) -> str:

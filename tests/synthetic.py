@@ -94,10 +94,16 @@ def write_dataset(
     max_atoms: int = 20,
     shard_rows: int = 300,
     row_group_rows: int = 64,
+    far_molecule: int | None = None,
 ) -> MoleculeBlock:
-    """Write a prepared data set with one split ``train`` at ``uri`` and return its molecules."""
+    """Write a prepared data set with one split ``train`` at ``uri`` and return its molecules.
+
+    The coordinates of ``far_molecule`` are so large that their distances overflow.
+    """
     rng = np.random.default_rng(seed)
     block = random_block(rng, num_molecules, max_atoms)
+    if far_molecule is not None:
+        block.positions[np.repeat(block.molecule_ids, block.num_atoms) == far_molecule] *= 1e30
     conformers = rng.integers(min(1, max_conformers), max_conformers + 1, num_molecules)
     table = shard_table(block, conformers)
     shards = []

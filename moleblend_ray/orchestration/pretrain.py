@@ -16,6 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -452,15 +453,6 @@ def _fit_rank(
     settings: _WorkerSettings, ranks: Ranks, should_stop: Callable[[], bool] | None
 ) -> FitResult:
     config = settings.config
-    learner = build_learner(
-        config.model,
-        train=config.train,
-        optim=config.optim,
-        blend=config.blend,
-        loss=config.loss,
-        seed=config.seed,
-        ranks=ranks,
-    )
     steps = shard_step_batches(
         ray.train.get_dataset_shard("train"),
         config.order,
@@ -468,7 +460,18 @@ def _fit_rank(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    first = next(steps)
+    with ThreadPoolExecutor(1) as early:
+        coming = early.submit(next, steps)  # the data actors take seconds to start
+        learner = build_learner(
+            config.model,
+            train=config.train,
+            optim=config.optim,
+            blend=config.blend,
+            loss=config.loss,
+            seed=config.seed,
+            ranks=ranks,
+        )
+        first = coming.result()
     is_new_try = first.step > settings.start_step
     if ranks.is_first and is_new_try:
         # Shown to the user: time was lost, perhaps also workers.

@@ -35,7 +35,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         fsdp_replicas=task.get("replicas", 1),
         compile=task.get("compile", False),
         on_non_finite=task.get("on_non_finite", "stop"),
-        num_steps=8,
+        num_steps=task.get("num_steps", 8),
         model=model,
         precision=task.get("precision", "fp32"),
         validate_every=2,

@@ -7,30 +7,30 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import ray
-import ray.exceptions
 from synthetic import write_dataset
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shards import MANIFEST_NAME, fingerprint, load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module
 from moleblend_ray.orchestration.pretrain import (
     PretrainSummary,
+    WorkersLostError,
     _open_run,
-    _poll,
+    _Outcome,
     _start_tracker,
+    _train_until_done,
     _WorkerSettings,
     pretrain,
     run_identity,
@@ -194,6 +194,87 @@ def test_a_run_of_four_workers_stopped_damaged_and_continued_by_one_takes_the_st
     assert_same_steps(read_records(run), undisturbed)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_skipped_steps_are_counted_and_kept_across_a_lost_worker(tmp_path: Path) -> None:
+    data, run = str(tmp_path / "data"), str(tmp_path / "run")
+    # So far away that distances overflow: not what `prepare` lets through, but what may be in a damaged world.
+    write_dataset(data, 300, shard_rows=60, row_group_rows=32, far_molecule=7)
+    config = settings(data, run)
+    train = replace(config.train, on_non_finite="skip", num_steps=40, validate_every=0)
+    config = replace(config, train=train, checkpoint=CheckpointConfig(every_steps=2))
+    order = DataOrder(300, config.order)
+    bad = [step for step in range(40) if 7 in order.global_batch(step)]
+    assert len(bad) >= 2
+    # Killed after the first of them: its count must come from the records.
+    step = bad[0] + 2 - bad[0] % 2
+    watcher = when_committed(run, step, lambda: train_workers()[-1].send_signal(signal.SIGKILL))
+    summary = pretrain(config)
+    watcher.join()
+    assert summary.finished
+    records = read_records(run)
+    expected = list(np.cumsum([step in bad for step in range(40)]))
+    assert [record["skipped_steps"] for record in records] == expected
+    for step in bad:
+        anomaly = storage.read_json(f"{run}/anomalies/step-{step:08d}-non_finite.json")
+        assert any(7 in micro["molecule_ids"] for micro in anomaly["micro_batches"])
+
+
+class Fits:
+    """What trainers, one after the other, come to: newest step before, and an outcome or an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, story: list[tuple[int, Any]]) -> None:
+        self.count = 0
+        self.newest = 0
+        coming = iter(story)
+
+        def fit(_: Any) -> Any:
+            self.count += 1
+            self.newest, result = next(coming)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+        monkeypatch.setattr(pretrain_module, "_fit", fit)
+        monkeypatch.setattr(pretrain_module, "_new_trainer", lambda *_: None)
+        monkeypatch.setattr(pretrain_module, "_newest_step", lambda _: self.newest)
+
+
+class NoFlag:
+    def ask(self, reason: str) -> None:
+        assert reason == ""
+
+
+def outcome(step: int, stopped_by: Any = "") -> _Outcome:
+    return _Outcome(step=step, world_size=2, stopped_by=stopped_by)
+
+
+def test_lost_workers_end_a_run_only_if_it_gets_nowhere(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = replace(worker_settings(data, "run"), stop_flag=NoFlag())  # type: ignore[arg-type]
+    lost = WorkersLostError("lost.")
+    fits = Fits(monkeypatch, [(4, lost), (8, lost), (24, outcome(24))])
+    assert _train_until_done(watched, "notes").step == 24
+    assert fits.count == 3
+    fits = Fits(monkeypatch, [(4, lost), (4, lost)])
+    with pytest.raises(WorkersLostError):
+        _train_until_done(watched, "notes")
+    assert fits.count == 2
+
+
+def test_workers_that_left_for_other_nodes_start_anew_and_others_do_not(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = replace(worker_settings(data, "run"), stop_flag=NoFlag())  # type: ignore[arg-type]
+    fits = Fits(
+        monkeypatch,
+        [(5, outcome(5, "drain")), (9, outcome(9, "resize")), (11, outcome(11, "sigterm"))],
+    )
+    assert _train_until_done(watched, "notes").stopped_by == "sigterm"
+    assert fits.count == 3
+
+
 def write_marker(run: Path, identity: dict[str, Any]) -> None:
     """A committed checkpoint of step 2 without files."""
     marker = {
@@ -289,25 +370,6 @@ def test_a_tracker_that_does_not_start_ends_a_new_command_but_no_new_try(
         _start_tracker(worker_settings(data, "run"), Ranks(), is_new_try=False)
     _start_tracker(worker_settings(data, "run"), Ranks(), is_new_try=True)
     assert "no key. Training goes on without" in caplog.text
-
-
-def test_a_lost_stop_flag_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Flag:
-        class is_set:
-            remote = staticmethod(lambda: "pending")
-
-    answers: Iterator[Any] = iter([ray.exceptions.RayActorError(), False, True])
-
-    def get(pending: str) -> bool:
-        answer = next(answers)
-        if isinstance(answer, Exception):
-            raise answer
-        return bool(answer)
-
-    monkeypatch.setattr(ray, "wait", lambda pending, timeout: (pending, []))
-    monkeypatch.setattr(ray, "get", get)
-    should_stop = _poll(Flag())
-    assert [should_stop() for _ in range(4)] == [False, False, True, True]
 
 
 def test_data_without_training_molecules_are_refused_before_anything_starts(

@@ -100,3 +100,52 @@ def test_settings_out_of_range_are_named_all_at_once() -> None:
         OptimConfig(learning_rate=-1.0, betas=(0.9, 1.0), clip_norm=0.0)
     message = str(caught.value)
     assert all(name in message for name in ("learning_rate", "betas", "clip_norm"))
+
+
+def updated(cuts: list[slice], rows: int, *, steps: int = 6) -> torch.Tensor:
+    """A tensor of ``rows`` rows of 3, after updates of its pieces by an optimizer for them all."""
+    generator = torch.Generator().manual_seed(1)
+    whole = torch.randn(rows, 3, generator=generator)
+    model = nn.ParameterList([whole[cut].clone() for cut in cuts])
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1))
+    for _ in range(steps):
+        gradient = torch.randn(rows, 3, generator=generator) * 10 ** (
+            -4 * torch.rand(rows, 3, generator=generator)
+        )
+        for parameter, cut in zip(model, cuts, strict=True):
+            parameter.grad = gradient[cut].clone()
+        optimizer.step()
+    return torch.cat([parameter.detach() for parameter in model])
+
+
+@pytest.mark.parametrize("rows", [3, 7, 11, 43])
+def test_an_update_does_not_depend_on_where_a_tensor_is_cut(rows: int) -> None:
+    whole = updated([slice(0, rows)], rows)
+    for cut in range(1, rows):
+        pieces = updated([slice(0, cut), slice(cut, rows)], rows)
+        torch.testing.assert_close(pieces, whole, rtol=0, atol=0)
+
+
+def test_updates_are_those_of_adamw() -> None:
+    torch.manual_seed(2)
+    ours, theirs = (nn.Sequential(nn.Linear(16, 5), nn.LayerNorm(5)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimConfig(learning_rate=1e-2, weight_decay=0.1)
+    optimizer = build_optimizer(ours, config)
+    decayed, kept = split_by_decay(theirs)
+    reference = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}],
+        lr=1e-2,
+        foreach=False,
+    )
+    for step in range(5):
+        for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            # One that has no gradient in some steps keeps its moments and its count.
+            has_gradient = parameter.ndim > 1 or step % 2 == 0
+            parameter.grad = torch.randn_like(parameter) if has_gradient else None
+            other.grad = parameter.grad.clone() if parameter.grad is not None else None
+        optimizer.step()
+        reference.step()
+    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
+        assert optimizer.state[parameter]["step"] == reference.state[other]["step"]

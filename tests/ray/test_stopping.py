@@ -1,0 +1,66 @@
+"""Who is asked to leave, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+import ray.exceptions
+
+from moleblend_ray.orchestration import stopping
+from moleblend_ray.orchestration.stopping import StopPoll, _StopFlag
+
+
+class Flag:
+    """A handle whose answers are always there."""
+
+    def pending_reason(self) -> str:
+        return "pending"
+
+
+def poll_of(monkeypatch: pytest.MonkeyPatch, answers: list[Any]) -> StopPoll:
+    """A poll to which the flag answers so, in turn."""
+    coming: Iterator[Any] = iter(answers)
+
+    def get(pending: str) -> str:
+        answer = next(coming)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(ray, "wait", lambda pending, timeout: (pending, []))
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(stopping, "_is_draining", lambda: False)
+    return StopPoll(Flag())  # type: ignore[arg-type]
+
+
+def test_a_lost_stop_flag_asks_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    should_stop = poll_of(monkeypatch, [ray.exceptions.RayActorError(), "", "sigterm"])
+    assert [should_stop() for _ in range(4)] == [False, False, True, True]
+    assert should_stop.reason == "sigterm"
+
+
+def test_a_flag_that_was_started_anew_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    should_stop = poll_of(monkeypatch, ["resize", "", ""])
+    assert [should_stop() for _ in range(3)] == [True, True, True]
+    assert should_stop.reason == "resize"
+
+
+def test_sigterm_comes_before_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    should_stop = poll_of(monkeypatch, ["resize", "sigterm"])
+    assert [should_stop() for _ in range(2)] == [True, True]
+    assert should_stop.reason == "sigterm"
+    flag = _StopFlag()
+    flag.ask("sigterm")
+    flag.ask("resize")
+    flag.ask("")
+    assert flag.reason() == "sigterm"
+
+
+def test_a_draining_node_asks_without_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    should_stop = poll_of(monkeypatch, ["", ""])
+    monkeypatch.setattr(stopping, "_is_draining", lambda: True)
+    assert should_stop()
+    assert should_stop.reason == "drain"
