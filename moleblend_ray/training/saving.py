@@ -108,8 +108,7 @@ class CheckpointWriter:
                 if self._failure is not None:
                     raise self._failure
             else:
-                with contextlib.suppress(CheckpointError):
-                    self.wait()
+                self._wait_quietly()
         finally:
             self._thread.shutdown()
             if self._stager is not None:
@@ -155,6 +154,13 @@ class CheckpointWriter:
         else:
             self._failure = None
             self._failures_in_row = self._failures_told = 0
+
+    def _wait_quietly(self) -> None:
+        """As :meth:`wait` where training has failed: lost ranks fail a save in many ways, and none is the reason."""
+        try:
+            self.wait()
+        except Exception as error:
+            logger.warning("the save under way was lost as well: %s", error)
 
     def _tolerate_failure(self) -> None:
         """Warn of the failure of the newest save, once, or raise it if it is one too many."""
