@@ -1,11 +1,11 @@
 """One pretraining run through a seeded schedule of faults, compared with the same run left alone.
 
-    python benchmarks/chaos.py [--faults 24] [--seed 0] [--molecules 3000] [--kinds worker_kill ...] [--log FILE]
+    python benchmarks/chaos.py [--faults 24] [--seed 0] [--molecules 3000] [--kinds worker_kill ...] [--away 20] [--log FILE]
 
 The cluster is a head and two nodes on this machine, the object store an S3 server behind a proxy that fails on demand (moto's, or the one
 of ``AWS_ENDPOINT_URL``). The run is ``moleblend pretrain`` with the tiny preset, FSDP on one or two workers, elastic. Faults: a worker, a data actor or
 the driver killed; the driver told to stop; a node lost or told to drain, and a new one later; storage failing three requests of ten, slow, or away
-for 20 s; the newest checkpoint damaged while a worker dies. A driver that ended is started again with the same command.
+for ``--away`` seconds; the newest checkpoint damaged while a worker dies. A driver that ended is started again with the same command.
 
 A fault is survived if a newer checkpoint is committed within two minutes, without any help but that (after a notice to drain: by
 workers elsewhere). ``recovery_s`` is the time from a fault to
@@ -40,7 +40,7 @@ from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.training.commits import committed_steps, read_commit, step_uri
 from moleblend_ray.training.export import load_model
 from moleblend_ray.training.loop import molecules_checksum
-from moleblend_ray.training.metrics import Record, read_records
+from moleblend_ray.training.metrics import Record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fault_proxy import FaultProxy
@@ -48,13 +48,13 @@ from synthetic import write_dataset
 
 ORDER = OrderConfig(global_batch_size=64, num_streams=4, shuffle_window=512, chunk_rows=64)
 EVERY_STEPS = 3
-STEPS_A_FAULT = 12
+STEPS_A_FAULT = 15
 """Mean number of committed steps between the end of one fault and the next."""
 SURVIVED_WITHIN_S = 120.0
-AWAY_S = 20.0
 DISTURBED_S = 10.0
 """Least time that storage fails or is slow; until the next checkpoint after it."""
 STOPPED_STATUS = 75
+RESTARTS_AT_THE_END = 5
 
 Injection = Callable[[], Callable[[], None] | None]
 """Begins a fault; what it returns ends it, once the run has got on."""
@@ -77,7 +77,7 @@ def main() -> None:
         finish(start_driver(undisturbed, folder, arguments.log, {}))
         say("disturbed run")
         out = f"{bucket}/disturbed"
-        chaos = Chaos(data, out, num_steps, proxy, folder, arguments.log, arguments.seed)
+        chaos = Chaos(data, out, num_steps, proxy, folder, arguments)
         with chaos.cluster():
             faults = chaos.run(arguments.faults, arguments.kinds)
         line = {
@@ -85,7 +85,7 @@ def main() -> None:
             "seed": arguments.seed,
             "steps": num_steps,
             **tally(faults),
-            **consumed(read_records(f"{bucket}/disturbed"), arguments.molecules, num_steps),
+            **consumed(f"{bucket}/disturbed", arguments.molecules, num_steps),
             "max_abs_weight_diff": weight_difference(
                 f"{bucket}/undisturbed", f"{bucket}/disturbed"
             ),
@@ -99,6 +99,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--molecules", type=int, default=3000)
     parser.add_argument("--kinds", nargs="*", default=[], help="only faults of these kinds")
+    parser.add_argument("--away", type=float, default=20.0, help="seconds without storage")
     parser.add_argument("--log", default=os.devnull, help="file for what the runs print")
     return parser.parse_args()
 
@@ -199,17 +200,18 @@ class Chaos:
         num_steps: int,
         proxy: FaultProxy,
         folder: str,
-        log: str,
-        seed: int,
+        arguments: argparse.Namespace,
     ) -> None:
         self._out = out
         self._num_steps = num_steps
         self._proxy = proxy
         self._folder = folder
-        self._log = log
-        self._random = random.Random(seed)
+        self._log = arguments.log
+        self._away_s = arguments.away
+        self._random = random.Random(arguments.seed)
         self._command = command(data, out, num_steps)
         self._nodes: list[Any] = []
+        self._driver: Any = None
         self._kinds: dict[str, Injection] = {
             "worker_kill": self._kill_worker,
             "driver_kill": self._kill_driver,
@@ -239,6 +241,8 @@ class Chaos:
         try:
             yield
         finally:
+            if self._driver is not None:
+                self._driver.kill()
             self._cluster.shutdown()
             os.environ["AWS_ENDPOINT_URL"] = endpoint
 
@@ -255,11 +259,16 @@ class Chaos:
         for kind in order[:count]:
             pause = self._random.randint(STEPS_A_FAULT // 2, STEPS_A_FAULT)
             self._wait_for_newer(self._newest() + pause - EVERY_STEPS)
+            if self._newest() >= self._num_steps - 2 * EVERY_STEPS:
+                say("the run is at its end: no more faults")
+                break
             faults.append(self._give(kind))
-        while self._driver.wait() != 0:
+        for _ in range(RESTARTS_AT_THE_END):
+            if self._driver.wait() == 0:
+                return faults
             say(f"the driver ended with status {self._driver.returncode}: again")
             self._start()
-        return faults
+        raise SystemExit("the run does not come to its end; --log shows why")
 
     def _give(self, kind: str) -> Fault:
         fault, before, begin = Fault(kind), self._newest(), time.monotonic()
@@ -282,17 +291,18 @@ class Chaos:
     def _wait_for_newer(self, step: int) -> bool:
         """Whether a checkpoint later than ``step`` came in time; a driver that has ended is started again."""
         deadline = time.monotonic() + SURVIVED_WITHIN_S
+        ended_by_itself = False
         while self._newest() <= min(step, self._num_steps - 1):
             status = self._driver.poll()
             if status is not None:
                 if status not in (-signal.SIGKILL, STOPPED_STATUS):
                     say(f"the driver ended by itself with status {status}; --log shows why")
-                    return False
+                    ended_by_itself = True
                 self._start()
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
-        return True
+        return not ended_by_itself
 
     # Faults, each beginning where it stands.
 
@@ -366,7 +376,7 @@ class Chaos:
 
     def _storage_away(self) -> None:
         self._proxy.rate = 1.0
-        time.sleep(AWAY_S)
+        time.sleep(self._away_s)
         self._proxy.rate = 0.0
 
     def _processes(self, name: str) -> list[Any]:
@@ -413,9 +423,14 @@ def tally(faults: list[Fault]) -> dict[str, Any]:
     }
 
 
-def consumed(records: list[Record], num_molecules: int, num_steps: int) -> dict[str, int]:
+def consumed(run: str, num_molecules: int, num_steps: int) -> dict[str, int]:
     """Molecules that committed steps lack or have too often, by the checksums of their ids and the plan of the data order."""
     order = DataOrder(num_molecules, ORDER)
+    records: list[Record] = [
+        json.loads(line)
+        for file in storage.list_files(f"{run}/metrics")
+        for line in storage.read_bytes(file.uri).splitlines()
+    ]
     times = Counter(int(record["step"]) for record in records)
     right = {
         int(record["step"])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import ray
 import ray._private.state
+import ray.exceptions
 import ray.train.torch
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -23,13 +25,25 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration.stopping import StopFlag
 
 logger = logging.getLogger(__name__)
 
 _REMIND_S: Final = 60.0
 _LOOKS_TO_ASK: Final = 2
-_LOOKS_TO_FORCE: Final = 4
+_LOOKS_TO_FORCE: Final = 6
+
+
+class StoppedWhileWaitingError(TrainingError):
+    """A stop was asked for, and there are no workers that could leave."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _NamedRun:
+    """What Ray's policy reads of a TrainRunContext."""
+
+    run_id: str
 
 
 class GracefulElasticPolicy(ElasticScalingPolicy):
@@ -42,14 +56,22 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         sizes: tuple[int, ...],
         data_actors: tuple[int, float],
         stop_flag: StopFlag,
+        run_name: str,
     ) -> None:
         super().__init__(scaling_config)
+        self._run_name = run_name
         self._sizes = sizes
         self._data_actors = data_actors
         self._stop_flag = stop_flag
+        self._room = sizes[-1]
         self._wanted = 0
         self._looks = 0
         self._reminded_s = time.monotonic()
+
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
+        """Ask for resources under the name of our run: the request of a command that was killed, which Ray keeps for three
+        minutes, is then replaced and does not stand in the way."""
+        super().after_controller_start(_NamedRun(run_id=self._run_name))  # type: ignore[arg-type]
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # Ray's count knows what other jobs hold; ours leaves room for the data actors.
@@ -62,20 +84,40 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         worker = self.scaling_config._resources_per_worker_not_none
         room = count_workers(nodes, worker, self._sizes, *self._data_actors)
         possible = min(room, super()._count_possible_workers(reserved_resources))
-        return max((size for size in self._sizes if size <= possible), default=0)
+        self._room = max((size for size in self._sizes if size <= possible), default=0)
+        return self._room
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start what fits, or wait and say so."""
         decision = super().make_decision_for_non_running_worker_group()
         waits = isinstance(decision, NoopDecision)
-        if waits and time.monotonic() - self._reminded_s > _REMIND_S:
+        if waits:
+            self._remind("no workers run:")
+        if not waits:
+            # What was asked of the group before is done with.
+            self._looks = self._wanted = 0
+            self._stop_flag.ask("")
+        elif self._is_terminated():
+            raise StoppedWhileWaitingError(
+                "SIGTERM came while the run waited for room in the cluster"
+            )
+        return decision
+
+    def _remind(self, state: str) -> None:
+        if time.monotonic() - self._reminded_s > _REMIND_S:
             self._reminded_s = time.monotonic()
             logger.warning(
-                "waiting for room in the cluster for %d workers and %d data actors",
+                "%s waiting for room in the cluster for %d workers and %d data actors",
+                state,
                 self._sizes[0],
                 self._data_actors[0],
             )
-        return decision
+
+    def _is_terminated(self) -> bool:
+        try:
+            return bool(ray.get(self._stop_flag.pending_reason(), timeout=1.0) == "sigterm")
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            return False
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
@@ -86,8 +128,10 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
             worker_group_state, worker_group_status
         )
         if not isinstance(decision, ResizeDecision):
-            if self._latest_monitor_time != latest:  # it looked, and all is as it was
+            if self._latest_monitor_time != latest:  # it looked, and nothing can be done
                 self._looks = 0
+                if self._room < self._sizes[0]:
+                    self._remind("the data actors may have no room:")
             return decision
         self._looks = self._looks + 1 if decision.num_workers == self._wanted else 1
         self._wanted = decision.num_workers
@@ -137,11 +181,13 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):
         sizes: tuple[int, ...],
         data_actors: tuple[int, float],
         stop_flag: StopFlag,
+        run_name: str,
         **options: Any,
     ) -> None:
-        """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of one."""
+        """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of one;
+        ``run_name``: the same in every command for the run."""
         super().__init__(**options)
-        self._policy_arguments = (sizes, data_actors, stop_flag)
+        self._policy_arguments = (sizes, data_actors, stop_flag, run_name)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = GracefulElasticPolicy(

@@ -97,6 +97,11 @@ _ELASTIC_SETTINGS: Final = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 
+_QUIET_INTERVALS: Final = 10
+"""A group that was not resized for so many intervals is not a sign of unsteady room."""
+_LONGEST_INTERVAL: Final = 16
+"""Longest interval between looks, in those of the configuration."""
+
 _FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
 """Raised on all ranks together, and again by every new try."""
 
@@ -302,22 +307,27 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
 
 def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
     """One trainer after the other, as long as workers leave because nodes change, or fail after new checkpoints."""
-    cluster = settings.config.cluster
-    interval_s = cluster.resize_interval_s
+    cluster, out = settings.config.cluster, settings.config.out
     environment = _TRAIN_SETTINGS | (_ELASTIC_SETTINGS if cluster.min_workers else {})
+    interval_s = cluster.resize_interval_s
     while True:
-        begin = _newest_step(settings.config.out)
+        begin_step, begin_s = _newest_step(out), time.monotonic()
         try:
             with environment_defaults(environment):
                 outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
-        except WorkersLostError as error:
+        except TrainingError as error:
+            if settings.stop_flag.is_terminated.is_set():
+                logger.warning("stopped, as asked, though: %s", error)
+                return _Outcome(step=_newest_step(out), world_size=0, stopped_by="sigterm")
             # A long run on many machines loses some of them many times; what counts is whether it gets on.
-            if _newest_step(settings.config.out) <= begin:
+            if not isinstance(error, WorkersLostError) or _newest_step(out) <= begin_step:
                 raise
             logger.warning("%s Training got on since the first of them: starting anew", error)
             continue
         if outcome.stopped_by not in ("drain", "resize"):
             return outcome
+        if settings.stop_flag.is_terminated.is_set():
+            return replace(outcome, stopped_by="sigterm")
         why = (
             "a node is going" if outcome.stopped_by == "drain" else "there is room for more workers"
         )
@@ -327,11 +337,14 @@ def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
         settings.stop_flag.ask("")
         if outcome.stopped_by == "resize":
             # Room that others take again and again must not keep a run busy with restarts.
-            interval_s *= 2
+            is_busy = time.monotonic() - begin_s < _QUIET_INTERVALS * interval_s
+            longest_s = _LONGEST_INTERVAL * cluster.resize_interval_s
+            interval_s = min(2 * interval_s, longest_s) if is_busy else cluster.resize_interval_s
 
 
 def _newest_step(run_uri: str) -> int:
-    return max(committed_steps(run_uri), default=0)
+    commit = latest_committed(run_uri)
+    return commit.step if commit else 0
 
 
 def _new_trainer(
@@ -369,7 +382,11 @@ def _new_trainer(
     if is_elastic:
         actors = (config.stream.min_actors, config.stream.actor_cpus)
         return ElasticTrainer(
-            sizes=sizes, data_actors=actors, stop_flag=settings.stop_flag, **options
+            sizes=sizes,
+            data_actors=actors,
+            stop_flag=settings.stop_flag,
+            run_name=f"moleblend-{hashlib.sha256(config.out.encode()).hexdigest()[:16]}",
+            **options,
         )
     return ray.train.torch.TorchTrainer(**options)
 

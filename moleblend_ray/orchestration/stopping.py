@@ -47,6 +47,8 @@ class StopFlag:
         # Its node may be lost: then it starts anew elsewhere, and no worker fails because of it.
         options = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self._actor: Any = options(_StopFlag).remote()
+        self.is_terminated = threading.Event()
+        """Set in the driver by SIGTERM."""
 
     def ask(self, reason: StopReason) -> None:
         """Ask the workers to leave; "" takes a question back, other than that of SIGTERM. Does not wait."""
@@ -56,16 +58,27 @@ class StopFlag:
         """Reference to the reason, to be fetched when it is there."""
         return self._actor.reason.remote()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_flag_of, (self._actor,))
+
     def close(self) -> None:
         """End the actor."""
         ray.kill(self._actor)
+
+
+def _flag_of(actor: Any) -> StopFlag:
+    """The handle in another process, where nobody gets the driver's signals."""
+    flag = StopFlag.__new__(StopFlag)
+    flag._actor = actor
+    flag.is_terminated = threading.Event()
+    return flag
 
 
 @contextlib.contextmanager
 def stop_on_sigterm() -> Iterator[StopFlag]:
     """A stop flag that SIGTERM sets, within the body, if this is the main thread; Ray's own handler would just exit."""
     flag = StopFlag()
-    asked, over = threading.Event(), threading.Event()
+    asked, over = flag.is_terminated, threading.Event()
 
     def forward() -> None:
         asked.wait()
@@ -83,7 +96,7 @@ def stop_on_sigterm() -> Iterator[StopFlag]:
         yield flag
     finally:
         over.set()
-        asked.set()
+        asked.set()  # the thread waits for it
         if is_main:
             signal.signal(signal.SIGTERM, previous)
         flag.close()
@@ -103,10 +116,12 @@ class StopPoll:
         if not self.reason and _is_draining():
             self.reason = "drain"
         ready, _ = ray.wait([self._pending], timeout=0)
-        if ready and self.reason in ("", "resize"):
+        if ready and self.reason != "sigterm":
             # A flag that is lost, for now or for good, asks for nothing.
             with contextlib.suppress(ray.exceptions.RayActorError):
-                self.reason = ray.get(self._pending) or self.reason
+                asked = ray.get(self._pending)
+                if asked == "sigterm" or not self.reason:
+                    self.reason = asked
             self._pending = self._flag.pending_reason()
         return bool(self.reason)
 

@@ -17,9 +17,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -94,7 +96,13 @@ class CheckpointWriter:
         self._failures_told = 0
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._stager = _stager(ranks) if config.asynchronous else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # CUDA's current device belongs to a thread: copies from another one would not be waited for.
+        on_gpu = ranks.device.type == "cuda"
+        self._thread = ThreadPoolExecutor(
+            1,
+            thread_name_prefix="checkpoint",
+            initializer=partial(torch.cuda.set_device, ranks.device) if on_gpu else None,
+        )
         self._pending: Future[None] | None = None
 
     def __enter__(self) -> Self:
@@ -250,7 +258,12 @@ class CheckpointWriter:
         if storage.is_local(folder):
             local = storage.local_path(folder)
             on_every_rank(lambda: local.mkdir(parents=True, exist_ok=True), self._group)
-            yield local
+            try:
+                yield local
+            except CheckpointError:
+                # Raised on all ranks, so none writes there any more. The disk may be full: leave nothing.
+                shutil.rmtree(local, ignore_errors=True)
+                raise
             return
         made = on_every_rank(lambda: tempfile.mkdtemp(prefix="moleblend-save-"), self._group)
         local = Path(made[self._ranks.rank])

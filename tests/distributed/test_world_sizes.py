@@ -17,6 +17,8 @@ from synthetic import write_dataset
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MANIFEST_NAME, fingerprint, load_manifest
+from moleblend_ray.training.commits import committed_steps
+from moleblend_ray.training.metrics import read_records
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 120
@@ -122,6 +124,9 @@ def two(folder: Path, data: str, one: dict[str, list[Any]]) -> dict[str, list[An
             "stopped": {"strategy": "fsdp", "run": from_two, "stop_after": 4, "data": data},
             "poisoned": {"strategy": "fsdp", "poison": 7},
             "skipped": {"strategy": "fsdp", "poison": 7, "on_non_finite": "skip"},
+            # Last, for the failures stay.
+            "failed_save": {"strategy": "fsdp", "run": str(folder / "a"), "failing_saves": [4]},
+            "failed_saves": {"strategy": "ddp", "run": str(folder / "b"), "failing_saves": [4, 6]},
         },
         folder / "two",
     )
@@ -240,3 +245,18 @@ def test_a_non_finite_loss_stops_every_rank_and_names_the_molecules(two: Any) ->
         assert outcome["error"].startswith("NotFiniteError: step ")
         assert "not finite" in outcome["error"]
         assert "7" in outcome["error"].split("molecule ids")[1]
+
+
+def test_a_save_that_fails_on_one_rank_is_left_out_by_all(one: Any, two: Any, folder: Path) -> None:
+    for outcome in two["failed_save"]:
+        assert outcome["step"] == 8
+        assert_same_steps(outcome["records"], one["whole"][0]["records"])
+    assert committed_steps(str(folder / "a")) == [8, 6, 2]
+    assert [record["step"] for record in read_records(str(folder / "a"))] == list(range(8))
+
+
+def test_one_failing_save_too_many_on_one_rank_is_an_error_on_all(two: Any, folder: Path) -> None:
+    for outcome in two["failed_saves"]:
+        assert "No space left on device" in outcome["error"]
+        assert "save 2 in a row" in outcome["error"]
+    assert committed_steps(str(folder / "b")) == [2]

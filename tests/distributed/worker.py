@@ -17,6 +17,7 @@ import toy
 
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, process_group
@@ -49,13 +50,15 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         if start:
             restore_training_state(learner.model, learner.optimizer, task["run"], start, ranks)
         writer = CheckpointWriter(
-            CheckpointConfig(every_steps=2, keep_last=3),
+            CheckpointConfig(every_steps=2, keep_last=3, max_failed_saves=1),
             task["run"],
             ranks,
             identity={"data_fingerprint": "toy"},
             config_fingerprint="toy",
             start_step=start,
         )
+    if "failing_saves" in task:
+        fail_saves(task["failing_saves"], ranks)
     steps = toy.steps(ranks.rank, ranks.world_size, start)
     poison = task.get("poison")
     if poison is not None:
@@ -74,6 +77,18 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
     )
     return {"step": result.step, "stopped": result.stopped, "records": records}
+
+
+def fail_saves(steps: list[int], ranks: Ranks) -> None:
+    """The last rank cannot bring its files of these steps to their place."""
+    place = saving._place_file
+
+    def maybe(path: Path, folder: str) -> Any:
+        if ranks.rank == ranks.world_size - 1 and int(folder[-8:]) in steps:
+            raise OSError(28, "No space left on device")
+        return place(path, folder)
+
+    saving._place_file = maybe
 
 
 def _poisoned(batch: Any, molecule_id: int) -> Any:

@@ -16,7 +16,11 @@ from synthetic import write_dataset
 
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.orchestration import elastic
-from moleblend_ray.orchestration.elastic import GracefulElasticPolicy, count_workers
+from moleblend_ray.orchestration.elastic import (
+    GracefulElasticPolicy,
+    StoppedWhileWaitingError,
+    count_workers,
+)
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import build_learner, fit
 from moleblend_ray.training.metrics import Record, read_records
@@ -104,6 +108,9 @@ class Flag:
     def ask(self, reason: str) -> None:
         self.asked.append(reason)
 
+    def pending_reason(self) -> str:
+        return "sigterm" if "sigterm" in self.asked else ""
+
 
 class Group:
     num_workers = 2
@@ -116,6 +123,7 @@ def policy_that_sees(monkeypatch: pytest.MonkeyPatch, sizes: list[int], flag: Fl
         (1, 2, 4),
         (1, 1.0),
         flag,  # type: ignore[arg-type]
+        "run",
     )
     looks = iter(sizes)
 
@@ -146,9 +154,40 @@ def test_workers_that_took_the_place_of_the_data_actors_are_resized_though_they_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flag = Flag()
-    *before, last = policy_that_sees(monkeypatch, [1, 1, 1, 1], flag)
+    *before, last = policy_that_sees(monkeypatch, [1] * 6, flag)
     assert all(isinstance(decision, NoopDecision) for decision in before)
     assert isinstance(last, ResizeDecision)
     assert last.num_workers == 1
     assert flag.asked[0] == "resize"
     assert flag.asked[-1] == ""  # the new group must not leave at once
+
+
+def test_a_new_group_is_not_asked_what_the_one_before_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = Flag()
+    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")  # type: ignore[arg-type]
+    decisions = iter([NoopDecision(), ResizeDecision(2, {})])
+    monkeypatch.setattr(elastic.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(
+        elastic.ElasticScalingPolicy,
+        "make_decision_for_non_running_worker_group",
+        lambda _: next(decisions),
+    )
+    policy.make_decision_for_non_running_worker_group()
+    assert flag.asked == []
+    policy.make_decision_for_non_running_worker_group()
+    assert flag.asked == [""]
+
+
+def test_sigterm_ends_a_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = Flag()
+    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        elastic.ElasticScalingPolicy,
+        "make_decision_for_non_running_worker_group",
+        lambda _: NoopDecision(),
+    )
+    monkeypatch.setattr(elastic.ray, "get", lambda reason, timeout: reason)
+    policy.make_decision_for_non_running_worker_group()
+    flag.ask("sigterm")
+    with pytest.raises(StoppedWhileWaitingError, match="SIGTERM"):
+        policy.make_decision_for_non_running_worker_group()

@@ -21,7 +21,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shards import MANIFEST_NAME, fingerprint, load_manifest
-from moleblend_ray.errors import CheckpointError, ConfigError, DataError
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module
 from moleblend_ray.orchestration.pretrain import (
@@ -241,6 +241,13 @@ class Fits:
 
 
 class NoFlag:
+    """A flag in the driver that SIGTERM has set or not."""
+
+    def __init__(self, *, is_terminated: bool = False) -> None:
+        self.is_terminated = threading.Event()
+        if is_terminated:
+            self.is_terminated.set()
+
     def ask(self, reason: str) -> None:
         assert reason == ""
 
@@ -273,6 +280,32 @@ def test_workers_that_left_for_other_nodes_start_anew_and_others_do_not(
     )
     assert _train_until_done(watched, "notes").stopped_by == "sigterm"
     assert fits.count == 3
+
+
+@pytest.mark.parametrize(
+    "result", [outcome(5, "drain"), outcome(5, "resize"), TrainingError("no room")]
+)
+def test_sigterm_ends_a_run_between_two_groups_as_well(
+    data: str, monkeypatch: pytest.MonkeyPatch, result: Any
+) -> None:
+    flag: Any = NoFlag(is_terminated=True)
+    fits = Fits(monkeypatch, [(5, result)])
+    stopped = _train_until_done(replace(worker_settings(data, "run"), stop_flag=flag), "notes")
+    assert (stopped.step, stopped.stopped_by) == (5, "sigterm")
+    assert fits.count == 1
+
+
+def test_looks_come_less_often_while_room_comes_and_goes(
+    data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flag: Any = NoFlag()
+    Fits(monkeypatch, [(5, outcome(5, "resize"))] * 6 + [(24, outcome(24))])
+    intervals: list[float] = []
+    monkeypatch.setattr(
+        pretrain_module, "_new_trainer", lambda *arguments: intervals.append(arguments[-1])
+    )
+    _train_until_done(replace(worker_settings(data, "run"), stop_flag=flag), "notes")
+    assert intervals == [60.0 * factor for factor in (1, 2, 4, 8, 16, 16, 16)]
 
 
 def write_marker(run: Path, identity: dict[str, Any]) -> None:

@@ -48,8 +48,9 @@ def test_a_flag_that_was_started_anew_takes_nothing_back(monkeypatch: pytest.Mon
     assert should_stop.reason == "resize"
 
 
-def test_sigterm_comes_before_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
-    should_stop = poll_of(monkeypatch, ["resize", "sigterm"])
+@pytest.mark.parametrize("weaker", ["resize", "drain"])
+def test_sigterm_comes_before_other_reasons(monkeypatch: pytest.MonkeyPatch, weaker: str) -> None:
+    should_stop = poll_of(monkeypatch, [weaker, "sigterm"])
     assert [should_stop() for _ in range(2)] == [True, True]
     assert should_stop.reason == "sigterm"
     flag = _StopFlag()
