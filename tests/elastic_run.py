@@ -9,6 +9,7 @@ size that wrote each checkpoint.
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -37,6 +38,12 @@ from moleblend_ray.training.config import (
 NUM_STEPS = 160
 EVERY = 5
 LIMIT_S = 120.0
+QUICK_TO_SEE_A_LOST_NODE = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 2000,
+    "health_check_failure_threshold": 4,
+}
 
 
 def settings(data: str, out: str) -> PretrainConfig:
@@ -107,7 +114,9 @@ def has_worker(node: Any) -> bool:
 
 
 def main(data: str, out: str) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    head = {"num_cpus": 1, "_system_config": QUICK_TO_SEE_A_LOST_NODE}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     summaries: list[Any] = []
