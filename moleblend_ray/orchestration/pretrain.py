@@ -175,6 +175,8 @@ def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     settings = to_dict(config)
     return {
         "data_fingerprint": manifest.fingerprint,
+        # Part of the fingerprint, and here by name: whoever prepares data anew should see why they are others.
+        "featurizer_version": manifest.featurizer_version,
         "seed": config.seed,
         "random_rotation": config.stream.random_rotation,
         **{name: settings[name] for name in ("order", "model", "blend")},

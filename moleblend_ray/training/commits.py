@@ -193,10 +193,14 @@ def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:
 
 
 def require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
-    """Refuse to continue a run under settings that would make it another one, naming each with both values."""
+    """Refuse to continue a run under settings that would make it another one, naming each with both values.
+
+    What an earlier version did not store is not compared.
+    """
+    comparable = {name: value for name, value in wanted.items() if name in stored}
     differences = [
         f"{key}: the run has {old!r}, the configuration asks for {new!r}"
-        for key, old, new in flat_differences(stored, wanted)
+        for key, old, new in flat_differences(stored, comparable)
     ]
     if differences:
         raise CheckpointError(

@@ -325,10 +325,24 @@ def write_marker(run: Path, identity: dict[str, Any]) -> None:
 
 def test_a_run_is_not_continued_as_another_one(data: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    write_marker(run, {"data_fingerprint": "another", "order": {"global_batch_size": 512}})
+    write_marker(
+        run,
+        {
+            "data_fingerprint": "another",
+            "featurizer_version": 0,
+            "order": {"global_batch_size": 512},
+        },
+    )
     with pytest.raises(CheckpointError) as caught:
         pretrain(settings(data, str(run)))
-    for part in ("data_fingerprint", "'another'", "order.global_batch_size", "512", "16"):
+    for part in (
+        "data_fingerprint",
+        "'another'",
+        "order.global_batch_size",
+        "512",
+        "16",
+        "featurizer_version: the run has 0, ",
+    ):
         assert part in str(caught.value)
 
 

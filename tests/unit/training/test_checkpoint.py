@@ -365,6 +365,13 @@ def test_another_run_is_refused_with_both_values_named() -> None:
     assert "num_streams" not in message
 
 
+def test_a_setting_that_an_earlier_version_did_not_store_is_not_compared() -> None:
+    stored = {"data_fingerprint": "aaa", "order": {"num_streams": 4}}
+    require_same_run(stored, {**stored, "featurizer_version": 2}, "run")
+    with pytest.raises(CheckpointError, match=r"order\.shuffle_window: the run has None"):
+        require_same_run(stored, {"order": {"num_streams": 4, "shuffle_window": 8}}, "run")
+
+
 def test_checkpoints_live_in_object_storage(s3_uri: str) -> None:
     learner = train(s3_uri, num_steps=4, every=1, keep=2)
     assert committed_steps(s3_uri) == [4, 3]
