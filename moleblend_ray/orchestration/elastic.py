@@ -88,16 +88,15 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         return self._room
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start what fits, or wait and say so."""
+        """Start what fits, or wait and say so. SIGTERM ends the wait with a StoppedWhileWaitingError."""
         decision = super().make_decision_for_non_running_worker_group()
-        waits = isinstance(decision, NoopDecision)
-        if waits:
-            self._remind("no workers run:")
-        if not waits:
+        if isinstance(decision, ResizeDecision):
             # What was asked of the group before is done with.
             self._looks = self._wanted = 0
             self._stop_flag.ask("")
-        elif self._is_terminated():
+            return decision
+        self._remind("no workers run:")
+        if self._is_terminated():
             raise StoppedWhileWaitingError(
                 "SIGTERM came while the run waited for room in the cluster"
             )
@@ -122,7 +121,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Another size sets the stop flag if two looks agree on it. A group without room is resized at once after two more."""
+        """Another size sets the stop flag if two looks agree on it. A group without room is resized at once after six."""
         latest = self._latest_monitor_time
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
