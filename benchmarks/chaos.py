@@ -44,6 +44,7 @@ from moleblend_ray.training.metrics import Record
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fault_proxy import FaultProxy
+from nodes import drain, has_worker, title
 from synthetic import write_dataset
 
 ORDER = OrderConfig(global_batch_size=64, num_streams=4, shuffle_window=512, chunk_rows=64)
@@ -327,14 +328,8 @@ class Chaos:
         return self._add_node
 
     def _drain_node(self) -> Callable[[], None]:
-        from ray._raylet import GcsClient
-
         node = self._random.choice([node for node in self._nodes if has_worker(node)])
-        client = GcsClient(address=self._cluster.address)
-        deadline_ms = int((time.time() + 60.0) * 1000)
-        accepted, reason = client.drain_node(node.node_id, 2, "spot instance", deadline_ms)
-        if not accepted:
-            raise SystemExit(f"the node refuses to drain: {reason}")
+        drain(self._cluster.address, node.node_id, seconds=60.0)
         leaving = read_commit(self._out, self._newest()).attempt
         deadline = time.monotonic() + SURVIVED_WITHIN_S
         while read_commit(self._out, self._newest()).attempt == leaving:
@@ -389,20 +384,6 @@ class Chaos:
                 return found
             time.sleep(1.0)
         raise SystemExit(f"no process {name} is there")
-
-
-def has_worker(node: Any) -> bool:
-    """Whether a training worker runs on the node."""
-    import psutil  # Ray brings its own copy
-
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any("TrainWorker" in title(child) for child in raylet.children())
-
-
-def title(process: Any) -> str:
-    with contextlib.suppress(Exception):  # it has ended meanwhile
-        return " ".join(process.cmdline())
-    return ""
 
 
 # --------------------------------------------------------------------------------------------------- results

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any
 
 import ray
+from nodes import drain, has_worker
 from ray.cluster_utils import Cluster
 
 from moleblend_ray.config.cluster import ClusterConfig
@@ -94,25 +95,6 @@ def writers(out: str) -> list[int]:
     return [size for size, _ in groupby(world_sizes(out).values())]
 
 
-def drain(node_id: str, seconds: float) -> None:
-    """Tell Ray that the node will be taken away, as an autoscaler does when a spot instance gets its notice."""
-    from ray._raylet import GcsClient
-
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    deadline_ms = int((time.time() + seconds) * 1000)
-    accepted, reason = client.drain_node(node_id, 2, "spot instance", deadline_ms)
-    if not accepted:
-        raise SystemExit(f"the node refuses to drain: {reason}")
-
-
-def has_worker(node: Any) -> bool:
-    """Whether a training worker runs on the node."""
-    import psutil  # Ray brings its own copy
-
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    return any("TrainWorker" in " ".join(child.cmdline()) for child in raylet.children())
-
-
 def main(data: str, out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     head = {"num_cpus": 1, "_system_config": QUICK_TO_SEE_A_LOST_NODE}
@@ -128,7 +110,7 @@ def main(data: str, out: str) -> None:
     wait_until(lambda: writers(out) == [2], "a checkpoint of two workers")
     # Head and nodes have one CPU each, for two workers and the data actor: one node at least has a worker.
     draining = next(node for node in nodes if has_worker(node))
-    drain(draining.node_id, seconds=600.0)
+    drain(cluster.address, draining.node_id, seconds=600.0)
     wait_until(lambda: writers(out) == [2, 1], "a checkpoint of one worker")
     nodes.append(cluster.add_node(num_cpus=1))
     wait_until(lambda: writers(out) == [2, 1, 2], "a checkpoint of two workers again")

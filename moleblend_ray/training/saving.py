@@ -164,9 +164,10 @@ class CheckpointWriter:
             self._failures_in_row = self._failures_told = 0
 
     def _wait_quietly(self) -> None:
-        """As :meth:`wait` where training has failed: lost ranks fail a save in many ways, and none is the reason."""
+        """As :meth:`wait` where training has failed."""
         try:
             self.wait()
+        # Lost ranks make a save fail in many ways, none of which may hide why training failed.
         except Exception as error:
             logger.warning("the save under way was lost as well: %s", error)
 
