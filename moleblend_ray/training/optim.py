@@ -51,8 +51,8 @@ class CutInvariantAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient, which must be there: no ``closure`` computes it."""
         if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
             super().step(closure)
             return
