@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS='tests/unit -x'
 ARGS ?=
+# Folder of molecules for make results, laid out as jobs/results.py says; none: molecules made here.
+DATA ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo lint format clean
+.PHONY: help install test demo results results-quick lint format clean
 
 help:
 	@echo 'make install   create $(VENV) with the package, its tests and its linters'
 	@echo 'make demo      the whole way on sample molecules: prepare, pretrain, sweep, embed'
+	@echo 'make results   what pretraining is worth, with the molecules in DATA=DIR (hours; see docs/results.md)'
+	@echo 'make results-quick   a reduced version (minutes)'
 	@echo 'make test      all tests that need neither a GPU nor other data'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite the sources'
@@ -33,6 +37,12 @@ test: install
 
 demo: install
 	$(BIN)/python jobs/demo.py
+
+results: install
+	$(BIN)/python jobs/results.py $(if $(DATA),--data $(DATA)) --out runs/results
+
+results-quick: install
+	$(BIN)/python jobs/results.py $(if $(DATA),--data $(DATA)) --out runs/results-quick --quick
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,21 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from moleblend_ray.cli import JOBS, console_logging, load_reference
+from moleblend_ray.cli import console_logging
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.config.compose import load_config
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.stages import Stages
 
 logger = logging.getLogger("moleblend_ray.demo")
 
@@ -31,39 +30,13 @@ NUM_WORKERS = 2
 DATA_ACTORS = 2
 
 
-@dataclass
-class Stage:
-    """One command of the demo and what came of it."""
-
-    job: str
-    overrides: tuple[str, ...]
-    where: str
-    summary: Any = None
-    seconds: float = 0.0
-
-    @property
-    def command(self) -> str:
-        return shlex.join(["moleblend", self.job, *self.overrides])
-
-
-@dataclass
-class Demo:
+@dataclass(kw_only=True)
+class Demo(Stages):
     """The stages under one folder, on one Ray cluster."""
 
     out: str
     num_molecules: int
     num_steps: int
-    stages: dict[str, Stage] = field(default_factory=dict)
-
-    def run(self, name: str, job: str, where: str, *overrides: str) -> Any:
-        stage = Stage(job, overrides, where)
-        logger.info("$ %s", stage.command)
-        started_s = time.monotonic()
-        config = load_config(load_reference(JOBS[job].config), job, overrides)
-        stage.summary = load_reference(JOBS[job].function)(config)
-        stage.seconds = time.monotonic() - started_s
-        self.stages[name] = stage
-        return stage.summary
 
     def run_all(self) -> None:
         samples, data = f"{self.out}/samples.parquet", f"{self.out}/data"
@@ -116,6 +89,8 @@ class Demo:
             "search.learning_rate=[1e-4,2e-3]",
             "search.batch_size=[64,128]",
             "final_seeds=[0,1]",
+            # Not the descriptors: logp is one of them. From scratch would take as long as the sweep again.
+            "baseline.kinds=[forest]",
             "baseline.num_trees=50",
         )
         self.run(
@@ -135,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-molecules", type=int, default=5000, help="sample molecules")
     parser.add_argument("--num-steps", type=int, default=200, help="pretraining steps")
     options = parser.parse_args(arguments)
-    demo = Demo(options.out, options.num_molecules, options.num_steps)
+    demo = Demo(out=options.out, num_molecules=options.num_molecules, num_steps=options.num_steps)
     started_s = time.monotonic()
     try:
         with (
@@ -154,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def demo_report(demo: Demo, seconds: float) -> dict[str, Any]:
     """The figures of the demo, flat and ready for JSON."""
-    prepared = demo.stages["prepare"].summary
-    pretrained = demo.stages["pretrain"].summary
+    prepared = demo.done["prepare"].summary
+    pretrained = demo.done["pretrain"].summary
     return {
         "molecules_in": prepared.rows_in,
         "molecules_out": prepared.rows_out,
@@ -164,8 +139,8 @@ def demo_report(demo: Demo, seconds: float) -> dict[str, Any]:
         "loss_first": pretrained.loss_first,
         "loss_last": pretrained.loss_last,
         "world_size": pretrained.world_size,
-        "sweep_trials": demo.stages["sweep"].summary.trials,
-        "embeddings": demo.stages["embed"].summary.embeddings,
+        "sweep_trials": demo.done["sweep"].summary.trials,
+        "embeddings": demo.done["embed"].summary.embeddings,
         "seconds": round(seconds, 1),
     }
 
@@ -182,7 +157,7 @@ def heads_learned(report: dict[str, Any]) -> bool:
 def summary_table(demo: Demo, report: dict[str, Any]) -> Table:
     """What was done, where it is, how long it took."""
     first, last = report["loss_first"]["loss"], report["loss_last"]["loss"]
-    sweep = demo.stages["sweep"].summary
+    sweep = demo.done["sweep"].summary
     done = {
         "samples": f"{report['molecules_in']:,} molecules with conformers and labels",
         "prepare": f"{report['molecules_out']:,} in shards, {report['quarantined']:,} quarantined",
@@ -195,7 +170,7 @@ def summary_table(demo: Demo, report: dict[str, Any]) -> Table:
     table.add_column("done")
     table.add_column("where", overflow="fold")
     table.add_column("seconds", justify="right")
-    for name, stage in demo.stages.items():
+    for name, stage in demo.done.items():
         table.add_row(name, done[name], stage.where, f"{stage.seconds:.0f}")
     return table
 

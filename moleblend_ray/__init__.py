@@ -12,20 +12,31 @@ if TYPE_CHECKING:
     from moleblend_ray.config.cluster import ClusterConfig
     from moleblend_ray.config.compose import collection_preset, model_preset
     from moleblend_ray.config.download import DownloadConfig
-    from moleblend_ray.config.downstream import EmbedConfig, FinetuneConfig, SweepConfig, TaskConfig
+    from moleblend_ray.config.downstream import (
+        EmbedConfig,
+        FinetuneConfig,
+        LeaderboardConfig,
+        PredictConfig,
+        SweepConfig,
+        TaskConfig,
+    )
     from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
     from moleblend_ray.data.batch import StreamConfig
     from moleblend_ray.data.order import OrderConfig
     from moleblend_ray.errors import MoleBlendError
-    from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
+    from moleblend_ray.evaluation.search import SearchSpace
+    from moleblend_ray.evaluation.settings import FinetuneSettings
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.finetune import finetune
     from moleblend_ray.orchestration.inspect import inspect_checkpoints, inspect_data
+    from moleblend_ray.orchestration.leaderboard import leaderboard
+    from moleblend_ray.orchestration.many import finetune_tasks, sweep_tasks
+    from moleblend_ray.orchestration.predict import predict
     from moleblend_ray.orchestration.prepare import prepare
     from moleblend_ray.orchestration.pretrain import pretrain
     from moleblend_ray.orchestration.sweep import sweep
@@ -50,12 +61,14 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneSettings",
     "InspectConfig",
+    "LeaderboardConfig",
     "LossConfig",
     "ModelConfig",
     "MoleBlend",
     "MoleBlendError",
     "OptimConfig",
     "OrderConfig",
+    "PredictConfig",
     "PrepareConfig",
     "PretrainConfig",
     "SearchSpace",
@@ -69,12 +82,16 @@ __all__ = [
     "download",
     "embed",
     "finetune",
+    "finetune_tasks",
     "inspect_checkpoints",
     "inspect_data",
+    "leaderboard",
     "model_preset",
+    "predict",
     "prepare",
     "pretrain",
     "sweep",
+    "sweep_tasks",
 ]
 
 # Name -> module and, where it differs, the name there.
@@ -90,15 +107,17 @@ _HOMES = {
     "FinetuneConfig": "config.downstream",
     "FinetuneSettings": "evaluation.settings",
     "InspectConfig": "config.inspect",
+    "LeaderboardConfig": "config.downstream",
     "LossConfig": "model.config",
     "ModelConfig": "model.config",
     "MoleBlend": "model.moleblend:MoleBlendModel",
     "MoleBlendError": "errors",
     "OptimConfig": "training.config",
     "OrderConfig": "data.order",
+    "PredictConfig": "config.downstream",
     "PrepareConfig": "config.prepare",
     "PretrainConfig": "config.pretrain",
-    "SearchSpace": "evaluation.settings",
+    "SearchSpace": "evaluation.search",
     "StreamConfig": "data.batch",
     "SweepConfig": "config.downstream",
     "TaskConfig": "config.downstream",
@@ -108,12 +127,16 @@ _HOMES = {
     "download": "orchestration.download",
     "embed": "orchestration.embed",
     "finetune": "orchestration.finetune",
+    "finetune_tasks": "orchestration.many",
     "inspect_checkpoints": "orchestration.inspect",
     "inspect_data": "orchestration.inspect",
+    "leaderboard": "orchestration.leaderboard",
     "model_preset": "config.compose",
+    "predict": "orchestration.predict",
     "prepare": "orchestration.prepare",
     "pretrain": "orchestration.pretrain",
     "sweep": "orchestration.sweep",
+    "sweep_tasks": "orchestration.many",
 }
 
 

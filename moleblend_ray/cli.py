@@ -76,17 +76,28 @@ JOBS: Mapping[str, Job] = {
     "finetune": Job(
         "encoder + labelled molecules -> a property model and its scores",
         "moleblend_ray.config.downstream:FinetuneConfig",
-        "moleblend_ray.orchestration.finetune:finetune",
+        "moleblend_ray.orchestration.many:finetune_or_tasks",
     ),
     "sweep": Job(
         "search of fine-tuning settings on validation molecules, then test scores of the chosen one",
         "moleblend_ray.config.downstream:SweepConfig",
-        "moleblend_ray.orchestration.sweep:sweep",
+        "moleblend_ray.orchestration.many:sweep_or_tasks",
+    ),
+    "leaderboard": Job(
+        "results of several tasks, or of several sweeps of them -> tables, a page and a figure",
+        "moleblend_ray.config.downstream:LeaderboardConfig",
+        "moleblend_ray.orchestration.leaderboard:leaderboard",
+        first_key="run",
     ),
     "embed": Job(
         "encoder + molecules -> one vector each, in the source's order",
         "moleblend_ray.config.downstream:EmbedConfig",
         "moleblend_ray.orchestration.embed:embed",
+    ),
+    "predict": Job(
+        "fine-tuned models + molecules -> values or probabilities, their uncertainty, likeness to training",
+        "moleblend_ray.config.downstream:PredictConfig",
+        "moleblend_ray.orchestration.predict:predict",
     ),
     "export": Job(
         "checkpoint of a run -> model.safetensors and config.json",

@@ -1,4 +1,4 @@
-"""Extended-connectivity fingerprints, for the baseline that stands beside every fine-tuned model."""
+"""Extended-connectivity fingerprints, for the baselines that stand beside every fine-tuned model."""
 
 from __future__ import annotations
 

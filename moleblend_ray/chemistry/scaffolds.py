@@ -13,8 +13,6 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rdkit import Chem, rdBase
-from rdkit.Chem.Scaffolds import MurckoScaffold
 
 from moleblend_ray.errors import ConfigError, DataError
 
@@ -31,6 +29,10 @@ class Split(NamedTuple):
 
 def murcko_scaffold(smiles: str, *, include_chirality: bool = False) -> str:
     """SMILES of the ring systems and what links them; empty for a molecule without rings."""
+    # Imported here: machines that only train know splits, too, and have no RDKit.
+    from rdkit import Chem, rdBase
+    from rdkit.Chem.Scaffolds import MurckoScaffold
+
     with rdBase.BlockLogs():
         mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
         if mol is None:

@@ -1,24 +1,38 @@
-"""What `moleblend finetune`, `moleblend sweep` and `moleblend embed` start from, try and write."""
+"""What `moleblend finetune`, `sweep`, `embed` and `predict` start from, try and write."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.errors import check_all
-from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
-from moleblend_ray.evaluation.tasks import Metric, SplitKind, Task, TaskKind, resolve_task
+from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.search import SearchSpace
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import (
+    Metric,
+    SplitKind,
+    Task,
+    TaskKind,
+    is_group,
+    resolve_task,
+    task_names,
+)
 from moleblend_ray.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
-    """Which question, and the molecules that answer it."""
+    """Which question, or a group of questions, and the molecules that answer them."""
 
-    name: str
-    """A name of the task table (bbbp, esol, qm9_gap, ...), or any other name for a table of your own."""
+    name: str | tuple[str, ...]
+    """A name of the task table (bbbp, esol, qm9_gap, ...), a group of them (moleculenet, moleculenet_small, qm9, ...), a
+    list of both, or any other name for a table of your own."""
     source: str
-    """Molecules with labels: CSV, SDF or Parquet as for `prepare`, or a prepared dataset, which is used as it is."""
+    """Molecules with labels: CSV, SDF or Parquet as for `prepare`, or a prepared dataset, which is used as it is. Of a
+    group: a directory that holds one for each task, found by name (bbbp.csv.gz, bbbp/), or one for all of them."""
+    skip_missing: bool = False
+    """Of a group: leave out tasks whose molecules are not in the source, instead of ending with an error."""
     columns: tuple[str, ...] = ()
     """Label columns; empty: the task table's (required for a table of your own)."""
     kind: TaskKind | None = None
@@ -26,42 +40,113 @@ class TaskConfig:
     metric: Metric | None = None
     """Score by which configurations are chosen and reported; null: the task's usual one."""
     split: SplitKind | None = None
-    """How molecules are divided 80/10/10; null: the task's usual way, scaffolds for a table of your own."""
+    """How molecules are divided 80/10/10; null: the task's usual way, scaffolds for a table of your own. given: as a
+    prepared dataset is, or as `split_column` or `split_file` say."""
+    split_column: str | None = None
+    """Column (or SDF property) of the source that says train, valid or test; it makes the split given."""
+    split_file: str | None = None
+    """File that says so by row or by id, as for `prepare`; it makes the split given."""
     unit: str | None = None
     """Unit of the labels, for reports; null: the task table's."""
     smiles_column: str = "smiles"
     """Column with the SMILES in tables."""
     id_column: str | None = None
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
-    conformers: bool = True
-    """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D."""
+    conformers: int = 1
+    """Conformers of each molecule: training draws one anew each epoch, predictions are the mean over all. Where the source
+    has no coordinates so many are made, with seeds; 0 makes none, and such molecules stay 2D. Of those that the
+    source has, the first so many are taken."""
     max_atoms: int = 256
     """Larger molecules are left out, and counted."""
+    train_molecules: int | None = None
+    """Train on so many molecules of the training part only, chosen by `split_seed`; a smaller number takes a part of what a
+    larger one takes. The test part stays whole. null: all."""
+    valid_molecules: int | None = None
+    """Choose by so many molecules of the validation part only, likewise."""
 
     def __post_init__(self) -> None:
-        check_all((bool(self.source), "source: expected a path or URI, found an empty string"))
-        self.resolve()
+        by_user = self.split_column or self.split_file
+        of_one_task = ("columns", "kind", "unit", "split_file") if self.is_group else ()
+        check_all(
+            (
+                0 <= self.conformers <= 255,
+                f"conformers: expected 0 to 255, found {self.conformers}",
+            ),
+            *(
+                (
+                    getattr(self, name) is None or getattr(self, name) >= 1,
+                    f"{name}: expected null or >= 1, found {getattr(self, name)}",
+                )
+                for name in ("train_molecules", "valid_molecules")
+            ),
+            (bool(self.source), "source: expected a path or URI, found an empty string"),
+            (
+                not (self.split_column and self.split_file),
+                "split_file: expected either it or split_column, found both",
+            ),
+            (
+                not by_user or self.split in (None, SplitKind.GIVEN),
+                f"split: expected given with split_column or split_file, found {self.split}",
+            ),
+            *(
+                (not getattr(self, name), f"{name}: expected for one task only, found with a group")
+                for name in of_one_task
+            ),
+        )
+        self.tasks()
+
+    @property
+    def is_group(self) -> bool:
+        """Whether several tasks are asked for, each with results of its own."""
+        return is_group(self.name)
+
+    def tasks(self) -> dict[str, Task]:
+        """Every task that is asked for, by name, in order; a ConfigError if one is unknown and not described."""
+        return {name: self._resolve(name) for name in task_names(self.name)}
 
     def resolve(self) -> Task:
-        """The task itself; a ConfigError if the name is unknown and not described."""
+        """The task itself, of one that is none of a group; a ConfigError if it is one."""
+        if self.is_group:
+            raise ConfigError(
+                f"task.name: {self.name!r} is a group of tasks; expected one. Groups are for `moleblend sweep` and "
+                "`finetune`, in Python sweep_tasks and finetune_tasks"
+            )
+        return next(iter(self.tasks().values()))
+
+    def _resolve(self, name: str) -> Task:
+        is_given = self.split_column is not None or self.split_file is not None
         return resolve_task(
-            self.name,
+            name,
             columns=self.columns,
             kind=self.kind,
             metric=self.metric,
-            split=self.split,
+            split=SplitKind.GIVEN if is_given else self.split,
             unit=self.unit,
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineConfig:
-    """The fingerprint baseline in the results table: ECFP4 and a random forest on the same split."""
+    """What stands beside the model in the results: other models on the same split, with the same seeds."""
 
-    enabled: bool = True
-    """Whether to compute it."""
+    kinds: tuple[BaselineKind, ...] = tuple(BaselineKind)
+    """forest and boosting: ECFP4 with a random forest or gradient boosting. descriptors: RDKit's 2D descriptors with ridge
+    or logistic regression. scratch: the same encoder without pretraining, trained in the same way, which takes as
+    long again (only with a checkpoint). [] for none."""
     num_trees: int = 200
-    """Trees of each forest; one forest for each label column and seed."""
+    """Trees of a forest, one forest for each label column, setting and seed; fewer for many labels."""
+    num_rounds: int = 300
+    """Most rounds of gradient boosting, likewise; how many are used is chosen on the validation part."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (
+                len(set(self.kinds)) == len(self.kinds),
+                f"kinds: expected each at most once, found {[kind.value for kind in self.kinds]}",
+            ),
+            (self.num_trees >= 1, f"num_trees: expected >= 1, found {self.num_trees}"),
+            (self.num_rounds >= 1, f"num_rounds: expected >= 1, found {self.num_rounds}"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +166,7 @@ class PropertyConfig:
     split_seed: int = 0
     """Seed of the split where it has one (`random`, `scaffold_balanced`)."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
-    """The fingerprint baseline."""
+    """Models to compare with."""
     gpus_per_worker: float = 1.0
     """GPUs, or a share of one, that each training reserves when `cluster.use_gpu` is on."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -134,34 +219,109 @@ class SweepConfig(PropertyConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EmbedConfig:
-    """Molecules -> one vector each, in the source's order."""
+class LeaderboardConfig:
+    """Results of many tasks -> tables, a page and a figure; of several directories, their models side by side."""
 
-    checkpoint: str
-    """Pretraining run, checkpoint, exported or fine-tuned model."""
+    run: str
+    """Directory of results: the `out` of a sweep or fine-tuning of several tasks, or of one."""
+    against: tuple[str, ...] = ()
+    """Other such directories to compare with, as of another checkpoint. Equal baselines are shown once."""
+    out: str | None = None
+    """Directory of the leaderboard; null: that of `run`, required for a comparison."""
+
+    def __post_init__(self) -> None:
+        runs = (self.run, *self.against)
+        check_all(
+            ("" not in runs, "run: expected a path or URI, found an empty string"),
+            (
+                len(set(runs)) == len(runs),
+                f"against: expected distinct directories, found {list(runs)}",
+            ),
+            (
+                not self.against or self.out not in (None, *runs),
+                f"out: expected a directory of its own for the comparison, found {self.out or 'null'}",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LibraryConfig:
+    """What embedding and prediction have in common: molecules that a model looks at."""
+
     source: str
     """Molecules as for `prepare` (SDF, CSV/TSV, Parquet), or a prepared dataset, which is used as it is."""
     out: str
-    """Directory of the embeddings, as a path or URI that every worker reaches."""
+    """Directory of what is made of them, as a path or URI that every worker reaches."""
     batch_size: int = 64
     """Molecules computed at once: memory and speed, not the result."""
     smiles_column: str = "smiles"
     """Column with the SMILES in tables."""
     id_column: str | None = None
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
-    conformers: bool = True
-    """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D."""
     max_atoms: int = 256
     """Larger molecules are rejected, and listed."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs: `num_data_actors` models of `cpus_per_worker` CPUs, each on a GPU with `use_gpu`."""
 
-    def __post_init__(self) -> None:
-        check_all(
-            (bool(self.checkpoint), "checkpoint: expected a path or URI, found an empty string"),
+    def _library_checks(self) -> tuple[tuple[bool, str], ...]:
+        return (
             (bool(self.source), "source: expected a path or URI, found an empty string"),
             (bool(self.out), "out: expected a path or URI, found an empty string"),
             (self.batch_size >= 1, f"batch_size: expected >= 1, found {self.batch_size}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedConfig(LibraryConfig):
+    """Molecules -> one vector each, in the source's order."""
+
+    checkpoint: str
+    """Pretraining run, checkpoint, exported or fine-tuned model."""
+    conformers: bool = True
+    """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (bool(self.checkpoint), "checkpoint: expected a path or URI, found an empty string"),
+            *self._library_checks(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictConfig(LibraryConfig):
+    """Molecules -> class probabilities or values, with their uncertainty, in the source's order."""
+
+    models: str | tuple[str, ...]
+    """Fine-tuned model (models/seed-N of a fine-tuning or sweep), or a finished `out` of one, which means the models
+    of all its seeds; or a list of these. All must answer the same question; several are an ensemble."""
+    conformers: int = 1
+    """Conformers of each molecule over which predictions are averaged. Where the source has no coordinates so many
+    are made, with seeds; 0 makes none, and such molecules stay 2D. Of coordinates that are there, the first."""
+    applicability: float | None = None
+    """Tanimoto similarity (ECFP4) to the nearest training molecule from which on a molecule counts as in the
+    models' domain; null: each model's own, the 5th percentile of its training molecules."""
+    csv: bool = False
+    """Also write all predictions as one table, predictions.csv."""
+
+    def model_uris(self) -> tuple[str, ...]:
+        """Every path or URI of `models`."""
+        return (self.models,) if isinstance(self.models, str) else self.models
+
+    def __post_init__(self) -> None:
+        check_all(
+            (
+                bool(self.model_uris()) and "" not in self.model_uris(),
+                f"models: expected a path or URI or several, found {self.models!r}",
+            ),
+            *self._library_checks(),
+            (
+                0 <= self.conformers <= 255,
+                f"conformers: expected 0 to 255, found {self.conformers}",
+            ),
+            (
+                self.applicability is None or 0.0 <= self.applicability <= 1.0,
+                f"applicability: expected a similarity of 0 to 1 or null, found {self.applicability}",
+            ),
         )
 
 

@@ -9,7 +9,18 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 PATH_FIELDS = frozenset(
-    {"against", "checkpoint", "data", "dir", "out", "run", "source", "split_file", "spool"}
+    {
+        "against",
+        "checkpoint",
+        "data",
+        "dir",
+        "models",
+        "out",
+        "run",
+        "source",
+        "split_file",
+        "spool",
+    }
 )
 """Names of the fields that hold a path or URI, or several."""
 

@@ -56,8 +56,8 @@ class MoleculeBlock:
 
     def take(self, indices: NDArray[np.int64]) -> MoleculeBlock:
         """The molecules at ``indices``, in that order."""
-        atoms = _ragged_rows(self.num_atoms, indices)
-        bonds = _ragged_rows(self.num_bonds, indices)
+        atoms = ragged_rows(self.num_atoms, indices)
+        bonds = ragged_rows(self.num_bonds, indices)
         return MoleculeBlock(
             molecule_ids=self.molecule_ids[indices],
             num_atoms=self.num_atoms[indices],
@@ -246,7 +246,7 @@ def _copy(target, begin, address, source_begin, count):  # type: ignore[no-untyp
         target[begin + item] = source[item]
 
 
-def _ragged_rows(counts: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+def ragged_rows(counts: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Row numbers, in flat arrays with ``counts[i]`` rows for molecule i, of the molecules ``indices``."""
     starts = np.cumsum(counts, dtype=np.int64) - counts
     taken = counts[indices].astype(np.int64)

@@ -1,50 +1,386 @@
-"""What a chemist would try first: circular fingerprints and a random forest, on the same split."""
+"""What a chemist would try first, on the same split: fingerprints or descriptors, and a model of scikit-learn.
+
+Each kind has a small grid of settings. Nothing here sees labels that it is not given: the grid is judged on training and
+validation molecules alone. Imports neither RDKit nor torch: features come from outside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.fingerprints import ecfp
+from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 
-BASELINE_NAME = "ECFP4 + random forest"
-"""How reports call the baseline."""
+
+class FeatureKind(StrEnum):
+    """What a baseline knows of a molecule."""
+
+    FINGERPRINTS = "fingerprints"
+    """ECFP4: (M, 2048) uint8 of 0 and 1."""
+    DESCRIPTORS = "descriptors"
+    """RDKit's 2D descriptors: (M, D) float64, some NaN or infinite."""
 
 
-def baseline_predictions(
-    task: Task,
-    smiles: Sequence[str],
-    labels: NDArray[np.float64],
-    train: NDArray[np.int64],
+class BaselineKind(StrEnum):
+    """A model to compare with."""
+
+    FOREST = "forest"
+    """ECFP4 + random forest (Breiman, Mach. Learn. 45, 5 (2001); on fingerprints: Svetnik et al., J. Chem. Inf.
+    Comput. Sci. 43, 1947 (2003))."""
+    BOOSTING = "boosting"
+    """ECFP4 + histogram gradient boosting (scikit-learn's, after Ke et al., NeurIPS 2017)."""
+    DESCRIPTORS = "descriptors"
+    """RDKit descriptors + ridge regression for numbers, logistic regression for classes."""
+    SCRATCH = "scratch"
+    """The encoder without pretraining, trained as the model is. Not made here, but where models are trained."""
+
+    @property
+    def label(self) -> str:
+        """How tables call it."""
+        return _LABELS[self]
+
+    @property
+    def features(self) -> FeatureKind:
+        """What it is fitted to."""
+        return (
+            FeatureKind.DESCRIPTORS
+            if self is BaselineKind.DESCRIPTORS
+            else FeatureKind.FINGERPRINTS
+        )
+
+    @property
+    def is_random(self) -> bool:
+        """Whether another seed gives another model."""
+        return self is not BaselineKind.DESCRIPTORS
+
+
+_LABELS: Final = {
+    BaselineKind.FOREST: "ECFP4 + random forest",
+    BaselineKind.BOOSTING: "ECFP4 + gradient boosting",
+    BaselineKind.DESCRIPTORS: "RDKit descriptors + linear model",
+    BaselineKind.SCRATCH: "MoleBLEND, from scratch",
+}
+
+Settings = Mapping[str, float | int | str]
+"""Hyper-parameters of a baseline by scikit-learn's names."""
+
+MAX_FOREST_LABELS: Final = 80_000_000
+"""Known training labels that the trees of all columns look at together, at most: each takes 2 to 3 us with ToxCast's 1.3
+million, which leave 63 of 200 trees a column."""
+
+MAX_BOOSTING_LABELS: Final = 30_000_000
+"""The same for rounds of boosting, where each takes 5 us there, and up to 9 us in columns of 12,000 labels (MUV).
+They leave ToxCast 23 rounds a column."""
+
+FULL_GRID_LABELS: Final = 20_000_000
+"""Beyond so many, only the first half of a grid is tried."""
+
+MAX_TREE_MOLECULES: Final = 20_000
+"""Molecules that a tree of a forest draws, at most: with 100,000 a regression's 200 trees would take 20 minutes of one core."""
+
+MIN_LEAF_LABELS: Final = 20
+"""Labels in a leaf of a boosted tree, at least (scikit-learn's default) ..."""
+
+MIN_LEAF_SHARE: Final = 0.05
+"""... or this share of them, where that is fewer: with 100 labels no leaf of 20 would tell much."""
+
+BOOSTING_FEATURES: Final = 0.1
+"""Share of the bits from which each split of a boosted tree chooses."""
+
+DESCRIPTOR_LIMIT: Final = 5.0
+"""Standardised descriptors are clipped to +-5: a linear model would follow a single outlier anywhere."""
+
+_INVERSE_PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_PENALTIES: Final = (1.0, 10.0, 100.0, 1000.0, 10000.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaselineData:
+    """Molecules as baselines see them, and which of them teach and which are scored."""
+
+    task: Task
+    """What is asked."""
+    features: NDArray[Any]
+    """(M, F) of one :class:`FeatureKind`."""
+    labels: NDArray[np.float64]
+    """(M, T); NaN where missing."""
+    columns: tuple[str, ...]
+    """(T,) names of the labels."""
+    train: NDArray[np.int64]
+    """Rows to fit to."""
+    valid: NDArray[np.int64]
+    """Rows to choose by."""
+    test: NDArray[np.int64]
+    """Rows to score in the end; empty while settings are chosen."""
+
+    def without_test(self) -> BaselineData:
+        """Training, then validation molecules, and no other: what choosing may see."""
+        rows = np.concatenate([self.train, self.valid])
+        return dataclasses.replace(
+            self,
+            features=self.features[rows],
+            labels=self.labels[rows],
+            train=np.arange(len(self.train), dtype=np.int64),
+            valid=np.arange(len(self.train), len(rows), dtype=np.int64),
+            test=np.zeros(0, dtype=np.int64),
+        )
+
+
+def candidate_groups(
+    kind: BaselineKind,
+    task_kind: TaskKind,
+    train_labels: NDArray[np.float64],
     *,
-    seed: int,
     num_trees: int,
-    num_jobs: int = 1,
-) -> NDArray[np.float64]:
-    """Predictions (M, T) for all molecules of one forest a column, each fitted on that column's known labels.
+    num_rounds: int,
+) -> list[list[Settings]]:
+    """The grid of a kind for (N, T) training labels; settings in one group share a fit.
 
-    Classes are predicted as the probability of 1. A column whose training labels are all missing predicts 0, and
-    one whose training labels are all equal predicts that label: both score as chance.
+    Tasks of many labels (ToxCast: 617 columns) get fewer trees and settings, see :data:`MAX_FOREST_LABELS`,
+    :data:`MAX_BOOSTING_LABELS` and :data:`FULL_GRID_LABELS`.
     """
-    # Imported here: it takes seconds, and workers that train models import this module too.
+    known = (~np.isnan(train_labels)).sum(axis=0)
+    if kind is BaselineKind.FOREST:
+        return _forest_grid(task_kind, int(np.minimum(known, MAX_TREE_MOLECULES).sum()), num_trees)
+    if kind is BaselineKind.BOOSTING:
+        return _boosting_grid(int(known.sum()), num_rounds)
+    if task_kind is TaskKind.CLASSIFICATION:
+        return [[{"C": value} for value in _INVERSE_PENALTIES]]
+    return [[{"alpha": value} for value in _PENALTIES]]
+
+
+def _forest_grid(task_kind: TaskKind, num_labels: int, num_trees: int) -> list[list[Settings]]:
+    # Of the bits, those among which each split chooses.
+    shares: tuple[str | float, ...] = (0.1, 0.3)
+    if task_kind is TaskKind.CLASSIFICATION:
+        shares = ("sqrt", 0.1)
+    if num_trees * num_labels > FULL_GRID_LABELS:
+        shares = shares[:1]
+    trees = _affordable(num_trees, num_labels, MAX_FOREST_LABELS)
+    return [
+        [{"n_estimators": trees, "max_features": share, "min_samples_leaf": leaf}]
+        for share in shares
+        for leaf in (1, 3)
+    ]
+
+
+def _boosting_grid(num_labels: int, num_rounds: int) -> list[list[Settings]]:
+    leaves = (31, 8) if num_rounds * num_labels <= FULL_GRID_LABELS else (31,)
+    most = _affordable(num_rounds, num_labels, MAX_BOOSTING_LABELS)
+    # The first rounds of a longer fit are the shorter one: all numbers of rounds come from one.
+    rounds = sorted({max(1, most * share // 8) for share in (1, 2, 4, 8)})
+    return [[{"max_iter": n, "max_leaf_nodes": count} for n in rounds] for count in leaves]
+
+
+def _affordable(asked: int, num_labels: int, max_labels: int) -> int:
+    return max(1, min(asked, max_labels // max(1, num_labels)))
+
+
+def validation_scores(
+    data: BaselineData, kind: BaselineKind, group: Sequence[Settings], seed: int, num_jobs: int
+) -> list[float]:
+    """The task's metric on ``data.valid`` for each settings of a group, fitted to ``data.train``."""
+    return [
+        score(data.task.metric, predictions, data.labels[data.valid], data.columns).value
+        for predictions in predict_group(data, kind, group, data.valid, seed, num_jobs)
+    ]
+
+
+def predict_group(
+    data: BaselineData,
+    kind: BaselineKind,
+    group: Sequence[Settings],
+    rows: NDArray[np.int64],
+    seed: int,
+    num_jobs: int,
+) -> list[NDArray[np.float64]]:
+    """(K, T) predictions for the molecules ``rows`` (K,) by each settings of a group, fitted to ``data.train``.
+
+    A model for each column, fitted to its known labels. Numbers are in the labels' unit; classes get a value that
+    ranks them. A column without training labels predicts 0, and one whose training labels are all equal predicts that
+    label: both score as chance. ``num_jobs`` threads are used; they change the time, and beyond it rounding at most.
+    """
+    # Imported here: it takes a moment, and configurations import this module too.
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    inputs = _inputs(kind, data)
+    fit = _FITS[kind]
+    asked = inputs[rows]
+    found = [np.zeros((len(rows), data.labels.shape[1])) for _ in group]
+    with threadpool_limits(limits=num_jobs):
+        for column, labels in enumerate(data.labels.T):
+            known = data.train[~np.isnan(labels[data.train])]
+            targets = labels[known]
+            if len(known) == 0 or targets.min() == targets.max():
+                constant = targets[0] if len(known) else 0.0
+                outputs = [np.full(len(rows), constant)] * len(group)
+            else:
+                examples = Examples(inputs[known], targets, asked, data.task.kind, seed, num_jobs)
+                outputs = fit(examples, group)
+            for predictions, output in zip(found, outputs, strict=True):
+                predictions[:, column] = output
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """What the model of one column learns from and is asked."""
+
+    inputs: Any
+    """(K, F) features of molecules with a label, as an array or a sparse matrix."""
+    targets: NDArray[np.float64]
+    """(K,) labels; at least two different ones."""
+    asked: Any
+    """(Q, F) features of molecules to predict."""
+    kind: TaskKind
+    """What the labels are."""
+    seed: int
+    """Of the model, if it draws anything."""
+    num_jobs: int
+    """Threads."""
+
+    @property
+    def classes(self) -> NDArray[np.int64]:
+        """(K,) labels as classes."""
+        return self.targets.astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DescriptorScaling:
+    """From descriptors to what a linear model can use, by the training molecules alone.
+
+    A value that is not finite, or beyond what float32 holds (Ipc overflows), counts as missing and becomes the median of the
+    training molecules. Then mean 0 and standard deviation 1 there, clipped to :data:`DESCRIPTOR_LIMIT`. Descriptors
+    that are missing or constant in training become 0.
+    """
+
+    median: NDArray[np.float64]
+    """(D,) of known values."""
+    mean: NDArray[np.float64]
+    """(D,) after replacement."""
+    scale: NDArray[np.float64]
+    """(D,) reciprocal of the standard deviation; 0 for a descriptor that says nothing."""
+
+    @classmethod
+    def fit(cls, values: NDArray[np.float64]) -> DescriptorScaling:
+        """By the (N, D) descriptors of the training molecules."""
+        known = np.where(_is_usable(values), values, np.nan)
+        nowhere = np.isnan(known).all(axis=0)
+        median = np.nanmedian(np.where(nowhere, 0.0, known), axis=0)
+        filled = np.where(np.isnan(known), median, known)
+        mean, std = filled.mean(axis=0), filled.std(axis=0)
+        # Rounding of the mean leaves a constant column a tiny deviation of no meaning.
+        varies = std > 1e-9 * np.maximum(1e-6, np.abs(mean))
+        scale = np.where(varies, 1.0 / np.where(varies, std, 1.0), 0.0)
+        return cls(median=median, mean=mean, scale=scale)
+
+    def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M, D) descriptors, scaled; every value is finite."""
+        filled = np.where(_is_usable(values), values, self.median)
+        scaled = (filled - self.mean) * self.scale
+        return np.clip(scaled, -DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
+
+
+def _is_usable(values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    return np.abs(values) <= float(np.finfo(np.float32).max)
+
+
+def _inputs(kind: BaselineKind, data: BaselineData) -> Any:
+    if kind is BaselineKind.FOREST:
+        from scipy.sparse import csr_matrix
+
+        # 2 % of the bits are set: sparse input gives the same trees in half the time.
+        return csr_matrix(data.features).astype(np.float32)
+    if kind is BaselineKind.DESCRIPTORS:
+        return DescriptorScaling.fit(data.features[data.train]).apply(data.features)
+    return data.features
+
+
+def _fit_forest(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 
-    fingerprints = ecfp(smiles)
-    predictions = np.zeros(labels.shape, dtype=np.float64)
-    for column in range(labels.shape[1]):
-        rows = train[~np.isnan(labels[train, column])]
-        targets = labels[rows, column]
-        if len(rows) == 0 or targets.min() == targets.max():
-            predictions[:, column] = targets[0] if len(rows) else 0.0
-        elif task.kind is TaskKind.CLASSIFICATION:
-            forest = RandomForestClassifier(num_trees, random_state=seed, n_jobs=num_jobs)
-            forest.fit(fingerprints[rows], targets.astype(np.int64))
-            predictions[:, column] = forest.predict_proba(fingerprints)[:, 1]
+    too_many = len(examples.targets) > MAX_TREE_MOLECULES
+    fixed = {
+        "max_samples": MAX_TREE_MOLECULES if too_many else None,
+        "random_state": examples.seed,
+        "n_jobs": examples.num_jobs,
+    }
+    outputs = []
+    for settings in group:
+        if examples.kind is TaskKind.CLASSIFICATION:
+            forest = RandomForestClassifier(**settings, **fixed)
+            forest.fit(examples.inputs, examples.classes)
+            outputs.append(forest.predict_proba(examples.asked)[:, 1])
         else:
-            forest = RandomForestRegressor(num_trees, random_state=seed, n_jobs=num_jobs)
-            forest.fit(fingerprints[rows], targets)
-            predictions[:, column] = forest.predict(fingerprints)
-    return predictions
+            forest = RandomForestRegressor(**settings, **fixed)
+            forest.fit(examples.inputs, examples.targets)
+            outputs.append(forest.predict(examples.asked))
+    return outputs
+
+
+def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
+    """One fit of the most rounds; the outputs after each number of rounds in the group, which differ in nothing else."""
+    from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+
+    count = len(examples.targets)
+    least = min(MIN_LEAF_LABELS, max(1, int(MIN_LEAF_SHARE * count)))
+    # A bit that is set (or unset) in fewer molecules than a leaf must hold can divide nothing.
+    num_set = examples.inputs.sum(axis=0, dtype=np.int64)
+    usable = np.flatnonzero((num_set >= least) & (num_set <= count - least))
+    if len(usable) == 0:
+        return [np.full(len(examples.asked), examples.targets.mean()) for _ in group]
+    rounds = [int(settings["max_iter"]) for settings in group]
+    fixed = {
+        "max_leaf_nodes": int(group[0]["max_leaf_nodes"]),
+        "min_samples_leaf": least,
+        "max_features": BOOSTING_FEATURES,
+        # A bit has two values: histograms of 255 would be empty but for these.
+        "max_bins": 2,
+        "early_stopping": False,
+        "random_state": examples.seed,
+    }
+    inputs, asked = examples.inputs[:, usable], examples.asked[:, usable]
+    if examples.kind is TaskKind.CLASSIFICATION:
+        model = HistGradientBoostingClassifier(max_iter=max(rounds), **fixed)
+        stages = model.fit(inputs, examples.classes).staged_decision_function(asked)
+    else:
+        model = HistGradientBoostingRegressor(max_iter=max(rounds), **fixed)
+        stages = model.fit(inputs, examples.targets).staged_predict(asked)
+    after = {
+        number: np.asarray(output, dtype=np.float64).reshape(len(asked))
+        for number, output in enumerate(stages, start=1)
+        if number in rounds
+    }
+    return [after[number] for number in rounds]
+
+
+def _fit_linear(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
+    from sklearn.linear_model import LogisticRegression, Ridge
+
+    outputs = []
+    for settings in group:
+        if examples.kind is TaskKind.CLASSIFICATION:
+            # Newton's method: a handful of steps, exact, and as fast as any with 200 inputs.
+            model = LogisticRegression(**settings, solver="newton-cholesky", max_iter=200)
+            model.fit(examples.inputs, examples.classes)
+            outputs.append(model.decision_function(examples.asked))
+        else:
+            model = Ridge(**settings).fit(examples.inputs, examples.targets)
+            outputs.append(model.predict(examples.asked))
+    return outputs
+
+
+_FITS: Final[
+    Mapping[BaselineKind, Callable[[Examples, Sequence[Settings]], list[NDArray[np.float64]]]]
+] = {
+    BaselineKind.FOREST: _fit_forest,
+    BaselineKind.BOOSTING: _fit_boosting,
+    BaselineKind.DESCRIPTORS: _fit_linear,
+}

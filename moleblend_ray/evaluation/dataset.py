@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,12 @@ from moleblend_ray.data.shards import (
     ShardReader,
     load_manifest,
 )
-from moleblend_ray.errors import DataError
+from moleblend_ray.data.splits import UNNAMED, NamedSplits
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.conformer_set import ConformerSet
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
+
+logger = logging.getLogger(__name__)
 
 FRACTIONS = (0.8, 0.1, 0.1)
 """Shares of training, validation and test."""
@@ -30,10 +35,10 @@ FRACTIONS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledMolecules:
-    """M molecules, one fixed conformer each, with T labels."""
+    """M molecules, one fixed conformer each or several, with T labels."""
 
     block: MoleculeBlock
-    """Graphs and coordinates; ``molecule_ids`` are 0 to M - 1, rows of ``labels``."""
+    """Graphs and coordinates of the first conformer; ``molecule_ids`` are 0 to M - 1, rows of ``labels``."""
     mol_ids: tuple[str, ...]
     """(M,) ids as in the source."""
     smiles: tuple[str, ...]
@@ -48,6 +53,10 @@ class LabelledMolecules:
     """Molecules of that dataset left out because none of these labels is known."""
     num_quarantined: int
     """Rows of the source that could not become molecules."""
+    parts: NDArray[np.uint8] | None = None
+    """(M,) part that the data gives each molecule: an index of ``shards.SPLITS``; None where they are not known."""
+    conformers: ConformerSet | None = None
+    """More than the first conformer; None where one is all."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -63,23 +72,34 @@ class LabelledMolecules:
             mol_ids=tuple(self.mol_ids[index] for index in indices),
             smiles=tuple(self.smiles[index] for index in indices),
             labels=self.labels[indices],
+            parts=None if self.parts is None else self.parts[indices],
+            conformers=self.conformers and self.conformers.take(self.block.num_atoms, indices),
         )
 
+    def posed(
+        self, indices: NDArray[np.int64], numbers: NDArray[np.int64] | None = None
+    ) -> MoleculeBlock:
+        """The molecules at ``indices`` (K,), each in its conformer of that number (K,), or its first."""
+        if self.conformers is None or numbers is None:
+            return self.block.take(indices)
+        return self.conformers.pose(self.block, indices, numbers)
 
-def load_labelled(uri: str, task: Task) -> LabelledMolecules:
-    """Every molecule of the prepared dataset at ``uri`` that has at least one of the task's labels."""
+
+def load_labelled(
+    uri: str, task: Task, named: NamedSplits | None = None, *, num_conformers: int = 1
+) -> LabelledMolecules:
+    """Every molecule of the prepared dataset at ``uri`` that has at least one of the task's labels.
+
+    It comes with its first ``num_conformers`` conformers, or as many as the dataset has of it.
+    Its part is that of ``named``, or the split of the dataset it is in. DataError if labels are missing or wrong,
+    or if ``named`` leaves a molecule out.
+    """
     manifest = load_manifest(uri)
     columns = _label_columns(uri, manifest, task)
     names = [LABEL_PREFIX + column for column in columns]
-    readers = [
-        ShardReader(uri, manifest, split, columns=["mol_id", "smiles", *GRAPH_COLUMNS, *names])
-        for split in SPLITS
-        if manifest.num_molecules(split)
-    ]
-    tables = [table for reader in readers for table in reader.iter_tables()]
-    if not tables:
-        raise DataError(f"{uri} holds no molecules: {_quarantine_sentence(manifest)}")
-    table = pa.concat_tables(tables)
+    table = _read_molecules(
+        uri, manifest, ["mol_id", "source_row", "smiles", *GRAPH_COLUMNS, *names]
+    )
     labels = np.stack(
         [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names], axis=1
     )
@@ -98,18 +118,65 @@ def load_labelled(uri: str, task: Task) -> LabelledMolecules:
         fingerprint=manifest.fingerprint,
         num_unlabelled=int((~known).sum()),
         num_quarantined=manifest.counts.rows_quarantined,
+        parts=_own_parts(manifest)[known]
+        if named is None
+        else _named_parts(named, table, manifest, uri),
+        conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
     )
 
 
-def split_molecules(smiles: Sequence[str], kind: SplitKind, seed: int) -> Split:
-    """Divide molecules 80/10/10; a DataError if a part would be empty."""
+def _read_molecules(uri: str, manifest: Manifest, columns: list[str]) -> pa.Table:
+    """All molecules, split by split."""
+    readers = [
+        ShardReader(uri, manifest, split, columns=columns)
+        for split in SPLITS
+        if manifest.num_molecules(split)
+    ]
+    tables = [table for reader in readers for table in reader.iter_tables()]
+    if not tables:
+        raise DataError(f"{uri} holds no molecules: {_quarantine_sentence(manifest)}")
+    return pa.concat_tables(tables)
+
+
+def _own_parts(manifest: Manifest) -> NDArray[np.uint8]:
+    sizes = [manifest.num_molecules(split) for split in SPLITS]
+    return np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
+
+
+def _named_parts(
+    named: NamedSplits, table: pa.Table, manifest: Manifest, uri: str
+) -> NDArray[np.uint8]:
+    if named.names_rows and len(manifest.sources) > 1:
+        raise ConfigError(
+            f"task: the split is given by rows, which are those of one file; {uri} was made of "
+            f"{len(manifest.sources)}. Give a split file with ids"
+        )
+    mol_ids = table["mol_id"].to_pylist()
+    parts = named.codes(table["source_row"].to_numpy(), mol_ids)
+    unnamed = np.flatnonzero(parts == UNNAMED)
+    if len(unnamed):
+        first = int(unnamed[0])
+        raise DataError(
+            f"{uri}: the given split leaves out {len(unnamed)} of {len(parts)} labelled molecules, the first of them "
+            f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). Say train, valid or test "
+            "for each, or take these molecules out of the source"
+        )
+    return parts
+
+
+def split_molecules(
+    smiles: Sequence[str], kind: SplitKind, seed: int, parts: NDArray[np.uint8] | None = None
+) -> Split:
+    """Divide molecules 80/10/10, or into the ``parts`` (M,) that are given; a DataError if a part would be empty."""
+    if kind is SplitKind.GIVEN:
+        return _given_split(smiles, parts)
     if kind is SplitKind.RANDOM:
         split = _random_split(smiles, seed)
     elif kind is SplitKind.SCAFFOLD:
         split = scaffold_split(list(smiles), FRACTIONS, variant="deepchem")
     else:
         split = scaffold_split(list(smiles), FRACTIONS, variant="chemprop-balanced", seed=seed)
-    sizes = {name: len(getattr(split, name)) for name in ("train", "valid", "test")}
+    sizes = _sizes(split)
     if min(sizes.values()) == 0:
         raise DataError(
             f"the {kind.value} split of {len(smiles)} molecules leaves a part empty ({sizes}); "
@@ -118,10 +185,62 @@ def split_molecules(smiles: Sequence[str], kind: SplitKind, seed: int) -> Split:
     return split
 
 
-def _random_split(smiles: Sequence[str], seed: int) -> Split:
-    """Molecules in the order of a seeded hash of their SMILES, so that copies stay together."""
+def _given_split(smiles: Sequence[str], parts: NDArray[np.uint8] | None) -> Split:
+    codes = np.zeros(len(smiles), dtype=np.uint8) if parts is None else parts
+    split = Split(*(np.flatnonzero(codes == code).astype(np.int64) for code in range(len(SPLITS))))
+    sizes = _sizes(split)
+    if min(sizes.values()) == 0:
+        raise DataError(
+            f"the given split of {len(smiles)} molecules leaves a part empty ({sizes}); expected train, valid and "
+            "test. Set task.split_column or task.split_file, or give a prepared dataset with these splits"
+        )
+    train, valid, test = ({smiles[index] for index in part} for part in split)
+    shared = len(test & (train | valid)) + len(train & valid)
+    if shared:
+        logger.warning("%d molecules are in two parts of the given split", shared)
+    return split
+
+
+def _sizes(split: Split) -> dict[str, int]:
+    return dict(zip(SPLITS, map(len, split), strict=True))
+
+
+def with_fewer_labels(
+    split: Split, smiles: Sequence[str], seed: int, *, train: int | None, valid: int | None
+) -> Split:
+    """At most ``train`` and ``valid`` molecules of these parts, and all of the test part; None: all.
+
+    Which ones follows from a hash of seed and SMILES: of two numbers, the smaller takes a part of what the larger takes, and
+    molecules that are added to a part change little. DataError if a part has fewer molecules.
+    """
+    parts = {}
+    for name, most in (("train", train), ("valid", valid)):
+        part = getattr(split, name)
+        if most is not None and most > len(part):
+            raise DataError(
+                f"task.{name}_molecules: the {name} part of the split has {len(part)} molecules, fewer than {most}"
+            )
+        order = _hash_order([smiles[index] for index in part], seed)
+        parts[name] = np.sort(part[order[:most]])
+    return split._replace(**parts)
+
+
+def only_used(molecules: LabelledMolecules, split: Split) -> tuple[LabelledMolecules, Split]:
+    """The molecules that are in a part, numbered anew, and their split."""
+    used = np.sort(np.concatenate(split))
+    if len(used) == len(molecules):
+        return molecules, split
+    return molecules.take(used), Split(*(np.searchsorted(used, part) for part in split))
+
+
+def _hash_order(smiles: Sequence[str], seed: int) -> NDArray[np.int64]:
+    """Indices in the order of a seeded hash of the SMILES, so that copies of a molecule stay together."""
     keys = [hashlib.sha256(f"{seed}:{text}".encode()).digest() for text in smiles]
-    order = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+
+
+def _random_split(smiles: Sequence[str], seed: int) -> Split:
+    order = _hash_order(smiles, seed)
     first = round(FRACTIONS[0] * len(order))
     second = round((FRACTIONS[0] + FRACTIONS[1]) * len(order))
     cuts = [_past_copies(smiles, order, cut) for cut in (first, second)]

@@ -1,32 +1,25 @@
-"""Molecules to vectors: the encoder's graph token, and a fine-tuned head's predictions where there is one."""
+"""Molecules to vectors: the encoder's graph token, and a fine-tuned model's predictions where there is one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import block_from_table
 from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS, batches_by_size, views_of
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
 from moleblend_ray.evaluation.property_model import SavedProperty
-from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.moleblend import MoleBlendModel
-
-MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
-"""Columns of a shard that stand beside the embeddings."""
-
-CHUNK = 1024
-"""Molecules whose relation matrices are in memory at once."""
 
 
 def part_schema(dim: int, predictions: Sequence[str]) -> pa.Schema:
-    """Columns of a part: vectors of length ``dim``, and a column for each name that a fine-tuned head predicts."""
+    """Columns of a part: vectors of length ``dim``, and a column for each name that a fine-tuned model predicts."""
     return pa.schema(
         [
             *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
@@ -43,7 +36,11 @@ class Embedder:
     model: MoleBlendModel
     """In evaluation mode, on `device`."""
     fine_tuned: SavedProperty | None
-    """The fine-tuned model whose head predicts, in evaluation mode on `device`; None for a pretrained encoder."""
+    """The fine-tuned model that predicts, in evaluation mode on `device`; None for a pretrained encoder."""
+    uri: str
+    """Where it comes from."""
+    fingerprint: str
+    """SHA-256 of the encoder, or of the whole fine-tuned model."""
     batch_size: int
     """Molecules computed at once."""
     device: torch.device
@@ -54,18 +51,41 @@ class Embedder:
         cls,
         start: StartingPoint,
         fine_tuned: SavedProperty | None,
+        *,
+        uri: str,
+        fingerprint: str,
         batch_size: int,
         device: torch.device,
     ) -> Embedder:
-        """Put the encoder ``start``, and the head that goes with it, on ``device``."""
+        """Put the encoder ``start``, and the fine-tuned model it comes from, on ``device``."""
         if fine_tuned is not None:
             fine_tuned = fine_tuned._replace(model=fine_tuned.model.to(device).eval())
         return cls(
             model=build_pretrained(start).to(device).eval(),
             fine_tuned=fine_tuned,
+            uri=uri,
+            fingerprint=fingerprint,
             batch_size=batch_size,
             device=device,
         )
+
+    @property
+    def predicted(self) -> tuple[str, ...]:
+        """Columns that the fine-tuned model predicts."""
+        return self.fine_tuned.trained.columns if self.fine_tuned else ()
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of what :meth:`part` gives."""
+        return part_schema(self.model.config.dim, self.predicted)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of ``embeddings.json`` that says what the vectors are of."""
+        return {
+            "dim": self.model.config.dim,
+            "predictions": list(self.predicted),
+            "checkpoint": {"uri": self.uri, "fingerprint": self.fingerprint},
+        }
 
     def part(self, table: pa.Table) -> pa.Table:
         """The rows of a shard table, in their order, with embeddings and, if trained, a prediction for each column."""
@@ -73,26 +93,18 @@ class Embedder:
         flat = pa.array(embeddings.reshape(-1), type=pa.float32())
         columns = [table[name] for name in MOLECULE_COLUMNS]
         columns.append(pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1]))
-        predicted: tuple[str, ...] = ()
         if self.fine_tuned is not None:
-            predicted = self.fine_tuned.trained.columns
             columns += list(self.fine_tuned.trained.readout(outputs).T)
-        return pa.table(columns, schema=part_schema(embeddings.shape[1], predicted))
+        return pa.table(columns, schema=self.schema)
 
     @torch.no_grad()
     def _run(self, table: pa.Table) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        block = block_from_table(table, np.arange(table.num_rows, dtype=np.int64))
-        by_size = np.argsort(block.num_atoms, kind="stable")
-        embeddings = np.empty((len(block), self.model.config.dim), dtype=np.float32)
-        num_targets = len(self.fine_tuned.trained.columns) if self.fine_tuned else 0
-        outputs = np.empty((len(block), num_targets))
-        for start in range(0, len(block), CHUNK):
-            chunk = block.take(by_size[start : start + CHUNK])
-            for micro in build_micro_batches(chunk, 0, 0, self.batch_size):
-                batch = MoleculeBatch.from_micro_batch(micro, device=self.device)
-                vectors = self.model.embed(batch)
-                embeddings[micro.molecule_ids] = vectors.float().cpu().numpy()
-                if self.fine_tuned is not None:
-                    predicted = self.fine_tuned.model.head(vectors)
-                    outputs[micro.molecule_ids] = predicted.double().cpu().numpy()
+        views = views_of(table, 1)
+        embeddings = np.empty((len(views), self.model.config.dim), dtype=np.float32)
+        outputs = np.empty((len(views), len(self.predicted)))
+        for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
+            embeddings[rows] = self.model.embed(batch).float().cpu().numpy()
+            if self.fine_tuned is not None:
+                # The whole model: its head may read the encoder another way than the embedding does.
+                outputs[rows] = self.fine_tuned.model(batch).double().cpu().numpy()
         return embeddings, outputs

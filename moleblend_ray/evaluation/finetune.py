@@ -5,10 +5,13 @@ Nothing here sees the test part unless :func:`predict` is asked for it afterward
 
 from __future__ import annotations
 
-import logging
+import contextlib
+import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -18,16 +21,19 @@ from torch import Tensor
 
 from moleblend_ray.data.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.block import MoleculeBlock
-from moleblend_ray.errors import TrainingError
+from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.layers import freeze_lowest, lr_factors
 from moleblend_ray.evaluation.property_model import Standardisation
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.config import OptimConfig
+from moleblend_ray.training.distributed import autocast
 from moleblend_ray.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -36,7 +42,11 @@ from moleblend_ray.training.optim import (
     set_learning_rate,
 )
 
-logger = logging.getLogger(__name__)
+_REGRESSION_LOSSES: Final = {
+    "mse": F.mse_loss,
+    "l1": F.l1_loss,
+    "huber": F.smooth_l1_loss,
+}
 
 PREDICTION_CHUNK = 1024
 """Molecules whose relation matrices are in memory at once while predicting."""
@@ -89,20 +99,38 @@ class FinetuneResult:
         return self.history[-1].best_valid_score
 
 
-def masked_loss(kind: TaskKind, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Sum over known labels of BCE (logits) or squared error; (B, T) each, NaN targets count nothing."""
+def masked_loss(
+    kind: TaskKind,
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    positive_weight: Tensor | None = None,
+    regression_loss: str = "mse",
+) -> Tensor:
+    """Sum over known labels of BCE (logits) or the regression loss; (B, T) each, NaN targets count nothing.
+
+    ``positive_weight`` (T,) multiplies what positive labels of a column count.
+    """
     known = ~torch.isnan(targets)
     # A NaN times zero is NaN: unknown labels are replaced before the loss, not masked after it.
     targets = torch.where(known, targets, 0.0)
     if kind is TaskKind.CLASSIFICATION:
-        losses = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            outputs, targets, reduction="none", pos_weight=positive_weight
+        )
     else:
-        losses = (outputs - targets) ** 2
+        losses = _REGRESSION_LOSSES[regression_loss](outputs, targets, reduction="none")
     return torch.where(known, losses, 0.0).sum()
 
 
+def positive_weights(labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(T,) negatives for each positive in (M, T) labels; 1 for a column of one class or without labels."""
+    positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
+    return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
+
+
 def build_pretrained(start: StartingPoint) -> MoleBlendModel:
-    """A model with the starting encoder; its relation heads, which nothing here uses, are new."""
+    """A model with the starting encoder; its relation heads, which no property needs, are new."""
     model = MoleBlendModel(start.model)
     if start.encoder is not None:
         model.encoder.load_state_dict(start.encoder)
@@ -114,7 +142,16 @@ def build_model(
 ) -> PropertyModel:
     """The starting encoder with a new head, drawn from ``seed``."""
     torch.manual_seed(seed)
-    return PropertyModel(build_pretrained(start), num_targets, settings.head_dropout)
+    rates = {
+        name: rate
+        for name in ("attention_dropout", "activation_dropout", "drop_path")
+        if (rate := getattr(settings, name)) is not None
+    }
+    start = dataclasses.replace(start, model=dataclasses.replace(start.model, **rates))
+    readout = ReadoutConfig(
+        relations=settings.relations, readout=settings.readout, dropout=settings.head_dropout
+    )
+    return PropertyModel(build_pretrained(start), num_targets, readout)
 
 
 def finetune_once(
@@ -134,15 +171,16 @@ def finetune_once(
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
     """
     started = time.monotonic()
-    standardisation = Standardisation.fit(task.kind, molecules.labels[train], molecules.columns)
+    model = build_model(start, len(molecules.columns), settings, seed)
+    standardisation = _scale_labels(model, molecules, train, task, settings)
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
-    model = build_model(start, len(molecules.columns), settings, seed).to(device)
-    trainer = _Trainer(molecules.block, targets, train, model, task, settings, seed, device)
+    model.to(device)
+    trainer = _Trainer(molecules, targets, train, model, task, settings, seed, device)
     history: list[EpochReport] = []
     best, best_epoch, best_state = worst_score(task.metric), 0, model.state_dict()
     for epoch in range(1, settings.epochs + 1):
         train_loss = trainer.run_epoch(epoch - 1)
-        predictions = predict(model, molecules.block, valid, settings.micro_batch_size, device)
+        predictions = predict_mean(model, molecules, valid, settings.micro_batch_size, device)
         valid_score = score(
             task.metric,
             standardisation.restore(predictions),
@@ -174,12 +212,34 @@ def finetune_once(
     )
 
 
+def _scale_labels(
+    model: PropertyModel,
+    molecules: LabelledMolecules,
+    train: NDArray[np.int64],
+    task: Task,
+    settings: FinetuneSettings,
+) -> Standardisation:
+    """From labels to what the head learns, by the training part; sets the model's element reference."""
+    labels = molecules.labels[train]
+    if not settings.atom_reference:
+        return Standardisation.fit(task.kind, labels, molecules.columns)
+    if task.kind is not TaskKind.REGRESSION:
+        raise ConfigError(
+            f"finetune.atom_reference: task {task.name!r} is {task.kind.value}; only numbers have a part that atoms add up to"
+        )
+    counts = element_counts(molecules.block.take(train))
+    reference = fit_reference(counts, labels)
+    standardisation = Standardisation.fit(task.kind, labels - counts @ reference, molecules.columns)
+    model.reference.copy_(torch.from_numpy(reference / standardisation.std))
+    return standardisation
+
+
 class _Trainer:
     """The optimizer steps of one run."""
 
     def __init__(
         self,
-        block: MoleculeBlock,
+        molecules: LabelledMolecules,
         targets: Tensor,
         train: NDArray[np.int64],
         model: PropertyModel,
@@ -188,11 +248,10 @@ class _Trainer:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._block = block
+        self._molecules = molecules
         self._targets = targets
         self._train = train
         self._model = model
-        self._task = task
         self._settings = settings
         self._seed = seed
         self._device = device
@@ -204,31 +263,53 @@ class _Trainer:
             weight_decay=settings.weight_decay,
             clip_norm=settings.clip_norm,
         )
-        self._optimizer = build_optimizer(model, self._optim)
+        freeze_lowest(model, settings.frozen_blocks)
+        self._optimizer = build_optimizer(model, self._optim, lr_factors(model, settings))
         self._parameters = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]
+        weights = None
+        if task.kind is TaskKind.CLASSIFICATION and settings.class_weights == "balanced":
+            found = positive_weights(molecules.labels[train])
+            weights = torch.from_numpy(found.astype(np.float32)).to(device)
+        self._loss = functools.partial(
+            masked_loss,
+            task.kind,
+            positive_weight=weights,
+            regression_loss=settings.regression_loss,
+        )
         # The model may be shared code with other draws in this process: dropout gets a stream of its own.
         torch.manual_seed(seed)
 
     def run_epoch(self, epoch: int) -> float:
         """One pass over the training molecules in an order of (seed, epoch); mean loss per known label."""
         self._model.train()
-        order = np.random.default_rng((self._seed, epoch)).permutation(self._train)
+        generator = np.random.default_rng((self._seed, epoch))
+        order = generator.permutation(self._train)
+        numbers = None
+        if self._molecules.conformers is not None:
+            numbers = generator.integers(self._molecules.conformers.counts[order])
         total, known = 0.0, 0
-        for index in range(self._steps_per_epoch):
-            start = index * self._settings.batch_size
-            indices = order[start : start + self._settings.batch_size]
-            loss, count = self._step(epoch * self._steps_per_epoch + index, indices)
-            total, known = total + loss, known + count
+        with _head_alone(self._model, enabled=epoch < self._settings.head_warmup_epochs):
+            for index in range(self._steps_per_epoch):
+                start = index * self._settings.batch_size
+                part = slice(start, start + self._settings.batch_size)
+                loss, count = self._step(
+                    epoch * self._steps_per_epoch + index,
+                    order[part],
+                    None if numbers is None else numbers[part],
+                )
+                total, known = total + loss, known + count
         return total / max(1, known)
 
-    def _step(self, step: int, indices: NDArray[np.int64]) -> tuple[float, int]:
+    def _step(
+        self, step: int, indices: NDArray[np.int64], numbers: NDArray[np.int64] | None
+    ) -> tuple[float, int]:
         known = int((~torch.isnan(self._targets[torch.from_numpy(indices)])).sum())
         if known == 0:
             return 0.0, 0
         micro_batches = build_micro_batches(
-            self._block.take(indices), step, 0, self._settings.micro_batch_size
+            self._molecules.posed(indices, numbers), step, 0, self._settings.micro_batch_size
         )
         self._optimizer.zero_grad(set_to_none=True)
         loss = sum(self._backward(micro, known) for micro in micro_batches)
@@ -236,7 +317,8 @@ class _Trainer:
         if not np.isfinite(loss) or not torch.isfinite(norm):
             raise TrainingError(
                 f"fine-tuning step {step}: loss {loss:g}, gradient norm {float(norm):g}; molecules "
-                f"{indices[:8].tolist()} ... of the training data. Lower finetune.learning_rate"
+                f"{[self._molecules.mol_ids[index] for index in indices[:8]]} ... of the training data. "
+                "Lower finetune.learning_rate"
             )
         clip_gradients(self._parameters, norm, self._settings.clip_norm)
         set_learning_rate(self._optimizer, learning_rate(step, self._optim, self._num_steps))
@@ -244,11 +326,49 @@ class _Trainer:
         return loss, known
 
     def _backward(self, micro: MicroBatch, known: int) -> float:
-        outputs = self._model(MoleculeBatch.from_micro_batch(micro, device=self._device))
+        batch = MoleculeBatch.from_micro_batch(micro, device=self._device)
+        with autocast(self._settings.precision, self._device):
+            outputs = self._model(batch)
         targets = self._targets[torch.from_numpy(micro.molecule_ids)].to(self._device)
-        loss = masked_loss(self._task.kind, outputs.float(), targets)
+        loss = self._loss(outputs.float(), targets)
         torch.autograd.backward(loss / known)
         return float(loss.detach())
+
+
+@contextlib.contextmanager
+def _head_alone(model: PropertyModel, *, enabled: bool) -> Iterator[None]:
+    """Let nothing but the head have gradients."""
+    trained = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
+    for parameter in trained if enabled else ():
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained if enabled else ():
+            parameter.requires_grad_(True)
+
+
+def predict_mean(
+    model: PropertyModel,
+    molecules: LabelledMolecules,
+    indices: NDArray[np.int64],
+    micro_batch_size: int,
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """Raw outputs (K, T) for the molecules at ``indices`` (K,), each the mean over the molecule's conformers."""
+    if molecules.conformers is None:
+        return predict(model, molecules.block, indices, micro_batch_size, device)
+    counts = molecules.conformers.counts[indices]
+    total: NDArray[np.float64] | float = 0.0
+    for number in range(int(counts.max())):
+        having = np.flatnonzero(counts > number)
+        block = molecules.posed(indices[having], np.full(len(having), number))
+        rows = np.arange(len(having), dtype=np.int64)
+        block = dataclasses.replace(block, molecule_ids=rows)
+        outputs = np.zeros((len(indices), model.num_targets))
+        outputs[having] = predict(model, block, rows, micro_batch_size, device)
+        total = total + outputs
+    return np.asarray(total / counts[:, None])
 
 
 @torch.no_grad()

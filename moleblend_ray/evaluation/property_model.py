@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.tasks import Task, TaskKind
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 WEIGHTS_NAME: Final = "model.safetensors"
 PROPERTY_NAME: Final = "property.json"
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 """Raised whenever older code could not read the two files."""
 
 
@@ -113,7 +113,7 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
     document = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(model.config),
-        "head_dropout": model.head.dropout,
+        "readout": dataclasses.asdict(model.readout),
         "task": trained.task,
         "kind": trained.kind.value,
         "columns": list(trained.columns),
@@ -141,10 +141,11 @@ def load_property_model(uri: str) -> SavedProperty:
     try:
         trained = _trained(document)
         pretrained = MoleBlendModel(ModelConfig(**document["model"]))
-        model = PropertyModel(pretrained, len(trained.columns), document["head_dropout"])
-        model.load_state_dict(
-            safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
-        )
+        state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
+        model = PropertyModel(pretrained, len(trained.columns), _readout(document))
+        # Models of the first version have no element reference: they add nothing for an atom.
+        state.setdefault("reference", model.reference)
+        model.load_state_dict(state)
     except (
         KeyError,
         TypeError,
@@ -157,6 +158,12 @@ def load_property_model(uri: str) -> SavedProperty:
             f"the fine-tuned model at {uri} is damaged or of another version: {error}"
         ) from error
     return SavedProperty(model.eval(), trained)
+
+
+def _readout(document: dict[str, Any]) -> ReadoutConfig:
+    if document["format_version"] == 1:
+        return ReadoutConfig(dropout=document["head_dropout"])
+    return ReadoutConfig(**document["readout"])
 
 
 def _trained(document: dict[str, Any]) -> TrainedProperty:

@@ -1,10 +1,10 @@
-"""A page a chemist can read: what was tried, what was chosen and why, test scores beside the baseline, plots."""
+"""A page a chemist can read: what was tried, what was chosen and why, test scores beside the baselines, plots."""
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
 from moleblend_ray.data import storage
+from moleblend_ray.evaluation.baselines import BaselineKind
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +56,9 @@ def _text(
         "",
         "| model | validation | test, mean ± std | test, each seed |",
         "|---|---|---|---|",
-        *(_score_row(entry) for entry in (results["final"], results.get("baseline")) if entry),
+        *_score_rows(task, results["final"], results["baselines"]),
         "",
+        *_comparison(task, results["final"], results["baselines"]),
         f"![test molecules](figures/{figures[0]})",
         "",
         "## Molecules",
@@ -74,16 +76,72 @@ def _text(
         "",
         *_table(results["chosen"]),
     ]
+    if results["baselines"] or results["baselines_absent"]:
+        lines += ["", *_baselines_section(results["baselines"], results["baselines_absent"])]
     if trials:
         lines += ["", *_trials_section(task, trials, "trials.png" in figures)]
     lines += ["", "## Versions", "", *_table(results["versions"]), ""]
     return "\n".join(lines)
 
 
-def _score_row(entry: Mapping[str, Any]) -> str:
+def _score_rows(
+    task: Mapping[str, Any], final: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """The model (in bold) and the baselines, best first by validation."""
+    ranked = sorted(
+        (final, *baselines),
+        key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]),
+    )
+    return [_score_row(entry, is_bold=entry is final) for entry in ranked]
+
+
+def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
     test, valid = entry["test"], entry["valid"]
-    values = ", ".join(f"{value:.4f}" for value in test["values"])
-    return f"| {entry['name']} | {valid['mean']:.4f} | {test['mean']:.4f} ± {test['std']:.4f} | {values} |"
+    cells = [entry["name"], f"{valid['mean']:.4f}", f"{test['mean']:.4f} ± {test['std']:.4f}"]
+    if is_bold:
+        cells = [f"**{cell}**" for cell in cells]
+    cells.append(", ".join(f"{value:.4f}" for value in test["values"]))
+    return f"| {' | '.join(cells)} |"
+
+
+def _comparison(
+    task: Mapping[str, Any], final: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """How the model does against the baseline that a user would have chosen without the test part."""
+    if not baselines:
+        return []
+    best = min(baselines, key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]))
+    gain = best["test"]["mean"] - final["test"]["mean"]
+    gain = -gain if task["higher_is_better"] else gain
+    verdict = "better" if gain >= 0 else "worse"
+    return [
+        f"On the test molecules {final['name']} is {abs(gain):.4f} {verdict} in {_metric_name(task)} than {best['name']}, "
+        "the best of the baselines by validation.",
+        "",
+    ]
+
+
+def _baselines_section(
+    baselines: Sequence[Mapping[str, Any]], absent: Mapping[str, str]
+) -> list[str]:
+    """How the settings of the baselines were found, and which baselines are not there."""
+    lines = ["## Baselines", ""]
+    if baselines:
+        lines += ["| baseline | settings chosen on validation | tried |", "|---|---|---|"]
+        lines += [
+            f"| {entry['name']} | {_chosen_text(entry)} | {len(entry['candidates']) or 1} |"
+            for entry in baselines
+        ]
+    lines += [f"- {BaselineKind(kind).label}: absent, {reason}" for kind, reason in absent.items()]
+    return lines
+
+
+def _chosen_text(entry: Mapping[str, Any]) -> str:
+    """What the choice was about."""
+    varied = dict.fromkeys(name for one in entry["candidates"] for name in one["settings"])
+    if not varied:
+        return "those of the model"
+    return ", ".join(f"{name}={_short(entry['chosen'][name])}" for name in varied)
 
 
 def _start_sentence(checkpoint: Mapping[str, Any]) -> str:
@@ -200,13 +258,14 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
     figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
     row = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for axes, name in zip(row, names, strict=True):
+        place = _placing([trial["settings"][name] for trial in scored])
         for status, colour in (("finished", "tab:blue"), ("stopped", "tab:orange")):
             shown = [t for t in scored if (t["status"] == "stopped") == (status == "stopped")]
-            values = [trial["settings"][name] for trial in shown]
+            values = [place(trial["settings"][name]) for trial in shown]
             scores = [trial["valid_score"] for trial in shown]
             axes.scatter(values, scores, c=colour, s=14, label=status)
         axes.axvline(
-            results["chosen"][name], color="grey", linestyle=":", linewidth=1, label="chosen"
+            place(results["chosen"][name]), color="grey", linestyle=":", linewidth=1, label="chosen"
         )
         axes.set_xlabel(name)
         if name in ("learning_rate", "weight_decay"):
@@ -215,6 +274,12 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
     row[0].set_ylabel(f"validation {_metric_name(results['task'])}")
     row[0].legend(fontsize="small")
     return _png(figure)
+
+
+def _placing(values: Sequence[Any]) -> Callable[[Any], Any]:
+    """Numbers stand where they are on an axis; words, and numbers of which one is null, side by side."""
+    is_numeric = all(type(value) in (int, float) for value in values)
+    return (lambda value: value) if is_numeric else str
 
 
 def _first_seed(results: Mapping[str, Any]) -> int:

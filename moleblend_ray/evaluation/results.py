@@ -7,19 +7,21 @@ import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
+from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 
 RESULTS_NAME = "results.json"
-RESULTS_VERSION = 1
-"""Version of the layout of ``results.json``."""
+RESULTS_VERSION = 2
+"""Version of the layout of ``results.json``. In version 1 a single ``baseline`` stood for the list of now."""
 
 _PACKAGES = ("moleblend-ray", "torch", "ray", "rdkit", "numpy", "scikit-learn", "optuna", "pyarrow")
 
@@ -46,10 +48,10 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SeedResult:
-    """One training of the chosen configuration, or one fit of the baseline."""
+    """One training of the chosen configuration, or one fit of a baseline."""
 
     seed: int
-    """Of initialisation, order and dropout, or of the forest."""
+    """Of initialisation, order and dropout, or of a baseline's draws."""
     valid_score: float
     """Score on the validation molecules."""
     test_score: float
@@ -59,13 +61,25 @@ class SeedResult:
     columns_left_out: tuple[str, ...]
     """Columns the test molecules cannot score."""
     epochs: int
-    """Epochs trained; 0 for the baseline."""
+    """Epochs trained; 0 for a baseline that has none."""
     best_epoch: int
-    """Epoch whose weights were kept; 0 for the baseline."""
+    """Epoch whose weights were kept; 0 for a baseline that has none."""
     seconds: float
     """Running time."""
     model: str | None
-    """Folder of the fine-tuned model within ``out``."""
+    """Folder of the trained model within ``out``; None for a baseline that is not stored."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """A model's way from its settings, or from a search of them, to its scores."""
+
+    chosen: FinetuneSettings
+    """What it was trained with."""
+    trials: tuple[TrialResult, ...] = ()
+    """The search; empty where the settings were given."""
+    final: tuple[SeedResult, ...]
+    """One training for each seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +101,40 @@ class Spread:
         return cls(mean=float(array.mean()), std=std, values=tuple(float(value) for value in array))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """Settings that a baseline could have had."""
+
+    settings: Mapping[str, Any]
+    """By name."""
+    valid_score: float | None
+    """Score on the validation molecules, by which it was judged; None if it failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaselineResult:
+    """A model to compare with: what was tried, chosen and found."""
+
+    kind: BaselineKind
+    """Which one."""
+    chosen: Mapping[str, Any]
+    """Its settings, chosen on the validation molecules."""
+    candidates: tuple[Candidate, ...]
+    """All that were tried, with the first seed; empty where there was nothing to choose."""
+    seeds: tuple[SeedResult, ...]
+    """One for each seed; equal ones for a baseline that draws nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Baselines:
+    """All models to compare with."""
+
+    results: tuple[BaselineResult, ...] = ()
+    """In the order asked for."""
+    absent: Mapping[BaselineKind, str] = field(default_factory=dict)
+    """Those that were asked for, but are not there, and why."""
+
+
 def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
     """The part of ``results.json`` for one model trained with several seeds."""
     return {
@@ -94,6 +142,16 @@ def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
         "valid": dataclasses.asdict(Spread.of([seed.valid_score for seed in seeds])),
         "test": dataclasses.asdict(Spread.of([seed.test_score for seed in seeds])),
         "seeds": [dataclasses.asdict(seed) for seed in seeds],
+    }
+
+
+def baseline_entry(result: BaselineResult) -> dict[str, Any]:
+    """The part of ``results.json`` for one baseline: that of a model, and how its settings were chosen."""
+    return {
+        "kind": result.kind.value,
+        "chosen": dict(result.chosen),
+        "candidates": [dataclasses.asdict(candidate) for candidate in result.candidates],
+        **seeds_entry(result.kind.label, result.seeds),
     }
 
 

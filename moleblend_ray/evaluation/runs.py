@@ -16,9 +16,14 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
-from moleblend_ray.evaluation.baselines import baseline_predictions
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.finetune import FinetuneResult, StartingPoint, finetune_once, predict
+from moleblend_ray.evaluation.finetune import (
+    FinetuneResult,
+    StartingPoint,
+    finetune_once,
+    predict_mean,
+)
 from moleblend_ray.evaluation.property_model import TrainedProperty, save_property_model
 from moleblend_ray.evaluation.results import SeedResult
 from moleblend_ray.evaluation.scores import score
@@ -75,6 +80,7 @@ def train_and_test(
     folder = storage.join(out, path)
     # A result of other settings must not stand beside a model of these.
     storage.delete(storage.join(folder, SEED_RESULT_NAME))
+    save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
     save_property_model(result.model, trained, folder)
     _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
     last = result.history[-1]
@@ -112,36 +118,6 @@ def finished_seed(out: str, seed: int, settings: FinetuneSettings) -> SeedResult
     return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
 
 
-def fit_baseline(experiment: Experiment, seed: int, num_trees: int, num_jobs: int) -> SeedResult:
-    """The fingerprint baseline on the same split, with ``seed`` for the forests."""
-    began = time.monotonic()
-    task, molecules, split = experiment.task, experiment.molecules, experiment.split
-    predictions = baseline_predictions(
-        task,
-        molecules.smiles,
-        molecules.labels,
-        split.train,
-        seed=seed,
-        num_trees=num_trees,
-        num_jobs=num_jobs,
-    )
-    valid, test = (
-        score(task.metric, predictions[part], molecules.labels[part], molecules.columns)
-        for part in (split.valid, split.test)
-    )
-    return SeedResult(
-        seed=seed,
-        valid_score=valid.value,
-        test_score=test.value,
-        test_columns=test.columns,
-        columns_left_out=test.columns_left_out,
-        epochs=0,
-        best_epoch=0,
-        seconds=time.monotonic() - began,
-        model=None,
-    )
-
-
 def model_path(seed: int) -> str:
     """Folder of a seed's model, relative to the results."""
     return f"models/seed-{seed}"
@@ -176,8 +152,8 @@ def _predictions(
     """(M, T): validation and test molecules predicted, as numbers in the unit or probabilities; others NaN."""
     molecules, split = experiment.molecules, experiment.split
     rows = np.concatenate([split.valid, split.test])
-    outputs = predict(
-        result.model.to(device), molecules.block, rows, settings.micro_batch_size, device
+    outputs = predict_mean(
+        result.model.to(device), molecules, rows, settings.micro_batch_size, device
     )
     predictions = np.full(molecules.labels.shape, np.nan)
     predictions[rows] = trained.readout(outputs)

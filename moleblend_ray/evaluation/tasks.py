@@ -1,4 +1,4 @@
-"""The task table: what MoleculeNet and QM9 ask, how they are split and in which units they are scored.
+"""The task table: what MoleculeNet and QM7 to QM9 ask, how they are split and in which units they are scored.
 
 It is the only place that knows a task; ``conf/task/<name>.yaml`` merely names an entry. A user's own table of
 molecules is a task too: name its label columns and say whether they are classes or numbers.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -39,6 +40,11 @@ class Metric(StrEnum):
         """Whether a larger score is a better one."""
         return self is Metric.ROC_AUC
 
+    @property
+    def shown_name(self) -> str:
+        """As tables call it."""
+        return {"roc_auc": "ROC-AUC", "rmse": "RMSE", "mae": "MAE"}[self.value]
+
 
 class SplitKind(StrEnum):
     """How molecules are divided into training, validation and test."""
@@ -49,6 +55,8 @@ class SplitKind(StrEnum):
     """Murcko scaffolds, groups too large for validation and test first, the rest in a seeded order (chemprop's)."""
     RANDOM = "random"
     """Seeded, over distinct SMILES; no molecule is in two parts."""
+    GIVEN = "given"
+    """As the data says: by a column, by a split file, or by the splits of a prepared dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +79,8 @@ class Task:
     """Where the data comes from."""
     epochs: tuple[int, int] = (40, 100)
     """Fewest and most epochs a sweep tries (the published search ranges)."""
+    files: tuple[str, ...] = ()
+    """Names without ending, in lower case, under which its table is published, besides the task's own."""
 
     def __post_init__(self) -> None:
         if (self.kind is TaskKind.CLASSIFICATION) != (self.metric is Metric.ROC_AUC):
@@ -81,6 +91,8 @@ class Task:
 
 
 _MOLECULENET: Final = "Wu et al., Chem. Sci. 9, 513 (2018); "
+_QM7: Final = "Blum & Reymond, J. Am. Chem. Soc. 131, 8732 (2009); Rupp et al., Phys. Rev. Lett. 108, 058301 (2012)"
+_QM8: Final = "Ruddigkeit et al., J. Chem. Inf. Model. 52, 2864 (2012); Ramakrishnan et al., J. Chem. Phys. 143, 084111 (2015)"
 _QM9: Final = "Ruddigkeit et al., J. Chem. Inf. Model. 52, 2864 (2012); Ramakrishnan et al., Sci. Data 1, 140022 (2014)"
 
 _TOX21: Final = (
@@ -91,6 +103,14 @@ _MUV: Final = tuple(
     f"MUV-{number}"
     for number in (466, 548, 600, 644, 652, 689, 692, 712, 713, 733, 737, 810, 832, 846, 852, 858, 859)
 )  # fmt: skip
+
+_QM8_COLUMNS: Final = tuple(
+    f"{quantity}-{method}"
+    # MoleculeNet's header has PBE0 twice (def2SVP, then def2TZVP); these are the names its readers see.
+    for method in ("CC2", "PBE0", "PBE0.1", "CAM")
+    for quantity in ("E1", "E2", "f1", "f2")
+)
+"""Energies in hartree and oscillator strengths (no unit) of two transitions, by four methods."""
 
 _QM9_UNITS: Final = {
     "mu": "Debye",
@@ -113,7 +133,11 @@ _QM9_UNITS: Final = {
 
 
 def _classes(
-    name: str, columns: tuple[str, ...], citation: str, epochs: tuple[int, int] = (40, 100)
+    name: str,
+    columns: tuple[str, ...],
+    citation: str,
+    epochs: tuple[int, int] = (40, 100),
+    files: tuple[str, ...] = (),
 ) -> Task:
     return Task(
         name=name,
@@ -124,10 +148,11 @@ def _classes(
         unit="",
         citation=_MOLECULENET + citation,
         epochs=epochs,
+        files=files,
     )
 
 
-def _numbers(name: str, column: str, unit: str, citation: str) -> Task:
+def _numbers(name: str, column: str, unit: str, citation: str, files: tuple[str, ...] = ()) -> Task:
     return Task(
         name=name,
         kind=TaskKind.REGRESSION,
@@ -136,25 +161,34 @@ def _numbers(name: str, column: str, unit: str, citation: str) -> Task:
         columns=(column,),
         unit=unit,
         citation=_MOLECULENET + citation,
+        files=files,
     )
 
 
-def _qm9(column: str, unit: str) -> Task:
+def _quantum(
+    name: str, columns: tuple[str, ...], unit: str, citation: str, files: tuple[str, ...]
+) -> Task:
     return Task(
-        name=f"qm9_{column}",
+        name=name,
         kind=TaskKind.REGRESSION,
         metric=Metric.MAE,
         split=SplitKind.RANDOM,
-        columns=(column,),
+        columns=columns,
         unit=unit,
-        citation=_QM9,
+        citation=citation,
+        files=files,
     )
 
 
 _ALL: Final = (
     _classes("bbbp", ("p_np",), "Martins et al., J. Chem. Inf. Model. 52, 1686 (2012)"),
     _classes("tox21", _TOX21, "Huang et al., Front. Environ. Sci. 3, 85 (2016)"),
-    _classes("toxcast", (), "Richard et al., Chem. Res. Toxicol. 29, 1225 (2016)"),
+    _classes(
+        "toxcast",
+        (),
+        "Richard et al., Chem. Res. Toxicol. 29, 1225 (2016)",
+        files=("toxcast_data",),
+    ),
     _classes("sider", (), "Kuhn et al., Nucleic Acids Res. 44, D1075 (2016)"),
     _classes(
         "clintox", ("FDA_APPROVED", "CT_TOX"), "Gayvert et al., Cell Chem. Biol. 23, 1294 (2016)"
@@ -167,19 +201,62 @@ _ALL: Final = (
         "measured log solubility in mols per litre",
         "log10(mol/L)",
         "Delaney, J. Chem. Inf. Comput. Sci. 44, 1000 (2004)",
+        files=("delaney-processed", "delaney"),
     ),
     _numbers(
         "freesolv",
         "expt",
         "kcal/mol",
         "Mobley & Guthrie, J. Comput. Aided Mol. Des. 28, 711 (2014)",
+        files=("sampl",),
     ),
     _numbers("lipophilicity", "exp", "logD at pH 7.4", "Hersey, ChEMBL CHEMBL3301361 (2015)"),
-    *(_qm9(column, unit) for column, unit in _QM9_UNITS.items()),
+    _quantum("qm7", ("u0_atom",), "kcal/mol", _QM7, ("gdb7",)),
+    _quantum("qm8", _QM8_COLUMNS, "hartree and oscillator strength", _QM8, ("gdb8",)),
+    *(
+        _quantum(f"qm9_{column}", (column,), unit, _QM9, ("qm9", "qm9_deepchem"))
+        for column, unit in _QM9_UNITS.items()
+    ),
 )
 
 TASKS: Final[dict[str, Task]] = {task.name: task for task in _ALL}
 """Every known task by name."""
+
+_CLASSES: Final = ("bbbp", "tox21", "toxcast", "sider", "clintox", "muv", "hiv", "bace")
+_NUMBERS: Final = ("esol", "freesolv", "lipophilicity")
+
+GROUPS: Final[dict[str, tuple[str, ...]]] = {
+    "moleculenet": _CLASSES + _NUMBERS,
+    "moleculenet_small": tuple(n for n in _CLASSES if n not in ("muv", "hiv")) + _NUMBERS,
+    "moleculenet_classification": _CLASSES,
+    "moleculenet_regression": _NUMBERS,
+    "qm9": tuple(f"qm9_{column}" for column in _QM9_UNITS),
+}
+"""Tasks that are asked for together, in the order in which they are worked on."""
+
+
+def is_group(name: str | Sequence[str]) -> bool:
+    """Whether a name stands for several tasks: that of a group, or a list of names."""
+    return not isinstance(name, str) or name in GROUPS
+
+
+def task_names(name: str | Sequence[str]) -> tuple[str, ...]:
+    """The names that a name, a group or a list of them stands for, in order, each once.
+
+    ConfigError if a list is empty or has a name that is neither in the table nor a group: what a table of the
+    user's own asks is described by settings that hold for one task.
+    """
+    if isinstance(name, str):
+        return GROUPS.get(name, (name,))
+    unknown = [item for item in name if item not in TASKS and item not in GROUPS]
+    if unknown or not name:
+        near = difflib.get_close_matches(unknown[0], [*TASKS, *GROUPS], n=1) if unknown else []
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"name: expected tasks of the table or groups ({', '.join(GROUPS)}), found {unknown or 'none'}{hint} "
+            "A table of your own is a task by itself: name it alone"
+        )
+    return tuple(dict.fromkeys(member for item in name for member in GROUPS.get(item, (item,))))
 
 
 def resolve_task(
@@ -217,10 +294,11 @@ def _own_task(
     unit: str | None,
 ) -> Task:
     if not columns or kind is None:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.6)
+        near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}? " if near else ""
+        known = f"{', '.join(TASKS)}; groups {', '.join(GROUPS)}"
         raise ConfigError(
-            f"task {name!r} is not in the table; {hint}Known: {', '.join(TASKS)}. For a table of your own, "
+            f"task {name!r} is not in the table; {hint}Known: {known}. For a table of your own, "
             "set task.columns (label columns) and task.kind (classification or regression)"
         )
     usual = Metric.ROC_AUC if kind is TaskKind.CLASSIFICATION else Metric.RMSE

@@ -159,6 +159,19 @@ class MoleculeBatch:
         rectangle.index_copy_(0, self.atom_index, packed)
         return rectangle.view(B, N, *packed.shape[1:])
 
+    def sum_atoms(self, packed: Tensor) -> Tensor:
+        """(A, ...) to the (B, ...) sums over the atoms of each molecule."""
+        sums = packed.new_zeros((self.num_molecules, *packed.shape[1:]))
+        return sums.index_add(0, self.token_molecule[self.atom_token], packed)
+
+    def without_coordinates(self) -> MoleculeBatch:
+        """The same molecules as if their coordinates were unknown."""
+        return dataclasses.replace(
+            self,
+            positions=torch.zeros_like(self.positions),
+            position_mask=torch.zeros_like(self.position_mask),
+        )
+
     def pack_tokens(self, padded: Tensor) -> Tensor:
         """(B, T, ...) to the (S, ...) real tokens."""
         return padded.flatten(0, 1).index_select(0, self.token_index)

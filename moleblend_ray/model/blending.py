@@ -57,12 +57,24 @@ class _Purpose(IntEnum):
 class Blend:
     """The random choices for one batch. Padding entries are undefined."""
 
-    pair_choice: Tensor
-    """(B, N, N) uint8, a Relation at [a, b]."""
-    atom_choice: Tensor
-    """(B, N) uint8, an AtomFeature."""
+    pair_choice: Tensor | None
+    """(B, N, N) uint8, a Relation at [a, b]; None: every pair shows all."""
+    atom_choice: Tensor | None
+    """(B, N) uint8, an AtomFeature; None: every atom shows all."""
     noise: Tensor
     """(B, N, 3) float32, angstrom, added to the positions; 0 where they are missing."""
+
+    def shows_pair(self, relation: Relation) -> Tensor:
+        """(B, N, N) bool, or () if of all pairs: those that show ``relation``."""
+        if self.pair_choice is None:
+            return torch.ones((), dtype=torch.bool, device=self.noise.device)
+        return self.pair_choice == relation
+
+    def shows_atom(self, feature: AtomFeature) -> Tensor:
+        """(B, N) bool, or () if of all atoms: those that show ``feature``."""
+        if self.atom_choice is None:
+            return torch.ones((), dtype=torch.bool, device=self.noise.device)
+        return self.atom_choice == feature
 
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,9 +97,18 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tens
 def draw_blend(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Blend:
     """The choices and the noise of ``batch``, a function of (seed, step, molecule id, atoms) alone."""
     return Blend(
-        pair_choice=_pair_choice(batch, config, seed),
-        atom_choice=_atom_choice(batch, config, seed),
+        pair_choice=None if config.show_all else _pair_choice(batch, config, seed),
+        atom_choice=None if config.show_all else _atom_choice(batch, config, seed),
         noise=_noise(batch, config, seed),
+    )
+
+
+def only_geometry(batch: MoleculeBatch) -> Blend:
+    """Every pair and atom shows its 3D relation, without noise; those without coordinates show nothing."""
+    return Blend(
+        pair_choice=torch.full_like(batch.spd, Relation.GEOMETRY),
+        atom_choice=torch.full_like(batch.degrees, AtomFeature.GEOMETRY),
+        noise=torch.zeros_like(batch.positions),
     )
 
 

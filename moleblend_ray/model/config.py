@@ -99,6 +99,8 @@ class BlendConfig:
     A pair without coordinates shares out the last one over the first two in proportion."""
     atom_probabilities: tuple[float, float] = (0.4, 0.6)
     """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
+    show_all: bool = False
+    """Show every relation of every pair and every feature of every atom, instead of one of each (no blending; for comparisons)."""
     noise_std_angstrom: float = 0.2
     """Standard deviation of the Gaussian noise added to each coordinate."""
     per_batch: bool = False
@@ -153,6 +155,36 @@ class LossConfig:
         """Weight of the loss ``name``, one of LOSS_NAMES."""
         value: float = getattr(self, f"{name}_weight")
         return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadoutConfig:
+    """From token states to properties: which relations the encoder sees, and what the head reads."""
+
+    relations: Literal["2d+3d", "2d", "3d"] = "2d+3d"
+    """Relations that every pair shows. ``2d``: coordinates are hidden; ``3d``: distances alone, neither shortest paths nor
+    bonds nor degrees (an atom's own categories always show)."""
+    readout: Literal["token", "mean", "token+mean", "sum"] = "token"
+    """What the head reads: the graph token, the mean of the atoms, both side by side; or each atom, whose outputs are added,
+    for properties that grow with the molecule."""
+    dropout: float = 0.1
+    """Dropout probability inside the head."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            (
+                self.relations in ("2d+3d", "2d", "3d"),
+                f"relations: expected 2d+3d, 2d or 3d, found {self.relations!r}",
+            ),
+            (
+                self.readout in ("token", "mean", "token+mean", "sum"),
+                f"readout: expected token, mean, token+mean or sum, found {self.readout!r}",
+            ),
+            (
+                0.0 <= self.dropout < 1.0,
+                f"dropout: expected at least 0 and below 1, found {self.dropout}",
+            ),
+        )
 
 
 def check_objective(model: ModelConfig, loss: LossConfig) -> None:

@@ -183,7 +183,7 @@ class Encoder(nn.Module):
         """(S, D) tokens before the first LayerNorm: categories plus the visible feature of each atom."""
         categories, degree = self.atoms(batch)
         merged = batch.pack_atoms(geometry.merged) * MERGED_DISTANCE_SCALE
-        if blend is None:
+        if blend is None or blend.atom_choice is None:
             atoms = categories + degree + merged
         else:
             shows_degree = batch.pack_atoms(blend.atom_choice)[:, None] == AtomFeature.DEGREE
@@ -198,7 +198,7 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """(B, H, T, T) float32: visible relations between atoms, the virtual distance on the graph token's links."""
         spd, edge = precise(self.topology.spd_bias(batch)), precise(self.topology.edge_bias(batch))
-        if blend is None:
+        if blend is None or blend.pair_choice is None:
             pairs = spd + edge + precise(geometry.bias)
         else:
             choice = blend.pair_choice[..., None]

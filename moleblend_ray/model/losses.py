@@ -73,7 +73,7 @@ def has_direction(batch: MoleculeBatch) -> Tensor:
 
 def noised_atoms(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
     """(B, N) bool: atoms with a position that show their 3D feature; the denoising loss is over these."""
-    noised = batch.position_mask & (blend.atom_choice == AtomFeature.GEOMETRY)
+    noised = batch.position_mask & blend.shows_atom(AtomFeature.GEOMETRY)
     if config.denoise_lone_atoms:
         return noised
     return noised & (batch.position_mask.sum(1, keepdim=True) > 1)
@@ -154,8 +154,7 @@ def _pair_weight(mask: Tensor, blend: Blend, config: LossConfig, relation: Relat
     weight = mask.float()
     if config.visible_pair_weight == 1.0:
         return weight
-    visible = blend.pair_choice == relation
-    return torch.where(visible, weight * config.visible_pair_weight, weight)
+    return torch.where(blend.shows_pair(relation), weight * config.visible_pair_weight, weight)
 
 
 def _spd_sum(

@@ -6,19 +6,32 @@ Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, S real tokens pac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.blending import Blend
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.blending import Blend, only_geometry
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.embeddings import INIT_STD
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
-from moleblend_ray.vocabulary import NUM_HOPS
+from moleblend_ray.model.precision import precise
+from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ATOM_VOCAB_SIZES, NUM_HOPS
 
-__all__ = ["ModelConfig", "MoleBlendModel", "MoleBlendOutput", "PropertyModel"]
+__all__ = ["ModelConfig", "MoleBlendModel", "MoleBlendOutput", "PropertyModel", "ReadoutConfig"]
+
+NUM_ELEMENTS: Final = ATOM_VOCAB_SIZES[0]
+"""Codes of the first atom category, the element."""
+
+HYDROGEN: Final = 0
+"""Code of hydrogen."""
+
+NUM_HYDROGENS_COLUMN: Final = ATOM_FEATURE_NAMES.index("num_hydrogens")
+"""Atom category that counts an atom's hydrogens without counting those that are atoms themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,23 +108,58 @@ class MoleBlendModel(nn.Module):
 
 
 class PropertyModel(nn.Module):
-    """The encoder of a pretrained model and a new property head on the graph token; every relation is visible."""
+    """The encoder of a pretrained model and a new property head."""
 
-    def __init__(self, pretrained: MoleBlendModel, num_targets: int, dropout: float = 0.1) -> None:
+    reference: Tensor
+    """(119, T) what an atom of each element adds to the outputs; 0 unless set."""
+
+    def __init__(
+        self, pretrained: MoleBlendModel, num_targets: int, readout: ReadoutConfig | None = None
+    ) -> None:
         super().__init__()
         if num_targets < 1:
             raise ConfigError(f"num_targets: expected at least 1, found {num_targets}")
         self.config = pretrained.config
+        self.readout = readout or ReadoutConfig()
         self.num_targets = num_targets
         self.encoder = pretrained.encoder
-        self.head = PropertyHead(self.config.dim, num_targets, dropout)
+        width = self.config.dim * (2 if self.readout.readout == "token+mean" else 1)
+        self.head = PropertyHead(width, num_targets, self.readout.dropout)
+        self.register_buffer("reference", torch.zeros(NUM_ELEMENTS, num_targets))
         _init_weights(self.head)
 
     def forward(self, batch: MoleculeBatch) -> Tensor:
         """(B, num_targets) predictions: values for regression, logits for classification."""
-        encoded: EncoderOutput = self.encoder(batch, None)
-        output: Tensor = self.head(_graph_states(encoded, batch))
+        if self.readout.relations == "2d":
+            batch = batch.without_coordinates()
+        blend = only_geometry(batch) if self.readout.relations == "3d" else None
+        encoded: EncoderOutput = self.encoder(batch, blend)
+        # Large sums that nearly cancel: never in bfloat16.
+        with torch.autocast(self.reference.device.type, enabled=False):
+            known = element_counts(batch).to(self.reference.dtype) @ self.reference
+        return precise(self._read(encoded, batch)) + known
+
+    def _read(self, encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
+        if self.readout.readout == "token":
+            output: Tensor = self.head(_graph_states(encoded, batch))
+            return output
+        atoms = encoded.tokens.index_select(0, batch.atom_token)
+        if self.readout.readout == "sum":
+            return batch.sum_atoms(self.head(atoms))
+        mean = batch.sum_atoms(atoms) / batch.num_atoms[:, None]
+        if self.readout.readout == "mean":
+            output = self.head(mean)
+        else:
+            output = self.head(torch.cat([_graph_states(encoded, batch), mean], dim=1))
         return output
+
+
+def element_counts(batch: MoleculeBatch) -> Tensor:
+    """(B, 119) float32: atoms of each element code, where hydrogens that are no atoms of their own count as well."""
+    features = batch.pack_atoms(batch.atom_features)
+    atoms = F.one_hot(features[:, 0].long(), NUM_ELEMENTS).float()
+    atoms[:, HYDROGEN] += features[:, NUM_HYDROGENS_COLUMN]
+    return batch.sum_atoms(atoms)
 
 
 def _graph_states(encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:

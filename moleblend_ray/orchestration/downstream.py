@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import ray
 
@@ -15,10 +15,11 @@ from moleblend_ray.chemistry.scaffolds import split_hash
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.downstream import EmbedConfig, PropertyConfig, TaskConfig
+from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, PropertyConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -27,9 +28,14 @@ from moleblend_ray.errors import (
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.evaluation.baselines import BASELINE_NAME
-from moleblend_ray.evaluation.dataset import load_labelled, split_molecules
+from moleblend_ray.evaluation.dataset import (
+    load_labelled,
+    only_used,
+    split_molecules,
+    with_fewer_labels,
+)
 from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
 from moleblend_ray.evaluation.property_model import (
     SavedProperty,
     is_property_model,
@@ -39,8 +45,10 @@ from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.results import (
     RESULTS_NAME,
     RESULTS_VERSION,
+    Baselines,
     SeedResult,
-    TrialResult,
+    Training,
+    baseline_entry,
     data_entry,
     seeds_entry,
     task_entry,
@@ -53,12 +61,15 @@ from moleblend_ray.evaluation.runs import (
     read_test_predictions,
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import SplitKind
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
-from moleblend_ray.orchestration.workers import baseline_seed, train_seed
+from moleblend_ray.orchestration.workers import train_seed
 from moleblend_ray.training.export import load_model
 
 logger = logging.getLogger(__name__)
+
+K = TypeVar("K")
 
 IDENTITY_NAME = "config.json"
 """What the directory is for; a different question needs a different directory."""
@@ -80,6 +91,8 @@ class Bench:
     """On the driver."""
     shared: Any
     """The experiment in the object store (``ray.ObjectRef``)."""
+    split_hash: str
+    """Of the split of all labelled molecules of the dataset."""
 
 
 def set_up(config: PropertyConfig) -> Bench:
@@ -87,14 +100,24 @@ def set_up(config: PropertyConfig) -> Bench:
     task = config.task.resolve()
     start = starting_point(config)
     data_uri = prepare_task(config)
-    molecules = load_labelled(data_uri, task)
-    split = split_molecules(molecules.smiles, task.split, config.split_seed)
+    named = named_splits(config.task)
+    molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
+    split = with_fewer_labels(
+        split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
+        molecules.smiles,
+        config.split_seed,
+        train=config.task.train_molecules,
+        valid=config.task.valid_molecules,
+    )
     identity = {
         "config": question(config),
         "data_fingerprint": molecules.fingerprint,
         "checkpoint_fingerprint": start.fingerprint,
+        **_split_identity(named),
     }
     claim(config.out, identity)
+    hash_of_split = split_hash(split)
+    molecules, split = only_used(molecules, split)
     experiment = Experiment(task=task, molecules=molecules, split=split, start=start)
     logger.info(
         "%s: %d molecules, split %s into %d / %d / %d",
@@ -105,7 +128,12 @@ def set_up(config: PropertyConfig) -> Bench:
         len(split.valid),
         len(split.test),
     )
-    return Bench(data_uri=data_uri, experiment=experiment, shared=ray.put(experiment))
+    return Bench(
+        data_uri=data_uri,
+        experiment=experiment,
+        shared=ray.put(experiment),
+        split_hash=hash_of_split,
+    )
 
 
 def prepare_task(config: PropertyConfig) -> str:
@@ -121,7 +149,7 @@ def prepare_task(config: PropertyConfig) -> str:
 
 
 def prepare_molecules(
-    molecules: TaskConfig | EmbedConfig,
+    molecules: TaskConfig | EmbedConfig | PredictConfig,
     out: str,
     *,
     label_columns: tuple[str, ...] | None,
@@ -143,7 +171,7 @@ def prepare_molecules(
             label_columns=label_columns,
             featurize=FeaturizeConfig(
                 max_atoms=molecules.max_atoms,
-                conformers=ConformerConfig(generate=molecules.conformers),
+                conformers=_conformers(int(molecules.conformers)),
             ),
             rows_per_chunk=rows_per_chunk,
             valid_fraction=0.0,
@@ -154,6 +182,24 @@ def prepare_molecules(
         )
     )
     return out
+
+
+def _conformers(count: int) -> ConformerConfig:
+    """So many conformers for each molecule without coordinates; their time limit grows with their number."""
+    usual = ConformerConfig()
+    most = max(1, count)
+    return ConformerConfig(generate=count > 0, count=most, timeout_s=usual.timeout_s * most)
+
+
+def named_splits(task: TaskConfig) -> NamedSplits | None:
+    """The splits that the task's column or file gives by name; None if it has neither."""
+    if task.split_column is not None:
+        return splits_of_column(task.source, task.split_column)
+    return None if task.split_file is None else splits_of_file(task.split_file)
+
+
+def _split_identity(named: NamedSplits | None) -> dict[str, str | None]:
+    return {} if named is None else {"split_fingerprint": named.digest}
 
 
 def starting_point(config: PropertyConfig) -> StartingPoint:
@@ -201,22 +247,16 @@ def train_seeds(
     return [result for seed in seeds if (result := found[seed]) is not None]
 
 
-def run_baseline(config: PropertyConfig, bench: Bench, seeds: Sequence[int]) -> list[SeedResult]:
-    """The fingerprint baseline with the same seeds; empty when switched off."""
-    if not config.baseline.enabled:
-        return []
-    task = ray.remote(baseline_seed).options(num_cpus=config.cluster.cpus_per_worker)
-    references = {
-        task.remote(bench.shared, seed, config.baseline.num_trees, config.cluster): seed
-        for seed in seeds
-    }
-    found = collect(references, "baseline seeds")
-    return [found[seed] for seed in seeds]
+class LostWorkError(TrainingError):
+    """Work was lost for a reason outside of it, such as a node that went: the same command may well succeed."""
 
 
-def collect(references: Mapping[Any, int], description: str) -> dict[int, SeedResult]:
-    """Results of the tasks by seed, with progress; the first error stops the rest and is raised as itself."""
-    found: dict[int, SeedResult] = {}
+def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
+    """Results of the tasks by key, with progress; the first error stops the rest and is raised as itself.
+
+    LostWorkError if a worker process or its node is lost.
+    """
+    found: dict[K, Any] = {}
     waiting = list(references)
     if not waiting:
         return found
@@ -226,19 +266,19 @@ def collect(references: Mapping[Any, int], description: str) -> dict[int, SeedRe
                 done, waiting = ray.wait(waiting, num_returns=1)
                 result = ray.get(done[0])
                 found[references[done[0]]] = result
-                progress.reporter(
-                    {
-                        "done": len(found),
-                        "total": len(references),
-                        "valid": result.valid_score,
-                    }
-                )
+                values: dict[str, float | int | str] = {
+                    "done": len(found),
+                    "total": len(references),
+                }
+                if isinstance(result, SeedResult):
+                    values["valid"] = result.valid_score
+                progress.reporter(values)
         except ray.exceptions.RayTaskError as error:
             for reference in waiting:
                 ray.cancel(reference, force=True)
             raise error.cause from error
         except ray.exceptions.RayError as error:
-            raise TrainingError(f"{description}: a worker was lost: {error}") from error
+            raise LostWorkError(f"{description}: a worker was lost: {error}") from error
     return found
 
 
@@ -251,11 +291,9 @@ def worker_resources(config: PropertyConfig) -> dict[str, float]:
 def write_results(
     config: PropertyConfig,
     bench: Bench,
-    chosen: FinetuneSettings,
-    final: Sequence[SeedResult],
-    baseline: Sequence[SeedResult],
+    model: Training,
+    baselines: Baselines,
     *,
-    trials: Sequence[TrialResult],
     seconds: float,
 ) -> dict[str, Any]:
     """Write the report, then ``results.json``, whose presence means that all is done."""
@@ -271,22 +309,28 @@ def write_results(
             bench.data_uri,
             experiment.molecules,
             experiment.task,
-            {"seed": config.split_seed, "hash": split_hash(split), **parts},
+            {
+                "seed": config.split_seed,
+                "hash": bench.split_hash,
+                **({"fractions": None} if experiment.task.split is SplitKind.GIVEN else {}),
+                **parts,
+            },
         ),
         "checkpoint": {
             "uri": config.checkpoint,
             "fingerprint": start.fingerprint,
             "model": to_dict(start.model),
         },
-        "chosen": to_dict(chosen),
-        "trials": [dataclasses.asdict(trial) for trial in trials],
-        "final": seeds_entry(f"MoleBLEND, {name}", final),
-        "baseline": seeds_entry(BASELINE_NAME, baseline) if baseline else None,
+        "chosen": to_dict(model.chosen),
+        "trials": [dataclasses.asdict(trial) for trial in model.trials],
+        "final": seeds_entry(f"MoleBLEND, {name}", model.final),
+        "baselines": [baseline_entry(result) for result in baselines.results],
+        "baselines_absent": {kind.value: reason for kind, reason in baselines.absent.items()},
         "versions": versions(),
         "seconds": seconds,
     }
     results = redact(results)
-    write_report(config.out, results, *read_test_predictions(config.out, final[0].seed))
+    write_report(config.out, results, *read_test_predictions(config.out, model.final[0].seed))
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
 
@@ -297,17 +341,29 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     results: dict[str, Any] = storage.read_json(uri)
+    _check_version(uri, results)
     data_uri = storage.join(config.out, DATA_DIR)
 
     def inputs() -> dict[str, str | None]:
         return {
             **data_inputs(config.task.source, data_uri, lambda: prepare_task(config)),
             "checkpoint_fingerprint": starting_point(config).fingerprint,
+            **_split_identity(named_splits(config.task)),
         }
 
     check_finished(config.out, question(config), inputs)
     logger.info("%s is finished: %s", config.out, without_credentials(uri))
     return results
+
+
+def _check_version(uri: str, results: Mapping[str, Any]) -> None:
+    version = results.get("results_version")
+    if version != RESULTS_VERSION:
+        raise ConfigError(
+            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the results "
+            "there were made by another release, with other baselines. Its models and predictions stay usable. Give another `out` to compute "
+            "the results of this release"
+        )
 
 
 def question(config: PropertyConfig) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from typing import Any
 from moleblend_ray.config.downstream import FinetuneConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.evaluation.results import RESULTS_NAME
+from moleblend_ray.evaluation.results import RESULTS_NAME, Training
+from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
+    Bench,
     finished_results,
-    run_baseline,
     set_up,
     train_seeds,
     write_results,
@@ -43,8 +44,8 @@ class FinetuneSummary:
     """Mean over seeds."""
     test_std: float
     """Standard deviation over seeds."""
-    baseline_test_score: float | None
-    """Mean over seeds of the fingerprint baseline; None if switched off."""
+    baselines: dict[str, float]
+    """Test score of each baseline by its name, mean over seeds."""
     seconds: float
     """Wall time of the command that wrote the results."""
     already_finished: bool
@@ -63,23 +64,20 @@ def finetune(config: FinetuneConfig) -> FinetuneSummary:
         return summarise(config.out, stored, already_finished=True)
     with ray_session(config.cluster):
         bench = set_up(config)
-        final = train_seeds(config, bench, config.finetune, config.seeds)
-        baseline = run_baseline(config, bench, config.seeds)
-        results = write_results(
-            config,
-            bench,
-            config.finetune,
-            final,
-            baseline,
-            trials=(),
-            seconds=time.monotonic() - began,
-        )
+        model = train(config, bench)
+        baselines = run_baselines(config, bench, config.seeds, train)
+        results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
     return summarise(config.out, results, already_finished=False)
+
+
+def train(config: FinetuneConfig, bench: Bench) -> Training:
+    """Train and test the settings given with each seed."""
+    final = train_seeds(config, bench, config.finetune, config.seeds)
+    return Training(chosen=config.finetune, final=tuple(final))
 
 
 def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -> FinetuneSummary:
     """The figures of ``results`` that fit on a screen."""
-    baseline = results["baseline"]
     return FinetuneSummary(
         out=out,
         results=storage.join(out, RESULTS_NAME),
@@ -90,7 +88,7 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
         valid_score=results["final"]["valid"]["mean"],
         test_score=results["final"]["test"]["mean"],
         test_std=results["final"]["test"]["std"],
-        baseline_test_score=baseline["test"]["mean"] if baseline else None,
+        baselines={entry["name"]: entry["test"]["mean"] for entry in results["baselines"]},
         seconds=results["seconds"],
         already_finished=already_finished,
     )

@@ -40,7 +40,12 @@ from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.transport import pack_block, pack_error, step_batches
 from moleblend_ray.errors import MoleBlendError
-from moleblend_ray.orchestration.budget import BLOCKS_IN_ADVANCE, limit_blocks, most_blocks
+from moleblend_ray.orchestration.budget import (
+    BLOCKS_IN_ADVANCE,
+    limit_blocks,
+    most_blocks,
+    pause_between_looks,
+)
 from moleblend_ray.orchestration.local import GIB
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
@@ -167,6 +172,7 @@ def stream_dataset(
     context.target_max_block_size = 1
     context.execution_options = _execution_options(stream)
     limit_blocks(context, limit)
+    pause_between_looks(context)
     if most > stream.min_actors:
         bounds = PoolBounds(
             fewest=stream.min_actors,
@@ -175,7 +181,7 @@ def stream_dataset(
             reporter=reporter,
         )
         context.set_config(POOL_CONFIG_KEY, bounds)
-        context.custom_execution_callback_classes = [PoolSizer]
+        context.custom_execution_callback_classes.append(PoolSizer)
     return dataset
 
 

@@ -24,20 +24,22 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
-from moleblend_ray.evaluation.results import TrialResult
+from moleblend_ray.evaluation.results import Training, TrialResult
+from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
+    LostWorkError,
     finished_results,
-    run_baseline,
     set_up,
     train_seeds,
     worker_resources,
@@ -46,15 +48,10 @@ from moleblend_ray.orchestration.downstream import (
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
 from moleblend_ray.orchestration.local import available_cpus, ray_session
 from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
-
-METRIC = "best_valid_score"
-"""What trials report and are compared by: their best validation score so far."""
-
-REDUCTION_FACTOR = 3
-"""ASHA keeps this share (one in three) of the trials at each of its levels."""
 
 TUNE_DIR = "tune"
 """Folder of all about trials within ``out``."""
@@ -95,7 +92,7 @@ class SweepSummary:
     """Configurations tried."""
     trials_failed: int
     """Of these, without any score."""
-    chosen: dict[str, float | int]
+    chosen: dict[str, Scalar]
     """The configuration with the best validation score."""
     valid_score: float
     """Of the chosen configuration, mean over the final seeds."""
@@ -103,8 +100,8 @@ class SweepSummary:
     """Mean over the final seeds."""
     test_std: float
     """Standard deviation over the final seeds."""
-    baseline_test_score: float | None
-    """Mean over seeds of the fingerprint baseline; None if switched off."""
+    baselines: dict[str, float]
+    """Test score of each baseline by its name, mean over seeds."""
     seconds: float
     """Wall time of the command that wrote the results."""
     already_finished: bool
@@ -122,23 +119,23 @@ def sweep(config: SweepConfig) -> SweepSummary:
     stored = finished_results(config)
     if stored is not None:
         return _summary(summarise(config.out, stored, already_finished=True), stored)
+    # What cannot search fails now, not after the molecules were prepared.
+    search_method(config, config.task.resolve())
     with ray_session(config.cluster):
         bench = set_up(config)
-        trials = run_trials(config, bench)
-        chosen = choose(config.finetune, bench.experiment.task, trials)
-        logger.info("chosen on validation: %s", _choice_text(trials, chosen))
-        final = train_seeds(config, bench, chosen, config.final_seeds)
-        baseline = run_baseline(config, bench, config.final_seeds)
-        results = write_results(
-            config,
-            bench,
-            chosen,
-            final,
-            baseline,
-            trials=trials,
-            seconds=time.monotonic() - began,
-        )
+        model = search_and_train(config, bench)
+        baselines = run_baselines(config, bench, config.final_seeds, search_and_train)
+        results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
     return _summary(summarise(config.out, results, already_finished=False), results)
+
+
+def search_and_train(config: SweepConfig, bench: Bench) -> Training:
+    """Search, choose on validation, train and test the choice with each final seed."""
+    trials = run_trials(config, bench)
+    chosen = choose(config.finetune, bench.experiment.task, trials)
+    logger.info("chosen on validation: %s", _choice_text(trials, chosen))
+    final = train_seeds(config, bench, chosen, config.final_seeds)
+    return Training(chosen=chosen, trials=tuple(trials), final=tuple(final))
 
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
@@ -146,7 +143,6 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     os.environ.update(
         {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     # Tune would print a failed trial's whole traceback; its reason is in the results and in our own log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = bench.experiment
@@ -172,7 +168,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
         finally:
             _ProgressCallback.reporter = None
     if len(grid) != config.num_trials:
-        raise TrainingError(
+        raise LostWorkError(
             f"the search in {storage.join(config.out, TUNE_DIR)} ended after {len(grid)} of {config.num_trials} trials. "
             f"Delete its folder {SEARCH_DIR} and run the command again: trials that were over are not trained again"
         )
@@ -192,13 +188,17 @@ def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> Fi
         raise TrainingError(f"none of {len(trials)} trials has a validation score: {errors}")
     sign = -1.0 if task.metric.higher_is_better else 1.0
     best = min(scored, key=lambda trial: (sign * (trial.valid_score or 0.0), trial.number))
-    return dataclasses.replace(fixed, **best.settings)
+    return with_drawn(fixed, best.settings)
 
 
 def _choice_text(trials: list[TrialResult], chosen: FinetuneSettings) -> str:
     """The settings that the search varied, as they were chosen."""
     names = dict.fromkeys(name for trial in trials for name in trial.settings)
-    return ", ".join(f"{name}={getattr(chosen, name):.4g}" for name in names)
+    values = ((name, getattr(chosen, name)) for name in names)
+    return ", ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in values
+    )
 
 
 def concurrent_trials(config: SweepConfig) -> int:
@@ -217,31 +217,34 @@ def concurrent_trials(config: SweepConfig) -> int:
     return max(1, min(fits, config.num_trials))
 
 
+def search_method(config: SweepConfig, task: Task) -> tuple[Searcher, TrialScheduler]:
+    """Searcher and scheduler of the configuration; a ConfigError if they cannot be used for this task."""
+    # It would tell of each study it begins.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    mode = "max" if task.metric.higher_is_better else "min"
+    longest = (config.search.epochs or task.epochs)[1]
+    return (
+        build_searcher(
+            config.search, config.search.dimensions(task.epochs), mode, config.search_seed
+        ),
+        build_scheduler(config.search, mode, config.grace_epochs, longest),
+    )
+
+
 def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     storage_path = storage.join(config.out, TUNE_DIR)
     experiment_path = storage.join(storage_path, SEARCH_DIR)
+    # First: what a stored search needs to be read, this one needs to be made.
+    searcher, scheduler = search_method(config, task)
     if _can_continue(experiment_path):
         logger.info("continuing the search in %s", experiment_path)
         # Failed trials get another chance: what failed them may have been what interrupted the command.
         return tune.Tuner.restore(experiment_path, trainable=trainable, resume_errored=True)
-    mode = "max" if task.metric.higher_is_better else "min"
-    longest = (config.search.epochs or task.epochs)[1]
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=OptunaSearch(
-                space=search_distributions(config, task),
-                metric=METRIC,
-                mode=mode,
-                seed=config.search_seed,
-            ),
-            scheduler=ASHAScheduler(
-                metric=METRIC,
-                mode=mode,
-                max_t=longest,
-                grace_period=min(config.grace_epochs, longest),
-                reduction_factor=REDUCTION_FACTOR,
-            ),
+            search_alg=searcher,
+            scheduler=scheduler,
             num_samples=config.num_trials,
             max_concurrent_trials=concurrent_trials(config),
             # A short trial would spend more time on a new process's imports than on training.
@@ -309,9 +312,11 @@ def _is_whole(trials_uri: str, searcher_uri: str, generator_uri: str) -> bool:
     except (storage.NotFoundError, DataError, KeyError, TypeError, ValueError):
         return False
     searcher, generator = _unpickled(searcher_uri), _unpickled(generator_uri)
-    if searcher is None or generator is None:
+    if searcher is None or generator is None or generator["counter"] != len(trials):
         return False
-    return set(searcher["_ot_trials"]) == trials and generator["counter"] == len(trials)
+    # Optuna's state tells of which trials it is; others give their number at most, and that is the generator's.
+    known = searcher.get("_ot_trials") if isinstance(searcher, Mapping) else None
+    return known is None or set(known) == trials
 
 
 def _unpickled(uri: str) -> Any:
@@ -320,20 +325,6 @@ def _unpickled(uri: str) -> Any:
         return pickle.loads(storage.read_bytes(uri))
     except (storage.NotFoundError, EOFError, pickle.UnpicklingError):
         return None
-
-
-def search_distributions(
-    config: SweepConfig, task: Task
-) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The search space in Optuna's terms."""
-    space = config.search
-    fewest, most = space.epochs or task.epochs
-    return {
-        "learning_rate": optuna.distributions.FloatDistribution(*space.learning_rate, log=True),
-        "weight_decay": optuna.distributions.FloatDistribution(*space.weight_decay, log=True),
-        "batch_size": optuna.distributions.CategoricalDistribution(space.batch_size),
-        "epochs": optuna.distributions.IntDistribution(fewest, most),
-    }
 
 
 def _tune_resources(config: SweepConfig) -> dict[str, float]:
@@ -376,7 +367,7 @@ def _trial_result(result: tune.Result) -> TrialResult:
     return TrialResult(
         number=int(str(result.path).rsplit("-", 1)[-1]),
         status=status,
-        settings=dict(result.config or {}),
+        settings=plain_values(result.config or {}),
         valid_score=score if math.isfinite(score) and status != "failed" else None,
         epochs=int(metrics.get("epoch", 0)),
         seconds=float(metrics.get("seconds", 0.0)),

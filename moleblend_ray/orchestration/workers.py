@@ -20,7 +20,8 @@ from moleblend_ray.data import storage
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import EpochReport, StartingPoint, finetune_once
 from moleblend_ray.evaluation.results import SeedResult
-from moleblend_ray.evaluation.runs import Experiment, fit_baseline, train_and_test
+from moleblend_ray.evaluation.runs import Experiment, train_and_test
+from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 
@@ -67,7 +68,7 @@ class TrialRecord:
     """
 
     def __init__(self, uri: str, settings: FinetuneSettings, epochs: list[dict[str, Any]]) -> None:
-        self._uri = uri
+        self.uri = uri
         self._settings = settings
         self.epochs = epochs
 
@@ -90,7 +91,7 @@ class TrialRecord:
         patience = self._settings.patience
         over = epoch.epoch == self._settings.epochs or epoch.epoch - epoch.best_epoch >= patience
         self.epochs.append({**dataclasses.asdict(epoch), "over": over})
-        storage.write_json(self._uri, self.epochs)
+        storage.write_json(self.uri, self.epochs)
         tune.report(self.epochs[-1])
 
 
@@ -107,7 +108,7 @@ def run_trial(
     What an interrupted command had reported of these values, by its files in ``records``, is reported again
     without training; a trial that was over, or that is stopped there again, is not repeated.
     """
-    settings = dataclasses.replace(settings, **drawn)
+    settings = with_drawn(settings, drawn)
     record = TrialRecord.read(records, settings, seed)
     for values in record.epochs:
         tune.report(values)
@@ -133,14 +134,12 @@ def train_seed(
     return train_and_test(experiment, settings, seed, out, use_reserved(cluster))
 
 
-def baseline_seed(
-    experiment: Experiment, seed: int, num_trees: int, cluster: ClusterConfig
-) -> SeedResult:
-    """Fit and score the fingerprint baseline with one seed."""
-    return fit_baseline(experiment, seed, num_trees, max(1, int(cluster.cpus_per_worker)))
+def reserved_threads(cluster: ClusterConfig) -> int:
+    """Threads that a task may use: one for each CPU it reserved."""
+    return max(1, int(cluster.cpus_per_worker))
 
 
 def use_reserved(cluster: ClusterConfig) -> torch.device:
     """Keep torch to the CPUs this process reserved, and give the device it may use."""
-    torch.set_num_threads(max(1, int(cluster.cpus_per_worker)))
+    torch.set_num_threads(reserved_threads(cluster))
     return torch.device("cuda" if cluster.use_gpu else "cpu")

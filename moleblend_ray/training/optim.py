@@ -7,6 +7,7 @@ function of the step, so a resumed run needs no scheduler state.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,9 @@ from torch.optim.adamw import adamw
 
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.distributed import sum_over_ranks
+
+LR_FACTOR: Final = "lr_factor"
+"""Key of a parameter group: what its learning rate is multiplied with."""
 
 _VECTOR: Final = 16
 """Elements of the widest vector register (AVX-512, float32); a multiple of those of narrower ones and wider types."""
@@ -37,9 +41,9 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the group's own factor where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group.get(LR_FACTOR, 1.0)
 
 
 class CutInvariantAdamW(torch.optim.AdamW):
@@ -146,31 +150,49 @@ def _update(group: dict[str, Any], parts: list[_Part]) -> None:
     )
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float] | None = None
+) -> torch.optim.AdamW:
     """AdamW over the trainable parameters of ``model``, with its moments allocated at once.
 
-    Call it after sharding: the moments take the parameters' placement. They exist before the first update because a
+    ``lr_factor`` gives each parameter, by its name, a factor of its learning rate (:func:`set_learning_rate`). Call this
+    after sharding: the moments take the parameters' placement. They exist before the first update because a
     checkpoint is restored into them, and because a head that sees no target for some steps must not change
     which tensors a checkpoint holds.
     """
-    decayed, kept = split_by_decay(model)
     optimizer = CutInvariantAdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ],
+        _parameter_groups(model, config, lr_factor),
         lr=config.learning_rate,
         betas=config.betas,
         eps=config.eps,
         fused=True,
     )
-    for parameter in (*decayed, *kept):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
     return optimizer
+
+
+def _parameter_groups(
+    model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float] | None
+) -> list[dict[str, Any]]:
+    decayed, kept = split_by_decay(model)
+    by_decay = ((decayed, config.weight_decay), (kept, 0.0))
+    if lr_factor is None:
+        return [{"params": params, "weight_decay": decay} for params, decay in by_decay]
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for params, decay in by_decay:
+        for parameter in params:
+            groups.setdefault((decay, lr_factor(names[parameter])), []).append(parameter)
+    return [
+        {"params": params, "weight_decay": decay, LR_FACTOR: factor}
+        for (decay, factor), params in groups.items()
+    ]
 
 
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

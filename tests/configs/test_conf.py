@@ -26,7 +26,9 @@ REQUIRED = {
     "checkpoints": ("run=runs/run",),
     "finetune": ("task=esol", "task.source=s3://b/esol.csv", "out=runs/esol"),
     "sweep": ("task=bbbp", "task.source=s3://b/bbbp.csv", "out=runs/bbbp"),
+    "leaderboard": ("run=runs/sweeps", "out=runs/board"),
     "embed": ("checkpoint=runs/run", "source=s3://b/x.csv", "out=runs/vectors"),
+    "predict": ("models=[runs/esol,runs/other]", "source=s3://b/x.csv", "out=runs/predictions"),
     "export": ("checkpoint=runs/run", "out=runs/model"),
     "samples": ("out=runs/samples.parquet",),
 }
@@ -88,7 +90,7 @@ def test_defaults_live_in_the_dataclasses_only() -> None:
 
 def test_every_job_but_the_small_ones_has_a_script() -> None:
     scripts = {file.stem for file in (config_dir().parent / "jobs").glob("*.py")}
-    assert scripts >= {"download", "prepare", "pretrain", "finetune", "sweep", "embed"}
+    assert scripts >= {"download", "prepare", "pretrain", "finetune", "sweep", "embed", "predict"}
 
 
 def test_the_paper_experiment_takes_the_official_decisions() -> None:

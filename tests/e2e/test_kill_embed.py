@@ -14,12 +14,11 @@ from commands import finish, kill_when, moleblend
 
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.data.shards import load_manifest
-from moleblend_ray.evaluation.embedding import part_schema
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration.downstream import load_encoder
-from moleblend_ray.orchestration.embed import PartWriter
+from moleblend_ray.orchestration.embed import embed_job
+from moleblend_ray.orchestration.parts import PartWriter
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 NUM_MOLECULES, ROWS_PER_PART = 60, 6
@@ -30,18 +29,18 @@ IDS = [f"id-{row}" for row in range(NUM_MOLECULES)]
 SLOW = """
 import time
 
-from moleblend_ray.orchestration import embed
+from moleblend_ray.orchestration import parts
 
-embed.ROWS_PER_CHUNK = {rows}
+parts.ROWS_PER_CHUNK = {rows}
 
 
-class Writer(embed.PartWriter):
+class Writer(parts.PartWriter):
     def _loaded(self):
         time.sleep({pause_s})
         return super()._loaded()
 
 
-embed.PartWriter = Writer
+parts.PartWriter = Writer
 """
 
 
@@ -68,8 +67,9 @@ def made_at_once(folder: Path, data: str) -> dict[str, bytes]:
     out = folder / "undisturbed"
     config = EmbedConfig(checkpoint=str(folder / "model"), source=data, out=str(out))
     manifest = load_manifest(data)
-    fingerprint = load_encoder(config.checkpoint).start.fingerprint
-    writer = PartWriter(config, data, manifest, fingerprint, part_schema(TINY.dim, ()))
+    job = embed_job(config)
+    maker = job.load(torch.device("cpu"))
+    writer = PartWriter(job, data, manifest, maker.fingerprint, maker.schema)
     for number in range(len(manifest.shards_of("train"))):
         writer.write(number, "train", number)
     return parts_of(out)

@@ -20,6 +20,7 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import embed as embed_module
+from moleblend_ray.orchestration import parts as parts_module
 from moleblend_ray.orchestration.embed import EmbedSummary, embed
 
 pytestmark = pytest.mark.ray
@@ -65,7 +66,7 @@ def check_listed_parts(out: str) -> None:
 
 
 def run_in_small_parts(config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedSummary:
-    monkeypatch.setattr(embed_module, "ROWS_PER_CHUNK", 20)
+    monkeypatch.setattr(parts_module, "ROWS_PER_CHUNK", 20)
     return embed(config)
 
 

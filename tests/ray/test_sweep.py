@@ -19,7 +19,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import BaselineConfig, SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.settings import FinetuneSettings, SearchSpace
+from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.search import SearchSpace
+from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.sweep import sweep
@@ -59,7 +61,7 @@ def config_for(folder: Path) -> SweepConfig:
             source=str(folder / "molecules.csv"),
             columns=("size",),
             kind=TaskKind.REGRESSION,
-            conformers=False,
+            conformers=0,
         ),
         out=str(folder / "out"),
         model=TINY,
@@ -69,7 +71,9 @@ def config_for(folder: Path) -> SweepConfig:
         num_trials=4,
         grace_epochs=1,
         final_seeds=(3, 5),
-        baseline=BaselineConfig(num_trees=5),
+        baseline=BaselineConfig(
+            kinds=(BaselineKind.FOREST, BaselineKind.DESCRIPTORS, BaselineKind.SCRATCH), num_trees=5
+        ),
         cluster=ClusterConfig(num_workers=2),
     )
 
@@ -105,7 +109,7 @@ def test_a_failing_trial_is_recorded_with_its_reason_and_ends_nothing(
     assert all(trial["valid_score"] is None for trial in failed)
 
 
-def test_results_name_seeds_split_data_versions_and_baseline(
+def test_results_name_seeds_split_data_versions_and_baselines(
     finished: tuple[SweepConfig, dict[str, Any]],
 ) -> None:
     config, results = finished
@@ -118,7 +122,13 @@ def test_results_name_seeds_split_data_versions_and_baseline(
     assert sum(data["split"][part] for part in ("train", "valid", "test")) == 60
     assert len(data["split"]["hash"]) == 16
     assert len(data["fingerprint"]) == 64
-    assert math.isfinite(results["baseline"]["test"]["mean"])
+    assert [entry["kind"] for entry in results["baselines"]] == ["forest", "descriptors"]
+    for entry in results["baselines"]:
+        assert [seed["seed"] for seed in entry["seeds"]] == list(config.final_seeds)
+        assert math.isfinite(entry["test"]["mean"])
+        best = min(entry["candidates"], key=lambda candidate: candidate["valid_score"])
+        assert entry["chosen"] == best["settings"]
+    assert "starts from scratch" in results["baselines_absent"]["scratch"]
     assert {"torch", "ray", "rdkit"} <= set(results["versions"])
     assert json.loads(json.dumps(results["config"])) == results["config"]
 
@@ -134,13 +144,14 @@ def test_stored_predictions_give_the_reported_test_score(
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(seed["test_score"])
 
 
-def test_the_report_shows_the_model_beside_the_baseline(
+def test_the_report_shows_the_model_beside_the_baselines(
     finished: tuple[SweepConfig, dict[str, Any]],
 ) -> None:
     out = Path(finished[0].out)
     text = (out / "report.md").read_text()
-    assert "| MoleBLEND, from scratch |" in text
+    assert "| **MoleBLEND, from scratch** |" in text
     assert "| ECFP4 + random forest |" in text
+    assert "| RDKit descriptors + linear model |" in text
     assert (out / "figures" / "test.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "figures" / "trials.png").read_bytes().startswith(b"\x89PNG")
 

@@ -33,7 +33,7 @@ def test_help_of_a_job_lists_its_keys_with_types_and_defaults(
     job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([job, "--help"]) == 0
-    key = {"data": "data", "checkpoints": "run"}.get(job, "out")
+    key = {"data": "data", "checkpoints": "run", "leaderboard": "run"}.get(job, "out")
     assert f"{key}: str required" in capsys.readouterr().out
 
 

@@ -26,6 +26,7 @@ LAYERS = (
     "config",
     "orchestration",
     "cli",
+    "stages",
 )
 
 # Library -> path prefixes, below the package, of the modules that may import it.

@@ -1,7 +1,16 @@
 from __future__ import annotations
 
+import csv
+import gzip
+import random
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
 import numpy as np
 import pytest
+from rdkit import Chem, rdBase
+from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
 from moleblend_ray.chemistry.scaffolds import (
     ScaffoldVariant,
@@ -28,6 +37,73 @@ def molecules() -> list[str]:
 def many_scaffolds() -> list[str]:
     rings = [f"C1{'C' * k}1" for k in range(2, 32)]
     return [f"{ring}{'C' * chain}" for chain in range(4) for ring in rings]
+
+
+def second_scaffolds(smiles: Sequence[str]) -> list[str]:
+    """By RDKit's own shortcut from SMILES to scaffold."""
+    return [MurckoScaffoldSmiles(smiles=text, includeChirality=False) for text in smiles]
+
+
+def second_split(scaffolds: Sequence[str], variant: ScaffoldVariant, seed: int) -> list[set[int]]:
+    """Both rules once more, on the molecules' scaffolds: as each package states its own, one part after the other."""
+    rows = sorted(range(len(scaffolds)), key=lambda row: (scaffolds[row], row))
+    members = {name: list(group) for name, group in groupby(rows, key=scaffolds.__getitem__)}
+    order = sorted(members, key=lambda name: members[name][0])
+    total = len(scaffolds)
+    if variant == "deepchem":
+        # Stable sorts from the least to the most important key.
+        order.sort(key=lambda name: -members[name][0])
+        order.sort(key=lambda name: -len(members[name]))
+        limits = [0.8 * total, 0.9 * total, total]
+    else:
+        limits = [0.8 * total, 0.1 * total, 0.1 * total]
+        common = [name for name in order if 2 * len(members[name]) > min(limits[1:])]
+        rare = [name for name in order if name not in set(common)]
+        generator = random.Random(seed)
+        generator.shuffle(common)
+        generator.shuffle(rare)
+        order = common + rare
+    parts: list[set[int]] = [set(), set(), set()]
+    for name in order:
+        for number, part in enumerate(parts):
+            # DeepChem's limits count the parts before as well.
+            held = sum(map(len, parts[: number + 1])) if variant == "deepchem" else len(part)
+            if number == 2 or held + len(members[name]) <= limits[number] + 1e-9:
+                part.update(members[name])
+                break
+    return parts
+
+
+def real_molecules(folder: Path, name: str) -> list[str]:
+    with gzip.open(folder / "moleculenet" / f"{name}.csv.gz", "rt") as file, rdBase.BlockLogs():
+        smiles = [row["smiles"] for row in csv.DictReader(file)]
+        return [text for text in smiles if Chem.MolFromSmiles(text) is not None]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("name", ["bbbp", "esol"])
+def test_real_files_are_split_as_by_a_second_implementation_and_share_no_scaffold(
+    name: str, shared_data: Path
+) -> None:
+    smiles = real_molecules(shared_data, name)
+    scaffolds = second_scaffolds(smiles)
+    for variant, seed in (("deepchem", 0), ("chemprop-balanced", 0), ("chemprop-balanced", 7)):
+        split = scaffold_split(smiles, variant=variant, seed=seed)
+        assert [set(part.tolist()) for part in split] == second_split(scaffolds, variant, seed)
+        train, valid, test = ({scaffolds[index] for index in part} for part in split)
+        assert not train & valid
+        assert not (train | valid) & test
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_made_up_molecules_are_split_as_by_a_second_implementation(
+    variant: ScaffoldVariant,
+) -> None:
+    for smiles in (molecules(), many_scaffolds()):
+        for seed in range(5):
+            split = scaffold_split(smiles, variant=variant, seed=seed)
+            expected = second_split(second_scaffolds(smiles), variant, seed)
+            assert [set(part.tolist()) for part in split] == expected
 
 
 def test_scaffold_keeps_rings_and_links_and_drops_the_rest() -> None:

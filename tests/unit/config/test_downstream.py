@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.describe import describe
-from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.config.downstream import (
+    BaselineConfig,
+    FinetuneConfig,
+    LeaderboardConfig,
+    PredictConfig,
+    SweepConfig,
+    TaskConfig,
+)
+from moleblend_ray.config.paths import path_settings, with_absolute_paths
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.tasks import GROUPS, SplitKind
 
 TASK = TaskConfig(name="esol", source="esol.csv")
 
@@ -29,3 +42,129 @@ def test_every_setting_has_a_description_for_help(config: type) -> None:
     keys = list(describe(config))
     assert {"task.name", "cluster.use_gpu", "gpus_per_worker"} <= {key.path for key in keys}
     assert not [key.path for key in keys if not key.doc]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"models": ()}, r"models: expected a path or URI or several, found \(\)"),
+        ({"models": ("a", "")}, "models: expected"),
+        ({"models": "a", "conformers": -1}, "conformers: expected 0 to 255, found -1"),
+        ({"models": "a", "applicability": 1.2}, "applicability: expected a similarity of 0 to 1"),
+        ({"models": "a", "source": ""}, "source: expected"),
+    ],
+)
+def test_predictions_that_cannot_be_made_are_refused(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PredictConfig(**{"source": "a.csv", "out": "out", **settings})
+
+
+def test_models_are_paths_one_or_several() -> None:
+    one = with_absolute_paths(PredictConfig(models="/runs/esol", source="/a.csv", out="/out"))
+    assert one.model_uris() == ("/runs/esol",)
+    several = PredictConfig(models=("/runs/esol/models/seed-0", "s3://b/m"), source="a", out="b")
+    resolved = with_absolute_paths(several)
+    assert resolved.model_uris() == several.model_uris()
+    assert resolved.source.startswith("/")
+    assert path_settings(several)["models[1]"] == "s3://b/m"
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [
+        ("moleculenet_regression", GROUPS["moleculenet_regression"]),
+        (("qm9_gap", "bbbp"), ("qm9_gap", "bbbp")),
+        (("bbbp",), ("bbbp",)),
+    ],
+)
+def test_a_group_is_all_its_tasks_and_none_by_itself(
+    name: str | tuple[str, ...], tasks: tuple[str, ...]
+) -> None:
+    config = TaskConfig(name=name, source="tables", split=SplitKind.RANDOM)
+    assert config.is_group
+    assert tuple(config.tasks()) == tasks
+    assert {task.split for task in config.tasks().values()} == {SplitKind.RANDOM}
+    with pytest.raises(ConfigError, match="is a group of tasks"):
+        config.resolve()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": ("bbbp", "esool")}, "did you mean 'esol'"),
+        ({"name": "qm9", "columns": ("gap",)}, "columns: expected for one task only"),
+        ({"name": "qm9", "unit": "eV"}, "unit: expected for one task only"),
+        ({"name": "qm9", "split_file": "x.csv"}, "split_file: expected for one task only"),
+        ({"name": "moleculenet", "metric": "mae"}, "mae does not fit classification"),
+        ({"split_file": "x.csv", "split_column": "part"}, "split_file: expected either"),
+        ({"split_column": "part", "split": "random"}, "split: expected given with split_column"),
+    ],
+)
+def test_tasks_that_contradict_themselves_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    given = {"name": "bbbp", "source": "x", **settings}
+    overrides = [f"task.{key}={_spelled(value)}" for key, value in given.items()]
+    with pytest.raises(ConfigError, match=message):
+        load_config(SweepConfig, "sweep", [*overrides, "out=out"])
+
+
+def _spelled(value: Any) -> str:
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value)
+
+
+def test_a_split_column_or_file_makes_the_split_given() -> None:
+    for given in ({"split_column": "part"}, {"split_file": "split.csv"}):
+        assert TaskConfig(name="esol", source="x", **given).resolve().split is SplitKind.GIVEN
+
+
+def test_groups_lists_and_searches_are_told_on_the_command_line() -> None:
+    config = load_config(
+        SweepConfig,
+        "sweep",
+        [
+            "task=moleculenet_small",
+            "task.source=tables",
+            "out=out",
+            "search.ranges.layer_decay=[0.5,1]",
+            "search.choices.readout=[token,mean]",
+            "search.choices.frozen_blocks=[null,2]",
+            "search.scheduler=ray.tune.schedulers.HyperBandScheduler",
+            "search.scheduler_options.max_t=9",
+            "search.weight_decay=null",
+        ],
+    )
+    assert tuple(config.task.tasks()) == GROUPS["moleculenet_small"]
+    assert config.search.ranges == {"layer_decay": (0.5, 1.0)}
+    assert config.search.choices == {"readout": ("token", "mean"), "frozen_blocks": (None, 2)}
+    assert config.search.scheduler_options == {"max_t": 9}
+    assert config.search.weight_decay is None
+    listed = load_config(
+        SweepConfig, "sweep", ["task.name=[bbbp,qm9]", "task.source=tables", "out=out"]
+    )
+    assert tuple(listed.task.tasks()) == ("bbbp", *GROUPS["qm9"])
+
+
+def test_a_comparison_needs_a_place_and_distinct_directories() -> None:
+    for out in (None, "a", "b"):
+        with pytest.raises(ConfigError, match="out: expected a directory of its own"):
+            LeaderboardConfig(run="a", against=("b",), out=out)
+    with pytest.raises(ConfigError, match="against: expected distinct directories"):
+        LeaderboardConfig(run="a", against=("a",), out="c")
+
+
+def test_baselines_that_cannot_be_made_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kinds: expected each at most once, found \['forest'"):
+        BaselineConfig(kinds=(BaselineKind.FOREST, BaselineKind.FOREST))
+    with pytest.raises(ConfigError, match=r"num_trees: expected >= 1, found 0\nnum_rounds: .* -1"):
+        BaselineConfig(num_trees=0, num_rounds=-1)
+
+
+def test_baselines_are_named_on_the_command_line() -> None:
+    given = ["task=esol", "task.source=esol.csv", "out=out"]
+    assert load_config(SweepConfig, "sweep", given).baseline.kinds == tuple(BaselineKind)
+    some = load_config(SweepConfig, "sweep", [*given, "baseline.kinds=[scratch,forest]"])
+    assert some.baseline.kinds == (BaselineKind.SCRATCH, BaselineKind.FOREST)
+    assert load_config(SweepConfig, "sweep", [*given, "baseline.kinds=[]"]).baseline.kinds == ()

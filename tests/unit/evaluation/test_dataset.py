@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
+from moleblend_ray.chemistry.samples import make_samples
 from moleblend_ray.chemistry.scaffolds import murcko_scaffold, split_hash
 from moleblend_ray.errors import DataError
-from moleblend_ray.evaluation.dataset import split_molecules
+from moleblend_ray.evaluation.dataset import only_used, split_molecules, with_fewer_labels
 from moleblend_ray.evaluation.tasks import SplitKind
 
 from .conftest import MakeLabelled, all_smiles
 
+COMPUTED = [kind for kind in SplitKind if kind is not SplitKind.GIVEN]
 
-@pytest.mark.parametrize("kind", list(SplitKind))
+
+@pytest.mark.parametrize("kind", COMPUTED)
 def test_parts_are_disjoint_cover_all_and_repeat_exactly(kind: SplitKind) -> None:
     smiles = all_smiles()
     split = split_molecules(smiles, kind, seed=3)
@@ -28,6 +37,47 @@ def test_no_scaffold_is_in_two_parts(kind: SplitKind) -> None:
     scaffolds = [{murcko_scaffold(smiles[index]) for index in part} for part in split]
     assert not scaffolds[0] & scaffolds[1]
     assert not (scaffolds[0] | scaffolds[1]) & scaffolds[2]
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("kind", [SplitKind.SCAFFOLD, SplitKind.SCAFFOLD_BALANCED])
+@pytest.mark.parametrize("name", ["clintox", "esol"])
+def test_no_scaffold_of_a_real_file_is_in_two_parts(
+    name: str, kind: SplitKind, shared_data: Path
+) -> None:
+    with gzip.open(shared_data / f"moleculenet/{name}.csv.gz", "rt") as file:
+        texts = [row["smiles"] for row in csv.DictReader(file)][:600]
+    found = [molecule_from_smiles(text, FeaturizeConfig()) for text in texts]
+    smiles = [molecule.smiles for molecule in found if isinstance(molecule, Molecule)]
+    split = split_molecules(smiles, kind, seed=1)
+    scaffolds = [{murcko_scaffold(smiles[index]) for index in part} for part in split]
+    assert not scaffolds[0] & scaffolds[1]
+    assert not (scaffolds[0] | scaffolds[1]) & scaffolds[2]
+
+
+def test_no_scaffold_of_the_samples_is_in_two_parts() -> None:
+    smiles = [sample.smiles for sample in make_samples(50, num_processes=1)]
+    for kind in (SplitKind.SCAFFOLD, SplitKind.SCAFFOLD_BALANCED):
+        split = split_molecules(smiles, kind, seed=1)
+        scaffolds = [{murcko_scaffold(smiles[index]) for index in part} for part in split]
+        assert not scaffolds[0] & scaffolds[1]
+        assert not (scaffolds[0] | scaffolds[1]) & scaffolds[2]
+
+
+def test_a_given_split_is_taken_as_it_is_and_its_copies_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    smiles = ["CC", "CN", "CO", "CF", "CC"]
+    parts = np.array([0, 1, 2, 0, 2], dtype=np.uint8)
+    split = split_molecules(smiles, SplitKind.GIVEN, 0, parts)
+    assert [part.tolist() for part in split] == [[0, 3], [1], [2, 4]]
+    assert "1 molecules are in two parts" in caplog.text
+
+
+@pytest.mark.parametrize("parts", [None, np.zeros(3, np.uint8), np.array([0, 1, 0], np.uint8)])
+def test_a_given_split_without_one_of_the_parts_is_an_error(parts: np.ndarray | None) -> None:
+    with pytest.raises(DataError, match=r"leaves a part empty.*split_column or task\.split_file"):
+        split_molecules(["CC", "CN", "CO"], SplitKind.GIVEN, 0, parts)
 
 
 def test_copies_of_a_molecule_stay_in_one_part_of_a_random_split() -> None:
@@ -63,3 +113,38 @@ def test_taken_molecules_keep_labels_names_and_graphs_together(make_labelled: Ma
     assert taken.mol_ids == ("mol_7", "mol_3", "mol_11")
     assert taken.block.molecule_ids.tolist() == [0, 1, 2]
     assert taken.block.num_atoms.tolist() == [molecules.block.num_atoms[row] for row in (7, 3, 11)]
+
+
+def test_fewer_labels_leave_the_test_part_whole_and_are_nested() -> None:
+    smiles = all_smiles()
+    whole = split_molecules(smiles, SplitKind.RANDOM, 0)
+    small, large = (with_fewer_labels(whole, smiles, 0, train=count, valid=4) for count in (10, 30))
+    assert (len(small.train), len(large.train), len(small.valid)) == (10, 30, 4)
+    assert set(small.train) < set(large.train) < set(whole.train)
+    np.testing.assert_array_equal(small.test, whole.test)
+    other = with_fewer_labels(whole, smiles, 1, train=10, valid=4)
+    assert set(other.train) != set(small.train)
+    same = with_fewer_labels(whole, smiles, 0, train=None, valid=None)
+    assert all(np.array_equal(*parts) for parts in zip(same, whole, strict=True))
+
+
+def test_more_labels_than_a_part_has_are_refused() -> None:
+    smiles = all_smiles()
+    whole = split_molecules(smiles, SplitKind.RANDOM, 0)
+    with pytest.raises(DataError, match=r"task\.train_molecules.*fewer than 500"):
+        with_fewer_labels(whole, smiles, 0, train=500, valid=None)
+
+
+def test_only_the_molecules_of_a_part_are_kept_with_their_labels(
+    make_labelled: MakeLabelled,
+) -> None:
+    smiles = all_smiles()
+    molecules = make_labelled(smiles, np.arange(float(len(smiles))))
+    whole = split_molecules(molecules.smiles, SplitKind.RANDOM, 0)
+    few = with_fewer_labels(whole, molecules.smiles, 0, train=10, valid=4)
+    kept, split = only_used(molecules, few)
+    assert len(kept) == sum(map(len, few))
+    for before, after in zip(few, split, strict=True):
+        assert kept.labels[after, 0].tolist() == before.tolist()
+        assert [kept.smiles[row] for row in after] == [molecules.smiles[row] for row in before]
+    assert only_used(molecules, whole) == (molecules, whole)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.runs import Experiment, finished_seed, train_and_test
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -61,3 +62,13 @@ def test_a_training_killed_while_it_replaces_a_model_leaves_no_result(
             torch.device("cpu"),
         )
     assert finished_seed(out, 4, SETTINGS) is None
+
+
+def test_a_model_knows_the_fingerprints_of_its_training_part_alone(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    found = train_and_test(experiment, SETTINGS, 4, str(tmp_path), torch.device("cpu"))
+    domain = load_domain(str(tmp_path / found.model))
+    assert domain is not None
+    trained_on = [experiment.molecules.smiles[row] for row in experiment.split.train]
+    assert domain.checksum == ApplicabilityDomain.of(trained_on).checksum

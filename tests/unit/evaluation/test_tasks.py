@@ -9,16 +9,60 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.tasks import TASKS, Metric, SplitKind, TaskKind, resolve_task
+from moleblend_ray.evaluation.tasks import (
+    GROUPS,
+    TASKS,
+    Metric,
+    SplitKind,
+    TaskKind,
+    is_group,
+    resolve_task,
+    task_names,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
-def test_every_task_has_a_configuration_file_and_no_other_exists() -> None:
+def test_every_task_and_group_has_a_configuration_file_and_no_other_exists() -> None:
     files = {
         path.stem: path.read_text().strip() for path in (REPOSITORY / "conf/task").glob("*.yaml")
     }
-    assert files == {name: f"name: {name}" for name in TASKS}
+    assert files == {name: f"name: {name}" for name in (*TASKS, *GROUPS)}
+
+
+def test_groups_consist_of_tasks_and_share_no_name_with_one() -> None:
+    assert not set(GROUPS) & set(TASKS)
+    for members in GROUPS.values():
+        assert set(members) <= set(TASKS)
+        assert len(set(members)) == len(members)
+    assert len(GROUPS["moleculenet"]) == 11
+    assert set(GROUPS["moleculenet"]) - set(GROUPS["moleculenet_small"]) == {"hiv", "muv"}
+    assert {TASKS[name].metric for name in GROUPS["qm9"]} == {Metric.MAE}
+
+
+def test_a_name_a_group_and_a_list_stand_for_tasks_in_order_each_once() -> None:
+    assert task_names("bbbp") == ("bbbp",)
+    assert task_names("my_own_table") == ("my_own_table",)
+    assert task_names("qm9") == GROUPS["qm9"]
+    listed = ("esol", "moleculenet_regression", "bbbp", "esol")
+    assert task_names(listed) == ("esol", "freesolv", "lipophilicity", "bbbp")
+    assert [is_group(name) for name in ("bbbp", "my_own_table", "qm9", ("bbbp",))] == [
+        False, False, True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "told"), [(("bbbp", "esool"), "'esool'.*'esol'"), ((), "none")])
+def test_a_list_of_unknown_names_or_none_is_refused(names: tuple[str, ...], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        task_names(names)
+
+
+def test_qm8_has_four_quantities_by_four_methods_named_as_moleculenet_reads_them() -> None:
+    columns = TASKS["qm8"].columns
+    assert len(set(columns)) == 16
+    assert columns[:4] == ("E1-CC2", "E2-CC2", "f1-CC2", "f2-CC2")
+    assert {"E1-PBE0", "E1-PBE0.1", "f2-CAM"} <= set(columns)
+    assert (TASKS["qm7"].columns, TASKS["qm7"].unit) == (("u0_atom",), "kcal/mol")
 
 
 def test_classification_is_scored_by_roc_auc_and_regression_by_an_error() -> None:

@@ -131,3 +131,14 @@ def test_probabilities_may_miss_one_by_rounding() -> None:
     nearly = dataclasses.replace(config, pair_probabilities=(0.5, 0.4999999, 0.0))
     choice = draw_blend(big_batch(), nearly, 0).pair_choice
     assert (choice != Relation.GEOMETRY).all()
+
+
+def test_showing_all_relations_differs_from_blending_by_the_choices_alone() -> None:
+    batch = big_batch(4)
+    blended = draw_blend(batch, BlendConfig(), seed=5)
+    everything = draw_blend(batch, BlendConfig(show_all=True), seed=5)
+    assert torch.equal(everything.noise, blended.noise)
+    assert all(everything.shows_pair(relation).all() for relation in Relation)
+    assert all(everything.shows_atom(feature).all() for feature in AtomFeature)
+    shown = torch.stack([blended.shows_pair(relation) for relation in Relation])
+    assert (shown.sum(0) == 1).all()

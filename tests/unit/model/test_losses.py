@@ -235,3 +235,21 @@ def test_objective_that_the_model_cannot_serve_is_refused_naming_every_problem()
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="edge_weight"):
         LossConfig(edge_weight=-1.0)
+
+
+def test_without_blending_every_atom_with_noise_is_denoised_and_every_pair_is_visible() -> None:
+    batch = zoo.batch([zoo.ring(5), zoo.chain(3).without_positions([0])])
+    blend = draw_blend(batch, BlendConfig(show_all=True), 0)
+    usual = loss_counts(batch, blend, LossConfig())
+    halved = loss_counts(batch, blend, LossConfig(visible_pair_weight=0.5))
+    names = dict(zip(LOSS_NAMES, zip(usual.tolist(), halved.tolist(), strict=True), strict=True))
+    assert names["denoise"][0] == 5 + 2
+    assert names["spd"][1] == names["spd"][0] / 2
+    assert names["edge"][1] == names["edge"][0] / 2
+
+
+def test_without_blending_the_encoder_sees_what_it_sees_in_fine_tuning() -> None:
+    batch = zoo.batch([zoo.ring(5), zoo.chain(3)])
+    blend = draw_blend(batch, BlendConfig(show_all=True, noise_std_angstrom=0.0), 0)
+    model = MoleBlendModel(TINY).eval()
+    assert torch.equal(model(batch, blend).tokens, model(batch).tokens)

@@ -15,7 +15,7 @@ from moleblend_ray.model.blending import BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.embeddings import GaussianDistance
 from moleblend_ray.model.losses import loss_counts, loss_means, pretraining_loss_sums, total_loss
-from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel, ReadoutConfig
 
 TINY = ModelConfig(num_layers=2, dim=32, ffn_dim=48, num_heads=4, num_kernels=8, pair_dim=8)
 QUIET = dataclasses.replace(TINY, attention_dropout=0.0, activation_dropout=0.0, drop_path=0.0)
@@ -186,7 +186,7 @@ def test_property_model_shares_the_encoder_and_predicts_from_the_graph_token() -
     torch.manual_seed(0)
     pretrained = MoleBlendModel(QUIET)
     before = {name: value.clone() for name, value in pretrained.state_dict().items()}
-    model = PropertyModel(pretrained, num_targets=3, dropout=0.0)
+    model = PropertyModel(pretrained, num_targets=3, readout=ReadoutConfig(dropout=0.0))
     batch = zoo.batch(ODD)
     predicted = model(batch)
     assert predicted.shape == (4, 3)
@@ -232,6 +232,7 @@ PRESETS = Path(__file__).resolve().parents[3] / "conf" / "model"
 # Also stated in docs/model.md.
 PARAMETERS = {
     "tiny": 528_930,
+    "mini": 1_402_018,
     "small": 3_630_426,
     "base": 44_906_506,
     "large": 306_165_770,

@@ -12,6 +12,7 @@ import torch
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, StorageError
+from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -86,8 +87,18 @@ def test_a_checkpoint_replaced_under_its_name_is_not_what_the_results_are_of(
         "checkpoint_fingerprint": starting_point(config).fingerprint,
     }
     claim(config.out, identity)
-    storage.write_json(storage.join(config.out, "results.json"), {"seconds": 1.0})
-    assert finished_results(config) == {"seconds": 1.0}
+    stored = {"results_version": RESULTS_VERSION, "seconds": 1.0}
+    storage.write_json(storage.join(config.out, "results.json"), stored)
+    assert finished_results(config) == stored
     save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
     with pytest.raises(ConfigError, match="checkpoint_fingerprint"):
+        finished_results(config)
+
+
+def test_results_of_another_layout_are_refused_saying_what_to_do(tmp_path: Path) -> None:
+    config = FinetuneConfig(
+        task=TaskConfig(name="esol", source=str(tmp_path / "esol.csv")), out=str(tmp_path)
+    )
+    storage.write_json(storage.join(config.out, "results.json"), {"results_version": 1})
+    with pytest.raises(ConfigError, match=r"layout version 1, .* reads 2.*another `out`"):
         finished_results(config)

@@ -6,9 +6,14 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
+from ray.tune.search import Searcher, SearchGenerator
 
+from moleblend_ray.evaluation.search import Range, SearchSpace
+from moleblend_ray.orchestration.searchers import build_searcher
 from moleblend_ray.orchestration.sweep import _can_continue
 
 OLD, NEW = "2026-01-01_08-00-00", "2026-01-01_09-00-00"
@@ -82,3 +87,76 @@ def test_a_search_without_settings_or_state_begins_again(
     assert not _can_continue(str(search))
     assert not search.exists()
     assert "begins again" in caplog.text
+
+
+class Counting(Searcher):
+    """A searcher with a state of its own kind, and no record of its trials."""
+
+    def __init__(self) -> None:
+        super().__init__(metric="best_valid_score", mode="max")
+        self.drawn = 0
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any]:
+        self.drawn += 1
+        return {"patience": self.drawn}
+
+    def save(self, checkpoint_path: str) -> None:
+        Path(checkpoint_path).write_bytes(pickle.dumps(self.drawn))
+
+
+class Forgetful(Counting):
+    """Cannot be stored, as the base class."""
+
+    def save(self, checkpoint_path: str) -> None:
+        raise NotImplementedError
+
+
+def searched(folder: Path, searcher: str, num_trials: int) -> None:
+    """The state of a search that made so many trials: searcher and generator in the files of Ray Tune itself."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    made = build_searcher(
+        SearchSpace(searcher=searcher), {"patience": Range(low=1, high=9)}, "max", 0
+    )
+    generator = SearchGenerator(made)
+    ids = [f"id-{number}" for number in range(num_trials)]
+    for one in ids:
+        made.suggest(one)
+    generator._counter = num_trials
+    generator.save_to_dir(str(folder), NEW)
+    state = {"trial_data": [[json.dumps({"trial_id": one}), "{}"] for one in ids]}
+    (folder / f"experiment_state-{NEW}.json").write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("searcher", ["optuna", "random", f"{__name__}.Counting"])
+def test_the_state_of_every_searcher_is_continued_if_it_is_of_one_moment(
+    tmp_path: Path, searcher: str
+) -> None:
+    for name, trials_of_later_moment in (("whole", 0), ("mixed", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tuner.pkl").write_bytes(pickle.dumps({"_tune_config": "x"}))
+        searched(folder, searcher, 3)
+        state = json.loads((folder / f"experiment_state-{NEW}.json").read_text())
+        for number in range(trials_of_later_moment):
+            state["trial_data"].append([json.dumps({"trial_id": f"later-{number}"}), "{}"])
+        (folder / f"experiment_state-{NEW}.json").write_text(json.dumps(state))
+        assert _can_continue(str(folder)) == (name == "whole")
+
+
+def test_optuna_s_state_of_as_many_but_other_trials_is_no_state(tmp_path: Path) -> None:
+    (tmp_path / "tuner.pkl").write_bytes(pickle.dumps({"_tune_config": "x"}))
+    searched(tmp_path, "random", 3)
+    path = tmp_path / f"experiment_state-{NEW}.json"
+    path.write_text(path.read_text().replace("id-2", "id-7"))
+    assert not _can_continue(str(tmp_path))
+
+
+def test_a_search_whose_searcher_stores_nothing_begins_again(tmp_path: Path) -> None:
+    (tmp_path / "tuner.pkl").write_bytes(pickle.dumps({"_tune_config": "x"}))
+    searched(tmp_path, f"{__name__}.Forgetful", 3)
+    assert not _can_continue(str(tmp_path))

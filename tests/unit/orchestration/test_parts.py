@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -10,17 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
 from moleblend_ray.data.shards import Manifest
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.evaluation.embedding import part_schema
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration.downstream import load_encoder
-from moleblend_ray.orchestration.embed import PartWriter
+from moleblend_ray.orchestration.embed import embed_job
+from moleblend_ray.orchestration.parts import PartWriter
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 
@@ -42,12 +43,14 @@ def manifest(tmp_path: Path) -> Manifest:
 
 
 def writer(folder: Path, manifest: Manifest, *, model: str = "model") -> PartWriter:
+    """Of embeddings by the model in ``folder/model``; its actor will look for it under the name ``model``."""
     torch.manual_seed(0)
     save_pretrained(MoleBlendModel(TINY), str(folder / "model"))
-    fingerprint = load_encoder(str(folder / "model")).start.fingerprint
     data = str(folder / "data")
-    config = EmbedConfig(checkpoint=str(folder / model), source=data, out=str(folder / "out"))
-    return PartWriter(config, data, manifest, fingerprint, part_schema(TINY.dim, ()))
+    config = EmbedConfig(checkpoint=str(folder / "model"), source=data, out=str(folder / "out"))
+    maker = embed_job(config).load(torch.device("cpu"))
+    job = embed_job(dataclasses.replace(config, checkpoint=str(folder / model)))
+    return PartWriter(job, data, manifest, maker.fingerprint, maker.schema)
 
 
 def test_a_part_is_described_by_its_rows_bytes_and_checksum_and_reused(
@@ -90,3 +93,22 @@ def test_a_model_that_is_not_there_is_the_error_of_the_part_not_of_the_writer(
     lacking = writer(tmp_path, manifest, model="no-such-model")
     with pytest.raises(CheckpointError, match="no-such-model"):
         lacking.write(0, "train", 0)
+
+
+def test_a_model_that_was_replaced_meanwhile_is_not_used(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    begun = writer(tmp_path, manifest)
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    with pytest.raises(CheckpointError, match="changed while embed was at work"):
+        begun.write(0, "train", 0)
+
+
+def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
+    config = EmbedConfig(checkpoint="model", source="a.csv", out="out")
+    elsewhere = dataclasses.replace(
+        config, out="b", batch_size=3, cluster=ClusterConfig(num_data_actors=4)
+    )
+    assert embed_job(elsewhere).question() == embed_job(config).question()
+    flat = dataclasses.replace(config, conformers=False)
+    assert embed_job(flat).question() != embed_job(config).question()

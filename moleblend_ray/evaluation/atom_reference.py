@@ -1,0 +1,38 @@
+"""What the atoms of a molecule add to a property, whatever their bonds: a linear fit of element counts.
+
+Total energies are nearly such a sum (as are heat capacities and polarizabilities); what a model should spend its
+accuracy on is the rest. The fit takes the training part alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.model.moleblend import HYDROGEN, NUM_ELEMENTS, NUM_HYDROGENS_COLUMN
+
+
+def element_counts(block: MoleculeBlock) -> NDArray[np.float64]:
+    """(M, 119) atoms of each element code; hydrogens that are no atoms of their own count as well."""
+    molecule = np.repeat(np.arange(len(block)), block.num_atoms)
+    counts = np.zeros((len(block), NUM_ELEMENTS))
+    np.add.at(counts, (molecule, block.atom_features[:, 0]), 1.0)
+    np.add.at(counts[:, HYDROGEN], molecule, block.atom_features[:, NUM_HYDROGENS_COLUMN])
+    return counts
+
+
+def fit_reference(counts: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(119, T): what an atom of each element adds to (M, T) ``labels``, by least squares beside a constant.
+
+    Missing labels are left out. Elements that do not occur, or cannot be told apart from others by these molecules, get the
+    solution of least norm.
+    """
+    used = np.flatnonzero(counts.any(axis=0))
+    design = np.concatenate([counts[:, used], np.ones((len(counts), 1))], axis=1)
+    reference = np.zeros((counts.shape[1], labels.shape[1]))
+    for column, values in enumerate(labels.T):
+        known = ~np.isnan(values)
+        solution, *_ = np.linalg.lstsq(design[known], values[known], rcond=None)
+        reference[used, column] = solution[:-1]
+    return reference

@@ -1,0 +1,56 @@
+"""Molecules of a shard as batches for models that only look: similar sizes together, every relation visible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.model.batch import MoleculeBatch
+
+MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
+"""Columns of a shard that stand beside what a model says of its molecules."""
+
+CHUNK = 1024
+"""Conformers whose relation matrices are in memory at once."""
+
+
+def views_of(table: pa.Table, most_conformers: int) -> NDArray[np.int64]:
+    """(M,) how often a model looks at each molecule of a shard table: once for each of its first conformers, at most
+    ``most_conformers`` (at least 1) times; once if it has none."""
+    stored = table["num_conformers"].to_numpy().astype(np.int64)
+    views: NDArray[np.int64] = np.clip(stored, 1, max(1, most_conformers))
+    return views
+
+
+def batches_by_size(
+    table: pa.Table, views: NDArray[np.int64], batch_size: int, device: torch.device
+) -> Iterator[tuple[NDArray[np.int64], MoleculeBatch]]:
+    """Every view of every molecule once: (rows, batch of B), ``batch_size`` at most.
+
+    ``views`` is (M,) as from :func:`views_of`. Row (B,) ``sum(views[:m]) + c`` is conformer c of molecule m.
+    """
+    columns = GraphColumns.from_table(table)
+    first_row = np.cumsum(views) - views
+    by_size = np.argsort(columns.rows[:, 0], kind="stable")
+    step = max(1, CHUNK // int(views.max(initial=1)))
+    for start in range(0, len(by_size), step):
+        chunk = by_size[start : start + step]
+        taken = views[chunk]
+        molecule = np.repeat(chunk, taken)
+        conformer = np.arange(taken.sum()) - np.repeat(np.cumsum(taken) - taken, taken)
+        block = gather(
+            [columns],
+            np.zeros_like(molecule),
+            molecule,
+            first_row[molecule] + conformer,
+            conformer,
+        )
+        for micro in build_micro_batches(block, 0, 0, batch_size):
+            batch = MoleculeBatch.from_micro_batch(micro, device=device)
+            yield micro.molecule_ids, batch

@@ -1,0 +1,144 @@
+"""Fine-tuned models of one question: found, checked against each other, and their answers put together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
+from moleblend_ray.evaluation.property_model import (
+    PROPERTY_NAME,
+    SavedProperty,
+    TrainedProperty,
+    is_property_model,
+    load_property_model,
+)
+from moleblend_ray.evaluation.results import RESULTS_NAME, weights_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One fine-tuned model of an ensemble."""
+
+    uri: str
+    """Its folder."""
+    saved: SavedProperty
+    """The model, and what it predicts."""
+    fingerprint: str
+    """As of :func:`property_fingerprint`."""
+    domain: ApplicabilityDomain | None
+    """What it was trained on, as fingerprints; None if its folder does not say."""
+
+
+class Combined(NamedTuple):
+    """What several models say of M molecules, for T properties."""
+
+    mean: NDArray[np.float64]
+    """(M, T) over models and conformers."""
+    std: NDArray[np.float64]
+    """(M, T) sample standard deviation (n - 1) over models of their means over conformers; NaN with one model."""
+    conformer_std: NDArray[np.float64]
+    """(M, T) sample standard deviation (n - 1) over conformers of their means over models; NaN with one conformer."""
+
+
+def combine(values: NDArray[np.float64], views: NDArray[np.int64]) -> Combined:
+    """Mean and spreads of (S, R, T) ``values``: S models, R = sum of ``views`` rows, ``views`` (M,) >= 1 rows a molecule.
+
+    A molecule's conformers count alike, so that a molecule with more of them is not trusted more.
+    """
+    first_row = np.cumsum(views) - views
+    of_models = np.add.reduceat(values, first_row, axis=1) / views[:, None]
+    of_views = values.mean(axis=0)
+    mean = np.add.reduceat(of_views, first_row, axis=0) / views[:, None]
+    squares = (of_views - np.repeat(mean, views, axis=0)) ** 2
+    freedom = np.where(views > 1, views - 1, np.nan)[:, None]
+    std = of_models.std(axis=0, ddof=1) if len(values) > 1 else np.full_like(mean, np.nan)
+    return Combined(mean, std, np.sqrt(np.add.reduceat(squares, first_row, axis=0) / freedom))
+
+
+def model_folders(models: Sequence[str]) -> tuple[str, ...]:
+    """The folder of each fine-tuned model: of one itself, or of every seed of a finished fine-tuning or sweep.
+
+    A CheckpointError for anything else.
+    """
+    found: list[str] = []
+    for uri in models:
+        results = storage.join(uri, RESULTS_NAME)
+        if is_property_model(uri):
+            found.append(uri)
+        elif storage.exists(results):
+            seeds = storage.read_json(results)["final"]["seeds"]
+            found += [storage.join(uri, seed["model"]) for seed in seeds]
+        else:
+            raise CheckpointError(
+                f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning or sweep "
+                f"(no property.json, no {RESULTS_NAME}). Finish that command, or name its models/seed-N"
+            )
+    return tuple(found)
+
+
+def load_members(models: Sequence[str]) -> tuple[Member, ...]:
+    """Every model that ``models`` name, in evaluation mode on the CPU.
+
+    A ConfigError if two of them answer different questions, or are the same model twice: a spread over copies
+    would look like certainty.
+    """
+    members: list[Member] = []
+    for uri in model_folders(models):
+        saved = load_property_model(uri)
+        member = Member(
+            uri=uri,
+            saved=saved,
+            fingerprint=property_fingerprint(uri, saved),
+            domain=load_domain(uri),
+        )
+        for other in members:
+            _check_pair(other, member)
+        members.append(member)
+    lacking = [member.uri for member in members if member.domain is None]
+    if lacking:
+        logger.warning(
+            "similarity and in_domain stay empty: %s do not tell what they were trained on; models fine-tuned anew do",
+            without_credentials(", ".join(lacking)),
+        )
+    return tuple(members)
+
+
+def property_fingerprint(uri: str, saved: SavedProperty) -> str:
+    """SHA-256 of a fine-tuned model's weights and of its ``property.json``, in which units and settings stand."""
+    weights = weights_fingerprint(saved.model.state_dict())
+    document = storage.read_bytes(storage.join(uri, PROPERTY_NAME))
+    return storage.sha256_bytes(weights.encode() + document)
+
+
+def _check_pair(first: Member, second: Member) -> None:
+    one, two = question_of(first.saved.trained), question_of(second.saved.trained)
+    differing = [
+        f"{name} {one[name]!r} and {two[name]!r}" for name in one if one[name] != two[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"models: {first.uri} and {second.uri} answer different questions: {'; '.join(differing)}. "
+            "Predict with each kind into an `out` of its own"
+        )
+    if first.fingerprint == second.fingerprint:
+        raise ConfigError(f"models: {first.uri} and {second.uri} are the same model; name it once")
+
+
+def question_of(trained: TrainedProperty) -> dict[str, object]:
+    """Task, kind, columns and unit: what models must have in common to be asked together."""
+    return {
+        "task": trained.task,
+        "kind": trained.kind.value,
+        "columns": list(trained.columns),
+        "unit": trained.unit,
+    }

@@ -1,0 +1,109 @@
+"""Splits that a user gives with the data: a column of the table, or a split file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.data.sources import SourceFile, find_sources
+from moleblend_ray.data.sources.cells import sd_properties, sd_text
+from moleblend_ray.data.sources.parquet import parquet_file
+from moleblend_ray.data.sources.reading import open_items, open_records
+from moleblend_ray.data.sources.text import DELIMITERS, DamageError, fields, unreadable
+from moleblend_ray.data.split_file import read_split_file
+from moleblend_ray.data.splits import NamedSplits
+from moleblend_ray.errors import ConfigError, DataError
+
+
+def splits_of_file(uri: str) -> NamedSplits:
+    """The splits that a split file names (:func:`moleblend_ray.data.split_file.read_split_file`)."""
+    table = read_split_file(uri)
+    return NamedSplits(table.by_row, table.by_id, uri)
+
+
+def splits_of_column(source: str, column: str) -> NamedSplits:
+    """The splits that a column (or SD property) of a source of one file names: train, valid or test in each row.
+
+    Rows with an empty cell, or that are no rows, are in no split. ConfigError if the source is of several files or
+    a word is none of these (validation, val and dev are valid); DataError if the column is not there.
+    """
+    return NamedSplits(rows_of_column(source, column), None, f"column {column!r} of {source}")
+
+
+def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
+    """Word of the column -> rows (K,) int64 of the source's one file that have it, ascending."""
+    if storage.exists(storage.join(source, MANIFEST_NAME)):
+        raise ConfigError(
+            f"task.split_column: {source} is a prepared dataset, which keeps numbers only. Leave the column out to use "
+            "the dataset's own splits (task.split=given), or give task.split_file"
+        )
+    files = find_sources(source)
+    if len(files) != 1:
+        names = ", ".join(storage.name_of(file.uri) for file in files[:3])
+        raise ConfigError(
+            f"task.split_column: rows are those of one file, but {source} has {len(files)} ({names}, ...). "
+            "Give task.split_file with ids, or one file"
+        )
+    rows: dict[str, list[int]] = defaultdict(list)
+    num_rows = 0
+    try:
+        for word in map(str.strip, _cells(files[0], column)):
+            if word:
+                rows[word].append(num_rows)
+            num_rows += 1
+    except DamageError as damage:
+        raise unreadable(files[0].uri, num_rows, damage) from damage
+    if not rows:
+        raise DataError(
+            f"task.split_column: column {column!r} of {source} is empty; expected train, valid or test"
+        )
+    return {word: np.array(found, dtype=np.int64) for word, found in rows.items()}
+
+
+def _cells(file: SourceFile, column: str) -> Iterator[str]:
+    """The column's text in each record of the file, in its order; empty where a record has none."""
+    if file.format == "parquet":
+        yield from _parquet_cells(file, column)
+    elif file.format == "sdf":
+        with open_items(file) as items:
+            for item in items:
+                yield sd_properties(sd_text(item.text))[1].get(column, "")
+    elif file.format in DELIMITERS:
+        yield from _table_cells(file, column)
+    else:
+        raise _no_column(file, column, ())
+
+
+def _table_cells(file: SourceFile, column: str) -> Iterator[str]:
+    delimiter = DELIMITERS[file.format]
+    with open_records(file) as records:
+        header = next(records, b"").removeprefix(b"\xef\xbb\xbf")
+    columns = [cell.strip() for cell in fields(header, delimiter) or []]
+    if column not in columns:
+        raise _no_column(file, column, columns)
+    index = columns.index(column)
+    with open_items(file) as items:
+        for item in items:
+            cells = fields(item.text, delimiter)
+            yield cells[index] if cells and len(cells) == len(columns) else ""
+
+
+def _parquet_cells(file: SourceFile, column: str) -> Iterator[str]:
+    with parquet_file(file) as table:
+        if column not in table.schema_arrow.names:
+            raise _no_column(file, column, table.schema_arrow.names)
+        for batch in table.iter_batches(columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield "" if value is None else str(value)
+
+
+def _no_column(file: SourceFile, column: str, columns: Sequence[str]) -> DataError:
+    there = ", ".join(columns) or "none"
+    return DataError(
+        f"task.split_column: {file.uri} has no column {column!r}; its columns: {there}"
+    )

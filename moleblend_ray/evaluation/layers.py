@@ -1,0 +1,55 @@
+"""Which parameters of a property model learn, and how fast: layer-wise learning rates and frozen blocks.
+
+Layer-wise decay: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Final
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.model.moleblend import PropertyModel
+
+_BLOCK: Final = re.compile(r"encoder\.layers\.(\d+)\.")
+
+
+def depth(name: str, num_blocks: int) -> int:
+    """0 for a parameter of the embeddings, 1 to ``num_blocks`` for the blocks from below, then the head."""
+    if name.startswith("head."):
+        return num_blocks + 1
+    found = _BLOCK.match(name)
+    return int(found[1]) + 1 if found else 0
+
+
+def lr_factors(model: PropertyModel, settings: FinetuneSettings) -> Callable[[str], float] | None:
+    """Factor of ``settings.learning_rate`` for each parameter's name; None if it is 1 for all."""
+    head = (settings.head_learning_rate or settings.learning_rate) / settings.learning_rate
+    if settings.layer_decay == 1.0 and head == 1.0:
+        return None
+    num_blocks = model.config.num_layers
+
+    def factor(name: str) -> float:
+        below = num_blocks + 1 - depth(name, num_blocks)
+        return head if below == 0 else settings.layer_decay**below
+
+    return factor
+
+
+def freeze_lowest(model: PropertyModel, num_blocks: int | None) -> None:
+    """Take the embeddings and the lowest ``num_blocks`` blocks out of training; None takes nothing.
+
+    Raises ConfigError if the model has fewer blocks.
+    """
+    if num_blocks is None:
+        return
+    most = model.config.num_layers
+    if num_blocks > most:
+        raise ConfigError(
+            f"finetune.frozen_blocks: expected null or 0 to {most}, the blocks of the model, found {num_blocks}"
+        )
+    for name, parameter in model.named_parameters():
+        if depth(name, most) <= num_blocks:
+            parameter.requires_grad_(False)

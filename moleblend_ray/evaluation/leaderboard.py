@@ -1,0 +1,345 @@
+"""What many fine-tunings or sweeps found, side by side: scores, ranks, wins, and gains over the best baseline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.results import RESULTS_NAME, Spread
+
+LEADERBOARD_NAME = "leaderboard"
+"""Of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html``."""
+
+LEADERBOARD_VERSION = 1
+"""Version of the layout of ``leaderboard.json``."""
+
+
+class Status(StrEnum):
+    """How far a task is."""
+
+    FINISHED = "finished"
+    """It has results."""
+    FAILED = "failed"
+    """It ended with an error; repeating the command tries it again."""
+    ABSENT = "absent"
+    """The source has no molecules for it."""
+    WAITING = "waiting"
+    """Its turn has not come, or has not ended."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelScore:
+    """One model on one task, trained with several seeds."""
+
+    name: str
+    """As in the results."""
+    is_baseline: bool
+    """Whether it is one of the models to compare with."""
+    valid: Spread
+    """Validation scores, in the task's unit."""
+    test: Spread
+    """Test scores, in the task's unit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskRow:
+    """One task with the scores of every model. Scores of two rows compare only if their split hashes are equal."""
+
+    name: str
+    """Of the task."""
+    status: Status
+    """Whether there are scores."""
+    reason: str = ""
+    """Why there are none, for a task that failed or is absent."""
+    metric: str = ""
+    """``roc_auc``, ``rmse`` or ``mae``; empty without scores, as all that follows."""
+    unit: str = ""
+    """Of the scores; empty for classes and plain numbers."""
+    higher_is_better: bool = False
+    """Whether a larger score is a better one."""
+    molecules: int = 0
+    """With labels, all parts together."""
+    split: str = ""
+    """How they were divided."""
+    split_hash: str = ""
+    """16 hexadecimal digits that name the split."""
+    results: str = ""
+    """Folder of the results, relative to the leaderboard's or as a URI."""
+    models: tuple[ModelScore, ...] = ()
+    """The fine-tuned models, then the baselines."""
+
+    @property
+    def best(self) -> tuple[str, ...]:
+        """Names of the models with the best mean test score; empty where there is only one."""
+        ranks = self.ranks()
+        return tuple(name for name, rank in ranks.items() if rank == min(ranks.values()))
+
+    @property
+    def reference(self) -> ModelScore | None:
+        """The baseline that a user would have chosen: the best on the validation part."""
+        sign = -1.0 if self.higher_is_better else 1.0
+        baselines = [model for model in self.models if model.is_baseline]
+        return min(baselines, key=lambda model: sign * model.valid.mean, default=None)
+
+    def ranks(self) -> dict[str, float]:
+        """Model -> rank by mean test score, 1 the best, equal scores sharing the mean of theirs; empty for one model."""
+        if len(self.models) < 2:
+            return {}
+        sign = -1.0 if self.higher_is_better else 1.0
+        keys = np.array([sign * model.test.mean for model in self.models])
+        better = (keys[None, :] < keys[:, None]).sum(axis=1)
+        equal = (keys[None, :] == keys[:, None]).sum(axis=1)
+        ranks = better + (equal + 1) / 2
+        return {model.name: float(rank) for model, rank in zip(self.models, ranks, strict=True)}
+
+    def gain(self, model: ModelScore) -> tuple[float, float] | None:
+        """By how many percent of the reference's mean test score the model is better, and the deviation over seeds.
+
+        None if there is no baseline, or if its score is 0.
+        """
+        reference = self.reference
+        if reference is None or reference.test.mean == 0:
+            return None
+        difference = model.test.mean - reference.test.mean
+        sign = 1.0 if self.higher_is_better else -1.0
+        scale = 100.0 / abs(reference.test.mean)
+        return sign * difference * scale, model.test.std * scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """A model over all tasks that it and at least one other have scores for."""
+
+    name: str
+    """Of the model."""
+    is_baseline: bool
+    """Whether it is one of the models to compare with."""
+    tasks: int
+    """So many tasks."""
+    wins: int
+    """Of these, with the best mean test score (shared ones count for each)."""
+    mean_rank: float
+    """Mean over these of its rank, 1 the best."""
+    mean_gain: float | None
+    """Mean over these of its gain over the best baseline, in percent."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Leaderboard:
+    """All tasks of one command, or of several that are compared."""
+
+    title: str
+    """What the tables are of."""
+    rows: tuple[TaskRow, ...]
+    """In the order asked for."""
+
+    @property
+    def finished(self) -> tuple[TaskRow, ...]:
+        """The rows with scores."""
+        return tuple(row for row in self.rows if row.status is Status.FINISHED)
+
+    @property
+    def models(self) -> tuple[ModelScore, ...]:
+        """Every model once (with the scores of its first task): the fine-tuned ones, then the baselines."""
+        first: dict[str, ModelScore] = {}
+        for row in self.finished:
+            for model in row.models:
+                first.setdefault(model.name, model)
+        return tuple(sorted(first.values(), key=lambda model: model.is_baseline))
+
+    def standings(self) -> tuple[Standing, ...]:
+        """Every model over its tasks, the best mean rank first."""
+        found = [self._standing(model) for model in self.models]
+        return tuple(sorted(found, key=lambda item: (item.mean_rank, -item.wins)))
+
+    def _standing(self, model: ModelScore) -> Standing:
+        rows = [row for row in self.finished if model.name in row.ranks()]
+        ranks = [row.ranks()[model.name] for row in rows]
+        scores = [(row, score) for row in rows for score in row.models if score.name == model.name]
+        gains = [gain[0] for row, score in scores if (gain := row.gain(score)) is not None]
+        return Standing(
+            name=model.name,
+            is_baseline=model.is_baseline,
+            tasks=len(rows),
+            wins=sum(model.name in row.best for row in rows),
+            mean_rank=float(np.mean(ranks)) if ranks else float(len(self.models)),
+            mean_gain=float(np.mean(gains)) if gains else None,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value: rows with ranks and gains, and the standings."""
+        return {
+            "leaderboard_version": LEADERBOARD_VERSION,
+            "title": self.title,
+            "tasks": [_row_json(row) for row in self.rows],
+            "standings": [dataclasses.asdict(standing) for standing in self.standings()],
+        }
+
+
+def baseline_entries(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The scored baselines of a ``results.json``."""
+    entries = results.get("baselines") or [results.get("baseline")]
+    return [entry for entry in entries if entry and entry.get("test")]
+
+
+def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
+    """The row of a finished fine-tuning or sweep; ``folder`` is where its results lie."""
+    task, data = results["task"], results["data"]
+    return TaskRow(
+        name=task["name"],
+        status=Status.FINISHED,
+        metric=task["metric"],
+        unit="" if task["metric"] == "roc_auc" else task["unit"] or "",
+        higher_is_better=task["higher_is_better"],
+        molecules=data["molecules"],
+        split=data["split"]["kind"],
+        split_hash=data["split"]["hash"],
+        results=folder,
+        models=(
+            _model_score(results["final"], is_baseline=False),
+            *(_model_score(entry, is_baseline=True) for entry in baseline_entries(results)),
+        ),
+    )
+
+
+def read_row(out: str, folder: str) -> TaskRow | None:
+    """The row of the results in the folder ``folder`` of ``out``; None if they are not finished."""
+    try:
+        results = storage.read_json(storage.join(out, folder, RESULTS_NAME))
+    except storage.NotFoundError:
+        return None
+    return row_of_results(results, folder)
+
+
+def read_leaderboard(out: str) -> Leaderboard:
+    """The leaderboard of a directory, made anew from the results in it.
+
+    Tasks without results are as ``leaderboard.json`` tells; without one, every folder with results is a task, or
+    the directory itself. DataError if there are no results.
+    """
+    uri = storage.join(out, f"{LEADERBOARD_NAME}.json")
+    if storage.exists(uri):
+        rows = [_stored_row(value) for value in storage.read_json(uri)["tasks"]]
+        folders = [row.results or row.name for row in rows]
+        if any(map(is_elsewhere, folders)):
+            raise DataError(
+                f"{uri} is of results elsewhere, as a comparison's is; expected the directory of the results"
+            )
+    else:
+        base = storage.absolute(out).rstrip("/")
+        names = [file.uri[len(base) + 1 :] for file in storage.list_files(out)]
+        folders = [
+            name.removesuffix(RESULTS_NAME).rstrip("/") for name in names if _is_results(name)
+        ]
+        rows = [TaskRow(name=folder, status=Status.WAITING) for folder in folders]
+    found = [read_row(out, folder) or row for row, folder in zip(rows, folders, strict=True)]
+    if not found:
+        raise DataError(
+            f"{out} holds neither {LEADERBOARD_NAME}.json nor finished results; expected the `out` of a "
+            "`moleblend sweep` or `finetune`"
+        )
+    return Leaderboard(title=storage.name_of(out), rows=tuple(found))
+
+
+def seen_from_elsewhere(board: Leaderboard, uri: str) -> Leaderboard:
+    """The leaderboard of the results in ``uri`` for a page in another directory: their folders as URIs."""
+    rows = (
+        dataclasses.replace(row, results=storage.join(uri, row.results)) if row.models else row
+        for row in board.rows
+    )
+    return dataclasses.replace(board, rows=tuple(rows))
+
+
+def is_elsewhere(folder: str) -> bool:
+    """Whether a row's folder is a URI or an absolute path, not one below the leaderboard."""
+    return "://" in folder or folder.startswith("/")
+
+
+def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
+    """Several leaderboards (by distinct label) as one: fine-tuned models side by side, baselines once.
+
+    Scores stand in one row only if task, metric, unit and split are the same. ConfigError for a single board.
+    """
+    if len(boards) < 2:
+        raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
+    merged: dict[tuple[str, ...], TaskRow] = {}
+    for label, board in boards.items():
+        for row in board.rows:
+            row = _labelled(row, label)
+            key = (row.name, row.metric, row.unit, row.split_hash, row.reason)
+            there = merged.get(key)
+            merged[key] = row if there is None else _joined(there, row)
+    order = list(dict.fromkeys(key[0] for key in merged))
+    rows = sorted(merged.values(), key=lambda row: order.index(row.name))
+    return Leaderboard(title=" and ".join(boards), rows=tuple(rows))
+
+
+def _labelled(row: TaskRow, label: str) -> TaskRow:
+    models = tuple(
+        model if model.is_baseline else dataclasses.replace(model, name=f"{model.name} ({label})")
+        for model in row.models
+    )
+    reason = f"{label}: {row.reason}" if row.reason else ""
+    return dataclasses.replace(row, models=models, reason=reason)
+
+
+def _joined(row: TaskRow, other: TaskRow) -> TaskRow:
+    names = {model.name for model in row.models}
+    models = [*row.models, *(model for model in other.models if model.name not in names)]
+    return dataclasses.replace(
+        row, models=tuple(sorted(models, key=lambda model: model.is_baseline))
+    )
+
+
+def _model_score(entry: Mapping[str, Any], *, is_baseline: bool) -> ModelScore:
+    return ModelScore(
+        name=entry["name"],
+        is_baseline=is_baseline,
+        valid=_spread(entry["valid"]),
+        test=_spread(entry["test"]),
+    )
+
+
+def _spread(value: Mapping[str, Any]) -> Spread:
+    return Spread(mean=value["mean"], std=value["std"], values=tuple(value["values"]))
+
+
+def _row_json(row: TaskRow) -> dict[str, Any]:
+    value = dataclasses.asdict(row)
+    ranks = row.ranks()
+    for entry, model in zip(value["models"], row.models, strict=True):
+        gain = row.gain(model)
+        entry["rank"] = ranks.get(model.name)
+        entry["gain_percent"] = None if gain is None else gain[0]
+    reference = row.reference
+    return {**value, "reference": None if reference is None else reference.name}
+
+
+def _stored_row(value: Mapping[str, Any]) -> TaskRow:
+    """What ``leaderboard.json`` tells of a task whose results are not there."""
+    status = Status(value["status"])
+    if status is Status.FINISHED:
+        status = Status.WAITING
+    return TaskRow(
+        name=value["name"], status=status, reason=value["reason"], results=value["results"]
+    )
+
+
+def _is_results(path: str) -> bool:
+    folder, _, name = path.rpartition("/")
+    return name == RESULTS_NAME and "/" not in folder
+
+
+def rows_of_states(out: str, states: Sequence[TaskRow]) -> tuple[TaskRow, ...]:
+    """The rows of tasks whose folders in ``out`` have their names: with scores where there are results by now."""
+    return tuple(
+        row if row.status in (Status.ABSENT, Status.FAILED) else read_row(out, row.name) or row
+        for row in states
+    )

@@ -1,0 +1,447 @@
+"""A leaderboard as files to read: Markdown, CSV, one self-contained HTML page, a figure; JSON for programs."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import io
+import math
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import without_credentials
+from moleblend_ray.evaluation.leaderboard import (
+    LEADERBOARD_NAME,
+    Leaderboard,
+    ModelScore,
+    Standing,
+    Status,
+    TaskRow,
+    is_elsewhere,
+)
+from moleblend_ray.evaluation.results import Spread
+from moleblend_ray.evaluation.tasks import Metric
+
+FIGURE_PATH = "figures/leaderboard.png"
+"""Of the figure, relative to the leaderboard."""
+
+CSV_COLUMNS = (
+    "task", "status", "metric", "unit", "higher_is_better", "molecules", "split", "split_hash", "model", "is_baseline",
+    "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason",
+)  # fmt: skip
+"""One line for each task and model; one without a model for a task without scores. Values of seeds are separated by
+spaces."""
+
+_GREY = "#808080"
+# Told apart by colour-blind readers, and of middle lightness: the figure stands on white and on black.
+_COLOURS = ("#3b8bc4", "#dd8a2e", "#3fa36d", "#b277c9", "#cf5f5a", "#a08a3c", "#5aa9b8", "#8c8c8c")
+_MARKERS = "oDs^vPX*"
+
+_RULES = (
+    "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every seed. "
+    "Scores are means ± sample standard deviations over seeds. Ranks and wins go by the mean test score. A gain is "
+    "relative to the baseline that is best on the validation molecules of the task."
+)
+
+
+def write_leaderboard(out: str, board: Leaderboard) -> str:
+    """Write the figure and ``leaderboard.csv``, ``.md``, ``.html`` and ``.json`` below ``out``; the URI of the page."""
+    figure = gain_figure(board)
+    if figure is not None:
+        storage.write_bytes(storage.join(out, FIGURE_PATH), figure)
+    texts = {
+        "csv": csv_text(board),
+        "md": markdown_text(board, None if figure is None else FIGURE_PATH),
+        "html": html_text(board, figure),
+    }
+    uris = {end: storage.join(out, f"{LEADERBOARD_NAME}.{end}") for end in (*texts, "json")}
+    for end, text in texts.items():
+        storage.write_bytes(uris[end], text.encode())
+    storage.write_json(uris["json"], board.to_json())
+    return uris["html"]
+
+
+def csv_text(board: Leaderboard) -> str:
+    """The leaderboard as CSV with all digits."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in board.rows:
+        common = {
+            "task": row.name,
+            "status": row.status.value,
+            "metric": row.metric,
+            "unit": row.unit,
+            "reason": _shown(row.reason),
+        }
+        if not row.models:
+            writer.writerow(common)
+            continue
+        common |= {
+            "higher_is_better": str(row.higher_is_better).lower(),
+            "molecules": str(row.molecules),
+            "split": row.split,
+            "split_hash": row.split_hash,
+        }
+        writer.writerows({**common, **_csv_scores(row, model)} for model in row.models)
+    return buffer.getvalue()
+
+
+def _csv_scores(row: TaskRow, model: ModelScore) -> dict[str, str]:
+    gain, rank = row.gain(model), row.ranks().get(model.name)
+    return {
+        "model": model.name,
+        "is_baseline": str(model.is_baseline).lower(),
+        "valid_mean": repr(model.valid.mean),
+        "valid_std": repr(model.valid.std),
+        "test_mean": repr(model.test.mean),
+        "test_std": repr(model.test.std),
+        "test_values": " ".join(map(repr, model.test.values)),
+        "rank": "" if rank is None else f"{rank:g}",
+        "gain_percent": "" if gain is None else repr(gain[0]),
+    }
+
+
+def markdown_text(board: Leaderboard, figure: str | None) -> str:
+    """The leaderboard as Markdown; ``figure`` is the path of its figure."""
+    lines = [f"# {_cell(board.title)}", "", _summary(board), ""]
+    standings = board.standings()
+    if standings:
+        lines += [
+            "| model | tasks | wins | mean rank | mean gain |",
+            "|---|--:|--:|--:|--:|",
+            *(f"| {' | '.join(map(_cell, _standing_cells(item)))} |" for item in standings),
+            "",
+        ]
+    models = board.models
+    if models:
+        names = [_cell(model.name) for model in models]
+        lines += [
+            "## Test scores",
+            "",
+            f"| task | metric | molecules | {' | '.join(names)} |",
+            "|---|---|--:|" + "--:|" * len(models),
+            *(_markdown_row(row, models) for row in board.finished),
+            "",
+        ]
+    if figure is not None:
+        lines += [f"![gain over the best baseline]({figure})", ""]
+    if models:
+        lines += ["## Each seed", "", "| task | split | model | validation | test | each seed |"]
+        lines += ["|---|---|---|--:|--:|---|", *_markdown_seeds(board), ""]
+    lines += _markdown_others(board)
+    return "\n".join([*lines, _RULES, ""])
+
+
+def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
+    by_name = {model.name: model for model in row.models}
+    cells = []
+    for model in models:
+        score = by_name.get(model.name)
+        text = "" if score is None else _mean_and_std(score.test)
+        cells.append(f"**{text}**" if model.name in row.best else text)
+    return (
+        f"| {_cell(row.name)} | {_cell(_metric(row))} | {row.molecules:,} | {' | '.join(cells)} |"
+    )
+
+
+def _markdown_seeds(board: Leaderboard) -> list[str]:
+    return [
+        f"| {_cell(row.name)} | {row.split} `{row.split_hash}` | {_cell(model.name)} | {model.valid.mean:.{_places(model.valid.mean)}f} "
+        f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
+        for row in board.finished
+        for model in row.models
+    ]
+
+
+def _markdown_others(board: Leaderboard) -> list[str]:
+    rows = [row for row in board.rows if row.status is not Status.FINISHED]
+    if not rows:
+        return []
+    return [
+        "## Without scores",
+        "",
+        *(f"- {_cell(row.name)}: {row.status.value}{_cell(_because(row))}" for row in rows),
+        "",
+    ]
+
+
+def html_text(board: Leaderboard, figure: bytes | None) -> str:
+    """The leaderboard as one page that needs nothing else; ``figure`` is a PNG."""
+    parts = [f"<h1>{_text(board.title)}</h1>", f"<p>{_text(_summary(board))}</p>"]
+    if board.models:
+        parts += [
+            "<section><h2>Standings</h2>",
+            _html_standings(board),
+            "</section>",
+            "<section><h2>Test scores</h2>",
+            _html_scores(board),
+            "</section>",
+        ]
+    if figure is not None:
+        encoded = base64.b64encode(figure).decode()
+        alt = "gain of each model over the best baseline, task by task"
+        parts.append(f'<figure><img alt="{alt}" src="data:image/png;base64,{encoded}"></figure>')
+    others = [row for row in board.rows if row.status is not Status.FINISHED]
+    if others:
+        parts += ["<section><h2>Without scores</h2>", _html_others(others), "</section>"]
+    if board.models:
+        cards = "".join(map(_html_card, board.finished))
+        parts += [f'<section><h2>Each seed</h2><div class="cards">{cards}</div></section>']
+    parts.append(f'<footer class="soft">{_text(_RULES)}</footer>')
+    return _PAGE.format(title=_text(board.title), style=_STYLE, body="\n".join(parts))
+
+
+def _html_standings(board: Leaderboard) -> str:
+    rows = "".join(
+        f"<tr{_class('soft', item.is_baseline)}>"
+        + "".join(_html_cell(text, index) for index, text in enumerate(_standing_cells(item)))
+        + "</tr>"
+        for item in board.standings()
+    )
+    heads = ("model", "tasks", "wins", "mean rank", "mean gain")
+    return f'<div class="scroll"><table class="standings">{_html_head(heads, texts=1)}<tbody>{rows}</tbody></table></div>'
+
+
+def _html_scores(board: Leaderboard) -> str:
+    models = board.models
+    rows = []
+    for row in board.finished:
+        scores = {model.name: model for model in row.models}
+        cells = [
+            f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {row.molecules:,}</small></td>"
+        ]
+        for model in models:
+            score = scores.get(model.name)
+            shown = "" if score is None else _html_spread(score.test)
+            cells.append(f"<td{_class('best', model.name in row.best)}>{shown}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = ("task", *(model.name for model in models))
+    return (
+        f'<div class="scroll"><table class="matrix">{_html_head(heads, texts=1)}'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _html_card(row: TaskRow) -> str:
+    body = "".join(
+        f"<tr{_class('soft', model.is_baseline)}><td>{_text(model.name)}</td>"
+        f"<td{_class('best', model.name in row.best)}>{_html_spread(model.test)}"
+        f"<br><small>{_values(model.test)}</small></td></tr>"
+        for model in row.models
+    )
+    return (
+        f"<article><h3>{_link(row)}</h3><p class='soft'>{_text(_metric(row))}, {row.molecules:,} molecules<br>"
+        f"split {_text(row.split)} <code>{_text(row.split_hash)}</code></p>"
+        f"<table>{body}</table></article>"
+    )
+
+
+def _html_others(rows: Sequence[TaskRow]) -> str:
+    items = (
+        f"<li><b>{_text(row.name)}</b>: {row.status.value}{_text(_because(row))}</li>"
+        for row in rows
+    )
+    return f"<ul>{''.join(items)}</ul>"
+
+
+def _html_head(heads: Sequence[str], *, texts: int) -> str:
+    cells = "".join(
+        f"<th{_class('text', index < texts)}>{_text(head)}</th>" for index, head in enumerate(heads)
+    )
+    return f"<thead><tr>{cells}</tr></thead>"
+
+
+def _html_cell(text: str, index: int) -> str:
+    return f"<td{_class('text', index == 0)}>{_text(text)}</td>"
+
+
+def _html_spread(spread: Spread) -> str:
+    mean, _, std = _mean_and_std(spread).partition(" ")
+    return f'<span class="score">{mean} <small>{std}</small></span>'
+
+
+def _class(name: str, holds: bool) -> str:
+    return f' class="{name}"' if holds else ""
+
+
+def _link(row: TaskRow) -> str:
+    """The task's name; where its results lie below the page, as a link to their report."""
+    if is_elsewhere(row.results):
+        return _text(row.name)
+    folder = f"{row.results}/" if row.results else ""
+    return f'<a href="{html.escape(folder, quote=True)}report.md">{_text(row.name)}</a>'
+
+
+def gain_figure(board: Leaderboard) -> bytes | None:
+    """:func:`draw_gains` as a PNG."""
+    figure = draw_gains(board)
+    if figure is None:
+        return None
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=180, transparent=True)
+    return buffer.getvalue()
+
+
+def draw_gains(board: Leaderboard) -> Figure | None:
+    """Each model's gain over the best baseline, tasks on the y axis; None if no task has a baseline."""
+    rows = [row for row in board.finished if row.reference is not None]
+    models = board.models
+    if not rows or not models:
+        return None
+    height = 1.4 + len(rows) * (0.26 + 0.09 * len(models))
+    figure = Figure(figsize=(6, height), layout="constrained")
+    axes = figure.subplots()
+    for index, model in enumerate(models):
+        _draw_model(axes, rows, model, index, len(models))
+    axes.axvline(0.0, color=_GREY, linewidth=1)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    for line in range(1, len(rows)):
+        axes.axhline(line - 0.5, color=_GREY, linewidth=0.4, alpha=0.5)
+    axes.set_xlabel("gain in the test score over the baseline that is best on validation, %")
+    _make_neutral(axes)
+    figure.legend(
+        loc="outside upper left", ncols=2, frameon=False, fontsize="small", labelcolor=_GREY
+    )
+    return figure
+
+
+def _draw_model(
+    axes: Axes, rows: Sequence[TaskRow], model: ModelScore, index: int, count: int
+) -> None:
+    """One model's dots with bars of a standard deviation over seeds, beside those of the others."""
+    points = [
+        (place, gain)
+        for place, row in enumerate(rows)
+        for score in row.models
+        if score.name == model.name and (gain := row.gain(score)) is not None
+    ]
+    if not points:
+        return
+    offset = 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
+    axes.errorbar(
+        [gain[0] for _, gain in points],
+        [place + offset for place, _ in points],
+        xerr=[gain[1] for _, gain in points],
+        fmt=_MARKERS[index % len(_MARKERS)],
+        markersize=4.5 if model.is_baseline else 6.5,
+        color=_COLOURS[index % len(_COLOURS)],
+        elinewidth=1.2,
+        label=model.name,
+    )
+
+
+def _make_neutral(axes: Axes) -> None:
+    """Text and lines in a grey that shows on a light and on a dark page."""
+    axes.tick_params(colors=_GREY, labelcolor=_GREY)
+    axes.xaxis.label.set_color(_GREY)
+    for name, spine in axes.spines.items():
+        spine.set_color(_GREY)
+        spine.set_visible(name == "bottom")
+    axes.tick_params(axis="y", length=0)
+
+
+def _summary(board: Leaderboard) -> str:
+    counts = {status: sum(row.status is status for row in board.rows) for status in Status}
+    said = [f"{count} {status.value}" for status, count in counts.items() if count]
+    return f"{len(board.rows)} task{'s' * (len(board.rows) != 1)}: {', '.join(said)}."
+
+
+def _standing_cells(item: Standing) -> tuple[str, ...]:
+    gain = "" if item.mean_gain is None else f"{item.mean_gain:+.1f} %"
+    return item.name, str(item.tasks), str(item.wins), f"{item.mean_rank:.2f}", gain
+
+
+def _metric(row: TaskRow) -> str:
+    arrow = "↑" if row.higher_is_better else "↓"
+    unit = f", {row.unit}" if row.unit else ""
+    return f"{Metric(row.metric).shown_name} {arrow}{unit}"
+
+
+def _because(row: TaskRow) -> str:
+    return f": {_shown(row.reason)}" if row.reason else ""
+
+
+def _mean_and_std(spread: Spread) -> str:
+    places = _places(spread.mean)
+    return f"{spread.mean:.{places}f} ± {spread.std:.{places}f}"
+
+
+def _values(spread: Spread) -> str:
+    places = _places(spread.mean)
+    return ", ".join(f"{value:.{places}f}" for value in spread.values)
+
+
+def _places(mean: float) -> int:
+    """Decimal places of a score: 4 of those about 1, fewer of large ones, four significant digits of small ones."""
+    exponent = math.floor(math.log10(abs(mean))) if mean else 0
+    if exponent >= 1:
+        return max(0, 4 - exponent)
+    return 4 if exponent >= -1 else min(12, 3 - exponent)
+
+
+def _shown(text: str) -> str:
+    """On one line, without credentials."""
+    return " ".join(without_credentials(text).split())
+
+
+def _cell(text: str) -> str:
+    """Text in a Markdown table: neither a column's end nor a tag."""
+    return _shown(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def _text(text: str) -> str:
+    return html.escape(_shown(text))
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #666; --mark: #3b8bc433; }
+@media (prefers-color-scheme: dark) { :root { --soft: #999; } }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 1rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 0; }
+a { color: inherit; text-decoration-color: var(--soft); }
+small, .soft { color: var(--soft); }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; vertical-align: top; }
+th { font-weight: 600; }
+.text, td:first-child { text-align: left; }
+.matrix th { min-width: 6.5rem; }
+.matrix td, .score, .standings td + td { white-space: nowrap; }
+.matrix td:first-child { min-width: 8rem; white-space: normal; }
+.best { background: var(--mark); font-weight: 600; }
+figure { margin: 2rem 0; overflow-x: auto; }
+img { height: auto; max-width: 48rem; min-width: 24rem; width: 100%; }
+.cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+article { border: 1px solid var(--line); border-radius: .5rem; padding: .8rem; }
+article p { margin: .2rem 0 .5rem; }
+article table { width: 100%; }
+article td { padding-inline: .3rem; }
+article td:last-child { min-width: 10rem; }
+code { overflow-wrap: anywhere; }
+li { overflow-wrap: anywhere; }
+footer { margin-top: 2rem; }
+@media (max-width: 30rem) { th, td { padding: .3rem; } }
+"""

@@ -1,0 +1,172 @@
+"""Molecules of a shard to predictions: mean, spread over models and conformers, likeness to the training molecules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain
+from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS, batches_by_size, views_of
+from moleblend_ray.evaluation.ensemble import Member, combine, question_of
+from moleblend_ray.evaluation.property_model import TrainedProperty
+from moleblend_ray.evaluation.similarity import packed_ecfp
+from moleblend_ray.evaluation.tasks import TaskKind
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictor:
+    """Models of one question and how to ask them; every molecule of a shard table becomes a row, in order."""
+
+    members: tuple[Member, ...]
+    """At least one, in evaluation mode on `device`."""
+    domains: tuple[ApplicabilityDomain, ...]
+    """The distinct ones of the members; empty if one of these has none."""
+    conformers: int
+    """Conformers of a molecule that are asked about, the first ones; 0 and 1 take the first."""
+    threshold: float | None
+    """Similarity from which on a molecule is inside the domain; None for each model's own."""
+    batch_size: int
+    """Conformers computed at once."""
+    device: torch.device
+    """Where."""
+
+    @classmethod
+    def build(
+        cls,
+        members: Sequence[Member],
+        *,
+        conformers: int,
+        threshold: float | None,
+        batch_size: int,
+        device: torch.device,
+    ) -> Predictor:
+        """Put ``members`` on ``device``."""
+        for member in members:
+            member.saved.model.to(device).eval()
+        domains = {member.domain.checksum: member.domain for member in members if member.domain}
+        all_known = all(member.domain for member in members)
+        return cls(
+            members=tuple(members),
+            domains=tuple(domains.values()) if all_known else (),
+            conformers=conformers,
+            threshold=threshold,
+            batch_size=batch_size,
+            device=device,
+        )
+
+    @property
+    def trained(self) -> TrainedProperty:
+        """What all members predict; each has a standardisation of its own."""
+        return self.members[0].saved.trained
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the models and what is known of their training molecules, in order."""
+        parts = [
+            f"{member.fingerprint} {member.domain.checksum if member.domain else None}"
+            for member in self.members
+        ]
+        return storage.sha256_bytes("\n".join(parts).encode())
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of what :meth:`part` gives."""
+        return prediction_schema(self.trained, conformers=self.conformers)
+
+    def describe(self) -> dict[str, Any]:
+        """The part of ``predictions.json`` that says what was asked of which models."""
+        return {
+            **question_of(self.trained),
+            "conformers": self.conformers,
+            "models": [
+                {
+                    "uri": member.uri,
+                    "fingerprint": member.fingerprint,
+                    "threshold": self._threshold(member.domain) if member.domain else None,
+                    "training_fingerprints": (
+                        len(member.domain.fingerprints) if member.domain else None
+                    ),
+                }
+                for member in self.members
+            ],
+        }
+
+    def part(self, table: pa.Table) -> pa.Table:
+        """The rows of a shard table, in their order, with predictions and their uncertainty."""
+        views = views_of(table, self.conformers)
+        combined = combine(self._values(table, views), views)
+        columns = [table[name] for name in MOLECULE_COLUMNS]
+        for index in range(len(self.trained.columns)):
+            columns += [combined.mean[:, index], _or_null(combined.std[:, index])]
+            if self.conformers > 1:
+                columns.append(_or_null(combined.conformer_std[:, index]))
+        similarity, in_domain = self._applicability(table["smiles"].to_pylist())
+        return pa.table([*columns, similarity, in_domain], schema=self.schema)
+
+    @torch.no_grad()
+    def _values(self, table: pa.Table, views: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(S, R, T) of S models: values in the unit, or probabilities."""
+        shape = (len(self.members), int(views.sum()), len(self.trained.columns))
+        outputs = np.empty(shape)
+        for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
+            for index, member in enumerate(self.members):
+                outputs[index, rows] = member.saved.model(batch).double().cpu().numpy()
+        for index, member in enumerate(self.members):
+            outputs[index] = member.saved.trained.readout(outputs[index])
+        return outputs
+
+    def _applicability(self, smiles: Sequence[str]) -> tuple[pa.Array, pa.Array]:
+        """Similarity to the nearest training molecule, and whether that is near enough; null where not known.
+
+        Models trained on different molecules must each know the molecule: the smallest of their similarities, and
+        inside only if inside for all.
+        """
+        if not self.domains:
+            return pa.nulls(len(smiles), pa.float64()), pa.nulls(len(smiles), pa.bool_())
+        queries = packed_ecfp(smiles)
+        similarity, inside = np.ones(len(smiles)), np.ones(len(smiles), dtype=np.bool_)
+        for domain in self.domains:
+            nearest = domain.similarity(queries)
+            similarity = np.minimum(similarity, nearest)
+            inside &= nearest >= self._threshold(domain)
+        return pa.array(similarity), pa.array(inside)
+
+    def _threshold(self, domain: ApplicabilityDomain) -> float:
+        return domain.threshold if self.threshold is None else self.threshold
+
+
+def prediction_schema(trained: TrainedProperty, *, conformers: int) -> pa.Schema:
+    """Columns of predictions; the unit of a number is in its field's metadata."""
+    unit = _unit(trained)
+    statistics = ["prediction", "std", *(["conformer_std"] if conformers > 1 else [])]
+    return pa.schema(
+        [
+            *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
+            *(
+                pa.field(f"{statistic}:{name}", pa.float64(), metadata=unit)
+                for name in trained.columns
+                for statistic in statistics
+            ),
+            pa.field("similarity", pa.float64()),
+            pa.field("in_domain", pa.bool_()),
+        ]
+    )
+
+
+def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
+    if trained.kind is TaskKind.CLASSIFICATION:
+        return {"unit": "probability"}
+    return {"unit": trained.unit} if trained.unit else None
+
+
+def _or_null(values: NDArray[np.float64]) -> pa.Array:
+    """A column in which NaN is null: a spread of one value is not known."""
+    return pa.array(values, from_pandas=True)

@@ -1,0 +1,266 @@
+"""What a sweep varies, and how: ranges and choices of fine-tuning settings, searcher, scheduler. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Final
+
+from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.evaluation.settings import FinetuneSettings
+
+Scalar = bool | int | float | str | None
+"""A value of a setting, as a searcher draws it and a file holds it."""
+
+SEARCHERS: Final = ("optuna", "random")
+SCHEDULERS: Final = ("asha", "median", "none")
+
+_ALWAYS: Final = ("learning_rate", "weight_decay", "batch_size", "epochs")
+"""Settings that have a range of their own below."""
+
+_LOG_RATIO: Final = 100.0
+"""A range from a to b >= 100 a spans orders of magnitude: it is drawn evenly in the logarithm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    """Numbers from ``low`` to ``high``, both included."""
+
+    low: float
+    high: float
+    is_integer: bool = False
+    """Whole numbers only."""
+    is_log: bool = False
+    """Drawn evenly in the logarithm."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """One of some values."""
+
+    values: tuple[Scalar, ...]
+    """Without order."""
+
+
+Dimension = Range | Choice
+"""What is drawn for one setting."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchSpace:
+    """What a sweep varies (defaults: the published ranges), and by which method."""
+
+    learning_rate: tuple[float, float] | None = (1e-6, 1e-4)
+    """Lowest and highest, drawn evenly in the logarithm; null: not varied."""
+    weight_decay: tuple[float, float] | None = (1e-7, 1e-3)
+    """Lowest and highest, drawn evenly in the logarithm; null: not varied."""
+    batch_size: tuple[int, ...] | None = (32, 64, 128, 256)
+    """Values to choose from; null: not varied."""
+    epochs: tuple[int, int] | None = None
+    """Fewest and most; null: the task's own range."""
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """More numbers of `finetune` to vary: name -> [lowest, highest]. Whole numbers where the setting is one; evenly in
+    the logarithm where the highest is 100 times the lowest or more."""
+    choices: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
+    """More settings of `finetune` to vary: name -> values to choose from."""
+    searcher: str = "optuna"
+    """How configurations are drawn: optuna (TPE), random, or the class path of another searcher of Ray Tune."""
+    searcher_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of Optuna's TPESampler (and `points_to_evaluate`), or of that class."""
+    scheduler: str = "asha"
+    """What stops worse trials early: asha, median, none, or the class path of another scheduler of Ray Tune."""
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of its class in Ray Tune, such as `reduction_factor`."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            _log_range("learning_rate", self.learning_rate),
+            _log_range("weight_decay", self.weight_decay),
+            (
+                self.batch_size is None or min(self.batch_size, default=0) >= 1,
+                f"batch_size: expected values >= 1, found {list(self.batch_size or ())}",
+            ),
+            (
+                self.epochs is None or 1 <= self.epochs[0] <= self.epochs[1],
+                f"epochs: expected 1 <= fewest <= most, found {self.epochs}",
+            ),
+            _known("searcher", self.searcher, SEARCHERS),
+            _known("scheduler", self.scheduler, SCHEDULERS),
+            *((False, f"ranges: {problem}") for problem in self._range_problems()),
+            *((False, f"choices: {problem}") for problem in self._choice_problems()),
+        )
+
+    def dimensions(self, task_epochs: tuple[int, int]) -> dict[str, Dimension]:
+        """Setting -> what is drawn for it; ``task_epochs`` (fewest, most) where the space has no own range."""
+        fewest, most = self.epochs or task_epochs
+        found: dict[str, Dimension] = {}
+        for name, limits in (
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+        ):
+            if limits is not None:
+                found[name] = Range(low=limits[0], high=limits[1], is_log=True)
+        if self.batch_size is not None:
+            found["batch_size"] = Choice(values=self.batch_size)
+        found["epochs"] = Range(low=fewest, high=most, is_integer=True)
+        for name, (low, high) in self.ranges.items():
+            is_integer = _number_type(name) is int
+            found[name] = Range(
+                low=int(low) if is_integer else low,
+                high=int(high) if is_integer else high,
+                is_integer=is_integer,
+                is_log=low > 0 and low * _LOG_RATIO <= high,
+            )
+        for name, values in self.choices.items():
+            found[name] = Choice(values=tuple(plain_value(name, value) for value in values))
+        return found
+
+    def _range_problems(self) -> list[str]:
+        problems = []
+        for name, (low, high) in self.ranges.items():
+            problem = _name_problem(name)
+            if problem is None and _number_type(name) is None:
+                problem = f"{name} is no number; list its values in choices"
+            if problem is None and not low <= high:
+                problem = f"{name}: expected lowest <= highest, found {[low, high]}"
+            problem = problem or _value_problem(name, low) or _value_problem(name, high)
+            problems += [problem] if problem else []
+        return problems
+
+    def _choice_problems(self) -> list[str]:
+        problems = []
+        for name, values in self.choices.items():
+            problem = _name_problem(name)
+            if problem is None and name in self.ranges:
+                problem = f"{name} is in ranges too; expected it once"
+            if problem is None and (not values or len(set(values)) < len(values)):
+                problem = f"{name}: expected distinct values, found {list(values)}"
+            if problem is None:
+                problem = next(filter(None, (_value_problem(name, v) for v in values)), None)
+            problems += [problem] if problem else []
+        return problems
+
+
+def with_drawn(settings: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:
+    """``settings`` with the values that a searcher drew; ConfigError if they do not go together."""
+    values = {name: _typed(name, plain_value(name, value)) for name, value in drawn.items()}
+    return dataclasses.replace(settings, **values)
+
+
+def plain_values(drawn: Mapping[str, Any]) -> dict[str, Scalar]:
+    """What a searcher drew as plain values of the settings' types: some draw NumPy's numbers."""
+    return {name: plain_value(name, value) for name, value in drawn.items()}
+
+
+def plain_value(name: str, value: Any) -> Scalar:
+    """A value of the setting ``name`` as plain Python; ConfigError if it is none."""
+    if isinstance(value, enum.Enum):
+        value = value.value
+    number = _number_type(name)
+    if number is not None and _is_number(value):
+        if number is int and float(value).is_integer():
+            return int(value)
+        if number is float:
+            return float(value)
+    listed: list[Scalar] = [_plain(option) for option in _listed_values(name)]
+    if value in listed:
+        return listed[listed.index(value)]
+    if (value is None and type(None) in _options(name)) or (
+        isinstance(value, str) and str in _options(name)
+    ):
+        return value
+    raise ConfigError(f"{name}: expected {_expected(name)}, found {value!r}")
+
+
+def _typed(name: str, value: Scalar) -> Any:
+    """A plain value as the setting's own type: an enumeration's member for its value."""
+    for option in _options(name):
+        if isinstance(option, type) and issubclass(option, enum.Enum):
+            return value if value is None else option(value)
+    return value
+
+
+def _value_problem(name: str, value: Any) -> str | None:
+    """What is wrong with a value by itself."""
+    try:
+        with_drawn(FinetuneSettings(), {name: value})
+    except ConfigError as error:
+        # Settings that do not go together with the defaults may still do with others.
+        return next((line for line in str(error).splitlines() if line.startswith(f"{name}:")), None)
+    return None
+
+
+def _name_problem(name: str) -> str | None:
+    if name in _ALWAYS:
+        return f"{name} has a setting of its own; expected search.{name}"
+    if name not in _types():
+        return f"{name} is no setting of finetune; expected one of {', '.join(_types())}"
+    return None
+
+
+@cache
+def _types() -> Mapping[str, Any]:
+    return typing.get_type_hints(FinetuneSettings)
+
+
+def _options(name: str) -> tuple[Any, ...]:
+    """The types that a setting may have: ``X | None`` has two."""
+    annotation = _types()[name]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return typing.get_args(annotation)
+    return (annotation,)
+
+
+def _number_type(name: str) -> type | None:
+    """int or float if the setting is such a number (or null), else None."""
+    return next((option for option in _options(name) if option in (int, float)), None)
+
+
+def _listed_values(name: str) -> list[Any]:
+    """Every value of a setting that has a fixed set of them; empty for numbers and free text."""
+    values: list[Any] = []
+    for option in _options(name):
+        if typing.get_origin(option) is typing.Literal:
+            values += typing.get_args(option)
+        elif option is bool:
+            values += [False, True]
+        elif isinstance(option, type) and issubclass(option, enum.Enum):
+            values += list(option)
+    return values
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, enum.Enum) else value
+
+
+def _expected(name: str) -> str:
+    number = _number_type(name)
+    if number is not None:
+        return "a whole number" if number is int else "a number"
+    return f"one of {', '.join(str(_plain(value)) for value in _listed_values(name))}"
+
+
+def _is_number(value: Any) -> bool:
+    # NumPy's numbers are among what searchers draw; bool is a number to Python only.
+    return isinstance(value, typing.SupportsFloat) and not isinstance(value, bool | str)
+
+
+def _log_range(name: str, limits: tuple[float, float] | None) -> tuple[bool, str]:
+    return (
+        limits is None or (0 < limits[0] <= limits[1] and math.isfinite(limits[1])),
+        f"{name}: expected 0 < lowest <= highest, found {list(limits or ())}",
+    )
+
+
+def _known(name: str, value: str, names: tuple[str, ...]) -> tuple[bool, str]:
+    return (
+        value in names or "." in value,
+        f"{name}: expected {', '.join(names)} or the path of a class of Ray Tune "
+        f"(ray.tune....), found {value!r}",
+    )

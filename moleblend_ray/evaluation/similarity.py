@@ -1,0 +1,100 @@
+"""Similarity of molecules to the nearest of others, by circular fingerprints packed into 64-bit words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
+
+from moleblend_ray.chemistry.fingerprints import ecfp
+from moleblend_ray.errors import DataError
+
+RADIUS: Final = 2
+"""Bonds around an atom that its environments reach: ECFP4."""
+
+NUM_BITS: Final = 2048
+
+_TILE: Final = 256
+"""Fingerprints whose words (64 KiB) and counts stay in a core's cache while all queries pass over them."""
+
+
+def packed_ecfp(smiles: Sequence[str]) -> NDArray[np.uint64]:
+    """ECFP4 of ``smiles`` as (M, 32) uint64, 2,048 bits each; a SMILES that RDKit does not read has none set."""
+    return pack(ecfp(smiles, radius=RADIUS, num_bits=NUM_BITS))
+
+
+def pack(bits: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(M, B) zeros and ones as (M, B / 64) words; B is a multiple of 64."""
+    return np.packbits(bits, axis=1).view(np.uint64)
+
+
+def nearest_similarity(
+    queries: NDArray[np.uint64],
+    others: NDArray[np.uint64],
+    leave_out: NDArray[np.int64] | None = None,
+) -> NDArray[np.float64]:
+    """Tanimoto similarity (Q,) float64 of each of ``queries`` (Q, W) to the most similar of ``others`` (N, W).
+
+    ``leave_out`` (Q,) names for each query a row of ``others`` that does not count. Where no row counts, and
+    where a query has no bit, the similarity is 0. Every pair is counted: bounds on the similarity from the
+    numbers of bits (Swamidass and Baldi, J. Chem. Inf. Model. 47, 302 (2007)) spare 2 to 6 % of them
+    when only the nearest is asked for. A DataError if the widths differ.
+    """
+    if queries.ndim != 2 or queries.shape[1:] != others.shape[1:]:
+        raise DataError(
+            f"fingerprints of shapes {queries.shape} and {others.shape} cannot be compared: expected rows of "
+            "equally many 64-bit words"
+        )
+    if leave_out is None:
+        leave_out = np.full(len(queries), -1, np.int64)
+    best = np.zeros(len(queries))
+    # Word by word over many fingerprints, so that the innermost loop runs over neighbouring memory.
+    by_word = np.ascontiguousarray(others.T)
+    _nearest(queries, by_word, _num_bits(queries), _num_bits(others), leave_out, best)
+    return best
+
+
+def _num_bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Bits set in each row."""
+    counts: NDArray[np.int64] = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
+    return counts
+
+
+def _type_popcount(_typing_context: Any, _word: Any) -> Any:
+    """How Numba types and compiles ``_popcount``."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+# In kernels: how many bits of a uint64 are set. One instruction, of which there are eight-fold ones.
+_popcount: Any = intrinsic(_type_popcount)
+
+
+@njit(cache=True, nogil=True)
+def _nearest(queries, by_word, query_bits, other_bits, leave_out, best):  # type: ignore[no-untyped-def]
+    common = np.zeros(_TILE, np.uint64)
+    for begin in range(0, by_word.shape[1], _TILE):
+        size = min(_TILE, by_word.shape[1] - begin)
+        for i in range(queries.shape[0]):
+            common[:] = 0
+            for word in range(queries.shape[1]):
+                bits = queries[i, word]
+                if bits != 0:
+                    row = by_word[word, begin : begin + size]
+                    for j in range(size):
+                        common[j] += _popcount(bits & row[j])
+            nearest = best[i]
+            for j in range(size):
+                shared = np.int64(common[j])
+                if shared > 0 and begin + j != leave_out[i]:
+                    similarity = shared / (query_bits[i] + other_bits[begin + j] - shared)
+                    if similarity > nearest:
+                        nearest = similarity
+            best[i] = nearest

@@ -1,0 +1,101 @@
+"""Where the molecules of several tasks lie: a table or prepared dataset for each in one directory, or one for all."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.data.sources.archives import container_of, text_format
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.tasks import Task
+
+_PARQUET = (".parquet", ".pq")
+
+
+class TaskSources(NamedTuple):
+    """What a source has for each task that was asked for."""
+
+    found: dict[str, str]
+    """Name of a task -> URI of its molecules; several tasks may have the same."""
+    missing: dict[str, str]
+    """Name of a task -> what was looked for in vain."""
+
+
+def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
+    """The molecules of each task in ``source``, a path or URI.
+
+    A file, a glob or a prepared dataset is that of every task. In a directory, the one of a task is, by its name or
+    one under which its table is published (``Task.files``), whatever the case: a prepared dataset ``NAME/``, a file
+    ``NAME.csv.gz``, ``NAME.parquet`` and the like, or a folder ``NAME/`` of such files. A directory in which tasks
+    that share a table (those of QM9) find nothing under their names is itself their source. ConfigError if there is
+    a choice between several that are not prepared; StorageError if the source does not exist.
+    """
+    if storage.exists(storage.join(source, MANIFEST_NAME)):
+        return TaskSources({task.name: source for task in tasks}, {})
+    files = [file.uri for file in storage.list_files(source)]
+    base = storage.absolute(source).rstrip("/")
+    if files == [base] or not all(uri.startswith(f"{base}/") for uri in files):
+        return TaskSources({task.name: source for task in tasks}, {})
+    entries = _entries([uri[len(base) + 1 :] for uri in files])
+    found, missing = {}, {}
+    for task in tasks:
+        names = (task.name, *task.files)
+        entry = _entry_of(task, [e for name in names for e in entries.get(name, ())], source)
+        if entry is None:
+            missing[task.name] = " or ".join(f"{name}.csv" for name in dict.fromkeys(names))
+        else:
+            found[task.name] = storage.join(source, entry.name)
+    share_a_table = len({task.files for task in tasks}) == 1 and len(tasks) > 1
+    if not found and share_a_table and tasks[0].files and any(entries.values()):
+        return TaskSources({task.name: source for task in tasks}, {})
+    return TaskSources(found, missing)
+
+
+class _Entry(NamedTuple):
+    """A file or folder of the directory."""
+
+    name: str
+    is_prepared: bool
+
+
+def _entries(paths: Sequence[str]) -> dict[str, list[_Entry]]:
+    """By stem in lower case: tables, and folders that hold tables or a prepared dataset."""
+    folders: dict[str, list[str]] = defaultdict(list)
+    entries: dict[str, list[_Entry]] = defaultdict(list)
+    for path in paths:
+        folder, slash, below = path.partition("/")
+        if slash:
+            folders[folder].append(below)
+        elif _holds_molecules(path):
+            entries[_stem(path)].append(_Entry(path, is_prepared=False))
+    for folder, below_it in folders.items():
+        is_prepared = MANIFEST_NAME in below_it
+        if is_prepared or any(map(_holds_molecules, below_it)):
+            entries[folder.lower()].append(_Entry(folder, is_prepared=is_prepared))
+    return entries
+
+
+def _entry_of(task: Task, entries: Sequence[_Entry], source: str) -> _Entry | None:
+    """The one entry of a task: a prepared dataset may stand beside the table it was made of."""
+    candidates = [entry for entry in entries if entry.is_prepared] or list(entries)
+    if len(candidates) > 1:
+        raise ConfigError(
+            f"task.source: {source} has {' and '.join(entry.name for entry in candidates)} for task {task.name!r}; "
+            "expected one. Move the others away, or name the file with this task alone"
+        )
+    return candidates[0] if candidates else None
+
+
+def _holds_molecules(path: str) -> bool:
+    name = path.lower()
+    return (
+        text_format(name) is not None or container_of(name) is not None or name.endswith(_PARQUET)
+    )
+
+
+def _stem(name: str) -> str:
+    return re.sub(r"\.[^.]+(\.(gz|bz2|xz|zst))?\Z", "", name.lower())

@@ -1,0 +1,233 @@
+"""What stands beside a trained model: fingerprint and descriptor models, and the same encoder without pretraining.
+
+All are chosen and scored as the model is, on the same split and with the same seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.downstream import PropertyConfig
+from moleblend_ray.data import storage
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.evaluation.baseline_runs import (
+    best_candidate,
+    compute_features,
+    fit_seed,
+    fitted_seed,
+    tried_settings,
+    try_settings,
+)
+from moleblend_ray.evaluation.baselines import (
+    BaselineData,
+    BaselineKind,
+    FeatureKind,
+    Settings,
+    candidate_groups,
+)
+from moleblend_ray.evaluation.results import (
+    BaselineResult,
+    Baselines,
+    Candidate,
+    SeedResult,
+    Training,
+)
+from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
+from moleblend_ray.orchestration.workers import reserved_threads
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=PropertyConfig)
+
+SCRATCH_DIR = "scratch"
+"""Folder within ``out`` of the encoder without pretraining: its search and its models."""
+
+MOLECULES_PER_TASK = {FeatureKind.FINGERPRINTS: 8192, FeatureKind.DESCRIPTORS: 512}
+"""Molecules whose features one task computes: some seconds of work."""
+
+
+def run_baselines(
+    config: C, bench: Bench, seeds: Sequence[int], train: Callable[[C, Bench], Training]
+) -> Baselines:
+    """Every baseline that is asked for. ``train`` is what trained the model: the encoder without pretraining goes the same way.
+
+    What an interrupted command had finished is not repeated. A baseline that cannot be trained is left out with its
+    reason; LostWorkError if the cluster lost it.
+    """
+    kinds = [kind for kind in config.baseline.kinds if kind is not BaselineKind.SCRATCH]
+    results = _FeatureBaselines(config, bench).run(kinds, seeds)
+    absent: dict[BaselineKind, str] = {}
+    if BaselineKind.SCRATCH in config.baseline.kinds:
+        if config.checkpoint is None:
+            absent[BaselineKind.SCRATCH] = "the model itself starts from scratch"
+        else:
+            try:
+                results.append(_from_scratch(config, bench, train))
+            except LostWorkError:
+                raise
+            except TrainingError as error:
+                logger.warning("no baseline from scratch: %s", error)
+                absent[BaselineKind.SCRATCH] = str(error)
+    return Baselines(results=tuple(results), absent=absent)
+
+
+def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]) -> BaselineResult:
+    """The same architecture, data, settings or search, and seeds; only the weights are new."""
+    logger.info("the same from scratch, to compare with")
+    experiment = bench.experiment
+    start = dataclasses.replace(experiment.start, encoder=None, fingerprint=None)
+    experiment = dataclasses.replace(experiment, start=start)
+    scratch = dataclasses.replace(
+        config,
+        out=storage.join(config.out, SCRATCH_DIR),
+        checkpoint=None,
+        model=start.model,
+        # Frozen blocks would stay as they were drawn.
+        finetune=dataclasses.replace(config.finetune, frozen_blocks=None),
+    )
+    found = train(
+        scratch, dataclasses.replace(bench, experiment=experiment, shared=ray.put(experiment))
+    )
+    return BaselineResult(
+        kind=BaselineKind.SCRATCH,
+        chosen=to_dict(found.chosen),
+        candidates=tuple(
+            Candidate(settings=trial.settings, valid_score=trial.valid_score)
+            for trial in found.trials
+        ),
+        seeds=tuple(
+            dataclasses.replace(seed, model=f"{SCRATCH_DIR}/{seed.model}") for seed in found.final
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """A :class:`BaselineData` in the object store, without and with the test molecules."""
+
+    seen: Any
+    whole: Any
+
+
+class _FeatureBaselines:
+    """Baselines of fingerprints and descriptors. Features are computed once, and only if something is left to do."""
+
+    def __init__(self, config: PropertyConfig, bench: Bench) -> None:
+        self._out = config.out
+        self._options = {"num_cpus": config.cluster.cpus_per_worker}
+        self._num_jobs = reserved_threads(config.cluster)
+        self._baseline = config.baseline
+        self._experiment = bench.experiment
+        self._shared: dict[FeatureKind, _Shared] = {}
+
+    def run(self, kinds: Sequence[BaselineKind], seeds: Sequence[int]) -> list[BaselineResult]:
+        metric = self._experiment.task.metric
+        candidates = self._try(kinds, seeds[0])
+        chosen = {
+            kind: best_candidate(metric, found).settings for kind, found in candidates.items()
+        }
+        fitted = self._fit(chosen, seeds)
+        return [
+            BaselineResult(
+                kind=kind, chosen=chosen[kind], candidates=tuple(found), seeds=fitted[kind]
+            )
+            for kind, found in candidates.items()
+        ]
+
+    def _try(self, kinds: Sequence[BaselineKind], seed: int) -> dict[BaselineKind, list[Candidate]]:
+        """Every candidate of each kind, in the order of the grid."""
+        groups = {
+            (kind, number): group for kind in kinds for number, group in enumerate(self._grid(kind))
+        }
+        found = {
+            key: tried_settings(key[0], group, seed, self._out) for key, group in groups.items()
+        }
+        task = ray.remote(try_settings).options(**self._options)
+        references = {
+            task.remote(
+                self._data(kind).seen, kind, groups[kind, number], seed, self._num_jobs, self._out
+            ): (kind, number)
+            for (kind, number), known in found.items()
+            if known is None
+        }
+        found |= collect(references, f"{self._experiment.task.name} settings of baselines")
+        return {
+            kind: [
+                candidate
+                for (of, _), candidates in found.items()
+                if of is kind
+                for candidate in candidates or ()
+            ]
+            for kind in kinds
+        }
+
+    def _fit(
+        self, chosen: Mapping[BaselineKind, Settings], seeds: Sequence[int]
+    ) -> dict[BaselineKind, tuple[SeedResult, ...]]:
+        """The chosen settings of each kind with every seed; what draws nothing is fitted once."""
+        found = {
+            (kind, seed): fitted_seed(kind, settings, seed, self._out)
+            for kind, settings in chosen.items()
+            for seed in (seeds if kind.is_random else seeds[:1])
+        }
+        task = ray.remote(fit_seed).options(**self._options)
+        references = {
+            task.remote(
+                self._data(kind).whole, kind, chosen[kind], seed, self._num_jobs, self._out
+            ): (kind, seed)
+            for (kind, seed), known in found.items()
+            if known is None
+        }
+        found |= collect(references, f"{self._experiment.task.name} baselines")
+        return {
+            kind: tuple(
+                dataclasses.replace(result, seed=seed)
+                for seed in seeds
+                if (result := found[kind, seed if kind.is_random else seeds[0]]) is not None
+            )
+            for kind in chosen
+        }
+
+    def _grid(self, kind: BaselineKind) -> list[list[Settings]]:
+        experiment = self._experiment
+        return candidate_groups(
+            kind,
+            experiment.task.kind,
+            experiment.molecules.labels[experiment.split.train],
+            num_trees=self._baseline.num_trees,
+            num_rounds=self._baseline.num_rounds,
+        )
+
+    def _data(self, kind: BaselineKind) -> _Shared:
+        if kind.features not in self._shared:
+            experiment = self._experiment
+            data = BaselineData(
+                task=experiment.task,
+                features=self._features(kind.features),
+                labels=experiment.molecules.labels,
+                columns=experiment.molecules.columns,
+                train=experiment.split.train,
+                valid=experiment.split.valid,
+                test=experiment.split.test,
+            )
+            self._shared[kind.features] = _Shared(ray.put(data.without_test()), ray.put(data))
+        return self._shared[kind.features]
+
+    def _features(self, kind: FeatureKind) -> NDArray[np.uint8 | np.float64]:
+        smiles, size = self._experiment.molecules.smiles, MOLECULES_PER_TASK[kind]
+        task = ray.remote(compute_features).options(**self._options)
+        references = {
+            task.remote(kind, smiles[first : first + size]): first
+            for first in range(0, len(smiles), size)
+        }
+        parts = collect(references, f"{self._experiment.task.name} {kind.value}")
+        return np.concatenate([parts[first] for first in sorted(parts)])

@@ -1,0 +1,261 @@
+"""Many tasks in one command: each is fine-tuned or swept in a folder of its own, and a leaderboard shows them together.
+
+A task's folder is what a command for that task alone would write, so it is continued, and left alone when finished,
+in the same way. Tasks follow one another on one Ray session; one that fails does not stop the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ray.exceptions import RayError
+
+from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
+from moleblend_ray.evaluation.given_split import rows_of_column
+from moleblend_ray.evaluation.leaderboard import Leaderboard, Status, TaskRow, rows_of_states
+from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
+from moleblend_ray.evaluation.results import RESULTS_NAME
+from moleblend_ray.evaluation.sources import TaskSources, task_sources
+from moleblend_ray.orchestration.downstream import (
+    DATA_DIR,
+    IDENTITY_NAME,
+    check_finished,
+    prepare_molecules,
+    question,
+)
+from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
+from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.sweep import SweepSummary, search_method, sweep
+
+logger = logging.getLogger(__name__)
+
+C = TypeVar("C", bound=PropertyConfig)
+
+SHARED_ROWS_PER_CHUNK = 2048
+"""Rows per task when preparing molecules that several tasks share: such sets (QM9) are larger than others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksSummary:
+    """What a command for several tasks found and where it lies."""
+
+    out: str
+    """Directory of the leaderboard; each task's results are in a folder of its name."""
+    leaderboard: str
+    """URI of ``leaderboard.html``."""
+    tasks: int
+    """Tasks asked for."""
+    tasks_finished: int
+    """With results."""
+    tasks_absent: int
+    """Left out, as the source does not hold them."""
+    wins: dict[str, int]
+    """Model -> tasks on which it has the best mean test score."""
+    mean_rank: dict[str, float]
+    """Model -> its mean rank over the tasks, 1 the best."""
+    seconds: float
+    """Wall time of this command."""
+    already_finished: bool
+    """True if earlier commands had finished every task."""
+
+
+def sweep_or_tasks(config: SweepConfig) -> SweepSummary | TasksSummary:
+    """What `moleblend sweep` does: one task, or several."""
+    return sweep_tasks(config) if config.task.is_group else sweep(config)
+
+
+def finetune_or_tasks(config: FinetuneConfig) -> FinetuneSummary | TasksSummary:
+    """What `moleblend finetune` does: one task, or several."""
+    return finetune_tasks(config) if config.task.is_group else finetune(config)
+
+
+def sweep_tasks(config: SweepConfig) -> TasksSummary:
+    """:func:`sweep` of each task that ``config.task.name`` stands for, in ``<out>/<task>``, and a leaderboard.
+
+    Repeating the command continues where it was interrupted, tries failed tasks again, and repeats nothing that is
+    finished. ConfigError or DataError before anything is done if settings or files are missing or not those of what
+    is in ``out``; TrainingError after all others are done, naming the tasks that failed.
+    """
+    for task in config.task.tasks().values():
+        search_method(config, task)
+    return _run_tasks(config, sweep)
+
+
+def finetune_tasks(config: FinetuneConfig) -> TasksSummary:
+    """:func:`finetune` of each task that ``config.task.name`` stands for; otherwise as :func:`sweep_tasks`."""
+    return _run_tasks(config, finetune)
+
+
+def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
+    config = with_absolute_paths(config)
+    began = time.monotonic()
+    sources = _find_sources(config)
+    states = {name: _first_state(name, config, sources) for name in config.task.tasks()}
+    configs = _task_configs(config, sources)
+    _check_questions(config.out, configs)
+    finished_before = {name for name in configs if _is_finished(config.out, name)}
+    # A session takes seconds to start; finished tasks only look at files.
+    session = ray_session(config.cluster)
+    with contextlib.nullcontext() if finished_before == set(configs) else session:
+        board = _write_board(config.out, states)
+        _prepare_shared(config, sources)
+        for number, (name, task_config) in enumerate(configs.items(), start=1):
+            logger.info("task %d of %d: %s", number, len(configs), name)
+            error = _error_of(run, task_config)
+            if error is not None:
+                logger.error("%s failed: %s", name, error)
+                states[name] = TaskRow(name=name, status=Status.FAILED, reason=error)
+            board = _write_board(config.out, states)
+    _raise_for_failures(config.out, board)
+    return _summary(config.out, board, time.monotonic() - began, finished_before == set(configs))
+
+
+def _find_sources(config: PropertyConfig) -> TaskSources:
+    """The molecules of each task; a ConfigError that names all that are missing, unless they may be."""
+    if storage.exists(storage.join(config.out, IDENTITY_NAME)):
+        raise ConfigError(
+            f"out: {config.out} holds the results of a single task; expected a directory for several. Give another"
+        )
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    if sources.missing and not (config.task.skip_missing and sources.found):
+        listed = "; ".join(f"{name} ({looked_for})" for name, looked_for in sources.missing.items())
+        raise ConfigError(
+            f"task.source: {config.task.source} has no molecules for {listed}, or another format. Add the files, name "
+            "the tasks you have (task.name=[...]), or leave the others out with task.skip_missing=true"
+        )
+    return sources
+
+
+def _first_state(name: str, config: PropertyConfig, sources: TaskSources) -> TaskRow:
+    if name in sources.found:
+        return TaskRow(name=name, status=Status.WAITING)
+    reason = f"{config.task.source} has no {sources.missing[name]} or the like"
+    return TaskRow(name=name, status=Status.ABSENT, reason=reason)
+
+
+def _task_configs(config: C, sources: TaskSources) -> dict[str, C]:
+    """The configuration of each task by itself: its name, its molecules, its folder."""
+    shared = _shared_sources(sources)
+    configs = {}
+    for name, source in sources.found.items():
+        task = dataclasses.replace(config.task, name=name, source=source, skip_missing=False)
+        if source in shared:
+            task = dataclasses.replace(
+                task,
+                source=_shared_data(config.out, source),
+                split_file=_shared_split(config, source),
+                split_column=None,
+            )
+        out = storage.join(config.out, name)
+        configs[name] = dataclasses.replace(config, task=task, out=out)
+    return configs
+
+
+def _check_questions(out: str, configs: Mapping[str, PropertyConfig]) -> None:
+    """Refuse an ``out`` with results of other settings as a whole, before a leaderboard of errors replaces theirs."""
+    for name, config in configs.items():
+        if storage.exists(storage.join(out, name, IDENTITY_NAME)):
+            check_finished(config.out, question(config), dict)
+
+
+def _error_of(run: Callable[[C], Any], config: C) -> str | None:
+    """Why the task failed; None if it did not."""
+    try:
+        run(config)
+    except CheckpointError:
+        # The same checkpoint is that of every other task.
+        raise
+    # Beside our own errors those of torch (no memory left, ...), which a night of other tasks should survive.
+    except (MoleBlendError, RayError, RuntimeError) as error:
+        cause = getattr(error, "cause", None) or error
+        return " ".join(str(cause).split()) or type(cause).__name__
+    return None
+
+
+def _raise_for_failures(out: str, board: Leaderboard) -> None:
+    failed = [row for row in board.rows if row.status is Status.FAILED]
+    if failed:
+        listed = "; ".join(f"{row.name}: {row.reason}" for row in failed)
+        raise TrainingError(
+            f"{len(failed)} of {len(board.rows)} tasks failed: {listed}. The others are in {out}; the same command "
+            "tries only these again"
+        )
+
+
+def _is_finished(out: str, name: str) -> bool:
+    return storage.exists(storage.join(out, name, RESULTS_NAME))
+
+
+def _write_board(out: str, states: Mapping[str, TaskRow]) -> Leaderboard:
+    rows = rows_of_states(out, tuple(states.values()))
+    board = Leaderboard(title=storage.name_of(out), rows=rows)
+    write_leaderboard(out, board)
+    return board
+
+
+# -- molecules that several tasks share -------------------------------------------------------------------
+
+
+def _shared_sources(sources: TaskSources) -> list[str]:
+    """Raw sources of more than one task, which are prepared once."""
+    counts = Counter(sources.found.values())
+    return [
+        source
+        for source, count in counts.items()
+        if count > 1 and not storage.exists(storage.join(source, MANIFEST_NAME))
+    ]
+
+
+def _shared_data(out: str, source: str) -> str:
+    stem = re.sub(r"[^\w-]", "_", storage.name_of(source).partition(".")[0]) or "all"
+    return storage.join(out, DATA_DIR, stem)
+
+
+def _shared_split(config: PropertyConfig, source: str) -> str | None:
+    """URI of the split file that the split column is turned into, as prepared molecules keep no such column."""
+    if config.task.split_column is None:
+        return None
+    return f"{_shared_data(config.out, source)}.split.json"
+
+
+def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:
+    """Prepare (or check, or complete) what several tasks share, with every numeric column as a label."""
+    for source in _shared_sources(sources):
+        split = _shared_split(config, source)
+        if split is not None and config.task.split_column is not None:
+            rows = rows_of_column(source, config.task.split_column)
+            storage.write_json(split, {word: found.tolist() for word, found in rows.items()})
+        prepare_molecules(
+            dataclasses.replace(config.task, source=source),
+            _shared_data(config.out, source),
+            label_columns=None,
+            rows_per_chunk=SHARED_ROWS_PER_CHUNK,
+            cluster=config.cluster,
+        )
+
+
+def _summary(out: str, board: Leaderboard, seconds: float, already_finished: bool) -> TasksSummary:
+    standings = board.standings()
+    return TasksSummary(
+        out=out,
+        leaderboard=storage.join(out, "leaderboard.html"),
+        tasks=len(board.rows),
+        tasks_finished=len(board.finished),
+        tasks_absent=sum(row.status is Status.ABSENT for row in board.rows),
+        wins={item.name: item.wins for item in standings},
+        mean_rank={item.name: item.mean_rank for item in standings},
+        seconds=seconds,
+        already_finished=already_finished,
+    )

@@ -1,0 +1,400 @@
+"""What a model makes of molecules, one Parquet part for each shard of them, on Ray Data actors that hold the model.
+
+Parts come in the source's order; what is there already is kept; every source row is in one part or among
+the rejected ones; the summary, written last, names the parts with their checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
+from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import (
+    GRAPH_COLUMNS,
+    QUARANTINE_SCHEMA,
+    SPLITS,
+    Manifest,
+    ShardReader,
+    load_manifest,
+    read_file,
+)
+from moleblend_ray.errors import (
+    CheckpointError,
+    DataError,
+    MoleBlendError,
+    TrainingError,
+    without_credentials,
+)
+from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
+from moleblend_ray.evaluation.results import versions
+from moleblend_ray.orchestration.downstream import (
+    check_finished,
+    claim,
+    data_inputs,
+    prepare_molecules,
+)
+from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.progress import Progress
+from moleblend_ray.orchestration.workers import use_reserved
+
+logger = logging.getLogger(__name__)
+
+REJECTED_NAME = "rejected.parquet"
+
+DATA_DIR = "prepared"
+"""Where a raw source is prepared within ``out``."""
+
+ROWS_PER_CHUNK = 4096
+"""Rows per task when preparing, and so at most per part."""
+
+PLACE_SETTINGS = ("out", "cluster", "batch_size")
+"""Settings that decide where and how fast, not what comes out."""
+
+
+class PartMaker(Protocol):
+    """A model that is ready to look at molecules."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns of what :meth:`part` gives."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights, and of whatever else of the model decides what comes out."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the summary says of the model, as JSON values."""
+
+    def part(self, table: pa.Table) -> pa.Table:
+        """One row for each of a shard table (columns ``MOLECULE_COLUMNS`` and ``GRAPH_COLUMNS``), in its order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartsJob:
+    """A model, the molecules it looks at, and where what it makes of them goes. Actors get it pickled."""
+
+    name: str
+    """What the command is called."""
+    config: EmbedConfig | PredictConfig
+    """Source, ``out`` and cluster."""
+    model: str
+    """Where the model comes from, for messages."""
+    summary_name: str
+    """File in ``out`` that is written last."""
+    counted: str
+    """Key of the summary for the number of molecules in the parts."""
+    load: Callable[[torch.device], PartMaker]
+    """Reads the model and puts it on the device."""
+    other_settings: tuple[str, ...] = ()
+    """Settings of the command, besides ``PLACE_SETTINGS``, that do not change the parts."""
+
+    def question(self) -> dict[str, Any]:
+        """The settings that decide what comes out."""
+        settings = to_dict(self.config)
+        for name in (*PLACE_SETTINGS, *self.other_settings):
+            settings.pop(name)
+        return {"job": type(self.config).__name__, **settings}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What lies in ``out``."""
+
+    summary: Mapping[str, Any]
+    """As stored."""
+    already_finished: bool
+    """Whether an earlier command had finished it."""
+
+
+def run_parts(job: PartsJob) -> Outcome:
+    """Make every part that is missing, the list of rejected rows and the summary; nothing if all is there."""
+    began = time.monotonic()
+    config = job.config
+    stored = _finished(job)
+    if stored is not None:
+        return Outcome(summary=stored, already_finished=True)
+    # Read here as well: what is wrong with a model shows before molecules are prepared and actors started.
+    maker = job.load(torch.device("cpu"))
+    with ray_session(config.cluster):
+        data_uri = _prepare(job)
+        manifest = load_manifest(data_uri)
+        if not any(manifest.num_molecules(split) for split in SPLITS):
+            raise DataError(
+                f"{config.source}: none of {manifest.counts.rows_in} rows is a usable molecule; "
+                f"reasons: {manifest.counts.quarantined_by_reason}"
+            )
+        found = _make_parts(job, maker, data_uri, manifest)
+    rejected = _write_rejected(config.out, data_uri, manifest)
+    _check_sum(config.out, manifest, found[job.counted], rejected)
+    summary = redact(
+        {
+            **found,
+            "rejected": rejected,
+            "data": {"uri": data_uri, "fingerprint": manifest.fingerprint},
+            "config": to_dict(config),
+            "versions": versions(),
+            "seconds": time.monotonic() - began,
+        }
+    )
+    storage.write_json(storage.join(config.out, job.summary_name), summary)
+    return Outcome(summary=summary, already_finished=False)
+
+
+def part_path(number: int) -> str:
+    """Where the part with that number lies within ``out``."""
+    return f"parts/part-{number:05d}.parquet"
+
+
+def _prepare(job: PartsJob) -> str:
+    """URI of the prepared molecules."""
+    return prepare_molecules(
+        job.config,
+        storage.join(job.config.out, DATA_DIR),
+        label_columns=(),
+        rows_per_chunk=ROWS_PER_CHUNK,
+        cluster=job.config.cluster,
+    )
+
+
+def _make_parts(
+    job: PartsJob, maker: PartMaker, data_uri: str, manifest: Manifest
+) -> dict[str, Any]:
+    """Every part that is not there yet; what the summary says of all."""
+    identity = {
+        "config": job.question(),
+        "data_fingerprint": manifest.fingerprint,
+        "checkpoint_fingerprint": maker.fingerprint,
+    }
+    claim(job.config.out, identity)
+    writer = PartWriter(job, data_uri, manifest, maker.fingerprint, maker.schema)
+    began = time.monotonic()
+    parts = _run_actors(writer, _places(manifest))
+    seconds = time.monotonic() - began
+    made = sum(part["rows"] for part in parts if not part["reused"])
+    reused = sum(part.pop("reused") for part in parts)
+    if reused:
+        logger.info("%d of %d parts were made before", reused, len(parts))
+    if made:
+        logger.info(
+            "%s: %d molecules in %.1f s, %.4g a second", job.name, made, seconds, made / seconds
+        )
+    return {
+        **maker.describe(),
+        "parts": parts,
+        "parts_reused": reused,
+        job.counted: sum(part["rows"] for part in parts),
+        "molecules_per_s": made / seconds if made else None,
+    }
+
+
+def _places(manifest: Manifest) -> list[dict[str, Any]]:
+    """One part for each shard: the source's order, for a data set that is all one split."""
+    places = [
+        (split, index, shard.num_rows)
+        for split in SPLITS
+        for index, shard in enumerate(manifest.shards_of(split))
+    ]
+    return [
+        {"number": number, "split": split, "shard": index, "rows": rows}
+        for number, (split, index, rows) in enumerate(places)
+    ]
+
+
+def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the summary says of each part, in order."""
+    job, cluster = writer.job, writer.job.config.cluster
+    dataset = ray.data.from_items(places, override_num_blocks=len(places)).map_batches(
+        _PartActor,
+        fn_constructor_args=(writer,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_data_actors, len(places))),
+        num_cpus=cluster.cpus_per_worker,
+        num_gpus=1 if cluster.use_gpu else 0,
+    )
+    total = sum(place["rows"] for place in places)
+    written: dict[int, dict[str, Any]] = {}
+    began = time.monotonic()
+    with Progress(job.name, unit="molecule", total=total) as progress:
+        try:
+            for row in dataset.iter_rows():
+                if row["error"]:
+                    raise pickle.loads(row["error"])
+                written[row["number"]] = json.loads(row["part"])
+                made = sum(part["rows"] for part in written.values() if not part["reused"])
+                progress.reporter(
+                    {
+                        "done": sum(part["rows"] for part in written.values()),
+                        "total": total,
+                        "molecules_per_s": made / (time.monotonic() - began),
+                    }
+                )
+        except ray.exceptions.RayTaskError:
+            # A fault of this program: its traceback is what helps.
+            raise
+        except ray.exceptions.RayError as error:
+            raise TrainingError(
+                f"{job.name} into {job.config.out}: a worker was lost: {error}. Parts made so far are kept: "
+                "run the same command again"
+            ) from error
+    return [written[number] for number in sorted(written)]
+
+
+class PartWriter:
+    """A shard in, a Parquet part on storage out, with the model in memory once it is needed."""
+
+    def __init__(
+        self,
+        job: PartsJob,
+        data_uri: str,
+        manifest: Manifest,
+        fingerprint: str,
+        schema: pa.Schema,
+    ) -> None:
+        self.job = job
+        self._data_uri = data_uri
+        self._manifest = manifest
+        self._fingerprint = fingerprint
+        self._schema = schema
+        self._maker: PartMaker | None = None
+
+    def write(self, number: int, split: str, shard: int) -> dict[str, Any]:
+        """Make the part, unless it is there; its path, rows, bytes, checksum and whether it was there."""
+        path = part_path(number)
+        uri = storage.join(self.job.config.out, path)
+        rows = self._manifest.shards_of(split)[shard].num_rows
+        content = self._made_before(uri, rows)
+        reused = content is not None
+        if content is None:
+            table = read_shard(self._data_uri, self._manifest, split, shard)
+            content = _parquet(self._loaded().part(table), compression="zstd")
+            storage.write_bytes(uri, content)
+        return {
+            "path": path,
+            "rows": rows,
+            "bytes": len(content),
+            "sha256": storage.sha256_bytes(content),
+            "reused": reused,
+        }
+
+    def _made_before(self, uri: str, rows: int) -> bytes | None:
+        """The part, if an earlier command made it whole: the name alone tells nothing of its content."""
+        if not storage.exists(uri):
+            return None
+        content = storage.read_bytes(uri)
+        try:
+            file = pq.ParquetFile(pa.BufferReader(content))
+        except pa.ArrowInvalid as error:
+            logger.warning("%s is damaged and made again: %s", without_credentials(uri), error)
+            return None
+        if file.metadata.num_rows == rows and file.schema_arrow.equals(self._schema):
+            return content
+        logger.warning("%s holds other rows or columns and is made again", without_credentials(uri))
+        return None
+
+    def _loaded(self) -> PartMaker:
+        if self._maker is None:
+            maker = self.job.load(use_reserved(self.job.config.cluster))
+            if maker.fingerprint != self._fingerprint:
+                raise CheckpointError(
+                    f"{self.job.model} changed while {self.job.name} was at work; use a checkpoint "
+                    "(.../checkpoints/step-NNNNNNNN) or models that nothing writes to, and an empty `out`"
+                )
+            self._maker = maker
+        return self._maker
+
+
+class _PartActor:
+    """A `PartWriter` as Ray Data calls it.
+
+    It does nothing when made: Ray starts a new actor for each that fails to start, for ever. An error of this
+    package is a result like others: of those that a task raises, Ray Data passes on the text alone.
+    """
+
+    def __init__(self, writer: PartWriter) -> None:
+        self._writer = writer
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
+        places = zip(*(batch[name].tolist() for name in ("number", "split", "shard")), strict=True)
+        parts, errors = [], []
+        for place in places:
+            part, error = None, b""
+            try:
+                part = self._writer.write(*place)
+            except MoleBlendError as problem:
+                error = pickle.dumps(problem)
+            parts.append(json.dumps(part))
+            errors.append(error)
+        return {"number": batch["number"].tolist(), "part": parts, "error": errors}
+
+
+def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
+    """The rows of one shard, in its order."""
+    before = sum(info.num_rows for info in manifest.shards_of(split)[:shard])
+    rows = manifest.shards_of(split)[shard].num_rows
+    reader = ShardReader(
+        data_uri, manifest, split, columns=[*MOLECULE_COLUMNS, *GRAPH_COLUMNS], cache_bytes=0
+    )
+    return reader.read(np.arange(before, before + rows, dtype=np.int64))
+
+
+def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
+    """``rejected.parquet``: every source row that is in no part, and why."""
+    tables = [
+        pq.read_table(pa.BufferReader(read_file(data_uri, shard)))
+        for shard in manifest.shards_of("quarantine")
+    ]
+    table = pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
+    storage.write_bytes(storage.join(out, REJECTED_NAME), _parquet(table))
+    return int(table.num_rows)
+
+
+def _check_sum(out: str, manifest: Manifest, kept: int, rejected: int) -> None:
+    rows_in = manifest.counts.rows_in
+    if kept + rejected != rows_in:
+        raise DataError(
+            f"{out}: {kept} molecules in parts and {rejected} rejected rows are not the {rows_in} rows of the source; "
+            "the prepared data set is damaged, prepare it again"
+        )
+
+
+def _parquet(table: pa.Table, **options: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    return bytes(sink.getvalue())
+
+
+def _finished(job: PartsJob) -> dict[str, Any] | None:
+    """The stored summary, if ``out`` is finished and for this question; a ConfigError if for another."""
+    out = job.config.out
+    uri = storage.join(out, job.summary_name)
+    if not storage.exists(uri):
+        return None
+    summary: dict[str, Any] = storage.read_json(uri)
+    data_uri = storage.join(out, DATA_DIR)
+
+    def inputs() -> dict[str, str | None]:
+        return {
+            **data_inputs(job.config.source, data_uri, lambda: _prepare(job)),
+            "checkpoint_fingerprint": job.load(torch.device("cpu")).fingerprint,
+        }
+
+    check_finished(out, job.question(), inputs)
+    logger.info("%s is finished: %d %s", out, summary[job.counted], job.counted)
+    return summary

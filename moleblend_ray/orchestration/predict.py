@@ -1,0 +1,119 @@
+"""Batch prediction on a Ray cluster: fine-tuned models say of every molecule what they expect, and how sure they are."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+
+from moleblend_ray.config.downstream import PredictConfig
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data import storage
+from moleblend_ray.evaluation.ensemble import load_members
+from moleblend_ray.evaluation.prediction import Predictor
+from moleblend_ray.orchestration.parts import PartsJob, run_parts
+
+SUMMARY_NAME = "predictions.json"
+"""Names every part with its rows, bytes and checksum; written last."""
+
+CSV_NAME = "predictions.csv"
+"""All parts as one table, made from them if it is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PredictSummary:
+    """What became of the molecules and where the predictions lie."""
+
+    out: str
+    """Directory of the predictions."""
+    predictions: int
+    """Molecules with a prediction."""
+    rejected: int
+    """Source rows without one; each is in ``rejected.parquet`` with its reason."""
+    columns: tuple[str, ...]
+    """Predicted properties."""
+    unit: str
+    """Their unit; empty for classes, which are predicted as the probability of 1."""
+    models: int
+    """Models that were asked."""
+    parts: int
+    """Parquet files."""
+    parts_reused: int
+    """Of these, made by an earlier, interrupted command."""
+    molecules_per_s: float | None
+    """Predicted by the command that finished, the start of its actors included; None if all parts were there."""
+    seconds: float
+    """Wall time of the command that finished."""
+    already_finished: bool
+    """True if an earlier command had finished, and this one did nothing but write a CSV file that was missing."""
+
+
+def predict(config: PredictConfig) -> PredictSummary:
+    """Predictions with their uncertainty, in ``<out>/parts/part-NNNNN.parquet``, rows in the source's order.
+
+    Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
+    """
+    config = with_absolute_paths(config)
+    outcome = run_parts(predict_job(config))
+    summary = outcome.summary
+    csv = storage.join(config.out, CSV_NAME)
+    if config.csv and not (outcome.already_finished and storage.exists(csv)):
+        _write_csv(config.out, summary)
+    return PredictSummary(
+        out=config.out,
+        predictions=summary["predictions"],
+        rejected=summary["rejected"],
+        columns=tuple(summary["columns"]),
+        unit=summary["unit"],
+        models=len(summary["models"]),
+        parts=len(summary["parts"]),
+        parts_reused=summary["parts_reused"],
+        molecules_per_s=summary["molecules_per_s"],
+        seconds=summary["seconds"],
+        already_finished=outcome.already_finished,
+    )
+
+
+def predict_job(config: PredictConfig) -> PartsJob:
+    """What :func:`predict` makes of shards."""
+    return PartsJob(
+        name="predict",
+        config=config,
+        model=", ".join(config.model_uris()),
+        summary_name=SUMMARY_NAME,
+        counted="predictions",
+        load=partial(load_predictor, config),
+        other_settings=("csv",),
+    )
+
+
+def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
+    """All models on ``device``."""
+    return Predictor.build(
+        load_members(config.model_uris()),
+        conformers=config.conformers,
+        threshold=config.applicability,
+        batch_size=config.batch_size,
+        device=device,
+    )
+
+
+def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
+    """``predictions.csv`` from the parts, one in memory at a time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, CSV_NAME)
+        with path.open("wb") as file:
+            for index, part in enumerate(summary["parts"]):
+                content = storage.read_bytes(storage.join(out, part["path"]))
+                table = pq.read_table(pa.BufferReader(content))
+                options = pa.csv.WriteOptions(include_header=index == 0)
+                pa.csv.write_csv(table, file, options)
+        storage.upload(path, storage.join(out, CSV_NAME))

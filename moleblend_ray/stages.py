@@ -1,0 +1,63 @@
+"""Several commands in a row, in one process and on one Ray cluster: what `jobs/demo.py` and `jobs/results.py` are made of."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from moleblend_ray.cli import JOBS, load_reference
+from moleblend_ray.config.compose import load_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class Stage:
+    """One command and what came of it."""
+
+    job: str
+    """The `moleblend` command."""
+    overrides: tuple[str, ...]
+    """Its KEY=VALUE arguments."""
+    where: str
+    """What it wrote."""
+    summary: Any
+    """What it returned."""
+    seconds: float
+    """Wall time."""
+
+    @property
+    def command(self) -> str:
+        """The command as one types it."""
+        return command_line(self.job, self.overrides)
+
+
+@dataclass(kw_only=True, slots=True)
+class Stages:
+    """The commands run so far, by a name for each."""
+
+    done: dict[str, Stage] = field(default_factory=dict)
+    """In the order in which they ran."""
+
+    def run(self, name: str, job: str, where: str, *overrides: str) -> Any:
+        """Log the command, run it here, and return its summary."""
+        logger.info("$ %s", command_line(job, overrides))
+        began_s = time.monotonic()
+        config = load_config(load_reference(JOBS[job].config), job, overrides)
+        summary = load_reference(JOBS[job].function)(config)
+        self.done[name] = Stage(
+            job=job,
+            overrides=overrides,
+            where=where,
+            summary=summary,
+            seconds=time.monotonic() - began_s,
+        )
+        return summary
+
+
+def command_line(job: str, overrides: tuple[str, ...]) -> str:
+    """The command as one types it."""
+    return shlex.join(["moleblend", job, *overrides])

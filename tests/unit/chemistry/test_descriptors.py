@@ -1,0 +1,59 @@
+"""Descriptors are RDKit's own, in its order, and what cannot be computed is said."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+from rdkit import Chem
+from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
+
+from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
+
+ODD = ["CCO", "c1ccccc1", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "[Na+].[Cl-]", "[H][H]", "C[Si](C)(C)C"]
+
+
+def column(values: np.ndarray, name: str) -> np.ndarray:
+    return values[:, DESCRIPTOR_NAMES.index(name)]
+
+
+def test_known_values_of_ethanol_benzene_and_caffeine() -> None:
+    values = descriptors(ODD[:3])
+    assert values.dtype == np.float64
+    assert values.shape == (3, len(DESCRIPTOR_NAMES))
+    assert column(values, "MolWt") == pytest.approx([46.069, 78.114, 194.194], abs=2e-3)
+    assert column(values, "TPSA") == pytest.approx([20.23, 0.0, 61.82], abs=1e-2)
+    assert column(values, "NumAromaticRings").tolist() == [0, 1, 2]
+    assert column(values, "fr_Al_OH").tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("smiles", ODD)
+def test_each_value_is_that_of_rdkits_function_of_that_name(smiles: str) -> None:
+    (values,) = descriptors([smiles])
+    mol = Chem.MolFromSmiles(smiles)
+    expected = {
+        "MolWt": Descriptors.MolWt(mol),
+        "MolLogP": Crippen.MolLogP(mol),
+        "TPSA": rdMolDescriptors.CalcTPSA(mol),
+        "NumHDonors": rdMolDescriptors.CalcNumHBD(mol),
+        "Kappa2": rdMolDescriptors.CalcKappa2(mol),
+    }
+    found = {name: values[DESCRIPTOR_NAMES.index(name)] for name in expected}
+    np.testing.assert_equal(found, expected)
+
+
+def test_what_rdkit_cannot_compute_is_nan_and_the_rest_of_the_molecule_is_there() -> None:
+    values = descriptors(["C[Hg]C"])
+    assert np.isnan(column(values, "BCUT2D_CHGHI")).all()
+    assert column(values, "MolWt") == pytest.approx([230.66], abs=0.05)
+
+
+def test_a_smiles_that_is_none_has_no_values_and_shifts_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        values = descriptors(["CCO", "C1CC", "c1ccccc1"])
+    assert "1 of 3 SMILES" in caplog.text
+    assert np.isnan(values[1]).all()
+    np.testing.assert_array_equal(values[[0, 2]], descriptors(["CCO", "c1ccccc1"]))

@@ -1,0 +1,146 @@
+"""A split that comes with the data is read from tables, SD files, split files and prepared datasets alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shards import SPLITS
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.splits import NamedSplits
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.dataset import load_labelled
+from moleblend_ray.evaluation.given_split import rows_of_column, splits_of_column, splits_of_file
+from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
+
+ROWS = (
+    ("CCO", "1", "train"),
+    ("CCN", "2", "validation"),
+    ("not a molecule", "3", "test"),
+    ("CCC", "", "train"),
+    ("CCF", "5", "Test"),
+    ("CCCl", "6", " train "),
+)
+EXPECTED = {"CCO": "train", "CCN": "valid", "CCF": "test", "CCCl": "train"}
+"""Of the molecules with a label."""
+
+
+def write_csv(folder: Path, rows: Sequence[tuple[str, str, str]] = ROWS) -> str:
+    path = folder / "table.csv"
+    lines = [",".join(("smiles", "y", "part")), *(",".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def prepare(source: str, out: Path, splits: NamedSplits | None = None) -> str:
+    """In this process; the dataset's folder."""
+    options = ConvertOptions(
+        columns=ColumnConfig(label_columns=("y",)), rows_per_chunk=4, row_group_rows=2
+    )
+    sources = inspect_sources(find_sources(source), options.columns)
+    begin(str(out), sources, options)
+    receipts = [
+        convert_chunk(chunk, layout, sources.labels, options, str(out), splits)
+        for index, layout in enumerate(sources.layouts)
+        for chunk in read_chunks(layout, index, 4)
+    ]
+    finish(str(out), sources, options, receipts)
+    return str(out)
+
+
+def parts_of(uri: str, named: NamedSplits | None) -> dict[str, str]:
+    molecules = load_labelled(uri, task(), named)
+    assert molecules.parts is not None
+    names = [SPLITS[code] for code in molecules.parts]
+    return dict(zip(molecules.smiles, names, strict=True))
+
+
+def task() -> Task:
+    return resolve_task("own", columns=("y",), kind=TaskKind.REGRESSION)
+
+
+def test_a_column_gives_each_labelled_molecule_its_part_whatever_else_the_rows_are(
+    tmp_path: Path,
+) -> None:
+    source = write_csv(tmp_path)
+    named = splits_of_column(source, "part")
+    assert parts_of(prepare(source, tmp_path / "data"), named) == EXPECTED
+
+
+def test_parts_stay_with_their_molecules_when_some_are_taken(tmp_path: Path) -> None:
+    source = write_csv(tmp_path)
+    data = prepare(source, tmp_path / "data")
+    molecules = load_labelled(data, task(), splits_of_column(source, "part"))
+    assert molecules.parts is not None
+    order = molecules.parts.argsort()[::-1].astype("int64")
+    taken = molecules.take(order)
+    assert taken.parts is not None
+    assert {s: SPLITS[p] for s, p in zip(taken.smiles, taken.parts, strict=True)} == EXPECTED
+
+
+def test_parquet_and_sd_files_give_the_rows_that_a_table_gives(tmp_path: Path) -> None:
+    expected = {"train": [0, 3, 5], "validation": [1], "test": [2], "Test": [4]}
+    parquet = tmp_path / "table.parquet"
+    smiles, _, words = zip(*ROWS, strict=True)
+    pq.write_table(pa.table({"smiles": smiles, "part": words}), parquet)
+    block = (
+        "\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n" + "    0.0000" * 3 + " C   0  0\nM  END\n"
+    )
+    sdf = tmp_path / "table.sdf"
+    sdf.write_text("".join(f"{block}>  <part>\n{word}\n\n$$$$\n" for word in words))
+    for source in (write_csv(tmp_path), str(parquet), str(sdf)):
+        found = rows_of_column(source, "part")
+        assert {word: rows.tolist() for word, rows in found.items()} == expected
+
+
+def test_a_split_file_by_id_and_a_dataset_s_own_splits_give_the_same(tmp_path: Path) -> None:
+    source = write_csv(tmp_path)
+    data = prepare(source, tmp_path / "data")
+    ids = dict(
+        zip(load_labelled(data, task()).smiles, load_labelled(data, task()).mol_ids, strict=True)
+    )
+    lines = ["id,split", *(f"{ids[smiles]},{part}" for smiles, part in EXPECTED.items())]
+    (tmp_path / "split.csv").write_text("\n".join(lines) + "\n")
+    by_id = splits_of_file(str(tmp_path / "split.csv"))
+    assert parts_of(data, by_id) == EXPECTED
+    own = prepare(source, tmp_path / "split_data", splits_of_column(source, "part"))
+    assert parts_of(own, None) == EXPECTED
+
+
+def test_a_molecule_that_the_split_leaves_out_is_told(tmp_path: Path) -> None:
+    source = write_csv(tmp_path, [(*row[:2], "" if row[0] == "CCF" else row[2]) for row in ROWS])
+    data = prepare(source, tmp_path / "data")
+    with pytest.raises(DataError, match=r"leaves out 1 of 4 .*row 4 of the source"):
+        load_labelled(data, task(), splits_of_column(source, "part"))
+
+
+def test_a_column_that_is_not_there_or_says_something_else_is_refused(tmp_path: Path) -> None:
+    source = write_csv(tmp_path)
+    with pytest.raises(DataError, match=r"no column 'split'; its columns: smiles, y, part"):
+        splits_of_column(source, "split")
+    with pytest.raises(ConfigError, match=r"column 'y' of .*'1'.*train, valid"):
+        splits_of_column(source, "y")
+
+
+def test_rows_of_several_files_and_of_prepared_datasets_are_refused(tmp_path: Path) -> None:
+    source = write_csv(tmp_path)
+    data = prepare(source, tmp_path / "data" / "prepared")
+    with pytest.raises(ConfigError, match=r"is a prepared dataset.*task\.split=given"):
+        splits_of_column(data, "part")
+    (tmp_path / "more").mkdir()
+    write_csv(tmp_path / "more")
+    (tmp_path / "more/other.csv").write_text("smiles,part\nC,train\n")
+    with pytest.raises(ConfigError, match="has 2"):
+        splits_of_column(str(tmp_path / "more"), "part")
+
+
+def test_equal_splits_have_equal_digests_and_others_do_not(tmp_path: Path) -> None:
+    digest = splits_of_column(write_csv(tmp_path), "part").digest
+    assert splits_of_column(write_csv(tmp_path), "part").digest == digest
+    changed = [*ROWS[:-1], (*ROWS[-1][:2], "test")]
+    assert splits_of_column(write_csv(tmp_path, changed), "part").digest != digest

@@ -1,0 +1,324 @@
+"""A leaderboard shows the numbers of the results, whatever the format, and what has none with its reason."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import html
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moleblend_ray.data import storage
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.leaderboard import (
+    Leaderboard,
+    Status,
+    TaskRow,
+    compare,
+    read_leaderboard,
+    row_of_results,
+    rows_of_states,
+)
+from moleblend_ray.evaluation.leaderboard_page import (
+    CSV_COLUMNS,
+    csv_text,
+    draw_gains,
+    gain_figure,
+    html_text,
+    markdown_text,
+    write_leaderboard,
+)
+from moleblend_ray.evaluation.results import Spread
+
+MODEL, FOREST, MEAN = "MoleBLEND, fine-tuned", "ECFP4 + random forest", "mean of <train> | a&b"
+
+VOID = {"meta", "br", "img"}
+
+
+def entry(name: str, valid: list[float], test: list[float]) -> dict[str, Any]:
+    spreads = {"valid": Spread.of(valid), "test": Spread.of(test)}
+    return {"name": name, **{part: dataclasses.asdict(spread) for part, spread in spreads.items()}}
+
+
+def results(
+    task: str,
+    metric: str,
+    model: list[float],
+    *baselines: dict[str, Any],
+    split_hash: str = "5f" * 8,
+) -> dict[str, Any]:
+    """As ``results.json`` has them, as far as the leaderboard looks at it."""
+    return {
+        "task": {
+            "name": task,
+            "metric": metric,
+            "higher_is_better": metric == "roc_auc",
+            "unit": "" if metric == "roc_auc" else "log10(mol/L)",
+        },
+        "data": {"molecules": 1234, "split": {"kind": "scaffold", "hash": split_hash}},
+        "final": entry(MODEL, model, model),
+        "baselines": list(baselines),
+    }
+
+
+ESOL = results(
+    "esol",
+    "rmse",
+    [0.9, 1.1],
+    entry(FOREST, [1.4, 1.4], [1.2, 1.3]),
+    entry(MEAN, [2.0], [2.0]),
+)
+BBBP = results(
+    "bbbp",
+    "roc_auc",
+    [0.7123456789, 0.69],
+    entry(FOREST, [0.8], [0.72]),
+    entry(MEAN, [0.5], [0.5]),
+)
+
+
+def board() -> Leaderboard:
+    return Leaderboard(
+        title="sweeps <b>&",
+        rows=(
+            row_of_results(ESOL, "esol"),
+            row_of_results(BBBP, "bbbp"),
+            TaskRow(name="muv", status=Status.FAILED, reason="label <script>|2.5\nis none"),
+            TaskRow(name="hiv", status=Status.ABSENT, reason="s3://key:secret@bucket has none"),
+            TaskRow(name="bace", status=Status.WAITING),
+        ),
+    )
+
+
+class Table(HTMLParser):
+    """Texts of the page's cells, row by row; it fails on tags that are not closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.feed(text)
+        assert self.tags == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [str(value) for name, value in attrs if name in ("href", "src")]
+        if tag in VOID:
+            return
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self.tags):
+            self.rows[-1][-1] += data
+
+
+def test_ranks_wins_and_gains_are_those_of_the_mean_test_scores() -> None:
+    esol, bbbp = board().finished
+    assert esol.ranks() == {MODEL: 1, FOREST: 2, MEAN: 3}
+    assert bbbp.ranks() == {MODEL: 2, FOREST: 1, MEAN: 3}
+    assert (esol.best, bbbp.best) == ((MODEL,), (FOREST,))
+    standings = {item.name: item for item in board().standings()}
+    assert [item.wins for item in board().standings()] == [1, 1, 0]
+    assert {name: item.mean_rank for name, item in standings.items()} == {
+        MODEL: 1.5, FOREST: 1.5, MEAN: 3.0,
+    }  # fmt: skip
+    # 20 % less error than 1.25, and 0.7011728 against 0.72.
+    assert esol.gain(esol.models[0]) == pytest.approx((20.0, 11.3137), rel=1e-5)
+    gain = bbbp.gain(bbbp.models[0])
+    assert gain is not None
+    assert gain[0] == pytest.approx(100 * (0.70117283945 / 0.72 - 1))
+    assert standings[MODEL].mean_gain == pytest.approx((20.0 + gain[0]) / 2)
+
+
+def test_the_reference_is_the_baseline_a_user_would_have_chosen_not_the_best_on_test() -> None:
+    row = row_of_results(
+        results("bbbp", "roc_auc", [0.7], entry("a", [0.9], [0.6]), entry("b", [0.8], [0.9])),
+        "bbbp",
+    )
+    assert row.reference is not None
+    assert row.reference.name == "a"
+    assert row.best == ("b",)
+
+
+def test_equal_scores_share_rank_and_win() -> None:
+    row = row_of_results(
+        results("bbbp", "roc_auc", [0.7], entry("a", [0.9], [0.7]), entry("b", [0.8], [0.6])),
+        "bbbp",
+    )
+    assert row.ranks() == {MODEL: 1.5, "a": 1.5, "b": 3.0}
+    assert row.best == (MODEL, "a")
+
+
+def test_a_model_alone_wins_nothing_and_has_no_gain() -> None:
+    row = row_of_results(results("bbbp", "roc_auc", [0.7]), "bbbp")
+    assert (row.ranks(), row.best, row.gain(row.models[0])) == ({}, (), None)
+    alone = Leaderboard(title="x", rows=(row,))
+    assert alone.standings()[0].wins == 0
+    assert gain_figure(alone) is None
+    assert "0.7000" in html_text(alone, None)
+
+
+def test_results_with_a_single_baseline_under_its_former_name_are_read() -> None:
+    former = {**ESOL, "baselines": None, "baseline": ESOL["baselines"][0]}
+    assert [model.name for model in row_of_results(former, "").models] == [MODEL, FOREST]
+    none = {**ESOL, "baselines": [], "baseline": None}
+    assert [model.name for model in row_of_results(none, "").models] == [MODEL]
+
+
+def test_csv_and_json_hold_every_digit_of_the_results() -> None:
+    lines = list(csv.DictReader(io.StringIO(csv_text(board()))))
+    assert tuple(lines[0]) == CSV_COLUMNS
+    stored = json.loads(json.dumps(board().to_json()))
+    for task, value in (("esol", ESOL), ("bbbp", BBBP)):
+        for scores in (value["final"], *value["baselines"]):
+            (line,) = [x for x in lines if (x["task"], x["model"]) == (task, scores["name"])]
+            assert [float(number) for number in line["test_values"].split()] == list(
+                scores["test"]["values"]
+            )
+            for part in ("valid", "test"):
+                assert float(line[f"{part}_mean"]) == scores[part]["mean"]
+                assert float(line[f"{part}_std"]) == scores[part]["std"]
+            (row,) = [row for row in stored["tasks"] if row["name"] == task]
+            (model,) = [model for model in row["models"] if model["name"] == scores["name"]]
+            assert model["test"] == {**scores["test"], "values": list(scores["test"]["values"])}
+            assert line["is_baseline"] == str(scores is not value["final"]).lower()
+    assert [line["task"] for line in lines if not line["model"]] == ["muv", "hiv", "bace"]
+
+
+def test_markdown_shows_the_results_rounded_with_the_best_in_bold() -> None:
+    text = markdown_text(board(), "figures/x.png")
+    cells = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
+    (esol,) = [row for row in cells if row[0] == "| esol" and "RMSE" in row[1]]
+    assert esol[1:4] == ["RMSE ↓, log10(mol/L)", "1,234", "**1.0000 ± 0.1414**"]
+    assert esol[4] == "1.2500 ± 0.0707"
+    assert "| bbbp | scaffold `5f5f5f5f5f5f5f5f` | MoleBLEND, fine-tuned | 0.7012 |" in text
+    assert "0.7123, 0.6900 |" in text
+    assert "- muv: failed: label &lt;script>\\|2.5 is none" in text
+    assert "mean of &lt;train> \\| a&b" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ([0.00512345, 0.00514321], "0.005133 ± 0.000014 | 0.005123, 0.005143 |"),
+        ([0.054321], "0.05432 ± 0.00000 | 0.05432 |"),
+        ([12.3456789], "12.346 ± 0.000 | 12.346 |"),
+        ([54321.9], "54322 ± 0 | 54322 |"),
+        ([0.0], "0.0000 ± 0.0000 | 0.0000 |"),
+    ],
+)
+def test_scores_of_every_size_keep_their_digits(values: list[float], shown: str) -> None:
+    row = row_of_results(results("qm9_gap", "mae", values), "qm9_gap")
+    assert shown in markdown_text(Leaderboard(title="x", rows=(row,)), None)
+
+
+def test_the_page_shows_the_results_and_is_well_formed_and_self_contained() -> None:
+    text = html_text(board(), b"\x89PNG")
+    page = Table(text)
+    (esol,) = [row for row in page.rows if row[0].startswith("esolRMSE")]
+    assert esol[1:] == ["1.0000 ± 0.1414", "1.2500 ± 0.0707", "2.0000 ± 0.0000"]
+    standing = next(row for row in page.rows if row[0] == MEAN)
+    assert standing[1:4] == ["2", "0", "3.00"]
+    assert [link for link in page.links if not link.startswith("data:image/png;base64,")] == [
+        "esol/report.md", "bbbp/report.md", "esol/report.md", "bbbp/report.md",
+    ]  # fmt: skip
+    assert not re.search(r"https?:|@import|url\(", text)
+
+
+def test_nothing_of_a_name_or_a_reason_becomes_a_tag_and_no_secret_is_shown() -> None:
+    text = html_text(board(), None)
+    assert "<script" not in text
+    assert html.escape("label <script>|2.5 is none") in text
+    for shown in (text, markdown_text(board(), None), csv_text(board())):
+        assert "secret" not in shown
+        assert "s3://***@bucket has none" in shown
+
+
+def test_the_figure_has_a_dot_for_each_model_and_task_with_a_baseline() -> None:
+    figure = draw_gains(board())
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["esol", "bbbp"]
+    for number, name in enumerate((MODEL, FOREST, MEAN)):
+        points = axes.containers[number]
+        assert points.get_label() == name
+        rows = [(row, row.models[number]) for row in board().finished]
+        gains = [gain for row, model in rows if (gain := row.gain(model)) is not None]
+        assert points.lines[0].get_xdata() == pytest.approx([mean for mean, _ in gains])
+        assert [round(y) for y in points.lines[0].get_ydata()] == [0, 1]
+        bars = [segment[:, 0] for segment in points.lines[2][0].get_segments()]
+        assert [(high - low) / 2 for low, high in bars] == pytest.approx([std for _, std in gains])
+
+
+def write_results(out: Path, folder: str, value: dict[str, Any]) -> None:
+    storage.write_json(str(out / folder / "results.json"), value)
+
+
+def test_written_leaderboards_are_read_again_with_the_newest_results(tmp_path: Path) -> None:
+    write_results(tmp_path, "esol", ESOL)
+    states = (
+        TaskRow(name="esol", status=Status.WAITING),
+        TaskRow(name="bbbp", status=Status.WAITING),
+        TaskRow(name="hiv", status=Status.ABSENT, reason="no file"),
+    )
+    first = Leaderboard(title=tmp_path.name, rows=rows_of_states(str(tmp_path), states))
+    assert [row.status for row in first.rows] == ["finished", "waiting", "absent"]
+    assert write_leaderboard(str(tmp_path), first) == str(tmp_path / "leaderboard.html")
+    names = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert names == {f"leaderboard.{end}" for end in ("csv", "html", "json", "md")}
+    assert (tmp_path / "figures/leaderboard.png").is_file()
+    assert read_leaderboard(str(tmp_path)) == first
+    write_results(tmp_path, "bbbp", BBBP)
+    again = read_leaderboard(str(tmp_path))
+    assert [row.status for row in again.rows] == ["finished", "finished", "absent"]
+    assert again.rows[1] == row_of_results(BBBP, "bbbp")
+
+
+def test_results_without_a_leaderboard_are_found_in_folders_or_in_the_directory_itself(
+    tmp_path: Path,
+) -> None:
+    write_results(tmp_path, "all/esol", ESOL)
+    write_results(tmp_path, "all/bbbp", BBBP)
+    write_results(tmp_path, "all/bbbp/deeper/below", BBBP)
+    found = read_leaderboard(str(tmp_path / "all"))
+    assert [row.name for row in found.rows] == ["bbbp", "esol"]
+    alone = read_leaderboard(str(tmp_path / "all/esol"))
+    assert [row.name for row in alone.rows] == ["esol"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"holds neither .*nor finished results"):
+        read_leaderboard(str(tmp_path / "empty"))
+
+
+def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None:
+    other_split = results("bbbp", "roc_auc", [0.9], split_hash="00" * 8)
+    better = results("esol", "rmse", [0.5], entry(FOREST, [9.0], [9.0]))
+    boards = {
+        "old": board(),
+        "new": Leaderboard(
+            title="new", rows=(row_of_results(better, "esol"), row_of_results(other_split, "bbbp"))
+        ),
+    }
+    found = compare(boards)
+    assert [row.name for row in found.rows] == ["esol", "bbbp", "bbbp", "muv", "hiv", "bace"]
+    esol = found.rows[0]
+    assert [model.name for model in esol.models] == [
+        f"{MODEL} (old)", f"{MODEL} (new)", FOREST, MEAN,
+    ]  # fmt: skip
+    assert esol.best == (f"{MODEL} (new)",)
+    assert [model.test.mean for model in esol.models if model.name == FOREST] == [1.25]
+    assert {row.split_hash for row in found.rows[1:3]} == {"5f" * 8, "00" * 8}
+    with pytest.raises(ConfigError, match="found 1"):
+        compare({"old": board()})

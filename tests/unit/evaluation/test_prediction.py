@@ -1,0 +1,218 @@
+"""A row of predictions says what the models say of that molecule, whatever else is predicted beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
+from moleblend_ray.data.block import block_from_table
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain
+from moleblend_ray.evaluation.ensemble import Member
+from moleblend_ray.evaluation.finetune import predict
+from moleblend_ray.evaluation.prediction import Predictor
+from moleblend_ray.evaluation.property_model import SavedProperty, Standardisation, TrainedProperty
+from moleblend_ray.evaluation.similarity import packed_ecfp
+from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+
+CPU = torch.device("cpu")
+TINY = ModelConfig(num_layers=2, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+TRAINING = ("CCCO", "CCCN", "OCc1ccccc1", "c1ccccc1")
+# Flexible ones, one that has a single atom, and one that stays 2D.
+FLEXIBLE = ("CCCCO", "NCCC(=O)O", "CCOCC", "OCCc1ccccc1", "C")
+FLAT = ("c1ccncc1", "CC(C)CO")
+
+
+def molecules(smiles: Sequence[str], conformers: ConformerConfig) -> list[Molecule]:
+    config = FeaturizeConfig(conformers=conformers)
+    found = [molecule_from_smiles(text, config) for text in smiles]
+    assert all(isinstance(molecule, Molecule) for molecule in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def table() -> pa.Table:
+    """Rows as of a shard: five molecules of three conformers, two of none."""
+    found = [
+        *molecules(FLEXIBLE, ConformerConfig(generate=True, count=3, timeout_s=60.0)),
+        *molecules(FLAT, ConformerConfig(generate=False)),
+    ]
+    names = ("atom_features", "bonds", "bond_features", "positions", "position_mask")
+    columns = {name: [getattr(m, name).reshape(-1).tolist() for m in found] for name in names}
+    return pa.table(
+        {
+            "mol_id": [f"id-{row}" for row in range(len(found))],
+            "source_row": np.arange(len(found)),
+            "smiles": [molecule.smiles for molecule in found],
+            "conformer_status": ["relaxed"] * len(FLEXIBLE) + ["none"] * len(FLAT),
+            "num_atoms": np.array([molecule.num_atoms for molecule in found], np.uint16),
+            "num_conformers": np.array([len(molecule.positions) for molecule in found], np.uint8),
+            "atom_features": pa.array(columns["atom_features"], pa.list_(pa.uint8())),
+            "bonds": pa.array(columns["bonds"], pa.list_(pa.uint16())),
+            "bond_features": pa.array(columns["bond_features"], pa.list_(pa.uint8())),
+            "positions": pa.array(columns["positions"], pa.list_(pa.float32())),
+            "position_mask": pa.array(columns["position_mask"], pa.list_(pa.bool_())),
+        }
+    )
+
+
+def member(
+    seed: int,
+    *,
+    kind: TaskKind = TaskKind.REGRESSION,
+    training: Sequence[str] | None = TRAINING,
+) -> Member:
+    torch.manual_seed(seed)
+    model = PropertyModel(MoleBlendModel(TINY), 2).eval()
+    # Weights as a model has them that was trained: those drawn at first hardly tell molecules apart.
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.mul_(20.0)
+    scale = 1.0 + seed if kind is TaskKind.REGRESSION else 1.0
+    trained = TrainedProperty(
+        task="esol",
+        kind=kind,
+        columns=("a", "b"),
+        unit="kcal/mol" if kind is TaskKind.REGRESSION else "",
+        standardisation=Standardisation(mean=np.zeros(2), std=np.full(2, scale)),
+    )
+    domain = None if training is None else ApplicabilityDomain.of(training)
+    return Member(
+        uri=f"model-{seed}", saved=SavedProperty(model, trained), fingerprint="", domain=domain
+    )
+
+
+def predictor(
+    *members: Member, conformers: int = 3, threshold: float | None = None, batch_size: int = 64
+) -> Predictor:
+    return Predictor.build(
+        members, conformers=conformers, threshold=threshold, batch_size=batch_size, device=CPU
+    )
+
+
+def numbers(table: pa.Table, statistic: str) -> np.ndarray:
+    """(M, 2) of the columns a and b; null as NaN."""
+    columns = (table[f"{statistic}:{name}"] for name in "ab")
+    return np.stack([column.to_numpy(zero_copy_only=False) for column in columns], axis=1)
+
+
+def by_hand(member: Member, table: pa.Table, conformer: int) -> np.ndarray:
+    """(M, 2) predictions from one conformer of each molecule, by the loop that fine-tuning uses."""
+    rows = np.arange(table.num_rows)
+    block = block_from_table(table, rows, np.full(table.num_rows, conformer))
+    outputs = predict(member.saved.model, block, rows, 4, CPU)
+    return member.saved.trained.readout(outputs)
+
+
+@pytest.mark.parametrize("kind", list(TaskKind))
+def test_an_ensemble_over_conformers_is_the_mean_of_each_model_on_each_conformer(
+    table: pa.Table, kind: TaskKind
+) -> None:
+    members = [member(seed, kind=kind) for seed in range(3)]
+    found = predictor(*members).part(table)
+    single = np.stack([[by_hand(m, table, c) for c in range(3)] for m in members])
+    np.testing.assert_allclose(
+        numbers(found, "prediction"), single.mean(axis=(0, 1)), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        numbers(found, "std"), single.mean(axis=1).std(axis=0, ddof=1), rtol=1e-3, atol=1e-6
+    )
+    spread = single.mean(axis=0).std(axis=0, ddof=1)
+    flexible = slice(0, len(FLEXIBLE))
+    np.testing.assert_allclose(
+        numbers(found, "conformer_std")[flexible], spread[flexible], rtol=1e-2, atol=1e-6
+    )
+    assert spread[flexible].max() > 1e-4, "the conformers of these molecules tell nothing apart"
+    assert np.isnan(numbers(found, "conformer_std")[len(FLEXIBLE) :]).all()
+    assert found["prediction:a"].null_count == 0
+    if kind is TaskKind.CLASSIFICATION:
+        assert ((numbers(found, "prediction") > 0) & (numbers(found, "prediction") < 1)).all()
+
+
+def test_with_one_conformer_the_first_counts_and_there_is_no_column_of_spreads(
+    table: pa.Table,
+) -> None:
+    one = member(0)
+    for conformers in (0, 1):
+        found = predictor(one, conformers=conformers).part(table)
+        np.testing.assert_allclose(
+            numbers(found, "prediction"), by_hand(one, table, 0), rtol=1e-4, atol=1e-6
+        )
+        assert found["std:a"].null_count == table.num_rows
+        assert "conformer_std:a" not in found.column_names
+
+
+def test_what_stands_beside_a_molecule_does_not_matter(table: pa.Table) -> None:
+    members = [member(0), member(1)]
+    whole = predictor(*members).part(table)
+    for batch_size in (1, 5):
+        asked = predictor(*members, batch_size=batch_size)
+        cut = [asked.part(table.slice(start, 2)) for start in range(0, table.num_rows, 2)]
+        for other in (asked.part(table), pa.concat_tables(cut)):
+            assert other.drop_columns(values := measured(other)).equals(whole.drop_columns(values))
+            for name in ("prediction", "std", "conformer_std"):
+                np.testing.assert_allclose(
+                    numbers(other, name), numbers(whole, name), rtol=1e-3, atol=1e-5
+                )
+
+
+def measured(table: pa.Table) -> list[str]:
+    return [name for name in table.column_names if ":" in name]
+
+
+def test_columns_are_the_source_s_then_each_property_s_with_its_unit(table: pa.Table) -> None:
+    found = predictor(member(0), member(1)).part(table)
+    assert found.column_names == [
+        *("mol_id", "source_row", "smiles", "conformer_status"),
+        *(f"{what}:{name}" for name in "ab" for what in ("prediction", "std", "conformer_std")),
+        *("similarity", "in_domain"),
+    ]
+    assert found["mol_id"].to_pylist() == table["mol_id"].to_pylist()
+    assert found.schema.field("std:b").metadata == {b"unit": b"kcal/mol"}
+    classes = predictor(member(0, kind=TaskKind.CLASSIFICATION)).schema
+    assert classes.field("prediction:a").metadata == {b"unit": b"probability"}
+
+
+def test_similarity_is_to_the_nearest_training_molecule_of_every_model(table: pa.Table) -> None:
+    smiles = table["smiles"].to_pylist()
+    other = ("CCCCO", "CC(C)C")
+    domains = [ApplicabilityDomain.of(training) for training in (TRAINING, other)]
+    nearest = np.stack([domain.similarity(packed_ecfp(smiles)) for domain in domains])
+    assert (nearest.argmin(axis=0) == 0).any()
+    assert (nearest.argmin(axis=0) == 1).any()
+
+    mixed = predictor(member(0), member(1), member(2, training=other)).part(table)
+    np.testing.assert_array_equal(mixed["similarity"].to_numpy(), nearest.min(axis=0))
+    inside = [values >= domain.threshold for values, domain in zip(nearest, domains, strict=True)]
+    assert mixed["in_domain"].to_pylist() == (inside[0] & inside[1]).tolist()
+
+    alike = predictor(member(0), threshold=0.3).part(table)
+    np.testing.assert_array_equal(alike["similarity"].to_numpy(), nearest[0])
+    assert alike["in_domain"].to_pylist() == (nearest[0] >= 0.3).tolist()
+    assert len(set(alike["in_domain"].to_pylist())) == 2
+
+
+def test_without_the_training_molecules_of_one_model_likeness_is_not_known(
+    table: pa.Table,
+) -> None:
+    found = predictor(member(0), member(1, training=None), threshold=0.3).part(table)
+    assert found["similarity"].null_count == found["in_domain"].null_count == table.num_rows
+    assert found["prediction:a"].null_count == 0
+
+
+def test_the_fingerprint_covers_models_and_training_molecules() -> None:
+    first, second = (dataclasses.replace(member(seed), fingerprint=str(seed)) for seed in range(2))
+    elsewhere = dataclasses.replace(first, domain=ApplicabilityDomain.of(["CC", "CO"]))
+    without = dataclasses.replace(first, domain=None)
+    sets = ([first], [second], [first, second], [second, first], [elsewhere], [without])
+    assert len({predictor(*members).fingerprint for members in sets}) == len(sets)
+    assert predictor(first, batch_size=2).fingerprint == predictor(first).fingerprint

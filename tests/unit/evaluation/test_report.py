@@ -1,0 +1,134 @@
+"""The report shows model and baselines as they did, and says what is absent."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.report import write_report
+from moleblend_ray.evaluation.results import (
+    BaselineResult,
+    Candidate,
+    SeedResult,
+    baseline_entry,
+    seeds_entry,
+)
+
+LABELS = np.array([[0.0], [1.0], [2.0]])
+
+
+def seeds(valid: float, *tests: float) -> list[SeedResult]:
+    return [
+        SeedResult(
+            seed=seed,
+            valid_score=valid,
+            test_score=test,
+            test_columns={"y": test},
+            columns_left_out=(),
+            epochs=1,
+            best_epoch=1,
+            seconds=1.0,
+            model=None,
+        )
+        for seed, test in enumerate(tests)
+    ]
+
+
+def baseline(kind: BaselineKind, valid: float, *tests: float) -> dict[str, Any]:
+    tried = [Candidate(settings={"alpha": 10.0**n}, valid_score=valid + n) for n in range(3)]
+    chosen = tried[0].settings
+    if kind is BaselineKind.SCRATCH:
+        tried, chosen = [], {"learning_rate": 1e-4, "epochs": 3}
+    return baseline_entry(
+        BaselineResult(
+            kind=kind,
+            chosen=chosen,
+            candidates=tuple(tried),
+            seeds=tuple(seeds(valid, *tests)),
+        )
+    )
+
+
+def results_of(**changes: Any) -> dict[str, Any]:
+    kind = changes.pop("kind", "regression")
+    is_class = kind == "classification"
+    split = {"kind": "scaffold", "train": 8, "valid": 1, "test": 3, "hash": "0f"}
+    return {
+        "task": {
+            "name": "own",
+            "kind": kind,
+            "columns": ["y"],
+            "metric": "roc_auc" if is_class else "rmse",
+            "higher_is_better": is_class,
+            "unit": "" if is_class else "eV",
+            "citation": "here",
+        },
+        "data": {
+            "molecules": 12,
+            "with_coordinates": 0,
+            "unlabelled": 0,
+            "quarantined": 0,
+            "fingerprint": "0f",
+            "split": split,
+        },
+        "checkpoint": {"uri": "/run", "fingerprint": "0f"},
+        "chosen": {"epochs": 3},
+        "final": seeds_entry("MoleBLEND, fine-tuned", seeds(0.5, 0.6, 0.8)),
+        "baselines": [
+            baseline(BaselineKind.FOREST, 0.3, 0.8, 0.8),
+            baseline(BaselineKind.DESCRIPTORS, 0.9, 0.1, 0.1),
+            baseline(BaselineKind.SCRATCH, 0.4, 0.9, 0.9),
+        ],
+        "baselines_absent": {},
+        "versions": {"python": "3"},
+        **changes,
+    }
+
+
+def report_of(tmp_path: Path, results: dict[str, Any]) -> str:
+    return Path(write_report(str(tmp_path), results, LABELS % 2, LABELS)).read_text()
+
+
+def names_in_table(text: str) -> list[str]:
+    rows = [line.split(" | ") for line in text.splitlines() if " ± " in line]
+    return [row[0].removeprefix("| ") for row in rows[1:]]  # the first row is the heading
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_rows_are_sorted_by_validation_and_the_model_stands_out(tmp_path: Path, kind: str) -> None:
+    names = names_in_table(report_of(tmp_path, results_of(kind=kind)))
+    ascending = [
+        "ECFP4 + random forest",
+        "MoleBLEND, from scratch",
+        "**MoleBLEND, fine-tuned**",
+        "RDKit descriptors + linear model",
+    ]
+    assert names == (ascending if kind == "regression" else ascending[::-1])
+
+
+def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) -> None:
+    text = report_of(tmp_path, results_of())
+    assert "fine-tuned is 0.1000 better in RMSE in eV than ECFP4 + random forest, the best" in text
+    text = report_of(tmp_path, results_of(kind="classification"))
+    assert "0.6000 better in ROC-AUC than RDKit descriptors + linear model, the best" in text
+    text = report_of(tmp_path, results_of(baselines=[baseline(BaselineKind.FOREST, 0.1, 0.2)]))
+    assert "fine-tuned is 0.5000 worse" in text
+
+
+def test_the_chosen_settings_of_each_baseline_are_shown(tmp_path: Path) -> None:
+    text = report_of(tmp_path, results_of())
+    assert "| ECFP4 + random forest | alpha=1 | 3 |" in text
+    assert "| MoleBLEND, from scratch | those of the model | 1 |" in text
+
+
+def test_absent_baselines_are_named_with_their_reason(tmp_path: Path) -> None:
+    reason = {"scratch": "the model itself starts from scratch"}
+    text = report_of(tmp_path, results_of(baselines=[], baselines_absent=reason))
+    assert "\n- MoleBLEND, from scratch: absent, the model itself starts from scratch\n" in text
+    assert names_in_table(text) == ["**MoleBLEND, fine-tuned**"]
+    assert "than" not in text
+    assert "## Baselines" not in report_of(tmp_path, results_of(baselines=[]))

@@ -1,0 +1,151 @@
+"""Several tasks in one command: what each is given, and what is refused before any of them begins."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import ray
+
+from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
+from moleblend_ray.evaluation.sources import task_sources
+from moleblend_ray.orchestration.downstream import question
+from moleblend_ray.orchestration.many import _run_tasks, _task_configs, finetune_tasks
+
+RESULTS = {
+    "task": {"name": "esol", "metric": "rmse", "higher_is_better": False, "unit": "log10(mol/L)"},
+    "data": {"molecules": 60, "split": {"kind": "scaffold", "hash": "5f" * 8}},
+    "final": {
+        "name": "MoleBLEND, from scratch",
+        "valid": {"mean": 1.0, "std": 0.0, "values": [1.0]},
+        "test": {"mean": 1.5, "std": 0.0, "values": [1.5]},
+    },
+}
+
+
+def config_for(folder: Path, *names: str) -> FinetuneConfig:
+    return FinetuneConfig(
+        task=TaskConfig(name=names, source=str(folder / "tables")), out=str(folder / "out")
+    )
+
+
+def fill(folder: Path, *names: str) -> None:
+    (folder / "tables").mkdir(exist_ok=True)
+    for name in names:
+        (folder / "tables" / name).write_text("smiles,split\nC,train\nN,valid\nO,test\n")
+
+
+def finish(config: FinetuneConfig) -> None:
+    """What a finished fine-tuning of one task leaves, as far as it is looked at."""
+    storage.write_json(storage.join(config.out, "results.json"), RESULTS)
+    storage.write_json(storage.join(config.out, "config.json"), {"config": question(config)})
+
+
+def test_all_missing_files_are_told_at_once_and_nothing_is_written(tmp_path: Path) -> None:
+    fill(tmp_path, "esol.csv")
+    config = config_for(tmp_path, "esol", "bbbp", "freesolv")
+    with pytest.raises(ConfigError, match=r"bbbp \(bbbp\.csv\); freesolv .*skip_missing=true"):
+        finetune_tasks(config)
+    nothing = dataclasses.replace(
+        config_for(tmp_path, "bbbp").task, skip_missing=True, source=str(tmp_path / "tables")
+    )
+    with pytest.raises(ConfigError, match="has no molecules for bbbp"):
+        finetune_tasks(dataclasses.replace(config, task=nothing))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_a_single_task_is_not_taken_for_several(tmp_path: Path) -> None:
+    fill(tmp_path, "esol.csv")
+    config = config_for(tmp_path, "esol")
+    finish(config)
+    with pytest.raises(ConfigError, match="results of a single task"):
+        finetune_tasks(config)
+
+
+def test_other_settings_are_refused_before_a_leaderboard_of_errors_is_written(
+    tmp_path: Path,
+) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    config = config_for(tmp_path, "esol", "bbbp")
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    finish(_task_configs(config, sources)["bbbp"])
+    with pytest.raises(ConfigError, match="split_seed: 0 there, 7 here"):
+        finetune_tasks(dataclasses.replace(config, split_seed=7))
+    assert not list((tmp_path / "out").glob("leaderboard*"))
+
+
+def test_finished_tasks_need_no_cluster_and_make_the_leaderboard_again(tmp_path: Path) -> None:
+    fill(tmp_path, "esol.csv")
+    config = config_for(tmp_path, "esol", "freesolv")
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, skip_missing=True))
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    finish(_task_configs(config, sources)["esol"])
+    was_running = ray.is_initialized()
+    sessions = []
+    summary = _run_tasks(config, lambda _: sessions.append(ray.is_initialized()))
+    assert sessions == [was_running]
+    assert (summary.tasks, summary.tasks_finished, summary.tasks_absent) == (2, 1, 1)
+    assert summary.already_finished
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert "1.5000 ± 0.0000" in text
+    assert "- freesolv: absent: " in text
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "error", [DataError("no labels"), TrainingError("no labels"), RuntimeError("no labels")]
+)
+def test_a_task_that_fails_is_recorded_the_next_one_is_done_and_the_end_names_it(
+    tmp_path: Path, ray_cluster: None, error: Exception
+) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+
+    def run(config: FinetuneConfig) -> None:
+        if config.task.name == "bbbp":
+            raise error
+        finish(config)
+
+    with pytest.raises(TrainingError, match="1 of 2 tasks failed: bbbp: no labels"):
+        _run_tasks(config_for(tmp_path, "bbbp", "esol"), run)
+    rows = storage.read_json(str(tmp_path / "out/leaderboard.json"))["tasks"]
+    assert [(row["name"], row["status"], row["reason"]) for row in rows] == [
+        ("bbbp", "failed", "no labels"),
+        ("esol", "finished", ""),
+    ]
+
+
+@pytest.mark.ray
+def test_a_checkpoint_that_cannot_be_read_ends_the_command_at_once(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    tried = []
+
+    def run(config: FinetuneConfig) -> None:
+        tried.append(config.task.name)
+        raise CheckpointError("damaged")
+
+    with pytest.raises(CheckpointError, match="damaged"):
+        _run_tasks(config_for(tmp_path, "bbbp", "esol"), run)
+    assert tried == ["bbbp"]
+
+
+def test_tasks_have_folders_and_sources_of_their_own_or_share_one_prepared_for_all(
+    tmp_path: Path,
+) -> None:
+    fill(tmp_path, "esol.csv", "qm9.csv")
+    config = config_for(tmp_path, "esol", "qm9_gap", "qm9_mu")
+    task = dataclasses.replace(config.task, split_column="split", skip_missing=True)
+    config = dataclasses.replace(config, task=task)
+    found = _task_configs(config, task_sources(task.source, tuple(task.tasks().values())))
+    assert {name: one.out for name, one in found.items()} == {
+        name: str(tmp_path / "out" / name) for name in ("esol", "qm9_gap", "qm9_mu")
+    }
+    esol, gap, mu = (found[name].task for name in found)
+    assert (esol.source, esol.split_column) == (str(tmp_path / "tables/esol.csv"), "split")
+    assert gap.source == mu.source == str(tmp_path / "out/data/qm9")
+    assert (gap.split_column, gap.split_file) == (None, str(tmp_path / "out/data/qm9.split.json"))
+    assert not any(one.is_group or one.skip_missing for one in (esol, gap, mu))
