@@ -48,6 +48,10 @@ _RULES = (
 )
 
 
+_LOWEST_GAIN = -100.0
+"""Percent; one model that is many times worse would leave no room to tell the others apart."""
+
+
 def write_leaderboard(out: str, board: Leaderboard) -> str:
     """Write the figure and ``leaderboard.csv``, ``.md``, ``.html`` and ``.json`` below ``out``; the URI of the page."""
     figure = gain_figure(board)
@@ -303,7 +307,11 @@ def draw_gains(board: Leaderboard) -> Figure | None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for line in range(1, len(rows)):
         axes.axhline(line - 0.5, color=_GREY, linewidth=0.4, alpha=0.5)
-    axes.set_xlabel("gain in the test score over the baseline that is best on validation, %")
+    label = "gain in the test score over the baseline that is best on validation, %"
+    if axes.get_xlim()[0] < _LOWEST_GAIN:
+        axes.set_xlim(left=1.03 * _LOWEST_GAIN)
+        label += f"\n(models below {_LOWEST_GAIN:g} % stand at the edge)"
+    axes.set_xlabel(label)
     _make_neutral(axes)
     figure.legend(
         loc="outside upper left", ncols=2, frameon=False, fontsize="small", labelcolor=_GREY
@@ -325,7 +333,7 @@ def _draw_model(
         return
     offset = 0.0 if count == 1 else 0.6 * (index / (count - 1) - 0.5)
     axes.errorbar(
-        [gain[0] for _, gain in points],
+        [max(gain[0], _LOWEST_GAIN) for _, gain in points],
         [place + offset for place, _ in points],
         xerr=[gain[1] for _, gain in points],
         fmt=_MARKERS[index % len(_MARKERS)],

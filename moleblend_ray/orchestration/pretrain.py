@@ -173,6 +173,9 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
 def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What a run is: settings that must not change between its checkpoints."""
     settings = to_dict(config)
+    if not config.blend.show_all:
+        # Runs of earlier versions, which all blended, do not name it.
+        del settings["blend"]["show_all"]
     return {
         "data_fingerprint": manifest.fingerprint,
         # Part of the fingerprint, and here by name: whoever prepares data anew should see why they are others.
