@@ -124,6 +124,8 @@ class Evidence(Stages):
             "task.train_molecules=1000",
             "task.valid_molecules=400",
         )
+        board = f"{self.out}/samples"
+        self.run("leaderboard", "leaderboard", board, f"run={board}")
 
     def pretraining_sources(self) -> list[str]:
         folder = storage.absolute(str(self.data)).rstrip("/")
@@ -174,7 +176,7 @@ class Evidence(Stages):
     def qm9(self) -> None:
         self.sweep(
             "qm9",
-            "qm9_gap,qm9_alpha",
+            "[qm9_gap,qm9_alpha]",
             f"{self.data}/qm9.parquet",
             self.budget.qm9_epochs,
             "task.id_column=mol_id",
@@ -184,7 +186,7 @@ class Evidence(Stages):
 
     def moleculenet(self, name: str, tasks: Sequence[str], epochs: int, *, conformers: int) -> None:
         source = f"{self.data}/moleculenet"
-        self.sweep(name, ",".join(tasks), source, epochs, f"task.conformers={conformers}")
+        self.sweep(name, f"[{','.join(tasks)}]", source, epochs, f"task.conformers={conformers}")
 
     def sweep(self, name: str, tasks: str, source: str, epochs: int, *more: str) -> None:
         budget = self.budget
@@ -192,7 +194,7 @@ class Evidence(Stages):
             name,
             "sweep",
             f"{self.out}/{name}",
-            f"task.name=[{tasks}]",
+            f"task.name={tasks}",
             f"task.source={source}",
             f"checkpoint={self.checkpoint}",
             f"out={self.out}/{name}",
