@@ -239,7 +239,11 @@ def read_leaderboard(out: str) -> Leaderboard:
             name.removesuffix(RESULTS_NAME).rstrip("/") for name in names if _is_results(name)
         ]
         rows = [TaskRow(name=folder, status=Status.WAITING) for folder in folders]
-    found = [read_row(out, folder) or row for row, folder in zip(rows, folders, strict=True)]
+    # A directory of one task has its results in itself.
+    found = [
+        read_row(out, folder) or read_row(out, row.results) or row
+        for row, folder in zip(rows, folders, strict=True)
+    ]
     if not found:
         raise DataError(
             f"{out} holds neither {LEADERBOARD_NAME}.json nor finished results; expected the `out` of a "

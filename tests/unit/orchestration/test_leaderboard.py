@@ -54,3 +54,9 @@ def test_models_of_several_runs_stand_side_by_side_under_the_shortest_names(tmp_
     assert not list(first.glob("leaderboard*"))
     with pytest.raises(DataError, match="is of results elsewhere"):
         leaderboard(LeaderboardConfig(run=str(out)))
+
+
+def test_a_leaderboard_of_one_task_s_own_directory_can_be_made_again(tmp_path: Path) -> None:
+    run = write_results(tmp_path, 0.5) / "esol"
+    first, second = (leaderboard(LeaderboardConfig(run=str(run))) for _ in range(2))
+    assert second.wins == first.wins == {"MoleBLEND, fine-tuned": 1, "forest": 0}
