@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -31,8 +30,6 @@ from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.stages import Stages
 from moleblend_ray.training.metrics import read_records
-
-logger = logging.getLogger("moleblend_ray.results")
 
 LARGE_TASKS = ("hiv", "muv")
 """Too many molecules for conformers here: fine-tuned in 2D."""
@@ -221,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(STAGES), help="stages to run")
     parser.add_argument("--threads", type=int, default=2, help="CPUs to use")
     options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    if not set(only) <= set(STAGES):
+        parser.error(f"--only: expected some of {', '.join(STAGES)}, found {options.only}")
     evidence = Evidence(
         data=options.data,
         out=options.out,
@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console_logging(verbose=False),
             ray_session(ClusterConfig(num_workers=options.threads), data_cpus=options.threads),
         ):
-            evidence.run_all(options.only.split(","))
+            evidence.run_all(only)
         report = write_report(evidence)
     except MoleBlendError as error:
         print(f"results: {error}", file=sys.stderr)
