@@ -317,10 +317,14 @@ def _fit_forest(examples: Examples, group: Sequence[Settings]) -> list[NDArray[n
         if examples.kind is TaskKind.CLASSIFICATION:
             forest = RandomForestClassifier(**settings, **fixed)
             forest.fit(examples.inputs, examples.classes)
-            outputs.append(forest.predict_proba(examples.asked)[:, 1])
         else:
             forest = RandomForestRegressor(**settings, **fixed)
             forest.fit(examples.inputs, examples.targets)
+        # Several threads add up the trees as they finish, in another order each time.
+        forest.n_jobs = 1
+        if examples.kind is TaskKind.CLASSIFICATION:
+            outputs.append(forest.predict_proba(examples.asked)[:, 1])
+        else:
             outputs.append(forest.predict(examples.asked))
     return outputs
 
