@@ -94,7 +94,7 @@ ARMS: Final = {
     "2d-blend": Arm(
         says="pairs blended 0.4 / 0.4 / 0.2", blend={"pair_probabilities": (0.4, 0.4, 0.2)}
     ),
-    "no-blend": Arm(says="every pair and atom shows all relations", blend={"show_all": True}),
+    "no-blend": Arm(says="every pair and atom shows all relations", blend={"view_probabilities": (0.0, 0.0, 0.0, 1.0)}),
     "no-denoising": Arm(says="no denoising loss", loss={"denoise_weight": 0.0}),
     "batch-blend": Arm(says="one blend a step for all molecules", blend={"per_batch": True}),
     SCRATCH: Arm(says="no pretraining"),

@@ -24,7 +24,7 @@ from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.layers import freeze_lowest, lr_factors
+from moleblend_ray.evaluation.layers import freeze_lowest, lr_factors, renew_highest
 from moleblend_ray.evaluation.property_model import Standardisation
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -151,7 +151,9 @@ def build_model(
     readout = ReadoutConfig(
         relations=settings.relations, readout=settings.readout, dropout=settings.head_dropout
     )
-    return PropertyModel(build_pretrained(start), num_targets, readout)
+    model = PropertyModel(build_pretrained(start), num_targets, readout)
+    renew_highest(model, settings.fresh_blocks)
+    return model
 
 
 def finetune_once(

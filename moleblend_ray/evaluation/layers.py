@@ -11,7 +11,7 @@ from typing import Final
 
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.model.moleblend import PropertyModel
+from moleblend_ray.model.moleblend import PropertyModel, init_weights
 
 _BLOCK: Final = re.compile(r"encoder\.layers\.(\d+)\.")
 
@@ -36,6 +36,17 @@ def lr_factors(model: PropertyModel, settings: FinetuneSettings) -> Callable[[st
         return head if below == 0 else settings.layer_decay**below
 
     return factor
+
+
+def renew_highest(model: PropertyModel, num_blocks: int) -> None:
+    """Draw the highest ``num_blocks`` blocks anew, as for pretraining; ConfigError if the model has fewer."""
+    most = model.config.num_layers
+    if num_blocks > most:
+        raise ConfigError(
+            f"finetune.fresh_blocks: expected 0 to {most}, the blocks of the model, found {num_blocks}"
+        )
+    for block in model.encoder.layers[most - num_blocks :]:
+        init_weights(block)
 
 
 def freeze_lowest(model: PropertyModel, num_blocks: int | None) -> None:

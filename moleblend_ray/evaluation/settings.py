@@ -22,6 +22,9 @@ class FinetuneSettings:
     block); 1 trains all alike."""
     frozen_blocks: int | None = None
     """Keep the embeddings and this many of the lowest blocks as they were pretrained; 0: the embeddings alone; null: all train."""
+    fresh_blocks: int = 0
+    """Draw this many of the highest blocks anew: they are made for the relation heads of pretraining, and what a property needs
+    lies lower (Zhang et al., "Revisiting Few-sample BERT Fine-tuning", ICLR 2021)."""
     head_warmup_epochs: int = 0
     """First epochs in which the property head alone is trained."""
     weight_decay: float = 1e-6
@@ -73,7 +76,7 @@ class FinetuneSettings:
             ),
             *(
                 (getattr(self, name) >= 0, f"{name}: expected >= 0, found {getattr(self, name)}")
-                for name in ("weight_decay", "head_warmup_epochs")
+                for name in ("weight_decay", "fresh_blocks", "head_warmup_epochs")
             ),
             *(
                 (

@@ -13,6 +13,7 @@ Shape legend: B molecules, N atoms (padded).
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from enum import IntEnum
@@ -24,7 +25,7 @@ from torch import Tensor
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import BlendConfig
 
-__all__ = ["AtomFeature", "Blend", "BlendConfig", "Relation", "draw_blend", "philox"]
+__all__ = ["AtomFeature", "Blend", "BlendConfig", "Relation", "View", "draw_blend", "philox"]
 
 _MASK: Final = 0xFFFFFFFF
 _ROUND_MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
@@ -47,34 +48,54 @@ class AtomFeature(IntEnum):
     GEOMETRY = 1
 
 
+class View(IntEnum):
+    """What a molecule shows; values of ``Blend.view``, in the order of ``BlendConfig.view_probabilities``."""
+
+    BLENDED = 0
+    TOPOLOGY = 1
+    GEOMETRY = 2
+    ALL = 3
+
+
+_SHOW_TOPOLOGY: Final = (View.TOPOLOGY, View.ALL)
+_SHOW_GEOMETRY: Final = (View.GEOMETRY, View.ALL)
+
+
 class _Purpose(IntEnum):
     PAIR_CHOICE = 0
     ATOM_CHOICE = 1
     NOISE = 2
+    VIEW = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blend:
     """The random choices for one batch. Padding entries are undefined."""
 
-    pair_choice: Tensor | None
-    """(B, N, N) uint8, a Relation at [a, b]; None: every pair shows all."""
-    atom_choice: Tensor | None
-    """(B, N) uint8, an AtomFeature; None: every atom shows all."""
+    pair_choice: Tensor
+    """(B, N, N) uint8, a Relation at [a, b]: what a pair of a blended molecule shows."""
+    atom_choice: Tensor
+    """(B, N) uint8, an AtomFeature: what an atom of a blended molecule shows."""
     noise: Tensor
     """(B, N, 3) float32, angstrom, added to the positions; 0 where they are missing."""
+    view: Tensor | None = None
+    """(B,) uint8, a View; None: all molecules are blended."""
 
     def shows_pair(self, relation: Relation) -> Tensor:
-        """(B, N, N) bool, or () if of all pairs: those that show ``relation``."""
-        if self.pair_choice is None:
-            return torch.ones((), dtype=torch.bool, device=self.noise.device)
-        return self.pair_choice == relation
+        """(B, N, N) bool: pairs that show ``relation``."""
+        return self._shown(self.pair_choice, relation, geometry=relation == Relation.GEOMETRY)
 
     def shows_atom(self, feature: AtomFeature) -> Tensor:
-        """(B, N) bool, or () if of all atoms: those that show ``feature``."""
-        if self.atom_choice is None:
-            return torch.ones((), dtype=torch.bool, device=self.noise.device)
-        return self.atom_choice == feature
+        """(B, N) bool: atoms that show ``feature``."""
+        return self._shown(self.atom_choice, feature, geometry=feature == AtomFeature.GEOMETRY)
+
+    def _shown(self, choice: Tensor, wanted: int, *, geometry: bool) -> Tensor:
+        chosen = choice == wanted
+        if self.view is None:
+            return chosen
+        view = self.view.view(-1, *(1,) * (choice.ndim - 1))
+        first, second = _SHOW_GEOMETRY if geometry else _SHOW_TOPOLOGY
+        return torch.where(view == View.BLENDED, chosen, (view == first) | (view == second))
 
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -97,9 +118,10 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tens
 def draw_blend(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Blend:
     """The choices and the noise of ``batch``, a function of (seed, step, molecule id, atoms) alone."""
     return Blend(
-        pair_choice=None if config.show_all else _pair_choice(batch, config, seed),
-        atom_choice=None if config.show_all else _atom_choice(batch, config, seed),
+        pair_choice=_pair_choice(batch, config, seed),
+        atom_choice=_atom_choice(batch, config, seed),
         noise=_noise(batch, config, seed),
+        view=_view(batch, config, seed),
     )
 
 
@@ -135,6 +157,22 @@ def _atom_choice(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor
     threshold = config.atom_probabilities[0] / math.fsum(config.atom_probabilities)
     geometry = word.double() / _TWO_TO_32 >= threshold
     return (geometry & batch.position_mask).to(torch.uint8)
+
+
+def _view(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor | None:
+    blended, topology, geometry, _ = config.view_probabilities
+    if blended >= 1.0:
+        return None
+    counter = _counter(_Purpose.VIEW, batch.step, batch.molecule_ids, batch.molecule_ids * 0)
+    word, *_ = philox(counter, seed)
+    uniform = word.double() / _TWO_TO_32 * math.fsum(config.view_probabilities)
+    view = sum(
+        (uniform >= edge).to(torch.uint8)
+        for edge in itertools.accumulate((blended, topology, geometry))
+    )
+    assert isinstance(view, Tensor)
+    whole = (batch.position_mask == batch.atom_mask).all(1)
+    return view.masked_fill((view == View.GEOMETRY) & ~whole, View.TOPOLOGY)
 
 
 def _noise(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ PAPER_EDGE_VOCAB: Final = (4, 3, 2)
 NUM_PAPER_EDGE_CLASSES: Final = 24
 """Product of PAPER_EDGE_VOCAB."""
 
-LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise")
+LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise", "environment")
 """The pretraining losses, in the order of ``losses.loss_counts``."""
 
 
@@ -44,6 +44,9 @@ class ModelConfig:
     """Predict the displacement direction of each atom pair, in the frame of the coordinates."""
     distance_head: bool = False
     """Predict the distance of each atom pair, which rotations leave alone."""
+    environment_bins: int = 0
+    """Predict from the graph token how often each circular atom environment (radius 0 to 2) occurs, folded into so many bins; 0:
+    no such head, and the graph token, which no other target asks for anything, learns only to serve the atoms."""
     missing_positions: Literal["mask", "origin"] = "mask"
     """``mask``: atoms without coordinates take no part in 3D relations. ``origin``: they take part as if
     at (0, 0, 0), as in the official code."""
@@ -65,7 +68,11 @@ class ModelConfig:
                     getattr(self, name) >= least,
                     f"{name}: expected at least {least}, found {getattr(self, name)}",
                 )
-                for name, least in (*((name, 1) for name in sizes), ("num_spd_classes", 2))
+                for name, least in (
+                    *((name, 1) for name in sizes),
+                    ("num_spd_classes", 2),
+                    ("environment_bins", 0),
+                )
             ),
             *(
                 (
@@ -85,6 +92,11 @@ class ModelConfig:
         )
 
     @property
+    def environment_head(self) -> bool:
+        """Whether the graph token has a target."""
+        return self.environment_bins > 0
+
+    @property
     def num_edge_classes(self) -> int:
         """Classes of the edge head for each hop."""
         return NUM_PAPER_EDGE_CLASSES + int(self.edge_other_class)
@@ -99,8 +111,10 @@ class BlendConfig:
     A pair without coordinates shares out the last one over the first two in proportion."""
     atom_probabilities: tuple[float, float] = (0.4, 0.6)
     """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
-    show_all: bool = False
-    """Show every relation of every pair and every feature of every atom, instead of one of each (no blending; for comparisons)."""
+    view_probabilities: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
+    """Probability that a molecule is blended; shows all its 2D relations and no other; its 3D relations and no other; or all of
+    them. Fine-tuning shows molecules in the last three ways, which blended ones alone never prepare for. A molecule that lacks
+    coordinates of an atom shows 2D where it would have shown 3D."""
     noise_std_angstrom: float = 0.2
     """Standard deviation of the Gaussian noise added to each coordinate."""
     per_batch: bool = False
@@ -111,6 +125,7 @@ class BlendConfig:
         check_all(
             _distribution("pair_probabilities", self.pair_probabilities, 3),
             _distribution("atom_probabilities", self.atom_probabilities, 2),
+            _distribution("view_probabilities", self.view_probabilities, 4),
             (
                 self.noise_std_angstrom >= 0.0,
                 f"noise_std_angstrom: expected at least 0, found {self.noise_std_angstrom}",
@@ -132,6 +147,8 @@ class LossConfig:
     """Pair distance: absolute error in angstrom, mean as for the direction. Needs ``model.distance_head``."""
     denoise_weight: float = 6.0
     """Coordinate noise: 1 - cosine, mean over the atoms that show their 3D feature."""
+    environment_weight: float = 0.0
+    """Atom environments: squared error of log(1 + count), sum over bins, mean over molecules. Needs ``model.environment_bins``."""
     visible_pair_weight: float = 1.0
     """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
     ignore_other_bonds: bool = False
@@ -197,6 +214,10 @@ def check_objective(model: ModelConfig, loss: LossConfig) -> None:
                 f"found {loss.weight(name):g}",
             )
             for name in ("direction", "distance")
+        ),
+        (
+            loss.environment_weight <= 0.0 or model.environment_head,
+            f"loss.environment_weight: expected 0 while model.environment_bins is 0, found {loss.environment_weight:g}",
         ),
         (
             model.edge_other_class or loss.ignore_other_bonds,

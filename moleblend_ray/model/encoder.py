@@ -183,11 +183,16 @@ class Encoder(nn.Module):
         """(S, D) tokens before the first LayerNorm: categories plus the visible feature of each atom."""
         categories, degree = self.atoms(batch)
         merged = batch.pack_atoms(geometry.merged) * MERGED_DISTANCE_SCALE
-        if blend is None or blend.atom_choice is None:
+        if blend is None:
             atoms = categories + degree + merged
-        else:
+        elif blend.view is None:
             shows_degree = batch.pack_atoms(blend.atom_choice)[:, None] == AtomFeature.DEGREE
             atoms = categories + torch.where(shows_degree, degree, merged.to(degree.dtype))
+        else:
+            shown = [
+                batch.pack_atoms(blend.shows_atom(feature))[:, None] for feature in AtomFeature
+            ]
+            atoms = categories + degree * shown[0] + (merged * shown[1]).to(degree.dtype)
         graph = self.atoms.graph_token.to(atoms.dtype).expand(batch.num_molecules, -1)
         tokens: Tensor = atoms.new_zeros(len(batch.token_index), atoms.shape[1])
         tokens = tokens.index_copy(0, batch.graph_token, graph)
@@ -198,12 +203,15 @@ class Encoder(nn.Module):
     ) -> Tensor:
         """(B, H, T, T) float32: visible relations between atoms, the virtual distance on the graph token's links."""
         spd, edge = precise(self.topology.spd_bias(batch)), precise(self.topology.edge_bias(batch))
-        if blend is None or blend.pair_choice is None:
+        if blend is None:
             pairs = spd + edge + precise(geometry.bias)
-        else:
+        elif blend.view is None:
             choice = blend.pair_choice[..., None]
             graph = torch.where(choice == Relation.SPD, spd, edge)
             pairs = torch.where(choice == Relation.GEOMETRY, precise(geometry.bias), graph)
+        else:
+            shown = [blend.shows_pair(relation)[..., None] for relation in Relation]
+            pairs = spd * shown[0] + edge * shown[1] + precise(geometry.bias) * shown[2]
         bias: Tensor = F.pad(pairs, (0, 0, 1, 0, 1, 0))
         T = bias.shape[1]
         token = torch.arange(T, device=bias.device)

@@ -79,7 +79,9 @@ def pretraining_flops(config: ModelConfig) -> ForwardFlops:
     outputs = [config.num_spd_classes, NUM_HOPS * config.num_edge_classes]
     outputs += [3] if config.direction_head else []
     outputs += [1] if config.distance_head else []
-    total = encoder_flops(config) + denoising_head_flops(config)
+    environments = 2 * config.dim * config.environment_bins
+    total = ForwardFlops(constant=environments, linear=0.0, quadratic=0.0)
+    total = total + encoder_flops(config) + denoising_head_flops(config)
     for num_outputs in outputs:
         total = total + pair_head_flops(config, num_outputs)
     return total

@@ -22,6 +22,7 @@ from moleblend_ray.model.config import (
     PAPER_EDGE_VOCAB,
     LossConfig,
 )
+from moleblend_ray.model.environments import environment_counts
 from moleblend_ray.model.moleblend import MoleBlendOutput
 from moleblend_ray.model.precision import precise
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
@@ -86,7 +87,7 @@ def count_other_bonds(batch: MoleculeBatch) -> Tensor:
 
 
 def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
-    """(5,) float64: what each sum of ``pretraining_loss_sums`` must be divided by, known before the forward pass."""
+    """(6,) float64: what each sum of ``pretraining_loss_sums`` must be divided by, known before the forward pass."""
     spd = _pair_weight(
         batch.pair_mask & (batch.spd > 0) & (batch.spd != UNREACHABLE), blend, config, Relation.SPD
     )
@@ -95,7 +96,7 @@ def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tenso
     )
     molecules = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY).sum((1, 2)) > 0
     atoms = noised_atoms(batch, blend, config)
-    counts = (spd, edge, molecules, molecules, atoms)
+    counts = (spd, edge, molecules, molecules, atoms, batch.num_atoms > 0)
     return torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
 
@@ -115,13 +116,16 @@ def pretraining_loss_sums(
             if output.distance is None
             else _distance_sum(output.distance, batch, blend, config),
             "denoise": _denoise_sum(output.noise, batch, blend, config),
+            "environment": nothing
+            if output.environments is None
+            else _environment_sum(output.environments, batch),
         }
 
 
 def total_loss(sums: Mapping[str, Tensor], global_counts: Tensor, config: LossConfig) -> Tensor:
     """() float32: this micro-batch's part of the step's loss, ``sum of weight * sum / count``.
 
-    ``global_counts`` (5,) are those of the whole step, all micro-batches and ranks together; a loss that counts
+    ``global_counts`` (6,) are those of the whole step, all micro-batches and ranks together; a loss that counts
     nothing anywhere contributes 0.
     """
     means = loss_means(sums, global_counts)
@@ -207,6 +211,11 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
     return (
         (loss * weight).sum((1, 2)) / torch.where(total > 0, total, torch.ones_like(total))
     ).sum()
+
+
+def _environment_sum(predicted: Tensor, batch: MoleculeBatch) -> Tensor:
+    counts = environment_counts(batch, predicted.shape[-1])
+    return (precise(predicted) - counts.log1p()).square().sum()
 
 
 def _denoise_sum(

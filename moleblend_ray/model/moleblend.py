@@ -50,6 +50,8 @@ class MoleBlendOutput:
     """(B, N, N), angstrom; None without the head."""
     noise: Tensor
     """(B, N, 3), parallel to the noise on an atom."""
+    environments: Tensor | None
+    """(B, K) log(1 + count) of each bin of atom environments; None without the head."""
 
 
 class MoleBlendModel(nn.Module):
@@ -64,6 +66,10 @@ class MoleBlendModel(nn.Module):
         self.direction_head = PairHead(config, (3,)) if config.direction_head else None
         self.distance_head = PairHead(config, ()) if config.distance_head else None
         self.denoising_head = DenoisingHead(config)
+        # Linear: what is asked for must lie in the graph token itself.
+        self.environment_head = (
+            nn.Linear(config.dim, config.environment_bins) if config.environment_head else None
+        )
         self.init_weights()
 
     @classmethod
@@ -84,7 +90,7 @@ class MoleBlendModel(nn.Module):
 
     def init_weights(self) -> None:
         """Draw all weights anew and fill constant buffers; for models built on the meta device, after ``to_empty``."""
-        _init_weights(self)
+        init_weights(self)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None = None) -> MoleBlendOutput:
         """Predict all relations from those that ``blend`` shows (None: from all of them, without noise)."""
@@ -99,6 +105,9 @@ class MoleBlendModel(nn.Module):
             noise=self.denoising_head(
                 atoms, encoded.bias[:, :, 1:, 1:], encoded.displacement, batch
             ),
+            environments=None
+            if self.environment_head is None
+            else self.environment_head(_graph_states(encoded, batch)),
         )
 
     def embed(self, batch: MoleculeBatch) -> Tensor:
@@ -126,7 +135,7 @@ class PropertyModel(nn.Module):
         width = self.config.dim * (2 if self.readout.readout == "token+mean" else 1)
         self.head = PropertyHead(width, num_targets, self.readout.dropout)
         self.register_buffer("reference", torch.zeros(NUM_ELEMENTS, num_targets))
-        _init_weights(self.head)
+        init_weights(self.head)
 
     def forward(self, batch: MoleculeBatch) -> Tensor:
         """(B, num_targets) predictions: values for regression, logits for classification."""
@@ -166,7 +175,7 @@ def _graph_states(encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
     return encoded.tokens.index_select(0, batch.graph_token)
 
 
-def _init_weights(model: nn.Module) -> None:
+def init_weights(model: nn.Module) -> None:
     """Normal weights of standard deviation 0.02 and zero biases; modules with weights of their own draw them."""
     for module in model.modules():
         if isinstance(module, nn.Linear):

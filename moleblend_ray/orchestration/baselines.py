@@ -42,6 +42,7 @@ from moleblend_ray.evaluation.results import (
     Training,
 )
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
+from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.workers import reserved_threads
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]
         checkpoint=None,
         model=start.model,
         # Frozen blocks would stay as they were drawn.
-        finetune=dataclasses.replace(config.finetune, frozen_blocks=None),
+        finetune=dataclasses.replace(config.finetune, frozen_blocks=None, fresh_blocks=0),
     )
     found = train(
         scratch, dataclasses.replace(bench, experiment=experiment, shared=ray.put(experiment))
@@ -123,7 +124,10 @@ class _FeatureBaselines:
 
     def __init__(self, config: PropertyConfig, bench: Bench) -> None:
         self._out = config.out
-        self._options = {"num_cpus": config.cluster.cpus_per_worker}
+        self._options = {
+            "num_cpus": config.cluster.cpus_per_worker,
+            **placed(config.cluster.data_labels),
+        }
         self._num_jobs = reserved_threads(config.cluster)
         self._baseline = config.baseline
         self._experiment = bench.experiment

@@ -37,6 +37,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
+from moleblend_ray.model.config import BlendConfig
 from moleblend_ray.orchestration.elastic import ElasticTrainer
 from moleblend_ray.orchestration.local import (
     environment_defaults,
@@ -173,9 +174,11 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
 def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     """What a run is: settings that must not change between its checkpoints."""
     settings = to_dict(config)
-    if not config.blend.show_all:
-        # Runs of earlier versions, which all blended, do not name it.
-        del settings["blend"]["show_all"]
+    # Runs of earlier versions do not name what they did not have.
+    if config.blend.view_probabilities == BlendConfig().view_probabilities:
+        del settings["blend"]["view_probabilities"]
+    if not config.model.environment_head:
+        del settings["model"]["environment_bins"]
     return {
         "data_fingerprint": manifest.fingerprint,
         # Part of the fingerprint, and here by name: whoever prepares data anew should see why they are others.

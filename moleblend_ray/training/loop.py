@@ -102,7 +102,7 @@ class PretrainingObjective(nn.Module):
         self.loss = loss
 
     def forward(self, batch: MoleculeBatch, blend: Blend, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """() this micro-batch's part of the step's loss, and (5,) float64 its sums in order of LOSS_NAMES, detached."""
+        """() this micro-batch's part of the step's loss, and (6,) float64 its sums in order of LOSS_NAMES, detached."""
         sums = pretraining_loss_sums(self.model(batch, blend), batch, blend, self.loss)
         detached = torch.stack([sums[name].detach().double() for name in LOSS_NAMES])
         return total_loss(sums, counts, self.loss), detached
@@ -157,13 +157,14 @@ def fit(
     report: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     after_step: Callable[[], None] | None = None,
+    on_step: Callable[[Record], None] | None = None,
     on_anomaly: Callable[[Anomaly], None] | None = None,
     skipped_before: int = 0,
 ) -> FitResult:
     """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
-    gets the record of every ``log_every``-th step; all of them are committed with the checkpoints, and kept in memory no
+    gets the record of every ``log_every``-th step, ``on_step`` (on every rank) of each; all of them are committed with the checkpoints, and kept in memory no
     longer. ``checkpoints`` is closed at the end. ``data_wait_s`` of a record is the time in which no step was ready on the
     device. A stop commits what was done and returns. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
     skipped already.
@@ -193,6 +194,8 @@ def fit(
             is_last = done == num_steps
             if validate is not None and not stop and (is_last or _is_due(done, learner)):
                 record |= validate()
+            if on_step is not None:
+                on_step(record)
             if report is not None and (is_last or stop or done % learner.train.log_every == 0):
                 report(record)
             if checkpoints is not None:

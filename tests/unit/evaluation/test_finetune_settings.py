@@ -109,6 +109,26 @@ def test_more_frozen_blocks_than_there_are_is_an_error_that_says_how_many(
         freeze_lowest(build_model(pretrained, 1, QUICK, 0), 3)
 
 
+@pytest.mark.parametrize(("fresh", "new"), [(0, {3}), (1, {2, 3}), (2, {1, 2, 3})])
+def test_fresh_blocks_are_drawn_anew_and_the_others_stay_as_they_were_pretrained(
+    pretrained: StartingPoint, fresh: int, new: set[int]
+) -> None:
+    settings = dataclasses.replace(QUICK, fresh_blocks=fresh)
+    model = build_model(pretrained, 1, settings, 0)
+    assert changed(model, pretrained) == new
+    again, other = (build_model(pretrained, 1, settings, seed) for seed in (0, 1))
+    weight = model.encoder.layers[-1].attention.qkv.weight
+    assert torch.equal(weight, again.encoder.layers[-1].attention.qkv.weight)
+    assert torch.equal(weight, other.encoder.layers[-1].attention.qkv.weight) == (fresh == 0)
+
+
+def test_more_fresh_blocks_than_there_are_is_an_error_that_says_how_many(
+    pretrained: StartingPoint,
+) -> None:
+    with pytest.raises(ConfigError, match=r"0 to 2.*found 3"):
+        build_model(pretrained, 1, dataclasses.replace(QUICK, fresh_blocks=3), 0)
+
+
 def test_the_head_trains_alone_while_it_warms_up_and_all_does_afterwards(
     molecules: LabelledMolecules, pretrained: StartingPoint
 ) -> None:
@@ -401,6 +421,7 @@ def test_training_draws_conformers_anew_each_epoch_by_the_seed(
         ({"layer_decay": 0.0}, "layer_decay"),
         ({"layer_decay": 1.5}, "layer_decay"),
         ({"frozen_blocks": -1}, "frozen_blocks"),
+        ({"fresh_blocks": -1}, "fresh_blocks"),
         ({"head_warmup_epochs": -1}, "head_warmup_epochs"),
         ({"head_learning_rate": 0.0}, "head_learning_rate"),
         ({"attention_dropout": 1.0}, "attention_dropout"),

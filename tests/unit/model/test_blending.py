@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.model.blending import AtomFeature, BlendConfig, Relation, draw_blend, philox
+from moleblend_ray.model.blending import (
+    AtomFeature,
+    BlendConfig,
+    Relation,
+    View,
+    draw_blend,
+    philox,
+)
 
 # Known answers of Philox4x32-10 in the Random123 distribution (kat_vectors): counter, key, result.
 KNOWN_ANSWERS = [
@@ -26,6 +33,10 @@ KNOWN_ANSWERS = [
 def test_philox_gives_the_known_answers(counter, key, expected) -> None:
     words = philox(tuple(torch.tensor([word]) for word in counter), key[0] | key[1] << 32)
     assert tuple(int(word) for word in words) == expected
+
+
+def only(view: View) -> BlendConfig:
+    return BlendConfig(view_probabilities=tuple(float(view == other) for other in View))
 
 
 def big_batch(count: int = 60, step: int = 0):
@@ -118,6 +129,8 @@ def test_only_3d_asked_for_and_none_there_falls_back_to_the_graph() -> None:
         {"pair_probabilities": (0.5, 0.5)},
         {"pair_probabilities": (float("nan"), 0.5, 0.5)},
         {"atom_probabilities": (0.4, 0.5)},
+        {"view_probabilities": (0.5, 0.5)},
+        {"view_probabilities": (0.5, 0.5, 0.5, -0.5)},
         {"noise_std_angstrom": -1.0},
     ],
 )
@@ -133,12 +146,57 @@ def test_probabilities_may_miss_one_by_rounding() -> None:
     assert (choice != Relation.GEOMETRY).all()
 
 
-def test_showing_all_relations_differs_from_blending_by_the_choices_alone() -> None:
+@pytest.mark.parametrize(
+    ("view", "relations", "features"),
+    [
+        (View.TOPOLOGY, {Relation.SPD, Relation.EDGE}, {AtomFeature.DEGREE}),
+        (View.GEOMETRY, {Relation.GEOMETRY}, {AtomFeature.GEOMETRY}),
+        (View.ALL, set(Relation), set(AtomFeature)),
+    ],
+)
+def test_a_view_differs_from_blending_by_the_choices_alone(view, relations, features) -> None:
     batch = big_batch(4)
     blended = draw_blend(batch, BlendConfig(), seed=5)
-    everything = draw_blend(batch, BlendConfig(show_all=True), seed=5)
-    assert torch.equal(everything.noise, blended.noise)
-    assert all(everything.shows_pair(relation).all() for relation in Relation)
-    assert all(everything.shows_atom(feature).all() for feature in AtomFeature)
+    found = draw_blend(batch, only(view), seed=5)
+    assert torch.equal(found.noise, blended.noise)
+    for relation in Relation:
+        assert (found.shows_pair(relation) == (relation in relations)).all()
+    for feature in AtomFeature:
+        assert (found.shows_atom(feature) == (feature in features)).all()
     shown = torch.stack([blended.shows_pair(relation) for relation in Relation])
     assert (shown.sum(0) == 1).all()
+
+
+def test_views_are_drawn_with_their_probabilities_and_leave_blended_molecules_as_they_were() -> (
+    None
+):
+    batch = zoo.batch([zoo.chain(2, seed=k) for k in range(4000)])
+    config = BlendConfig(view_probabilities=(0.4, 0.3, 0.1, 0.2))
+    found = draw_blend(batch, config, seed=5)
+    share = np.bincount(found.view.numpy(), minlength=4) / 4000
+    # 5 standard errors of a share of 0.4 are 0.039.
+    np.testing.assert_allclose(share, (0.4, 0.3, 0.1, 0.2), atol=0.039)
+    blended = found.view == View.BLENDED
+    before = draw_blend(batch, BlendConfig(), seed=5)
+    for relation in Relation:
+        kept = found.shows_pair(relation)[blended], before.shows_pair(relation)[blended]
+        assert torch.equal(*kept)
+
+
+def test_a_view_belongs_to_the_molecule_and_the_step() -> None:
+    config = BlendConfig(view_probabilities=(0.25, 0.25, 0.25, 0.25))
+    together = draw_blend(big_batch(40), config, seed=5).view
+    alone = [
+        draw_blend(zoo.batch([zoo.chain(20, seed=k)], ids=[k]), config, seed=5).view
+        for k in range(40)
+    ]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together, draw_blend(big_batch(40, step=1), config, seed=5).view)
+
+
+def test_a_molecule_without_all_coordinates_shows_its_graph_instead_of_nothing() -> None:
+    batch = zoo.batch([zoo.chain(4), zoo.chain(4).without_positions([2])])
+    found = draw_blend(batch, only(View.GEOMETRY), seed=0)
+    assert found.view.tolist() == [View.GEOMETRY, View.TOPOLOGY]
+    found = draw_blend(batch, only(View.ALL), seed=0)
+    assert found.view.tolist() == [View.ALL, View.ALL]

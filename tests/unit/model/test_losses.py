@@ -12,6 +12,7 @@ import torch
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig, ModelConfig, check_objective
+from moleblend_ray.model.environments import environment_counts
 from moleblend_ray.model.losses import (
     IGNORE,
     count_other_bonds,
@@ -29,6 +30,9 @@ TINY = ModelConfig(
 )
 
 
+ALL = (0.0, 0.0, 0.0, 1.0)
+
+
 def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
     B, N = batch.atom_mask.shape
     return MoleBlendOutput(
@@ -38,6 +42,7 @@ def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
         direction=torch.zeros(B, N, N, 3),
         distance=torch.zeros(B, N, N),
         noise=torch.zeros(B, N, 3),
+        environments=None,
     )
 
 
@@ -222,7 +227,7 @@ def test_step_loss_and_gradient_do_not_depend_on_how_molecules_are_cut_into_micr
 
 def test_total_is_the_weighted_sum_of_means() -> None:
     sums = {name: torch.tensor(float(k + 1)) for k, name in enumerate(LOSS_NAMES)}
-    counts = torch.tensor([2.0, 4.0, 1.0, 0.0, 10.0], dtype=torch.float64)
+    counts = torch.tensor([2.0, 4.0, 1.0, 0.0, 10.0, 0.0], dtype=torch.float64)
     total = total_loss(sums, counts, LossConfig(distance_weight=3.0))
     assert total.item() == pytest.approx(0.1 * 0.5 + 0.1 * 0.5 + 0.5 * 3.0 + 0.0 + 6 * 0.5)
 
@@ -230,8 +235,9 @@ def test_total_is_the_weighted_sum_of_means() -> None:
 def test_objective_that_the_model_cannot_serve_is_refused_naming_every_problem() -> None:
     model = ModelConfig(edge_other_class=False, direction_head=False)
     with pytest.raises(ConfigError) as caught:
-        check_objective(model, LossConfig(distance_weight=1.0))
-    for part in ("loss.direction_weight", "loss.distance_weight", "loss.ignore_other_bonds"):
+        check_objective(model, LossConfig(distance_weight=1.0, environment_weight=1.0))
+    parts = ("direction_weight", "distance_weight", "environment_weight", "ignore_other_bonds")
+    for part in (f"loss.{part}" for part in parts):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="edge_weight"):
         LossConfig(edge_weight=-1.0)
@@ -239,7 +245,7 @@ def test_objective_that_the_model_cannot_serve_is_refused_naming_every_problem()
 
 def test_without_blending_every_atom_with_noise_is_denoised_and_every_pair_is_visible() -> None:
     batch = zoo.batch([zoo.ring(5), zoo.chain(3).without_positions([0])])
-    blend = draw_blend(batch, BlendConfig(show_all=True), 0)
+    blend = draw_blend(batch, BlendConfig(view_probabilities=ALL), 0)
     usual = loss_counts(batch, blend, LossConfig())
     halved = loss_counts(batch, blend, LossConfig(visible_pair_weight=0.5))
     names = dict(zip(LOSS_NAMES, zip(usual.tolist(), halved.tolist(), strict=True), strict=True))
@@ -250,6 +256,37 @@ def test_without_blending_every_atom_with_noise_is_denoised_and_every_pair_is_vi
 
 def test_without_blending_the_encoder_sees_what_it_sees_in_fine_tuning() -> None:
     batch = zoo.batch([zoo.ring(5), zoo.chain(3)])
-    blend = draw_blend(batch, BlendConfig(show_all=True, noise_std_angstrom=0.0), 0)
+    blend = draw_blend(batch, BlendConfig(view_probabilities=ALL, noise_std_angstrom=0.0), 0)
     model = MoleBlendModel(TINY).eval()
     assert torch.equal(model(batch, blend).tokens, model(batch).tokens)
+
+
+def test_molecules_that_show_no_coordinates_are_not_denoised() -> None:
+    batch = zoo.batch([zoo.ring(5), zoo.chain(3)])
+    blend = draw_blend(batch, BlendConfig(view_probabilities=(0.0, 1.0, 0.0, 0.0)), 0)
+    counts = dict(zip(LOSS_NAMES, loss_counts(batch, blend, LossConfig()).tolist(), strict=True))
+    assert counts["denoise"] == 0
+    assert counts["distance"] == 2  # predicted from the graph
+
+
+def test_environments_cost_the_squared_error_of_the_logarithm_of_their_counts() -> None:
+    batch = zoo.batch([zoo.ring(5), zoo.chain(3)])
+    counts = environment_counts(batch, 8)
+    output = dataclasses.replace(nothing_predicted(batch), environments=counts.log1p())
+    blend, config = full_blend(batch), LossConfig(environment_weight=0.5)
+    assert means(output, batch, blend, config)["environment"] == 0.0
+    off = counts.log1p().clone()
+    off[1, 3] += 2.0
+    output = dataclasses.replace(output, environments=off)
+    assert means(output, batch, blend, config)["environment"] == pytest.approx(4.0 / 2)
+
+
+def test_the_graph_token_learns_from_the_environments_alone() -> None:
+    batch = zoo.batch([zoo.ring(5), zoo.chain(3)])
+    model = MoleBlendModel(dataclasses.replace(TINY, environment_bins=8)).eval()
+    blend = draw_blend(batch, BlendConfig(), 0)
+    sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
+    sums["environment"].backward()
+    assert model.encoder.atoms.graph_token.grad.abs().sum() > 0
+    assert model.environment_head.weight.grad.abs().sum() > 0
+    assert model.spd_head.weight.grad is None
