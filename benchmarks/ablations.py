@@ -228,7 +228,7 @@ def finetune(
         device=device,
     )
     outputs = predict(result.model.to(device), molecules.block, split.test, 128, device)
-    values = result.standardisation.restore(outputs)
+    values = result.trained.readout(outputs)
     return score(task.metric, values, molecules.labels[split.test], molecules.columns).value
 
 

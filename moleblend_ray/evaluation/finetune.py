@@ -25,7 +25,7 @@ from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.layers import freeze_lowest, lr_factors, renew_highest
-from moleblend_ray.evaluation.property_model import Standardisation
+from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task, TaskKind
@@ -88,8 +88,8 @@ class FinetuneResult:
 
     model: PropertyModel
     """In evaluation mode, on the CPU."""
-    standardisation: Standardisation
-    """From its outputs to the labels' unit."""
+    trained: TrainedProperty
+    """What it predicts, and how its outputs become values in the labels' unit, or probabilities."""
     history: tuple[EpochReport, ...]
     """Every epoch; the last one's ``best_valid_score`` is the run's validation score."""
 
@@ -175,6 +175,7 @@ def finetune_once(
     started = time.monotonic()
     model = build_model(start, len(molecules.columns), settings, seed)
     standardisation = _scale_labels(model, molecules, train, task, settings)
+    trained = TrainedProperty.of(task, molecules.columns, standardisation)
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
     model.to(device)
     trainer = _Trainer(molecules, targets, train, model, task, settings, seed, device)
@@ -182,12 +183,11 @@ def finetune_once(
     best, best_epoch, best_state = worst_score(task.metric), 0, model.state_dict()
     for epoch in range(1, settings.epochs + 1):
         train_loss = trainer.run_epoch(epoch - 1)
-        predictions = predict_mean(model, molecules, valid, settings.micro_batch_size, device)
+        predictions = predict_mean(
+            model, trained, molecules, valid, settings.micro_batch_size, device
+        )
         valid_score = score(
-            task.metric,
-            standardisation.restore(predictions),
-            molecules.labels[valid],
-            molecules.columns,
+            task.metric, predictions, molecules.labels[valid], molecules.columns
         ).value
         if is_better(task.metric, valid_score, best):
             best, best_epoch = valid_score, epoch
@@ -209,9 +209,7 @@ def finetune_once(
         if epoch - best_epoch >= settings.patience:
             break
     model.load_state_dict(best_state)
-    return FinetuneResult(
-        model=model.cpu().eval(), standardisation=standardisation, history=tuple(history)
-    )
+    return FinetuneResult(model=model.cpu().eval(), trained=trained, history=tuple(history))
 
 
 def _scale_labels(
@@ -352,14 +350,18 @@ def _head_alone(model: PropertyModel, *, enabled: bool) -> Iterator[None]:
 
 def predict_mean(
     model: PropertyModel,
+    trained: TrainedProperty,
     molecules: LabelledMolecules,
     indices: NDArray[np.int64],
     micro_batch_size: int,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """Raw outputs (K, T) for the molecules at ``indices`` (K,), each the mean over the molecule's conformers."""
+    """(K, T) values in the labels' unit, or probabilities, of the molecules at ``indices`` (K,): means over their conformers.
+
+    Of a classifier, probabilities are averaged and not logits, as when molecules are predicted later.
+    """
     if molecules.conformers is None:
-        return predict(model, molecules.block, indices, micro_batch_size, device)
+        return trained.readout(predict(model, molecules.block, indices, micro_batch_size, device))
     counts = molecules.conformers.counts[indices]
     total: NDArray[np.float64] | float = 0.0
     for number in range(int(counts.max())):
@@ -367,9 +369,9 @@ def predict_mean(
         block = molecules.posed(indices[having], np.full(len(having), number))
         rows = np.arange(len(having), dtype=np.int64)
         block = dataclasses.replace(block, molecule_ids=rows)
-        outputs = np.zeros((len(indices), model.num_targets))
-        outputs[having] = predict(model, block, rows, micro_batch_size, device)
-        total = total + outputs
+        values = np.zeros((len(indices), model.num_targets))
+        values[having] = trained.readout(predict(model, block, rows, micro_batch_size, device))
+        total = total + values
     return np.asarray(total / counts[:, None])
 
 

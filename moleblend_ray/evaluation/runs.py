@@ -24,7 +24,7 @@ from moleblend_ray.evaluation.finetune import (
     finetune_once,
     predict_mean,
 )
-from moleblend_ray.evaluation.property_model import TrainedProperty, save_property_model
+from moleblend_ray.evaluation.property_model import save_property_model
 from moleblend_ray.evaluation.results import SeedResult
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -70,9 +70,7 @@ def train_and_test(
         seed=seed,
         device=device,
     )
-    trained = TrainedProperty.of(task, molecules.columns, result.standardisation)
-    # Probabilities rank as their logits do, so ROC-AUC may be taken from what is stored.
-    predictions = _predictions(result, trained, experiment, settings, device)
+    predictions = _predictions(result, experiment, settings, device)
     test = score(
         task.metric, predictions[split.test], molecules.labels[split.test], molecules.columns
     )
@@ -81,7 +79,7 @@ def train_and_test(
     # A result of other settings must not stand beside a model of these.
     storage.delete(storage.join(folder, SEED_RESULT_NAME))
     save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
-    save_property_model(result.model, trained, folder)
+    save_property_model(result.model, result.trained, folder)
     _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
     last = result.history[-1]
     found = SeedResult(
@@ -144,7 +142,6 @@ def read_test_predictions(out: str, seed: int) -> tuple[NDArray[np.float64], NDA
 
 def _predictions(
     result: FinetuneResult,
-    trained: TrainedProperty,
     experiment: Experiment,
     settings: FinetuneSettings,
     device: torch.device,
@@ -152,11 +149,15 @@ def _predictions(
     """(M, T): validation and test molecules predicted, as numbers in the unit or probabilities; others NaN."""
     molecules, split = experiment.molecules, experiment.split
     rows = np.concatenate([split.valid, split.test])
-    outputs = predict_mean(
-        result.model.to(device), molecules, rows, settings.micro_batch_size, device
-    )
     predictions = np.full(molecules.labels.shape, np.nan)
-    predictions[rows] = trained.readout(outputs)
+    predictions[rows] = predict_mean(
+        result.model.to(device),
+        result.trained,
+        molecules,
+        rows,
+        settings.micro_batch_size,
+        device,
+    )
     return predictions
 
 

@@ -21,7 +21,6 @@ from moleblend_ray.evaluation.finetune import (
 )
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
-    TrainedProperty,
     load_property_model,
     save_property_model,
 )
@@ -139,7 +138,7 @@ def test_the_kept_weights_are_those_of_the_best_validation_epoch(
     assert reports[-1].best_epoch == 1 + scores.index(min(scores))
     rows = np.arange(0, len(sized), 4)
     outputs = predict(result.model, sized.block, rows, 32, CPU)
-    errors = result.standardisation.restore(outputs) - sized.labels[rows]
+    errors = result.trained.readout(outputs) - sized.labels[rows]
     assert np.sqrt((errors**2).mean()) == pytest.approx(result.valid_score)
 
 
@@ -198,7 +197,7 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     tmp_path: Path, sized: LabelledMolecules, tiny_start: StartingPoint
 ) -> None:
     result, _ = run(sized, ATOMS, tiny_start, FinetuneSettings(epochs=1))
-    trained = TrainedProperty.of(ATOMS, sized.columns, result.standardisation)
+    trained = result.trained
     save_property_model(result.model, trained, f"{tmp_path}/model")
     back = load_property_model(f"{tmp_path}/model")
     rows = np.arange(len(sized))

@@ -29,6 +29,7 @@ from moleblend_ray.evaluation.finetune import (
 )
 from moleblend_ray.evaluation.layers import depth, freeze_lowest, lr_factors
 from moleblend_ray.evaluation.property_model import (
+    Standardisation,
     TrainedProperty,
     load_property_model,
     save_property_model,
@@ -266,7 +267,7 @@ def test_what_atoms_add_up_to_needs_no_training_with_an_atom_reference(
     assert plain > 30
     assert result.valid_score < 1.5
 
-    trained = TrainedProperty.of(NUMBER, molecules.columns, result.standardisation)
+    trained = result.trained
     save_property_model(result.model, trained, str(tmp_path))
     back = load_property_model(str(tmp_path))
     rows = np.arange(len(molecules))
@@ -292,7 +293,7 @@ def test_bfloat16_trains_nearly_as_float32_and_is_judged_in_float32(
     assert half.history[0].train_loss == pytest.approx(full.history[0].train_loss, rel=0.03)
     rows = np.arange(0, len(molecules), 4)
     outputs = predict(half.model, molecules.block, rows, 32, CPU)
-    errors = half.standardisation.restore(outputs) - molecules.labels[rows]
+    errors = half.trained.readout(outputs) - molecules.labels[rows]
     assert np.abs(errors).mean() == pytest.approx(half.valid_score, rel=1e-6)
 
 
@@ -301,7 +302,7 @@ def test_a_saved_model_remembers_what_it_sees_and_reads(
 ) -> None:
     settings = dataclasses.replace(QUICK, relations="2d", readout="token+mean", epochs=1)
     result = train(molecules, pretrained, settings)
-    trained = TrainedProperty.of(NUMBER, molecules.columns, result.standardisation)
+    trained = result.trained
     save_property_model(result.model, trained, str(tmp_path))
     back = load_property_model(str(tmp_path)).model
     assert back.readout == result.model.readout
@@ -314,7 +315,7 @@ def test_models_of_the_first_format_are_read(
     result = train(molecules, pretrained, dataclasses.replace(QUICK, epochs=1))
     del result.model.reference
     result.model.register_buffer("reference", None)
-    trained = TrainedProperty.of(NUMBER, molecules.columns, result.standardisation)
+    trained = result.trained
     save_property_model(result.model, trained, str(tmp_path))
     path = tmp_path / "property.json"
     document = json.loads(path.read_text())
@@ -352,15 +353,18 @@ def flexible(make_labelled: MakeLabelled) -> LabelledMolecules:
     )
 
 
-def test_predictions_are_the_mean_over_the_conformers_that_a_molecule_has(
-    flexible: LabelledMolecules, pretrained: StartingPoint
+@pytest.mark.parametrize("task", [NUMBER, CLASS])
+def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_a_molecule_has(
+    flexible: LabelledMolecules, pretrained: StartingPoint, task: Task
 ) -> None:
+    scale = Standardisation(mean=np.array([3.0]), std=np.array([2.0]))
+    trained = TrainedProperty.of(task, flexible.columns, scale)
     model = build_model(pretrained, 1, QUICK, 0).eval()
     # At their initial size the coordinates would hardly show in the outputs.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     rows = np.array([6, 0, 1, 2])
-    found = predict_mean(model, flexible, rows, 3, CPU)
+    found = predict_mean(model, trained, flexible, rows, 3, CPU)
     assert flexible.conformers is not None
     for row, value in zip(rows, found, strict=True):
         singles = [
@@ -375,8 +379,10 @@ def test_predictions_are_the_mean_over_the_conformers_that_a_molecule_has(
             )[0]
             for number in range(flexible.conformers.counts[row])
         ]
-        np.testing.assert_allclose(value, np.mean(singles, axis=0), rtol=1e-5, atol=1e-6)
-    assert not np.allclose(found[0], predict(model, flexible.block, rows, 3, CPU)[0], atol=1e-7)
+        expected = np.mean([trained.readout(single) for single in singles], axis=0)
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+    first = trained.readout(predict(model, flexible.block, rows, 3, CPU))
+    assert not np.allclose(found[0], first[0], atol=1e-7)
 
 
 def test_taking_molecules_takes_their_conformers(flexible: LabelledMolecules) -> None:
