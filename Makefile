@@ -9,7 +9,7 @@ ARGS ?=
 DATA ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo results results-quick lint format clean
+.PHONY: help install test demo results results-quick lint audit audit-offline manifests format clean
 
 help:
 	@echo 'make install   create $(VENV) with the package, its tests and its linters'
@@ -18,6 +18,8 @@ help:
 	@echo 'make results-quick   a reduced version (minutes)'
 	@echo 'make test      all tests that need neither a GPU nor other data'
 	@echo 'make lint      ruff and mypy'
+	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
+	@echo 'make manifests   render and check the KubeRay manifests'
 	@echo 'make format    let ruff rewrite the sources'
 	@echo 'make clean     remove caches, builds and runs (not $(VENV))'
 
@@ -48,6 +50,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Published advisories for the pinned versions: what could not be looked up is a failure.
+audit: install
+	test -x $(VENV)/audit/bin/pip-audit || { $(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off -r constraints.txt
+
+audit-offline: install
+	$(BIN)/python -m pip check --disable-pip-version-check
+
+manifests: install
+	$(BIN)/python -m infra.checks
 
 format: install
 	$(BIN)/ruff check --fix .

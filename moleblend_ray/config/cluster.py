@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from moleblend_ray.errors import check_all
+
+_LABEL_PART: Final = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
+_LABEL_KEY: Final = re.compile(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_LABEL_PART}")
+_LABEL_VALUE: Final = re.compile(_LABEL_PART)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +36,12 @@ class ClusterConfig:
     """Logical CPUs each training worker reserves."""
     num_data_actors: int = 1
     """CPU actors of `prepare` and `embed`. The actors of `pretrain` are those of `stream`."""
+    data_labels: dict[str, str] | None = None
+    """Labels that a node must carry to run work on data: readers and actors of `prepare`, the actors of `stream`, baselines.
+    null: any node. With them, nodes with GPUs are left to those who need one."""
+    worker_labels: dict[str, str] | None = None
+    """Labels that a node must carry to run a model: training workers, trials, the actors of `embed` and `predict`. null:
+    any node with the resources."""
     local_cpus: int | None = None
     """Logical CPUs of a cluster started here; null: the machine's, but never fewer than the job reserves."""
     object_store_gib: float | None = None
@@ -36,6 +49,8 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         check_all(
+            *_label_checks("data_labels", self.data_labels),
+            *_label_checks("worker_labels", self.worker_labels),
             (self.num_workers >= 1, f"num_workers: expected >= 1, found {self.num_workers}"),
             (
                 self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
@@ -62,4 +77,15 @@ class ClusterConfig:
                 self.object_store_gib is None or self.object_store_gib >= 0.1,
                 f"object_store_gib: expected >= 0.1 or null, found {self.object_store_gib}",
             ),
+        )
+
+
+def _label_checks(name: str, labels: Mapping[str, str] | None) -> Iterator[tuple[bool, str]]:
+    """What Ray and Kubernetes ask of labels. Ray's operators ("!x", "in(x, y)") are not among the values: what they mean for the
+    room in a cluster would have to be known here as well."""
+    for key, value in (labels or {}).items():
+        yield (
+            _LABEL_KEY.fullmatch(key) is not None and _LABEL_VALUE.fullmatch(value) is not None,
+            f"{name}: expected a label (letters, digits, -, _ and ., at most 63; the key perhaps after PREFIX/), "
+            f"found {key}={value}",
         )

@@ -1,96 +1,255 @@
-"""The cluster manifests parse, fit KubeRay's schema where it is at hand, and agree with the package."""
+"""The image recipe agrees with the package and the manifests; what the pods run before they go does what it says."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import os
 import re
-import shlex
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
-import yaml
 
-from moleblend_ray.config.compose import load_config
-from moleblend_ray.config.pretrain import PretrainConfig
+from infra.checks.house import package_version
+from infra.checks.jobs import HOME
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MANIFESTS = sorted((REPOSITORY / "infra" / "kuberay").rglob("*.yaml"))
+DOCKER = REPOSITORY / "infra" / "docker"
+RECIPE = (DOCKER / "Dockerfile").read_text()
 
 
-def pinned(package: str) -> str:
-    text = (REPOSITORY / "constraints.txt").read_text()
-    found = re.search(rf"^{package}==(.+)$", text, re.M)
-    assert found is not None
-    return found[1]
-
-
-def manifest_of(file: Path) -> dict[str, Any]:
-    loaded = yaml.safe_load(file.read_text())
-    assert isinstance(loaded, dict)
-    return loaded
-
-
-@pytest.mark.shared_data
-@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
-def test_manifests_fit_the_schema_of_kuberay(file: Path, shared_data: Path) -> None:
-    jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((shared_data / "kuberay" / "rayjob-v1.schema.json").read_text())
-    jsonschema.validate(manifest_of(file), schema)
-
-
-@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
-def test_manifests_run_the_tested_ray_in_one_image_of_this_version(file: Path) -> None:
-    cluster = manifest_of(file)["spec"]["rayClusterSpec"]
-    assert cluster["rayVersion"] == pinned("ray")
-    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
-    images = {
-        container["image"]
-        for group in groups
-        for container in group["template"]["spec"]["containers"]
+def stages() -> dict[str, str]:
+    """The text of each stage of the recipe by its name."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", RECIPE, flags=re.M)
+    return {
+        name: f"{base}\n{text}" for base, name, text in zip(*[iter(parts[1:])] * 3, strict=True)
     }
-    version = re.search(r'^version = "(.+)"$', (REPOSITORY / "pyproject.toml").read_text(), re.M)
-    assert version is not None
-    assert images == {f"moleblend-ray:{version[1]}-gpu"}
 
 
-@pytest.mark.parametrize("file", MANIFESTS, ids=lambda file: file.name)
-def test_manifests_keep_the_operator_s_rules(file: Path) -> None:
-    manifest = manifest_of(file)
-    spec = manifest["spec"]
-    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", manifest["metadata"]["name"])
-    assert spec["shutdownAfterJobFinishes"] is True
-    assert isinstance(yaml.safe_load(spec["runtimeEnvYAML"]), dict)
-    for group in spec["rayClusterSpec"]["workerGroupSpecs"]:
-        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
-        assert not {"num-cpus", "num-gpus", "memory"} & set(group["rayStartParams"])
+def lineage(name: str) -> str:
+    """The text of a stage and of those it begins with."""
+    text = stages()[name]
+    base = text.split("\n", 1)[0]
+    return lineage(base) + text if base in stages() else text
 
 
-def test_the_pretraining_entrypoint_composes_and_fits_its_cluster() -> None:
-    spec = manifest_of(REPOSITORY / "infra" / "kuberay" / "pretrain.yaml")["spec"]
-    python, script, *overrides = shlex.split(spec["entrypoint"])
-    assert python == "python"
-    assert (REPOSITORY / script).is_file()
-    config = load_config(PretrainConfig, "pretrain", overrides)
-    gpus = sum(
-        group["replicas"] * int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
-        for group in spec["rayClusterSpec"]["workerGroupSpecs"]
-        for container in group["template"]["spec"]["containers"]
-    )
-    assert config.cluster.use_gpu
-    assert config.cluster.num_workers == gpus
-
-
-def test_the_docker_recipe_copies_only_what_exists() -> None:
-    recipe = (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text()
+def test_the_recipe_copies_only_what_exists_and_is_not_ignored() -> None:
     sources = {
-        source for line in re.findall(r"^COPY (.+)$", recipe, re.M) for source in line.split()[:-1]
+        source
+        for line in re.findall(r"^COPY (?!--)(.+)$", RECIPE, re.M)
+        for source in line.split()[:-1]
     }
+    assert {"jobs", "constraints.txt", "infra/docker/leave.py"} <= sources
     assert {source for source in sources if not (REPOSITORY / source).exists()} == set()
-    assert len(re.findall(r"^USER ray$", recipe, re.M)) == 2
+    ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+    assert ignore[1] == "*"
+    assert sources == {line[1:] for line in ignore if line.startswith("!")}
 
 
-def test_the_docker_recipe_names_no_package_index() -> None:
-    recipe = (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text()
-    assert "://" not in recipe
-    assert re.search(r"^ARG TORCH_INDEX$", recipe, re.M)
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_an_image_runs_as_nobody_special_with_the_pinned_versions(target: str) -> None:
+    text = lineage(target)
+    # By number, or Kubernetes cannot tell that it is not root.
+    assert re.findall(r"^USER (.+)$", text, re.M) == ["1000:1000"]
+    assert "useradd --create-home --uid 1000" in text
+    installs = re.findall(r"^(?:RUN |    )?.*pip install (.+)$", text, re.M)
+    assert len(installs) == 3
+    pinned = ("constraints.txt", "--no-deps --no-index")
+    assert all(any(how in install for how in pinned) for install in installs), installs
+    label = re.search(r'image\.version="(.+)"', text)
+    assert label is not None
+    assert label[1] == package_version()
+    for key in ("title", "description", "licenses", "revision"):
+        assert f"org.opencontainers.image.{key}=" in text
+    assert re.search(rf"^WORKDIR {HOME}$", text, re.M)
+
+
+def test_the_recipe_names_no_package_index_and_pins_its_base() -> None:
+    assert "://" not in RECIPE
+    assert re.search(r"^ARG TORCH_INDEX$", RECIPE, re.M)
+    assert re.search(r"^ARG BASE=python:3\.11\.\d+-slim-bookworm$", RECIPE, re.M)
+    assert {text.split("\n", 1)[0] for text in stages().values()} == {
+        "${BASE}", "base", "torch-cpu", "torch-gpu",
+    }  # fmt: skip
+
+
+def test_the_heavy_layers_come_before_those_that_change() -> None:
+    for target in ("cpu", "gpu"):
+        text = lineage(target)
+        order = [
+            "apt-get install",
+            "^torch==",
+            "-r /requirements.txt",
+            "--no-deps --no-index",
+            "COPY jobs",
+            "LABEL",
+        ]
+        places = [text.index(what) for what in order]
+        assert places == sorted(places)
+        # Code that changes with every commit would make everything below it anew.
+        assert "COPY moleblend_ray" not in text
+
+
+def test_the_documentation_builds_both_images_under_the_names_of_the_manifests() -> None:
+    page = (REPOSITORY / "infra" / "README.md").read_text()
+    for target in ("cpu", "gpu"):
+        assert re.search(
+            rf"docker build -f infra/docker/Dockerfile --target {target}\b.*moleblend-ray:{package_version()}-{target} \.",
+            page.replace("\\\n", " "),
+        )
+
+
+@pytest.fixture(scope="module")
+def leave() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("leave", DOCKER / "leave.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["leave"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def process(proc: Path, pid: int, parent: int, *words: str, name: str = "x") -> None:
+    folder = proc / str(pid)
+    folder.mkdir(parents=True)
+    (folder / "cmdline").write_bytes(b"\0".join(word.encode() for word in words))
+    (folder / "stat").write_text(f"{pid} ({name}) S {parent} 0 0 0")
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """A head with one job and a worker with one trainer, as Ray names them."""
+    proc = tmp_path / "proc"
+    process(proc, 1, 0, "/bin/bash", "-c", "ray start --block")
+    process(
+        proc,
+        20,
+        1,
+        "/opt/venv/ray/raylet/raylet",
+        "--port=0",
+        "--node_id=00ff12",
+        name="raylet (1) x",
+    )
+    process(proc, 30, 20, "ray::_StatsActor")
+    process(proc, 40, 20, "ray::JobSupervisor")
+    process(proc, 41, 40, "/bin/sh", "-c", "python jobs/pretrain.py")
+    process(proc, 42, 41, "python", "jobs/pretrain.py")
+    process(proc, 43, 40, "/bin/sh", "-c", "while kill -s 0 40; do sleep 1; done; kill -9 -41")
+    process(proc, 44, 43, "sleep", "1")
+    process(proc, 50, 20, "ray::RayTrainWorker")
+    process(proc, 60, 20, "python", "watch.py", "ray::RayTrainWorker", "--node_id=ee")
+    (proc / "meminfo").write_text("")
+    return proc
+
+
+def test_the_hook_knows_whom_to_tell_and_whom_to_wait_for(leave: ModuleType, proc: Path) -> None:
+    found = list(leave.processes(proc))
+    assert {process.pid for process in found} == {1, 20, 30, 40, 41, 42, 43, 44, 50, 60}
+    assert leave.node_id(found) == "00ff12"
+    assert [process.pid for process in leave.jobs(found)] == [41, 42]
+    assert [process.pid for process in leave.programs(found)] == [42]
+    assert [process.pid for process in leave.trainers(found)] == [50]
+
+
+def test_without_ray_the_hook_finds_nobody(leave: ModuleType, tmp_path: Path) -> None:
+    proc = tmp_path / "proc"
+    process(proc, 1, 0, "sleep", "infinity")
+    found = list(leave.processes(proc))
+    assert leave.node_id(found) is None
+    assert leave.jobs(found) == leave.trainers(found) == []
+
+
+def command(folder: Path, text: str) -> None:
+    """An executable `ray` that notes its arguments."""
+    file = folder / "ray"
+    file.write_text(textwrap.dedent(text))
+    file.chmod(file.stat().st_mode | stat.S_IXUSR)
+
+
+def test_a_worker_is_drained_before_it_is_waited_for(
+    leave: ModuleType,
+    proc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The trainer leaves once Ray was told.
+    command(tmp_path, f'#!/bin/sh\necho "$@" > {tmp_path}/told\nrm -r {proc}/50\n')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    everything = leave.processes
+    monkeypatch.setattr(leave, "processes", lambda: everything(proc))
+    assert leave.main(["worker", "--seconds", "30"]) == 0
+    assert (tmp_path / "told").read_text().split() == [
+        "drain-node",
+        "--node-id",
+        "00ff12",
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "the",
+        "pod",
+        "is",
+        "being",
+        "terminated",
+        "--deadline-remaining-seconds",
+        "30",
+    ]
+    assert "nothing left to wait for" in capsys.readouterr().err
+
+
+def test_a_head_that_is_gone_does_not_keep_a_worker(
+    leave: ModuleType,
+    proc: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command(tmp_path, "#!/bin/sh\necho no head >&2\nexit 1\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(leave, "_POLL_S", 0.05)
+    everything = leave.processes
+    monkeypatch.setattr(leave, "processes", lambda: everything(proc))
+    assert leave.main(["worker", "--seconds", "0.5"]) == 0
+    told = capsys.readouterr().err
+    assert "Ray was not told: no head" in told
+    assert "still there at the end: 50" in told
+
+
+def test_the_jobs_of_a_head_get_sigterm_and_the_time_to_commit(
+    leave: ModuleType, proc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = tmp_path / "committed"
+    script = f"""
+        import pathlib, signal, sys, time
+        def stop(*_):
+            time.sleep(1)
+            pathlib.Path({str(done)!r}).write_text("1")
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, stop)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    job = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE)
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline() == b"ready\n"
+
+        def seen() -> list[object]:
+            supervisor = leave.Process(-1, 0, "ray::JobSupervisor")
+            running = [leave.Process(job.pid, -1, "python jobs/pretrain.py")]
+            return [supervisor, *(running if job.poll() is None else [])]
+
+        monkeypatch.setattr(leave, "processes", seen)
+        assert leave.main(["head", "--seconds", "30"]) == 0
+        assert done.is_file()
+        assert job.wait(5) == 75
+    finally:
+        if job.poll() is None:
+            job.send_signal(signal.SIGKILL)
+            job.wait()

@@ -1,0 +1,123 @@
+"""The manifests as the rules look at them: clusters, groups of pods, pod templates, and where in a manifest each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from infra.checks.render import Manifest, identity
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    where: str
+    """Object and field."""
+    what: str
+    """What was found, what is expected."""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class Pods(NamedTuple):
+    """A pod template."""
+
+    owner: Manifest
+    where: str
+    """Object and field."""
+    role: str
+    """head, worker, submitter or job."""
+    template: Mapping[str, Any]
+    group: Mapping[str, Any]
+    """The worker or head group that it belongs to; of the others empty."""
+
+    @property
+    def spec(self) -> Mapping[str, Any]:
+        """The pod's specification."""
+        return dict(self.template.get("spec") or {})
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """Labels of the pod."""
+        return dict((self.template.get("metadata") or {}).get("labels") or {})
+
+    @property
+    def containers(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Each container and where it stands."""
+        return [
+            (f"{self.where}.spec.containers[{index}]", container)
+            for index, container in enumerate(self.spec.get("containers") or [])
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """All objects of one overlay, and what the rules compare them with."""
+
+    name: str
+    objects: Sequence[Manifest]
+    is_ready: bool = False
+    """Whether it is about to be applied: then no placeholder may be left."""
+    documented_secrets: frozenset[str] = field(default=frozenset({"moleblend-object-store"}))
+    """Secrets that users make by hand, as infra/README.md says."""
+
+    def of_kind(self, *kinds: str) -> list[Manifest]:
+        """The objects of these kinds."""
+        return [found for found in self.objects if found.get("kind") in kinds]
+
+    def names(self, kind: str) -> set[str]:
+        """Their names."""
+        return {found["metadata"]["name"] for found in self.of_kind(kind)}
+
+    def pods(self) -> Iterator[Pods]:
+        """Every pod template of every object."""
+        for found in self.objects:
+            yield from pods_of(found)
+
+
+def whole(node: Mapping[str, Any], key: str, default: int = 0) -> int:
+    """A whole number of a manifest; ``default`` if it is missing or none, which another rule tells."""
+    value = node.get(key, default)
+    return value if isinstance(value, int) and not isinstance(value, bool) else default
+
+
+def cluster_of(manifest: Manifest) -> tuple[str, Mapping[str, Any]] | None:
+    """The cluster's specification in a RayJob or RayCluster, and where it stands."""
+    spec = manifest.get("spec") or {}
+    if manifest.get("kind") == "RayCluster":
+        return f"{identity(manifest)} spec", spec
+    if manifest.get("kind") == "RayJob" and spec.get("rayClusterSpec"):
+        return f"{identity(manifest)} spec.rayClusterSpec", spec["rayClusterSpec"]
+    return None
+
+
+def worker_groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The worker groups of a cluster."""
+    return list(cluster.get("workerGroupSpecs") or [])
+
+
+def pods_of(manifest: Manifest) -> Iterator[Pods]:
+    """The pod templates of one object."""
+    found = cluster_of(manifest)
+    if found is not None:
+        where, cluster = found
+        head = cluster.get("headGroupSpec") or {}
+        yield Pods(
+            manifest, f"{where}.headGroupSpec.template", "head", head.get("template") or {}, head
+        )
+        for index, group in enumerate(worker_groups(cluster)):
+            place = f"{where}.workerGroupSpecs[{index}].template"
+            yield Pods(manifest, place, "worker", group.get("template") or {}, group)
+    spec = manifest.get("spec") or {}
+    if manifest.get("kind") == "RayJob" and "submitterPodTemplate" in spec:
+        where = f"{identity(manifest)} spec.submitterPodTemplate"
+        yield Pods(manifest, where, "submitter", spec["submitterPodTemplate"], {})
+    if manifest.get("kind") in ("Job", "Deployment", "StatefulSet", "DaemonSet"):
+        yield Pods(
+            manifest, f"{identity(manifest)} spec.template", "job", spec.get("template") or {}, {}
+        )
