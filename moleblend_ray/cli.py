@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -99,6 +100,21 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.config.downstream:PredictConfig",
         "moleblend_ray.orchestration.predict:predict",
     ),
+    "plan": Job(
+        "hours, machines, bytes, cost and the limiting resource of a run that is to come",
+        "moleblend_ray.config.plan:PlanConfig",
+        "moleblend_ray.orchestration.plan:plan",
+        flags=("measure", "json"),
+        show="moleblend_ray.orchestration.plan:show_plan",
+    ),
+    "status": Job(
+        "how far a command is, from the files it writes",
+        "moleblend_ray.config.status:StatusConfig",
+        "moleblend_ray.orchestration.status:status",
+        first_key="run",
+        flags=("json",),
+        show="moleblend_ray.orchestration.status:show_status",
+    ),
     "export": Job(
         "checkpoint of a run -> model.safetensors and config.json",
         "moleblend_ray.config.tools:ExportConfig",
@@ -110,6 +126,9 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.orchestration.tools:samples",
     ),
 }
+
+SUBMIT = "submit"
+"""Not a job, but the word before one that has a cluster elsewhere run it."""
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_UNFINISHED, EXIT_INTERRUPTED = 1, 2, 75, 130
 """EXIT_UNFINISHED (EX_TEMPFAIL of sysexits.h): stopped on request, all done so far is kept, the same command continues.
@@ -131,15 +150,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(job_help(options.job))
             return 0
         with console_logging(verbose=options.verbose):
-            return run_job(options.job, options.overrides, dry_run=options.dry_run)
+            run = submit_job if options.job == SUBMIT else partial(run_job, options.job)
+            return run(options.overrides, dry_run=options.dry_run)
     except MoleBlendError as error:
         # An error from a Ray task carries the remote traceback in its text; its cause is the plain error.
         cause = getattr(error, "cause", None) or error
-        errors.print(f"[bold red]moleblend {escape(options.job)}:[/] {escape(str(cause))}")
+        _tell(errors, f"moleblend {options.job}", str(cause))
         return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_ERROR
     except KeyboardInterrupt:
-        errors.print(f"moleblend {escape(options.job)}: interrupted; the same command continues")
+        _tell(errors, f"moleblend {options.job}", "interrupted; the same command continues")
         return EXIT_INTERRUPTED
+
+
+def _tell(errors: Console, who: str, what: str) -> None:
+    """Print why the command ended, without secrets: one JSON line where logs are JSON."""
+    from moleblend_ray.orchestration import logs
+
+    if line := logs.json_line(logging.ERROR, f"{who}: {what}"):
+        print(line, file=sys.stderr)
+    else:
+        errors.print(f"[bold red]{escape(who)}:[/] {escape(logs.Redactor()(what))}")
 
 
 def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
@@ -148,6 +178,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     from moleblend_ray.config.compose import load_config, to_yaml
     from moleblend_ray.config.describe import redact
     from moleblend_ray.config.paths import with_absolute_paths
+    from moleblend_ray.orchestration.logs import run_name, set_context
 
     job = _job(name)
     overrides = _spelled_out(job, overrides)
@@ -159,6 +190,7 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
             print(f"#   {key}: {path}")
         print("# nothing was read or written")
         return 0
+    set_context(run=run_name(config.out) if getattr(config, "out", None) else None)
     console = Console(highlight=False)
     if job.show is not None:
         return _show(console, job.show, load_reference(job.function)(config), config)
@@ -168,6 +200,34 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
     console.print(heading, _summary_table(summary, config), sep="\n")
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
+
+
+def submit_job(arguments: Sequence[str], *, dry_run: bool = False) -> int:
+    """Check a job's configuration here, then have a Ray cluster elsewhere run it (`dry_run`: print what would be sent); the exit
+    status of the job. The settings of the submission are options, all else is the job's own command."""
+    from moleblend_ray.config.builder import build, to_dict
+    from moleblend_ray.config.compose import load_config, to_yaml
+    from moleblend_ray.config.describe import redact
+    from moleblend_ray.config.submit import SubmitConfig, check_job, parse_arguments
+
+    flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
+    given = parse_arguments(arguments, flags)
+    job_config = None
+    if "job" in given:
+        job = _job(given["job"])
+        given["overrides"] = _spelled_out(job, given.get("overrides", []))
+        job_config = load_config(load_reference(job.config), given["job"], given["overrides"])
+    config = build(SubmitConfig, given)
+    if dry_run:
+        if job_config is not None:
+            check_job(config, job_config)
+            print(to_yaml(redact(to_dict(job_config))).rstrip())
+        print("\n".join(load_reference("moleblend_ray.orchestration.submit:plan")(config)))
+        return 0
+    summary = load_reference("moleblend_ray.orchestration.submit:submit")(config, job_config)
+    Console(highlight=False).print("\n[bold]moleblend submit[/]", _summary_table(summary, config))
+    status: int = summary.exit_status
+    return status
 
 
 def _show(console: Console, show: str, summary: Any, config: object) -> int:
@@ -197,6 +257,8 @@ def job_help(name: str) -> str:
     from moleblend_ray.config.compose import group_choices, job_groups
     from moleblend_ray.config.describe import describe
 
+    if name == SUBMIT:
+        return _submit_help()
     job = _job(name)
     first = f"{job.first_key.upper()} " if job.first_key else ""
     flags = "".join(f"[--{flag}] " for flag in job.flags)
@@ -220,8 +282,27 @@ def job_help(name: str) -> str:
     return "\n".join(lines)
 
 
+def _submit_help() -> str:
+    from moleblend_ray.config.submit import options_help
+
+    lines = [
+        f"moleblend {SUBMIT} JOB [KEY=VALUE ...] [--address URL] [--detach] [OPTION ...] [--dry-run]",
+        f"moleblend {SUBMIT} --follow ID | --stop ID [--address URL]",
+        "",
+        "  a job of this machine's command line -> a Ray cluster elsewhere; its log, and its exit status",
+        "",
+        "KEY=VALUE are the settings of the job (moleblend JOB --help). Options (OPTION: type = default):",
+    ]
+    return "\n".join([*lines, *options_help()])
+
+
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Options of the command, and job and overrides; among the latter the flags of jobs."""
+    if list(arguments[:1]) == [SUBMIT]:
+        common = {"--dry-run", "-v", "--verbose", "-h", "--help"}
+        known = _parser().parse_args([SUBMIT, *(text for text in arguments if text in common)])
+        known.overrides = [text for text in arguments[1:] if text not in common]
+        return known
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
     known = _parser().parse_intermixed_args([text for text in arguments if text not in flags])
     known.overrides += [text for text in arguments if text in flags]
@@ -247,6 +328,7 @@ def _overview() -> str:
 Jobs:
 {jobs}
 
+  submit JOB ...         have a Ray cluster elsewhere run the job: moleblend submit --help
   moleblend JOB --help   its settings, types and defaults
   --dry-run              print the resolved settings and what would run; touch nothing
   --verbose              show debug messages
@@ -322,11 +404,11 @@ def _table(left: str, right: str) -> Table:
 @contextlib.contextmanager
 def console_logging(*, verbose: bool = False) -> Iterator[None]:
     """Log records of the package on stderr, above a progress bar if one is shown."""
+    from moleblend_ray.orchestration.logs import console_formatter
+
     package_logger = logging.getLogger("moleblend_ray")
     handler = _AboveBar()
-    handler.setFormatter(
-        logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
-    )
+    handler.setFormatter(console_formatter())
     before = package_logger.level, package_logger.propagate
     package_logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     package_logger.addHandler(handler)

@@ -29,6 +29,8 @@ REQUIRED = {
     "leaderboard": ("run=runs/sweeps", "out=runs/board"),
     "embed": ("checkpoint=runs/run", "source=s3://b/x.csv", "out=runs/vectors"),
     "predict": ("models=[runs/esol,runs/other]", "source=s3://b/x.csv", "out=runs/predictions"),
+    "plan": ("molecules=1e9", "gpus=64", "out=runs/plan"),
+    "status": ("run=runs/run",),
     "export": ("checkpoint=runs/run", "out=runs/model"),
     "samples": ("out=runs/samples.parquet",),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
@@ -11,25 +10,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
+from moleblend_ray.planning import goodput
+
 BENCHMARK = Path(__file__).resolve().parents[2] / "benchmarks" / "goodput.py"
-
-
-def loaded() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("goodput", BENCHMARK)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["goodput"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-goodput = loaded()
 
 SYNC = goodput.Saving(interval_s=600.0, block_s=40.0)
 ASYNC = goodput.Saving(interval_s=600.0, block_s=2.0, flight_s=60.0, slow_down=0.25)
@@ -232,7 +219,7 @@ def test_sources_and_costs_are_what_the_page_says() -> None:
     assert hours == pytest.approx(
         {"llama3": 49.5, "rsc1_nodes": 28.8, "opt175b": 13.3, "rsc1_jobs": 7.9}, rel=0.01
     )
-    costs = goodput.Costs(checkpoint_bytes=12 * goodput.PARAMETERS["xl"], num_nodes=128)
+    costs = goodput.Costs(checkpoint_bytes=12 * 914_676_218, num_nodes=128)
     assert costs.save_s == pytest.approx(5 + 10.98 / 20, rel=1e-3)
     assert costs.read_s == pytest.approx(10.98 + 128 * 10.98 / 20, rel=1e-3)
 

@@ -23,6 +23,7 @@ LAYERS = (
     "model",
     "training",
     "evaluation",
+    "planning",
     "config",
     "orchestration",
     "cli",
@@ -128,6 +129,7 @@ def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
 def test_configurations_compose_without_torch_rdkit_or_ray() -> None:
     modules = modules_after(
         "import moleblend_ray.config.prepare, moleblend_ray.config.pretrain, moleblend_ray.config.downstream"
+        ", moleblend_ray.config.plan, moleblend_ray.config.status"
     )
     assert not {"torch", "rdkit", "ray"} & modules
 

@@ -1,0 +1,217 @@
+"""What `moleblend plan` predicts for two workers from measurements of one, beside the rate of a real run with two.
+
+    python benchmarks/plan.py [--preset tiny] [--batch 64] [--steps 60] [--rounds 2] [--strategy fsdp] [--cpu-seconds]
+
+Before each run and after the last one the planner's own rehearsal (`moleblend plan measure=true`) measures one worker's step, how much
+longer it takes while another process computes as well, the exchange of messages, and what data actors cost. The run is
+`moleblend pretrain` with two workers on a private Ray cluster, on synthetic molecules; counted are the steps after the first fifth, at
+their median. ``ratio`` is predicted over measured molecules/s, from the medians of rehearsals and runs; the loads
+around them differ, so single pairs scatter more. ``--cpu-seconds`` adds the CPU time of a step of each preset on one core, in which
+waiting for a busy machine does not count. One JSON line comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# Ray's workers give way to other processes (niceness 15), which those of the rehearsal do not.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.compose import load_config
+from moleblend_ray.config.plan import PlanConfig
+from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.orchestration import plan as planning
+from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.pretrain import pretrain
+from moleblend_ray.planning.capacity import throughput
+from moleblend_ray.planning.sizes import checkpoint_bytes
+from moleblend_ray.training.commits import latest_committed
+from moleblend_ray.training.config import CheckpointConfig, TrackingConfig, TrainConfig
+from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.rehearsal import Found
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from synthetic import write_dataset
+
+MOLECULES = 3000
+CPU_PRESETS = {"tiny": 16, "mini": 16, "small": 8, "base": 4}
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="moleblend-plan-") as folder:
+        data = f"{folder}/data"
+        write_dataset(data, MOLECULES, shard_rows=500)
+        config = plan_config(arguments, data)
+        rehearsals, runs = [], []
+        # One cluster for all rounds: its processes are then there while one worker is measured, as in a run.
+        with ray_session(cluster_of(arguments), data_cpus=1.0):
+            for number in range(arguments.rounds):
+                rehearsals.append(rehearsal(config))
+                runs.append(run(arguments, config, f"{folder}/run-{number}"))
+            rehearsals.append(rehearsal(config))
+        found = median_of(rehearsals)
+        predicted, *each = (predict(config, one, arguments.workers) for one in (found, *rehearsals))
+    measured = statistics.median(one["molecules_per_s"] for one in runs)
+    line: dict[str, Any] = {
+        "benchmark": "plan",
+        "preset": arguments.preset,
+        "strategy": arguments.strategy,
+        "batch_a_worker": arguments.batch,
+        "workers": arguments.workers,
+        "predicted_molecules_per_s": round(predicted, 1),
+        "measured_molecules_per_s": round(measured, 1),
+        "ratio": round(predicted / measured, 3),
+        "measured_of_runs": [one["molecules_per_s"] for one in runs],
+        "predicted_of_rehearsals": [round(rate, 1) for rate in each],
+        "one_worker_molecules_per_s": round(arguments.batch / found.step_s, 1),
+        "rehearsal": {
+            name: significant(value) for name, value in dataclasses.asdict(found).items()
+        },
+        "checkpoint_bytes": runs[-1]["checkpoint_bytes"],
+        "predicted_checkpoint_bytes": checkpoint_bytes(
+            config.model, shards=arguments.workers if arguments.strategy == "fsdp" else 1
+        ),
+        "cpus": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+    }
+    if arguments.cpu_seconds:
+        line["cpu_seconds_of_a_step"] = cpu_seconds(arguments.batch)
+    print(json.dumps(line))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--strategy", choices=("fsdp", "ddp"), default="fsdp")
+    parser.add_argument("--cpu-seconds", action="store_true")
+    return parser.parse_args()
+
+
+def cluster_of(arguments: argparse.Namespace) -> ClusterConfig:
+    return ClusterConfig(num_workers=arguments.workers, address="local")
+
+
+def plan_config(arguments: argparse.Namespace, data: str) -> PlanConfig:
+    overrides = [
+        f"data={data}",
+        f"model={arguments.preset}",
+        f"cpu_workers={arguments.workers}",
+        f"batch={arguments.batch}",
+        f"strategy={arguments.strategy}",
+        "measure=true",
+    ]
+    return load_config(PlanConfig, "plan", overrides)
+
+
+def rehearsal(config: PlanConfig) -> Found:
+    began = time.monotonic()
+    found = planning.measure_now(config, load_manifest(str(config.data)))
+    say(f"rehearsed in {time.monotonic() - began:.0f} s: {found}")
+    return found
+
+
+def predict(config: PlanConfig, found: Found, workers: int) -> float:
+    """The planner's molecules/s from these measurements."""
+    setup = planning.build_setup(config, load_manifest(str(config.data)), found)
+    return throughput(setup, workers).rate.value
+
+
+def median_of(rehearsals: list[Found]) -> Found:
+    values = {
+        field.name: statistics.median(getattr(one, field.name) for one in rehearsals)
+        for field in dataclasses.fields(Found)
+    }
+    return Found(**values)
+
+
+def run(arguments: argparse.Namespace, config: PlanConfig, out: str) -> dict[str, Any]:
+    """A real run: its molecules/s and the bytes of its checkpoint."""
+    began = time.monotonic()
+    workers = arguments.workers
+    pretrain(
+        PretrainConfig(
+            data=str(config.data),
+            out=out,
+            model=config.model,
+            order=OrderConfig(
+                global_batch_size=workers * arguments.batch,
+                num_streams=workers,
+                shuffle_window=512,
+                chunk_rows=64,
+            ),
+            stream=StreamConfig(max_actors=1),
+            train=TrainConfig(
+                num_steps=arguments.steps, strategy=arguments.strategy, validate_every=0
+            ),
+            checkpoint=CheckpointConfig(every_steps=10**6),
+            tracking=TrackingConfig(mode="disabled"),
+            cluster=cluster_of(arguments),
+        )
+    )
+    records = read_records(out)[arguments.steps // 5 :]
+    commit = latest_committed(out)
+    assert commit is not None
+    step_s = statistics.median(record["step_s"] for record in records)
+    rate = round(workers * arguments.batch / step_s, 1)
+    say(f"ran {arguments.steps} steps in {time.monotonic() - began:.0f} s: {rate} molecules/s")
+    return {
+        "molecules_per_s": rate,
+        "checkpoint_bytes": sum(file.num_bytes for file in commit.files),
+    }
+
+
+def cpu_seconds(batch: int) -> dict[str, float]:
+    """Preset -> CPU seconds of a step on one core, the median."""
+    import torch
+    from train_step import new_learner, preset, step_batch
+
+    from moleblend_ray.training.loop import train_step
+    from moleblend_ray.training.prefetch import to_device
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    found = {}
+    for name, count in CPU_PRESETS.items():
+        learner = new_learner(preset(name), "fp32", device)
+        steps = [to_device(step_batch(number, batch, batch), device) for number in range(2)]
+        for step in steps:
+            train_step(learner, step)
+        times = []
+        for number in range(count):
+            began = time.process_time()
+            train_step(learner, steps[number % 2])
+            times.append(time.process_time() - began)
+        found[name] = round(statistics.median(times), 4)
+    return found
+
+
+def significant(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,20 @@
+"""What `moleblend status` looks at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moleblend_ray.errors import check_all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StatusConfig:
+    """A directory that a command wrote or writes -> how far it is, from its files alone."""
+
+    run: str
+    """The `out` of `prepare`, `pretrain`, `sweep`, `finetune`, `embed` or `predict`, as a path or URI."""
+    json: bool = False
+    """Print one JSON document on standard output instead of tables."""
+
+    def __post_init__(self) -> None:
+        check_all((bool(self.run), "run: expected a path or URI, found an empty string"))

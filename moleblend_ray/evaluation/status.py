@@ -1,0 +1,274 @@
+"""How far a command that fine-tunes, sweeps, embeds or predicts is, from its files alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME, SPLITS, load_manifest
+from moleblend_ray.data.status import data_status, has_data_set
+from moleblend_ray.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Names that commands give to their files. They stand in modules that import torch and Ray, which a look at files should not
+# wait for; a test compares them.
+RESULTS_NAME: Final = "results.json"
+LEADERBOARD_NAME: Final = "leaderboard.json"
+SUMMARY_NAMES: Final = {"EmbedConfig": "embeddings.json", "PredictConfig": "predictions.json"}
+PREPARED_DIRS: Final = {"EmbedConfig": "prepared", "PredictConfig": "prepared"}
+_DATA_DIR: Final = "data"
+_TRIALS: Final = "tune/epochs"
+_COUNTED: Final = {"EmbedConfig": "embeddings", "PredictConfig": "predictions"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PartsStatus:
+    """An embedding or prediction."""
+
+    kind: str
+    """``embed`` or ``predict``."""
+    uri: str
+    state: str
+    """``finished`` or ``unfinished``."""
+    detail: str
+    parts_done: int
+    parts: int | None
+    """None while the molecules are being prepared."""
+    molecules: int | None
+    """In all parts; of an unfinished one, molecules of the data set."""
+    bytes: int
+    """Of the parts there are."""
+    rejected: int | None
+    molecules_per_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepStatus:
+    """A sweep or fine-tuning of one task."""
+
+    kind: str
+    """``sweep`` or ``finetune``."""
+    uri: str
+    state: str
+    """``finished`` or ``unfinished``."""
+    detail: str
+    task: str
+    trials_done: int
+    """Whose last epoch is over, or that were stopped early and are in the results."""
+    trials_begun: int
+    trials: int | None
+    """None for a fine-tuning, which has none."""
+    best_valid_score: float | None
+    """Of any trial so far."""
+    seeds_done: int
+    seeds: int
+    baselines: tuple[str, ...]
+    """Those with at least one result."""
+    test: Mapping[str, float]
+    """Model -> mean test score, once there are results."""
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskStatus:
+    """One task of several."""
+
+    name: str
+    state: str
+    """``finished``, ``failed``, ``absent`` or ``waiting``."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TasksStatus:
+    """Sweeps or fine-tunings of several tasks."""
+
+    kind: str
+    uri: str
+    state: str
+    """``finished``, ``failed`` (some tasks) or ``unfinished``."""
+    detail: str
+    tasks: tuple[TaskStatus, ...]
+
+
+def tasks_status(uri: str) -> TasksStatus:
+    """Of a directory with a leaderboard."""
+    board = storage.read_json(storage.join(uri, LEADERBOARD_NAME))
+    tasks = tuple(
+        TaskStatus(name=row["name"], state=row["status"], reason=row.get("reason", ""))
+        for row in board["tasks"]
+    )
+    states = {task.state for task in tasks}
+    done = sum(task.state == "finished" for task in tasks)
+    state = "failed" if "failed" in states else "unfinished" if "waiting" in states else "finished"
+    again = "" if state == "finished" else "; the same command continues with the others"
+    return TasksStatus(
+        kind="tasks",
+        uri=uri,
+        state=state,
+        detail=f"{done} of {len(tasks)} tasks have results{again}",
+        tasks=tasks,
+    )
+
+
+def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
+    """Of an embedding or prediction whose config.json is ``identity``."""
+    job = identity["config"]["job"]
+    kind = {"EmbedConfig": "embed", "PredictConfig": "predict"}[job]
+    there = _listed(uri, "parts")
+    size = sum(info.size for info in there)
+    summary = _read(uri, SUMMARY_NAMES[job])
+    if summary is not None:
+        return PartsStatus(
+            kind=kind,
+            uri=uri,
+            state="finished",
+            detail=f"its summary ({SUMMARY_NAMES[job]}) is there",
+            parts_done=len(there),
+            parts=len(summary["parts"]),
+            molecules=summary.get(_COUNTED[job]),
+            bytes=size,
+            rejected=summary.get("rejected"),
+            molecules_per_s=summary.get("molecules_per_s"),
+        )
+    parts, molecules, detail = _planned(uri, PREPARED_DIRS[job], identity["config"].get("source"))
+    return PartsStatus(
+        kind=kind,
+        uri=uri,
+        state="unfinished",
+        detail=detail + "; the same command continues",
+        parts_done=len(there),
+        parts=parts,
+        molecules=molecules,
+        bytes=size,
+        rejected=None,
+        molecules_per_s=None,
+    )
+
+
+def _planned(uri: str, prepared: str, source: str | None) -> tuple[int | None, int | None, str]:
+    """Parts and molecules that there will be, and what is under way."""
+    for data_uri in (storage.join(uri, prepared), source):
+        if data_uri and storage.exists(storage.join(data_uri, MANIFEST_NAME)):
+            manifest = load_manifest(data_uri)
+            parts = sum(len(manifest.shards_of(split)) for split in SPLITS)
+            return (
+                parts,
+                manifest.counts.rows_out,
+                "its molecules are prepared, parts are being made",
+            )
+    return None, None, _preparing(storage.join(uri, prepared))
+
+
+def _preparing(data_uri: str) -> str:
+    if not has_data_set(data_uri):
+        return "its molecules are not prepared yet"
+    return f"its molecules are being prepared: {data_status(data_uri).rows_in:,} rows so far"
+
+
+def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
+    """Of a sweep or fine-tuning whose config.json is ``identity``."""
+    config = identity["config"]
+    is_sweep = config["job"] == "SweepConfig"
+    results = _read(uri, RESULTS_NAME)
+    trials = [record for info in _listed(uri, _TRIALS) if (record := _json(info.uri))]
+    wanted = config.get("final_seeds") or config.get("seeds") or [0]
+    seeds = _with_result(uri, "models")
+    baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, "baselines"))
+    scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
+    higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
+    return SweepStatus(
+        kind="sweep" if is_sweep else "finetune",
+        uri=uri,
+        state="finished" if results else "unfinished",
+        detail=_sweep_detail(uri, results, trials, seeds, is_sweep=is_sweep),
+        task=str(results["task"]["name"] if results else config["task"]["name"]),
+        trials_done=len(results["trials"])
+        if results and is_sweep
+        else sum(bool(trial) and bool(trial[-1].get("over")) for trial in trials),
+        trials_begun=len(trials),
+        trials=config.get("num_trials") if is_sweep else None,
+        best_valid_score=_best(results, scores, higher),
+        seeds_done=seeds,
+        seeds=len(wanted),
+        baselines=tuple(baselines),
+        test=_test_scores(results),
+        metric=str(results["task"]["metric"]) if results else "",
+    )
+
+
+def _sweep_detail(uri: str, results: Any, trials: list[Any], seeds: int, *, is_sweep: bool) -> str:
+    if results:
+        return f"its results ({RESULTS_NAME}) are there"
+    if seeds:
+        what = "the chosen settings are trained with each seed, and baselines"
+    elif trials:
+        what = "the search is under way"
+    elif storage.exists(storage.join(uri, _DATA_DIR, MANIFEST_NAME)) or not is_sweep:
+        what = "its molecules are prepared, no training is recorded yet"
+    else:
+        what = _preparing(storage.join(uri, _DATA_DIR))
+    return f"{what}; the same command continues"
+
+
+def _direction(trials: list[Any]) -> bool | None:
+    """Whether a higher score is better, as the best of a trial's epochs tells; None if they do not."""
+    for trial in trials:
+        scores = [epoch["valid_score"] for epoch in trial]
+        if scores and min(scores) < max(scores):
+            return bool(trial[-1]["best_valid_score"] == max(scores))
+    return None
+
+
+def _best(results: Any, scores: list[float], higher: bool | None) -> float | None:
+    if results:
+        scores = [
+            trial["valid_score"]
+            for trial in results.get("trials", [])
+            if trial.get("valid_score") is not None
+        ]
+    if not scores or higher is None:
+        return None
+    return max(scores) if higher else min(scores)
+
+
+def _test_scores(results: Any) -> dict[str, float]:
+    if not results:
+        return {}
+    models = [results["final"], *results.get("baselines", [])]
+    return {model["name"]: float(model["test"]["mean"]) for model in models}
+
+
+def _with_result(uri: str, folder: str) -> int:
+    return sum(storage.name_of(info.uri) == "result.json" for info in _listed(uri, folder))
+
+
+def _baseline_of(file_uri: str) -> str:
+    """forest, of .../baselines/forest/seed-0.json."""
+    return file_uri.rpartition("/baselines/")[2].partition("/")[0]
+
+
+def _listed(uri: str, folder: str) -> list[storage.FileInfo]:
+    try:
+        return storage.list_files(storage.join(uri, folder))
+    except storage.NotFoundError:
+        return []
+
+
+def _read(uri: str, name: str) -> Any:
+    return _json(storage.join(uri, name))
+
+
+def _json(uri: str) -> Any:
+    try:
+        return storage.read_json(uri)
+    except storage.NotFoundError:
+        return None
+    except DataError as error:
+        # A running command may be writing it.
+        logger.debug("left out: %s", error)
+        return None

@@ -1,0 +1,372 @@
+"""`moleblend status`: how far a command is, from the files it writes. Neither Ray nor torch is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.status import StatusConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.status import DataStatus, data_status, has_data_set
+from moleblend_ray.errors import DataError, StorageError
+from moleblend_ray.evaluation.status import (
+    LEADERBOARD_NAME,
+    SUMMARY_NAMES,
+    PartsStatus,
+    SweepStatus,
+    TasksStatus,
+    parts_status,
+    sweep_status,
+    tasks_status,
+)
+from moleblend_ray.training.status import CONFIG_NAME, RunStatus, run_status
+
+Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | DataStatus
+
+_STATE_STYLES: Final = {
+    "finished": "bold green",
+    "running": "bold cyan",
+    "started": "bold yellow",
+    "stopped": "bold yellow",
+    "unfinished": "bold yellow",
+    "stalled": "bold red",
+    "damaged": "bold red",
+    "failed": "bold red",
+}
+_TREND_SIGNS: Final = {"falling": "↘", "rising": "↗", "level": "→", "unknown": ""}
+_BARS: Final = "▁▂▃▄▅▆▇█"
+_MAX_CHECKPOINTS: Final = 8
+_MAX_SOURCES: Final = 3
+_PROGRESS_WIDTH: Final = 24
+_WAIT_SHARE: Final = 0.1
+"""Share of a step spent waiting for data that is worth a remark."""
+
+
+def status(config: StatusConfig) -> Status:
+    """How far the command is that writes ``config.run``; DataError if no command does."""
+    uri = with_absolute_paths(config).run
+    if has_data_set(uri):
+        return data_status(uri)
+    document = _document(uri)
+    if document is not None and "job" in document.get("config", {}):
+        job = document["config"]["job"]
+        if job in SUMMARY_NAMES:
+            return parts_status(uri, document)
+        return sweep_status(uri, document)
+    if document is not None and "order" in document.get("config", {}):
+        return run_status(uri, document)
+    if storage.exists(storage.join(uri, LEADERBOARD_NAME)):
+        return tasks_status(uri)
+    raise DataError(
+        f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, finetune, "
+        "embed or predict. Of a run give its folder, not that of a checkpoint"
+    )
+
+
+def _document(uri: str) -> Mapping[str, Any] | None:
+    try:
+        value = storage.read_json(storage.join(uri, CONFIG_NAME))
+    except storage.NotFoundError:
+        return None
+    except StorageError as error:
+        # A path below a file: nothing is there.
+        if isinstance(error.__cause__, NotADirectoryError):
+            return None
+        raise
+    return value if isinstance(value, Mapping) else None
+
+
+def show_status(report: Status, config: StatusConfig) -> RenderableType | str:
+    """Tables for people, or one JSON document."""
+    if config.json:
+        return json.dumps(redact(_finite(to_dict(report))), indent=1, ensure_ascii=False)
+    if isinstance(report, RunStatus):
+        return _run(report)
+    if isinstance(report, SweepStatus):
+        return _sweep(report)
+    if isinstance(report, TasksStatus):
+        return _tasks(report)
+    if isinstance(report, PartsStatus):
+        return _parts(report)
+    return _data_set(report)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that JSON has no way to write."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ------------------------------------------------------------------------------------------- pretraining
+
+
+def _run(report: RunStatus) -> RenderableType:
+    parts: list[RenderableType] = [_run_overview(report)]
+    if report.losses:
+        parts.append(_run_losses(report))
+    if report.checkpoints:
+        parts.append(_run_checkpoints(report))
+    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts[:-1]), parts[-1])
+
+
+def _run_overview(report: RunStatus) -> Table:
+    table = _overview_table("run", report.uri, report.state, report.detail)
+    table.add_row("progress", _progress(report))
+    if report.last_commit is not None and report.age_s is not None:
+        written = report.last_commit.partition("+")[0].replace("T", " ")
+        due = f", one is due every {_span(report.expected_interval_s)}"
+        table.add_row(
+            "last commit",
+            f"step {report.step:,}, {_span(report.age_s)} ago ({written} UTC)"
+            + (due if report.expected_interval_s and report.state != "finished" else ""),
+        )
+    if report.workers:
+        more = report.worker_groups - 1
+        restarts = f"; started anew at least {_times(more)}" if more > 0 else ""
+        table.add_row("workers", f"{report.workers}{restarts}")
+    rates = report.rates
+    if rates:
+        table.add_row("speed", _speed(report))
+    if "peak_memory_mib" in rates:
+        peak = f"{rates['peak_memory_mib']:,.0f} MiB at most in the first worker"
+        table.add_row("memory", peak)
+    table.add_row("data", _data(report.data))
+    if report.skipped_steps or report.anomalies:
+        table.add_row(
+            "bad steps",
+            f"[yellow]{report.skipped_steps} skipped, {report.anomalies} written to anomalies/[/]",
+        )
+    if report.validation:
+        values = ", ".join(f"{value:.4g} at {step:,}" for step, value in report.validation)
+        table.add_row("validation", values)
+    settings = report.settings
+    table.add_row(
+        "settings",
+        ", ".join(
+            f"{name} {settings[name]}"
+            for name in ("num_layers", "dim", "global_batch_size", "strategy", "precision", "seed")
+            if settings.get(name) is not None
+        ),
+    )
+    return table
+
+
+def _progress(report: RunStatus) -> str:
+    if not report.num_steps:
+        return f"{report.step:,} steps"
+    share = min(1.0, report.step / report.num_steps)
+    done = round(share * _PROGRESS_WIDTH)
+    bar = f"[cyan]{'━' * done}[/][dim]{'━' * (_PROGRESS_WIDTH - done)}[/]"
+    text = f"{bar} {report.step:,} of {report.num_steps:,} steps ({100 * share:.3g} %)"
+    if report.eta_s is None or report.state not in ("running", "stopped", "stalled"):
+        return text
+    left = "to go" if report.state == "running" else "to go once it continues"
+    return f"{text}, {_span(report.eta_s)} {left}"
+
+
+def _speed(report: RunStatus) -> str:
+    rates = report.rates
+    parts = []
+    if "molecules_per_s" in rates:
+        parts.append(f"{rates['molecules_per_s']:,.4g} molecules/s")
+    if report.seconds_a_step is not None:
+        parts.append(f"{_span(report.seconds_a_step)} a step")
+    if "mfu" in rates:
+        parts.append(f"MFU {rates['mfu']:.2f}")
+    if "padding_share" in rates:
+        parts.append(f"{100 * rates['padding_share']:.0f} % padding")
+    wait = rates.get("data_wait_share")
+    if wait is not None:
+        colour = "yellow" if wait > _WAIT_SHARE else "default"
+        parts.append(f"[{colour}]{100 * wait:.1f} % of the time waiting for data[/]")
+    return ", ".join(parts) + f" [dim](last {report.window} steps)[/]"
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    text = escape(str(redact(data.get("uri") or "unknown")))
+    if "molecules" in data:
+        text += f": {data['molecules']:,} molecules"
+        if data.get("epochs") is not None:
+            text += f", each seen {data['epochs']:.3g} times"
+        quarantined = data.get("quarantined") or 0
+        share = 100 * quarantined / max(1, data.get("rows_in") or 1)
+        text += f"; {quarantined:,} rows quarantined ({share:.2g} %)"
+    elif "problem" in data:
+        text += " [dim](cannot be read from here)[/]"
+    return text
+
+
+def _run_losses(report: RunStatus) -> Table:
+    table = _headed("loss", "first", "now", "change", "", numbers=(1, 2, 3))
+    for one in report.losses:
+        name = one.name.removeprefix("loss_") if one.name != "loss" else "all, weighted"
+        change = f"{100 * (one.last / one.first - 1):+.1f} %" if one.first else ""
+        trend = f"{_TREND_SIGNS[one.trend]} {one.trend if one.trend != 'unknown' else ''}".strip()
+        colour = {"rising": "yellow", "falling": "green"}.get(one.trend, "dim")
+        curve = f"  [cyan]{_sparkline(report.curve)}[/]" if one.name == "loss" else ""
+        table.add_row(
+            name, f"{one.first:.4g}", f"{one.last:.4g}", change, f"[{colour}]{trend}[/]{curve}"
+        )
+    return table
+
+
+def _run_checkpoints(report: RunStatus) -> RenderableType:
+    table = _headed("checkpoint", "state", "size", "workers", "written (UTC)", numbers=(0, 2, 3))
+    for one in report.checkpoints[:_MAX_CHECKPOINTS]:
+        colour = (
+            "green" if one.state == "whole" else "yellow" if one.state == "incomplete" else "red"
+        )
+        table.add_row(
+            f"{one.step:,}",
+            f"[{colour}]{one.state}[/]",
+            _bytes(one.num_bytes) if one.num_bytes else "",
+            str(one.workers or ""),
+            one.created.partition("+")[0].replace("T", " "),
+        )
+    more = len(report.checkpoints) - _MAX_CHECKPOINTS
+    lines = [one.detail for one in report.checkpoints if one.detail]
+    lines += [f"and {more} more"] if more > 0 else []
+    if not lines:
+        return table
+    return Group(table, Text("\n".join(lines), style="red" if more <= 0 else ""))
+
+
+# ------------------------------------------------------------------------------------------------ others
+
+
+def _sweep(report: SweepStatus) -> RenderableType:
+    table = _overview_table(report.kind, report.uri, report.state, report.detail)
+    table.add_row("task", escape(report.task))
+    if report.trials is not None:
+        best = report.best_valid_score
+        table.add_row(
+            "trials",
+            f"{report.trials_done} of {report.trials} over"
+            + (f", {report.trials_begun} begun" if report.trials_begun > report.trials_done else "")
+            + (f"; best on validation {best:.4g} {report.metric}" if best is not None else ""),
+        )
+    table.add_row("seeds", f"{report.seeds_done} of {report.seeds} trained")
+    if report.baselines:
+        table.add_row("baselines", ", ".join(report.baselines))
+    for index, (name, value) in enumerate(sorted(report.test.items(), key=lambda item: item[1])):
+        label = f"test {report.metric}" if index == 0 else ""
+        table.add_row(label, f"{value:.4g}  {escape(name)}")
+    return table
+
+
+def _tasks(report: TasksStatus) -> RenderableType:
+    overview = _overview_table("tasks", report.uri, report.state, report.detail)
+    table = _headed("task", "state", "", numbers=())
+    for task in report.tasks:
+        style = _STATE_STYLES.get(task.state, "dim")
+        table.add_row(escape(task.name), f"[{style}]{task.state}[/]", escape(task.reason))
+    return Group(Padding(overview, (0, 0, 1, 0)), table)
+
+
+def _parts(report: PartsStatus) -> RenderableType:
+    table = _overview_table(report.kind, report.uri, report.state, report.detail)
+    parts = f"of {report.parts:,} parts" if report.parts is not None else "parts"
+    table.add_row("parts", f"{report.parts_done:,} {parts}, {_bytes(report.bytes)}")
+    if report.molecules is not None:
+        rejected = "" if report.rejected is None else f", {report.rejected:,} rows rejected"
+        table.add_row("molecules", f"{report.molecules:,}{rejected}")
+    if report.molecules_per_s:
+        table.add_row("speed", f"{report.molecules_per_s:,.4g} molecules/s")
+    return table
+
+
+def _data_set(report: DataStatus) -> RenderableType:
+    table = _overview_table("data set", report.uri, report.state, report.detail)
+    about = "about " if report.is_estimate else ""
+    if report.chunks_done is not None:
+        table.add_row("chunks", f"{report.chunks_done:,} converted, {_bytes(report.bytes)} written")
+    table.add_row(
+        "rows",
+        f"{about}{report.rows_in:,} in = {report.rows_out:,} molecules + {report.rows_quarantined:,} quarantined",
+    )
+    if report.molecules:
+        splits = ", ".join(f"{count:,} {split}" for split, count in report.molecules.items())
+        table.add_row("holds", f"{splits}; {_bytes(report.bytes)}")
+    for index, source in enumerate(report.sources[:_MAX_SOURCES]):
+        table.add_row("" if index else "made of", escape(str(redact(source))))
+    if report.state != "unfinished":
+        table.add_row("more", "moleblend data tells sizes, elements, labels and quarantined rows")
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def _overview_table(what: str, uri: str, state: str, detail: str) -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None, show_header=False)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    table.add_row(what, f"[bold]{escape(str(redact(uri)))}[/]")
+    table.add_row("state", f"[{_STATE_STYLES[state]}]{state}[/]: {escape(detail)}")
+    return table
+
+
+def _headed(*names: str, numbers: tuple[int, ...]) -> Table:
+    table = Table(show_edge=False, pad_edge=False, box=None)
+    for index, name in enumerate(names):
+        table.add_column(
+            name,
+            justify="right" if index in numbers else "left",
+            overflow="fold",
+            header_style="bold",
+        )
+    return table
+
+
+def _sparkline(values: tuple[float, ...]) -> str:
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    low, high = min(finite), max(finite)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(
+        _BARS[round(scale * (value - low))] if math.isfinite(value) else " " for value in values
+    )
+
+
+def _span(seconds: float | None) -> str:
+    """A length of time in one or two units."""
+    if seconds is None or not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 90:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

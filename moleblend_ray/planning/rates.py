@@ -1,0 +1,111 @@
+"""The figures that plans start from, each with the benchmark, date and hardware behind it.
+
+They are in ``rates.json`` beside this file. ``result`` names a file of ``benchmarks/results/``, ``path`` the number in it: a
+test compares the two. Peak rates of GPUs are their vendors': this project has not measured one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from typing import Any, Final
+
+import numpy as np
+
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.planning.figures import Figure, computed, measured
+from moleblend_ray.training.config import Precision
+
+HARDWARE: Final = {
+    "2026-11-25": "2 vCPU of an AMD EPYC server (AVX2)",
+    "prepare-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
+    "relations-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
+    "scaling-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
+    "plan-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX), shared with other work",
+}
+"""Result, or date of all results of that day -> the machine, as in the file of the result."""
+
+ATOM_SHARES: Final = {
+    8: 2, 9: 7, 10: 18, 11: 32, 12: 60, 13: 104, 14: 170, 15: 173, 16: 230, 17: 181, 18: 22,
+}  # fmt: skip
+"""Atoms without hydrogens -> molecules of 1,000 of PCQM4Mv2: what the bundled figures are of."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """What a data sheet says of a GPU."""
+
+    name: str
+    bf16_tflops: float
+    """Dense bfloat16 matrix products."""
+    fp32_tflops: float
+    """Float32 outside tensor cores: what ``train.precision=fp32`` uses."""
+    memory_gb: float
+    source: str
+
+    def peak(self, precision: Precision) -> float:
+        """Operations a second."""
+        return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
+
+
+def bundled(name: str) -> Figure:
+    """The measured figure of that name."""
+    entry = _document()["figures"][name]
+    result = entry["result"].removesuffix(".json")
+    date = result[-len("2026-01-01") :]
+    hardware = HARDWARE.get(result) or HARDWARE[date]
+    return measured(
+        float(entry["value"]),
+        entry["unit"],
+        f"{entry['what']} ({entry['result']}, {hardware})",
+    )
+
+
+def gpu(name: str) -> Gpu:
+    """The GPU of that short name; a ConfigError that names the known ones otherwise."""
+    known = _document()["gpus"]
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(
+            f"gpu: expected one of {', '.join(known)}, found {name!r}{hint} For another one give rate=, the molecules/s "
+            "that you measured on it"
+        )
+    return Gpu(**known[name])
+
+
+_CPU_GFLOP: Final = {"tiny": 0.0526, "mini": 0.1350, "small": 0.3537, "base": 4.2987}
+"""Preset -> operations of a molecule in a training step, in 10^9, of the molecules of the benchmark."""
+
+
+def cpu_efficiency(gflop: float) -> Figure:
+    """Operations a second of a core for a model that needs ``gflop`` a molecule, over those for the base preset.
+
+    Small matrices use a core badly: between presets the logarithms are interpolated, beyond them the nearest counts.
+    """
+    times = {name: bundled(f"cpu_{name}_s") for name in _CPU_GFLOP}
+    speeds = {name: _CPU_GFLOP[name] / times[name].value for name in _CPU_GFLOP}
+    value = np.interp(
+        math.log(gflop),
+        [math.log(known) for known in _CPU_GFLOP.values()],
+        [math.log(speed / speeds["base"]) for speed in speeds.values()],
+    )
+    source = "interpolated between presets (plan-2026-11-26.json)"
+    return computed(float(np.exp(value)), "", source, *times.values())
+
+
+def figure_entries() -> Mapping[str, Mapping[str, Any]]:
+    """Every bundled figure as it is stored."""
+    entries: Mapping[str, Mapping[str, Any]] = _document()["figures"]
+    return entries
+
+
+@cache
+def _document() -> Any:
+    text = resources.files("moleblend_ray.planning").joinpath("rates.json").read_text("utf-8")
+    return json.loads(text)

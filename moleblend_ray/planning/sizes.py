@@ -1,0 +1,130 @@
+"""Sizes that follow from a configuration by formula: parameters, checkpoints, traffic between trainers.
+
+Shape legend: D width, F feed-forward width, H heads, K kernels, P pair width, L blocks, E elements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.training.config import Precision, Strategy
+from moleblend_ray.vocabulary import (
+    ATOM_VOCAB_SIZES,
+    BOND_VOCAB_SIZES,
+    ELEMENT_SYMBOLS,
+    NUM_HOPS,
+)
+
+_NUM_DEGREES: Final = 16
+_NUM_SPD_CODES: Final = 256
+_TENSORS_OF_A_BLOCK: Final = 12
+_TENSORS_OF_A_PAIR_HEAD: Final = 10
+_OTHER_TENSORS: Final = 27
+_SHARDED_STATES: Final = 3
+"""Tensors that a checkpoint holds for each parameter, each in as many pieces as there are shards: weights, two moments. The count of updates is
+one more, in one piece."""
+_PIECE_BYTES: Final = 1800
+"""What a saved piece of a tensor takes beside its numbers: the archive around it, and its place in the index."""
+TRAINING_BYTES: Final = 16
+"""A parameter in training: weight, gradient and two moments, float32."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSize:
+    """How large a model is."""
+
+    parameters: int
+    layer_parameters: int
+    """Of these, in the blocks, which FSDP gathers twice in a step."""
+    tensors: int
+    """Parameter tensors."""
+
+
+def model_size(config: ModelConfig) -> ModelSize:
+    """Of :class:`~moleblend_ray.model.moleblend.MoleBlendModel`, exactly, without building it."""
+    D, F, H, K, P = (
+        config.dim,
+        config.ffn_dim,
+        config.num_heads,
+        config.num_kernels,
+        config.pair_dim,
+    )
+    E, L = len(ELEMENT_SYMBOLS), config.num_layers
+    block = 4 * (D * D + D) + 2 * D * F + F + D + 4 * D
+    outputs = [config.num_spd_classes, NUM_HOPS * config.num_edge_classes]
+    outputs += [3] if config.direction_head else []
+    outputs += [1] if config.distance_head else []
+    pair_heads = sum(2 * (D * P + P) + 4 * P + number * (P * P + 1) for number in outputs)
+    atoms = (sum(ATOM_VOCAB_SIZES) + _NUM_DEGREES + 1) * D
+    topology = (_NUM_SPD_CODES + sum(BOND_VOCAB_SIZES) + NUM_HOPS * H + 1) * H
+    geometry = 2 * K + 4 * E + (K * K + K) + (K * H + H) + (K * D + D)
+    denoising = 3 * (D * D + D) + 3 * D + 3
+    return ModelSize(
+        parameters=atoms + topology + geometry + 2 * D + L * block + pair_heads + denoising,
+        layer_parameters=L * block,
+        tensors=_OTHER_TENSORS + L * _TENSORS_OF_A_BLOCK + len(outputs) * _TENSORS_OF_A_PAIR_HEAD,
+    )
+
+
+def checkpoint_bytes(config: ModelConfig, *, shards: int = 1) -> int:
+    """Of all files of a checkpoint that ``shards`` ranks wrote their parts of (1 under ddp).
+
+    The numbers are exact; what the format adds to each piece of a tensor was measured, and is within 1 %. Tensors with fewer
+    rows than there are ranks have fewer pieces, so with many ranks it is an upper bound.
+    """
+    size = model_size(config)
+    numbers = 4 * (3 * size.parameters + size.tensors + config.num_heads)
+    return numbers + _PIECE_BYTES * size.tensors * (_SHARDED_STATES * shards + 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exchange:
+    """What one worker sends in an optimizer step."""
+
+    within_bytes: float
+    """To the workers that share its copy of the model."""
+    across_bytes: float
+    """To the other copies."""
+    messages: int
+    """Collectives that follow one another."""
+
+
+def exchange(
+    config: ModelConfig,
+    workers: int,
+    *,
+    strategy: Strategy,
+    precision: Precision,
+    replicas: int = 1,
+    on_gpu: bool = True,
+) -> Exchange:
+    """Traffic of a step: parameters gathered (bfloat16 under bf16 on GPUs), gradients reduced (float32; float64 on CPUs).
+
+    A gathering or a scattered reduction of n bytes over W workers sends n (W - 1) / W from each; a full reduction is one
+    of each.
+    """
+    size = model_size(config)
+    if workers == 1 or strategy == "none":
+        return Exchange(within_bytes=0.0, across_bytes=0.0, messages=0)
+    if strategy == "ddp":
+        share = (workers - 1) / workers
+        buckets = 1 + 4 * size.parameters // (25 << 20)
+        return Exchange(
+            within_bytes=0.0, across_bytes=2 * share * 4 * size.parameters, messages=buckets
+        )
+    shards = workers // replicas
+    share = (shards - 1) / shards
+    gathered = 2 if precision == "bf16" and on_gpu else 4
+    rest = size.parameters - size.layer_parameters
+    reduced = 4 if on_gpu else 8
+    # The blocks are gathered again in the backward pass; the rest of the model, always in float32, stays gathered.
+    within = share * (2 * gathered * size.layer_parameters + 4 * rest + reduced * size.parameters)
+    across = 2 * (replicas - 1) / replicas * 4 * size.parameters / shards
+    groups = config.num_layers + 1
+    return Exchange(
+        within_bytes=within if shards > 1 else 0.0,
+        across_bytes=across,
+        messages=3 * groups + (groups if replicas > 1 else 0),
+    )

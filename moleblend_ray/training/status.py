@@ -1,0 +1,479 @@
+"""How a pretraining run is doing, from its files alone: nothing is asked of Ray, and little is read.
+
+Files tell what was committed, when, and what is due. They do not tell whether a process lives: a run whose next
+checkpoint is overdue was killed, or hangs, or waits for machines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.errors import HIDDEN, CheckpointError, DataError, StorageError
+from moleblend_ray.training.commits import (
+    FINISHED_NAME,
+    Commit,
+    NewerFormatError,
+    check_files,
+    checkpoint_steps,
+    committed_steps,
+    read_commit,
+)
+from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME: Final = "config.json"
+
+_METRICS_FILE: Final = re.compile(r"steps-(\d{8,})-(\d{8,})\.jsonl$")
+_TAIL_BYTES: Final = 256 << 10
+_HEAD_BYTES: Final = 64 << 10
+_LAST_LINE_BYTES: Final = 4 << 10
+_WINDOW: Final = 100
+"""Steps that means are over, and of the window before, with which they are compared."""
+_CURVE_POINTS: Final = 24
+_LARGEST_MANIFEST: Final = 32 << 20
+_OVERDUE_INTERVALS: Final = 2.0
+_OVERDUE_S: Final = 180.0
+"""A checkpoint is overdue after so many intervals and so many seconds: a worker group that starts anew takes its time."""
+_SIGNIFICANT: Final = 2.0
+"""Standard errors by which two windows differ before a loss is said to move."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossStatus:
+    """One loss over the run."""
+
+    name: str
+    """``loss`` (what is optimised), or the head's."""
+    first: float
+    """Mean of the first steps on file."""
+    last: float
+    """Mean of the newest."""
+    trend: str
+    """``falling``, ``rising`` or ``level`` against the window before, ``unknown`` with too few steps."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointStatus:
+    """One checkpoint."""
+
+    step: int
+    state: str
+    """``whole``, ``damaged``, ``newer`` (of a newer version) or ``incomplete`` (without a marker)."""
+    created: str
+    """UTC time, ISO 8601; empty without a marker."""
+    num_bytes: int
+    workers: int
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunStatus:
+    """A pretraining run. What is not known is None."""
+
+    kind: str
+    uri: str
+    state: str
+    """``finished``, ``running``, ``stopped``, ``stalled``, ``started`` or ``damaged``; ``detail`` says what that is taken from."""
+    detail: str
+    step: int
+    """Committed steps."""
+    num_steps: int | None
+    last_commit: str | None
+    """UTC time of the newest marker, ISO 8601."""
+    age_s: float | None
+    """Seconds since then."""
+    expected_interval_s: float | None
+    """Seconds between checkpoints, by the settings and the time of a step."""
+    eta_s: float | None
+    """Seconds that the remaining steps take, if they go on as the last ones did."""
+    seconds_a_step: float | None
+    """Between the two newest checkpoints of one worker group, else by the records."""
+    workers: int | None
+    window: int
+    """Steps that the following means are over."""
+    rates: Mapping[str, float]
+    """Means of molecules_per_s, atoms_per_s, mfu, data_wait_share, padding_share; newest peak_memory_mib, learning_rate."""
+    losses: tuple[LossStatus, ...]
+    curve: tuple[float, ...]
+    """The optimised loss at points of the run, oldest first."""
+    validation: tuple[tuple[int, float], ...]
+    """Step and loss of the newest validations on file, oldest first."""
+    skipped_steps: int
+    anomalies: int
+    """Files that tell of bad steps."""
+    worker_groups: int
+    """Distinct ones among the checkpoints kept: one more than the restarts seen, and restarts before those are not seen."""
+    checkpoints: tuple[CheckpointStatus, ...]
+    """Newest first."""
+    data: Mapping[str, Any]
+    """uri; and, if its manifest could be read: molecules, quarantined, epochs (presentations over molecules)."""
+    settings: Mapping[str, Any]
+    """Some of the run's settings, for reading: seed, strategy, precision, global_batch_size, model, versions."""
+
+
+def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = None) -> RunStatus:
+    """Of the run at ``uri`` with the content of its config.json; ``now`` is for tests."""
+    config = document.get("config", {})
+    checkpoints, commits = _checkpoints(uri)
+    newest = commits[0] if commits else None
+    finished = _finished(uri)
+    files = _metrics_files(uri)
+    records = _tail(files, 2 * _WINDOW)
+    step = newest.step if newest else 0
+    num_steps = _get(config, "train", "num_steps")
+    seconds = _seconds_a_step(commits, records)
+    every = _get(config, "checkpoint", "every_steps")
+    interval_s = every * seconds if every and seconds else None
+    age_s = _age_s(newest, now or datetime.now(UTC))
+    state, detail = _state(
+        finished, checkpoints, step, num_steps, every, interval_s, age_s, has_commit=bool(newest)
+    )
+    if finished is not None:
+        step = max(step, int(finished.get("steps", step)))
+    left = None if num_steps is None else max(0, num_steps - step)
+    window = records[-_WINDOW:]
+    return RunStatus(
+        kind="pretrain",
+        uri=uri,
+        state=state,
+        detail=detail,
+        step=step,
+        num_steps=num_steps,
+        last_commit=newest.created if newest else None,
+        age_s=age_s,
+        expected_interval_s=interval_s,
+        eta_s=None if left is None or seconds is None or state == "finished" else left * seconds,
+        seconds_a_step=seconds,
+        workers=newest.world_size if newest else None,
+        window=len(window),
+        rates=_rates(window),
+        losses=_losses(_head(files), records),
+        curve=_curve(files),
+        validation=_validation(records, files),
+        skipped_steps=int(records[-1].get("skipped_steps", 0)) if records else 0,
+        anomalies=_anomalies(uri),
+        worker_groups=len({commit.attempt for commit in commits}),
+        checkpoints=checkpoints,
+        data=_data(config, document, step),
+        settings=_settings(config, document),
+    )
+
+
+def _state(
+    finished: Mapping[str, Any] | None,
+    checkpoints: Sequence[CheckpointStatus],
+    step: int,
+    num_steps: int | None,
+    every: int | None,
+    interval_s: float | None,
+    age_s: float | None,
+    *,
+    has_commit: bool,
+) -> tuple[str, str]:
+    if finished is not None:
+        return "finished", f"its summary ({FINISHED_NAME}) is there"
+    marked = [one for one in checkpoints if one.state != "incomplete"]
+    if marked and not has_commit:
+        states = {one.state for one in marked}
+        what = "of a newer version" if states == {"newer"} else "damaged"
+        return "damaged", f"all its checkpoints are {what}: its command cannot continue"
+    if not has_commit or age_s is None:
+        return (
+            "started",
+            "nothing is committed yet: its command is at its first steps, or has ended",
+        )
+    limit_s = _OVERDUE_INTERVALS * (interval_s or 0.0) + _OVERDUE_S
+    if interval_s is not None and age_s <= limit_s:
+        return (
+            "running",
+            f"the newest checkpoint is not older than {_OVERDUE_INTERVALS:g} intervals",
+        )
+    if every and step % every and step != num_steps:
+        return (
+            "stopped",
+            f"step {step:,} was committed between two checkpoints, as a stop that is asked for does: the same command continues",
+        )
+    return (
+        "stalled",
+        "the next checkpoint is overdue: killed, hanging, or waiting for machines; the same command continues",
+    )
+
+
+def _checkpoints(uri: str) -> tuple[tuple[CheckpointStatus, ...], list[Commit]]:
+    """Every checkpoint folder, newest first, and the markers of whole ones."""
+    marked = set(committed_steps(uri))
+    found: list[CheckpointStatus] = []
+    commits: list[Commit] = []
+    for step in sorted(checkpoint_steps(uri), reverse=True):
+        state, detail = "incomplete", ""
+        commit: Commit | None = None
+        if step in marked:
+            state = "whole"
+            try:
+                commit = read_commit(uri, step)
+                check_files(uri, commit, verify_content=False)
+                commits.append(commit)
+            except NewerFormatError as error:
+                state, detail = "newer", str(error)
+            except CheckpointError as error:
+                state, detail = "damaged", str(error)
+        found.append(
+            CheckpointStatus(
+                step=step,
+                state=state,
+                created=commit.created if commit else "",
+                num_bytes=sum(file.num_bytes for file in commit.files) if commit else 0,
+                workers=commit.world_size if commit else 0,
+                detail=detail,
+            )
+        )
+    return tuple(found), commits
+
+
+def _finished(uri: str) -> Mapping[str, Any] | None:
+    try:
+        summary: Mapping[str, Any] = storage.read_json(storage.join(uri, FINISHED_NAME))
+    except storage.NotFoundError:
+        return None
+    return summary
+
+
+def _age_s(commit: Commit | None, now: datetime) -> float | None:
+    if commit is None:
+        return None
+    # Clocks of two machines differ: a checkpoint is never from the future.
+    return max(0.0, (now - datetime.fromisoformat(commit.created)).total_seconds())
+
+
+def _seconds_a_step(commits: Sequence[Commit], records: Sequence[Record]) -> float | None:
+    """What a step takes, validation and saving included, as far as two markers of one worker group tell."""
+    if len(commits) >= 2 and commits[0].attempt and commits[0].attempt == commits[1].attempt:
+        newer, older = commits[0], commits[1]
+        passed = datetime.fromisoformat(newer.created) - datetime.fromisoformat(older.created)
+        # Markers have whole seconds.
+        if passed.total_seconds() >= 10 and newer.step > older.step:
+            return passed.total_seconds() / (newer.step - older.step)
+    times = [record["step_s"] for record in records[-_WINDOW:] if "step_s" in record]
+    return statistics.fmean(times) if times else None
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+
+def _metrics_files(uri: str) -> list[storage.FileInfo]:
+    """The files of records, by their first step."""
+    try:
+        found = storage.list_files(storage.join(uri, "metrics"))
+    except storage.NotFoundError:
+        return []
+    matches = [(match, info) for info in found if (match := _METRICS_FILE.search(info.uri))]
+    ordered = sorted(matches, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
+    return [info for _, info in ordered]
+
+
+def _tail(files: Sequence[storage.FileInfo], count: int) -> list[Record]:
+    """The newest ``count`` records, in step order, each step once; the end of the newest files is read."""
+    found: dict[int, Record] = {}
+    for info in reversed(files):
+        for record in _part(info, max(0, info.size - _TAIL_BYTES), _TAIL_BYTES):
+            # The newer file of two that hold a step is read first; their numbers are the same.
+            found.setdefault(int(record["step"]), record)
+        if len(found) >= count:
+            break
+    return [found[step] for step in sorted(found)][-count:]
+
+
+def _head(files: Sequence[storage.FileInfo]) -> list[Record]:
+    return _part(files[0], 0, _HEAD_BYTES)[:_WINDOW] if files else []
+
+
+def _part(info: storage.FileInfo, offset: int, length: int) -> list[Record]:
+    """Records of the lines that lie wholly in this range of a file."""
+    if not info.size:
+        return []
+    try:
+        content = storage.read_range(info.uri, offset, min(length, info.size - offset))
+    except StorageError as error:
+        # A running command replaces files.
+        logger.debug("left out: %s", error)
+        return []
+    lines = content.split(b"\n")
+    if offset > 0:
+        lines = lines[1:]
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut by the range, or empty
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+    return records
+
+
+def _curve(files: Sequence[storage.FileInfo]) -> tuple[float, ...]:
+    """The loss of the last step of files over the whole run."""
+    if len(files) < 2:
+        # One file: points of what is read anyway.
+        records = _tail(files, 2 * _WINDOW)
+        losses = [float(record[TOTAL_LOSS]) for record in records if TOTAL_LOSS in record]
+        stride = max(1, len(losses) // _CURVE_POINTS)
+        return tuple(
+            statistics.fmean(losses[i : i + stride]) for i in range(0, len(losses), stride)
+        )
+    stride = max(1, -(-len(files) // _CURVE_POINTS))
+    chosen = [*files[:-1:stride], files[-1]]
+    losses = []
+    for info in chosen:
+        records = _part(info, max(0, info.size - _LAST_LINE_BYTES), _LAST_LINE_BYTES)
+        values = [float(record[TOTAL_LOSS]) for record in records if TOTAL_LOSS in record]
+        losses += [statistics.fmean(values)] if values else []
+    return tuple(losses)
+
+
+def _rates(window: Sequence[Record]) -> dict[str, float]:
+    if not window:
+        return {}
+    found = {}
+    for name in ("molecules_per_s", "atoms_per_s"):
+        # Of the whole window, not the mean of rates: slow steps weigh what they took.
+        amount = name.removesuffix("_per_s")
+        if all(amount in record and "step_s" in record for record in window):
+            total_s = sum(record["step_s"] for record in window)
+            found[name] = sum(record[amount] for record in window) / total_s if total_s else 0.0
+    for name in ("mfu", "padding_share"):
+        values = [record[name] for record in window if name in record]
+        if values:
+            found[name] = statistics.fmean(values)
+    waits = [record["data_wait_s"] for record in window if "data_wait_s" in record]
+    total_s = sum(record.get("step_s", 0.0) for record in window)
+    if waits and total_s:
+        found["data_wait_share"] = sum(waits) / total_s
+    for name in ("peak_memory_mib", "learning_rate", "grad_norm"):
+        if name in window[-1]:
+            found[name] = window[-1][name]
+    return {name: float(value) for name, value in found.items()}
+
+
+def _losses(head: Sequence[Record], records: Sequence[Record]) -> tuple[LossStatus, ...]:
+    half = min(_WINDOW, len(records) // 2)
+    newest = records[-_WINDOW:] if half < _WINDOW else records[-half:]
+    names = dict.fromkeys(
+        name
+        for record in records[-_WINDOW:]
+        for name in sorted(record)
+        if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_")
+    )
+    first = head[: max(1, min(_WINDOW, len(head) // 4))]
+    return tuple(
+        LossStatus(
+            name=name,
+            first=_mean(first, name),
+            last=_mean(newest, name),
+            trend=_trend(_values(records[-2 * half : -half], name), _values(records[-half:], name)),
+        )
+        for name in names
+    )
+
+
+def _trend(before: Sequence[float], after: Sequence[float]) -> str:
+    if len(before) < 10 or len(after) < 10:
+        return "unknown"
+    difference = statistics.fmean(after) - statistics.fmean(before)
+    error = math.sqrt(
+        statistics.variance(before) / len(before) + statistics.variance(after) / len(after)
+    )
+    if abs(difference) <= _SIGNIFICANT * error:
+        return "level"
+    return "falling" if difference < 0 else "rising"
+
+
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    return [float(record[name]) for record in records if math.isfinite(record.get(name, math.nan))]
+
+
+def _mean(records: Sequence[Record], name: str) -> float:
+    values = _values(records, name)
+    return statistics.fmean(values) if values else math.nan
+
+
+def _validation(
+    records: Sequence[Record], files: Sequence[storage.FileInfo]
+) -> tuple[tuple[int, float], ...]:
+    """The newest five: those in the records at hand, and in last lines of files, where validations often fall."""
+    name = VALID_PREFIX + TOTAL_LOSS
+    ends = [
+        record
+        for info in files[-5:]
+        for record in _part(info, max(0, info.size - _LAST_LINE_BYTES), _LAST_LINE_BYTES)
+    ]
+    found = {
+        int(record["step"]) + 1: float(record[name])
+        for record in [*ends, *records]
+        if name in record
+    }
+    return tuple((step, found[step]) for step in sorted(found)[-5:])
+
+
+# ---------------------------------------------------------------------------------------------- the rest
+
+
+def _anomalies(uri: str) -> int:
+    try:
+        return len(storage.list_files(storage.join(uri, "anomalies")))
+    except storage.NotFoundError:
+        return 0
+
+
+def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """The data set; without numbers if it cannot be read from here, or its manifest is very large."""
+    uri = config.get("data")
+    found: dict[str, Any] = {"uri": uri, "fingerprint": document.get("data_fingerprint")}
+    if not uri or HIDDEN in uri:
+        # The configuration is stored without credentials.
+        return found
+    try:
+        if storage.size(storage.join(uri, MANIFEST_NAME)) > _LARGEST_MANIFEST:
+            return found
+        manifest = load_manifest(uri)
+    except (StorageError, DataError) as error:
+        # Its text may hold what clients make of a URI.
+        return found | {"problem": f"cannot be read from here ({type(error).__name__})"}
+    molecules = manifest.num_molecules("train")
+    batch = _get(config, "order", "global_batch_size")
+    return found | {
+        "molecules": molecules,
+        "quarantined": manifest.counts.rows_quarantined,
+        "rows_in": manifest.counts.rows_in,
+        "epochs": step * batch / molecules if batch and molecules else None,
+    }
+
+
+def _settings(config: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
+    model = config.get("model", {})
+    return {
+        "seed": config.get("seed"),
+        "strategy": _get(config, "train", "strategy"),
+        "precision": _get(config, "train", "precision"),
+        "global_batch_size": _get(config, "order", "global_batch_size"),
+        "num_layers": model.get("num_layers"),
+        "dim": model.get("dim"),
+        "every_steps": _get(config, "checkpoint", "every_steps"),
+        "versions": document.get("versions", {}),
+    }
+
+
+def _get(config: Mapping[str, Any], section: str, name: str) -> Any:
+    found = config.get(section)
+    return found.get(name) if isinstance(found, Mapping) else None

@@ -1,0 +1,270 @@
+"""`moleblend status` of every kind of directory, without Ray, as tables and as JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moleblend_ray.config.compose import load_config
+from moleblend_ray.config.status import StatusConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.receipts import Receipt, Statistics, part_name
+from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation import status as names
+from moleblend_ray.orchestration.status import show_status, status
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from synthetic import write_dataset
+
+
+def shown(run: Path | str) -> str:
+    config = StatusConfig(run=str(run))
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(show_status(status(config), config))
+    return console.export_text()
+
+
+def document(run: Path | str) -> Any:
+    config = StatusConfig(run=str(run), json=True)
+    return json.loads(str(show_status(status(config), config)))
+
+
+def pretraining(folder: Path, **train: Any) -> Path:
+    """A run's folder as its command leaves it after 1,000 steps, but for the tensors."""
+    from moleblend_ray.training.metrics import write_records
+
+    config = {
+        "data": "s3://user:secret@bucket/data?X-Amz-Signature=abc",
+        "order": {"global_batch_size": 256},
+        "train": {"num_steps": 4000, "strategy": "fsdp", "precision": "bf16", **train},
+        "checkpoint": {"every_steps": 1000},
+        "model": {"num_layers": 12, "dim": 768},
+        "seed": 0,
+    }
+    storage.write_json(
+        str(folder / "config.json"),
+        {"config": config, "data_fingerprint": "f" * 64, "versions": {}},
+    )
+    lines: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "loss": 5 - step / 1000,
+            "loss_spd": 2 - step / 2000,
+            "step_s": 0.5,
+            "data_wait_s": 0.1,
+            "molecules": 256,
+            "atoms": 3800,
+            "mfu": 0.4,
+            "padding_share": 0.1,
+            "peak_memory_mib": 1234.0,
+        }
+        for step in range(1000)
+    ]
+    write_records(str(folder), lines, 0, 1000)
+    commit = {
+        "format": 1,
+        "step": 1000,
+        "world_size": 4,
+        "files": [],
+        "identity": {},
+        "config_fingerprint": "f",
+        "versions": {},
+        "created": "2026-01-01T00:00:00+00:00",
+        "attempt": "a",
+    }
+    storage.write_json(str(folder / "checkpoints" / "step-00001000" / "COMMIT.json"), commit)
+    return folder
+
+
+def test_a_pretraining_run_is_shown_in_words(tmp_path: Path) -> None:
+    text = shown(pretraining(tmp_path))
+    assert "stalled: the next checkpoint is overdue" in text
+    assert "1,000 of 4,000 steps (25 %), 25 min to go once it continues" in text
+    assert (
+        "512 molecules/s, 500 ms a step, MFU 0.40, 10 % padding, 20.0 % of the time waiting for data"
+        in text
+    )
+    assert "1,234 MiB" in text
+    assert "↘ falling" in text
+    assert "1,000  whole" in text
+    assert "one is due every 8 min" in text
+
+
+def test_its_document_is_complete_and_hides_credentials(tmp_path: Path) -> None:
+    found = document(pretraining(tmp_path))
+    assert (found["kind"], found["state"], found["step"]) == ("pretrain", "stalled", 1000)
+    assert found["eta_s"] == pytest.approx(1500)
+    assert found["losses"][0]["name"] == "loss"
+    assert "secret" not in json.dumps(found)
+    assert "=abc" not in json.dumps(found)
+
+
+def test_an_unfinished_prepare_tells_its_progress(tmp_path: Path) -> None:
+    receipts = tmp_path / "receipts"
+    storage.write_json(str(receipts / "plan.json"), {"options": {}, "sources": ["s3://b/x.sdf"]})
+    found = document(tmp_path)
+    assert (found["kind"], found["state"], found["chunks_done"]) == ("data", "unfinished", 0)
+    assert "the same `moleblend prepare` continues" in shown(tmp_path)
+    for chunk in range(200):
+        receipt = Receipt(
+            file_index=0,
+            chunk_index=chunk,
+            first_row=100 * chunk,
+            digest="",
+            rows_in=100,
+            files=(),
+            quarantined_by_reason={},
+            unreadable_labels={},
+            without_inchikey=0,
+            memory_bytes=0,
+            statistics=Statistics(),
+        )
+        storage.write_json(str(receipts / f"{part_name(0, chunk)}.json"), receipt.to_json())
+    found = document(tmp_path)
+    # From a sample of the receipts: a preparation of 10^9 rows has 10^5 of them.
+    assert (found["chunks_done"], found["rows_in"], found["is_estimate"]) == (200, 20_000, True)
+    assert "about 20,000 in" in shown(tmp_path)
+
+
+def test_a_prepared_data_set_is_finished_until_a_file_is_lost(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), 30, shard_rows=10)
+    assert document(tmp_path)["state"] == "finished"
+    assert "30 in = 30 molecules + 0 quarantined" in shown(tmp_path)
+    path = load_manifest(str(tmp_path)).shards[0].path
+    (tmp_path / path).unlink()
+    assert document(tmp_path)["state"] == "damaged"
+    assert f"the first of them {path}" in shown(tmp_path)
+
+
+def embedding(folder: Path, source: Path) -> Path:
+    config = {"job": "EmbedConfig", "source": str(source), "checkpoint": "c"}
+    storage.write_json(str(folder / "config.json"), {"config": config, "data_fingerprint": "f"})
+    storage.write_bytes(str(folder / "parts" / "part-00000.parquet"), b"x" * 100)
+    return folder
+
+
+def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
+    source = tmp_path / "data"
+    write_dataset(str(source), 30, shard_rows=10)
+    out = embedding(tmp_path / "out", source)
+    found = document(out)
+    assert (found["kind"], found["state"]) == ("embed", "unfinished")
+    assert (found["parts_done"], found["parts"], found["molecules"], found["bytes"]) == (
+        1,
+        3,
+        30,
+        100,
+    )
+    shutil.rmtree(source)
+    assert document(out)["parts"] is None
+    assert "not prepared yet" in shown(out)
+    summary = {"parts": [{}], "embeddings": 30, "rejected": 2, "molecules_per_s": 10.5}
+    storage.write_json(str(out / names.SUMMARY_NAMES["EmbedConfig"]), summary)
+    assert "1 of 1 parts" in shown(out)
+    assert "30, 2 rows rejected" in shown(out)
+
+
+def sweep(folder: Path) -> Path:
+    config = {
+        "job": "SweepConfig",
+        "num_trials": 4,
+        "final_seeds": [0, 1],
+        "task": {"name": "esol"},
+    }
+    storage.write_json(str(folder / "config.json"), {"config": config})
+
+    def epochs(*scores: float, over: bool) -> list[dict[str, Any]]:
+        return [
+            {"valid_score": score, "best_valid_score": min(scores[: index + 1]), "over": False}
+            for index, score in enumerate(scores[:-1])
+        ] + [{"valid_score": scores[-1], "best_valid_score": min(scores), "over": over}]
+
+    storage.write_json(str(folder / "tune/epochs/a.json"), epochs(0.9, 0.7, over=True))
+    storage.write_json(str(folder / "tune/epochs/b.json"), epochs(0.8, 0.85, over=False))
+    return folder
+
+
+def test_a_sweep_counts_trials_and_seeds(tmp_path: Path) -> None:
+    found = document(sweep(tmp_path))
+    assert (found["state"], found["trials_done"], found["trials_begun"], found["trials"]) == (
+        "unfinished", 1, 2, 4,
+    )  # fmt: skip
+    # The direction is not in the files yet, but each epoch says which of those before it was the best.
+    assert found["best_valid_score"] == 0.7
+    assert "the search is under way; the same command continues" in shown(tmp_path)
+    storage.write_json(str(tmp_path / "models/seed-0/result.json"), {})
+    assert document(tmp_path)["seeds_done"] == 1
+    assert "trained with each seed" in shown(tmp_path)
+
+
+def test_several_tasks_are_listed_with_what_failed(tmp_path: Path) -> None:
+    rows = [
+        {"name": "esol", "status": "finished"},
+        {"name": "bbbp", "status": "failed", "reason": "no column"},
+        {"name": "bace", "status": "waiting"},
+    ]
+    storage.write_json(str(tmp_path / names.LEADERBOARD_NAME), {"tasks": rows})
+    found = document(tmp_path)
+    assert (found["state"], found["detail"][:35]) == (
+        "failed",
+        "1 of 3 tasks have results; the same",
+    )
+    assert "no column" in shown(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["missing", "empty"])
+def test_a_directory_of_no_command_is_an_error_that_says_what_is_expected(
+    tmp_path: Path, where: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="expected the `out` of prepare, pretrain, sweep"):
+        status(StatusConfig(run=str(tmp_path / where)))
+
+
+def test_an_empty_uri_is_refused() -> None:
+    with pytest.raises(ConfigError, match="run: expected a path or URI"):
+        load_config(StatusConfig, "status", ["run=''"])
+
+
+def test_an_object_store_is_looked_at_alike(s3_uri: str, tmp_path: Path) -> None:
+    run = pretraining(tmp_path)
+    for file in run.rglob("*"):
+        if file.is_file():
+            storage.upload(file, storage.join(s3_uri, file.relative_to(run).as_posix()))
+    there, here = document(s3_uri), document(run)
+    for found in (there, here):
+        found.pop("uri")
+        found.pop("age_s")
+    assert there == here
+
+
+def test_neither_ray_nor_torch_is_imported() -> None:
+    code = "import sys, moleblend_ray.orchestration.status\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"ray", "torch", "rdkit"} & set(done.stdout.split())
+
+
+def test_names_of_files_are_those_that_commands_write() -> None:
+    from moleblend_ray.evaluation.leaderboard import LEADERBOARD_NAME
+    from moleblend_ray.evaluation.results import RESULTS_NAME
+    from moleblend_ray.orchestration import embed, parts, predict, pretrain
+    from moleblend_ray.training import status as training
+
+    assert f"{LEADERBOARD_NAME}.json" == names.LEADERBOARD_NAME
+    assert RESULTS_NAME == names.RESULTS_NAME
+    assert names.SUMMARY_NAMES == {
+        "EmbedConfig": embed.SUMMARY_NAME,
+        "PredictConfig": predict.SUMMARY_NAME,
+    }
+    assert set(names.PREPARED_DIRS.values()) == {parts.DATA_DIR}
+    assert training.CONFIG_NAME == pretrain.CONFIG_NAME
+    assert MANIFEST_NAME == "manifest.json"

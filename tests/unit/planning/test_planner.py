@@ -1,0 +1,357 @@
+"""Plans bind where they should, agree with measured runs, and never hide an assumption."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moleblend_ray.config.compose import load_config
+from moleblend_ray.config.plan import PlanConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration.plan import (
+    CHART_NAME,
+    PLAN_NAME,
+    build_setup,
+    plan,
+    show_plan,
+)
+from moleblend_ray.planning.capacity import Setup, amplification, throughput
+from moleblend_ray.planning.figures import Basis, measured
+from moleblend_ray.planning.planner import Plan, flops_per_molecule
+from moleblend_ray.training.rehearsal import Found
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+
+
+def config(*overrides: str) -> PlanConfig:
+    return load_config(PlanConfig, "plan", overrides)
+
+
+def planned(*overrides: str) -> Plan:
+    return plan(config(*overrides)).plan
+
+
+def setup_of(*overrides: str) -> Setup:
+    return build_setup(config("molecules=1e9", *overrides), None, None)
+
+
+def recorded(name: str) -> Any:
+    file = RESULTS / name
+    if not file.is_file():
+        pytest.skip("the benchmark results are not part of this installation")
+    return json.loads(file.read_text())
+
+
+# ------------------------------------------------------------------------------------- against measured runs
+
+
+def recorded_runs() -> list[Any]:
+    if not (RESULTS / "plan-2026-11-26.json").is_file():
+        return []
+    document = json.loads((RESULTS / "plan-2026-11-26.json").read_text())
+    return [document["result"], *document["config"]["others"]]
+
+
+@pytest.mark.parametrize(
+    "run", recorded_runs(), ids=lambda run: f"{run['preset']}-{run['strategy']}"
+)
+def test_two_measured_workers_are_predicted_from_one_within_20_percent(run: Any) -> None:
+    overrides = [
+        f"model={run['preset']}",
+        f"strategy={run['strategy']}",
+        f"batch={run['batch_a_worker']}",
+        f"cpu_workers={run['workers']}",
+        f"cpu_node_cores={run['cpus']}",
+        "molecules=3000",
+    ]
+    found = Found(**run["rehearsal"])
+    setup = build_setup(config(*overrides), None, found)
+    predicted = throughput(setup, run["workers"]).rate.value
+    assert predicted == pytest.approx(run["measured_molecules_per_s"], rel=0.2)
+    # It is a prediction: twice one worker's rate alone would be far off on two shared cores.
+    assert predicted < 0.9 * run["workers"] * run["one_worker_molecules_per_s"]
+    assert run["predicted_checkpoint_bytes"] == pytest.approx(run["checkpoint_bytes"], rel=0.02)
+
+
+def test_a_step_under_fsdp_follows_from_single_processes_and_the_exchange_of_ddp() -> None:
+    """benchmarks/scaling.py: one worker alone, two independent ones, bytes and time of DDP -> two workers under FSDP2."""
+    result = recorded("scaling-2026-11-26.json")["result"]
+    ddp, fsdp = result["ddp"], result["fsdp"]
+    sent_gb = ddp["sent_mib"] * 2**20 / 1e9
+    setup = replace(
+        setup_of("cpu_workers=2", f"batch={result['batch_a_worker']}", "cpu_node_cores=2"),
+        step_s=measured(fsdp["step_s_alone"], "s", ""),
+        contention=measured(fsdp["step_s_independent"] / fsdp["step_s_alone"], "", ""),
+        exchange_gb_s=measured(sent_gb / (ddp["step_s"] - ddp["step_s_independent"]), "GB/s", ""),
+    )
+    found = throughput(setup, 2)
+    # That benchmark had no data side; its share of the step is small.
+    assert found.step_s == pytest.approx(fsdp["step_s"], rel=0.05)
+
+
+def test_an_h100_does_what_the_page_on_performance_predicts() -> None:
+    found = throughput(setup_of("gpus=1"), 1)
+    assert found.rate.value == pytest.approx(60_000, rel=0.02)
+    assert flops_per_molecule(setup_of("gpus=1")) == pytest.approx(4.3e9, rel=0.01)
+    replicas = throughput(setup_of("gpus=64", "fsdp_replicas=8", "network.message_us=0"), 64)
+    assert replicas.rate.value == pytest.approx(3.4e6, rel=0.05) or replicas.binding != "computing"
+
+
+# ---------------------------------------------------------------------------------------- resources that bind
+
+
+def test_more_trainers_bring_more_but_never_in_excess_of_their_number() -> None:
+    setup = setup_of("gpus=8", "model=large")
+    rates = [throughput(setup, workers).rate.value for workers in (1, 2, 4, 8, 16, 32, 64)]
+    for fewer, more in itertools.pairwise(rates):
+        assert fewer < more <= 2 * fewer * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "binding"),
+    [
+        (("gpus=8", "model=xl"), "computing"),
+        (("gpus=64", "network.between_nodes_gb_s=0.5"), "exchange between trainers"),
+        (("gpus=8", "model=tiny"), "feeding threads"),
+        (("gpus=8", "cpu_nodes=1", "cpu_node_cores=2"), "data actors"),
+        (("gpus=8", "storage.total_gb_s=0.01"), "storage"),
+        (("gpus=8", "network.node_gb_s=0.05"), "network into trainers"),
+        (("gpus=256",), "Ray Data's executor"),
+        (("cpu_workers=2", "model=base"), "computing"),
+    ],
+)
+def test_the_scarce_resource_binds(overrides: tuple[str, ...], binding: str) -> None:
+    found = planned("molecules=1e9", *overrides)
+    assert found.binding == binding
+    assert max(resource.use for resource in found.resources) == found.resources[0].use
+    assert found.resources[0].name == binding
+    if found.resources[0].capacity.unit and "gpus" in overrides[0]:
+        assert found.resources[0].use == pytest.approx(1.0)
+        assert all(resource.use <= 1 + 1e-9 for resource in found.resources)
+
+
+def test_doubling_what_binds_brings_most_and_what_is_idle_nothing() -> None:
+    changes = {
+        change.what: change for change in planned("molecules=1e9", "gpus=8", "model=xl").changes
+    }
+    assert changes["speed of each GPU"].rate > 1.8
+    assert changes["bandwidth of storage"].rate == pytest.approx(1.0)
+    assert changes["CPU nodes alone"].rate == pytest.approx(1.0)
+    starved = planned("molecules=1e9", "gpus=8", "cpu_nodes=1", "cpu_node_cores=2")
+    changes = {change.what: change for change in starved.changes}
+    assert changes["CPU nodes alone"].rate > 1.4
+    assert changes["speed of each GPU"].rate == pytest.approx(1.0)
+    assert any("cpu_nodes=1 starve" in line for line in starved.warnings)
+
+
+def test_the_data_side_is_sized_with_room_to_spare() -> None:
+    found = throughput(setup_of("gpus=64"), 64)
+    data = next(resource for resource in found.resources if resource.name == "data actors")
+    assert data.use <= 1 / 1.25 + 1e-9
+    fewer = throughput(setup_of("gpus=64"), 64, found.cpu_nodes - 1)
+    data = next(resource for resource in fewer.resources if resource.name == "data actors")
+    assert data.use > 1 / 1.25
+
+
+def test_machines_that_share_windows_fetch_row_groups_again() -> None:
+    setup = setup_of("gpus=64")
+    assert amplification(setup, 64, 8, 1) == 1.0
+    values = [amplification(setup, 64, 8, nodes) for nodes in (2, 4, 16, 64, 1000)]
+    assert values == sorted(values)
+    assert all(
+        value <= min(nodes, 64) for value, nodes in zip(values, (2, 4, 16, 64, 1000), strict=True)
+    )
+    # A step smaller than a window: one block of one stream covers many of them less often.
+    assert amplification(setup, 1, 64, 16) < 2
+
+
+def test_small_steps_cost_more_exchange_for_each_molecule() -> None:
+    small, large = (throughput(setup_of("gpus=64", f"batch={batch}"), 64) for batch in (128, 1024))
+    assert small.rate.value < large.rate.value
+
+
+# --------------------------------------------------------------------------------------- hours, bytes and cost
+
+
+def test_hours_follow_from_presentations_rate_and_goodput() -> None:
+    once, twice = (planned("molecules=1e9", "gpus=8", f"epochs={number}") for number in (1, 2))
+    hours = [plan.stages[1].hours.value for plan in (once, twice)]
+    start_h = 12.78 / 3600
+    assert hours[1] - start_h == pytest.approx(2 * (hours[0] - start_h), rel=0.01)
+    assert once.rate.value * 3600 * (hours[0] - start_h) == pytest.approx(1e9, rel=0.02)
+    steps = planned("molecules=1e9", "gpus=8", "steps=1000").stages[1]
+    assert steps.hours.value == pytest.approx(
+        1000 * 8192 / once.rate.value / 3600 + start_h, rel=0.02
+    )
+
+
+def test_failing_machines_cost_time_and_want_more_checkpoints() -> None:
+    def rows(rate: float) -> dict[str, float]:
+        found = planned(
+            "molecules=1e12", "gpus=1024", f"failures.per_node_day={rate}", "model=large"
+        )
+        return {row.what: row.figure.value for row in found.stages[1].rows}
+
+    rare, often = rows(0.001), rows(0.1)
+    assert often["goodput"] < rare["goodput"] < 100
+    assert often["checkpoint interval"] == pytest.approx(rare["checkpoint interval"] / 10, rel=0.01)
+    never = planned("molecules=1e9", "gpus=8", "failures.per_node_day=0")
+    assert "goodput" in {row.what for row in never.stages[1].rows}
+
+
+def test_costs_add_up_and_name_what_has_no_price() -> None:
+    found = planned("molecules=1e9", "gpus=8", "prices.gpu_hour=3", "prices.storage_gb_month=0.02")
+    pretrain = found.stages[1]
+    assert pretrain.cost is not None
+    assert pretrain.cost.value == pytest.approx(24 * pretrain.hours.value, rel=0.02)
+    assert "without a price: CPU nodes, egress" in pretrain.cost.source
+    total = {row.what: row.figure.value for row in found.total}
+    assert total["cost"] == pytest.approx(sum(stage.cost.value for stage in found.stages))  # type: ignore[union-attr]
+    assert total["hours"] == pytest.approx(sum(stage.hours.value for stage in found.stages))
+    without = planned("molecules=1e9", "gpus=8")
+    assert all(stage.cost is None for stage in without.stages)
+
+
+def test_conformers_are_most_of_prepare() -> None:
+    plain, made = (
+        planned("molecules=1e6", "gpus=8", f"conformers={word}").stages[0].hours.value
+        for word in ("false", "true")
+    )
+    assert made > 50 * plain
+
+
+# ------------------------------------------------------------------------------------------------- honesty
+
+
+def test_no_figure_of_a_gpu_passes_for_measured() -> None:
+    found = planned("molecules=1e9", "gpus=8")
+    for stage in found.stages[1:]:
+        assert any("NVIDIA H100 SXM reaches 26 %" in name for name in stage.hours.rests_on)
+    assert any("NVIDIA H100" in name for name in found.assumptions)
+    assert found.rate.basis is Basis.COMPUTED
+    given = planned("molecules=1e9", "gpus=8", "rate=50000")
+    assert not any("NVIDIA" in name for name in given.assumptions)
+    assert given.rate.value == pytest.approx(8 * 50_000, rel=0.1)
+
+
+def test_this_machines_own_figures_rest_on_no_assumption_of_speed() -> None:
+    found = Found(
+        step_s=0.2,
+        contention=1.1,
+        message_s=1e-3,
+        sent_bytes_per_s=1e9,
+        actor_us=12.0,
+        trainer_host_us=5.0,
+    )
+    setup = build_setup(config("molecules=1e6", "cpu_workers=2", "model=tiny"), None, found)
+    result = throughput(setup, 2)
+    assert result.rate.rests_on == ()
+    assert result.rate.value < 2 * 64 / (0.2 * 1.1)
+
+
+def test_every_row_of_the_tables_says_its_basis() -> None:
+    from rich.console import Console
+
+    chosen = config("molecules=1e9", "gpus=64", "prices.gpu_hour=2")
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(show_plan(plan(chosen), chosen))
+    text = console.export_text()
+    lines = text.splitlines()
+    for row in ("steps", "goodput", "checkpoint interval", "read from storage", "data actors"):
+        assert any(line.startswith(row) and "computed" in line for line in lines), row
+    assert "assumed, not measured: " in text
+    assert "moleblend pretrain data=DATA out=RUN model=base cluster.num_workers=64" in text
+
+
+def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
+    from moleblend_ray.config.pretrain import PretrainConfig
+
+    for overrides in (
+        ("gpus=64",),
+        ("gpus=8", "model=large", "fsdp_replicas=2"),
+        ("cpu_workers=2", "model=tiny"),
+    ):
+        settings = planned("molecules=1e9", *overrides).settings
+        words = [f"{name}={value}" for name, value in settings.items()]
+        run = load_config(PretrainConfig, "pretrain", ["data=d", "out=o", *words])
+        assert run.order.global_batch_size % run.cluster.num_workers == 0
+
+
+def test_it_is_written_and_drawn(tmp_path: Path) -> None:
+    chosen = config(
+        "molecules=1e8", "gpus=8", f"out={tmp_path}/plan", "prices.gpu_hour=2", "json=true"
+    )
+    report = plan(chosen)
+    shown = json.loads(str(show_plan(report, chosen)))
+    stored = json.loads((tmp_path / "plan" / PLAN_NAME).read_text())
+    assert stored == shown
+    assert stored["plan"]["stages"][1]["hours"]["basis"] == "computed"
+    assert (tmp_path / "plan" / CHART_NAME).read_bytes().startswith(b"\x89PNG")
+    assert [point["workers"] for point in stored["plan"]["scaling"]] == [1, 2, 4, 8, 16, 32]
+
+
+# -------------------------------------------------------------------------------------------------- settings
+
+
+def test_counts_may_be_written_as_powers_of_ten() -> None:
+    assert config("molecules=1e9", "gpus=8").molecules == 10**9
+    assert config("molecules=1000000000", "gpus=8", "steps=1e5").steps == 10**5
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("gpus=8",), "molecules: required unless data names a prepared dataset"),
+        (("molecules=0", "gpus=8"), "molecules: expected a whole number from 1 to 1e12"),
+        (("molecules=-1e9", "gpus=8"), "molecules: expected a whole number"),
+        (("molecules=1.5", "gpus=8"), "found 1.5"),
+        (("molecules=1e9",), "gpus: expected gpus=N or cpu_workers=N, one of them"),
+        (("molecules=1e9", "gpus=8", "cpu_workers=2"), "found gpus=8 and cpu_workers=2"),
+        (("molecules=1e9", "gpus=12"), "a multiple of it, found 12"),
+        (("molecules=1e9", "gpus=8", "epochs=2", "steps=9"), "2.0 epochs and 9.0 steps contradict"),
+        (("molecules=1e9", "gpus=8", "gpu=a10"), "did you mean a100"),
+        (("molecules=1e9", "gpus=8", "fsdp_replicas=3"), "expected a divisor of the trainers"),
+        (("molecules=1e9", "gpus=8", "measure=true"), "says nothing about GPUs"),
+        (("molecules=1e9", "gpus=8", "mfu=1.2"), "mfu: expected more than 0 and at most 1"),
+        (
+            ("molecules=1e9", "gpus=8", "prices.gpu_hour=-1"),
+            "prices.gpu_hour: expected null or at least 0",
+        ),
+        (("molecules=1e9", "gpus=8", "strategy=none"), "strategy: none trains one worker alone"),
+        (("molecules=1e9", "gpus=8", "model=bsae"), "did you mean base?"),
+        (("molecules=1e9", "cpu_workers=2", "cpu_nodes=2"), "cpu_nodes: expected null"),
+        (("data=d", "gpus=8", "atoms=20"), "atoms: data says how large"),
+    ],
+)
+def test_wrong_settings_are_told_with_what_was_expected(
+    overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        config(*overrides)
+    assert message in str(error.value)
+
+
+def test_all_wrong_settings_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        config("molecules=0", "gpus=12", "mfu=2", "storage.total_gb_s=0")
+    text = str(error.value)
+    assert all(name in text for name in ("molecules:", "gpus:", "mfu:", "storage.total_gb_s:"))
+
+
+def test_a_plan_without_measuring_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, moleblend_ray.orchestration.plan as p\n"
+        "from moleblend_ray.config.plan import PlanConfig\n"
+        "p.plan(PlanConfig(molecules=1e9, gpus=8))\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"ray", "torch", "rdkit"} & set(done.stdout.split())

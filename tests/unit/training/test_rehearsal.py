@@ -1,0 +1,58 @@
+"""A rehearsal measures what it says, in processes of its own, and tells why it could not."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import toy
+from synthetic import write_dataset
+
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.training.rehearsal import Found, Rehearsal, _summary, rehearse
+
+SETTINGS = Rehearsal(
+    data="",
+    model=toy.MODEL,
+    batch=8,
+    micro_batch_size=8,
+    strategy="fsdp",
+    precision="fp32",
+    workers=2,
+    threads=1,
+    message_bytes=10_000,
+    steps=1,
+    rounds=2,
+)
+
+
+@pytest.mark.slow
+def test_two_processes_find_every_figure(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), 60, shard_rows=60)
+    found = rehearse(replace(SETTINGS, data=str(tmp_path)))
+    assert all(getattr(found, field.name) > 0 for field in fields(Found))
+    assert found.step_s < 60
+    assert found.actor_us < 1e5
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_ends_all_and_its_reason_is_told(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"could not be measured: DataError: .*nowhere"):
+        rehearse(replace(SETTINGS, data=str(tmp_path / "nowhere")))
+
+
+def test_rounds_are_compared_within_themselves() -> None:
+    """A machine that gets slower from round to round changes the step, not how much slower two are than one."""
+    rank = {
+        "message": [1e-3] * 3,
+        "large": [3e-3] * 3,
+        "actor_us": [12.0],
+        "trainer_host_us": [5.0],
+    }
+    first = {**rank, "alone": [1.0, 2.0, 4.0], "independent": [1.5, 3.0, 6.0]}
+    second = {**rank, "alone": [0.0] * 3, "independent": [1.2, 3.0, 5.0]}
+    found = _summary(SETTINGS, [first, second])
+    assert (found.step_s, found.contention) == (2.0, 1.5)
+    # Each of two workers sends its 10,000 bytes to the other, in 2 ms beside the latency.
+    assert found.sent_bytes_per_s == pytest.approx(2 * 10_000 / 2e-3)
