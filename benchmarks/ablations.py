@@ -69,6 +69,9 @@ _DISTANCE: Final = {"distance_head": True, "direction_head": False}
 _BOTH: Final = {"distance_head": True}
 _DISTANCE_LOSS: Final = {"distance_weight": 0.5, "direction_weight": 0.0}
 _BOTH_LOSS: Final = {"distance_weight": 0.5}
+_VIEWS: Final = {"view_probabilities": (0.4, 0.3, 0.1, 0.2)}
+_ENVIRONMENTS: Final = {"environment_bins": 512}
+_ENVIRONMENT_LOSS: Final = {"environment_weight": 0.2}
 _TURNED: Final = {"random_rotation": True}
 
 ARMS: Final = {
@@ -94,7 +97,19 @@ ARMS: Final = {
     "2d-blend": Arm(
         says="pairs blended 0.4 / 0.4 / 0.2", blend={"pair_probabilities": (0.4, 0.4, 0.2)}
     ),
-    "no-blend": Arm(says="every pair and atom shows all relations", blend={"view_probabilities": (0.0, 0.0, 0.0, 1.0)}),
+    "no-blend": Arm(
+        says="every pair and atom shows all relations",
+        blend={"view_probabilities": (0.0, 0.0, 0.0, 1.0)},
+    ),
+    "views": Arm(says="some molecules show 2D, 3D or all relations", blend=_VIEWS),
+    "environments": Arm(
+        says="the graph token predicts atom environments",
+        model=_ENVIRONMENTS,
+        loss=_ENVIRONMENT_LOSS,
+    ),
+    "views-environments": Arm(
+        says="both of these", model=_ENVIRONMENTS, loss=_ENVIRONMENT_LOSS, blend=_VIEWS
+    ),
     "no-denoising": Arm(says="no denoising loss", loss={"denoise_weight": 0.0}),
     "batch-blend": Arm(says="one blend a step for all molecules", blend={"per_batch": True}),
     SCRATCH: Arm(says="no pretraining"),

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -228,8 +229,16 @@ class Manifest:
         fields["sources"] = tuple(SourceInfo(**source) for source in value["sources"])
         fields["labels"] = tuple(LabelInfo(**label) for label in value["labels"])
         fields["shards"] = tuple(ShardInfo(**shard) for shard in value["shards"])
+        # A data set from elsewhere must not name files that are not its own.
+        foreign = [shard.path for shard in fields["shards"] if _leads_out(shard.path)]
+        if foreign:
+            raise TypeError(f"{foreign[0]!r} lies outside of the data set")
         fields["counts"] = Counts(**value["counts"])
         return cls(**fields)
+
+
+def _leads_out(path: str) -> bool:
+    return path.startswith(("/", "\\")) or "://" in path or ".." in re.split(r"[/\\]", path)
 
 
 def fingerprint(

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -24,7 +25,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 import fsspec
 
 from moleblend_ray.data.retry import ShortReadError, retried, s3_error, timeout_seconds
-from moleblend_ray.errors import DataError, StorageError
+from moleblend_ray.errors import HIDDEN, DataError, StorageError
 
 _S3_ENVIRONMENT: Final = (
     "AWS_ENDPOINT_URL",
@@ -92,9 +93,13 @@ def local_path(uri: str) -> Path:
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI of ``parts`` below ``uri``, with single slashes between."""
+    """The URI of ``parts`` below ``uri``, with single slashes between; the query of a web address stays its end."""
+    query = ""
+    if _protocol(uri) in {"http", "https"}:
+        uri, mark, query = uri.partition("?")
+        query = mark + query
     pieces = [uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)]
-    return "/".join(piece for index, piece in enumerate(pieces) if piece or index == 0)
+    return "/".join(piece for index, piece in enumerate(pieces) if piece or index == 0) + query
 
 
 def name_of(uri: str) -> str:
@@ -290,6 +295,9 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
     """The sentence for one failure: what, where, why, what to do."""
     kind = type(error).__name__
     reason = " ".join(str(error).split()) or kind
+    # botocore repeats user:password@bucket without the scheme by which it would be found later.
+    if user := re.match(r"\w+://([^/@]+)@", uri):
+        reason = reason.replace(f"{user[1]}@", f"{HIDDEN}@")
     failed = f"Cannot {action} {uri}: "
     advice = _ADVICE.get(s3_error(error)[0])
     if advice is not None:

@@ -62,6 +62,8 @@ from moleblend_ray.evaluation.runs import (
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind
+from moleblend_ray.orchestration.local import require_labels
+from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import train_seed
@@ -97,6 +99,8 @@ class Bench:
 
 def set_up(config: PropertyConfig) -> Bench:
     """Prepare and load the molecules, split them, load the starting weights; check that ``out`` is for this."""
+    require_labels("worker_labels", config.cluster.worker_labels)
+    require_labels("data_labels", config.cluster.data_labels)
     task = config.task.resolve()
     start = starting_point(config)
     data_uri = prepare_task(config)
@@ -238,7 +242,8 @@ def train_seeds(
     missing = [seed for seed in seeds if found[seed] is None]
     if len(missing) < len(seeds):
         logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
-    task = ray.remote(train_seed).options(**worker_resources(config))
+    options = {**worker_resources(config), **placed(config.cluster.worker_labels)}
+    task = ray.remote(train_seed).options(**options)
     references = {
         task.remote(bench.shared, settings, seed, config.out, config.cluster): seed
         for seed in missing
@@ -283,7 +288,7 @@ def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
 
 
 def worker_resources(config: PropertyConfig) -> dict[str, float]:
-    """What one training reserves, as arguments of ``ray.remote``."""
+    """What one training reserves, as arguments of ``ray.remote``; its nodes are those of ``cluster.worker_labels``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
 

@@ -26,6 +26,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from moleblend_ray.errors import TrainingError
+from moleblend_ray.orchestration.placement import Labels, carries, live_nodes
 from moleblend_ray.orchestration.stopping import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -57,9 +58,11 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         data_actors: tuple[int, float],
         stop_flag: StopFlag,
         run_name: str,
+        labels: tuple[Labels, Labels] = (None, None),
     ) -> None:
         super().__init__(scaling_config)
         self._run_name = run_name
+        self._labels = labels
         self._sizes = sizes
         self._data_actors = data_actors
         self._stop_flag = stop_flag
@@ -76,13 +79,19 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources: Any) -> int:
         # Ray's count knows what other jobs hold; ours leaves room for the data actors.
         leaving = ray._private.state.state.get_draining_nodes()
-        nodes = [
-            node["Resources"]
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"] and node["NodeID"] not in leaving
-        ]
-        worker = self.scaling_config._resources_per_worker_not_none
-        room = count_workers(nodes, worker, self._sizes, *self._data_actors)
+        nodes = [node for node in live_nodes() if node["NodeID"] not in leaving]
+        for_workers, for_actors = self._labels
+        room = count_workers(
+            [node["Resources"] for node in nodes if carries(node, for_workers)],
+            self.scaling_config._resources_per_worker_not_none,
+            self._sizes,
+            *self._data_actors,
+            actors_only_cpus=sum(
+                node["Resources"].get("CPU", 0.0)
+                for node in nodes
+                if carries(node, for_actors) and not carries(node, for_workers)
+            ),
+        )
         possible = min(room, super()._count_possible_workers(reserved_resources))
         self._room = max((size for size in self._sizes if size <= possible), default=0)
         return self._room
@@ -157,16 +166,20 @@ def count_workers(
     sizes: Sequence[int],
     num_actors: int,
     actor_cpus: float,
+    *,
+    actors_only_cpus: float = 0.0,
 ) -> int:
     """The largest of ``sizes`` (ascending) for which ``nodes`` (resource -> amount) have room besides the data actors; 0 if none.
 
-    A worker must fit on one node; of the actors only the sum of CPUs is looked at.
+    A worker must fit on one node; of the actors only the sum of CPUs is looked at, and ``actors_only_cpus`` of it have a place on
+    nodes where no worker may run.
     """
     slots = sum(
         min(int(node.get(name, 0.0) // amount) for name, amount in worker.items() if amount > 0)
         for node in nodes
     )
-    cpus = sum(node.get("CPU", 0.0) for node in nodes) - num_actors * actor_cpus
+    actors_cpus = max(0.0, num_actors * actor_cpus - actors_only_cpus)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes) - actors_cpus
     by_cpus = int(cpus // worker["CPU"])
     return max((size for size in sizes if size <= min(slots, by_cpus)), default=0)
 
@@ -181,12 +194,13 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):
         data_actors: tuple[int, float],
         stop_flag: StopFlag,
         run_name: str,
+        labels: tuple[Labels, Labels] = (None, None),
         **options: Any,
     ) -> None:
         """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of one;
-        ``run_name``: the same in every command for the run."""
+        ``run_name``: the same in every command for the run; ``labels``: of the nodes for workers, and of those for data actors."""
         super().__init__(**options)
-        self._policy_arguments = (sizes, data_actors, stop_flag, run_name)
+        self._policy_arguments = (sizes, data_actors, stop_flag, run_name, labels)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         options["scaling_policy"] = GracefulElasticPolicy(

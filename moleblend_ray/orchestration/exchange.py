@@ -12,6 +12,7 @@ import ray
 from moleblend_ray.data.receipts import RECEIPTS_DIR, UnitReceipt, listed, valid_unit_receipts
 from moleblend_ray.data.shuffle import Exchange, Unit, run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
+from moleblend_ray.orchestration.placement import Labels, placed
 from moleblend_ray.orchestration.progress import Reporter
 
 logger = logging.getLogger(__name__)
@@ -26,14 +27,15 @@ def run_exchange(
     num_tasks: int,
     num_cpus: float,
     report: Reporter,
+    labels: Labels = None,
 ) -> list[UnitReceipt]:
-    """Run the passes of ``exchange``, ``num_tasks`` units at a time; the receipts of the last, in order.
+    """Run the passes of ``exchange``, ``num_tasks`` units at a time, on nodes with ``labels``; the receipts of the last, in order.
 
     Units whose receipt holds are not run again.
     """
     done = _done(exchange, passes)
     shared = ray.put(exchange)
-    task = ray.remote(num_cpus=num_cpus, max_retries=_MAX_RETRIES)(_run_unit)
+    task = ray.remote(num_cpus=num_cpus, max_retries=_MAX_RETRIES, **placed(labels))(_run_unit)
     for units in passes:
         missing = [unit for unit in units if unit.name not in done]
         logger.info(

@@ -19,6 +19,13 @@ import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration.placement import (
+    Labels,
+    cluster_resources,
+    label_text,
+    labels_seen,
+    live_nodes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,14 +93,15 @@ def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:
     return max(available_cpus(), math.ceil(workers + actors) + 1)
 
 
-def require_resources(need: Mapping[str, float], what: str) -> None:
-    """Refuse a cluster that cannot hold `need` (Ray resource -> amount, at the same time) of `what`.
+def require_resources(need: Mapping[str, float], what: str, labels: Labels = None) -> None:
+    """Refuse a cluster whose nodes (those with `labels`) cannot hold `need` (Ray resource -> amount, at the same time) of `what`.
 
     Ray would wait for ever. Where an autoscaler may bring more, waiting is right, and said.
     """
-    there = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    there = cluster_resources(labels)
+    whose = f"its nodes with {label_text(labels)} have" if labels else "the cluster has"
     missing = [
-        f"{amount:g} {name} (the cluster has {there.get(name, 0.0):g})"
+        f"{amount:g} {name} ({whose} {there.get(name, 0.0):g})"
         for name, amount in need.items()
         if amount > there.get(name, 0.0)
     ]
@@ -106,6 +114,22 @@ def require_resources(need: Mapping[str, float], what: str) -> None:
             "cluster.num_workers, cluster.cpus_per_worker, stream.min_actors or stream.actor_cpus"
         )
     logger.warning("%s: waiting until the autoscaler has added nodes", message)
+
+
+def require_labels(setting: str, labels: Labels) -> None:
+    """Refuse a cluster without a node that carries `labels`, those of `setting`; wait for one where an autoscaler may bring it."""
+    if not labels or live_nodes(labels):
+        return
+    message = (
+        f"cluster.{setting}: no node of the cluster has the label {label_text(labels)} "
+        f"(labels of its nodes: {labels_seen()})"
+    )
+    if not _may_grow():
+        raise ConfigError(
+            f"{message}. Label nodes (`labels` of a KubeRay worker group, `ray start --labels`), "
+            f"or let the work run anywhere with cluster.{setting}=null"
+        )
+    logger.warning("%s: waiting until the autoscaler has added one", message)
 
 
 def require_shared_paths(paths: Mapping[str, str]) -> None:
@@ -165,7 +189,12 @@ def _private_settings() -> dict[str, str]:
 def _attach(address: str) -> None:
     logger.info("attaching to the Ray cluster at %s", address)
     try:
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(
+            address=address,
+            # What matters comes as errors, or through `progress`; the rest is in the cluster's dashboard.
+            log_to_driver=logger.isEnabledFor(logging.DEBUG),
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cluster.address: no Ray cluster answers at {address!r} ({error}). "

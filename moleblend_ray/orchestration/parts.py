@@ -50,7 +50,8 @@ from moleblend_ray.orchestration.downstream import (
     data_inputs,
     prepare_molecules,
 )
-from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.local import ray_session, require_labels
+from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import use_reserved
 
@@ -133,6 +134,7 @@ def run_parts(job: PartsJob) -> Outcome:
     # Read here as well: what is wrong with a model shows before molecules are prepared and actors started.
     maker = job.load(torch.device("cpu"))
     with ray_session(config.cluster):
+        require_labels("worker_labels", config.cluster.worker_labels)
         data_uri = _prepare(job)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
@@ -228,10 +230,11 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
         num_cpus=cluster.cpus_per_worker,
         num_gpus=1 if cluster.use_gpu else 0,
     )
+    place_dataset(dataset, cluster.worker_labels)
     total = sum(place["rows"] for place in places)
     written: dict[int, dict[str, Any]] = {}
     began = time.monotonic()
-    with Progress(job.name, unit="molecule", total=total) as progress:
+    with Progress(job.name, unit="molecule", total=total, out=job.config.out) as progress:
         try:
             for row in dataset.iter_rows():
                 if row["error"]:

@@ -52,7 +52,9 @@ from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
 from moleblend_ray.orchestration.exchange import run_exchange
-from moleblend_ray.orchestration.local import GIB, ray_session
+from moleblend_ray.orchestration.local import GIB, ray_session, require_labels
+from moleblend_ray.orchestration.metrics import JobMetrics
+from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress, Reporter
 
 logger = logging.getLogger(__name__)
@@ -155,9 +157,10 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     done = begin(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
-    with ray_session(config.cluster), Progress("prepare", unit="row") as progress:
+    with ray_session(config.cluster), Progress("prepare", unit="row", out=config.out) as progress:
+        require_labels("data_labels", config.cluster.data_labels)
         job = _Job(config, sources, options, done)
-        receipts = job.run(progress.reporter)
+        receipts = job.run(progress.reporter, progress.metrics)
         placed = _exchanged(config, sources, options, receipts, progress.reporter)
         rows = sum(receipt.rows_in for receipt in receipts)
         progress.reporter({"done": rows, "total": rows})
@@ -187,7 +190,14 @@ def _exchanged(
         deduplicate=options.deduplicate != "none",
         memory_bytes=int(config.shuffle_memory_gib * GIB),
     )
-    return run_exchange(exchange, passes, config.cluster.num_data_actors, _ACTOR_CPUS, report)
+    return run_exchange(
+        exchange,
+        passes,
+        config.cluster.num_data_actors,
+        _ACTOR_CPUS,
+        report,
+        config.cluster.data_labels,
+    )
 
 
 def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:
@@ -308,10 +318,11 @@ class _Job:
         self._sources = sources
         self._options = options
         self._done = done
+        self._labels = config.cluster.data_labels
         self._num_actors = _num_actors(config, sources)
         self.effort = _Effort()
 
-    def run(self, report: Reporter) -> list[Receipt]:
+    def run(self, report: Reporter, metrics: JobMetrics) -> list[Receipt]:
         """Convert what is to be converted; the receipts of all chunks, or an error that says what is lacking."""
         receipts: list[Receipt] = []
         damages: list[str] = []
@@ -328,6 +339,8 @@ class _Job:
             receipts.append(receipt)
             rows += receipt.rows_in
             quarantined += receipt.rows_quarantined
+            if result["receipt"] is not None:  # converted now, not by a former run
+                metrics.count_rows(receipt.rows_in, receipt.quarantined_by_reason)
             report({"done": rows, "quarantined": quarantined})
         if damages:
             more = len(damages) - _MAX_SHOWN
@@ -368,6 +381,7 @@ class _Job:
                 num_cpus=_ACTOR_CPUS,
                 max_task_retries=_MAX_RETRIES,
             )
+        place_dataset(dataset, self._labels)
         # One block a row: else one actor would get many chunks at once and the others none.
         dataset.context.target_max_block_size = 1
         # Ray advises to reserve memory for the readers, whose few hundred MB are mostly shared libraries.

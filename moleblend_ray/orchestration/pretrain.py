@@ -38,13 +38,17 @@ from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
 from moleblend_ray.model.config import BlendConfig
+from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.elastic import ElasticTrainer
 from moleblend_ray.orchestration.local import (
     environment_defaults,
     ray_session,
+    require_labels,
     require_resources,
     require_shared_paths,
 )
+from moleblend_ray.orchestration.metrics import Publisher
+from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.stopping import StopFlag, StopPoll, StopReason, stop_on_sigterm
 from moleblend_ray.orchestration.stream import (
@@ -52,6 +56,7 @@ from moleblend_ray.orchestration.stream import (
     stream_data_config,
     stream_dataset,
 )
+from moleblend_ray.orchestration.train_metrics import TrainMetrics, publish_stream
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import (
     library_versions,
@@ -294,7 +299,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
         contextlib.ExitStack() as last,
         ray_session(config.cluster, data_cpus=data_cpus),
         stop_on_sigterm() as stop_flag,
-        Progress("pretrain", unit="step", total=config.train.num_steps) as progress,
+        Progress("pretrain", unit="step", total=config.train.num_steps, out=config.out) as progress,
         # Ray wants a place for its own notes; nothing of the run is in it.
         tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
     ):
@@ -343,6 +348,7 @@ def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
             "%s: %d workers committed step %d and start anew", why, outcome.world_size, outcome.step
         )
         settings.stop_flag.ask("")
+        settings.reporter.count("planned_restarts")
         if outcome.stopped_by == "resize":
             # Room that others take again and again must not keep a run busy with restarts.
             is_busy = time.monotonic() - begin_s < _QUIET_INTERVALS * interval_s
@@ -369,6 +375,7 @@ def _new_trainer(
             **({"GPU": 1} if cluster.use_gpu else {}),
         },
         "elastic_resize_monitor_interval_s": resize_interval_s,
+        **placed(cluster.worker_labels),
     }
     options: dict[str, Any] = {
         "train_loop_per_worker": _train_worker,
@@ -392,6 +399,7 @@ def _new_trainer(
         return ElasticTrainer(
             sizes=sizes,
             data_actors=actors,
+            labels=(cluster.worker_labels, cluster.data_labels),
             stop_flag=settings.stop_flag,
             run_name=f"moleblend-{hashlib.sha256(config.out.encode()).hexdigest()[:16]}",
             **options,
@@ -401,10 +409,17 @@ def _new_trainer(
 
 def _require_fitting_cluster(config: PretrainConfig) -> None:
     """Refuse a cluster on which the run would wait for ever, or each machine would write files of its own."""
-    workers, actors = config.worker_counts[0], config.stream.min_actors
-    need = {"CPU": config.reserved_cpus(actors, workers)}
-    if config.cluster.use_gpu:
-        need["GPU"] = workers
+    cluster, workers, actors = config.cluster, config.worker_counts[0], config.stream.min_actors
+    gpus = {"GPU": float(workers)} if cluster.use_gpu else {}
+    require_labels("worker_labels", cluster.worker_labels)
+    require_labels("data_labels", cluster.data_labels)
+    if cluster.worker_labels:
+        need = {"CPU": workers * cluster.cpus_per_worker, **gpus}
+        require_resources(need, f"{workers} workers", cluster.worker_labels)
+    if cluster.data_labels:
+        need = {"CPU": actors * config.stream.actor_cpus}
+        require_resources(need, f"{actors} data actors", cluster.data_labels)
+    need = {"CPU": config.reserved_cpus(actors, workers), **gpus}
     require_resources(need, f"{workers} workers and {actors} data actors")
     require_shared_paths({"data": config.data, "out": config.out})
 
@@ -441,17 +456,21 @@ def _root_cause(error: BaseException) -> str:
 def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
     """The stream of micro-batches from the newest committed step on. Runs in Ray Train's controller."""
     reporter.forward_logs()  # a checkpoint damaged since the last start must be seen on the driver
+    reporter.count("worker_groups")
     commit = latest_committed(config.out, verify_content=True)
     first_step = commit.step if commit else 0
-    return stream_dataset(
+    dataset = stream_dataset(
         config.data,
         config.order,
         config.stream,
         first_step,
         config.train.num_steps - first_step,
         reserved_cpus=config.reserved_cpus(0),
+        labels=config.cluster.data_labels,
         reporter=reporter,
     )
+    publish_stream(dataset, logs.run_name(config.out))
+    return dataset
 
 
 # --------------------------------------------------------------------------------------------------- the workers
@@ -465,6 +484,7 @@ def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
     torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
     ranks = current_ranks(use_gpu=config.cluster.use_gpu, local_rank=context.get_local_rank())
     settings.reporter.forward_logs(prefix=f"[rank {ranks.rank}] ")
+    logs.set_context(rank=ranks.rank)
     should_stop = StopPoll(settings.stop_flag) if ranks.is_first else None
     try:
         result = _fit_rank(settings, ranks, should_stop)
@@ -506,6 +526,15 @@ def _fit_rank(
     if ranks.is_first:
         abandon_after(config.out, first.step)
         drop_records_from(config.out, first.step)
+    publisher = Publisher(run=logs.run_name(config.out), rank=str(ranks.rank))
+    metrics = TrainMetrics(publisher, is_first=ranks.is_first)
+    metrics.start(
+        config.out,
+        first.step,
+        target_steps=config.train.num_steps,
+        workers=ranks.world_size,
+        interval_steps=config.checkpoint.every_steps,
+    )
     checkpoints = CheckpointWriter(
         config.checkpoint,
         config.out,
@@ -513,6 +542,7 @@ def _fit_rank(
         identity=run_identity(config, settings.manifest),
         config_fingerprint=_config_fingerprint(config),
         start_step=first.step,
+        on_save=metrics.on_save,
     )
     validate = build_validation(
         config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
@@ -523,7 +553,7 @@ def _fit_rank(
     )
     tracker = _start_tracker(settings, ranks, is_new_try=is_new_try)
     try:
-        with trace as after_step:
+        with trace as after_step, publisher:
             return fit(
                 learner,
                 chain([first], steps),
@@ -533,7 +563,8 @@ def _fit_rank(
                 report=partial(_report, settings, tracker) if ranks.is_first else None,
                 should_stop=should_stop,
                 after_step=after_step,
-                on_anomaly=partial(_keep_anomaly, config.out) if ranks.is_first else None,
+                on_step=partial(_tell_step, metrics),
+                on_anomaly=partial(_tell_anomaly, config.out, metrics) if ranks.is_first else None,
                 skipped_before=_skipped_before(config, first.step, ranks),
             )
     finally:
@@ -551,8 +582,15 @@ def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:
     return gather_from_ranks(count)[0]
 
 
-def _keep_anomaly(run_uri: str, anomaly: Anomaly) -> None:
-    """Write it beside the run; a storage that fails must not end the run for that."""
+def _tell_step(metrics: TrainMetrics, record: Record) -> None:
+    """Count it, and let the lines that are logged from now on name it."""
+    logs.set_context(step=int(record["step"]) + 1)  # done, as checkpoints are named
+    metrics.on_step(record)
+
+
+def _tell_anomaly(run_uri: str, metrics: TrainMetrics, anomaly: Anomaly) -> None:
+    """Count it and write it beside the run; a storage that fails must not end the run for that."""
+    metrics.on_anomaly(anomaly)
     try:
         logger.warning("its molecules are in %s", redact(write_anomaly(run_uri, anomaly)))
     except StorageError as error:

@@ -1,22 +1,27 @@
 """What work in other processes has done so far, on the driver's screen.
 
 Workers report to a small actor; a thread of the driver shows the newest report as a bar on a terminal, or as
-a log line now and then elsewhere. Log records of the package travel the same way.
+a log line now and then elsewhere, and as metrics. Log records of the package travel the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import ray
 from tqdm import tqdm
+
+from moleblend_ray.orchestration import logs
+from moleblend_ray.orchestration.metrics import JobMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +33,10 @@ class Snapshot(NamedTuple):
 
     values: dict[str, float | int | str]
     """Newest value of each name; "done" and "total" place the bar."""
-    records: list[tuple[int, str, str]]
-    """(level, logger name, message) of every record since the last snapshot."""
+    counts: dict[str, int]
+    """Events so far, by name."""
+    records: list[tuple[int, str, str, dict[str, Any]]]
+    """(level, logger name, message, :func:`.logs.origin_of`) of every record since the last snapshot."""
 
 
 class _Board:
@@ -37,17 +44,21 @@ class _Board:
 
     def __init__(self) -> None:
         self._values: dict[str, float | int | str] = {}
-        self._records: list[tuple[int, str, str]] = []
+        self._counts: dict[str, int] = {}
+        self._records: list[tuple[int, str, str, dict[str, Any]]] = []
 
     def update(self, values: Values) -> None:
         self._values.update(values)
 
-    def log(self, level: int, name: str, message: str) -> None:
-        self._records.append((level, name, message))
+    def count(self, name: str) -> None:
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def log(self, level: int, name: str, message: str, origin: dict[str, Any]) -> None:
+        self._records.append((level, name, message, origin))
 
     def read(self) -> Snapshot:
         records, self._records = self._records, []
-        return Snapshot(dict(self._values), records)
+        return Snapshot(dict(self._values), dict(self._counts), records)
 
 
 class Reporter:
@@ -57,9 +68,14 @@ class Reporter:
     it. Those that come faster than `min_interval_s` after the last one are kept and sent with the next.
     """
 
-    def __init__(self, board: Any, min_interval_s: float = 0.2) -> None:
+    def __init__(
+        self, board: Any, min_interval_s: float = 0.2, run: str = "", *, as_json: bool = False
+    ) -> None:
+        """``run`` and ``as_json`` are for the logs of the processes that it goes to."""
         self._board = board
         self._min_interval_s = min_interval_s
+        self._run = run
+        self._as_json = as_json
         self._held: dict[str, float | int | str] = {}
         self._last_sent_s = 0.0
 
@@ -74,17 +90,39 @@ class Reporter:
             if is_last:
                 _await_arrival(sent)
 
+    def count(self, name: str) -> None:
+        """Tell of one more event of that name; does not wait."""
+        self._board.count.remote(name)
+
     def forward_logs(self, prefix: str = "", level: int = logging.WARNING) -> None:
-        """Show this process's log records of the package (from `level` up) on the driver, behind `prefix`."""
+        """Show this process's log records of the package (from `level` up) on the driver, behind `prefix`.
+
+        Where logs are JSON, all from INFO up are also written to a file among the logs of Ray's session.
+        """
+        # Ray reuses processes: what was said of earlier work does not hold any more.
+        logs.set_context(run=self._run or None, rank=None, step=None)
+        if self._as_json:
+            logs.log_to_file(_session_logs() / f"moleblend-{os.getpid()}.jsonl")
         package_logger = logging.getLogger("moleblend_ray")
-        # Ray reuses processes: a handler of earlier work would report to a board that is gone.
+        # Nor may its handler stay, whose board is gone.
         for handler in list(package_logger.handlers):
             if isinstance(handler, _Forwarder):
                 package_logger.removeHandler(handler)
         package_logger.addHandler(_Forwarder(self._board, prefix, level))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Reporter, (self._board, self._min_interval_s))
+        return (_reporter_of, (self._board, self._min_interval_s, self._run, self._as_json))
+
+
+def _reporter_of(board: Any, min_interval_s: float, run: str, as_json: bool) -> Reporter:
+    return Reporter(board, min_interval_s, run, as_json=as_json)
+
+
+def _session_logs() -> Path:
+    """Where Ray keeps this node's logs, and its dashboard and collectors look for them."""
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    return Path(node.get_logs_dir_path())
 
 
 def _await_arrival(sent: Any) -> None:
@@ -100,13 +138,16 @@ class _Forwarder(logging.Handler):
         self._prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._board.log.remote(record.levelno, record.name, self._prefix + record.getMessage())
+        message = self._prefix + record.getMessage()
+        origin = logs.origin_of(record, self._prefix)
+        self._board.log.remote(record.levelno, record.name, message, origin)
 
 
 class Progress:
     """Shows reports while the body runs: `with Progress("pretrain", unit="step") as progress: ...`.
 
-    `progress.reporter` goes to the workers. `total` may also come later, as the reported value "total".
+    `progress.reporter` goes to the workers. `total` may also come later, as the reported value "total". `out` is what the
+    job writes: it names the run in metrics and JSON logs; None: as the stage before.
     """
 
     def __init__(
@@ -115,11 +156,15 @@ class Progress:
         *,
         unit: str,
         total: int | None = None,
+        out: str | None = None,
         log_interval_s: float = 10.0,
     ) -> None:
+        run = logs.run_name(out) if out else str(logs.context().get("run", ""))
+        logs.set_context(run=run or None)
+        self.metrics = JobMetrics(run, description)
         # Ray's own annotations lose the actor's methods.
         self._board: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
-        self.reporter = Reporter(self._board)
+        self.reporter = Reporter(self._board, run=run, as_json=logs.log_format() == "json")
         is_terminal = sys.stderr.isatty()
         self._display: _Bar | _Lines = (
             _Bar(description, unit, total)
@@ -131,6 +176,7 @@ class Progress:
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
     def __enter__(self) -> Self:
+        self.metrics.__enter__()
         self._thread.start()
         return self
 
@@ -143,6 +189,7 @@ class Progress:
         self._stop.set()
         self._thread.join(timeout=10.0)
         self._show_newest(is_last=True)
+        self.metrics.__exit__(kind, error, trace)
         self._display.close()
         ray.kill(self._board)
 
@@ -158,8 +205,10 @@ class Progress:
         except (ray.exceptions.RayError, TimeoutError):
             # A busy or ending cluster: progress is only looked at, the work itself raises its own errors.
             return
-        for level, name, message in snapshot.records:
-            logging.getLogger(name).log(level, message)
+        for level, name, message, origin in snapshot.records:
+            # As an argument: a message may hold what means something to the formatting of messages.
+            logging.getLogger(name).log(level, "%s", message, extra={"origin": origin})
+        self.metrics.show(snapshot.values, snapshot.counts)
         if isinstance(self._display, _Bar):
             self._display.show(snapshot.values)
         else:
@@ -208,7 +257,8 @@ class _Lines:
         total = values.get("total", self._total)
         of_total = f"/{total}" if total is not None else ""
         done = f"{values.get('done', 0)}{of_total} {self._unit}s"
-        logger.info("%s: %s %s", self._description, done, _format(values))
+        step = {"step": values["done"]} if self._unit == "step" and "done" in values else {}
+        logger.info("%s: %s %s", self._description, done, _format(values), extra=step)
 
     def close(self) -> None:
         pass

@@ -47,6 +47,7 @@ from moleblend_ray.orchestration.budget import (
     pause_between_looks,
 )
 from moleblend_ray.orchestration.local import GIB
+from moleblend_ray.orchestration.placement import Labels, cluster_resources, placed
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
 
@@ -135,14 +136,15 @@ def stream_dataset(
     num_steps: int,
     *,
     reserved_cpus: float = 0.0,
+    labels: Labels = None,
     reporter: Reporter | None = None,
 ) -> Dataset:
     """The packed blocks of at least ``num_steps`` steps from ``first_step`` on.
 
     The last group is filled with the steps that would follow, so that all streams have as many blocks; a
     consumer stops by itself. Split it with ``streaming_split(W, equal=True)`` and no locality hints, or give
-    :func:`stream_data_config` to the trainer. ``reserved_cpus`` of the cluster are not for its actors; ``reporter``
-    shows decisions about their number. Raises ConfigError if the blocks are too large for the object store's budget.
+    :func:`stream_data_config` to the trainer. ``reserved_cpus`` of the cluster are not for its actors, which run on
+    nodes with ``labels``; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large for the object store's budget.
     """
     atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
     step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
@@ -154,7 +156,7 @@ def stream_dataset(
     # No CPU: it sleeps most of the time. Being unlike the actors' request, it also keeps Ray from fusing the
     # two operators, which would build every block in one task.
     rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
-    most = max(stream.min_actors, min(most_actors(stream, reserved_cpus), limit))
+    most = max(stream.min_actors, min(most_actors(stream, reserved_cpus, labels), limit))
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),
@@ -163,6 +165,8 @@ def stream_dataset(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
         num_cpus=stream.actor_cpus,
+        # Not for the whole data set: the plan's task stays on the driver's node, which outlives those of the actors.
+        **placed(labels),
     )
     context = dataset.context
     # The trainer's controller makes the data set, on any node; a bar of its own would run across the driver's.
@@ -185,12 +189,14 @@ def stream_dataset(
     return dataset
 
 
-def most_actors(stream: StreamConfig, reserved_cpus: float) -> int:
-    """The upper bound of the pool: the configured one, or what the CPUs of the cluster leave."""
+def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = None) -> int:
+    """The upper bound of the pool: the configured one, or what the CPUs of the cluster (its nodes with ``labels``) leave."""
     if stream.max_actors is not None:
         return stream.max_actors
-    cpus = ray.cluster_resources().get("CPU", 0.0)  # type: ignore[no-untyped-call]
-    return max(stream.min_actors, int((cpus - reserved_cpus) // stream.actor_cpus))
+    cpus = cluster_resources().get("CPU", 0.0) - reserved_cpus
+    if labels:
+        cpus = min(cpus, cluster_resources(labels).get("CPU", 0.0))
+    return max(stream.min_actors, int(cpus // stream.actor_cpus))
 
 
 def object_store_budget(stream: StreamConfig) -> int:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import TrialScheduler
@@ -47,6 +47,7 @@ from moleblend_ray.orchestration.downstream import (
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
 from moleblend_ray.orchestration.local import available_cpus, ray_session
+from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher
 from moleblend_ray.orchestration.workers import TrialData, run_trial
@@ -143,6 +144,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     os.environ.update(
         {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     )
+    keep_keys_from_trials()
     # Tune would print a failed trial's whole traceback; its reason is in the results and in our own log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = bench.experiment
@@ -158,7 +160,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
         _tune_resources(config),
     )
     title = f"{experiment.task.name} trials"
-    with Progress(title, unit="trial", total=config.num_trials) as progress:
+    with Progress(title, unit="trial", total=config.num_trials, out=config.out) as progress:
         _ProgressCallback.reporter, _ProgressCallback.total = progress.reporter, config.num_trials
         try:
             with warnings.catch_warnings():
@@ -178,6 +180,14 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
         if trial.error is not None:
             logger.warning("trial %d failed: %s", trial.number, trial.error)
     return trials
+
+
+def keep_keys_from_trials() -> None:
+    """Tune would write the object store's keys into the trials' runtime environment, which the dashboard shows; nodes have keys
+    of their own."""
+    class_cache.ENV_VARS_TO_PROPAGATE -= {
+        name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")
+    }
 
 
 def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> FinetuneSettings:
@@ -207,7 +217,7 @@ def concurrent_trials(config: SweepConfig) -> int:
     A private cluster counts logical CPUs, of which it may have more than the machine has cores; there, trials
     beyond the cores would only slow each other down.
     """
-    total: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    total = cluster_resources(config.cluster.worker_labels)
     need = worker_resources(config)
     fits = int(total.get("CPU", 0) // need["num_cpus"])
     if need["num_gpus"]:
@@ -327,9 +337,12 @@ def _unpickled(uri: str) -> Any:
         return None
 
 
-def _tune_resources(config: SweepConfig) -> dict[str, float]:
+def _tune_resources(config: SweepConfig) -> tune.PlacementGroupFactory:
     need = worker_resources(config)
-    return {"cpu": need["num_cpus"], "gpu": need["num_gpus"]}
+    bundle = {"CPU": need["num_cpus"], "GPU": need["num_gpus"]}
+    labels = config.cluster.worker_labels
+    placement: dict[str, Any] = {"bundle_label_selector": [dict(labels)]} if labels else {}
+    return tune.PlacementGroupFactory([bundle], **placement)
 
 
 def _trial_name(trial: Trial) -> str:

@@ -38,6 +38,7 @@ COMMIT_FORMAT: Final = 1
 
 # From the end of a file's URI: the run itself may lie below another run's checkpoint.
 _STEP_FILE: Final = re.compile(r"/checkpoints/step-(\d{8,})/[^/]+$")
+_PLAIN_NAME: Final = re.compile(r"\.?[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HASH_CHUNK_BYTES: Final = 8 << 20
 _CHECK_THREADS: Final = 8
 
@@ -136,6 +137,10 @@ def _read_marker(uri: str) -> Commit:
                 "Upgrade moleblend-ray."
             )
         files = tuple(CommittedFile(**file) for file in value["files"])
+        # Files are copied to this machine under their names: a marker from elsewhere must not choose the place.
+        foreign = [file.name for file in files if not _PLAIN_NAME.fullmatch(file.name)]
+        if foreign:
+            raise CheckpointError(f"{uri} is not a commit marker: {foreign[0]!r} is no file name")
         return Commit(**{**value, "files": files})
     except storage.NotFoundError as error:
         raise CheckpointError(f"{uri} does not exist: no checkpoint was committed there") from error

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,21 @@ from moleblend_ray.training.metrics import (
 logger = logging.getLogger(__name__)
 
 
+class Save(NamedTuple):
+    """How a save ended."""
+
+    step: int
+    """Steps done since the start of the run."""
+    is_committed: bool
+    """False if it failed: what was committed before is kept."""
+    num_bytes: int = 0
+    """Of all files; 0 of a failed one."""
+    seconds: float = 0.0
+    """From the copy of the state to the marker."""
+    waited_s: float = 0.0
+    """Of these, the seconds in which training stood still."""
+
+
 class AnotherWriterError(CheckpointError):
     """Someone else commits to the same run. Raised on all ranks together; trying again would only repeat it."""
 
@@ -79,8 +94,11 @@ class CheckpointWriter:
         identity: Mapping[str, Any],
         config_fingerprint: str,
         start_step: int,
+        on_save: Callable[[Save], None] | None = None,
     ) -> None:
-        """Every rank makes one, at the same point: it opens a process group."""
+        """Every rank makes one, at the same point: it opens a process group. ``on_save`` hears how each save ended, in
+        the thread that saves."""
+        self._on_save = on_save
         self._config = config
         self._run_uri = run_uri
         self._ranks = ranks
@@ -142,7 +160,7 @@ class CheckpointWriter:
         self._unsaved += records
         snapshot = state if self._stager is None else self._stager.stage(state)
         waited_s = time.perf_counter() - began_s
-        self._pending = self._thread.submit(self._save, step, snapshot, waited_s)
+        self._pending = self._thread.submit(self._save_and_tell, step, snapshot, waited_s)
         if self._stager is None:
             self.wait()
             self._tolerate_failure()
@@ -193,7 +211,15 @@ class CheckpointWriter:
 
     # ------------------------------------------------------------------------------------- in the thread
 
-    def _save(self, step: int, state: Any, waited_s: float) -> None:
+    def _save_and_tell(self, step: int, state: Any, waited_s: float) -> None:
+        save = Save(step=step, is_committed=False)
+        try:
+            save = self._save(step, state, waited_s)
+        finally:
+            if self._on_save is not None:
+                self._on_save(save)
+
+    def _save(self, step: int, state: Any, waited_s: float) -> Save:
         began_s = time.perf_counter()
         self._require_sole_writer()
         folder = step_uri(self._run_uri, step)
@@ -203,14 +229,19 @@ class CheckpointWriter:
         self._on_first_rank(lambda: self._write_marker(step, files))
         self._committed_step = step
         self._unsaved = []
+        num_bytes = sum(file.num_bytes for file in files)
+        seconds = time.perf_counter() - began_s + waited_s
         if self._ranks.is_first:
             logger.info(
                 "committed step %d: %.0f MiB in %.1f s, of which training waited %.2f s",
                 step,
-                sum(file.num_bytes for file in files) / 2**20,
-                time.perf_counter() - began_s + waited_s,
+                num_bytes / 2**20,
+                seconds,
                 waited_s,
             )
+        return Save(
+            step, is_committed=True, num_bytes=num_bytes, seconds=seconds, waited_s=waited_s
+        )
 
     def _require_sole_writer(self) -> None:
         """Stop where another driver trains the same run: each would delete and replace what the other commits."""

@@ -252,6 +252,13 @@ class NoFlag:
         assert reason == ""
 
 
+class NoReporter:
+    """Where nobody looks at the progress."""
+
+    def count(self, name: str) -> None:
+        assert name == "planned_restarts"
+
+
 def outcome(step: int, stopped_by: Any = "") -> _Outcome:
     return _Outcome(step=step, world_size=2, stopped_by=stopped_by)
 
@@ -388,7 +395,7 @@ def worker_settings(data: str, out: str) -> _WorkerSettings:
         config=settings(data, out),
         manifest=load_manifest(data),
         start_step=0,
-        reporter=None,  # type: ignore[arg-type]
+        reporter=NoReporter(),  # type: ignore[arg-type]
         stop_flag=None,
     )
 

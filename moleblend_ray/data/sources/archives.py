@@ -6,6 +6,7 @@ name outside of the archive is refused with the archive: what is left out silent
 
 from __future__ import annotations
 
+import io
 import lzma
 import re
 import tarfile
@@ -243,11 +244,18 @@ def _zip_archive(uri: str, stream: BinaryIO) -> zipfile.ZipFile:
 
 
 def _zip_members(uri: str, stream: BinaryIO, wanted: Callable[[str], bool]) -> Iterator[Member]:
+    packed_bytes = stream.seek(0, io.SEEK_END)
     with _zip_archive(uri, stream) as archive:
+        unpacked_bytes = 0
         for info in archive.infolist():
             if not info.is_dir() and wanted(info.filename):
                 _check_name(uri, info.filename)
                 _check_zip_member(uri, info)
+                # Members may share their bytes: each in proportion, all together not.
+                unpacked_bytes += info.file_size
+                if unpacked_bytes > max(_EXPANSION_GRACE_BYTES, _MAX_EXPANSION * packed_bytes):
+                    reason = f"all together expand to more than {_MAX_EXPANSION} times the archive"
+                    raise _refused(uri, info.filename, f"it and those before it {reason}")
                 yield Member(info.filename, _zip_blocks(archive, info))
 
 

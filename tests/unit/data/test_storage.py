@@ -197,3 +197,33 @@ def test_errors_show_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
         storage.read_bytes("http://user:hunter2@127.0.0.1:9/x.csv?X-Amz-Signature=hunter2")
     assert "hunter2" not in str(caught.value)
     assert "http://***@127.0.0.1:9/x.csv?X-Amz-Signature=***" in str(caught.value)
+
+
+def test_the_client_of_s3_repeats_no_credentials_in_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    with pytest.raises(StorageError) as caught:
+        storage.read_bytes("s3://someone:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)
+    assert "s3://***@bucket/x" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts", "joined"),
+    [
+        ("s3://bucket/a/", ("/b/", "c"), "s3://bucket/a/b/c"),
+        ("/", ("a",), "/a"),
+        ("what?", ("a",), "what?/a"),
+        ("https://host/dir?sig=x/y", ("a.csv",), "https://host/dir/a.csv?sig=x/y"),
+        ("https://host/dir/", ("a.csv",), "https://host/dir/a.csv"),
+    ],
+)
+def test_names_are_joined_before_the_query_of_a_web_address(
+    uri: str, parts: tuple[str, ...], joined: str
+) -> None:
+    # A signed link to a file would otherwise answer with that file for whatever is looked for below it.
+    assert storage.join(uri, *parts) == joined

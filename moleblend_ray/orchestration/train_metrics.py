@@ -1,0 +1,220 @@
+"""What a pretraining run tells Prometheus: its ranks, and the executor of its stream (see :mod:`.metrics`)."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import suppress
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+
+from ray.data import Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.orchestration.budget import blocks_taken
+from moleblend_ray.orchestration.metrics import PERIOD_S, Publisher
+from moleblend_ray.training.anomalies import Anomaly
+from moleblend_ray.training.commits import read_commit
+from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record
+from moleblend_ray.training.saving import Save
+
+if TYPE_CHECKING:
+    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+_RUN_CONFIG_KEY: Final = "moleblend.run"
+
+_COUNTERS: Final = (
+    "moleblend_train_steps_total",
+    "moleblend_train_molecules_total",
+    "moleblend_train_atoms_total",
+    "moleblend_train_atom_slots_total",
+    "moleblend_train_model_flops_total",
+    "moleblend_train_skipped_steps_total",
+    "moleblend_checkpoint_commits_total",
+    "moleblend_checkpoint_failures_total",
+    "moleblend_checkpoint_save_seconds_total",
+    "moleblend_checkpoint_wait_seconds_total",
+)
+"""Those of rank 0, to be seen before anything has happened."""
+
+
+class TrainMetrics:
+    """What one rank of a pretraining run tells; its methods are the plain callables that training takes."""
+
+    def __init__(self, publisher: Publisher, *, is_first: bool) -> None:
+        self._publisher = publisher
+        self._is_first = is_first
+        self._means: dict[str, tuple[float, float]] = {}
+        self._means_since_s = time.monotonic()
+        self._skipped = -1
+
+    def start(
+        self, run_uri: str, step: int, *, target_steps: int, workers: int, interval_steps: int
+    ) -> None:
+        """Say from where a worker group goes on; rank 0 alone has something to say."""
+        if not self._is_first:
+            return
+        if step == 0:
+            self._skipped = 0
+        publisher = self._publisher
+        for name in _COUNTERS:
+            publisher.add(name, 0.0)
+        for reason in ("spike", "non_finite"):
+            publisher.add("moleblend_train_anomalies_total", 0.0, reason=reason)
+        publisher.set("moleblend_train_step", step)
+        publisher.set("moleblend_train_target_steps", target_steps)
+        publisher.set("moleblend_train_workers", workers)
+        publisher.set("moleblend_checkpoint_interval_steps", interval_steps)
+        publisher.set("moleblend_checkpoint_step", step)
+        publisher.set("moleblend_checkpoint_timestamp_seconds", _committed_at(run_uri, step))
+
+    def on_step(self, record: Record) -> None:
+        """Add the numbers of a step: they are on the host already."""
+        publisher = self._publisher
+        step_s = float(record["step_s"])
+        publisher.add("moleblend_train_step_seconds_total", step_s)
+        publisher.add("moleblend_train_data_wait_seconds_total", float(record["data_wait_s"]))
+        publisher.set("moleblend_train_peak_memory_bytes", float(record["peak_memory_mib"]) * 2**20)
+        if self._is_first:
+            self._add_totals(record)
+            self._add_means(record, step_s)
+
+    def on_save(self, save: Save) -> None:
+        """Tell of a checkpoint that was committed or failed."""
+        if not self._is_first:
+            return
+        publisher = self._publisher
+        if not save.is_committed:
+            publisher.add("moleblend_checkpoint_failures_total")
+            return
+        publisher.add("moleblend_checkpoint_commits_total")
+        publisher.add("moleblend_checkpoint_save_seconds_total", save.seconds)
+        publisher.add("moleblend_checkpoint_wait_seconds_total", save.waited_s)
+        publisher.set("moleblend_checkpoint_step", save.step)
+        publisher.set("moleblend_checkpoint_size_bytes", save.num_bytes)
+        publisher.set("moleblend_checkpoint_timestamp_seconds", time.time())
+
+    def on_anomaly(self, anomaly: Anomaly) -> None:
+        """Count a step whose numbers were bad."""
+        if self._is_first:
+            self._publisher.add("moleblend_train_anomalies_total", reason=anomaly.reason)
+
+    def _add_totals(self, record: Record) -> None:
+        publisher = self._publisher
+        atoms = float(record["atoms"])
+        publisher.add("moleblend_train_steps_total")
+        publisher.add("moleblend_train_molecules_total", float(record["molecules"]))
+        publisher.add("moleblend_train_atoms_total", atoms)
+        publisher.add(
+            "moleblend_train_atom_slots_total", atoms / (1.0 - float(record["padding_share"]))
+        )
+        publisher.add("moleblend_train_model_flops_total", float(record["model_flops"]))
+        publisher.set("moleblend_train_step", record["step"] + 1)
+        publisher.set("moleblend_train_learning_rate", float(record["learning_rate"]))
+        publisher.set("moleblend_train_gradient_norm", record.get("grad_norm"))
+        skipped = int(record.get("skipped_steps", 0))
+        if skipped > self._skipped >= 0:
+            publisher.add("moleblend_train_skipped_steps_total", skipped - self._skipped)
+        self._skipped = skipped
+        for name, value in record.items():
+            if name.startswith(VALID_PREFIX + TOTAL_LOSS):
+                head = _head(name.removeprefix(VALID_PREFIX))
+                publisher.set("moleblend_train_validation_loss", float(value), head=head)
+
+    def _add_means(self, record: Record, step_s: float) -> None:
+        """Means over about a second: single steps of a fast run are noise to whoever looks every 15 s."""
+        for name, value in record.items():
+            if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_"):
+                self._add_mean(name, float(value), 1.0)
+        mfu = float(record["mfu"])
+        self._add_mean("mfu", mfu, step_s)
+        if mfu > 0:
+            rate = float(record["model_flops"]) / step_s / mfu
+            self._publisher.set("moleblend_train_matrix_flops_per_second", rate)
+        now_s = time.monotonic()
+        if now_s - self._means_since_s < PERIOD_S:
+            return
+        self._means_since_s = now_s
+        for name, (total, weight) in self._means.items():
+            if name == "mfu":
+                self._publisher.set("moleblend_train_mfu_ratio", total / weight)
+            else:
+                self._publisher.set("moleblend_train_loss", total / weight, head=_head(name))
+        self._means.clear()
+
+    def _add_mean(self, name: str, value: float, weight: float) -> None:
+        if math.isfinite(value):
+            total, weights = self._means.get(name, (0.0, 0.0))
+            self._means[name] = (total + value * weight, weights + weight)
+
+
+def _head(loss: str) -> str:
+    """Label of the loss that a record calls ``loss`` (the optimised one) or ``loss_<head>``."""
+    return loss.removeprefix(TOTAL_LOSS).removeprefix("_") or "total"
+
+
+def _committed_at(run_uri: str, step: int) -> float:
+    """When the checkpoint of ``step`` was committed; now, if there is none or its marker cannot be read any more."""
+    if step > 0:
+        with suppress(MoleBlendError, ValueError):
+            return datetime.fromisoformat(read_commit(run_uri, step).created).timestamp()
+    return time.time()
+
+
+def publish_stream(dataset: Dataset, run: str) -> None:
+    """Let Ray Data's executor of this stream tell of actors and queues, under the label ``run``."""
+    dataset.context.set_config(_RUN_CONFIG_KEY, run)
+    dataset.context.custom_execution_callback_classes.append(_StreamCallback)
+
+
+class _StreamCallback(ExecutionCallback):
+    """Ray Data's hook: called at every turn of its scheduler, in the process of the executor."""
+
+    def __init__(self) -> None:
+        self._publisher: Publisher | None = None
+        self._operator: PhysicalOperator | None = None
+        self._pool: AutoscalingActorPool | None = None
+        self._looked_s = -math.inf
+        self._totals: dict[str, float] = {}
+
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        """Find what builds blocks and what hands them out."""
+        self._publisher = Publisher(run=executor._data_context.get_config(_RUN_CONFIG_KEY))
+        assert executor._topology is not None
+        *_, self._sink = executor._topology
+        for operator in executor._topology:
+            for pool in operator.get_autoscaling_actor_pools():
+                self._operator, self._pool = operator, pool
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002 - Ray's signature
+        """Publish once a second; no thread, so that what is gone with the stream is not told of."""
+        now_s = time.monotonic()
+        if self._publisher is None or now_s - self._looked_s < PERIOD_S:
+            return
+        self._looked_s = now_s
+        if self._operator is not None and self._pool is not None:
+            self._look(self._publisher, self._operator, self._pool)
+        self._publisher.publish()
+
+    def _look(
+        self, publisher: Publisher, operator: PhysicalOperator, pool: AutoscalingActorPool
+    ) -> None:
+        publisher.set("moleblend_stream_actors", pool.num_running_actors())
+        publisher.set("moleblend_stream_pending_actors", pool.num_pending_actors())
+        publisher.set("moleblend_stream_max_actors", pool.max_size())
+        publisher.set("moleblend_stream_building_blocks", operator.num_active_tasks())
+        publisher.set(
+            "moleblend_stream_queued_blocks", self._sink.metrics.num_external_outqueue_blocks
+        )
+        self._count("moleblend_stream_blocks_total", operator.metrics.num_task_outputs_generated)
+        self._count("moleblend_stream_taken_blocks_total", blocks_taken(self._sink))
+        self._count("moleblend_stream_build_seconds_total", operator.metrics.block_generation_time)
+
+    def _count(self, name: str, total: float) -> None:
+        """Raise a counter to what Ray Data has counted itself."""
+        assert self._publisher is not None
+        self._publisher.add(name, max(0.0, total - self._totals.get(name, 0.0)))
+        self._totals[name] = total
