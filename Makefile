@@ -9,7 +9,7 @@ ARGS ?=
 DATA ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo results results-quick lint audit audit-offline manifests format clean
+.PHONY: help install test demo results results-quick lint audit audit-offline manifests cluster-test format clean
 
 help:
 	@echo 'make install   create $(VENV) with the package, its tests and its linters'
@@ -20,6 +20,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
 	@echo 'make manifests   render and check the KubeRay manifests'
+	@echo 'make cluster-test   all jobs submitted to a local Ray head with token, two nodes and S3 storage (minutes)'
 	@echo 'make format    let ruff rewrite the sources'
 	@echo 'make clean     remove caches, builds and runs (not $(VENV))'
 
@@ -61,6 +62,9 @@ audit-offline: install
 
 manifests: install
 	$(BIN)/python -m infra.checks
+
+cluster-test: install
+	$(BIN)/python jobs/cluster_test.py
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,520 @@
+"""The jobs on a cluster as it is elsewhere, simulated on this machine: what `make cluster-test` runs.
+
+    python jobs/cluster_test.py [--molecules 400] [--steps 100] [--quick]
+
+A head without CPUs of its own, behind a token, and two nodes, one for data and one for models, each started by `ray start`; an S3 server
+(the one of AWS_ENDPOINT_URL, else moto's, which is a requirement of the tests) that only they have the keys of. Every job is handed over with
+`moleblend submit` from an empty folder: samples, prepare, pretrain, sweep, embed. Pretraining is ended in its middle by `ray job stop` and
+submitted again. Then what lies in the bucket is compared with what should: counts, every step once, results, a vector for each molecule; what ran
+on which node; and that no key and no token can be read in what the dashboard tells. Any difference is an error. One JSON line comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.training.commits import FINISHED_NAME, committed_steps
+from moleblend_ray.training.metrics import read_records
+
+LIMIT_S: Final = 600.0
+"""For one job, and for the moment to stop it; on two busy cores a job takes half a minute to start."""
+STOPPED: Final = 75
+BIN: Final = Path(sys.executable).parent
+LABELS: Final = (
+    "cluster.data_labels={moleblend-role: data}",
+    "cluster.worker_labels={moleblend-role: train}",
+)
+PLACES: Final = {
+    "_Converter": "data",
+    "_BlockBuilder": "data",
+    "try_settings": "data",
+    "fit_seed": "data",
+    "RayTrainWorker": "train",
+    "train_seed": "train",
+    "_PartActor": "train",
+}
+"""What of the project's own work must run on which nodes: a part of the name of an actor's class or a task."""
+
+
+class FailedError(Exception):
+    """Something is not as it should be."""
+
+
+def check(holds: bool, what: str) -> None:
+    if not holds:
+        raise FailedError(what)
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+# ----------------------------------------------------------------------------------------------------- the cluster
+
+
+@contextlib.contextmanager
+def object_store() -> Iterator[dict[str, str]]:
+    """Environment of those who may use the S3 server, for the body."""
+    if os.environ.get("AWS_ENDPOINT_URL"):
+        yield {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        return
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": f"id{secrets.token_hex(8)}",
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(16),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server.stop()
+
+
+@dataclass(kw_only=True)
+class SimulatedCluster:
+    """`ray start` for a head and nodes on this machine, until :meth:`stop`."""
+
+    environment: Mapping[str, str]
+    """Of its processes: the token, and the keys of the object store."""
+    folder: Path
+    """Its session's files; a short path, as sockets lie there."""
+    gcs_port: int = field(default_factory=free_port)
+    dashboard_port: int = field(default_factory=free_port)
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Of the dashboard."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    def start_head(self) -> None:
+        self._start(
+            "--head",
+            f"--port={self.gcs_port}",
+            "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={free_port()}",
+            "--num-cpus=0",
+        )
+        self._wait(lambda: self._count_nodes() == 1, "head")
+        try:
+            urllib.request.urlopen(f"{self.url}/api/version", timeout=5)
+        except urllib.error.HTTPError as error:
+            check(error.code == 401, f"{error.code} instead of 401 without a token")
+        else:
+            raise FailedError("the dashboard answers without a token")
+
+    def add_node(self, role: str, cpus: int) -> None:
+        self._start(
+            f"--address=127.0.0.1:{self.gcs_port}",
+            f"--num-cpus={cpus}",
+            f"--labels=moleblend-role={role}",
+        )
+        # One after the other: on one address, Ray confuses nodes that start at the same time.
+        self._wait(lambda: self._count_nodes() == len(self.nodes), f"node for {role}")
+
+    def asked(self, path: str) -> Any:
+        """The dashboard's answer."""
+        token = self.environment["RAY_AUTH_TOKEN"]
+        request = urllib.request.Request(
+            self.url + path, headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def listed(self, what: str) -> list[dict[str, Any]]:
+        """`ray list WHAT`, details included."""
+        answer = self.asked(f"/api/v0/{what}?detail=1&limit=10000")
+        found: list[dict[str, Any]] = answer["data"]["result"]["result"]
+        return found
+
+    def stop(self) -> None:
+        for process in reversed(self.nodes):
+            process.send_signal(signal.SIGTERM)
+        for process in self.nodes:
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _start(self, *options: str) -> None:
+        shared = (
+            "--block",
+            # Each node unpacks a job's sources for itself, and would pull a shared folder from under the others.
+            f"--temp-dir={self.folder / str(len(self.nodes))}",
+            f"--object-store-memory={200 * 2**20}",
+            # Several nodes share the ports of this machine.
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+            "--disable-usage-stats",
+        )
+        with (self.folder / f"start-{len(self.nodes)}.log").open("wb") as log:
+            process = subprocess.Popen(
+                [BIN / "ray", "start", *options, *shared],
+                env=dict(self.environment),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.nodes.append(process)
+
+    def _count_nodes(self) -> int:
+        try:
+            return sum(node["state"] == "ALIVE" for node in self.listed("nodes"))
+        except OSError:
+            return 0
+
+    def _wait(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + 120
+        while not holds():
+            has_ended = any(process.poll() is not None for process in self.nodes)
+            if has_ended or time.monotonic() > deadline:
+                logs = "\n".join(file.read_text() for file in self.folder.glob("start-*.log"))
+                raise FailedError(f"no {what}:\n{logs[-3000:]}")
+            time.sleep(0.5)
+
+
+# -------------------------------------------------------------------------------------------------------- the jobs
+
+
+@dataclass(kw_only=True)
+class Submitter:
+    """Someone with a token and this package, and nothing else."""
+
+    url: str
+    environment: Mapping[str, str]
+    folder: Path
+    """Where the commands are typed; empty."""
+    options: Sequence[str] = ()
+    """Of each command."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of each job, from the command to its end."""
+    shown: list[str] = field(default_factory=list)
+    """Output of each command."""
+
+    def start(self, job: str, *words: str, **environment: str) -> subprocess.Popen[str]:
+        say(f"$ moleblend submit {job} {' '.join(words)}")
+        return subprocess.Popen(
+            [BIN / "moleblend", "submit", job, *words, "--address", self.url, *self.options],
+            cwd=self.folder,
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, process: subprocess.Popen[str], expected: int = 0) -> str:
+        """Wait for the end of a command, which must have the status ``expected``; what it showed."""
+        try:
+            shown, _ = process.communicate(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            shown = f"not over after {LIMIT_S:.0f} s:\n{process.communicate()[0]}"
+        check(
+            process.returncode == expected,
+            f"status {process.returncode} instead of {expected}:\n{shown[-6000:]}",
+        )
+        self.shown.append(shown)
+        return shown
+
+    def run(self, job: str, *words: str) -> str:
+        """Submit a job and follow it to its good end."""
+        began_s = time.monotonic()
+        shown = self.finish(self.start(job, *words))
+        self.seconds[job] = round(time.monotonic() - began_s, 1)
+        return shown
+
+
+def check_refusals(submitter: Submitter, data: str) -> int:
+    """What must be refused before anything runs: no token, a wrong one, a secret, a local path; how many that are."""
+    data = f"data={data}"
+    cases: list[tuple[str, Sequence[str], dict[str, str]]] = [
+        ("asks for a token, and there is none here", (data,), {"RAY_AUTH_TOKEN": ""}),
+        ("refuses the token", (data,), {"RAY_AUTH_TOKEN": secrets.token_hex(32)}),
+        ("looks like a secret", (data, "--env", "AWS_SECRET_ACCESS_KEY=x"), {}),
+        ("a path of this machine", ("data=some/folder",), {}),
+    ]
+    for expected, words, environment in cases:
+        shown = submitter.finish(submitter.start("data", *words, **environment), expected=2)
+        check(expected in " ".join(shown.split()), f"expected {expected!r} in: {shown}")
+    return len(cases)
+
+
+def pretrain_in_two(
+    submitter: Submitter,
+    cluster: SimulatedCluster,
+    run: str,
+    words: Sequence[str],
+    first: int,
+    total: int,
+) -> int:
+    """Submit pretraining of ``total`` steps, stop it after the checkpoint of step ``first``, submit it again; the step at which it stopped."""
+    began_s = time.monotonic()
+    process = submitter.start("pretrain", *words)
+    while first not in committed_steps(run):
+        if process.poll() is not None:
+            submitter.finish(process, expected=-1)
+        check(time.monotonic() - began_s < LIMIT_S, "no checkpoint in time")
+        time.sleep(0.1)
+    (job,) = (job for job in cluster.asked("/api/jobs/") if job["status"] == "RUNNING")
+    say(f"$ ray job stop {job['submission_id']}")
+    subprocess.run(
+        [BIN / "ray", "job", "stop", f"--address={cluster.url}", job["submission_id"]],
+        env={**submitter.environment, "RAY_AUTH_MODE": "token"},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    shown = submitter.finish(process, expected=STOPPED)
+    check("committing the current step" in shown, f"no word of the stop:\n{shown[-3000:]}")
+    stopped_at = max(committed_steps(run))
+    steps = [record["step"] for record in read_records(run)]
+    check(steps == list(range(stopped_at)), f"committed step {stopped_at}, records of {steps}")
+    shown_steps = [int(step) for step in re.findall(rf"pretrain: (\d+)/{total} steps", shown)]
+    check(max(shown_steps, default=0) <= stopped_at, f"steps up to {shown_steps[-1:]} are lost")
+    say(f"stopped at step {stopped_at}; the command's status was {STOPPED}")
+    submitter.finish(submitter.start("pretrain", *words))
+    submitter.seconds["pretrain"] = round(time.monotonic() - began_s, 1)
+    return stopped_at
+
+
+# ------------------------------------------------------------------------------------------------------ the checks
+
+
+def check_prepared(data: str, molecules: int) -> dict[str, Any]:
+    counts = load_manifest(data).counts
+    check(counts.rows_in == molecules, f"{counts.rows_in} rows of {molecules}")
+    check(counts.rows_in == counts.rows_out + counts.rows_quarantined, f"rows are lost: {counts}")
+    return {"rows_in": counts.rows_in, "rows_out": counts.rows_out}
+
+
+def check_run(run: str, steps: int, stopped_at: int, first: int) -> dict[str, Any]:
+    finished = storage.read_json(storage.join(run, FINISHED_NAME))
+    check(finished["finished"] and finished["steps"] == steps, f"unfinished: {finished}")
+    check(finished["resumed_from"] == stopped_at, f"not resumed at {stopped_at}: {finished}")
+    check(first < stopped_at < steps, f"stopped at {stopped_at}: not in the middle")
+    seen = [record["step"] for record in read_records(run)]
+    check(seen == list(range(steps)), f"steps are missing or repeated: {seen}")
+    first_loss, last_loss = finished["loss_first"]["loss"], finished["loss_last"]["loss"]
+    check(last_loss < first_loss, f"the loss did not fall: {first_loss} -> {last_loss}")
+    return {"steps": steps, "stopped_at": stopped_at, "loss_first": first_loss, "loss": last_loss}
+
+
+def check_sweep(out: str, trials: int) -> dict[str, Any]:
+    results = storage.read_json(storage.join(out, "results.json"))
+    done = [trial for trial in results["trials"] if trial["valid_score"] is not None]
+    check(len(done) == trials, f"{len(done)} of {trials} trials: {results['trials']}")
+    check(len(results["final"]["seeds"]) == 1, f"one final seed, found {results['final']}")
+    return {"trials": trials}
+
+
+def check_embedded(out: str, molecules: int) -> dict[str, Any]:
+    summary = storage.read_json(storage.join(out, "embeddings.json"))
+    check(summary["embeddings"] == molecules, f"of {molecules} molecules: {summary}")
+    return {"embeddings": summary["embeddings"]}
+
+
+def check_places(cluster: SimulatedCluster, expected: Mapping[str, str]) -> dict[str, Any]:
+    """Every actor and task of ours was where it belongs, and each kind of them was seen."""
+    roles = {
+        node["node_id"]: node["labels"].get("moleblend-role", "head")
+        for node in cluster.listed("nodes")
+    }
+    ran = [(actor["class_name"], actor["node_id"]) for actor in cluster.listed("actors")]
+    ran += [
+        (task["name"], task["node_id"])
+        for task in cluster.listed("tasks")
+        if task["type"] == "NORMAL_TASK"
+    ]
+    seen: dict[str, set[str]] = {}
+    for name, node in ran:
+        if node:
+            seen.setdefault(name, set()).add(roles[node])
+    for part, role in expected.items():
+        found = {place for name, places in seen.items() if part in name for place in places}
+        check(found == {role}, f"{part} ran on {found or 'no node'}, not on {role}: {seen}")
+    return {"placed": len(expected)}
+
+
+def check_secrets(cluster: SimulatedCluster, submitter: Submitter) -> dict[str, Any]:
+    """No key and no token in what the dashboard tells about jobs and processes, nor in what was shown."""
+    names = ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
+    hidden = [cluster.environment[name] for name in names]
+    jobs = cluster.asked("/api/jobs/")
+    told = [
+        jobs,
+        *(cluster.listed(what) for what in ("actors", "tasks", "workers", "runtime_envs")),
+    ]
+    text = json.dumps(told) + "\n".join(submitter.shown)
+    check(not any(value in text for value in hidden), "a key or the token can be read")
+    submitted = [job for job in jobs if job["type"] == "SUBMISSION"]
+    sent = {job["runtime_env"].get("working_dir") for job in submitted} - {None}
+    check(len(sent) >= 1, "no job was sent with its sources")
+    # More than one only if somebody changed the sources meanwhile.
+    return {"jobs": len(submitted), "packages_sent": len(sent)}
+
+
+# -------------------------------------------------------------------------------------------------------- the whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--molecules", type=int, default=400, help="sample molecules")
+    parser.add_argument("--steps", type=int, default=100, help="pretraining steps")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="no sweep, no embed, and only the first job brings its code: no kernel is compiled anew",
+    )
+    options = parser.parse_args(arguments)
+    # What was started must end with this process, however it ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    began_s = time.monotonic()
+    with contextlib.ExitStack() as last:
+        try:
+            report = run_all(last, options)
+        except FailedError as error:
+            say(f"FAILED: {error}")
+            return 1
+    print(json.dumps({**report, "seconds": round(time.monotonic() - began_s, 1)}))
+    return 0
+
+
+def run_all(last: contextlib.ExitStack, options: argparse.Namespace) -> dict[str, Any]:
+    store = last.enter_context(object_store())
+    folder = Path(last.enter_context(tempfile.TemporaryDirectory(prefix="mb-", dir="/tmp")))
+    cluster, submitter = set_up(folder, store)
+    last.callback(cluster.stop)
+    cluster.start_head()
+    cluster.add_node("data", cpus=3)
+    cluster.add_node("train", cpus=3)
+    say(f"a head behind a token at {cluster.url}, a node for data, a node for models")
+    os.environ.update(store)
+    base = make_bucket()
+    samples, data, run = f"{base}/samples.parquet", f"{base}/data", f"{base}/run"
+    submitter.run("samples", f"out={samples}", f"num_molecules={options.molecules}")
+    refused = check_refusals(submitter, data)
+    submitter.options = ("--code", "image") if options.quick else ()
+    submitter.run("prepare", f"source={samples}", f"out={data}", "rows_per_chunk=128", *LABELS)
+    first = max(options.steps // 10, 2)
+    words = pretrain_words(data, run, options.steps, first)
+    stopped_at = pretrain_in_two(submitter, cluster, run, words, first, options.steps)
+    report = {
+        **check_prepared(data, options.molecules),
+        **check_run(run, options.steps, stopped_at, first),
+        "refused": refused,
+    }
+    expected = dict(PLACES)
+    if options.quick:
+        expected = {
+            name: PLACES[name] for name in ("_Converter", "_BlockBuilder", "RayTrainWorker")
+        }
+    else:
+        submitter.run("sweep", *sweep_words(data, run, f"{base}/sweep"))
+        vectors = f"{base}/vectors"
+        submitter.run("embed", f"checkpoint={run}", f"source={samples}", f"out={vectors}", *LABELS)
+        report |= check_sweep(f"{base}/sweep", trials=2)
+        report |= check_embedded(vectors, options.molecules)
+    report |= check_places(cluster, expected)
+    report |= check_secrets(cluster, submitter)
+    return {**report, "seconds_of_jobs": submitter.seconds}
+
+
+def set_up(folder: Path, store: Mapping[str, str]) -> tuple[SimulatedCluster, Submitter]:
+    """A cluster whose nodes have the keys of the object store, and a submitter who has not."""
+    empty = folder / "empty"
+    empty.mkdir()
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "AWS_", "PYTHON"))
+    }
+    plain = {
+        **kept,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "HOME": str(empty),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    cluster = SimulatedCluster(
+        environment={**plain, **store, "RAY_AUTH_MODE": "token"}, folder=folder
+    )
+    return cluster, Submitter(url=cluster.url, environment=plain, folder=empty)
+
+
+def make_bucket() -> str:
+    """URI of a new bucket."""
+    import s3fs
+
+    bucket = f"cluster-test-{secrets.token_hex(4)}"
+    s3fs.S3FileSystem(use_listings_cache=False).mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+def pretrain_words(data: str, run: str, steps: int, every_steps: int) -> tuple[str, ...]:
+    return (
+        f"data={data}",
+        f"out={run}",
+        "model=tiny",
+        "order.global_batch_size=32",
+        "order.num_streams=2",
+        "stream.max_actors=1",
+        "optim.learning_rate=1e-3",
+        "optim.warmup_steps=5",
+        f"train.num_steps={steps}",
+        "train.validate_every=0",
+        f"checkpoint.every_steps={every_steps}",
+        *LABELS,
+    )
+
+
+def sweep_words(data: str, run: str, out: str) -> tuple[str, ...]:
+    return (
+        f"checkpoint={run}",
+        "task.name=logp",
+        "task.columns=[logp]",
+        "task.kind=regression",
+        f"task.source={data}",
+        f"out={out}",
+        "num_trials=2",
+        "grace_epochs=1",
+        "search.epochs=[1,2]",
+        "final_seeds=[0]",
+        "baseline.kinds=[forest]",
+        "baseline.num_trees=20",
+        *LABELS,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

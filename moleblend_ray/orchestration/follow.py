@@ -1,0 +1,225 @@
+"""Follow a submitted job: its log as it is written, over connections that break, until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import aiohttp
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from moleblend_ray.errors import MoleBlendError, without_credentials
+
+logger = logging.getLogger(__name__)
+
+RUNNING: Final = (JobStatus.PENDING, JobStatus.RUNNING)
+
+PATIENCE_S: Final = 600.0
+"""How long a cluster that does not answer is asked again."""
+
+_LOOK_S: Final = 5.0
+_SILENT_LOOKS: Final = 3
+_PAUSE_S: Final = 1.0
+_LAST_WORDS_S: Final = 5.0
+_LONGEST_PAUSE_S: Final = 15.0
+
+
+class SubmitError(MoleBlendError):
+    """The cluster did not take a job, or cannot be asked about it any more."""
+
+
+class Follower:
+    """Shows a job's log until the job ends. A stream that breaks is taken up where it was; SIGINT and SIGTERM stop the job."""
+
+    def __init__(
+        self,
+        client: JobSubmissionClient,
+        submission_id: str,
+        *,
+        write: Callable[[str], Any] | None = None,
+        skip_log: bool = False,
+        patience_s: float = PATIENCE_S,
+        look_s: float = _LOOK_S,
+        pause_s: float = _PAUSE_S,
+    ) -> None:
+        """``write``: takes the text of the log, standard output by default; ``skip_log``: only what comes from now on;
+        ``patience_s``: how long a cluster may be out of reach; ``look_s``: interval between looks at the job's status;
+        ``pause_s``: before the first try to connect again, and twice as long before each next."""
+        self._client = client
+        self._id = submission_id
+        self._write = write or _write_out
+        self._skip_log = skip_log
+        self._patience_s = patience_s
+        self._look_s = look_s
+        self._pause_s = pause_s
+        self._shown = 0
+        self._is_told = False
+        self._is_stopping = False
+        self._left = asyncio.Event()
+
+    @property
+    def has_left(self) -> bool:
+        """Whether a second SIGINT ended the following before the job."""
+        return self._left.is_set()
+
+    def run(self) -> JobDetails:
+        """Follow to the end. Raises SubmitError if the cluster is out of reach for longer than ``patience_s``."""
+        return asyncio.run(self._run())
+
+    async def _run(self) -> JobDetails:
+        with self._signals():
+            if self._skip_log:
+                with contextlib.suppress(RuntimeError, OSError):
+                    self._shown = len(await asyncio.to_thread(self._client.get_job_logs, self._id))
+            details = await self._until_ended()
+        if details.status not in RUNNING:
+            await self._show_the_rest()
+            if details.status == JobStatus.FAILED and details.driver_exit_code is None:
+                # It never had a process, whose log would say why.
+                logger.error("%s: %s", self._id, without_credentials(details.message or ""))
+        return details
+
+    async def _until_ended(self) -> JobDetails:
+        lost_s: float | None = None
+        pause_s = self._pause_s
+        while True:
+            before = self._shown
+            details, problem = await self._until_break()
+            if details is not None and (details.status not in RUNNING or self.has_left):
+                return details
+            if details is None:
+                now_s = time.monotonic()
+                if lost_s is None or self._shown > before:
+                    lost_s, pause_s = now_s, self._pause_s
+                    logger.warning(
+                        "%s: the connection is lost (%s); trying again", self._id, problem
+                    )
+                if now_s - lost_s > self._patience_s:
+                    raise SubmitError(
+                        f"{self._id}: the cluster has not answered for {self._patience_s:.0f} s ({problem}). The job may well "
+                        "go on: moleblend submit --follow with its id shows it again"
+                    )
+            else:  # only the stream broke
+                lost_s, pause_s = None, self._pause_s
+            await self._pause(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _until_break(self) -> tuple[JobDetails | None, str]:
+        """Show the log until the job ends, we leave, or the connection breaks; the job's details if the cluster tells them."""
+        stream = asyncio.create_task(self._stream())
+        watch = asyncio.create_task(self._watch())
+        left: asyncio.Task[bool] = asyncio.create_task(self._left.wait())
+        await asyncio.wait({stream, watch, left}, return_when=asyncio.FIRST_COMPLETED)
+        if watch.done() and watch.exception() is None:
+            await asyncio.wait({stream}, timeout=_LAST_WORDS_S)
+        problem = ""
+        for task in (stream, watch):
+            if task.done() and (error := task.exception()) is not None:
+                problem = first_line(error)
+            task.cancel()
+        left.cancel()
+        await asyncio.gather(stream, watch, left, return_exceptions=True)
+        try:
+            return await self._details(), problem
+        except (RuntimeError, OSError) as error:
+            return None, first_line(error)
+
+    async def _stream(self) -> None:
+        """Show the log from where it was left: the server always begins at its beginning."""
+        skip = self._shown
+        try:
+            async for text in self._client.tail_job_logs(self._id):
+                new = text[skip:]
+                skip = max(0, skip - len(text))
+                if new:
+                    self._write(new)
+                    self._shown += len(new)
+        except aiohttp.ClientError as error:
+            raise ConnectionError(first_line(error)) from error
+
+    async def _watch(self) -> None:
+        """Return when the job has ended. A connection can be dead without a sign: then looks at the job fail as well."""
+        failed = 0
+        while True:
+            await asyncio.sleep(self._look_s)
+            try:
+                details = await self._details()
+            except (RuntimeError, OSError):
+                failed += 1
+                if failed >= _SILENT_LOOKS:
+                    raise
+                continue
+            failed = 0
+            if details.status not in RUNNING:
+                return
+            if details.status == JobStatus.PENDING and not self._is_told:
+                self._is_told = True
+                logger.info("%s: %s", self._id, details.message or "not started yet")
+
+    async def _details(self) -> JobDetails:
+        return await asyncio.to_thread(self._client.get_job_info, self._id)
+
+    async def _show_the_rest(self) -> None:
+        """What the log has beyond what the stream brought: the head ends the stream with the job."""
+        try:
+            log = await asyncio.to_thread(self._client.get_job_logs, self._id)
+        except (RuntimeError, OSError) as error:
+            logger.warning("%s: the end of its log cannot be read: %s", self._id, first_line(error))
+            return
+        if rest := log[self._shown :]:
+            self._write(rest)
+            self._shown += len(rest)
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), seconds)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the job to stop, for the body; a second SIGINT leaves it to itself."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: int) -> None:
+        if not self._is_stopping:
+            self._is_stopping = True
+            logger.warning(
+                "%s: asked to commit where it is and stop; Ctrl-C again leaves it to that", self._id
+            )
+            self._stopping = asyncio.ensure_future(self._stop())
+        elif number == signal.SIGINT:
+            self._left.set()
+
+    async def _stop(self) -> None:
+        try:
+            await asyncio.to_thread(self._client.stop_job, self._id)
+        except (RuntimeError, OSError) as error:
+            self._is_stopping = False
+            logger.error("%s: could not be asked to stop: %s", self._id, first_line(error))
+
+
+def _write_out(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind if it has none."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,36 @@
+"""Jobs handed to a cluster as it is elsewhere: the reduced form of `make cluster-test`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "cluster_test.py"
+TIMEOUT_S = 900
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_stopped_on_a_cluster_behind_a_token_is_continued_by_the_same_command(
+    s3_endpoint: None,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--quick", "--molecules=150", "--steps=90"],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["rows_in"] == 150
+    assert report["steps"] == 90
+    assert 9 < report["stopped_at"] < 90
+    assert report["placed"] == 3
+    assert report["refused"] == 4
+    # samples, prepare, and pretraining twice
+    assert report["jobs"] == 4
