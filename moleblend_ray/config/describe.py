@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,19 @@ def redact(value: Any, key: str = "") -> Any:
     if _SECRET_KEY.search(key):
         return HIDDEN if value else value
     return without_credentials(value)
+
+
+def json_values(value: Any) -> Any:
+    """`value` as JSON can hold it and people may read it: redacted, and null for numbers that are not finite."""
+    return _finite(redact(value))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _docs_of(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
@@ -19,7 +18,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.describe import redact
+from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.inspect import (
@@ -83,7 +82,7 @@ def _progress(
 def show_report(report: Report, config: InspectConfig) -> RenderableType | str:
     """The report as ``config.format`` says; a plain string is to be printed as it is."""
     if config.format == "json":
-        return json.dumps(redact(to_dict(report)), indent=1, ensure_ascii=False)
+        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
     if isinstance(report, UnfinishedReport):
         return _unfinished(report)
     parts: list[RenderableType | None] = [
@@ -258,7 +257,7 @@ def show_checkpoints(
 ) -> RenderableType | str:
     """The report as ``config.format`` says; a plain string is to be printed as it is."""
     if config.format == "json":
-        return json.dumps(redact(_finite(to_dict(report))), indent=1, ensure_ascii=False)
+        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
     if isinstance(report, DifferenceReport):
         return _difference(report)
     overview = _plain_table()
@@ -308,15 +307,6 @@ def show_checkpoints(
         style="red" if report.damages else "",
     )
     return Group(Padding(overview, (0, 0, 1, 0)), Padding(checkpoints, (0, 0, 1, 0)), foot)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has no way to write."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _state(report: InventoryReport) -> str:

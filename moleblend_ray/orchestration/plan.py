@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from moleblend_ray.config.builder import build, to_dict
 from moleblend_ray.config.compose import compose, group_choices
-from moleblend_ray.config.describe import redact
+from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.data import storage
@@ -380,16 +379,8 @@ def show_plan(report: PlanReport, config: PlanConfig) -> RenderableType | str:
 def _document(report: PlanReport, config: PlanConfig) -> dict[str, Any]:
     """The whole plan as JSON values; what is endless is null."""
     content = {"plan": to_dict(report.plan), "config": to_dict(config)}
-    document: dict[str, Any] = _finite(redact(content))
+    document: dict[str, Any] = json_values(content)
     return document
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary(plan: Plan) -> Table:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.describe import redact
+from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
@@ -90,7 +90,7 @@ def _document(uri: str) -> Mapping[str, Any] | None:
 def show_status(report: Status, config: StatusConfig) -> RenderableType | str:
     """Tables for people, or one JSON document."""
     if config.json:
-        return json.dumps(redact(_finite(to_dict(report))), indent=1, ensure_ascii=False)
+        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
     if isinstance(report, RunStatus):
         return _run(report)
     if isinstance(report, SweepStatus):
@@ -100,15 +100,6 @@ def show_status(report: Status, config: StatusConfig) -> RenderableType | str:
     if isinstance(report, PartsStatus):
         return _parts(report)
     return _data_set(report)
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that JSON has no way to write."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ------------------------------------------------------------------------------------------- pretraining

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from moleblend_ray.config.describe import changed_settings, describe, field_docs, redact
+from moleblend_ray.config.describe import (
+    changed_settings,
+    describe,
+    field_docs,
+    json_values,
+    redact,
+)
 from moleblend_ray.config.paths import path_settings, with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 
@@ -62,3 +70,10 @@ def test_local_paths_become_absolute_and_uris_stay(
         "source[1]": "s3://b/x",
         "out": "/o",
     }
+
+
+def test_json_values_are_strict_json_without_secrets() -> None:
+    value = {"a": [float("nan"), 1.5, (float("-inf"), 2)], "api_key": "hunter2", "n": None}
+    found = json_values(value)
+    assert found == {"a": [None, 1.5, [None, 2]], "api_key": "***", "n": None}
+    json.dumps(found, allow_nan=False)
