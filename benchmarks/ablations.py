@@ -2,24 +2,26 @@
 
     python benchmarks/ablations.py --data URI --labelled URI --out DIR [--tasks qm9_gap,qm9_alpha] [--arms default,...]
                                    [--preset small] [--steps 2000] [--batch 128] [--seeds 0,1,2] [--device cpu|cuda]
-                                   [--precision fp32|bf16] [--compile] [--labels 1000] [--epochs 60] [--threads N]
+                                   [--precision fp32|bf16] [--compile] [--labels 1000] [--epochs 60]
+                                   [--workers K] [--threads N]
 
 Each arm changes one thing of the ``default`` arm and is pretrained once for each seed on the prepared dataset ``--data``, with
 the same budget; ``scratch`` is not pretrained. Each encoder is then fine-tuned on each task of ``--labelled`` (prepared with
 its labels) with ``--labels`` training and half as many validation molecules, the same fixed settings for all, and scored once
 on the whole test part of a random split. The seed is that of weights, blends, data order and fine-tuning; the split is the same for all.
 
-``DIR/<arm>-<seed>.json`` holds each result; the command again runs what is missing. ``DIR/ablations.md`` is the table: mean
-and 95 % confidence interval (Student) over seeds, and the paired difference to ``default``. Needs neither Ray nor RDKit. Prints
-one JSON line last.
+``DIR/<arm>-<seed>.json`` holds each result; the command again runs what is missing or failed. ``--workers`` processes share the
+work, on a GPU they share it, too. ``DIR/ablations.md`` is the table: mean and 95 % confidence interval (Student) over seeds, and
+the paired difference to ``default``. Needs neither Ray nor RDKit. Prints one JSON line last; ends with status 1 if a run failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import math
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,20 +30,23 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from evidence import difference, finetune_and_score, interval
+from shared_work import Job, run_jobs, share_cores
 from train_step import preset
 
+from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,
     load_labelled,
     split_molecules,
     with_fewer_labels,
 )
-from moleblend_ray.evaluation.finetune import StartingPoint, finetune_once, predict
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, Task, resolve_task
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
@@ -118,54 +123,87 @@ ARMS: Final = {
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    arguments.threads = share_cores(arguments.threads, arguments.workers)
     out = Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    tasks = [resolve_task(name) for name in arguments.tasks.split(",")]
-    sets = {task.name: load_labelled(arguments.labelled, task) for task in tasks}
-    results = []
-    for seed in (int(seed) for seed in arguments.seeds.split(",")):
-        for name in arguments.arms.split(","):
-            file = out / f"{name}-{seed}.json"
-            if not file.exists():
-                result = run(name, seed, tasks, sets, arguments)
-                file.write_text(json.dumps(result, indent=1))
-                print(json.dumps(result), flush=True)
-            results.append(json.loads(file.read_text()))
-    text, rows = table(results, tasks, arguments)
+    try:
+        tasks = [resolve_task(name) for name in arguments.tasks.split(",")]
+        for task in tasks:
+            labelled(arguments.labelled, task, arguments.labels)  # before hours of work
+        results = run_jobs(
+            jobs(arguments), run, out, workers=arguments.workers, report=print_result
+        )
+    except MoleBlendError as error:
+        sys.exit(f"error: {error}")
+    failed = [f"{result['arm']}-{result['seed']}" for result in results if "error" in result]
+    text, rows = table([result for result in results if "error" not in result], tasks, arguments)
     (out / "ablations.md").write_text(text)
     print(text)
     line = {
         "benchmark": "ablations",
         **{name: value for name, value in vars(arguments).items() if name not in ("out", "data")},
         "rows": rows,
+        "failed": failed,
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(line))
+    sys.exit(1 if failed else 0)
 
 
-def run(
-    name: str,
-    seed: int,
-    tasks: Sequence[Task],
-    sets: Mapping[str, LabelledMolecules],
-    arguments: argparse.Namespace,
-) -> dict[str, Any]:
+def jobs(arguments: argparse.Namespace) -> list[Job]:
+    """Every arm with every seed, all arms of one seed first."""
+    left_out = ("out", "data", "labelled", "arms", "seeds", "workers", "threads")
+    identity = {
+        **{name: value for name, value in vars(arguments).items() if name not in left_out},
+        "data_fingerprint": load_manifest(arguments.data).fingerprint,
+        "labelled_fingerprint": load_manifest(arguments.labelled).fingerprint,
+    }
+    return [
+        Job(
+            name=f"{name}-{seed}",
+            labels={"arm": name, "seed": seed},
+            identity=identity,
+            cost=float(name != SCRATCH),
+            payload=Run(name=name, seed=seed, arguments=arguments),
+        )
+        for seed in (int(seed) for seed in arguments.seeds.split(","))
+        for name in arguments.arms.split(",")
+    ]
+
+
+def print_result(_: int, result: Mapping[str, Any]) -> None:
+    shown = {name: value for name, value in result.items() if name not in ("identity", "traceback")}
+    print(json.dumps(shown), flush=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What one process needs for one result."""
+
+    name: str
+    """Of the arm."""
+    seed: int
+    arguments: argparse.Namespace
+
+
+def run(what: Run) -> dict[str, Any]:
     """Pretrain one arm with one seed, then fine-tune it on each task."""
-    arm = ARMS[name]
+    arguments = what.arguments
+    torch.set_num_threads(arguments.threads)
+    arm = ARMS[what.name]
     model = dataclasses.replace(preset(arguments.preset), **arm.model)
     began = time.monotonic()
-    if name == SCRATCH:
-        start, losses = StartingPoint(model=model, encoder=None, fingerprint=None), {}
+    losses: dict[str, float] = {}
+    if what.name == SCRATCH:
+        start = StartingPoint(model=model, encoder=None, fingerprint=None)
     else:
-        start, losses = pretrain(arm, model, seed, arguments)
+        start, losses = pretrain(arm, model, what.seed, arguments)
     pretrain_s = time.monotonic() - began
-    scores = {task.name: finetune(task, sets[task.name], start, seed, arguments) for task in tasks}
+    scores = {
+        name: finetune(resolve_task(name), start, what.seed, arguments)
+        for name in arguments.tasks.split(",")
+    }
     return {
-        "arm": name,
-        "seed": seed,
         "losses": losses,
         "test": scores,
         "pretrain_s": round(pretrain_s, 1),
@@ -210,41 +248,33 @@ def batches(
     return local_step_batches(arguments.data, order, stream, first_step=0, num_steps=steps)
 
 
-def finetune(
-    task: Task,
-    molecules: LabelledMolecules,
-    start: StartingPoint,
-    seed: int,
-    arguments: argparse.Namespace,
-) -> float:
-    """Test score with the weights of the best validation epoch."""
+@functools.cache
+def labelled(uri: str, task: Task, labels: int) -> tuple[LabelledMolecules, Split]:
+    """A task's molecules and split, which the runs of one process share."""
+    molecules = load_labelled(uri, task)
     split = with_fewer_labels(
         split_molecules(molecules.smiles, SplitKind.RANDOM, 0),
         molecules.smiles,
         0,
-        train=arguments.labels,
-        valid=arguments.labels // 2,
+        train=labels,
+        valid=labels // 2,
     )
-    device = torch.device(arguments.device)
+    return molecules, split
+
+
+def finetune(task: Task, start: StartingPoint, seed: int, arguments: argparse.Namespace) -> float:
+    """Test score with the weights of the best validation epoch."""
+    molecules, split = labelled(arguments.labelled, task, arguments.labels)
     settings = FinetuneSettings(
         learning_rate=arguments.finetune_lr,
         batch_size=32,
         epochs=arguments.epochs,
         patience=arguments.epochs,
     )
-    result = finetune_once(
-        molecules,
-        split.train,
-        split.valid,
-        task=task,
-        start=start,
-        settings=settings,
-        seed=seed,
-        device=device,
-    )
-    outputs = predict(result.model.to(device), molecules.block, split.test, 128, device)
-    values = result.trained.readout(outputs)
-    return score(task.metric, values, molecules.labels[split.test], molecules.columns).value
+    device = torch.device(arguments.device)
+    return finetune_and_score(
+        molecules, split, task=task, start=start, settings=settings, seed=seed, device=device
+    ).test
 
 
 def table(
@@ -267,41 +297,25 @@ def table(
     ]
     rows = []
     for name, by_seed in by_arm.items():
-        cells, row = [], {"arm": name}
+        cells: list[str] = []
+        row: dict[str, Any] = {"arm": name}
         for task in tasks:
-            values = [scores[task.name] for scores in by_seed.values()]
-            paired = [
-                scores[task.name] - by_arm[DEFAULT][seed][task.name]
-                for seed, scores in by_seed.items()
-                if seed in by_arm.get(DEFAULT, {})
-            ]
-            mean, half = interval(values)
-            difference, half_difference = interval(paired) if paired else (math.nan, math.nan)
+            values = {seed: scores[task.name] for seed, scores in by_seed.items()}
+            base = {seed: scores[task.name] for seed, scores in by_arm.get(DEFAULT, {}).items()}
+            mean, half = interval(list(values.values()))
+            change, half_change = difference(values, base)
             cell = f"{mean:.5g} ± {half:.2g}"
-            cells.append(
-                cell if name == DEFAULT else f"{cell} ({difference:+.2g} ± {half_difference:.2g})"
-            )
+            cells.append(cell if name == DEFAULT else f"{cell} ({change:+.2g} ± {half_change:.2g})")
             row[task.name] = {
-                "values": values,
+                "values": list(values.values()),
                 "mean": mean,
                 "half_width_95": half,
-                "difference": difference,
-                "difference_half_width_95": half_difference,
+                "difference": change,
+                "difference_half_width_95": half_change,
             }
         rows.append(row)
         lines.append(f"| {name} | {ARMS[name].says} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""]), rows
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % confidence interval by Student's t."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.nan
-    from scipy.stats import t  # of scikit-learn's dependencies; slow to import
-
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return mean, float(t.ppf(0.975, len(values) - 1)) * error
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -322,12 +336,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     unknown = set(arguments.arms.split(",")) - set(ARMS)
     if unknown:
         parser.error(f"--arms: unknown {sorted(unknown)}; known: {', '.join(ARMS)}")
-    load_manifest(arguments.data)  # before hours of work
+    if arguments.workers < 1:
+        parser.error(f"--workers: expected >= 1, found {arguments.workers}")
     return arguments
 
 

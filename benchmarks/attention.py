@@ -6,7 +6,9 @@ From packed queries, keys and values (S, D) and a bias (B, H, T, T) with a gradi
 
 - ``gathered_rows``: each head's rows gathered from the packed ones, batched products, written-out derivative: what
   `model/attention.py` does on a CPU.
-- ``padded_fused``: `scaled_dot_product_attention` on the rectangle, what it does on a GPU.
+- ``packed_kernels``: one Triton program for a head of a molecule, straight from packed tokens to packed outputs, the
+  gradients of the bias of all blocks added up in place: what it does on a GPU (GPU only).
+- ``padded_fused``: `scaled_dot_product_attention` on the rectangle.
 - ``padded_products``: batched products and a softmax on the rectangle.
 - ``by_size``: the fused call for molecules of one size at a time, without padding.
 - ``packed_block_mask``: one sequence of all tokens, other molecules masked out.
@@ -32,8 +34,10 @@ from torch import Tensor
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.model.attention import (
     HeadRows,
+    SharedBias,
     attend_by_rows,
     attend_fused,
+    attend_packed,
     attend_padded,
     head_rows,
 )
@@ -43,7 +47,8 @@ from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.throughput import MATRIX_TYPES, seconds_of
 
 REPEATS = 15
-CHOSEN = {"cpu": "gathered_rows", "cuda": "padded_fused"}
+CHOSEN = {"cpu": "gathered_rows", "cuda": "packed_kernels"}
+ON_GPU = ("flex", "packed_kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +86,7 @@ def main() -> None:
         keep_freed_memory()  # as the trainer does
     torch.manual_seed(0)
     case = new_case(arguments.batch, device, MATRIX_TYPES[arguments.dtype])
-    ways = {name: way for name, way in WAYS.items() if name != "flex" or device.type == "cuda"}
+    ways = {name: way for name, way in WAYS.items() if name not in ON_GPU or device.type == "cuda"}
     check(case, ways)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     # In turn, so that a slow moment of the machine meets all of them.
@@ -130,6 +135,13 @@ def new_case(num_molecules: int, device: torch.device, dtype: torch.dtype) -> Ca
 
 def gathered_rows(case: Case) -> Tensor:
     return attend_by_rows(case.qkv, case.bias, case.rows)
+
+
+def packed_kernels(case: Case) -> Tensor:
+    with torch.autocast(case.qkv.device.type, dtype=case.qkv.dtype):
+        shared = SharedBias(case.bias)
+    seed = torch.zeros(1, dtype=torch.int64, device=case.qkv.device)
+    return attend_packed(case.qkv, shared, case.batch, seed)
 
 
 def padded_fused(case: Case) -> Tensor:
@@ -192,6 +204,7 @@ def compiled_flex() -> Callable[..., Tensor]:
 
 WAYS: dict[str, Way] = {
     "gathered_rows": gathered_rows,
+    "packed_kernels": packed_kernels,
     "padded_fused": padded_fused,
     "padded_products": padded_products,
     "by_size": by_size,

@@ -47,6 +47,9 @@ class PlainModel(nn.Module):
             if model.distance_head is None
             else plain_head(model.distance_head, padded),
             noise=model.denoising_head(packed, bias[:, :, 1:, 1:], geometry.displacement, batch),
+            environments=None
+            if model.environment_head is None
+            else model.environment_head(tokens[:, 0]),
         )
 
 
@@ -65,7 +68,7 @@ def plain_block(layer: Block, tokens: Tensor, bias: Tensor, drop_path: float) ->
 def plain_attention(layer: Block, tokens: Tensor, bias: Tensor) -> Tensor:
     attention = layer.attention
     B, T, _ = tokens.shape
-    split = attention.qkv(tokens).view(B, T, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    split = attention.qkv(tokens).view(B, T, 3, bias.shape[1], -1).permute(2, 0, 3, 1, 4)
     query, key, value = split
     score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
     weight = F.dropout(torch.softmax(score, -1), attention.dropout, layer.training)

@@ -1,6 +1,6 @@
 """A whole training step of the model, beside the device's matrix-product rate measured in the same run.
 
-    python benchmarks/train_step.py [--preset base] [--batch 64] [--micro-batch 64] [--device cpu|cuda]
+    python benchmarks/train_step.py [--preset base] [--batch 64 ...] [--micro-batch N] [--device cpu|cuda]
                                     [--dtype fp32|bf16] [--steps 10] [--compile] [--plain] [--operators]
 
 The step is the trainer's own (`training/loop.py`): random choices, forward, losses, backward, clipping, optimizer.
@@ -8,20 +8,26 @@ The step is the trainer's own (`training/loop.py`): random choices, forward, los
 the step's time and the rate of a matrix product measured just after it, the median over steps; each
 batch has gone through a step before. ``peak_mib`` is the process's peak resident memory on a CPU, the
 allocator's on a GPU. ``--plain`` times the step of `plain_model.py` in turn with it (``times_plain``, ``plain_peak_mib`` on
-a GPU), after a check that both give the same losses. ``--operators`` adds the shares of the step's time by operator, from PyTorch's profiler. Molecules are synthetic, with
-PCQM4Mv2's sizes. Needs neither Ray nor RDKit. Prints one JSON line last.
+a GPU), after a check that both give the same losses. ``--operators`` adds the shares of the step's time by operator (on a GPU: by
+kernel), from PyTorch's profiler, and on a GPU ``device_s``, the time of all kernels of a step, ``launches``, and ``host_waits``,
+how often the host waits for the device in a step. Several batch sizes are measured one after the other by the same (compiled)
+model; a micro-batch is the whole batch unless given. Molecules are synthetic, with PCQM4Mv2's sizes. Needs neither Ray nor RDKit.
+Prints one JSON line for each batch size last.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
+import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from plain_model import PlainModel
@@ -31,13 +37,19 @@ from moleblend_ray.data.batch import StepBatch, build_micro_batches
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
+from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.losses import loss_counts
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Precision, TrainConfig
 from moleblend_ray.training.distributed import Ranks, autocast, evaluating
 from moleblend_ray.training.loop import Learner, PretrainingObjective, build_learner, train_step
 from moleblend_ray.training.prefetch import DeviceStep, to_device
-from moleblend_ray.training.throughput import matrix_rate, peak_memory_bytes, seconds_of
+from moleblend_ray.training.throughput import (
+    compiled_graphs,
+    matrix_rate,
+    peak_memory_bytes,
+    seconds_of,
+)
 
 NUM_BATCHES = 4
 PRESETS = Path(__file__).resolve().parents[1] / "conf" / "model"
@@ -50,34 +62,43 @@ def main() -> None:
     device = torch.device(arguments.device)
     config = preset(arguments.preset)
     learner = new_learner(config, arguments.dtype, device, compiled=arguments.compile)
-    steps = [
-        to_device(step_batch(step, arguments.batch, arguments.micro_batch), device)
-        for step in range(NUM_BATCHES)
-    ]
+    for batch in arguments.batch:
+        print(json.dumps(line_of(learner, batch, arguments)), flush=True)
+
+
+def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All that is asked for, with ``batch`` molecules a step."""
+    device = learner.ranks.device
+    micro_batch = arguments.micro_batch or batch
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    steps = [to_device(step_batch(step, batch, micro_batch), device) for step in range(NUM_BATCHES)]
     line = {
         "benchmark": "train_step",
         "preset": arguments.preset,
         "parameters": sum(p.numel() for p in learner.model.parameters()),
-        "batch": arguments.batch,
-        "micro_batch": arguments.micro_batch,
+        "batch": batch,
+        "micro_batch": micro_batch,
         "device": device_name(device),
         "dtype": arguments.dtype,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compile": arguments.compile,
-        **measure(learner, steps, arguments),
+        **measure(learner, steps, arguments.steps, arguments.dtype),
         "padding_share": round(padding_share(steps), 4),
         "pair_padding_share": round(pair_padding_share(steps), 4),
     }
+    if arguments.compile:
+        line["compiled_graphs"] = compiled_graphs()
     if arguments.plain:
-        line |= compare(learner, steps, arguments)
+        line |= compare(learner, steps, arguments.steps)
     if arguments.operators:
-        line["operators"] = operators(learner, steps)
-    print(json.dumps(line))
+        line |= operators(learner, steps)
+    return line
 
 
 def measure(
-    learner: Learner, steps: list[DeviceStep], arguments: argparse.Namespace
+    learner: Learner, steps: list[DeviceStep], repeats: int, precision: Precision
 ) -> dict[str, float]:
     """Times of the steps, taken in turn, each beside the matrix-product rate of that moment."""
     device = learner.ranks.device
@@ -86,44 +107,45 @@ def measure(
     # Before the matrix products, which take memory of their own.
     peak = peak_memory_bytes(device)
     seconds, rates, mfu = [], [], []
-    for index in range(arguments.steps):
+    for index in range(repeats):
         step = steps[index % NUM_BATCHES]
         seconds.append(seconds_of(partial(train_step, learner, step), device))
         # At once: the speed of a shared machine changes within seconds.
-        rates.append(matrix_rate(device, arguments.dtype))
+        rates.append(matrix_rate(device, precision))
         mfu.append(step_flops(learner.model.config, step.batch) / seconds[-1] / rates[-1])
     flops = statistics.fmean(step_flops(learner.model.config, step.batch) for step in steps)
     median = statistics.median(seconds)
+    molecules = statistics.fmean(molecules_of(step) for step in steps)
     return {
         "step_s": round(median, 4),
-        "molecules_per_s": round(arguments.batch / median, 2),
-        "model_gflop_per_molecule": round(flops / arguments.batch / 1e9, 3),
+        "molecules_per_s": round(molecules / median, 2),
+        "model_gflop_per_molecule": round(flops / molecules / 1e9, 3),
         "matrix_tflop_per_s": round(statistics.median(rates) / 1e12, 4),
         "mfu": round(statistics.median(mfu), 4),
         "peak_mib": round(peak / 2**20),
     }
 
 
-def compare(
-    learner: Learner, steps: list[DeviceStep], arguments: argparse.Namespace
-) -> dict[str, float]:
+def compare(learner: Learner, steps: list[DeviceStep], repeats: int) -> dict[str, float]:
     """How many times longer the plain step takes, both timed in turn."""
     device = learner.ranks.device
     held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    plain = new_learner(learner.model.config, arguments.dtype, device)
+    plain = new_learner(learner.model.config, learner.train.precision, device)
     objective = PretrainingObjective(cast(MoleBlendModel, PlainModel(plain.model)), plain.loss)
     plain = replace(plain, objective=objective)
     check_equal(learner, plain, steps[0])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    for step in steps:
-        train_step(plain, step)
+    with plain_code():
+        for step in steps:
+            train_step(plain, step)
     peak = round((peak_memory_bytes(device) - held) / 2**20)
     ours, theirs = [], []
-    for index in range(arguments.steps):
+    for index in range(repeats):
         step = steps[index % NUM_BATCHES]
         ours.append(seconds_of(partial(train_step, learner, step), device))
-        theirs.append(seconds_of(partial(train_step, plain, step), device))
+        with plain_code():
+            theirs.append(seconds_of(partial(train_step, plain, step), device))
     ratio = statistics.median(theirs) / statistics.median(ours)
     return {
         "plain_step_s": round(statistics.median(theirs), 4),
@@ -141,7 +163,8 @@ def check_equal(learner: Learner, plain: Learner, step: DeviceStep) -> None:
         molecules = step.molecules[0]
         blend = draw_blend(molecules, one.blend, one.seed)
         counts = loss_counts(molecules, blend, one.loss)
-        with evaluating(one.objective), autocast(one.train.precision, one.ranks.device):
+        code = plain_code() if one is plain else contextlib.nullcontext()
+        with code, evaluating(one.objective), autocast(one.train.precision, one.ranks.device):
             losses.append(float(one.objective(molecules, blend, counts)[0]))
     tolerance = 1e-4 if learner.train.precision == "fp32" else 1e-2
     if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
@@ -151,8 +174,8 @@ def check_equal(learner: Learner, plain: Learner, step: DeviceStep) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="base")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--micro-batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--micro-batch", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=10)
@@ -218,20 +241,45 @@ def pair_padding_share(steps: list[DeviceStep]) -> float:
     return 1.0 - sum(float(((part.num_atoms + 1) ** 2).sum()) for part in parts) / slots
 
 
-def operators(learner: Learner, steps: list[DeviceStep]) -> dict[str, float]:
-    """Share of the step's own time, by operator, the twelve largest."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    on_gpu = learner.ranks.device.type == "cuda"
-    if on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
+def operators(learner: Learner, steps: list[DeviceStep]) -> dict[str, Any]:
+    """Shares of the step's own time by operator or kernel, the largest first, and what a GPU and its host do in a step."""
+    device = learner.ranks.device
+    on_gpu = device.type == "cuda"
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(
+        activities=[kinds.CPU, *([kinds.CUDA] if on_gpu else [])]
+    ) as profile:
         for step in steps:
-            seconds_of(partial(train_step, learner, step), learner.ranks.device)
-        name = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    times = {event.key: getattr(event, name) for event in profile.key_averages()}
+            train_step(learner, step)
+        seconds_of(lambda: None, device)
+    events = profile.key_averages()
+    if not on_gpu:
+        return {"operators": largest_shares({e.key: e.self_cpu_time_total for e in events})}
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    times = {e.key: e.self_device_time_total for e in on_device}
+    counts = {e.key: e.count for e in events}
+    waits = sum(counts.get(name, 0) for name in ("cudaStreamSynchronize", "cudaEventSynchronize"))
+    return {
+        "operators": largest_shares(times, 30),
+        "device_s": round(sum(times.values()) / 1e6 / len(steps), 5),
+        "launches": round(sum(e.count for e in on_device) / len(steps)),
+        "host_waits": waits / len(steps),
+    }
+
+
+def largest_shares(times: Mapping[str, float], number: int = 12) -> dict[str, float]:
+    """Shares by name; names of C++ kernels without what is the same in all of them, and their arguments."""
     total = sum(times.values())
-    largest = sorted(times, key=times.__getitem__, reverse=True)[:12]
-    return {key: round(times[key] / total, 4) for key in largest}
+    by_name: dict[str, float] = {}
+    for key, time in times.items():
+        name = re.sub(r"at::native::|\(anonymous namespace\)::|void |at::|c10::", "", key)[:110]
+        by_name[name] = by_name.get(name, 0.0) + time
+    largest = sorted(by_name, key=by_name.__getitem__, reverse=True)[:number]
+    return {name: round(by_name[name] / total, 4) for name in largest}
+
+
+def molecules_of(step: DeviceStep) -> int:
+    return sum(part.num_molecules for part in step.molecules)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """The jobs on a cluster as it is elsewhere, simulated on this machine: what `make cluster-test` runs.
 
     python jobs/cluster_test.py [--molecules 400] [--steps 100] [--quick]
+    python jobs/cluster_test.py --without-token
 
 A head without CPUs of its own, behind a token, and two nodes, one for data and one for models, each started by `ray start`; an S3 server
 (the one of AWS_ENDPOINT_URL, else moto's, which is a requirement of the tests) that only they have the keys of. Every job is handed over with
 `moleblend submit` from an empty folder: samples, prepare, pretrain, sweep, embed. Pretraining is ended in its middle by `ray job stop` and
 submitted again. Then what lies in the bucket is compared with what should: counts, every step once, results, a vector for each molecule; what ran
 on which node; and that no key and no token can be read in what the dashboard tells. Any difference is an error. One JSON line comes last.
+With --without-token, only a head that lets everybody in, and jobs that need no nodes.
 """
 
 from __future__ import annotations
@@ -127,12 +129,12 @@ class SimulatedCluster:
             "--num-cpus=0",
         )
         self._wait(lambda: self._count_nodes() == 1, "head")
+        expected = 401 if self.environment["RAY_AUTH_MODE"] == "token" else 200
         try:
-            urllib.request.urlopen(f"{self.url}/api/version", timeout=5)
+            status = urllib.request.urlopen(f"{self.url}/api/version", timeout=5).status
         except urllib.error.HTTPError as error:
-            check(error.code == 401, f"{error.code} instead of 401 without a token")
-        else:
-            raise FailedError("the dashboard answers without a token")
+            status = error.code
+        check(status == expected, f"{status} instead of {expected} without a token")
 
     def add_node(self, role: str, cpus: int) -> None:
         self._start(
@@ -308,6 +310,30 @@ def pretrain_in_two(
     return stopped_at
 
 
+def submit_without_token(submitter: Submitter) -> int:
+    """A head that asks for no token takes jobs from who has none and from who has one; how many it took."""
+    words = ("molecules=1e6", "gpus=8", "format=json")
+    alone = {name: value for name, value in submitter.environment.items() if "TOKEN" not in name}
+    ray_command = [str(BIN / "ray"), "job", "submit", f"--address={submitter.url}"]
+    # At the same time: most of it is the start of processes.
+    processes = [
+        submitter.start("plan", *words),
+        submitter.start("plan", *words, RAY_AUTH_TOKEN=""),
+        subprocess.Popen(
+            [*ray_command, "--", "python", "-m", "moleblend_ray.cli", "plan", *words],
+            cwd=submitter.folder,
+            env=alone,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ),
+    ]
+    for process in processes:
+        shown = submitter.finish(process)
+        check('"molecules": 1000000' in shown, f"no plan in what was shown:\n{shown[-3000:]}")
+    return len(processes)
+
+
 # ------------------------------------------------------------------------------------------------------ the checks
 
 
@@ -396,13 +422,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="no sweep, no embed, and only the first job brings its code: no kernel is compiled anew",
     )
+    parser.add_argument(
+        "--without-token", action="store_true", help="only jobs on a head that asks for no token"
+    )
     options = parser.parse_args(arguments)
     # What was started must end with this process, however it ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began_s = time.monotonic()
     with contextlib.ExitStack() as last:
         try:
-            report = run_all(last, options)
+            report = (run_open if options.without_token else run_all)(last, options)
         except FailedError as error:
             say(f"FAILED: {error}")
             return 1
@@ -450,7 +479,19 @@ def run_all(last: contextlib.ExitStack, options: argparse.Namespace) -> dict[str
     return {**report, "seconds_of_jobs": submitter.seconds}
 
 
-def set_up(folder: Path, store: Mapping[str, str]) -> tuple[SimulatedCluster, Submitter]:
+def run_open(last: contextlib.ExitStack, _: argparse.Namespace) -> dict[str, Any]:
+    folder = Path(last.enter_context(tempfile.TemporaryDirectory(prefix="mb-", dir="/tmp")))
+    cluster, submitter = set_up(folder, {}, auth_mode="disabled")
+    submitter.options = ("--code", "image")
+    last.callback(cluster.stop)
+    cluster.start_head()
+    say(f"a head without a token at {cluster.url}")
+    return {"jobs": submit_without_token(submitter)}
+
+
+def set_up(
+    folder: Path, store: Mapping[str, str], *, auth_mode: str = "token"
+) -> tuple[SimulatedCluster, Submitter]:
     """A cluster whose nodes have the keys of the object store, and a submitter who has not."""
     empty = folder / "empty"
     empty.mkdir()
@@ -467,7 +508,7 @@ def set_up(folder: Path, store: Mapping[str, str]) -> tuple[SimulatedCluster, Su
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     cluster = SimulatedCluster(
-        environment={**plain, **store, "RAY_AUTH_MODE": "token"}, folder=folder
+        environment={**plain, **store, "RAY_AUTH_MODE": auth_mode}, folder=folder
     )
     return cluster, Submitter(url=cluster.url, environment=plain, folder=empty)
 

@@ -104,7 +104,7 @@ JOBS: Mapping[str, Job] = {
         "hours, machines, bytes, cost and the limiting resource of a run that is to come",
         "moleblend_ray.config.plan:PlanConfig",
         "moleblend_ray.orchestration.plan:plan",
-        flags=("measure", "json"),
+        flags=("measure",),
         show="moleblend_ray.orchestration.plan:show_plan",
     ),
     "status": Job(
@@ -112,7 +112,6 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.config.status:StatusConfig",
         "moleblend_ray.orchestration.status:status",
         first_key="run",
-        flags=("json",),
         show="moleblend_ray.orchestration.status:show_status",
     ),
     "export": Job(
@@ -150,7 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(job_help(options.job))
             return 0
         with console_logging(verbose=options.verbose):
-            run = submit_job if options.job == SUBMIT else partial(run_job, options.job)
+            run = (
+                partial(submit_job, verbose=options.verbose)
+                if options.job == SUBMIT
+                else partial(run_job, options.job)
+            )
             return run(options.overrides, dry_run=options.dry_run)
     except MoleBlendError as error:
         # An error from a Ray task carries the remote traceback in its text; its cause is the plain error.
@@ -202,9 +205,9 @@ def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> in
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 
-def submit_job(arguments: Sequence[str], *, dry_run: bool = False) -> int:
+def submit_job(arguments: Sequence[str], *, dry_run: bool = False, verbose: bool = False) -> int:
     """Check a job's configuration here, then have a Ray cluster elsewhere run it (`dry_run`: print what would be sent); the exit
-    status of the job. The settings of the submission are options, all else is the job's own command."""
+    status of the job. The settings of the submission are options, all else is the job's own command; `verbose` goes with it."""
     from moleblend_ray.config.builder import build, to_dict
     from moleblend_ray.config.compose import load_config, to_yaml
     from moleblend_ray.config.describe import redact
@@ -212,6 +215,8 @@ def submit_job(arguments: Sequence[str], *, dry_run: bool = False) -> int:
 
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
     given = parse_arguments(arguments, flags)
+    if verbose:
+        given["verbose"] = True
     job_config = None
     if "job" in given:
         job = _job(given["job"])
@@ -304,7 +309,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         known.overrides = [text for text in arguments[1:] if text not in common]
         return known
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
-    known = _parser().parse_intermixed_args([text for text in arguments if text not in flags])
+    parser = _parser()
+    mine = [text for text in arguments if text not in flags]
+    known, unknown = parser.parse_known_intermixed_args(mine)
+    if unknown:
+        command = f"moleblend {known.job} --help" if known.job else "moleblend --help"
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; settings are KEY=VALUE: {command}"
+        )
     known.overrides += [text for text in arguments if text in flags]
     return known
 

@@ -14,8 +14,15 @@ SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 # One thread for each of the processes a test starts: they share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels for GPUs run in Triton's interpreter, which must be chosen before Triton is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A loopback cluster for tests needs no token; see "Token authentication" in docs.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# No process per CPU ahead of need, and those that are needed at the same time: otherwise a simulated node of one CPU
+# starts one after the other. A private cluster of a command has the same settings.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")

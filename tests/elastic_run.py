@@ -2,8 +2,9 @@
 
     python elastic_run.py DATA OUT
 
-The nodes of a worker: one is told to drain, a new one comes, then one dies. Prints one JSON line: the summary, and the world
-size that wrote each checkpoint.
+The nodes of a worker: one is told to drain, a new one comes, then one dies. Until then the workers pause after each step, so
+that the cores are free for what starts meanwhile. Prints one JSON line: the summary, and the world size that wrote each
+checkpoint.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import ray
 from nodes import drain, has_worker
@@ -27,6 +30,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.orchestration import pretrain as pretraining
 from moleblend_ray.orchestration.pretrain import pretrain
 from moleblend_ray.training.commits import committed_steps, read_commit
 from moleblend_ray.training.config import (
@@ -35,9 +39,12 @@ from moleblend_ray.training.config import (
     TrackingConfig,
     TrainConfig,
 )
+from moleblend_ray.training.loop import fit
 
-NUM_STEPS = 160
+NUM_STEPS = 100
 EVERY = 5
+PAUSE_S = 0.5
+"""After each step: 50 seconds in all for nodes to come and go, besides the starts of workers."""
 LIMIT_S = 120.0
 QUICK_TO_SEE_A_LOST_NODE = {
     "health_check_initial_delay_ms": 1000,
@@ -48,19 +55,18 @@ QUICK_TO_SEE_A_LOST_NODE = {
 
 
 def settings(data: str, out: str) -> PretrainConfig:
-    """Steps of about a fifth of a second, so that nodes can come and go during the run."""
     return PretrainConfig(
         data=data,
         out=out,
         seed=5,
-        order=OrderConfig(global_batch_size=64, num_streams=4, shuffle_window=64, chunk_rows=32),
+        order=OrderConfig(global_batch_size=64, num_streams=2, shuffle_window=64, chunk_rows=32),
         stream=StreamConfig(
-            micro_batch_size=16, steps_per_block=4, min_actors=1, max_actors=1, actor_cpus=1
+            micro_batch_size=32, steps_per_block=4, min_actors=1, max_actors=1, actor_cpus=1
         ),
         model=ModelConfig(
-            num_layers=4,
-            dim=128,
-            ffn_dim=256,
+            num_layers=2,
+            dim=64,
+            ffn_dim=64,
             num_heads=4,
             num_kernels=16,
             pair_dim=8,
@@ -75,6 +81,30 @@ def settings(data: str, out: str) -> PretrainConfig:
         tracking=TrackingConfig(mode="disabled"),
         cluster=ClusterConfig(num_workers=2, min_workers=1, resize_interval_s=1.0),
     )
+
+
+_train_worker = pretraining._train_worker
+
+
+def train_with_pauses(arguments: dict[str, Any]) -> Any:
+    """In place of the workers' function; Ray sends them what `__main__` defines."""
+    over = hurry_file(arguments["settings"].config.out)
+
+    def slowly(*arguments: Any, on_step: Callable[..., None], **settings: Any) -> Any:
+        def then(*record: Any) -> None:
+            on_step(*record)
+            if not over.exists():
+                time.sleep(PAUSE_S)
+
+        return fit(*arguments, on_step=then, **settings)
+
+    with mock.patch.object(pretraining, "fit", slowly):
+        return _train_worker(arguments)
+
+
+def hurry_file(out: str) -> Path:
+    """Whose existence ends the pauses."""
+    return Path(f"{out.removeprefix('file://')}.hurry")
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -97,7 +127,12 @@ def writers(out: str) -> list[int]:
 
 def main(data: str, out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    head = {"num_cpus": 1, "_system_config": QUICK_TO_SEE_A_LOST_NODE}
+    pretraining._train_worker = train_with_pauses
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "_system_config": QUICK_TO_SEE_A_LOST_NODE,
+    }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
@@ -116,6 +151,7 @@ def main(data: str, out: str) -> None:
     wait_until(lambda: writers(out) == [2, 1, 2], "a checkpoint of two workers again")
     nodes.remove(draining)
     cluster.remove_node(next(node for node in nodes if has_worker(node)), allow_graceful=False)
+    hurry_file(out).touch()
     run.join(LIMIT_S)
     (summary,) = summaries
     ray.shutdown()

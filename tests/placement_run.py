@@ -62,7 +62,8 @@ def seen(look: Callable[[], list[dict[str, Any]]], what: str) -> list[dict[str, 
 
 def main(data: str, out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
     # Nothing here starts nodes by itself, and such a cluster is refused at once.
     local._may_grow = lambda: True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moleblend_ray.errors import ConfigError, check_all
 from moleblend_ray.model.config import ModelConfig
@@ -76,8 +77,8 @@ class PlanConfig:
     """What things cost."""
     out: str | None = None
     """Directory for plan.json and plan.png, as a path or URI; null writes nothing."""
-    json: bool = False
-    """Print one JSON document instead of tables."""
+    format: Literal["text", "json"] = "text"
+    """Tables for people, or one JSON document on standard output."""
 
     def __post_init__(self) -> None:
         check_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moleblend_ray.errors import check_all
 
@@ -13,8 +14,8 @@ class StatusConfig:
 
     run: str
     """The `out` of `prepare`, `pretrain`, `sweep`, `finetune`, `embed` or `predict`, as a path or URI."""
-    json: bool = False
-    """Print one JSON document on standard output instead of tables."""
+    format: Literal["text", "json"] = "text"
+    """Tables for people, or one JSON document on standard output."""
 
     def __post_init__(self) -> None:
         check_all((bool(self.run), "run: expected a path or URI, found an empty string"))

@@ -57,6 +57,8 @@ class SubmitConfig:
     refused, and come from the nodes (a Kubernetes Secret)."""
     stop_wait_s: int = 120
     """Seconds that the job has between a stop and its end by force: time for a checkpoint."""
+    verbose: bool = False
+    """Show debug messages, those of the job in its log as well; -v for short."""
     allow_local_paths: bool = False
     """Let inputs and outputs be plain local paths: the cluster is this machine, or mounts the same folders."""
 

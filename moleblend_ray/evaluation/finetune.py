@@ -167,10 +167,12 @@ def finetune_once(
     seed: int,
     device: torch.device,
     report: Callable[[EpochReport], None] | None = None,
+    predict_micro_batch_size: int | None = None,
 ) -> FinetuneResult:
     """Train on the molecules ``train`` until ``settings.epochs``, or until validation stops improving.
 
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
+    ``predict_micro_batch_size`` is that of validation, which needs less memory than training; None: as in training.
     """
     started = time.monotonic()
     model = build_model(start, len(molecules.columns), settings, seed)
@@ -184,7 +186,12 @@ def finetune_once(
     for epoch in range(1, settings.epochs + 1):
         train_loss = trainer.run_epoch(epoch - 1)
         predictions = predict_mean(
-            model, trained, molecules, valid, settings.micro_batch_size, device
+            model,
+            trained,
+            molecules,
+            valid,
+            predict_micro_batch_size or settings.micro_batch_size,
+            device,
         )
         valid_score = score(
             task.metric, predictions, molecules.labels[valid], molecules.columns

@@ -1,11 +1,13 @@
-"""Attention of packed tokens with an additive bias for each pair: PyTorch's fused kernel, and ours for CPUs.
+"""Attention of packed tokens with an additive bias for each pair: ours for CPUs and for GPUs, and PyTorch's fused kernel.
 
-Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
+:func:`attention_of_blocks` chooses. Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +15,60 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.dropout import draw_kept
+from moleblend_ray.model.fused import uses_triton
+from moleblend_ray.model.precision import product_type
 
 NUM_PARTS = 3
 """Query, key and value, in this order."""
+
+LARGEST_SEED: Final = (1 << 62) - 1
+"""Of a kernel's dropout."""
+
+Attend = Callable[[Tensor, float], Tensor]
+"""What a block does between its linear maps: queries, keys and values (S, 3 * D) and the probability of dropout -> (S, D)."""
+
+
+def attention_of_blocks(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[Attend]:
+    """For each block the fastest way to attend with ``bias`` (B, H, T, T), float32 with -inf in padding columns.
+
+    The blocks of one forward pass share what all of them need.
+    """
+    if bias.device.type == "cpu":
+        if torch.is_grad_enabled():
+            rows = head_rows(batch, bias.shape[1])
+            return [functools.partial(_by_rows, bias, rows)] * num_blocks
+        # Without a gradient a CPU has a fused kernel as well, 2.6 times faster than the gathered rows.
+        return [functools.partial(_padded, bias, batch)] * num_blocks
+    if not kernels_fit(bias):
+        return [functools.partial(_padded, bias, batch)] * num_blocks
+    shared = SharedBias(bias)
+    seeds = torch.randint(LARGEST_SEED, (num_blocks, 1), device=bias.device)
+    return [functools.partial(_packed, shared, batch, seed) for seed in seeds.unbind(0)]
+
+
+def kernels_fit(bias: Tensor) -> bool:
+    """True if the Triton kernels can take ``bias`` (B, H, T, T): float32, molecules that fit a tile, Triton at hand."""
+    if bias.dtype != torch.float32 or not uses_triton():
+        return False
+    from moleblend_ray.model import (
+        attention_kernels,
+    )  # needs Triton, which CPU builds of PyTorch lack
+
+    return bias.shape[-1] <= attention_kernels.MAX_TOKENS
+
+
+def _by_rows(bias: Tensor, rows: HeadRows, qkv: Tensor, probability: float) -> Tensor:
+    return attend_by_rows(qkv, bias, rows, probability)
+
+
+def _padded(bias: Tensor, batch: MoleculeBatch, qkv: Tensor, probability: float) -> Tensor:
+    return attend_padded(qkv, bias, batch, probability)
+
+
+def _packed(
+    shared: SharedBias, batch: MoleculeBatch, seed: Tensor, qkv: Tensor, probability: float
+) -> Tensor:
+    return attend_packed(qkv, shared, batch, seed, probability)
 
 
 class HeadRows(NamedTuple):
@@ -138,3 +191,100 @@ def _scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = 
     if out is None:
         out = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
+
+
+class SharedBias:
+    """The bias of all blocks, in the type of their products, with one gradient to which each block adds its own.
+
+    Autograd by itself would make a tensor for each block, and pass over two of them to add it.
+    """
+
+    def __init__(self, bias: Tensor) -> None:
+        """``bias`` (B, H, T, T) float32."""
+        self.gradient: Tensor | None = None
+        """(B, H, T, T) float32 sum over the blocks whose backward pass is done."""
+        self.values: Tensor = _Share.apply(bias, self, product_type(bias))  # type: ignore[no-untyped-call]
+        """(B, H, T, T)."""
+
+    def add_here(self) -> Tensor:
+        """The tensor to which a block adds its gradient."""
+        if self.gradient is None:
+            self.gradient = torch.zeros_like(self.values, dtype=torch.float32)
+        return self.gradient
+
+    def take_gradient(self) -> Tensor | None:
+        """The sum, which begins anew."""
+        gradient, self.gradient = self.gradient, None
+        return gradient
+
+
+class _Share(torch.autograd.Function):
+    """Hands the bias to the blocks. They return no gradient of their own, but autograd still runs this node after all
+    of them."""
+
+    @staticmethod
+    def forward(context: Any, bias: Tensor, shared: SharedBias, dtype: torch.dtype) -> Tensor:
+        context.shared = shared
+        context.set_materialize_grads(False)
+        return bias.view_as(bias) if bias.dtype == dtype else bias.to(dtype)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
+        total = context.shared.take_gradient()
+        if gradient is not None:
+            total = gradient.float() if total is None else total + gradient
+        return total, None, None
+
+
+def attend_packed(
+    qkv: Tensor,
+    shared: SharedBias,
+    batch: MoleculeBatch,
+    seed: Tensor,
+    dropout_probability: float = 0.0,
+) -> Tensor:
+    """The same as :func:`attend_padded` by Triton kernels, without padding and without any copy in another layout.
+
+    ``seed`` (1,) int64 decides what dropout removes.
+    """
+    output: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
+        qkv, shared.values, shared, batch, seed, dropout_probability
+    )
+    return output
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        qkv: Tensor,
+        bias: Tensor,
+        shared: SharedBias,
+        batch: MoleculeBatch,
+        seed: Tensor,
+        dropout_probability: float,
+    ) -> Tensor:
+        from moleblend_ray.model.attention_kernels import attention_forward
+
+        context.save_for_backward(qkv, bias, batch.graph_token, batch.num_atoms, seed)
+        context.shared, context.dropout_probability = shared, dropout_probability
+        return attention_forward(
+            qkv, bias, batch.graph_token, batch.num_atoms, seed, dropout_probability
+        )
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from moleblend_ray.model.attention_kernels import attention_backward
+
+        qkv, bias, first_token, num_atoms, seed = context.saved_tensors
+        of_qkv = attention_backward(
+            gradient.contiguous(),
+            qkv,
+            bias,
+            first_token,
+            num_atoms,
+            seed,
+            context.dropout_probability,
+            context.shared.add_here(),
+        )
+        return of_qkv, None, None, None, None, None

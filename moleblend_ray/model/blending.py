@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import BlendConfig
+from moleblend_ray.model.fused import uses_triton
 
 __all__ = ["AtomFeature", "Blend", "BlendConfig", "Relation", "View", "draw_blend", "philox"]
 
@@ -100,6 +101,10 @@ class Blend:
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of four counter words (broadcastable int64 tensors, each 0 to 2**32 - 1)."""
+    if counter[0].device.type == "cuda" and uses_triton():
+        from moleblend_ray.model.philox_kernels import philox_words  # needs Triton
+
+        return philox_words(counter, seed)
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):

@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.fused import kernels_fit
+from moleblend_ray.model.lookup import sum_of_rows
+from moleblend_ray.model.precision import precise, product_type
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
 
 INIT_STD = 0.02
@@ -65,8 +67,8 @@ class AtomEmbedding(nn.Module):
         codes = batch.pack_atoms(batch.atom_features).long() + self.offsets
         degrees = batch.pack_atoms(batch.degrees).long().clamp(max=NUM_DEGREES - 1)
         return (
-            F.embedding_bag(codes, self.categories.weight, mode="sum"),
-            self.degree(degrees),
+            sum_of_rows(codes, self.categories.weight),
+            sum_of_rows(degrees[:, None], self.degree.weight),
         )
 
 
@@ -110,7 +112,10 @@ class TopologyBias(nn.Module):
 
     def spd_bias(self, batch: MoleculeBatch) -> Tensor:
         """(B, N, N, H) bias of the shortest-path distance."""
-        return F.embedding(batch.spd.int(), self.spd.weight)
+        if batch.spd.device.type == "cpu":
+            return F.embedding(batch.spd.int(), self.spd.weight)
+        bias = sum_of_rows(batch.spd.long().view(-1, 1), self.spd.weight)
+        return bias.view(*batch.spd.shape, -1)
 
     def edge_bias(self, batch: MoleculeBatch) -> Tensor:
         """(B, N, N, H) sum over hops, divided by the path length in bonds, 1 to 5 (unreachable: 5)."""
@@ -120,7 +125,7 @@ class TopologyBias(nn.Module):
         table = (codes @ self.hop_matrices[:L]).flatten(0, 1)
         first_row = torch.arange(L, device=table.device) * NUM_BOND_CODES
         rows = (batch.path_codes.long() + first_row).reshape(-1, L)
-        total = F.embedding_bag(rows, table, mode="sum").view(B, N, N, -1)
+        total = sum_of_rows(rows, table).view(B, N, N, -1)
         return total / batch.spd.clamp(1, NUM_HOPS)[..., None]
 
 
@@ -146,15 +151,34 @@ class GaussianDistance(nn.Module):
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
 
-    def forward(self, distance: Tensor, element: Tensor, known: Tensor) -> Tensor:
+    def forward(self, distance: Tensor, element: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code; ``known`` (B, N, N) bool
-        -> (B, N, N, K) float32, 0 where not known."""
-        scale, shift = precise(self.scale)[:, element], precise(self.shift)[:, element]
-        value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
-        value = value + (shift[0][:, :, None] + shift[1][:, None, :])
-        width = precise(self.widths).abs() + MIN_GAUSSIAN_WIDTH
-        kernels: Tensor = _Gaussians.apply(value, precise(self.means), width, known)  # type: ignore[no-untyped-call]
-        return kernels
+        -> (B, N, N, K), 0 where not known, and their sums (B, N, K) float32 over the second atom.
+
+        The first have the type of the weights, on GPUs that of matrix products.
+        """
+        dtype = product_type(self.means)
+        # Kernels can be 0.01 angstrom wide: bfloat16 would not place a distance inside one.
+        with torch.autocast(distance.device.type, enabled=False):
+            scale = self._of_element(self.scale, element)
+            shift = self._of_element(self.shift, element)
+            value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
+            value = value + (shift[0][:, :, None] + shift[1][:, None, :])
+            width = precise(self.widths).abs() + MIN_GAUSSIAN_WIDTH
+            arguments = value, precise(self.means), width, known
+            if kernels_fit(value):
+                both: tuple[Tensor, Tensor] = _GaussiansAndSums.apply(*arguments, dtype)  # type: ignore[no-untyped-call]
+                return both
+            kernels: Tensor = _Gaussians.apply(*arguments)  # type: ignore[no-untyped-call]
+            return kernels.to(self.means.dtype), kernels.sum(dim=2)
+
+    @staticmethod
+    def _of_element(table: Tensor, element: Tensor) -> Tensor:
+        """``table`` (2, 119) and ``element`` (B, N) -> (2, B, N)."""
+        if table.device.type == "cpu":
+            return precise(table)[:, element]
+        found = sum_of_rows(element.reshape(-1, 1), precise(table).t().contiguous())
+        return found.t().view(2, *element.shape)
 
 
 class _Gaussians(torch.autograd.Function):
@@ -180,6 +204,41 @@ class _Gaussians(torch.autograd.Function):
         of_value = -scaled.sum(-1)
         of_width += _per_kernel(scaled.mul_(standard))
         return of_value, of_mean, of_width, None
+
+
+class _GaussiansAndSums(torch.autograd.Function):
+    """The same by Triton kernels, and the sums over the second atom of each pair with them."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        value: Tensor,
+        mean: Tensor,
+        width: Tensor,
+        known: Tensor,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
+        from moleblend_ray.model.geometry_kernels import gaussians_forward
+
+        B, N, _ = value.shape
+        value, known = value.reshape(B * N, N), known.reshape(B * N, N)
+        context.save_for_backward(value, known, mean, width)
+        density, sums = gaussians_forward(value, known, mean, width, GAUSSIAN_NORM, dtype)
+        return density.view(B, N, N, -1), sums.view(B, N, -1)
+
+    @staticmethod
+    def backward(
+        context: Any, of_density: Tensor, of_sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        from moleblend_ray.model.geometry_kernels import gaussians_backward
+
+        value, known, mean, width = context.saved_tensors
+        gradients = of_density.contiguous(), of_sums.contiguous()
+        of_value, of_mean, of_width = gaussians_backward(
+            *gradients, value, known, mean, width, GAUSSIAN_NORM
+        )
+        B, N, _, _ = of_density.shape
+        return of_value.view(B, N, N), of_mean, of_width, None, None
 
 
 def _per_kernel(values: Tensor) -> Tensor:
@@ -219,12 +278,10 @@ class GeometryBias(nn.Module):
         distance = delta.norm(dim=-1)
         displacement = delta / (distance + DISPLACEMENT_EPSILON)[..., None]
         element = batch.atom_features[:, :, 0].long()
-        # Kernels can be 0.01 angstrom wide: bfloat16 would not place a distance inside one.
-        with torch.autocast(positions.device.type, enabled=False):
-            kernels = self.gaussian(distance, element, pairs)
-        hidden = F.gelu(self.bias_in(kernels.to(self.bias_in.weight.dtype)))
+        kernels, sums = self.gaussian(distance, element, pairs)
+        hidden = F.gelu(self.bias_in(kernels))
         bias = self.bias_out(hidden).masked_fill(~pairs[..., None], 0.0)
-        merged = self.merge(kernels.sum(dim=2).to(self.merge.weight.dtype))
+        merged = self.merge(sums.to(self.merge.weight.dtype))
         return GeometryFeatures(
             bias=bias,
             merged=merged.masked_fill(~atoms[..., None], 0.0),

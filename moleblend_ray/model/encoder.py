@@ -6,15 +6,17 @@ A real atoms packed, H heads, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from moleblend_ray.model.attention import HeadRows, attend_by_rows, attend_padded, head_rows
+from moleblend_ray.model.attention import LARGEST_SEED, Attend, attention_of_blocks
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import AtomFeature, Blend, Relation
 from moleblend_ray.model.config import ModelConfig
@@ -26,31 +28,27 @@ from moleblend_ray.model.embeddings import (
     GeometryFeatures,
     TopologyBias,
 )
+from moleblend_ray.model.fused import add_and_norm, gelu_and_dropout
 from moleblend_ray.model.precision import precise
 
 
+class Draws(NamedTuple):
+    """What chance decides in one block."""
+
+    factors: Tensor | None
+    """(2, B) what to multiply the two branches of a molecule with: 0, or 1 / (1 - rate); None: all with 1."""
+    seeds: Tensor | None
+    """(3,) int64, of each dropout, on a GPU; on a CPU PyTorch's generator decides."""
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention of packed tokens with an additive bias."""
+    """The linear maps of multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.dropout = config.attention_dropout
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
-
-    def forward(
-        self, tokens: Tensor, bias: Tensor, batch: MoleculeBatch, rows: HeadRows | None
-    ) -> Tensor:
-        """``tokens`` (S, D), ``bias`` (B, H, T, T) with -inf in padding columns -> (S, D)."""
-        qkv = self.qkv(tokens)
-        probability = self.dropout if self.training else 0.0
-        if rows is None:
-            attended = attend_padded(qkv, bias, batch, probability)
-        else:
-            attended = attend_by_rows(qkv, bias, rows, probability)
-        output: Tensor = self.out(attended)
-        return output
 
 
 class Block(nn.Module):
@@ -70,46 +68,40 @@ class Block(nn.Module):
         self.compiled: Callable[..., Tensor] | None = None
         """What a forward pass runs instead of the plain code, see :meth:`Encoder.compile_blocks`."""
 
-    def forward(
-        self,
-        tokens: Tensor,
-        bias: Tensor,
-        batch: MoleculeBatch,
-        rows: HeadRows | None,
-        factors: Tensor | None,
-    ) -> Tensor:
-        """``tokens`` (S, D), ``bias`` (B, H, T, T) -> (S, D); ``rows`` on CPUs with gradients; ``factors`` (2, B) of the branches."""
-        compute = self.compiled or self.compute
+    def forward(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
+        """``tokens`` (S, D), the ``molecule`` (S,) of each -> (S, D)."""
         # In here and not around the block: FSDP's hooks then see one forward pass.
         if self.recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(
-                compute, tokens, bias, batch, rows, factors, use_reentrant=False
+                self.compute, tokens, attend, molecule, draws, use_reentrant=False
             )
             return output
-        return compute(tokens, bias, batch, rows, factors)
+        return self.compute(tokens, attend, molecule, draws)
 
-    def compute(
-        self,
-        tokens: Tensor,
-        bias: Tensor,
-        batch: MoleculeBatch,
-        rows: HeadRows | None,
-        factors: Tensor | None,
-    ) -> Tensor:
+    def compute(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
         """The block itself, with the arguments of :meth:`forward`."""
-        of_attention, of_ffn = (None, None) if factors is None else factors.unbind(0)
-        branch = self.attention(tokens, bias, batch, rows)
-        tokens = self.attention_norm(tokens + self._thin(branch, batch, of_attention))
-        hidden = F.gelu(self.ffn_in(tokens))
-        hidden = dropout(hidden, self.activation_dropout, training=self.training)
-        branch = self.ffn_out(hidden)
-        output: Tensor = self.ffn_norm(tokens + self._thin(branch, batch, of_ffn))
-        return output
+        probability = self.attention.dropout if self.training else 0.0
+        attended = attend(self.attention.qkv(tokens), probability)
+        after_attention = self.compiled or self.after_attention
+        return after_attention(tokens, attended, molecule, draws)
 
-    def _thin(self, branch: Tensor, batch: MoleculeBatch, factor: Tensor | None) -> Tensor:
-        """Dropout, then stochastic depth: ``factor`` (B,) keeps or removes the whole branch of a molecule."""
-        branch = dropout(branch, self.dropout, training=self.training)
-        return branch if factor is None else branch * factor[batch.token_molecule, None]
+    def after_attention(
+        self, tokens: Tensor, attended: Tensor, molecule: Tensor, draws: Draws
+    ) -> Tensor:
+        """What follows on attention, ``attended`` (S, D): its last linear map, and the second branch."""
+        of_attention, of_ffn = (None, None) if draws.factors is None else draws.factors.unbind(0)
+        first, second, third = (
+            (None,) * 3 if draws.seeds is None else draws.seeds[:, None].unbind(0)
+        )
+        rate, activation_rate = (
+            (self.dropout, self.activation_dropout) if self.training else (0.0, 0.0)
+        )
+        add_branch = functools.partial(add_and_norm, molecule=molecule, probability=rate)
+        branch = self.attention.out(attended)
+        tokens = add_branch(tokens, branch, self.attention_norm, factor=of_attention, seed=first)
+        hidden = gelu_and_dropout(self.ffn_in(tokens), probability=activation_rate, seed=second)
+        branch = self.ffn_out(hidden)
+        return add_branch(tokens, branch, self.ffn_norm, factor=of_ffn, seed=third)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,10 +136,10 @@ class Encoder(nn.Module):
             layer.recompute = enabled
 
     def compile_blocks(self) -> None:
-        """Let ``torch.compile`` fuse what is inside a block, once for all blocks and sizes of micro-batches."""
+        """Let ``torch.compile`` fuse what follows on attention, once for all blocks and sizes of micro-batches."""
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.compiled = torch.compile(layer.compute, dynamic=True)
+            layer.compiled = torch.compile(layer.after_attention, dynamic=True)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None) -> EncoderOutput:
         """Encode; without ``blend`` every relation of every pair is visible and positions carry no noise."""
@@ -156,17 +148,22 @@ class Encoder(nn.Module):
         bias = self.attention_bias(batch, blend, geometry)
         tokens = self.input_norm(self.embed(batch, blend, geometry))
         tokens = dropout(tokens, self.dropout, training=self.training)
-        # Without a gradient a CPU has a fused kernel as well, 2.6 times faster than the gathered rows.
-        by_rows = bias.device.type == "cpu" and torch.is_grad_enabled()
-        rows = head_rows(batch, bias.shape[1]) if by_rows else None
-        factors = self._branch_factors(batch)
-        for layer, factor in zip(self.layers, factors, strict=True):
-            tokens = layer(tokens, bias, batch, rows, factor)
+        ways = attention_of_blocks(bias, batch, len(self.layers))
+        draws = self._draws(batch)
+        for layer, attend, draw in zip(self.layers, ways, draws, strict=True):
+            tokens = layer(tokens, attend, batch.token_molecule, draw)
         return EncoderOutput(tokens=tokens, bias=bias, displacement=geometry.displacement)
 
+    def _draws(self, batch: MoleculeBatch) -> list[Draws]:
+        num_layers, device = len(self.layers), batch.token_molecule.device
+        seeds: Sequence[Tensor | None] = [None] * num_layers
+        if self.training and device.type != "cpu":
+            seeds = torch.randint(LARGEST_SEED, (num_layers, 3), device=device).unbind(0)
+        factors = self._branch_factors(batch)
+        return [Draws(factor, seed) for factor, seed in zip(factors, seeds, strict=True)]
+
     def _branch_factors(self, batch: MoleculeBatch) -> Sequence[Tensor | None]:
-        """Stochastic depth, linear in depth from 0 to ``drop_path``: for each block (2, B) what to multiply the two branches
-        of a molecule with, 0 or 1 / (1 - rate)."""
+        """Stochastic depth, linear in depth from 0 to ``drop_path``, for each block as in :class:`Draws`."""
         num_layers = len(self.layers)
         if not self.training or self.drop_path == 0.0:
             return [None] * num_layers

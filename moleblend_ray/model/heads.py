@@ -18,6 +18,9 @@ from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import INIT_STD
 from moleblend_ray.model.precision import precise
 
+_ALIGNED = 8
+"""Numbers of 2 bytes that a tensor core loads at once."""
+
 PAIR_NORM_EPSILON = 1e-12
 """LayerNorm epsilon of the pair heads (official code)."""
 
@@ -55,14 +58,20 @@ class PairHead(nn.Module):
         """The bilinear form of packed ``row`` and ``column`` vectors (A, P) -> (B, N, N, *output_shape)."""
         C, P, _ = self.weight.shape
         rows = batch.pad_atoms(row)
+        weight: Tensor = self.weight
+        if rows.device.type == "cuda":
+            # A row of the product must begin at a multiple of 16 bytes, or tensor cores get it by detours.
+            weight = F.pad(weight, (0, 0, 0, 0, 0, -C % _ALIGNED))
+        padded = len(weight)
         # (P columns, C * P rows), so that the large result comes out in its final layout without a copy.
-        weight = self.weight.permute(2, 1, 0).flatten(1)
+        weight = weight.permute(2, 1, 0).flatten(1)
         contracted = batch.pad_atoms(column @ weight.to(column.dtype))
         N = contracted.shape[1]
-        contracted = contracted.view(-1, N, P, C).transpose(1, 2).flatten(2)
-        pairs = torch.bmm(rows, contracted.to(rows.dtype)).view(-1, N, N, *self.output_shape)
-        output: Tensor = pairs + self.bias.view(self.output_shape)
-        return output
+        contracted = contracted.view(-1, N, P, padded).transpose(1, 2).flatten(2)
+        pairs = torch.bmm(rows, contracted.to(rows.dtype)).view(-1, N, N, padded)
+        bias = self.bias if pairs.device.type == "cpu" else self.bias.to(pairs.dtype)
+        output: Tensor = pairs[..., :C] + bias
+        return output.view(-1, N, N, *self.output_shape)
 
 
 class DenoisingHead(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from moleblend_ray.model.config import (
     LossConfig,
 )
 from moleblend_ray.model.environments import environment_counts
+from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.moleblend import MoleBlendOutput
 from moleblend_ray.model.precision import precise
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
@@ -179,10 +180,32 @@ def _edge_sum(
 
 
 def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    if kernels_fit(logits):
+        flat = logits.flatten(0, -2), target.flatten(), weight.flatten()
+        total: Tensor = _WeightedCrossEntropy.apply(*flat)  # type: ignore[no-untyped-call]
+        return total
     loss = F.cross_entropy(
         precise(logits).flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return (loss * weight.flatten()).sum()
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """The same by Triton kernels, from logits (M, C) in any type."""
+
+    @staticmethod
+    def forward(context: Any, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        from moleblend_ray.model.loss_kernels import cross_entropy_forward
+
+        loss, normaliser = cross_entropy_forward(logits, target, weight)
+        context.save_for_backward(logits, target, weight, normaliser)
+        return loss.sum()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        from moleblend_ray.model.loss_kernels import cross_entropy_backward
+
+        return cross_entropy_backward(gradient, *context.saved_tensors), None, None
 
 
 def _direction_sum(

@@ -41,7 +41,6 @@ from moleblend_ray.evaluation.property_model import (
     is_property_model,
     load_property_model,
 )
-from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.results import (
     RESULTS_NAME,
     RESULTS_VERSION,
@@ -335,6 +334,9 @@ def write_results(
         "seconds": seconds,
     }
     results = redact(results)
+    # Not above: every process of these jobs imports this module, and would bring matplotlib and scikit-learn.
+    from moleblend_ray.evaluation.report import write_report
+
     write_report(config.out, results, *read_test_predictions(config.out, model.final[0].seed))
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results

@@ -359,7 +359,7 @@ def measure_now(config: PlanConfig, manifest: Manifest | None) -> Found:
 
 def show_plan(report: PlanReport, config: PlanConfig) -> RenderableType | str:
     """Tables for people, or one JSON document."""
-    if config.json:
+    if config.format == "json":
         return json.dumps(_document(report, config), indent=1, ensure_ascii=False)
     plan = report.plan
     parts: list[RenderableType] = [

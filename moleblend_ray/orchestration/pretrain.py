@@ -56,7 +56,8 @@ from moleblend_ray.orchestration.stream import (
     stream_data_config,
     stream_dataset,
 )
-from moleblend_ray.orchestration.train_metrics import TrainMetrics, publish_stream
+from moleblend_ray.orchestration.stream_metrics import publish_stream
+from moleblend_ray.orchestration.train_metrics import TrainMetrics
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import (
     library_versions,

@@ -89,7 +89,7 @@ def _document(uri: str) -> Mapping[str, Any] | None:
 
 def show_status(report: Status, config: StatusConfig) -> RenderableType | str:
     """Tables for people, or one JSON document."""
-    if config.json:
+    if config.format == "json":
         return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
     if isinstance(report, RunStatus):
         return _run(report)

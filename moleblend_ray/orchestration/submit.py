@@ -247,7 +247,9 @@ def plan(config: SubmitConfig) -> list[str]:
 
 def entrypoint(config: SubmitConfig) -> str:
     """The command that the head runs, as a shell reads it."""
-    return shlex.join(["python", "-m", "moleblend_ray.cli", str(config.job), *config.overrides])
+    verbose = ["--verbose"] if config.verbose else []
+    command = ["python", "-m", "moleblend_ray.cli", str(config.job), *config.overrides, *verbose]
+    return shlex.join(command)
 
 
 def runtime_env(config: SubmitConfig, code: str | None) -> dict[str, Any]:

@@ -354,10 +354,18 @@ def _sizes(learner: Learner, batch: StepBatch, parts: list[MoleculeBatch], *, st
         sum(molecules_checksum(micro.molecule_ids) for micro in batch.micro_batches),
         int(stop),
     ]
-    sizes = torch.tensor([*host, 0], dtype=torch.float64, device=learner.ranks.device)
+    sizes = _on_device([*host, 0], learner.ranks.device)
     if learner.loss.ignore_other_bonds:
         sizes[-1] = sum_of([count_other_bonds(part) for part in parts])
     return sizes
+
+
+def _on_device(values: list[float], device: torch.device) -> Tensor:
+    """float64 tensor of numbers of the host, which does not wait for the device."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(
+        device, non_blocking=True
+    )
 
 
 def molecules_checksum(molecule_ids: NDArray[np.int64]) -> int:

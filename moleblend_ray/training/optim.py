@@ -219,24 +219,35 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     The norm scales every clipped gradient, so it must not depend on how they are sharded: rows, which no shard splits, have
     norms in their own type, and the squares of these are added in float64.
     """
-    squares: dict[bool, Tensor] = {}
+    whole: list[Tensor] = []
+    shards: list[Tensor] = []
     replicas = 1
     for parameter in parameters:
         gradient = parameter.grad
-        if gradient is None:
-            continue
-        is_sharded, local = False, gradient
         if isinstance(gradient, DTensor):
-            is_sharded, local = True, gradient.to_local()
+            shards.append(gradient.to_local())
             mesh = gradient.device_mesh
             replicas = mesh.size(0) if mesh.ndim > 1 else 1
-        rows = local if local.ndim < 2 else torch.linalg.vector_norm(local, dim=-1)
-        square = torch.linalg.vector_norm(rows, dtype=torch.float64).square()
-        squares[is_sharded] = squares[is_sharded] + square if is_sharded in squares else square
-    if True in squares:
+        elif gradient is not None:
+            whole.append(gradient)
+    squares = [_sum_of_squares(whole)] if whole else []
+    if shards:
         # Each replica holds all of it once.
-        squares[True] = sum_over_ranks(squares[True]) / replicas
-    return torch.stack(list(squares.values())).sum().sqrt().float()
+        squares.append(sum_over_ranks(_sum_of_squares(shards)) / replicas)
+    return torch.stack(squares).sum().sqrt().float()
+
+
+def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
+    """() float64."""
+    if gradients[0].device.type != "cpu":
+        # One launch for all of them: exactness at any number of ranks is promised on CPUs only.
+        norms: tuple[Tensor, ...] = torch._foreach_norm(gradients)
+        return torch.stack(norms).double().square().sum()
+    total = gradients[0].new_zeros((), dtype=torch.float64)
+    for gradient in gradients:
+        rows = gradient if gradient.ndim < 2 else torch.linalg.vector_norm(gradient, dim=-1)
+        total = total + torch.linalg.vector_norm(rows, dtype=torch.float64).square()
+    return total
 
 
 def clip_gradients(parameters: list[nn.Parameter], norm: Tensor, clip_norm: float) -> None:

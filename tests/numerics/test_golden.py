@@ -27,6 +27,7 @@ from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig
+from moleblend_ray.model.encoder import EncoderOutput
 from moleblend_ray.model.hub import import_official
 from moleblend_ray.model.losses import (
     IGNORE,
@@ -276,25 +277,28 @@ def watch(
         )
         seen["attn_bias_base"] = encoder.attention_bias(batch, only_geometry, nothing)
 
-    def note(name: str, padded: bool = True) -> Any:
+    def note(name: str) -> Any:
         def hook(_module: Any, _args: Any, output: Tensor) -> None:
-            seen[name] = batch.pad_tokens(output) if padded else output
+            seen[name] = batch.pad_tokens(output)
 
         return hook
 
-    def note_bias(_module: Any, args: tuple[Tensor, Tensor, MoleculeBatch]) -> None:
-        seen["attn_bias_blended"] = args[1]
+    def note_bias(_module: Any, _args: Any, output: EncoderOutput) -> None:
+        seen["attn_bias_blended"] = output.bias
+
+    def note_kernels(_module: Any, _args: Any, output: tuple[Tensor, Tensor]) -> None:
+        seen["gaussian_feature"] = output[0]
 
     handles = [
         encoder.atoms.register_forward_hook(note_embeddings),
         encoder.geometry.register_forward_hook(note_geometry),
-        encoder.geometry.gaussian.register_forward_hook(note("gaussian_feature", padded=False)),
+        encoder.geometry.gaussian.register_forward_hook(note_kernels),
         encoder.input_norm.register_forward_hook(note("encoder_in")),
-        encoder.layers[0].register_forward_pre_hook(note_bias),
+        encoder.register_forward_hook(note_bias),
     ]
     for number, layer in enumerate(encoder.layers):
         handles += [
-            layer.attention.register_forward_hook(note(f"layer{number}_attn_out")),
+            layer.attention.out.register_forward_hook(note(f"layer{number}_attn_out")),
             layer.register_forward_hook(note(f"layer{number}_out")),
         ]
     return lambda: [handle.remove() for handle in handles]

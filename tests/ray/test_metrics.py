@@ -94,11 +94,15 @@ class Page:
 
 
 def watch(page: Page, expected: set[str], then: Callable[[], None]) -> threading.Thread:
-    """Look until everything expected was seen, or patience ends; then do ``then``."""
+    """Look until everything expected was seen, of both ranks, or patience ends; then do ``then``."""
+
+    def is_missing() -> bool:
+        ranks = [page.of("moleblend_train_peak_memory_bytes", rank=rank) for rank in ("0", "1")]
+        return bool(expected - page.names()) or not all(ranks)
 
     def look() -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline and expected - page.names():
+        while time.monotonic() < deadline and is_missing():
             time.sleep(1.0)
             # A machine that is busy may not answer this time.
             with contextlib.suppress(OSError):

@@ -138,6 +138,28 @@ def test_an_unknown_key_exits_2_and_names_the_nearest(
     assert "did you mean rows_per_chunk?" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("job", [name for name, job in cli.JOBS.items() if job.show])
+def test_every_command_that_shows_something_prints_json_by_the_same_setting(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = cli.JOBS[job].first_key
+    words = [job, f"{first}=x"] if first else [job, "molecules=1e6", "gpus=8"]
+    assert cli.main([*words, "format=json", "--dry-run"]) == 0
+    assert "format: json" in capsys.readouterr().out
+    assert cli.main([*words, "format=xml"]) == 2
+    assert "format: expected one of text, json, found 'xml'" in capsys.readouterr().err
+    assert "format" not in cli.JOBS[job].flags
+    assert "json" not in cli.JOBS[job].flags
+
+
+def test_an_unknown_option_exits_2_and_says_how_settings_are_written(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["status", "runs/first", "--json"])
+    assert "--json; settings are KEY=VALUE: moleblend status --help" in capsys.readouterr().err
+
+
 def test_an_unknown_job_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["pretrian", "out=x"]) == 2
     assert "did you mean pretrain?" in capsys.readouterr().err

@@ -126,6 +126,15 @@ def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
     assert not [name for name in modules if name.startswith("moleblend_ray.chemistry")]
 
 
+def test_processes_of_the_stream_import_neither_torch_nor_chemistry() -> None:
+    # Ray Data's own processes and the data actors get by with what these two modules bring.
+    modules = modules_after(
+        "import moleblend_ray.orchestration.stream, moleblend_ray.orchestration.stream_metrics"
+    )
+    assert "moleblend_ray.data.builder" in modules
+    assert not {"torch", "rdkit"} & modules
+
+
 def test_configurations_compose_without_torch_rdkit_or_ray() -> None:
     modules = modules_after(
         "import moleblend_ray.config.prepare, moleblend_ray.config.pretrain, moleblend_ray.config.downstream"

@@ -14,6 +14,7 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.blending import BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.embeddings import GaussianDistance
+from moleblend_ray.model.fused import add_and_norm
 from moleblend_ray.model.losses import loss_counts, loss_means, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel, ReadoutConfig
 
@@ -88,7 +89,9 @@ def test_gaussian_kernels_have_the_gradient_of_their_formula() -> None:
 
     def kernels(distance: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         named = dict(zip(parameters, values, strict=True))
-        return torch.func.functional_call(layer, named, (distance, element, known))
+        found, sums = torch.func.functional_call(layer, named, (distance, element, known))
+        assert torch.equal(sums, found.sum(2))
+        return found
 
     torch.autograd.gradcheck(kernels, (distance.requires_grad_(), *parameters.values()))
     assert torch.equal(
@@ -162,13 +165,19 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
     config = dataclasses.replace(QUIET, num_layers=3, drop_path=0.5)
     encoder = MoleBlendModel(config).encoder
     batch = zoo.batch([zoo.chain(3, seed=k) for k in range(400)])
-    branch = torch.ones(len(batch.token_index), 32)
     for factors, rate in zip(encoder._branch_factors(batch), (0.0, 0.25, 0.5), strict=True):
         for factor in factors:
-            thinned = batch.pad_tokens(encoder.layers[0]._thin(branch, batch, factor)).flatten(1)
-            kept = torch.isclose(thinned, torch.tensor(1 / (1 - rate))).all(1)
-            assert (kept | (thinned == 0).all(1)).all()
+            kept = torch.isclose(factor, torch.tensor(1 / (1 - rate)))
+            assert (kept | (factor == 0)).all()
             assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.1)
+    tokens, branch = torch.randn(2, len(batch.token_index), 32)
+    norm = encoder.layers[0].ffn_norm
+    molecule = batch.token_molecule
+    added = add_and_norm(
+        tokens, branch, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+    )
+    scaled = branch * factor[molecule, None]
+    torch.testing.assert_close(added, norm(tokens + scaled))
     encoder.eval()
     assert encoder._branch_factors(batch) == [None] * 3
 

@@ -34,7 +34,7 @@ def shown(run: Path | str) -> str:
 
 
 def document(run: Path | str) -> Any:
-    config = StatusConfig(run=str(run), json=True)
+    config = StatusConfig(run=str(run), format="json")
     return json.loads(str(show_status(status(config), config)))
 
 

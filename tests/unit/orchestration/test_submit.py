@@ -293,6 +293,18 @@ def test_the_command_reaches_the_job_as_it_was_typed() -> None:
     assert json.loads(done.stdout) == ["pretrain", *overrides]
 
 
+def test_debug_messages_are_asked_of_the_job_as_well(
+    capsys: pytest.CaptureFixture[str], no_token: Path
+) -> None:
+    words = ["submit", "data", "s3://b/d", "--address", "http://127.0.0.1:9", "--dry-run"]
+    for option in ("--verbose", "-v"):
+        assert cli.main([*words, option]) == 0
+        command = "python -m moleblend_ray.cli data data=s3://b/d --verbose\n"
+        assert command in capsys.readouterr().out
+    assert cli.main(words) == 0
+    assert "--verbose" not in capsys.readouterr().out
+
+
 def test_the_job_has_time_for_a_checkpoint_and_no_other_variable_of_this_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

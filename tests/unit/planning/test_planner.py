@@ -287,7 +287,7 @@ def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
 
 def test_it_is_written_and_drawn(tmp_path: Path) -> None:
     chosen = config(
-        "molecules=1e8", "gpus=8", f"out={tmp_path}/plan", "prices.gpu_hour=2", "json=true"
+        "molecules=1e8", "gpus=8", f"out={tmp_path}/plan", "prices.gpu_hour=2", "format=json"
     )
     report = plan(chosen)
     shown = json.loads(str(show_plan(report, chosen)))

@@ -1,0 +1,212 @@
+"""Triton kernels of attention with a bias for each pair: one program computes one head of one molecule.
+
+A molecule's tokens fit one tile, so nothing is summed in parts. Queries, keys and values are read from the packed tokens
+where the linear map left them, and their gradients are written there; neither scores nor weights ever reach memory, and the
+gradient of the bias is added to one tensor by all blocks in turn.
+
+Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moleblend_ray.model.dropout_kernels import kept
+
+__all__ = ["MAX_TOKENS", "attention_backward", "attention_forward"]
+
+MAX_TOKENS = 128
+"""Tokens of the largest molecule that a tile holds in registers."""
+
+_SMALLEST_TILE = 16
+"""Of a matrix product of tensor cores."""
+
+
+def attention_forward(
+    qkv: Tensor,
+    bias: Tensor,
+    first_token: Tensor,
+    num_atoms: Tensor,
+    seed: Tensor,
+    dropout_probability: float,
+) -> Tensor:
+    """(S, D) of ``qkv`` (S, 3 * D) and ``bias`` (B, H, T, T), contiguous.
+
+    ``first_token`` and ``num_atoms`` (B,) int64: a molecule is the rows from its first one on, one more than it has
+    atoms. ``seed`` (1,) int64 on the device decides what dropout removes.
+    """
+    output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    grid, constants = _launch(qkv, bias, dropout_probability)
+    _forward[grid](
+        qkv,
+        bias,
+        first_token,
+        num_atoms,
+        seed,
+        output,
+        bias.shape[2],
+        dropout_probability,
+        **constants,
+    )
+    return output
+
+
+def attention_backward(
+    gradient: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    first_token: Tensor,
+    num_atoms: Tensor,
+    seed: Tensor,
+    dropout_probability: float,
+    of_bias: Tensor,
+) -> Tensor:
+    """(S, 3 * D) gradient of ``qkv``, from that of the output (S, D); the one of the bias is added to ``of_bias``
+    (B, H, T, T) float32."""
+    of_qkv = torch.empty_like(qkv)
+    grid, constants = _launch(qkv, bias, dropout_probability)
+    _backward[grid](
+        gradient, qkv, bias, first_token, num_atoms, seed, of_qkv, of_bias,
+        bias.shape[2], dropout_probability, **constants,
+    )  # fmt: skip
+    return of_qkv
+
+
+def _launch(
+    qkv: Tensor, bias: Tensor, dropout_probability: float
+) -> tuple[tuple[int], dict[str, object]]:
+    B, H, T, _ = bias.shape
+    head_width = qkv.shape[1] // (3 * H)
+    tile = max(_SMALLEST_TILE, triton.next_power_of_2(T))
+    return (B * H,), {
+        "NUM_HEADS": H,
+        "HEAD_WIDTH": head_width,
+        "TILE": tile,
+        "WIDTH_TILE": max(_SMALLEST_TILE, triton.next_power_of_2(head_width)),
+        "DROPS": dropout_probability > 0.0,
+        # By default float32 factors would be rounded to 10 bits.
+        "PRECISION": "ieee" if qkv.dtype == torch.float32 else "tf32",
+        # With fewer, registers of the backward pass spill; with more, small tiles are slower.
+        "num_warps": 16 if tile > 64 else max(1, tile // 16),
+    }
+
+
+@triton.jit
+def _weights(query, key, bias, pair, tokens, row, column, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(TILE, TILE) float32 attention of every token; rows of padding hold numbers that nobody uses."""
+    real = (row < tokens) & (column < tokens)
+    score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    score += tl.load(bias + pair, mask=real, other=0.0).to(tl.float32)
+    score = tl.where(column < tokens, score, float("-inf"))
+    weight = tl.exp(score - tl.max(score, 1)[:, None])
+    return weight / tl.sum(weight, 1)[:, None]
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    qkv,
+    bias,
+    first_token,
+    num_atoms,
+    seed,
+    output,
+    T,
+    dropout_probability,
+    NUM_HEADS: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+    DROPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    molecule = program // NUM_HEADS
+    head = program % NUM_HEADS
+    tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
+    token = tl.arange(0, TILE)
+    feature = tl.arange(0, WIDTH_TILE)
+    row = token[:, None]
+    column = token[None, :]
+    held = (row < tokens) & (feature[None, :] < HEAD_WIDTH)
+    # Of (S, 3, H, d), and of (S, H, d); molecules together can pass 2**31 numbers.
+    packed = tl.load(first_token + molecule) + row
+    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature[None, :]
+    query = tl.load(qkv + at, mask=held, other=0.0)
+    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    square = program.to(tl.int64) * T * T
+    place = row * T + column
+    weight = _weights(
+        query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
+    )
+    if DROPS:
+        survives = kept(tl.load(seed), program * T * T + place, dropout_probability)
+        weight = tl.where(survives, weight / (1.0 - dropout_probability), 0.0)
+    attended = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    to = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature[None, :]
+    tl.store(output + to, attended.to(output.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    gradient,
+    qkv,
+    bias,
+    first_token,
+    num_atoms,
+    seed,
+    of_qkv,
+    of_bias,
+    T,
+    dropout_probability,
+    NUM_HEADS: tl.constexpr,
+    HEAD_WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH_TILE: tl.constexpr,
+    DROPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    program = tl.program_id(0)
+    molecule = program // NUM_HEADS
+    head = program % NUM_HEADS
+    tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
+    token = tl.arange(0, TILE)
+    feature = tl.arange(0, WIDTH_TILE)
+    row = token[:, None]
+    column = token[None, :]
+    held = (row < tokens) & (feature[None, :] < HEAD_WIDTH)
+    packed = tl.load(first_token + molecule) + row
+    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature[None, :]
+    query = tl.load(qkv + at, mask=held, other=0.0)
+    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    square = program.to(tl.int64) * T * T
+    place = row * T + column
+    scale = HEAD_WIDTH**-0.5
+    weight = _weights(query, key, bias + square, place, tokens, row, column, scale, PRECISION)
+
+    of = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature[None, :]
+    of_output = tl.load(gradient + of, mask=held, other=0.0)
+    of_weight = tl.dot(of_output, tl.trans(value), input_precision=PRECISION)
+    thinned = weight
+    if DROPS:
+        survives = kept(tl.load(seed), program * T * T + place, dropout_probability)
+        thinned = tl.where(survives, weight / (1.0 - dropout_probability), 0.0)
+        of_weight = tl.where(survives, of_weight / (1.0 - dropout_probability), 0.0)
+    of_value = tl.dot(tl.trans(thinned.to(value.dtype)), of_output, input_precision=PRECISION)
+    # Rows of padding have gradients of 0 from here on, since `of_output` has.
+    of_score = weight * (of_weight - tl.sum(of_weight * weight, 1)[:, None])
+
+    real = (row < tokens) & (column < tokens)
+    before = tl.load(of_bias + square + place, mask=real, other=0.0)
+    tl.store(of_bias + square + place, before + of_score, mask=real)
+    factor = (of_score * scale).to(query.dtype)
+    of_query = tl.dot(factor, key, input_precision=PRECISION)
+    of_key = tl.dot(tl.trans(factor), query, input_precision=PRECISION)
+    kind = of_qkv.dtype.element_ty
+    tl.store(of_qkv + at, of_query.to(kind), mask=held)
+    tl.store(of_qkv + at + NUM_HEADS * HEAD_WIDTH, of_key.to(kind), mask=held)
+    tl.store(of_qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, of_value.to(kind), mask=held)

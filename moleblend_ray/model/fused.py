@@ -1,0 +1,150 @@
+"""What lies between the matrix products of a block, each step as one operation: a Triton kernel on GPUs, plain code elsewhere.
+
+Shape legend: B molecules, S tokens, D width, F width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moleblend_ray.model.dropout import dropout
+
+_use_kernels = os.environ.get("MOLEBLEND_KERNELS", "on") != "off"
+
+
+@contextlib.contextmanager
+def plain_code() -> Iterator[None]:
+    """Within, GPUs compute by PyTorch's own operations, as with ``MOLEBLEND_KERNELS=off`` in the environment: to compare
+    with, or where a kernel is under suspicion."""
+    global _use_kernels
+    before, _use_kernels = _use_kernels, False
+    try:
+        yield
+    finally:
+        _use_kernels = before
+
+
+def uses_triton() -> bool:
+    """True if Triton is installed, as it is with builds of PyTorch for GPUs, and wanted."""
+    return _use_kernels and _triton_is_installed()
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernels_fit(values: Tensor) -> bool:
+    """True if Triton kernels can compute with ``values``. What ``torch.compile`` reads it shall fuse itself."""
+    return (
+        values.device.type == "cuda"
+        and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and uses_triton()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def add_and_norm(
+    tokens: Tensor,
+    branch: Tensor,
+    norm: nn.LayerNorm,
+    *,
+    molecule: Tensor,
+    factor: Tensor | None,
+    probability: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """(S, D) LayerNorm of ``tokens`` (S, D) plus ``branch`` (S, D) after dropout with ``probability`` and times ``factor`` (B,) of
+    the token's ``molecule`` (S,).
+
+    ``seed`` (1,) int64 decides what is dropped on a GPU. There the result has the type of ``branch``, bfloat16 under autocast.
+    """
+    if kernels_fit(tokens) and kernels_fit(branch):
+        output: Tensor = _AddAndNorm.apply(  # type: ignore[no-untyped-call]
+            tokens, branch, norm.weight, norm.bias, norm.eps, molecule, factor,
+            seed if probability > 0.0 else None, probability,
+        )  # fmt: skip
+        return output
+    branch = dropout(branch, probability, training=True)
+    if factor is not None:
+        branch = branch * factor[molecule, None]
+    plain: Tensor = norm(tokens + branch)
+    return plain
+
+
+def gelu_and_dropout(hidden: Tensor, *, probability: float, seed: Tensor | None) -> Tensor:
+    """GELU of ``hidden`` (S, F), then dropout; ``seed`` as in :func:`add_and_norm`."""
+    if kernels_fit(hidden):
+        seed = seed if probability > 0.0 else None
+        output: Tensor = _GeluAndDropout.apply(hidden, seed, probability)  # type: ignore[no-untyped-call]
+        return output
+    return dropout(F.gelu(hidden), probability, training=True)
+
+
+class _AddAndNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        context: Any,
+        tokens: Tensor,
+        branch: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        epsilon: float,
+        molecule: Tensor,
+        factor: Tensor | None,
+        seed: Tensor | None,
+        probability: float,
+    ) -> Tensor:
+        from moleblend_ray.model.block_kernels import add_and_norm_forward
+
+        output, statistics = add_and_norm_forward(
+            tokens, branch, weight, shift, epsilon, molecule, factor, seed, probability
+        )
+        context.save_for_backward(tokens, branch, weight, statistics, molecule, factor, seed)
+        context.probability, context.of_shift = probability, shift.dtype
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        from moleblend_ray.model.block_kernels import add_and_norm_backward
+
+        tokens, branch, weight, statistics, molecule, factor, seed = context.saved_tensors
+        of_tokens, of_branch, of_weight, of_shift = add_and_norm_backward(
+            gradient.contiguous(),
+            tokens,
+            branch,
+            weight,
+            statistics,
+            molecule,
+            factor,
+            seed,
+            context.probability,
+        )
+        of_weight, of_shift = of_weight.to(weight.dtype), of_shift.to(context.of_shift)
+        return of_tokens, of_branch, of_weight, of_shift, None, None, None, None, None
+
+
+class _GeluAndDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, hidden: Tensor, seed: Tensor | None, probability: float) -> Tensor:
+        from moleblend_ray.model.block_kernels import gelu_forward
+
+        context.save_for_backward(hidden, seed)
+        context.probability = probability
+        return gelu_forward(hidden, seed, probability)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        from moleblend_ray.model.block_kernels import gelu_backward
+
+        hidden, seed = context.saved_tensors
+        return gelu_backward(gradient.contiguous(), hidden, seed, context.probability), None, None

@@ -1,0 +1,80 @@
+"""What the executor of a pretraining run's stream tells Prometheus (see :mod:`.metrics`).
+
+Ray Data sends the callback's class to each of its processes, the data actors included, which import this module: it must not
+bring torch, which costs each of them seconds and hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, Final
+
+from ray.data import Dataset
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+
+from moleblend_ray.orchestration.budget import blocks_taken
+from moleblend_ray.orchestration.metrics import PERIOD_S, Publisher
+
+if TYPE_CHECKING:
+    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+_RUN_CONFIG_KEY: Final = "moleblend.run"
+
+
+def publish_stream(dataset: Dataset, run: str) -> None:
+    """Let Ray Data's executor of this stream tell of actors and queues, under the label ``run``."""
+    dataset.context.set_config(_RUN_CONFIG_KEY, run)
+    dataset.context.custom_execution_callback_classes.append(_StreamCallback)
+
+
+class _StreamCallback(ExecutionCallback):
+    """Ray Data's hook: called at every turn of its scheduler, in the process of the executor."""
+
+    def __init__(self) -> None:
+        self._publisher: Publisher | None = None
+        self._operator: PhysicalOperator | None = None
+        self._pool: AutoscalingActorPool | None = None
+        self._looked_s = -math.inf
+        self._totals: dict[str, float] = {}
+
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        """Find what builds blocks and what hands them out."""
+        self._publisher = Publisher(run=executor._data_context.get_config(_RUN_CONFIG_KEY))
+        assert executor._topology is not None
+        *_, self._sink = executor._topology
+        for operator in executor._topology:
+            for pool in operator.get_autoscaling_actor_pools():
+                self._operator, self._pool = operator, pool
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002 - Ray's signature
+        """Publish once a second; no thread, so that what is gone with the stream is not told of."""
+        now_s = time.monotonic()
+        if self._publisher is None or now_s - self._looked_s < PERIOD_S:
+            return
+        self._looked_s = now_s
+        if self._operator is not None and self._pool is not None:
+            self._look(self._publisher, self._operator, self._pool)
+        self._publisher.publish()
+
+    def _look(
+        self, publisher: Publisher, operator: PhysicalOperator, pool: AutoscalingActorPool
+    ) -> None:
+        publisher.set("moleblend_stream_actors", pool.num_running_actors())
+        publisher.set("moleblend_stream_pending_actors", pool.num_pending_actors())
+        publisher.set("moleblend_stream_max_actors", pool.max_size())
+        publisher.set("moleblend_stream_building_blocks", operator.num_active_tasks())
+        publisher.set(
+            "moleblend_stream_queued_blocks", self._sink.metrics.num_external_outqueue_blocks
+        )
+        self._count("moleblend_stream_blocks_total", operator.metrics.num_task_outputs_generated)
+        self._count("moleblend_stream_taken_blocks_total", blocks_taken(self._sink))
+        self._count("moleblend_stream_build_seconds_total", operator.metrics.block_generation_time)
+
+    def _count(self, name: str, total: float) -> None:
+        """Raise a counter to what Ray Data has counted itself."""
+        assert self._publisher is not None
+        self._publisher.add(name, max(0.0, total - self._totals.get(name, 0.0)))
+        self._totals[name] = total

@@ -1,0 +1,160 @@
+"""Triton kernels of attention against PyTorch's own on padded rectangles; on a machine without GPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import molecule_zoo as zoo
+import pytest
+import torch
+from torch import Tensor
+
+from moleblend_ray.model import attention
+from moleblend_ray.model.attention import SharedBias, attend_packed, attend_padded
+from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
+
+pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SMALL = [zoo.single_atom(), zoo.chain(2), zoo.ring(6), zoo.ring(5, tail=3), zoo.chain(2)]
+LARGE = [zoo.chain(20), zoo.single_atom(), zoo.ring(6, tail=30)]
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> None:
+    from moleblend_ray.model import attention_kernels
+
+    compiled = type(attention_kernels._forward).__name__ == "JITFunction"
+    if compiled and DEVICE.type == "cpu":
+        pytest.skip("Triton was imported before its interpreter was chosen")
+
+
+def inputs(batch: MoleculeBatch, heads: int, width: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    B, T = batch.num_molecules, batch.max_atoms + 1
+    qkv = torch.randn(len(batch.token_index), 3 * width)
+    bias = torch.randn(B, heads, T, T)
+    padding = torch.arange(T) > batch.num_atoms[:, None].cpu()
+    bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
+    return qkv.to(DEVICE).requires_grad_(), bias.to(DEVICE).requires_grad_()
+
+
+def no_seed() -> Tensor:
+    return torch.zeros(1, dtype=torch.int64, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("molecules", "heads", "width"), [(SMALL, 4, 96), (LARGE, 2, 64), (SMALL[:1], 1, 8)]
+)
+def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
+    molecules: list[zoo.Molecule], heads: int, width: int
+) -> None:
+    batch = zoo.batch(molecules).to(DEVICE) if DEVICE.type == "cuda" else zoo.batch(molecules)
+    upstream = torch.randn(2, len(batch.token_index), width, device=DEVICE)
+    found = []
+    for packed in (True, False):
+        qkv, bias = inputs(batch, heads, width)
+        shared = SharedBias(bias) if packed else None
+        first, second = (
+            attend_padded(part, bias, batch)
+            if shared is None
+            else attend_packed(part, shared, batch, no_seed())
+            for part in (qkv, 2.0 * qkv)
+        )
+        # Something else reads the bias as well, as the denoising head does.
+        read = bias.masked_fill(bias.isinf(), 0.0).square().sum()
+        ((first * upstream[0]).sum() + (second * upstream[1]).sum() + read).backward()
+        found.append((first.detach(), second.detach(), qkv.grad, bias.grad))
+    for ours, expected in zip(*found, strict=True):
+        assert ours is not None
+        assert expected is not None
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_second_backward_pass_begins_anew() -> None:
+    batch = zoo.batch(SMALL)
+    qkv, bias = inputs(batch, 4, 96)
+    shared = SharedBias(bias)
+    total = attend_packed(qkv, shared, batch, no_seed()).square().sum()
+    (once,) = torch.autograd.grad(total, bias, retain_graph=True)
+    (again,) = torch.autograd.grad(total, bias)
+    torch.testing.assert_close(again, once, rtol=0, atol=0)
+
+
+def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_the_masked_function() -> (
+    None
+):
+    batch = zoo.batch([zoo.chain(20, seed=k) for k in range(40)])
+    heads, width, rate = 2, 32, 0.25
+    S, T = len(batch.token_index), batch.max_atoms + 1
+    # Equal scores and values of 1: an output is the share of weights that are left, times 1 / (1 - rate).
+    qkv = torch.cat([torch.zeros(S, 2 * width), torch.ones(S, width)], 1).requires_grad_()
+    bias = torch.zeros(batch.num_molecules, heads, T, T, requires_grad=True)
+    seed = torch.tensor([7])
+    output = attend_packed(qkv, SharedBias(bias), batch, seed, rate)
+    left = output[:, :: width // heads] * T * (1 - rate)
+    torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-2)
+    assert left.mean().item() / T == pytest.approx(1 - rate, abs=0.02)
+    other = attend_packed(qkv, SharedBias(bias), batch, torch.tensor([8]), rate)
+    assert not torch.equal(other, output)
+
+    # The masked function is linear in the values: the product of gradient and values is the output's own sum.
+    (of_qkv,) = torch.autograd.grad(output.sum(), qkv)
+    values = of_qkv[:, 2 * width :]
+    torch.testing.assert_close((values * qkv[:, 2 * width :]).sum(), output.sum())
+    # And a small change of the bias changes the output as its gradient says.
+    mixed = torch.randn(S, 3 * width, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(S, width, generator=torch.Generator().manual_seed(2))
+    direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(3))
+
+    def total(bias: Tensor) -> Tensor:
+        return (attend_packed(mixed, SharedBias(bias), batch, seed, rate) * weight).sum()
+
+    (slope,) = torch.autograd.grad(total(bias), bias)
+    step = 1e-2
+    with torch.no_grad():
+        difference = (total(bias + step * direction) - total(bias - step * direction)) / (2 * step)
+    torch.testing.assert_close((slope * direction).sum(), difference, rtol=2e-2, atol=0.05)
+
+
+def test_a_molecule_that_is_not_finite_stays_alone() -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)])
+    qkv, bias = inputs(batch, 4, 96)
+    with torch.no_grad():
+        qkv[0] = float("nan")
+        output = attend_packed(qkv, SharedBias(bias), batch, no_seed())
+    assert {int(i) for i in batch.token_molecule[output.isnan().any(1)]} == {0}
+
+
+def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(
+        num_layers=2,
+        dim=32,
+        ffn_dim=32,
+        num_heads=4,
+        num_kernels=8,
+        pair_dim=8,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        drop_path=0.0,
+    )
+    torch.manual_seed(0)
+    model = MoleBlendModel(config)
+    batch = zoo.batch(SMALL)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        output = model(batch)
+        (output.tokens.square().sum() + output.noise.square().sum()).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+
+    def by_kernels(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[attention.Attend]:
+        shared = SharedBias(bias)
+        return [lambda qkv, rate: attend_packed(qkv, shared, batch, no_seed(), rate)] * num_blocks
+
+    monkeypatch.setattr("moleblend_ray.model.encoder.attention_of_blocks", by_kernels)
+    for recompute in (False, True):
+        model.encoder.recompute_blocks(enabled=recompute)
+        for ours, theirs in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,140 @@
+"""Triton kernels between the matrix products of a block against plain code; on a machine without GPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from moleblend_ray.model import fused
+
+pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS, WIDTH, MOLECULES = 37, 24, 5
+
+
+@pytest.fixture(autouse=True)
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moleblend_ray.model import block_kernels
+
+    if DEVICE.type == "cpu" and type(block_kernels._gelu).__name__ == "JITFunction":
+        pytest.skip("Triton was imported before its interpreter was chosen")
+    monkeypatch.setattr(fused, "kernels_fit", lambda values: True)
+
+
+def seed(number: int) -> Tensor:
+    return torch.tensor([(number << 33) + 17], device=DEVICE)
+
+
+def inputs() -> tuple[Tensor, Tensor, torch.nn.LayerNorm, Tensor, Tensor]:
+    torch.manual_seed(0)
+    tokens, branch = torch.randn(2, ROWS, WIDTH, device=DEVICE) * 2 + 0.5
+    norm = torch.nn.LayerNorm(WIDTH, device=DEVICE)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    molecule = torch.arange(ROWS, device=DEVICE) * MOLECULES // ROWS
+    factor = torch.tensor([0.0, 1.0, 1.25, 0.0, 2.0], device=DEVICE)
+    return tokens.requires_grad_(), branch.detach().requires_grad_(), norm, molecule, factor
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: bool) -> None:
+    found = []
+    for plain in (False, True):
+        tokens, branch, norm, molecule, factor = inputs()
+        if plain:
+            added = tokens + (branch * factor[molecule, None] if scaled else branch)
+            output = norm(added)
+        else:
+            output = fused.add_and_norm(
+                tokens,
+                branch,
+                norm,
+                molecule=molecule,
+                factor=factor if scaled else None,
+                probability=0.0,
+                seed=None,
+            )
+        output.backward(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)))
+        found.append((output.detach(), tokens.grad, branch.grad, norm.weight.grad, norm.bias.grad))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_branch_in_bfloat16_gives_a_result_in_bfloat16_computed_in_float32() -> None:
+    tokens, branch, norm, molecule, factor = inputs()
+    half = branch.detach().bfloat16()
+    output = fused.add_and_norm(
+        tokens, half, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+    )
+    assert output.dtype == torch.bfloat16
+    expected = norm(tokens + half.float() * factor[molecule, None]).bfloat16()
+    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_asked() -> None:
+    rate, rows, width = 0.25, 400, 64
+    tokens = torch.zeros(rows, width, device=DEVICE, requires_grad=True)
+    branch = torch.ones(rows, width, device=DEVICE, requires_grad=True)
+    norm = torch.nn.LayerNorm(width, device=DEVICE)
+    molecule = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def run(number: int) -> Tensor:
+        return fused.add_and_norm(
+            tokens,
+            branch,
+            norm,
+            molecule=molecule,
+            factor=None,
+            probability=rate,
+            seed=seed(number),
+        )
+
+    output = run(1)
+    # Elements that are left lie above the mean of their row.
+    kept = output > 0
+    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.01)
+    assert torch.equal(run(1), output)
+    assert not torch.equal(run(2), output)
+    of_branch, of_tokens = torch.autograd.grad(
+        (output * torch.randn(rows, width, device=DEVICE)).sum(), (branch, tokens)
+    )
+    torch.testing.assert_close(of_branch, torch.where(kept, of_tokens / (1 - rate), 0.0))
+
+
+def test_gelu_and_its_dropout() -> None:
+    hidden = torch.randn(300, 20, device=DEVICE, requires_grad=True)
+    plain = F.gelu(hidden)
+    torch.testing.assert_close(
+        fused.gelu_and_dropout(hidden, probability=0.0, seed=None), plain, rtol=1e-5, atol=1e-6
+    )
+    rate = 0.4
+    output = fused.gelu_and_dropout(hidden, probability=rate, seed=seed(3))
+    kept = output != 0
+    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.02)
+    torch.testing.assert_close(
+        output, torch.where(kept, plain / (1 - rate), 0.0), rtol=1e-5, atol=1e-5
+    )
+    upstream = torch.randn(300, 20, device=DEVICE)
+    (ours,) = torch.autograd.grad(output, hidden, upstream)
+    (expected,) = torch.autograd.grad(plain, hidden, torch.where(kept, upstream / (1 - rate), 0.0))
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
+    hidden = torch.full((1, 1 << 16), 10.0, device=DEVICE)
+
+    def kept(number: int) -> Tensor:
+        output = fused.gelu_and_dropout(hidden, probability=0.5, seed=torch.tensor([number]))
+        return (output[0] != 0).cpu()
+
+    first = kept(12345)
+    place = torch.arange(1 << 16)
+    for bit in range(16):
+        neighbours = (first == first[place ^ (1 << bit)]).float().mean().item()
+        assert neighbours == pytest.approx(0.5, abs=0.01), bit
+    for bit in (0, 1, 15, 31, 32, 33, 45, 61):
+        agree = (first == kept(12345 ^ (1 << bit))).float().mean().item()
+        assert agree == pytest.approx(0.5, abs=0.01), bit

@@ -1,0 +1,145 @@
+"""Triton kernels over pairs, the Philox one and gradients of look-ups against plain code; without GPU by Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import molecule_zoo as zoo
+import pytest
+import torch
+from torch import Tensor
+
+from moleblend_ray.model import embeddings, losses
+from moleblend_ray.model.blending import BlendConfig, draw_blend, philox
+from moleblend_ray.model.config import LossConfig, ModelConfig
+from moleblend_ray.model.lookup import _SumOfRows
+from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
+from moleblend_ray.model.moleblend import MoleBlendModel
+
+pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    from moleblend_ray.model import loss_kernels
+
+    if DEVICE.type == "cpu" and type(loss_kernels._cross_entropy).__name__ == "JITFunction":
+        pytest.skip("Triton was imported before its interpreter was chosen")
+
+    def switch(chosen: bool) -> None:
+        for module in (embeddings, losses):
+            monkeypatch.setattr(module, "kernels_fit", lambda values: chosen)
+
+    return switch
+
+
+def gradients_of(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return [gradient for gradient in found if gradient is not None]
+
+
+@pytest.mark.parametrize("kernels", [128, 5])
+def test_gaussians_of_known_pairs_their_sums_and_gradients(
+    by_kernels: Callable[[bool], None], kernels: int
+) -> None:
+    torch.manual_seed(0)
+    layer = embeddings.GaussianDistance(kernels).to(DEVICE)
+    B, N = 3, 19
+    distance = (torch.rand(B, N, N) * 6).to(DEVICE).requires_grad_()
+    element = torch.randint(0, 100, (B, N)).to(DEVICE)
+    known = (torch.rand(B, N, N) < 0.7).to(DEVICE)
+    parts = torch.randn(B, N, N, kernels), torch.randn(B, N, kernels)
+    found = []
+    for chosen in (True, False):
+        by_kernels(chosen)
+        density, sums = layer(distance, element, known)
+        assert (density[~known] == 0).all()
+        loss = (density * parts[0].to(DEVICE)).sum() + (sums * parts[1].to(DEVICE)).sum()
+        found.append([density, sums, *gradients_of(loss, [distance, *layer.parameters()])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cross_entropy_leaves_out_what_has_no_target_even_if_it_is_infinite(
+    by_kernels: Callable[[bool], None],
+) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(70, 25, device=DEVICE) * 3
+    target = torch.randint(0, 25, (70,), device=DEVICE)
+    target[::3] = losses.IGNORE
+    weight = torch.rand(70, device=DEVICE)
+    found = []
+    for chosen in (True, False):
+        by_kernels(chosen)
+        given = logits.clone().requires_grad_()
+        loss = losses._weighted_cross_entropy(given, target, weight)
+        found.append([loss, *gradients_of(2.0 * loss, [given])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    by_kernels(True)
+    broken = logits.clone()
+    broken[0] = float("inf")
+    broken.requires_grad_()
+    (gradient,) = gradients_of(losses._weighted_cross_entropy(broken, target, weight), [broken])
+    assert torch.isfinite(gradient).all()
+
+
+def test_losses_and_gradients_of_the_whole_model(by_kernels: Callable[[bool], None]) -> None:
+    config = ModelConfig(
+        num_layers=2,
+        dim=32,
+        ffn_dim=32,
+        num_heads=4,
+        num_kernels=8,
+        pair_dim=8,
+        attention_dropout=0.0,
+        activation_dropout=0.0,
+        drop_path=0.0,
+    )
+    torch.manual_seed(0)
+    model = MoleBlendModel(config).to(DEVICE)
+    batch = zoo.batch([zoo.single_atom(), zoo.chain(4), zoo.ring(6, tail=2)])
+    blend, weights = draw_blend(batch, BlendConfig(), 0), LossConfig()
+    counts = loss_counts(batch, blend, weights)
+    found = []
+    for chosen in (True, False):
+        by_kernels(chosen)
+        sums = pretraining_loss_sums(model(batch, blend), batch, blend, weights)
+        loss = total_loss(sums, counts, weights)
+        found.append([*sums.values(), *gradients_of(loss, list(model.parameters()))])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345678901234567, (1 << 64) - 1])
+def test_philox_gives_the_words_of_plain_code(seed: int) -> None:
+    from moleblend_ray.model.philox_kernels import philox_words
+
+    generator = torch.Generator().manual_seed(0)
+    counter = tuple(
+        torch.randint(0, 1 << 32, shape, generator=generator)
+        for shape in ((7, 1), (1, 300), (1, 1), (7, 300))
+    )
+    found = philox_words(tuple(word.to(DEVICE) for word in counter), seed)
+    for ours, expected in zip(found, philox(counter, seed), strict=True):
+        assert torch.equal(ours.cpu(), expected)
+
+
+def test_the_gradient_of_a_table_adds_up_all_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moleblend_ray.model.lookup._CHUNK", 64)
+    torch.manual_seed(0)
+    rows = torch.stack([torch.randint(0, 9, (1000,)) + 9 * hop for hop in range(5)], 1)
+    upstream = torch.randn(1000, 6)
+    found = []
+    for function in (
+        _SumOfRows.apply,
+        lambda r, t: torch.nn.functional.embedding_bag(r, t, mode="sum"),
+    ):
+        table = torch.arange(45 * 6.0).view(45, 6).requires_grad_()
+        output = function(rows, table)
+        output.backward(upstream)
+        found.append((output.detach(), table.grad))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
