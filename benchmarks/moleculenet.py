@@ -25,6 +25,7 @@ import functools
 import io
 import json
 import math
+import platform
 import sys
 import time
 import zipfile
@@ -145,13 +146,14 @@ def evaluate(arguments: argparse.Namespace) -> bool:
     progress = functools.partial(print_progress, len(jobs))
     documents = run_jobs(jobs, run, out, workers=arguments.workers, report=progress)
     rows = table_rows(documents)
-    text = markdown(rows, jobs, start, arguments)
+    devices = sorted({document["device"] for document in documents if "device" in document})
+    text = markdown(rows, jobs, start, devices, arguments)
     (out / "moleculenet.md").write_text(text)
     print(text)
     line = {
         "benchmark": "moleculenet",
         "checkpoint": start.fingerprint,
-        "device": device_name(arguments.device),
+        "devices": devices,
         "precision": arguments.precision,
         "seeds": arguments.seeds,
         "changes": arguments.changes,
@@ -194,7 +196,6 @@ def plan(arguments: argparse.Namespace, start: StartingPoint, threads: int) -> l
                     "split_hash": split.hash,
                     "split_sizes": split.sizes,
                     "data_fingerprint": fingerprint,
-                    "device": arguments.device,
                 }
                 job = Job(
                     name=f"{name}-{arm}-{seed}",
@@ -231,7 +232,8 @@ def run(what: Run) -> dict[str, Any]:
         seed=what.seed,
         device=torch.device(what.device),
     )
-    return scores._asdict()
+    # Not of the run's identity: what one machine has begun another may finish.
+    return {**scores._asdict(), "device": device_name(what.device)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -387,12 +389,13 @@ def markdown(
     rows: Sequence[Mapping[str, Any]],
     jobs: Sequence[Job],
     start: StartingPoint,
+    devices: Sequence[str],
     arguments: argparse.Namespace,
 ) -> str:
     """The table of scores, and that of settings."""
     counts = wins(rows)
     lines = [
-        f"Checkpoint `{(start.fingerprint or '')[:16]}`, {device_name(arguments.device)}, {arguments.precision}; "
+        f"Checkpoint `{(start.fingerprint or '')[:16]}`, computed on {' and '.join(devices)} in {arguments.precision}; "
         f"seeds {', '.join(map(str, arguments.seeds))}. Test score: mean ± half width of the 95 % confidence interval over seeds "
         f"(Student); difference: pretrained less scratch, paired by seed; in bold: its interval leaves out 0.",
         "",
@@ -447,10 +450,7 @@ def listed(found: Mapping[str, Any] | None) -> str:
 
 
 def device_name(device: str) -> str:
-    # The table of results that are there is made anywhere.
-    return (
-        torch.cuda.get_device_name() if device == "cuda" and torch.cuda.is_available() else device
-    )
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()})"
 
 
 def changed_settings(words: Sequence[str]) -> dict[str, Any]:

@@ -114,11 +114,14 @@ def block(molecules: Sequence[ZooMolecule], ids: Sequence[int] | None = None) ->
 
 
 def batch(
-    molecules: Sequence[ZooMolecule], ids: Sequence[int] | None = None, step: int = 0
+    molecules: Sequence[ZooMolecule],
+    ids: Sequence[int] | None = None,
+    step: int = 0,
+    device: torch.device | str = "cpu",
 ) -> MoleculeBatch:
     """One batch through the data pipeline, which sorts molecules by size (stably)."""
     (micro,) = build_micro_batches(block(molecules, ids), step, 0, len(molecules))
-    return MoleculeBatch.from_micro_batch(micro)
+    return MoleculeBatch.from_micro_batch(micro, device)
 
 
 def in_double(one: MoleculeBatch) -> MoleculeBatch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import molecule_zoo as zoo
 import pytest
 import torch
+from kernel_device import DEVICE, skip_if_not_interpreted
 from torch import Tensor
 
 from moleblend_ray.model import attention
@@ -14,7 +15,6 @@ from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = [zoo.single_atom(), zoo.chain(2), zoo.ring(6), zoo.ring(5, tail=3), zoo.chain(2)]
 LARGE = [zoo.chain(20), zoo.single_atom(), zoo.ring(6, tail=30)]
 
@@ -23,9 +23,7 @@ LARGE = [zoo.chain(20), zoo.single_atom(), zoo.ring(6, tail=30)]
 def interpreted() -> None:
     from moleblend_ray.model import attention_kernels
 
-    compiled = type(attention_kernels._forward).__name__ == "JITFunction"
-    if compiled and DEVICE.type == "cpu":
-        pytest.skip("Triton was imported before its interpreter was chosen")
+    skip_if_not_interpreted(attention_kernels._forward)
 
 
 def inputs(batch: MoleculeBatch, heads: int, width: int) -> tuple[Tensor, Tensor]:
@@ -46,9 +44,9 @@ def no_seed() -> Tensor:
     ("molecules", "heads", "width"), [(SMALL, 4, 96), (LARGE, 2, 64), (SMALL[:1], 1, 8)]
 )
 def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
-    molecules: list[zoo.Molecule], heads: int, width: int
+    molecules: list[zoo.ZooMolecule], heads: int, width: int
 ) -> None:
-    batch = zoo.batch(molecules).to(DEVICE) if DEVICE.type == "cuda" else zoo.batch(molecules)
+    batch = zoo.batch(molecules, device=DEVICE)
     upstream = torch.randn(2, len(batch.token_index), width, device=DEVICE)
     found = []
     for packed in (True, False):
@@ -71,7 +69,7 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
 
 
 def test_a_second_backward_pass_begins_anew() -> None:
-    batch = zoo.batch(SMALL)
+    batch = zoo.batch(SMALL, device=DEVICE)
     qkv, bias = inputs(batch, 4, 96)
     shared = SharedBias(bias)
     total = attend_packed(qkv, shared, batch, no_seed()).square().sum()
@@ -83,18 +81,19 @@ def test_a_second_backward_pass_begins_anew() -> None:
 def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_the_masked_function() -> (
     None
 ):
-    batch = zoo.batch([zoo.chain(20, seed=k) for k in range(40)])
+    batch = zoo.batch([zoo.chain(20, seed=k) for k in range(40)], device=DEVICE)
     heads, width, rate = 2, 32, 0.25
     S, T = len(batch.token_index), batch.max_atoms + 1
     # Equal scores and values of 1: an output is the share of weights that are left, times 1 / (1 - rate).
-    qkv = torch.cat([torch.zeros(S, 2 * width), torch.ones(S, width)], 1).requires_grad_()
-    bias = torch.zeros(batch.num_molecules, heads, T, T, requires_grad=True)
-    seed = torch.tensor([7])
+    qkv = torch.cat([torch.zeros(S, 2 * width), torch.ones(S, width)], 1)
+    qkv = qkv.to(DEVICE).requires_grad_()
+    bias = torch.zeros(batch.num_molecules, heads, T, T, device=DEVICE, requires_grad=True)
+    seed = torch.tensor([7], device=DEVICE)
     output = attend_packed(qkv, SharedBias(bias), batch, seed, rate)
     left = output[:, :: width // heads] * T * (1 - rate)
     torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-2)
     assert left.mean().item() / T == pytest.approx(1 - rate, abs=0.02)
-    other = attend_packed(qkv, SharedBias(bias), batch, torch.tensor([8]), rate)
+    other = attend_packed(qkv, SharedBias(bias), batch, seed + 1, rate)
     assert not torch.equal(other, output)
 
     # The masked function is linear in the values: the product of gradient and values is the output's own sum.
@@ -102,9 +101,9 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
     values = of_qkv[:, 2 * width :]
     torch.testing.assert_close((values * qkv[:, 2 * width :]).sum(), output.sum())
     # And a small change of the bias changes the output as its gradient says.
-    mixed = torch.randn(S, 3 * width, generator=torch.Generator().manual_seed(1))
-    weight = torch.randn(S, width, generator=torch.Generator().manual_seed(2))
-    direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(3))
+    mixed = torch.randn(S, 3 * width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    weight = torch.randn(S, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
     def total(bias: Tensor) -> Tensor:
         return (attend_packed(mixed, SharedBias(bias), batch, seed, rate) * weight).sum()
@@ -117,7 +116,7 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
 
 
 def test_a_molecule_that_is_not_finite_stays_alone() -> None:
-    batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)])
+    batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)], device=DEVICE)
     qkv, bias = inputs(batch, 4, 96)
     with torch.no_grad():
         qkv[0] = float("nan")
@@ -138,8 +137,8 @@ def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.Monke
         drop_path=0.0,
     )
     torch.manual_seed(0)
-    model = MoleBlendModel(config)
-    batch = zoo.batch(SMALL)
+    model = MoleBlendModel(config).to(DEVICE)
+    batch = zoo.batch(SMALL, device=DEVICE)
 
     def gradients() -> list[Tensor]:
         model.zero_grad()

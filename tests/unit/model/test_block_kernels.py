@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_device import DEVICE, skip_if_not_interpreted
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -11,7 +12,6 @@ from moleblend_ray.model import fused
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS, WIDTH, MOLECULES = 37, 24, 5
 
 
@@ -19,8 +19,7 @@ ROWS, WIDTH, MOLECULES = 37, 24, 5
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from moleblend_ray.model import block_kernels
 
-    if DEVICE.type == "cpu" and type(block_kernels._gelu).__name__ == "JITFunction":
-        pytest.skip("Triton was imported before its interpreter was chosen")
+    skip_if_not_interpreted(block_kernels._gelu)
     monkeypatch.setattr(fused, "kernels_fit", lambda values: True)
 
 
@@ -57,7 +56,8 @@ def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: 
                 probability=0.0,
                 seed=None,
             )
-        output.backward(torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)))
+        upstream = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+        output.backward(upstream.to(DEVICE))
         found.append((output.detach(), tokens.grad, branch.grad, norm.weight.grad, norm.bias.grad))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
@@ -127,7 +127,9 @@ def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
     hidden = torch.full((1, 1 << 16), 10.0, device=DEVICE)
 
     def kept(number: int) -> Tensor:
-        output = fused.gelu_and_dropout(hidden, probability=0.5, seed=torch.tensor([number]))
+        output = fused.gelu_and_dropout(
+            hidden, probability=0.5, seed=torch.tensor([number], device=DEVICE)
+        )
         return (output[0] != 0).cpu()
 
     first = kept(12345)

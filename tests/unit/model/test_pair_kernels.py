@@ -7,6 +7,7 @@ from collections.abc import Callable
 import molecule_zoo as zoo
 import pytest
 import torch
+from kernel_device import DEVICE, skip_if_not_interpreted
 from torch import Tensor
 
 from moleblend_ray.model import embeddings, losses
@@ -18,15 +19,12 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
 
 @pytest.fixture
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     from moleblend_ray.model import loss_kernels
 
-    if DEVICE.type == "cpu" and type(loss_kernels._cross_entropy).__name__ == "JITFunction":
-        pytest.skip("Triton was imported before its interpreter was chosen")
+    skip_if_not_interpreted(loss_kernels._cross_entropy)
 
     def switch(chosen: bool) -> None:
         for module in (embeddings, losses):
@@ -100,7 +98,7 @@ def test_losses_and_gradients_of_the_whole_model(by_kernels: Callable[[bool], No
     )
     torch.manual_seed(0)
     model = MoleBlendModel(config).to(DEVICE)
-    batch = zoo.batch([zoo.single_atom(), zoo.chain(4), zoo.ring(6, tail=2)])
+    batch = zoo.batch([zoo.single_atom(), zoo.chain(4), zoo.ring(6, tail=2)], device=DEVICE)
     blend, weights = draw_blend(batch, BlendConfig(), 0), LossConfig()
     counts = loss_counts(batch, blend, weights)
     found = []

@@ -1,0 +1,16 @@
+"""Where tests of Triton kernels run: on a GPU, or without one on the CPU by Triton's interpreter (see tests/conftest.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def skip_if_not_interpreted(kernel: Any) -> None:
+    """Skip the test on a CPU if Triton was imported before its interpreter was chosen."""
+    if DEVICE.type == "cpu" and type(kernel).__name__ == "JITFunction":
+        pytest.skip("Triton was imported before its interpreter was chosen")
