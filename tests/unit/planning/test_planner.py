@@ -97,12 +97,12 @@ def test_a_step_under_fsdp_follows_from_single_processes_and_the_exchange_of_ddp
     assert found.step_s == pytest.approx(fsdp["step_s"], rel=0.05)
 
 
-def test_an_h100_does_what_the_page_on_performance_predicts() -> None:
-    found = throughput(setup_of("gpus=1"), 1)
-    assert found.rate.value == pytest.approx(60_000, rel=0.02)
+def test_a_gpu_does_what_the_page_on_performance_tells() -> None:
+    found = throughput(setup_of("gpus=1", "gpu=h200"), 1)
+    assert found.rate.value == pytest.approx(39_400, rel=0.02)
     assert flops_per_molecule(setup_of("gpus=1")) == pytest.approx(4.3e9, rel=0.01)
     replicas = throughput(setup_of("gpus=64", "fsdp_replicas=8", "network.message_us=0"), 64)
-    assert replicas.rate.value == pytest.approx(3.4e6, rel=0.05) or replicas.binding != "computing"
+    assert replicas.rate.value == pytest.approx(2.3e6, rel=0.1) or replicas.binding != "computing"
 
 
 # ---------------------------------------------------------------------------------------- resources that bind
@@ -234,7 +234,7 @@ def test_conformers_are_most_of_prepare() -> None:
 def test_no_figure_of_a_gpu_passes_for_measured() -> None:
     found = planned("molecules=1e9", "gpus=8")
     for stage in found.stages[1:]:
-        assert any("NVIDIA H100 SXM reaches 26 %" in name for name in stage.hours.rests_on)
+        assert any("NVIDIA H100 SXM reaches 17 %" in name for name in stage.hours.rests_on)
     assert any("NVIDIA H100" in name for name in found.assumptions)
     assert found.rate.basis is Basis.COMPUTED
     given = planned("molecules=1e9", "gpus=8", "rate=50000")
