@@ -268,9 +268,9 @@ class _PackedAttention(torch.autograd.Function):
 
         context.save_for_backward(qkv, bias, batch.graph_token, batch.num_atoms, seed)
         context.shared, context.dropout_probability = shared, dropout_probability
-        return attention_forward(
-            qkv, bias, batch.graph_token, batch.num_atoms, seed, dropout_probability
-        )
+        context.groups = batch.size_groups
+        molecules = batch.graph_token, batch.num_atoms, batch.size_groups
+        return attention_forward(qkv, bias, *molecules, seed, dropout_probability)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -283,6 +283,7 @@ class _PackedAttention(torch.autograd.Function):
             bias,
             first_token,
             num_atoms,
+            context.groups,
             seed,
             context.dropout_probability,
             context.shared.add_here(),

@@ -9,12 +9,16 @@ Shape legend: B molecules, T tokens of the largest, S real tokens packed, H head
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moleblend_ray.model.batch import SizeGroup
 from moleblend_ray.model.dropout_kernels import kept
+from moleblend_ray.model.fused import on_its_device
 
 __all__ = ["MAX_TOKENS", "attention_backward", "attention_forward"]
 
@@ -22,44 +26,42 @@ MAX_TOKENS = 128
 """Tokens of the largest molecule that a tile holds in registers."""
 
 _SMALLEST_TILE = 16
-"""Of a matrix product of tensor cores."""
+"""Of a matrix product of tensor cores, here along the width of a head."""
 
 
+@on_its_device
 def attention_forward(
     qkv: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
+    groups: Sequence[SizeGroup],
     seed: Tensor,
     dropout_probability: float,
 ) -> Tensor:
     """(S, D) of ``qkv`` (S, 3 * D) and ``bias`` (B, H, T, T), contiguous.
 
     ``first_token`` and ``num_atoms`` (B,) int64: a molecule is the rows from its first one on, one more than it has
-    atoms. ``seed`` (1,) int64 on the device decides what dropout removes.
+    atoms. ``groups`` are all molecules. ``seed`` (1,) int64 on the device decides what dropout removes.
     """
     output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    grid, constants = _launch(qkv, bias, dropout_probability)
-    _forward[grid](
-        qkv,
-        bias,
-        first_token,
-        num_atoms,
-        seed,
-        output,
-        bias.shape[2],
-        dropout_probability,
-        **constants,
-    )
+    for group in groups:
+        grid, constants = _launch(qkv, bias, group, dropout_probability)
+        _forward[grid](
+            qkv, bias, first_token, num_atoms, seed, output,
+            group.first, bias.shape[2], dropout_probability, **constants,
+        )  # fmt: skip
     return output
 
 
+@on_its_device
 def attention_backward(
     gradient: Tensor,
     qkv: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
+    groups: Sequence[SizeGroup],
     seed: Tensor,
     dropout_probability: float,
     of_bias: Tensor,
@@ -67,21 +69,21 @@ def attention_backward(
     """(S, 3 * D) gradient of ``qkv``, from that of the output (S, D); the one of the bias is added to ``of_bias``
     (B, H, T, T) float32."""
     of_qkv = torch.empty_like(qkv)
-    grid, constants = _launch(qkv, bias, dropout_probability)
-    _backward[grid](
-        gradient, qkv, bias, first_token, num_atoms, seed, of_qkv, of_bias,
-        bias.shape[2], dropout_probability, **constants,
-    )  # fmt: skip
+    for group in groups:
+        grid, constants = _launch(qkv, bias, group, dropout_probability)
+        _backward[grid](
+            gradient, qkv, bias, first_token, num_atoms, seed, of_qkv, of_bias,
+            group.first, bias.shape[2], dropout_probability, **constants,
+        )  # fmt: skip
     return of_qkv
 
 
 def _launch(
-    qkv: Tensor, bias: Tensor, dropout_probability: float
+    qkv: Tensor, bias: Tensor, group: SizeGroup, dropout_probability: float
 ) -> tuple[tuple[int], dict[str, object]]:
-    B, H, T, _ = bias.shape
+    H, tile = bias.shape[1], group.tile
     head_width = qkv.shape[1] // (3 * H)
-    tile = max(_SMALLEST_TILE, triton.next_power_of_2(T))
-    return (B * H,), {
+    return (group.molecules * H,), {
         "NUM_HEADS": H,
         "HEAD_WIDTH": head_width,
         "TILE": tile,
@@ -105,7 +107,7 @@ def _weights(query, key, bias, pair, tokens, row, column, scale, PRECISION: tl.c
     return weight / tl.sum(weight, 1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_molecule"])
 def _forward(  # type: ignore[no-untyped-def]
     qkv,
     bias,
@@ -113,6 +115,7 @@ def _forward(  # type: ignore[no-untyped-def]
     num_atoms,
     seed,
     output,
+    first_molecule,
     T,
     dropout_probability,
     NUM_HEADS: tl.constexpr,
@@ -122,9 +125,9 @@ def _forward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    molecule = program // NUM_HEADS
-    head = program % NUM_HEADS
+    molecule = first_molecule + tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    number = molecule * NUM_HEADS + head
     tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
     token = tl.arange(0, TILE)
     feature = tl.arange(0, WIDTH_TILE)
@@ -137,20 +140,20 @@ def _forward(  # type: ignore[no-untyped-def]
     query = tl.load(qkv + at, mask=held, other=0.0)
     key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
     value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    square = program.to(tl.int64) * T * T
+    square = number.to(tl.int64) * T * T
     place = row * T + column
     weight = _weights(
         query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
     )
     if DROPS:
-        survives = kept(tl.load(seed), program * T * T + place, dropout_probability)
+        survives = kept(tl.load(seed), number * T * T + place, dropout_probability)
         weight = tl.where(survives, weight / (1.0 - dropout_probability), 0.0)
     attended = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
     to = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature[None, :]
     tl.store(output + to, attended.to(output.dtype.element_ty), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_molecule"])
 def _backward(  # type: ignore[no-untyped-def]
     gradient,
     qkv,
@@ -160,6 +163,7 @@ def _backward(  # type: ignore[no-untyped-def]
     seed,
     of_qkv,
     of_bias,
+    first_molecule,
     T,
     dropout_probability,
     NUM_HEADS: tl.constexpr,
@@ -169,9 +173,9 @@ def _backward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    molecule = program // NUM_HEADS
-    head = program % NUM_HEADS
+    molecule = first_molecule + tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    number = molecule * NUM_HEADS + head
     tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
     token = tl.arange(0, TILE)
     feature = tl.arange(0, WIDTH_TILE)
@@ -183,7 +187,7 @@ def _backward(  # type: ignore[no-untyped-def]
     query = tl.load(qkv + at, mask=held, other=0.0)
     key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
     value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    square = program.to(tl.int64) * T * T
+    square = number.to(tl.int64) * T * T
     place = row * T + column
     scale = HEAD_WIDTH**-0.5
     weight = _weights(query, key, bias + square, place, tokens, row, column, scale, PRECISION)
@@ -193,7 +197,7 @@ def _backward(  # type: ignore[no-untyped-def]
     of_weight = tl.dot(of_output, tl.trans(value), input_precision=PRECISION)
     thinned = weight
     if DROPS:
-        survives = kept(tl.load(seed), program * T * T + place, dropout_probability)
+        survives = kept(tl.load(seed), number * T * T + place, dropout_probability)
         thinned = tl.where(survives, weight / (1.0 - dropout_probability), 0.0)
         of_weight = tl.where(survives, of_weight / (1.0 - dropout_probability), 0.0)
     of_value = tl.dot(tl.trans(thinned.to(value.dtype)), of_output, input_precision=PRECISION)

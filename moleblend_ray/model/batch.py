@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,26 @@ _TORCH_TYPES: Final = {
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.bool_): torch.bool,
 }
+_SMALLEST_TILE: Final = 16
+"""Rows of a matrix product of tensor cores."""
+
+_MOST_GROUPS: Final = 8
+"""More than the powers of two that occur: each costs a launch of a kernel."""
+
 # Unsigned like the words: Numba would compute in floating point otherwise.
 _HOP_BITS: Final = np.uint32(HOP_BITS)
 _HOP_MASK: Final = np.uint32(HOP_MASK)
+
+
+class SizeGroup(NamedTuple):
+    """Neighbouring molecules of similar size."""
+
+    first: int
+    """Row of the first one."""
+    molecules: int
+    """How many they are."""
+    tile: int
+    """Power of two, at least 16, that no one's tokens exceed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +87,8 @@ class MoleculeBatch:
     """(A,) int64, packed token row of each real atom."""
     graph_token: Tensor
     """(B,) int64, packed token row of each molecule's graph token."""
+    size_groups: tuple[SizeGroup, ...]
+    """All molecules, in order: for kernels that hold a whole molecule in a tile."""
 
     @classmethod
     def from_micro_batch(
@@ -111,7 +130,7 @@ class MoleculeBatch:
             *(host[name] for name in ("atom_features", "degrees")),
         )
         _pad_pairs(micro.num_atoms, micro.spd, micro.path_words, host["spd"], host["path_codes"])
-        return cls(step=micro.step, **staging.send())
+        return cls(step=micro.step, size_groups=size_groups(micro.num_atoms), **staging.send())
 
     def to(self, device: torch.device | str) -> MoleculeBatch:
         """The same batch on another device."""
@@ -182,6 +201,19 @@ class MoleculeBatch:
         rectangle = packed.new_zeros((B * T, *packed.shape[1:]))
         rectangle.index_copy_(0, self.token_index, packed)
         return rectangle.view(B, T, *packed.shape[1:])
+
+
+def size_groups(num_atoms: NDArray[np.int32]) -> tuple[SizeGroup, ...]:
+    """Groups of molecules with ``num_atoms`` (B,) atoms each and a token more; one for all if these are in no order of size."""
+    tiles = 1 << np.ceil(np.log2(np.maximum(num_atoms + 1, _SMALLEST_TILE))).astype(np.int64)
+    begins = [0, *(np.flatnonzero(np.diff(tiles)) + 1).tolist()]
+    if len(begins) > _MOST_GROUPS:
+        return (SizeGroup(0, len(tiles), int(tiles.max())),)
+    ends = [*begins[1:], len(tiles)]
+    return tuple(
+        SizeGroup(begin, end - begin, int(tiles[begin]))
+        for begin, end in zip(begins, ends, strict=True)
+    )
 
 
 class _Staging:

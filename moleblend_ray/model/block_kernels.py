@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moleblend_ray.model.dropout_kernels import kept
+from moleblend_ray.model.fused import on_its_device
 
 __all__ = ["add_and_norm_backward", "add_and_norm_forward", "gelu_backward", "gelu_forward"]
 
@@ -20,6 +21,7 @@ _PROGRAMS = 1024
 _BLOCK = 2048
 
 
+@on_its_device
 def add_and_norm_forward(
     tokens: Tensor,
     branch: Tensor,
@@ -45,6 +47,7 @@ def add_and_norm_forward(
     return output, statistics
 
 
+@on_its_device
 def add_and_norm_backward(
     gradient: Tensor,
     tokens: Tensor,
@@ -82,6 +85,7 @@ def _constants(width: int, factor: Tensor | None, seed: Tensor | None) -> dict[s
     }
 
 
+@on_its_device
 def gelu_forward(hidden: Tensor, seed: Tensor | None, dropout_probability: float) -> Tensor:
     """GELU (with the error function), then dropout, of ``hidden`` (S, F)."""
     output = torch.empty_like(hidden)
@@ -93,6 +97,7 @@ def gelu_forward(hidden: Tensor, seed: Tensor | None, dropout_probability: float
     return output
 
 
+@on_its_device
 def gelu_backward(
     gradient: Tensor, hidden: Tensor, seed: Tensor | None, dropout_probability: float
 ) -> Tensor:

@@ -9,14 +9,17 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.dropout import dropout
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _use_kernels = os.environ.get("MOLEBLEND_KERNELS", "on") != "off"
 
@@ -51,6 +54,17 @@ def kernels_fit(values: Tensor) -> bool:
         and uses_triton()
         and not torch.compiler.is_compiling()
     )
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """``launch``, whose first argument is a tensor, with this tensor's GPU as the current one: Triton launches there."""
+
+    @functools.wraps(launch)
+    def launch_there(*arguments: P.args, **settings: P.kwargs) -> R:
+        with torch.cuda.device_of(arguments[0]):  # type: ignore[no-untyped-call]
+            return launch(*arguments, **settings)
+
+    return launch_there
 
 
 def add_and_norm(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moleblend_ray.model.fused import on_its_device
+
 __all__ = ["gaussians_backward", "gaussians_forward"]
 
 _PROGRAMS = 1024
@@ -20,6 +22,7 @@ _PAIRS = 16
 """In registers at once."""
 
 
+@on_its_device
 def gaussians_forward(
     value: Tensor, known: Tensor, mean: Tensor, width: Tensor, norm: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -36,6 +39,7 @@ def gaussians_forward(
     return density, sums
 
 
+@on_its_device
 def gaussians_backward(
     of_density: Tensor,
     of_sums: Tensor,

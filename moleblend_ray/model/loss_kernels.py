@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moleblend_ray.model.fused import on_its_device
+
 __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
 
 _ROWS = 32
 
 
+@on_its_device
 def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Losses (M,) and logarithms of the sum of exponentials (M,), float32, of ``logits`` (M, C), ``target`` (M,) int64 and
     ``weight`` (M,) float32; a negative target counts nothing."""
@@ -27,6 +30,7 @@ def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor) -> tup
     return loss, normaliser
 
 
+@on_its_device
 def cross_entropy_backward(
     gradient: Tensor, logits: Tensor, target: Tensor, weight: Tensor, normaliser: Tensor
 ) -> Tensor:

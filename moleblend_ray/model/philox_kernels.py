@@ -17,9 +17,11 @@ def philox_words(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor
     c0, c1, c2, c3 = (word.contiguous() for word in torch.broadcast_tensors(*counter))  # type: ignore[no-untyped-call]
     words = torch.empty(4, *c0.shape, dtype=torch.int64, device=c0.device)
     count = c0.numel()
-    _philox[(triton.cdiv(count, _BLOCK),)](
-        c0, c1, c2, c3, words, count, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, BLOCK=_BLOCK
-    )
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    with torch.cuda.device_of(c0):  # type: ignore[no-untyped-call]
+        _philox[(triton.cdiv(count, _BLOCK),)](
+            c0, c1, c2, c3, words, count, low, high, BLOCK=_BLOCK
+        )
     w0, w1, w2, w3 = words.unbind(0)
     return w0, w1, w2, w3
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import dataclasses
 
 import molecule_zoo as zoo
+import numpy as np
+import pytest
 import torch
 
 from moleblend_ray.data.batch import build_micro_batches, unpack_micro_batch
-from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.batch import MoleculeBatch, size_groups
 from moleblend_ray.vocabulary import UNREACHABLE
 
 
@@ -64,3 +66,17 @@ def test_a_received_buffer_gives_the_same_batch_and_stays_untouched() -> None:
         assert torch.equal(value, same) if isinstance(value, torch.Tensor) else value == same
     received.positions.fill_(1.0)
     assert sent == bytes(micro.payload)
+
+
+@pytest.mark.parametrize(
+    ("atoms", "expected"),
+    [
+        ([1, 15, 15], [(0, 3, 16)]),
+        ([3, 15, 16, 31, 32, 200], [(0, 2, 16), (2, 2, 32), (4, 1, 64), (5, 1, 256)]),
+        ([2, 40] * 8, [(0, 16, 64)]),
+    ],
+)
+def test_molecules_of_similar_size_form_groups(
+    atoms: list[int], expected: list[tuple[int, int, int]]
+) -> None:
+    assert size_groups(np.array(atoms, np.int32)) == tuple(expected)
