@@ -2,13 +2,15 @@
 
     python benchmarks/moleculenet.py --data DIR --write-splits [--tasks esol,...] [--qm9 URI]
     python benchmarks/moleculenet.py --data DIR --checkpoint URI --out DIR [--tasks esol,...] [--qm9 URI] [--seeds 0,1,2]
-                                     [--arms pretrained,scratch] [--device cpu|cuda] [--precision fp32|bf16]
+                                     [--arms pretrained,scratch,...] [--device cpu|cuda] [--precision fp32|bf16]
                                      [--workers K] [--threads N] [fresh_blocks=1 learning_rate=3e-4 ...]
 
 ``--data`` holds a prepared dataset for each task (``DIR/esol``, ``DIR/bbbp``, ...), ``--qm9`` is one with the labels gap and
 alpha, and adds the tasks qm9_gap and qm9_alpha. Scaffolds need RDKit, training does not: ``--write-splits`` writes each task's
 split (its own kind, seed 0) to ``DIR/splits/TASK.npz`` with the fingerprint of its dataset; the second command reads these, and
-refuses splits of other data. QM9 has a random split with 1,000 training and 500 validation labels.
+refuses splits of other data. QM9 has a random split with 1,000 training and 500 validation labels. The arms forest, boosting and
+descriptors are the baselines of `moleblend finetune` on the same splits, with the settings that validation prefers of each
+grid; they need RDKit.
 
 Both arms have the same settings (``SETTINGS``, changed by ``key=value`` with the names of `FinetuneSettings`), splits and seeds. Of
 each run the epoch is chosen on validation; the test part is scored once, with the weights of that epoch. Each (task,
@@ -41,6 +43,7 @@ from shared_work import Job, run_jobs, share_cores
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.builder import build
+from moleblend_ray.config.downstream import BaselineConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
@@ -51,12 +54,16 @@ from moleblend_ray.evaluation.dataset import (
     with_fewer_labels,
 )
 from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, resolve_task
 
 PRETRAINED: Final = "pretrained"
 SCRATCH: Final = "scratch"
 ARMS: Final = (PRETRAINED, SCRATCH)
+"""Encoders."""
+BASELINES: Final = ("forest", "boosting", "descriptors")
+"""Models of fingerprints or descriptors, named as in `BaselineKind`."""
 
 _2D: Final = {"learning_rate": 5e-4, "relations": "2d"}
 _QM9: Final = {
@@ -189,10 +196,13 @@ def plan(arguments: argparse.Namespace, start: StartingPoint, threads: int) -> l
                     device=arguments.device,
                     threads=threads,
                 )
-                identity = {
+                encoder = {
                     "checkpoint": start.fingerprint if arm == PRETRAINED else None,
                     "model": dataclasses.asdict(start.model),
                     "settings": dataclasses.asdict(settings),
+                }
+                identity = {
+                    **(encoder if arm in ARMS else {}),
                     "split_hash": split.hash,
                     "split_sizes": split.sizes,
                     "data_fingerprint": fingerprint,
@@ -220,6 +230,9 @@ def run(what: Run) -> dict[str, Any]:
     """Fine-tune and score one arm with one seed."""
     torch.set_num_threads(what.threads)
     molecules, split = task_data(what.data, what.splits, what.task)
+    if what.arm in BASELINES:
+        found = fit_baseline(molecules, split, what.task, what.arm, what.seed, what.threads)
+        return {**found, "device": device_name("cpu")}
     start = starting_point(what.checkpoint)
     if what.arm == SCRATCH:
         start = StartingPoint(model=start.model, encoder=None, fingerprint=None)
@@ -234,6 +247,43 @@ def run(what: Run) -> dict[str, Any]:
     )
     # Not of the run's identity: what one machine has begun another may finish.
     return {**scores._asdict(), "device": device_name(what.device)}
+
+
+def fit_baseline(
+    molecules: LabelledMolecules, split: Split, task: Task, name: str, seed: int, threads: int
+) -> dict[str, Any]:
+    """Of the grid what validation prefers, then its test score."""
+    from moleblend_ray.evaluation import baseline_runs, baselines  # need RDKit
+    from moleblend_ray.evaluation.results import Candidate
+
+    kind, grid = baselines.BaselineKind(name), BaselineConfig()
+    data = baselines.BaselineData(
+        task=task,
+        features=baseline_runs.compute_features(kind.features, molecules.smiles),
+        labels=molecules.labels,
+        columns=molecules.columns,
+        **split._asdict(),
+    )
+    groups = baselines.candidate_groups(
+        kind,
+        task.kind,
+        data.labels[split.train],
+        num_trees=grid.num_trees,
+        num_rounds=grid.num_rounds,
+    )
+    chosen = [
+        Candidate(settings=settings, valid_score=value)
+        for group in groups
+        for settings, value in zip(
+            group,
+            baselines.validation_scores(data.without_test(), kind, group, seed, threads),
+            strict=True,
+        )
+    ]
+    best = baseline_runs.best_candidate(task.metric, chosen)
+    (values,) = baselines.predict_group(data, kind, [best.settings], split.test, seed, threads)
+    test = score(task.metric, values, data.labels[split.test], data.columns).value
+    return {"valid": best.valid_score, "test": test, "chosen": dict(best.settings)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -334,7 +384,9 @@ def print_progress(total: int, done: int, document: Mapping[str, Any]) -> None:
     if "error" in document:
         found = f"failed: {document['error'].splitlines()[0]}"
     else:
-        found = f"valid {document['valid']:.4g} test {document['test']:.4g} (epoch {document['best_epoch']})"
+        found = f"valid {document['valid']:.4g} test {document['test']:.4g}"
+        if "best_epoch" in document:
+            found += f" (epoch {document['best_epoch']})"
     print(f"{head}: {found}, {document['seconds']:.0f} s", flush=True)
 
 
@@ -394,13 +446,16 @@ def markdown(
 ) -> str:
     """The table of scores, and that of settings."""
     counts = wins(rows)
+    others = [name for name in BASELINES if any(name in row for row in rows)]
     lines = [
         f"Checkpoint `{(start.fingerprint or '')[:16]}`, computed on {' and '.join(devices)} in {arguments.precision}; "
         f"seeds {', '.join(map(str, arguments.seeds))}. Test score: mean ± half width of the 95 % confidence interval over seeds "
         f"(Student); difference: pretrained less scratch, paired by seed; in bold: its interval leaves out 0.",
         "",
-        "| task | metric | pretrained | from scratch | difference | better | seeds, pretrained | seeds, from scratch |",
-        "|---|---|---|---|---|---|---|---|",
+        "| task | metric | pretrained | from scratch | difference | better | "
+        + "".join(f"{name} | " for name in others)
+        + "seeds, pretrained | seeds, from scratch |",
+        "|---" * (8 + len(others)) + "|",
     ]
     for row in rows:
         task = resolve_task(row["task"])
@@ -412,6 +467,7 @@ def markdown(
             *(shown(row.get(arm)) for arm in ARMS),
             shown(row["difference"], sign="+"),
             f"**{winner}**" if row["beyond_interval"] else winner,
+            *(shown(row.get(name)) for name in others),
             *(listed(row.get(arm)) for arm in ARMS),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -494,7 +550,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(words)
     if arguments.tasks is None:
         arguments.tasks = [name for name in SETTINGS if arguments.qm9 or name not in QM9_TASKS]
-    for option, known in (("tasks", list(SETTINGS)), ("arms", list(ARMS))):
+    for option, known in (("tasks", list(SETTINGS)), ("arms", [*ARMS, *BASELINES])):
         given = getattr(arguments, option)
         if unknown := sorted(set(given) - set(known)):
             parser.error(f"--{option}: unknown {unknown}; known: {', '.join(known)}")
