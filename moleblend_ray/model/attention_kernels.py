@@ -97,6 +97,35 @@ def _launch(
 
 
 @triton.jit
+def _places(  # type: ignore[no-untyped-def]
+    first_token, num_atoms, first_molecule, T,
+    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
+):  # fmt: skip
+    """Which molecule and head this program computes, and where their numbers are."""
+    molecule = first_molecule + tl.program_id(0) // NUM_HEADS
+    head = tl.program_id(0) % NUM_HEADS
+    number = molecule * NUM_HEADS + head
+    tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
+    row = tl.arange(0, TILE)[:, None]
+    column = tl.arange(0, TILE)[None, :]
+    feature = tl.arange(0, WIDTH_TILE)[None, :]
+    held = (row < tokens) & (feature < HEAD_WIDTH)
+    # Of (S, 3, H, d), and of (S, H, d); molecules together can pass 2**31 numbers.
+    packed = tl.load(first_token + molecule) + row
+    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature
+    return tokens, row, column, feature, held, packed, head, number, row * T + column, at
+
+
+@triton.jit
+def _load_three(qkv, at, held, NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Queries, keys and values (TILE, WIDTH_TILE), 0 outside."""
+    query = tl.load(qkv + at, mask=held, other=0.0)
+    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    return query, key, value
+
+
+@triton.jit
 def _weights(query, key, bias, pair, tokens, row, column, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """(TILE, TILE) float32 attention of every token; rows of padding hold numbers that nobody uses."""
     real = (row < tokens) & (column < tokens)
@@ -125,23 +154,11 @@ def _forward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    molecule = first_molecule + tl.program_id(0) // NUM_HEADS
-    head = tl.program_id(0) % NUM_HEADS
-    number = molecule * NUM_HEADS + head
-    tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
-    token = tl.arange(0, TILE)
-    feature = tl.arange(0, WIDTH_TILE)
-    row = token[:, None]
-    column = token[None, :]
-    held = (row < tokens) & (feature[None, :] < HEAD_WIDTH)
-    # Of (S, 3, H, d), and of (S, H, d); molecules together can pass 2**31 numbers.
-    packed = tl.load(first_token + molecule) + row
-    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature[None, :]
-    query = tl.load(qkv + at, mask=held, other=0.0)
-    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    tokens, row, column, feature, held, packed, head, number, place, at = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, HEAD_WIDTH, TILE, WIDTH_TILE
+    )
     square = number.to(tl.int64) * T * T
-    place = row * T + column
+    query, key, value = _load_three(qkv, at, held, NUM_HEADS, HEAD_WIDTH)
     weight = _weights(
         query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
     )
@@ -149,7 +166,7 @@ def _forward(  # type: ignore[no-untyped-def]
         survives = kept(tl.load(seed), number * T * T + place, dropout_probability)
         weight = tl.where(survives, weight / (1.0 - dropout_probability), 0.0)
     attended = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
-    to = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature[None, :]
+    to = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature
     tl.store(output + to, attended.to(output.dtype.element_ty), mask=held)
 
 
@@ -173,26 +190,15 @@ def _backward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    molecule = first_molecule + tl.program_id(0) // NUM_HEADS
-    head = tl.program_id(0) % NUM_HEADS
-    number = molecule * NUM_HEADS + head
-    tokens = tl.load(num_atoms + molecule).to(tl.int32) + 1
-    token = tl.arange(0, TILE)
-    feature = tl.arange(0, WIDTH_TILE)
-    row = token[:, None]
-    column = token[None, :]
-    held = (row < tokens) & (feature[None, :] < HEAD_WIDTH)
-    packed = tl.load(first_token + molecule) + row
-    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature[None, :]
-    query = tl.load(qkv + at, mask=held, other=0.0)
-    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
+    tokens, row, column, feature, held, packed, head, number, place, at = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, HEAD_WIDTH, TILE, WIDTH_TILE
+    )
     square = number.to(tl.int64) * T * T
-    place = row * T + column
+    query, key, value = _load_three(qkv, at, held, NUM_HEADS, HEAD_WIDTH)
     scale = HEAD_WIDTH**-0.5
     weight = _weights(query, key, bias + square, place, tokens, row, column, scale, PRECISION)
 
-    of = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature[None, :]
+    of = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature
     of_output = tl.load(gradient + of, mask=held, other=0.0)
     of_weight = tl.dot(of_output, tl.trans(value), input_precision=PRECISION)
     thinned = weight

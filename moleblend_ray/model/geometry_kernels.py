@@ -63,6 +63,16 @@ def gaussians_backward(
 
 
 @triton.jit
+def _densities(value, known, at, held, centre, spread, norm):  # type: ignore[no-untyped-def]
+    """(PAIRS, K_TILE) standardised distances and densities, and which pairs are known."""
+    x = tl.load(value + at, mask=held, other=0.0)
+    is_known = tl.load(known + at, mask=held, other=0) != 0
+    standard = (x[:, None] - centre[None, :]) / spread[None, :]
+    density = tl.exp(-0.5 * standard * standard) / (norm * spread[None, :])
+    return standard, density, is_known
+
+
+@triton.jit
 def _gaussians(  # type: ignore[no-untyped-def]
     value, known, mean, width, density, sums, pairs, norm,
     K: tl.constexpr, K_TILE: tl.constexpr, PAIRS: tl.constexpr,
@@ -78,10 +88,7 @@ def _gaussians(  # type: ignore[no-untyped-def]
     while first < pairs:
         at = row * pairs + first + pair
         held = first + pair < pairs
-        x = tl.load(value + at, mask=held, other=0.0)
-        is_known = tl.load(known + at, mask=held, other=0) != 0
-        standard = (x[:, None] - centre[None, :]) / spread[None, :]
-        result = tl.exp(-0.5 * standard * standard) / (norm * spread[None, :])
+        _, result, is_known = _densities(value, known, at, held, centre, spread, norm)
         result = tl.where(is_known[:, None] & inside[None, :], result, 0.0)
         total += tl.sum(result, 0)
         to = at[:, None] * K + kernel[None, :]
@@ -114,10 +121,7 @@ def _gaussians_backward(  # type: ignore[no-untyped-def]
         while first < pairs:
             at = row * pairs + first + pair
             held = first + pair < pairs
-            x = tl.load(value + at, mask=held, other=0.0)
-            is_known = tl.load(known + at, mask=held, other=0) != 0
-            standard = (x[:, None] - centre[None, :]) / spread[None, :]
-            density = tl.exp(-0.5 * standard * standard) / (norm * spread[None, :])
+            standard, density, is_known = _densities(value, known, at, held, centre, spread, norm)
             upstream = tl.load(
                 of_density + at[:, None] * K + kernel[None, :],
                 mask=held[:, None] & inside[None, :],

@@ -7,6 +7,21 @@ from typing import Any
 import pytest
 import torch
 
+from moleblend_ray.model.config import ModelConfig
+
+SMALL_MODEL = ModelConfig(
+    num_layers=2,
+    dim=32,
+    ffn_dim=32,
+    num_heads=4,
+    num_kernels=8,
+    pair_dim=8,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    drop_path=0.0,
+)
+"""Without dropout, so that both ways can be compared."""
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import molecule_zoo as zoo
 import pytest
 import torch
-from kernel_device import DEVICE, skip_if_not_interpreted
+from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
 from torch import Tensor
 
 from moleblend_ray.model import attention
 from moleblend_ray.model.attention import SharedBias, attend_packed, attend_padded
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
+from moleblend_ray.model.moleblend import MoleBlendModel
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
 
@@ -125,19 +125,8 @@ def test_a_molecule_that_is_not_finite_stays_alone() -> None:
 
 
 def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig(
-        num_layers=2,
-        dim=32,
-        ffn_dim=32,
-        num_heads=4,
-        num_kernels=8,
-        pair_dim=8,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        drop_path=0.0,
-    )
     torch.manual_seed(0)
-    model = MoleBlendModel(config).to(DEVICE)
+    model = MoleBlendModel(SMALL_MODEL).to(DEVICE)
     batch = zoo.batch(SMALL, device=DEVICE)
 
     def gradients() -> list[Tensor]:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import molecule_zoo as zoo
 import pytest
 import torch
-from kernel_device import DEVICE, skip_if_not_interpreted
+from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
 from torch import Tensor
 
 from moleblend_ray.model import embeddings, losses
 from moleblend_ray.model.blending import BlendConfig, draw_blend, philox
-from moleblend_ray.model.config import LossConfig, ModelConfig
+from moleblend_ray.model.config import LossConfig
 from moleblend_ray.model.lookup import _SumOfRows
 from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -85,19 +85,8 @@ def test_cross_entropy_leaves_out_what_has_no_target_even_if_it_is_infinite(
 
 
 def test_losses_and_gradients_of_the_whole_model(by_kernels: Callable[[bool], None]) -> None:
-    config = ModelConfig(
-        num_layers=2,
-        dim=32,
-        ffn_dim=32,
-        num_heads=4,
-        num_kernels=8,
-        pair_dim=8,
-        attention_dropout=0.0,
-        activation_dropout=0.0,
-        drop_path=0.0,
-    )
     torch.manual_seed(0)
-    model = MoleBlendModel(config).to(DEVICE)
+    model = MoleBlendModel(SMALL_MODEL).to(DEVICE)
     batch = zoo.batch([zoo.single_atom(), zoo.chain(4), zoo.ring(6, tail=2)], device=DEVICE)
     blend, weights = draw_blend(batch, BlendConfig(), 0), LossConfig()
     counts = loss_counts(batch, blend, weights)

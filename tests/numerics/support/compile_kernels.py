@@ -1,0 +1,106 @@
+"""Compile every Triton kernel for an H100 on a machine without GPU; prints a JSON object of kernel and tile -> bytes spilled.
+
+A process of its own: that of the tests has Triton's interpreter, which knows fewer rules than the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moleblend_ray.model import (
+    attention_kernels,
+    block_kernels,
+    geometry_kernels,
+    loss_kernels,
+    philox_kernels,
+)
+
+H100 = GPUTarget("cuda", 90, 32)
+TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+
+BFLOAT16 = "qkv output gradient of_qkv branch of_branch hidden of_hidden density of_density logits of_logits"
+FLOAT32 = (
+    "of_bias weight shift factor statistics of_tokens tokens of_weights of_shifts value mean width sums of_sums "
+    "of_value of_mean of_width loss normaliser"
+)
+INT64 = "first_token num_atoms seed molecule target c0 c1 c2 c3 words"
+TYPES: Mapping[str, str] = {
+    **dict.fromkeys(BFLOAT16.split(), "*bf16"),
+    **dict.fromkeys(FLOAT32.split(), "*fp32"),
+    **dict.fromkeys(INT64.split(), "*i64"),
+    "bias": "*bf16",
+    "known": "*i1",
+    **dict.fromkeys(["T", "first_molecule", "count", "pairs", "rows"], "i32"),
+    **dict.fromkeys(["low", "high"], "i64"),
+    **dict.fromkeys(["dropout_probability", "probability", "epsilon", "norm"], "fp32"),
+}
+"""Of arguments, by their names."""
+
+
+def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
+    """Kernel, constants and number of warps, as the base preset launches them."""
+    heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "WIDTH_TILE": 32, "DROPS": True}
+    for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
+        for kernel in (attention_kernels._forward, attention_kernels._backward):
+            yield kernel, {**heads, "TILE": tile, "PRECISION": "tf32"}, warps
+    row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
+    yield block_kernels._add_and_norm, row, 4
+    yield block_kernels._add_and_norm_backward, row, 4
+    for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
+        yield kernel, {"DROPS": True, "BLOCK": 2048}, 8
+    for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
+        yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
+    for kernel in (loss_kernels._cross_entropy, loss_kernels._cross_entropy_backward):
+        yield kernel, {"CLASSES": 25, "TILE": 32, "ROWS": 32}, 4
+    yield philox_kernels._philox, {"BLOCK": 1024}, 4
+
+
+def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
+    """Bytes of local memory of each thread: registers that did not suffice."""
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if signature[name].startswith("*")
+        },
+    )
+    compiled = triton.compile(source, target=H100, options={"num_warps": warps})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        told = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return int(re.findall(r"STACK:(\d+)", told.stdout + told.stderr)[0])
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps(
+            {
+                f"{kernel.__name__} {constants.get('TILE', '')}".strip(): spilled(
+                    kernel, constants, warps
+                )
+                for kernel, constants, warps in cases()
+            }
+        )
+    )

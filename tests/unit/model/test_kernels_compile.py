@@ -1,0 +1,28 @@
+"""What Triton's interpreter accepts its compiler may refuse, or compile into something slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
+
+SCRIPT = Path(__file__).parents[2] / "numerics" / "support" / "compile_kernels.py"
+
+
+def test_kernels_compile_for_a_gpu_and_do_not_spill_registers() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, SCRIPT], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    spilled = json.loads(done.stdout.splitlines()[-1])
+    assert len(spilled) > 10
+    # Molecules of more than 63 atoms are few.
+    large = [name for name in spilled if name.endswith(" 128")]
+    assert {name: size for name, size in spilled.items() if size and name not in large} == {}
