@@ -8,8 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -17,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.dropout import dropout
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,13 +43,25 @@ def plain_code() -> Iterator[None]:
 
 
 def uses_triton() -> bool:
-    """True if Triton is installed, as it is with builds of PyTorch for GPUs, and wanted."""
-    return _use_kernels and _triton_is_installed()
+    """True if Triton can compile kernels here, and they are wanted."""
+    return _use_kernels and _triton_works()
 
 
 @functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_works() -> bool:
+    """Whether Triton is installed, as it is with builds of PyTorch for GPUs, with what it builds launchers of kernels from."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if compiler and headers.exists():
+        return True
+    missing = f"{headers} (Debian: python3-dev)" if compiler else "a C compiler (gcc, or CC)"
+    logger.warning(
+        "Triton kernels are off, training on a GPU takes two to three times as long: %s is missing",
+        missing,
+    )
+    return False
 
 
 def kernels_fit(values: Tensor) -> bool:

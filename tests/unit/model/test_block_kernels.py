@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_device import DEVICE, skip_if_not_interpreted
@@ -140,3 +144,32 @@ def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
     for bit in (0, 1, 15, 31, 32, 33, 45, 61):
         agree = (first == kept(12345 ^ (1 << bit))).float().mean().item()
         assert agree == pytest.approx(0.5, abs=0.01), bit
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers", "nothing"])
+def test_without_what_triton_builds_with_there_are_no_kernels_and_one_warning(
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    found = None if missing == "compiler" else "/usr/bin/gcc"
+    monkeypatch.setattr(shutil, "which", lambda name: found)
+    if missing != "headers":
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    fused._triton_works.cache_clear()
+    try:
+        answers = [fused.uses_triton() for _ in range(3)]
+    finally:
+        fused._triton_works.cache_clear()
+    assert answers == [missing == "nothing"] * 3
+    assert len(caplog.records) == (missing != "nothing")
+
+
+def test_plain_code_switches_kernels_off_and_on_again() -> None:
+    before = fused.uses_triton()
+    with fused.plain_code():
+        assert not fused.uses_triton()
+    assert fused.uses_triton() == before
