@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import ray
 import ray._private.state
-import ray.exceptions
 import ray.train.torch
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
@@ -25,7 +24,6 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration.placement import Labels, carries, live_nodes
 from moleblend_ray.orchestration.stopping import StopFlag
 
@@ -34,10 +32,6 @@ logger = logging.getLogger(__name__)
 _REMIND_S: Final = 60.0
 _LOOKS_TO_ASK: Final = 2
 _LOOKS_TO_FORCE: Final = 6
-
-
-class StoppedWhileWaitingError(TrainingError):
-    """A stop was asked for, and there are no workers that could leave."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +99,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
             self._stop_flag.ask("")
             return decision
         self._remind("no workers run:")
-        if self._is_terminated():
-            raise StoppedWhileWaitingError(
-                "SIGTERM came while the run waited for room in the cluster"
-            )
+        self._stop_flag.end_wait_if_terminated()
         return decision
 
     def _remind(self, state: str) -> None:
@@ -120,12 +111,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
                 self._sizes[0],
                 self._data_actors[0],
             )
-
-    def _is_terminated(self) -> bool:
-        try:
-            return bool(ray.get(self._stop_flag.pending_reason(), timeout=1.0) == "sigterm")
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return False
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any

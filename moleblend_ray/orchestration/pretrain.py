@@ -40,6 +40,7 @@ from moleblend_ray.errors import DataError, MoleBlendError, StorageError, Traini
 from moleblend_ray.model.config import BlendConfig
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.elastic import ElasticTrainer
+from moleblend_ray.orchestration.fixed import FixedTrainer
 from moleblend_ray.orchestration.local import (
     environment_defaults,
     ray_session,
@@ -97,9 +98,11 @@ _TRAIN_SETTINGS: Final = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Nodes with a notice (spot instances) often have 30 s left.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # How long a group waits for its place before it is asked whether the run shall end, and waits again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 _ELASTIC_SETTINGS: Final = {
-    # How long a group waits for its place. Where the place was on a node that is gone, and not yet known to be, a smaller
+    # Where the place was on a node that is gone, and not yet known to be, a smaller
     # group starts after it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
@@ -405,7 +408,7 @@ def _new_trainer(
             run_name=f"moleblend-{hashlib.sha256(config.out.encode()).hexdigest()[:16]}",
             **options,
         )
-    return ray.train.torch.TorchTrainer(**options)
+    return FixedTrainer(stop_flag=settings.stop_flag, **options)
 
 
 def _require_fitting_cluster(config: PretrainConfig) -> None:

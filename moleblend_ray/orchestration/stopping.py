@@ -17,12 +17,18 @@ import ray
 import ray.exceptions
 from ray.train.v2._internal.execution.context import get_train_context
 
+from moleblend_ray.errors import TrainingError
+
 logger = logging.getLogger(__name__)
 
 _REPEAT_S: Final = 2.0
 
 StopReason = Literal["", "sigterm", "resize", "drain"]
 """Why the workers leave; "" if they were not asked to. All but "sigterm" are followed by a new start."""
+
+
+class StoppedWhileWaitingError(TrainingError):
+    """A stop was asked for, and there are no workers that could leave."""
 
 
 class _StopFlag:
@@ -57,6 +63,14 @@ class StopFlag:
     def pending_reason(self) -> Any:
         """Reference to the reason, to be fetched when it is there."""
         return self._actor.reason.remote()
+
+    def end_wait_if_terminated(self) -> None:
+        """For who waits for room: StoppedWhileWaitingError if SIGTERM came. A flag that does not answer says nothing."""
+        with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+            if ray.get(self.pending_reason(), timeout=1.0) == "sigterm":
+                raise StoppedWhileWaitingError(
+                    "SIGTERM came while the run waited for room in the cluster"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_flag_of, (self._actor,))

@@ -11,16 +11,21 @@ from typing import Any
 
 import elastic_run
 import pytest
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy import (
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+)
 from synthetic import write_dataset
 
 from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.orchestration import elastic
+from moleblend_ray.orchestration import elastic, stopping
 from moleblend_ray.orchestration.elastic import (
     GracefulElasticPolicy,
-    StoppedWhileWaitingError,
     count_workers,
 )
+from moleblend_ray.orchestration.fixed import StoppableFixedPolicy
+from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import build_learner, fit
 from moleblend_ray.training.metrics import Record, read_records
@@ -101,7 +106,9 @@ def test_as_many_workers_start_as_leave_room_for_the_data_actors(
     assert count_workers(nodes, worker, (1, 2, 4, 8), *actors) == expected
 
 
-class Flag:
+class Flag(StopFlag):
+    """In this process; ray.get must give back what it gets."""
+
     def __init__(self) -> None:
         self.asked: list[str] = []
 
@@ -186,8 +193,22 @@ def test_sigterm_ends_a_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
         "make_decision_for_non_running_worker_group",
         lambda _: NoopDecision(),
     )
-    monkeypatch.setattr(elastic.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(stopping.ray, "get", lambda reason, timeout: reason)
     policy.make_decision_for_non_running_worker_group()
+    flag.ask("sigterm")
+    with pytest.raises(StoppedWhileWaitingError, match="SIGTERM"):
+        policy.make_decision_for_non_running_worker_group()
+
+
+def test_sigterm_ends_a_wait_of_a_fixed_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    flag = Flag()
+    policy = StoppableFixedPolicy(None, flag)  # type: ignore[arg-type]
+    started = ResizeDecision(2, {})
+    monkeypatch.setattr(stopping.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(
+        FixedScalingPolicy, "make_decision_for_non_running_worker_group", lambda _: started
+    )
+    assert policy.make_decision_for_non_running_worker_group() is started
     flag.ask("sigterm")
     with pytest.raises(StoppedWhileWaitingError, match="SIGTERM"):
         policy.make_decision_for_non_running_worker_group()
