@@ -1,21 +1,23 @@
 """A run on a cluster that loses nodes and gets new ones; a process of its own, because the cluster is.
 
-    python elastic_run.py DATA OUT
+    python elastic_run.py DATA OUT [fixed]
 
 The nodes of a worker: one is told to drain, a new one comes, then one dies. Until then the workers pause after each step, so
 that the cores are free for what starts meanwhile. Prints one JSON line: the summary, and the world size that wrote each
-checkpoint.
+checkpoint. With `fixed` the number of workers is fixed: a node dies, and while the run waits for another, SIGTERM comes.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -125,7 +127,8 @@ def writers(out: str) -> list[int]:
     return [size for size, _ in groupby(world_sizes(out).values())]
 
 
-def main(data: str, out: str) -> None:
+def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[Any]]:
+    """A head and two nodes with ``labels``, of one CPU each."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     pretraining._train_worker = train_with_pauses
     head = {
@@ -134,8 +137,13 @@ def main(data: str, out: str) -> None:
         "_system_config": QUICK_TO_SEE_A_LOST_NODE,
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    nodes = [cluster.add_node(num_cpus=1, labels=labels or {}) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+    return cluster, nodes
+
+
+def main(data: str, out: str) -> None:
+    cluster, nodes = start_cluster()
     summaries: list[Any] = []
     # Nodes must be started in the main thread (it sets signal handlers), so the run is in another.
     run = threading.Thread(
@@ -160,5 +168,34 @@ def main(data: str, out: str) -> None:
     print(json.dumps({"summary": asdict(summary), "world_sizes": world_sizes(out)}))
 
 
+def wait_in_vain(data: str, out: str) -> None:
+    """Two workers, no more and no fewer, of which one is lost for good. The head keeps its CPU for the data actor."""
+    labels = {"role": "worker"}
+    cluster, nodes = start_cluster(labels)
+    config = settings(data, out)
+    fixed = replace(config.cluster, min_workers=None, worker_labels=labels)
+    config = replace(config, cluster=fixed)
+
+    def disturb() -> None:
+        wait_until(lambda: writers(out) == [2], "a checkpoint of two workers")
+        lost = next(node for node in nodes if has_worker(node))
+        cluster.remove_node(lost, allow_graceful=False)
+        left = [node for node in nodes if node is not lost]
+        wait_until(lambda: not any(map(has_worker, left)), "the end of the other worker")
+        asked_s.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asked_s: list[float] = []
+    # The other way round than above: signals reach the main thread.
+    threading.Thread(target=disturb, daemon=True).start()
+    summary = pretrain(config)
+    waited_s = time.monotonic() - asked_s[0]
+    newest = max(committed_steps(out))
+    ray.shutdown()
+    cluster.shutdown()
+    print(json.dumps({"summary": asdict(summary), "newest": newest, "waited_s": waited_s}))
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    data, out, *mode = sys.argv[1:]
+    (wait_in_vain if mode == ["fixed"] else main)(data, out)

@@ -53,21 +53,36 @@ def undisturbed(data: str, num_steps: int) -> list[Record]:
     return records[:num_steps]
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -> None:
-    data, out = (f"file://{tmp_path}/{name}" for name in ("data", "run"))
+def on_nodes(folder: Path, *mode: str) -> tuple[str, str, dict[str, Any]]:
+    """Data and folder of a run of `elastic_run.py`, and what it tells."""
+    data, out = (f"file://{folder}/{name}" for name in ("data", "run"))
     write_dataset(data, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
     program = Path(elastic_run.__file__)
     done = subprocess.run(
-        [sys.executable, str(program), data, out],
+        [sys.executable, str(program), data, out, *mode],
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    return data, out, json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_of_two_workers_that_waits_for_a_lost_node_ends_at_sigterm(tmp_path: Path) -> None:
+    _, _, found = on_nodes(tmp_path, "fixed")
+    assert not found["summary"]["finished"]
+    # What was committed is what the next command begins with.
+    assert 0 < found["summary"]["steps"] == found["newest"] < elastic_run.NUM_STEPS
+    assert found["waited_s"] < 60
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -> None:
+    data, out, found = on_nodes(tmp_path)
     assert found["summary"]["finished"]
     assert found["summary"]["steps"] == elastic_run.NUM_STEPS
     sizes = found["world_sizes"]
