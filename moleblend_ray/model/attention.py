@@ -50,11 +50,10 @@ def kernels_fit(bias: Tensor) -> bool:
     """True if the Triton kernels can take ``bias`` (B, H, T, T): float32, molecules that fit a tile, Triton at hand."""
     if bias.dtype != torch.float32 or not uses_triton():
         return False
-    from moleblend_ray.model import (
-        attention_kernels,
-    )  # needs Triton, which CPU builds of PyTorch lack
+    # Needs Triton, which CPU builds of PyTorch lack.
+    from moleblend_ray.model.attention_kernels import MAX_TOKENS
 
-    return bias.shape[-1] <= attention_kernels.MAX_TOKENS
+    return bias.shape[-1] <= MAX_TOKENS
 
 
 def _by_rows(bias: Tensor, rows: HeadRows, qkv: Tensor, probability: float) -> Tensor:

@@ -37,7 +37,9 @@ class _SumOfRows(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (rows,) = context.saved_tensors
-        total = gradient.new_zeros(context.num_rows, gradient.shape[1], dtype=torch.float32)
+        # Not in bfloat16: a row can have a million readers.
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(context.num_rows, gradient.shape[1], dtype=dtype)
         for begin in range(0, len(rows), _CHUNK):
             part, of_part = rows[begin : begin + _CHUNK], gradient[begin : begin + _CHUNK]
             marks = of_part.new_zeros(len(part), context.num_rows).scatter_(1, part, 1.0)

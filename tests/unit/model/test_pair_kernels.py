@@ -114,17 +114,20 @@ def test_philox_gives_the_words_of_plain_code(seed: int) -> None:
         assert torch.equal(ours.cpu(), expected)
 
 
-def test_the_gradient_of_a_table_adds_up_all_its_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_a_table_adds_up_all_its_readers(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("moleblend_ray.model.lookup._CHUNK", 64)
     torch.manual_seed(0)
     rows = torch.stack([torch.randint(0, 9, (1000,)) + 9 * hop for hop in range(5)], 1)
-    upstream = torch.randn(1000, 6)
+    upstream = torch.randn(1000, 6, dtype=dtype)
     found = []
     for function in (
         _SumOfRows.apply,
         lambda r, t: torch.nn.functional.embedding_bag(r, t, mode="sum"),
     ):
-        table = torch.arange(45 * 6.0).view(45, 6).requires_grad_()
+        table = torch.arange(45 * 6, dtype=dtype).view(45, 6).requires_grad_()
         output = function(rows, table)
         output.backward(upstream)
         found.append((output.detach(), table.grad))
