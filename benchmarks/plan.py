@@ -6,7 +6,8 @@ Before each run and after the last one the planner's own rehearsal (`moleblend p
 longer it takes while another process computes as well, the exchange of messages, and what data actors cost. The run is
 `moleblend pretrain` with two workers on a private Ray cluster, on synthetic molecules; counted are the steps after the first fifth, at
 their median. ``ratio`` is predicted over measured molecules/s, from the medians of rehearsals and runs; the loads
-around them differ, so single pairs scatter more. ``--cpu-seconds`` adds the CPU time of a step of each preset on one core, in which
+around them differ, so single pairs scatter more. ``ray_cores`` is the CPU time a second that processes of Ray other than trainers took
+during the runs. ``--cpu-seconds`` adds the CPU time of a step of each preset on one core, in which
 waiting for a busy machine does not count. One JSON line comes last.
 """
 
@@ -14,14 +15,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -80,6 +84,7 @@ def main() -> None:
         "measured_of_runs": [one["molecules_per_s"] for one in runs],
         "predicted_of_rehearsals": [round(rate, 1) for rate in each],
         "one_worker_molecules_per_s": round(arguments.batch / found.step_s, 1),
+        "ray_cores": round(statistics.median(one["ray_cores"] for one in runs), 3),
         "rehearsal": {
             name: significant(value) for name, value in dataclasses.asdict(found).items()
         },
@@ -148,36 +153,93 @@ def run(arguments: argparse.Namespace, config: PlanConfig, out: str) -> dict[str
     """A real run: its molecules/s and the bytes of its checkpoint."""
     began = time.monotonic()
     workers = arguments.workers
-    pretrain(
-        PretrainConfig(
-            data=str(config.data),
-            out=out,
-            model=config.model,
-            order=OrderConfig(
-                global_batch_size=workers * arguments.batch,
-                num_streams=workers,
-                shuffle_window=512,
-                chunk_rows=64,
-            ),
-            stream=StreamConfig(max_actors=1),
-            train=TrainConfig(
-                num_steps=arguments.steps, strategy=arguments.strategy, validate_every=0
-            ),
-            checkpoint=CheckpointConfig(every_steps=10**6),
-            tracking=TrackingConfig(mode="disabled"),
-            cluster=cluster_of(arguments),
-        )
-    )
+    with _CpuTimes(workers) as times:
+        pretrain(run_config(arguments, config, out))
     records = read_records(out)[arguments.steps // 5 :]
     commit = latest_committed(out)
     assert commit is not None
     step_s = statistics.median(record["step_s"] for record in records)
     rate = round(workers * arguments.batch / step_s, 1)
-    say(f"ran {arguments.steps} steps in {time.monotonic() - began:.0f} s: {rate} molecules/s")
+    say(
+        f"ran {arguments.steps} steps in {time.monotonic() - began:.0f} s: {rate} molecules/s, "
+        f"{times.ray_cores():.3f} cores for Ray"
+    )
     return {
         "molecules_per_s": rate,
+        "ray_cores": times.ray_cores(),
         "checkpoint_bytes": sum(file.num_bytes for file in commit.files),
     }
+
+
+def run_config(arguments: argparse.Namespace, config: PlanConfig, out: str) -> PretrainConfig:
+    workers = arguments.workers
+    return PretrainConfig(
+        data=str(config.data),
+        out=out,
+        model=config.model,
+        order=OrderConfig(
+            global_batch_size=workers * arguments.batch,
+            num_streams=workers,
+            shuffle_window=512,
+            chunk_rows=64,
+        ),
+        stream=StreamConfig(max_actors=1),
+        train=TrainConfig(num_steps=arguments.steps, strategy=arguments.strategy, validate_every=0),
+        checkpoint=CheckpointConfig(every_steps=10**6),
+        tracking=TrackingConfig(mode="disabled"),
+        cluster=cluster_of(arguments),
+    )
+
+
+class _CpuTimes:
+    """Looks each second at the CPU time of this process and all below it, trainers apart from the others."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers = workers
+        self._looks: list[tuple[float, dict[int, float], dict[int, float]]] = []
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        import psutil  # Ray brings its own copy
+
+        while not self._done.wait(1.0):
+            trainers: dict[int, float] = {}
+            others: dict[int, float] = {}
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    times, title = process.cpu_times(), " ".join(process.cmdline())
+                except psutil.Error:
+                    continue  # ended meanwhile
+                side = trainers if "RayTrainWorker" in title else others
+                side[process.pid] = times.user + times.system
+            self._looks.append((time.monotonic(), trainers, others))
+
+    def ray_cores(self) -> float:
+        """CPU seconds a second of what does not train, the median over the looks during which trainers kept computing."""
+        found = []
+        for (began, train, rest), (ended, train_now, rest_now) in itertools.pairwise(self._looks):
+            seconds = ended - began
+            if _spent(train, train_now) > 0.6 * self._workers * seconds:
+                found.append(_spent(rest, rest_now) / seconds)
+        return round(statistics.median(found[len(found) // 5 :]), 3) if found else float("nan")
+
+
+def _spent(before: dict[int, float], now: dict[int, float]) -> float:
+    return sum(value - before[pid] for pid, value in now.items() if pid in before)
 
 
 def cpu_seconds(batch: int) -> dict[str, float]:

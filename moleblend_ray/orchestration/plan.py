@@ -274,6 +274,7 @@ def _cpu_figures(config: PlanConfig, setup: Setup, found: Found | None) -> dict[
                 found.sent_bytes_per_s / 1e9, "GB/s", "messages of the model's size"
             ),
             "message_s": _now(found.message_s, "s", "an all-reduce of one number"),
+            "ray_cores": bundled("ray_cores"),
         }
     step_s = (
         computed(
@@ -299,6 +300,7 @@ def _cpu_figures(config: PlanConfig, setup: Setup, found: Found | None) -> dict[
             sent,
             together,
         ),
+        "ray_cores": bundled("ray_cores"),
     }
 
 

@@ -33,6 +33,8 @@ _USUAL_BLOCK_BYTES: Final = 12 << 20
 BLOCKS_PER_STREAM: Final = 6
 _MOST_NODES: Final = 4096
 WINDOWS_IN_WORK: Final = 2
+_MOST_INTERRUPTED: Final = 0.9
+"""Share of the time; a machine that is interrupted more often is none to train on."""
 DECODED_BYTES: Final = 445 / 14.87
 """Of an atom in a decoded row group (`relations-2026-11-26.json`, limit_us.decoded_bytes)."""
 
@@ -82,6 +84,8 @@ class Setup:
     """Without GPUs: what all trainers together send to each other in a second; None: the network's."""
     message_s: Figure | None = None
     """Without GPUs: what a collective takes whatever it sends; None: the network's."""
+    ray_cores: Figure | None = None
+    """Without GPUs: cores that processes of Ray take whatever the run does; None: none."""
     shard_bytes: Figure
     """Of a molecule in storage."""
     steps_per_block: int | None = None
@@ -398,7 +402,8 @@ def _on_cores(setup: Setup, workers: int) -> Throughput:
     """Trainers, data actors and Ray share the cores of one machine.
 
     A step takes what a trainer computes while the others do, and their exchange; what the data side needs and finds no
-    free core for comes on top, spread over the cores.
+    free core for comes on top, spread over the cores. Ray's standing processes run all the time, in short pieces: where
+    they find no free core they interrupt trainers, and since all wait for the one interrupted, each piece delays all.
     """
     costs = setup.costs
     traffic = exchange(
@@ -422,9 +427,12 @@ def _on_cores(setup: Setup, workers: int) -> Throughput:
     )
     free_s = max(0.0, setup.node_cores - busy) * (compute_s + exchange_s.value)
     crowded_s = max(0.0, molecules * data_us / 1e6 - free_s) / setup.node_cores
-    step_s = compute_s + exchange_s.value + crowded_s
+    standing = 0.0 if setup.ray_cores is None else setup.ray_cores.value
+    interrupted = min(_MOST_INTERRUPTED, max(0.0, standing - max(0, setup.node_cores - busy)))
+    interrupted_s = compute_s * interrupted / (1.0 - interrupted)
+    step_s = compute_s + exchange_s.value + crowded_s + interrupted_s
     inputs = [setup.step_s, costs.actor_us, exchange_s]
-    inputs += [] if setup.contention is None else [setup.contention]
+    inputs += [figure for figure in (setup.contention, setup.ray_cores) if figure is not None]
     blocks = choose_blocks(setup, molecules / step_s)
     parts = {
         "computing": (compute_s, f"{workers} trainers with {setup.worker_threads} core(s) each"),
@@ -432,6 +440,10 @@ def _on_cores(setup: Setup, workers: int) -> Throughput:
         "data actors and Ray": (
             crowded_s,
             f"{data_us:.0f} us a molecule on cores that trainers use",
+        ),
+        "interruptions by Ray": (
+            interrupted_s,
+            f"standing processes that take {standing:.2f} cores, on cores that trainers use",
         ),
     }
     rate = computed(

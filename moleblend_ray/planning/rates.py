@@ -26,7 +26,7 @@ HARDWARE: Final = {
     "prepare-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
     "relations-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
     "scaling-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
-    "plan-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX), shared with other work",
+    "plan-2026-11-27": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
 }
 """Result, or date of all results of that day -> the machine, as in the file of the result."""
 
@@ -95,7 +95,7 @@ def cpu_efficiency(gflop: float) -> Figure:
         [math.log(known) for known in _CPU_GFLOP.values()],
         [math.log(speed / speeds["base"]) for speed in speeds.values()],
     )
-    source = "interpolated between presets (plan-2026-11-26.json)"
+    source = "interpolated between presets (plan-2026-11-27.json)"
     return computed(float(np.exp(value)), "", source, *times.values())
 
 

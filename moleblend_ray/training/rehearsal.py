@@ -73,7 +73,7 @@ class Found:
     step_s: float
     """A step of one worker while the others wait."""
     contention: float
-    """How much longer it takes while all train, none knowing of the others."""
+    """How much longer the slowest takes while all train, none knowing of the others, each on other molecules."""
     message_s: float
     """A collective that sends next to nothing."""
     sent_bytes_per_s: float
@@ -123,9 +123,10 @@ def _next_result(results: Any, processes: Sequence[BaseProcess]) -> Any:
 
 
 def _summary(settings: Rehearsal, by_rank: Sequence[dict[str, list[float]]]) -> Found:
-    """The first worker's times; of what all do at once, the slowest of each round."""
-    alone = by_rank[0]["alone"]
-    slowest = [max(times) for times in zip(*(rank["independent"] for rank in by_rank), strict=True)]
+    """The first worker's times; of what all do at once, the slowest of each step, for which all would wait."""
+    alone = _by_round(by_rank[0]["alone"], settings.steps)
+    times = zip(*(rank["independent"] for rank in by_rank), strict=True)
+    slowest = _by_round([max(step) for step in times], settings.steps)
     message_s = statistics.median(by_rank[0]["message"])
     large_s = statistics.median(by_rank[0]["large"])
     # A gathering of n bytes from each sends n to each of the others.
@@ -138,6 +139,12 @@ def _summary(settings: Rehearsal, by_rank: Sequence[dict[str, list[float]]]) -> 
         actor_us=by_rank[0]["actor_us"][0],
         trainer_host_us=by_rank[0]["trainer_host_us"][0],
     )
+
+
+def _by_round(times: Sequence[float], steps: int) -> list[float]:
+    """Medians of each round: what else the machine did in some steps is left out."""
+    rounds = range(0, len(times), steps)
+    return [statistics.median(times[first : first + steps]) for first in rounds]
 
 
 def _sent_bytes(settings: Rehearsal) -> int:
@@ -163,18 +170,18 @@ def _measure(
     dist.init_process_group("gloo", init_method=alone, rank=0, world_size=1)
     learner = _learner(settings)
     group = _Group(settings, rank, folder)
-    trainer = _Trainer(learner, steps)
+    trainer = _Trainer(learner, steps, first=rank)
     trainer.seconds(_WARM_UP)
-    parts: list[tuple[str, Callable[[], float], bool]] = [
+    parts: list[tuple[str, Callable[[], list[float]], bool]] = [
         ("alone", lambda: trainer.seconds(settings.steps), rank == 0),
         ("independent", lambda: trainer.seconds(settings.steps), True),
-        ("message", group.small_s, settings.workers > 1),
-        ("large", group.large_s, settings.workers > 1),
+        ("message", lambda: [group.small_s()], settings.workers > 1),
+        ("large", lambda: [group.large_s()], settings.workers > 1),
     ]
     for _ in range(settings.rounds):
         for name, run, takes_part in parts:
             barrier.wait(_TIMEOUT_S)
-            found.setdefault(name, []).append(run() if takes_part else 0.0)
+            found.setdefault(name, []).extend(run() if takes_part else [0.0])
     barrier.wait(_TIMEOUT_S)
     dist.destroy_process_group()
     return found
@@ -222,21 +229,21 @@ def _learner(settings: Rehearsal) -> Learner:
 
 
 class _Trainer:
-    """Takes steps on its batches in turn."""
+    """Takes steps on its batches in turn, beginning with the ``first``."""
 
-    def __init__(self, learner: Learner, steps: Sequence[DeviceStep]) -> None:
-        self._learner, self._steps, self._done = learner, steps, 0
+    def __init__(self, learner: Learner, steps: Sequence[DeviceStep], *, first: int) -> None:
+        self._learner, self._steps, self._done = learner, steps, first
         learner.objective.train()
 
-    def seconds(self, count: int) -> float:
-        """Seconds of a step, the median: what else the machine did in some of them is left out."""
+    def seconds(self, count: int) -> list[float]:
+        """Seconds of each of ``count`` steps."""
         times = []
         for _ in range(count):
             began = time.perf_counter()
             train_step(self._learner, self._steps[self._done % len(self._steps)])
             times.append(time.perf_counter() - began)
             self._done += 1
-        return statistics.median(times)
+        return times
 
 
 class _Group:

@@ -54,9 +54,9 @@ def recorded(name: str) -> Any:
 
 
 def recorded_runs() -> list[Any]:
-    if not (RESULTS / "plan-2026-11-26.json").is_file():
+    if not (RESULTS / "plan-2026-11-27.json").is_file():
         return []
-    document = json.loads((RESULTS / "plan-2026-11-26.json").read_text())
+    document = json.loads((RESULTS / "plan-2026-11-27.json").read_text())
     return [document["result"], *document["config"]["others"]]
 
 
@@ -91,10 +91,29 @@ def test_a_step_under_fsdp_follows_from_single_processes_and_the_exchange_of_ddp
         step_s=measured(fsdp["step_s_alone"], "s", ""),
         contention=measured(fsdp["step_s_independent"] / fsdp["step_s_alone"], "", ""),
         exchange_gb_s=measured(sent_gb / (ddp["step_s"] - ddp["step_s_independent"]), "GB/s", ""),
+        ray_cores=None,
     )
     found = throughput(setup, 2)
-    # That benchmark had no data side; its share of the step is small.
+    # That benchmark had neither Ray nor a data side; the latter's share of the step is small.
     assert found.step_s == pytest.approx(fsdp["step_s"], rel=0.05)
+
+
+def test_processes_of_ray_delay_trainers_only_where_no_core_is_free() -> None:
+    def step_s(cores: int, standing: float) -> float:
+        setup = replace(
+            setup_of("cpu_workers=2", f"cpu_node_cores={cores}"),
+            ray_cores=measured(standing, "cores", ""),
+        )
+        found = throughput(setup, 2)
+        assert found.step_s == pytest.approx(
+            found.step_s * sum(part.use for part in found.resources)
+        )
+        return found.step_s
+
+    assert step_s(3, 0.2) == step_s(3, 0.0)
+    # Interrupted a fifth of the time, computing takes a quarter longer; exchange and the data side do not.
+    assert 1.15 < step_s(2, 0.2) / step_s(2, 0.0) < 1.25
+    assert step_s(2, 5.0) < 11 * step_s(2, 0.0)
 
 
 def test_a_gpu_does_what_the_page_on_performance_tells() -> None:

@@ -56,3 +56,12 @@ def test_rounds_are_compared_within_themselves() -> None:
     assert (found.step_s, found.contention) == (2.0, 1.5)
     # Each of two workers sends its 10,000 bytes to the other, in 2 ms beside the latency.
     assert found.sent_bytes_per_s == pytest.approx(2 * 10_000 / 2e-3)
+
+
+def test_each_step_waits_for_its_own_slowest_worker() -> None:
+    """Two workers that are slow in turn make every step slow; the median of a round leaves out what came once."""
+    rank = {"message": [1e-3], "large": [3e-3], "actor_us": [12.0], "trainer_host_us": [5.0]}
+    first = {**rank, "alone": [1.0, 1.0, 9.0], "independent": [2.0, 1.0, 2.0]}
+    second = {**rank, "alone": [0.0], "independent": [1.0, 2.0, 1.0]}
+    found = _summary(replace(SETTINGS, steps=3, rounds=1), [first, second])
+    assert (found.step_s, found.contention) == (1.0, 2.0)
