@@ -1,10 +1,11 @@
 """A run on a cluster that loses nodes and gets new ones; a process of its own, because the cluster is.
 
-    python elastic_run.py DATA OUT [fixed]
+    python elastic_run.py DATA OUT [fixed|starved]
 
 The nodes of a worker: one is told to drain, a new one comes, then one dies. Until then the workers pause after each step, so
 that the cores are free for what starts meanwhile. Prints one JSON line: the summary, and the world size that wrote each
-checkpoint. With `fixed` the number of workers is fixed: a node dies, and while the run waits for another, SIGTERM comes.
+checkpoint. With `fixed` the number of workers is fixed: a node dies, and while the run waits for another, SIGTERM comes. With `starved`
+they start again on the CPU that the data actor had, and it comes while they wait for data.
 """
 
 from __future__ import annotations
@@ -168,20 +169,22 @@ def main(data: str, out: str) -> None:
     print(json.dumps({"summary": asdict(summary), "world_sizes": world_sizes(out)}))
 
 
-def wait_in_vain(data: str, out: str) -> None:
-    """Two workers, no more and no fewer, of which one is lost for good. The head keeps its CPU for the data actor."""
-    labels = {"role": "worker"}
+def wait_in_vain(data: str, out: str, labels: dict[str, str] | None) -> None:
+    """Two workers, no more and no fewer, of which one is lost for good; with ``labels`` none may run on the head, so its CPU
+    stays with the data actor."""
     cluster, nodes = start_cluster(labels)
     config = settings(data, out)
-    fixed = replace(config.cluster, min_workers=None, worker_labels=labels)
+    fixed = replace(config.cluster, min_workers=None, worker_labels=labels or {})
     config = replace(config, cluster=fixed)
 
     def disturb() -> None:
         wait_until(lambda: writers(out) == [2], "a checkpoint of two workers")
         lost = next(node for node in nodes if has_worker(node))
         cluster.remove_node(lost, allow_graceful=False)
-        left = [node for node in nodes if node is not lost]
+        left = [node for node in (cluster.head_node, *nodes) if node is not lost]
         wait_until(lambda: not any(map(has_worker, left)), "the end of the other worker")
+        if not labels:
+            wait_until(lambda: all(map(has_worker, left)), "new workers on every CPU")
         asked_s.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -198,4 +201,9 @@ def wait_in_vain(data: str, out: str) -> None:
 
 if __name__ == "__main__":
     data, out, *mode = sys.argv[1:]
-    (wait_in_vain if mode == ["fixed"] else main)(data, out)
+    if mode == ["fixed"]:
+        wait_in_vain(data, out, {"role": "worker"})
+    elif mode == ["starved"]:
+        wait_in_vain(data, out, None)
+    else:
+        main(data, out)

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
@@ -34,6 +34,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
@@ -498,9 +499,7 @@ def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
     return _Outcome(step=result.step, world_size=ranks.world_size, stopped_by=reason)
 
 
-def _fit_rank(
-    settings: _WorkerSettings, ranks: Ranks, should_stop: Callable[[], bool] | None
-) -> FitResult:
+def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | None) -> FitResult:
     config = settings.config
     steps = shard_step_batches(
         ray.train.get_dataset_shard("train"),
@@ -509,18 +508,20 @@ def _fit_rank(
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    with ThreadPoolExecutor(1) as early:
-        coming = early.submit(next, steps)  # the data actors take seconds to start
-        learner = build_learner(
-            config.model,
-            train=config.train,
-            optim=config.optim,
-            blend=config.blend,
-            loss=config.loss,
-            seed=config.seed,
-            ranks=ranks,
-        )
-        first = coming.result()
+    while_waiting = None if should_stop is None else should_stop.end_wait
+    early = ThreadPoolExecutor(1)
+    coming = early.submit(next, steps)  # the data actors take seconds to start
+    early.shutdown(wait=False)
+    learner = build_learner(
+        config.model,
+        train=config.train,
+        optim=config.optim,
+        blend=config.blend,
+        loss=config.loss,
+        seed=config.seed,
+        ranks=ranks,
+    )
+    first = _when_there(coming, while_waiting)
     is_new_try = first.step > settings.start_step
     if ranks.is_first and is_new_try:
         # Shown to the user: time was lost, perhaps also workers.
@@ -566,6 +567,7 @@ def _fit_rank(
                 validate=validate,
                 report=partial(_report, settings, tracker) if ranks.is_first else None,
                 should_stop=should_stop,
+                while_waiting=while_waiting,
                 after_step=after_step,
                 on_step=partial(_tell_step, metrics),
                 on_anomaly=partial(_tell_anomaly, config.out, metrics) if ranks.is_first else None,
@@ -573,6 +575,19 @@ def _fit_rank(
             )
     finally:
         tracker.finish()
+
+
+def _when_there(
+    coming: Future[StepBatch], while_waiting: Callable[[float], None] | None
+) -> StepBatch:
+    """What is coming; ``while_waiting`` is told each second for how long it has not been there, and may raise."""
+    began_s = time.monotonic()
+    while True:
+        done, _ = wait([coming], timeout=1.0)
+        if done:
+            return coming.result()
+        if while_waiting is not None:
+            while_waiting(time.monotonic() - began_s)
 
 
 def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:

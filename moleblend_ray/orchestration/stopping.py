@@ -22,13 +22,15 @@ from moleblend_ray.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 _REPEAT_S: Final = 2.0
+_PATIENCE_S: Final = 10.0
+"""For data, after SIGTERM: with the next step the workers would commit what they have done."""
 
 StopReason = Literal["", "sigterm", "resize", "drain"]
 """Why the workers leave; "" if they were not asked to. All but "sigterm" are followed by a new start."""
 
 
 class StoppedWhileWaitingError(TrainingError):
-    """A stop was asked for, and there are no workers that could leave."""
+    """A stop was asked for, and there are no workers that could leave, or no data for the step after which they would."""
 
 
 class _StopFlag:
@@ -138,6 +140,18 @@ class StopPoll:
                     self.reason = asked
             self._pending = self._flag.pending_reason()
         return bool(self.reason)
+
+    def end_wait(self, waited_s: float) -> None:
+        """For who has waited for data: StoppedWhileWaitingError if that is long enough and SIGTERM came.
+
+        The other ranks may be within the step, so they cannot be asked to commit: what was done since the newest checkpoint is
+        lost, as if the workers had been killed.
+        """
+        if waited_s >= _PATIENCE_S and self() and self.reason == "sigterm":
+            raise StoppedWhileWaitingError(
+                f"SIGTERM came, and no data for the next step in {waited_s:.0f} s: look at the data actors and the storage. "
+                "What is committed is kept: the same command continues from it"
+            )
 
 
 def _is_draining() -> bool:

@@ -156,6 +156,7 @@ def fit(
     validate: Callable[[], Record] | None = None,
     report: Callable[[Record], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    while_waiting: Callable[[float], None] | None = None,
     after_step: Callable[[], None] | None = None,
     on_step: Callable[[Record], None] | None = None,
     on_anomaly: Callable[[Anomaly], None] | None = None,
@@ -166,7 +167,8 @@ def fit(
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
     gets the record of every ``log_every``-th step, ``on_step`` (on every rank) of each; all of them are committed with the checkpoints, and kept in memory no
     longer. ``checkpoints`` is closed at the end. ``data_wait_s`` of a record is the time in which no step was ready on the
-    device. A stop commits what was done and returns. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
+    device. A stop commits what was done and returns. ``while_waiting`` is told each second for how long the next step has not
+    been there, and may raise. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
     skipped already.
     """
     num_steps = learner.train.num_steps
@@ -177,7 +179,12 @@ def fit(
     wanted = islice(steps, num_steps - start_step)
     with (
         checkpoints or contextlib.nullcontext(),
-        DevicePrefetch(wanted, learner.ranks.device, learner.train.prefetch_steps) as ahead,
+        DevicePrefetch(
+            wanted,
+            learner.ranks.device,
+            learner.train.prefetch_steps,
+            while_waiting=while_waiting,
+        ) as ahead,
     ):
         for step in range(start_step, num_steps):
             began_s = time.perf_counter()

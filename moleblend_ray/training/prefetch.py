@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -17,6 +18,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 
 _POLL_S: Final = 0.1
 _JOIN_S: Final = 10.0
+_TELL_S: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +43,20 @@ class DevicePrefetch:
 
     On CUDA the thread copies on a stream of its own, from page-locked memory, and the reader's stream waits for
     the copies of a step before it uses them. What reading or preparing raises is raised in the reader, after the
-    steps before it. Leave the ``with`` block to stop the thread.
+    steps before it. ``while_waiting`` is told each second for how many seconds the reader has waited; what it raises ends
+    the wait. Leave the ``with`` block to stop the thread.
     """
 
-    def __init__(self, steps: Iterator[StepBatch], device: torch.device, depth: int) -> None:
+    def __init__(
+        self,
+        steps: Iterator[StepBatch],
+        device: torch.device,
+        depth: int,
+        *,
+        while_waiting: Callable[[float], None] | None = None,
+    ) -> None:
         self._steps = steps
+        self._while_waiting = while_waiting
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
@@ -75,7 +86,7 @@ class DevicePrefetch:
         return self
 
     def __next__(self) -> DeviceStep:
-        item = self._ready.get()
+        item = self._next_item()
         if isinstance(item, _End):
             self._ready.put(item)  # for who asks again
             if item.error is None:
@@ -88,6 +99,15 @@ class DevicePrefetch:
             for molecules in step.molecules:
                 molecules.record_stream(current)
         return step
+
+    def _next_item(self) -> _Item:
+        if self._while_waiting is None:
+            return self._ready.get()
+        began_s = time.monotonic()
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._ready.get(timeout=_TELL_S)
+            self._while_waiting(time.monotonic() - began_s)
 
     def _run(self) -> None:
         try:

@@ -71,8 +71,11 @@ def on_nodes(folder: Path, *mode: str) -> tuple[str, str, dict[str, Any]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_of_two_workers_that_waits_for_a_lost_node_ends_at_sigterm(tmp_path: Path) -> None:
-    _, _, found = on_nodes(tmp_path, "fixed")
+@pytest.mark.parametrize("waits_for", ["fixed", "starved"])
+def test_a_run_of_two_workers_that_waits_after_a_loss_ends_at_sigterm(
+    tmp_path: Path, waits_for: str
+) -> None:
+    _, _, found = on_nodes(tmp_path, waits_for)
     assert not found["summary"]["finished"]
     # What was committed is what the next command begins with.
     assert 0 < found["summary"]["steps"] == found["newest"] < elastic_run.NUM_STEPS

@@ -10,7 +10,7 @@ import ray
 import ray.exceptions
 
 from moleblend_ray.orchestration import stopping
-from moleblend_ray.orchestration.stopping import StopPoll, _StopFlag
+from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, StopPoll, _StopFlag
 
 
 class Flag:
@@ -58,6 +58,23 @@ def test_sigterm_comes_before_other_reasons(monkeypatch: pytest.MonkeyPatch, wea
     flag.ask("resize")
     flag.ask("")
     assert flag.reason() == "sigterm"
+
+
+def test_sigterm_ends_a_wait_for_data_but_not_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    poll = poll_of(monkeypatch, ["", "sigterm"])
+    for waited_s in (1.0, 9.0, 11.0):
+        poll.end_wait(waited_s)  # nobody has asked for a stop yet
+    with pytest.raises(StoppedWhileWaitingError, match=r"no data for the next step in 12 s"):
+        poll.end_wait(12.0)
+    just_asked = poll_of(monkeypatch, ["sigterm"])
+    just_asked.end_wait(2.0)
+
+
+@pytest.mark.parametrize("weaker", ["resize", "drain"])
+def test_other_reasons_do_not_end_a_wait_for_data(
+    monkeypatch: pytest.MonkeyPatch, weaker: str
+) -> None:
+    poll_of(monkeypatch, [weaker]).end_wait(60.0)
 
 
 def test_a_draining_node_asks_without_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:

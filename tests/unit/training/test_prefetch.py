@@ -59,6 +59,28 @@ def test_an_error_of_the_stream_is_raised_after_the_steps_before_it() -> None:
                 next(ahead)
 
 
+def test_who_waits_is_heard_each_second_and_may_give_up() -> None:
+    hold = threading.Event()
+
+    def steps() -> Iterator[StepBatch]:
+        yield next(toy.steps())
+        hold.wait()
+
+    told: list[float] = []
+
+    def tell(waited_s: float) -> None:
+        told.append(waited_s)
+        if len(told) == 2:
+            raise TrainingError("enough")
+
+    with DevicePrefetch(steps(), CPU, 2, while_waiting=tell) as ahead:
+        assert next(ahead).batch.step == 0
+        with pytest.raises(TrainingError, match="enough"):
+            next(ahead)
+        hold.set()
+    assert 0.9 < told[0] < told[1]
+
+
 def test_leaving_ends_the_thread_while_steps_are_waiting() -> None:
     before = threading.active_count()
     with DevicePrefetch(iter(toy.steps()), CPU, 1) as ahead:
