@@ -14,6 +14,7 @@ waiting for a busy machine does not count. One JSON line comes last.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -23,9 +24,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -153,20 +154,20 @@ def run(arguments: argparse.Namespace, config: PlanConfig, out: str) -> dict[str
     """A real run: its molecules/s and the bytes of its checkpoint."""
     began = time.monotonic()
     workers = arguments.workers
-    with _CpuTimes(workers) as times:
+    with looks_each_second() as looks:
         pretrain(run_config(arguments, config, out))
     records = read_records(out)[arguments.steps // 5 :]
     commit = latest_committed(out)
     assert commit is not None
     step_s = statistics.median(record["step_s"] for record in records)
     rate = round(workers * arguments.batch / step_s, 1)
+    cores = ray_cores(looks, workers)
     say(
-        f"ran {arguments.steps} steps in {time.monotonic() - began:.0f} s: {rate} molecules/s, "
-        f"{times.ray_cores():.3f} cores for Ray"
+        f"ran {arguments.steps} steps in {time.monotonic() - began:.0f} s: {rate} molecules/s, {cores} cores for Ray"
     )
     return {
         "molecules_per_s": rate,
-        "ray_cores": times.ray_cores(),
+        "ray_cores": cores,
         "checkpoint_bytes": sum(file.num_bytes for file in commit.files),
     }
 
@@ -191,51 +192,55 @@ def run_config(arguments: argparse.Namespace, config: PlanConfig, out: str) -> P
     )
 
 
-class _CpuTimes:
-    """Looks each second at the CPU time of this process and all below it, trainers apart from the others."""
+class Look(NamedTuple):
+    """CPU seconds of each process so far, by its number."""
 
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        self._looks: list[tuple[float, dict[int, float], dict[int, float]]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+    at_s: float
+    trainers: dict[int, float]
+    others: dict[int, float]
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._done.set()
-        self._thread.join()
+@contextlib.contextmanager
+def looks_each_second() -> Iterator[list[Look]]:
+    """What this process and all below it had used, second by second, within the body."""
+    looks: list[Look] = []
+    over = threading.Event()
 
-    def _look(self) -> None:
-        import psutil  # Ray brings its own copy
+    def keep_looking() -> None:
+        while not over.wait(1.0):
+            looks.append(look())
 
-        while not self._done.wait(1.0):
-            trainers: dict[int, float] = {}
-            others: dict[int, float] = {}
-            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-                try:
-                    times, title = process.cpu_times(), " ".join(process.cmdline())
-                except psutil.Error:
-                    continue  # ended meanwhile
-                side = trainers if "RayTrainWorker" in title else others
-                side[process.pid] = times.user + times.system
-            self._looks.append((time.monotonic(), trainers, others))
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield looks
+    finally:
+        over.set()
+        thread.join()
 
-    def ray_cores(self) -> float:
-        """CPU seconds a second of what does not train, the median over the looks during which trainers kept computing."""
-        found = []
-        for (began, train, rest), (ended, train_now, rest_now) in itertools.pairwise(self._looks):
-            seconds = ended - began
-            if _spent(train, train_now) > 0.6 * self._workers * seconds:
-                found.append(_spent(rest, rest_now) / seconds)
-        return round(statistics.median(found[len(found) // 5 :]), 3) if found else float("nan")
+
+def look() -> Look:
+    import psutil  # Ray brings its own copy
+
+    found = Look(time.monotonic(), {}, {})
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times, title = process.cpu_times(), " ".join(process.cmdline())
+        except psutil.Error:
+            continue  # ended meanwhile
+        side = found.trainers if "RayTrainWorker" in title else found.others
+        side[process.pid] = times.user + times.system
+    return found
+
+
+def ray_cores(looks: Sequence[Look], workers: int) -> float:
+    """CPU seconds a second of what does not train, the median over the seconds in which trainers kept computing."""
+    found = []
+    for before, now in itertools.pairwise(looks):
+        seconds = now.at_s - before.at_s
+        if _spent(before.trainers, now.trainers) > 0.6 * workers * seconds:
+            found.append(_spent(before.others, now.others) / seconds)
+    return round(statistics.median(found[len(found) // 5 :]), 3)
 
 
 def _spent(before: dict[int, float], now: dict[int, float]) -> float:
