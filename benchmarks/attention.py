@@ -141,7 +141,8 @@ def packed_kernels(case: Case) -> Tensor:
     with torch.autocast(case.qkv.device.type, dtype=case.qkv.dtype):
         shared = SharedBias(case.bias)
     seed = torch.zeros(1, dtype=torch.int64, device=case.qkv.device)
-    return attend_packed(case.qkv, shared, case.batch, seed)
+    offset = torch.zeros(case.qkv.shape[1], device=case.qkv.device)
+    return attend_packed(case.qkv, offset, shared, case.batch, seed)
 
 
 def padded_fused(case: Case) -> Tensor:

@@ -14,6 +14,7 @@ from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.heads import PairHead
 from moleblend_ray.model.moleblend import MoleBlendModel, MoleBlendOutput
+from moleblend_ray.model.pair_bias import attention_bias
 
 
 class PlainModel(nn.Module):
@@ -28,7 +29,7 @@ class PlainModel(nn.Module):
     def forward(self, batch: MoleculeBatch, blend: Blend) -> MoleBlendOutput:
         model, encoder = self.model, self.model.encoder
         geometry = encoder.geometry(batch, batch.positions + blend.noise)
-        bias = encoder.attention_bias(batch, blend, geometry)
+        bias = attention_bias(batch, blend, encoder.topology, geometry.bias)
         tokens = batch.pad_tokens(encoder.input_norm(encoder.embed(batch, blend, geometry)))
         rates = torch.linspace(0.0, encoder.drop_path, len(encoder.layers)).tolist()
         for layer, rate in zip(encoder.layers, rates, strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
@@ -24,8 +24,9 @@ NUM_PARTS = 3
 LARGEST_SEED: Final = (1 << 62) - 1
 """Of a kernel's dropout."""
 
-Attend = Callable[[Tensor, float], Tensor]
-"""What a block does between its linear maps: queries, keys and values (S, 3 * D) and the probability of dropout -> (S, D)."""
+Attend = Callable[[Tensor, nn.Linear, float], Tensor]
+"""Tokens (S, D), the linear map to their queries, keys and values (S, 3 * D), and the probability of dropout -> (S, D), before the
+last linear map."""
 
 
 def attention_of_blocks(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[Attend]:
@@ -56,18 +57,28 @@ def kernels_fit(bias: Tensor) -> bool:
     return bias.shape[-1] <= MAX_TOKENS
 
 
-def _by_rows(bias: Tensor, rows: HeadRows, qkv: Tensor, probability: float) -> Tensor:
-    return attend_by_rows(qkv, bias, rows, probability)
+def _by_rows(
+    bias: Tensor, rows: HeadRows, tokens: Tensor, to_qkv: nn.Linear, probability: float
+) -> Tensor:
+    return attend_by_rows(to_qkv(tokens), bias, rows, probability)
 
 
-def _padded(bias: Tensor, batch: MoleculeBatch, qkv: Tensor, probability: float) -> Tensor:
-    return attend_padded(qkv, bias, batch, probability)
+def _padded(
+    bias: Tensor, batch: MoleculeBatch, tokens: Tensor, to_qkv: nn.Linear, probability: float
+) -> Tensor:
+    return attend_padded(to_qkv(tokens), bias, batch, probability)
 
 
 def _packed(
-    shared: SharedBias, batch: MoleculeBatch, seed: Tensor, qkv: Tensor, probability: float
+    shared: SharedBias,
+    batch: MoleculeBatch,
+    seed: Tensor,
+    tokens: Tensor,
+    to_qkv: nn.Linear,
+    probability: float,
 ) -> Tensor:
-    return attend_packed(qkv, shared, batch, seed, probability)
+    products = F.linear(tokens, to_qkv.weight)
+    return attend_packed(products, to_qkv.bias, shared, batch, seed, probability)
 
 
 class HeadRows(NamedTuple):
@@ -237,17 +248,19 @@ class _Share(torch.autograd.Function):
 
 def attend_packed(
     qkv: Tensor,
+    offset: Tensor,
     shared: SharedBias,
     batch: MoleculeBatch,
     seed: Tensor,
     dropout_probability: float = 0.0,
 ) -> Tensor:
-    """The same as :func:`attend_padded` by Triton kernels, without padding and without any copy in another layout.
+    """The same as :func:`attend_padded` of ``qkv + offset``, (S, 3 * D) and (3 * D,), by Triton kernels, without padding and
+    without any copy in another layout.
 
     ``seed`` (1,) int64 decides what dropout removes.
     """
     output: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
-        qkv, shared.values, shared, batch, seed, dropout_probability
+        qkv, offset, shared.values, shared, batch, seed, dropout_probability
     )
     return output
 
@@ -257,6 +270,7 @@ class _PackedAttention(torch.autograd.Function):
     def forward(
         context: Any,
         qkv: Tensor,
+        offset: Tensor,
         bias: Tensor,
         shared: SharedBias,
         batch: MoleculeBatch,
@@ -265,20 +279,21 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         from moleblend_ray.model.attention_kernels import attention_forward
 
-        context.save_for_backward(qkv, bias, batch.graph_token, batch.num_atoms, seed)
+        context.save_for_backward(qkv, offset, bias, batch.graph_token, batch.num_atoms, seed)
         context.shared, context.dropout_probability = shared, dropout_probability
         context.groups = batch.size_groups
         molecules = batch.graph_token, batch.num_atoms, batch.size_groups
-        return attention_forward(qkv, bias, *molecules, seed, dropout_probability)
+        return attention_forward(qkv, offset, bias, *molecules, seed, dropout_probability)
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.attention_kernels import attention_backward
 
-        qkv, bias, first_token, num_atoms, seed = context.saved_tensors
-        of_qkv = attention_backward(
+        qkv, offset, bias, first_token, num_atoms, seed = context.saved_tensors
+        of_qkv, of_offset = attention_backward(
             gradient.contiguous(),
             qkv,
+            offset,
             bias,
             first_token,
             num_atoms,
@@ -287,4 +302,4 @@ class _PackedAttention(torch.autograd.Function):
             context.dropout_probability,
             context.shared.add_here(),
         )
-        return of_qkv, None, None, None, None, None
+        return of_qkv, of_offset.to(offset.dtype), None, None, None, None, None

@@ -2,7 +2,8 @@
 
 A molecule's tokens fit one tile, so nothing is summed in parts. Queries, keys and values are read from the packed tokens
 where the linear map left them, and their gradients are written there; neither scores nor weights ever reach memory, and the
-gradient of the bias is added to one tensor by all blocks in turn.
+gradient of the bias is added to one tensor by all blocks in turn. The bias of that linear map, called offset here, is added in
+the kernel, which adds up its gradient over each molecule, too.
 
 Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
 """
@@ -32,6 +33,7 @@ _SMALLEST_TILE = 16
 @on_its_device
 def attention_forward(
     qkv: Tensor,
+    offset: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
@@ -39,7 +41,7 @@ def attention_forward(
     seed: Tensor,
     dropout_probability: float,
 ) -> Tensor:
-    """(S, D) of ``qkv`` (S, 3 * D) and ``bias`` (B, H, T, T), contiguous.
+    """(S, D) of ``qkv`` (S, 3 * D) plus ``offset`` (3 * D,), and ``bias`` (B, H, T, T), contiguous.
 
     ``first_token`` and ``num_atoms`` (B,) int64: a molecule is the rows from its first one on, one more than it has
     atoms. ``groups`` are all molecules. ``seed`` (1,) int64 on the device decides what dropout removes.
@@ -48,7 +50,7 @@ def attention_forward(
     for group in groups:
         grid, constants = _launch(qkv, bias, group, dropout_probability)
         _forward[grid](
-            qkv, bias, first_token, num_atoms, seed, output,
+            qkv, offset, bias, first_token, num_atoms, seed, output,
             group.first, bias.shape[2], dropout_probability, **constants,
         )  # fmt: skip
     return output
@@ -58,6 +60,7 @@ def attention_forward(
 def attention_backward(
     gradient: Tensor,
     qkv: Tensor,
+    offset: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
@@ -65,17 +68,18 @@ def attention_backward(
     seed: Tensor,
     dropout_probability: float,
     of_bias: Tensor,
-) -> Tensor:
-    """(S, 3 * D) gradient of ``qkv``, from that of the output (S, D); the one of the bias is added to ``of_bias``
-    (B, H, T, T) float32."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``qkv`` (S, 3 * D) and, in float32, of ``offset`` (3 * D,), from that of the output (S, D); the one of the
+    bias is added to ``of_bias`` (B, H, T, T) float32."""
     of_qkv = torch.empty_like(qkv)
+    of_offsets = torch.empty(len(num_atoms), qkv.shape[1], dtype=torch.float32, device=qkv.device)
     for group in groups:
         grid, constants = _launch(qkv, bias, group, dropout_probability)
         _backward[grid](
-            gradient, qkv, bias, first_token, num_atoms, seed, of_qkv, of_bias,
+            gradient, qkv, offset, bias, first_token, num_atoms, seed, of_qkv, of_offsets, of_bias,
             group.first, bias.shape[2], dropout_probability, **constants,
         )  # fmt: skip
-    return of_qkv
+    return of_qkv, of_offsets.sum(0)
 
 
 def _launch(
@@ -99,7 +103,7 @@ def _launch(
 @triton.jit
 def _places(  # type: ignore[no-untyped-def]
     first_token, num_atoms, first_molecule, T,
-    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):  # fmt: skip
     """Which molecule and head this program computes, and where their numbers are."""
     molecule = first_molecule + tl.program_id(0) // NUM_HEADS
@@ -109,20 +113,31 @@ def _places(  # type: ignore[no-untyped-def]
     row = tl.arange(0, TILE)[:, None]
     column = tl.arange(0, TILE)[None, :]
     feature = tl.arange(0, WIDTH_TILE)[None, :]
-    held = (row < tokens) & (feature < HEAD_WIDTH)
-    # Of (S, 3, H, d), and of (S, H, d); molecules together can pass 2**31 numbers.
+    # Of the rows of (S, 3, H, d) and (S, H, d); molecules together can pass 2**31 numbers.
     packed = tl.load(first_token + molecule) + row
-    at = (packed * (3 * NUM_HEADS) + head) * HEAD_WIDTH + feature
-    return tokens, row, column, feature, held, packed, head, number, row * T + column, at
+    return tokens, row, column, feature, packed, molecule, head, number, row * T + column
 
 
 @triton.jit
-def _load_three(qkv, at, held, NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Queries, keys and values (TILE, WIDTH_TILE), 0 outside."""
-    query = tl.load(qkv + at, mask=held, other=0.0)
-    key = tl.load(qkv + at + NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    value = tl.load(qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, mask=held, other=0.0)
-    return query, key, value
+def _load_three(  # type: ignore[no-untyped-def]
+    qkv, offset, packed, head, feature, held, NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr
+):
+    """Queries, keys and values (TILE, WIDTH_TILE); of no use in rows that are not ``held``."""
+    width = NUM_HEADS * HEAD_WIDTH
+    of_head = head * HEAD_WIDTH + feature
+    at = packed * (3 * width) + of_head
+    inside = feature < HEAD_WIDTH
+    query = _load(qkv + at, offset + of_head, held, inside)
+    key = _load(qkv + at + width, offset + of_head + width, held, inside)
+    value = _load(qkv + at + 2 * width, offset + of_head + 2 * width, held, inside)
+    return query, key, value, at
+
+
+@triton.jit
+def _load(place, offset, held, inside):  # type: ignore[no-untyped-def]
+    product = tl.load(place, mask=held, other=0.0)
+    lift = tl.load(offset, mask=inside, other=0.0)
+    return (product.to(tl.float32) + lift.to(tl.float32)).to(product.dtype)
 
 
 @triton.jit
@@ -139,6 +154,7 @@ def _weights(query, key, bias, pair, tokens, row, column, scale, PRECISION: tl.c
 @triton.jit(do_not_specialize=["first_molecule"])
 def _forward(  # type: ignore[no-untyped-def]
     qkv,
+    offset,
     bias,
     first_token,
     num_atoms,
@@ -154,11 +170,14 @@ def _forward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, row, column, feature, held, packed, head, number, place, at = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, HEAD_WIDTH, TILE, WIDTH_TILE
+    tokens, row, column, feature, packed, _, head, number, place = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE, WIDTH_TILE
     )
     square = number.to(tl.int64) * T * T
-    query, key, value = _load_three(qkv, at, held, NUM_HEADS, HEAD_WIDTH)
+    held = (row < tokens) & (feature < HEAD_WIDTH)
+    query, key, value, _ = _load_three(
+        qkv, offset, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH
+    )
     weight = _weights(
         query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
     )
@@ -174,11 +193,13 @@ def _forward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     gradient,
     qkv,
+    offset,
     bias,
     first_token,
     num_atoms,
     seed,
     of_qkv,
+    of_offsets,
     of_bias,
     first_molecule,
     T,
@@ -190,11 +211,14 @@ def _backward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, row, column, feature, held, packed, head, number, place, at = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, HEAD_WIDTH, TILE, WIDTH_TILE
+    tokens, row, column, feature, packed, molecule, head, number, place = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE, WIDTH_TILE
     )
     square = number.to(tl.int64) * T * T
-    query, key, value = _load_three(qkv, at, held, NUM_HEADS, HEAD_WIDTH)
+    held = (row < tokens) & (feature < HEAD_WIDTH)
+    query, key, value, at = _load_three(
+        qkv, offset, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH
+    )
     scale = HEAD_WIDTH**-0.5
     weight = _weights(query, key, bias + square, place, tokens, row, column, scale, PRECISION)
 
@@ -216,7 +240,13 @@ def _backward(  # type: ignore[no-untyped-def]
     factor = (of_score * scale).to(query.dtype)
     of_query = tl.dot(factor, key, input_precision=PRECISION)
     of_key = tl.dot(tl.trans(factor), query, input_precision=PRECISION)
+    width = NUM_HEADS * HEAD_WIDTH
     kind = of_qkv.dtype.element_ty
     tl.store(of_qkv + at, of_query.to(kind), mask=held)
-    tl.store(of_qkv + at + NUM_HEADS * HEAD_WIDTH, of_key.to(kind), mask=held)
-    tl.store(of_qkv + at + 2 * NUM_HEADS * HEAD_WIDTH, of_value.to(kind), mask=held)
+    tl.store(of_qkv + at + width, of_key.to(kind), mask=held)
+    tl.store(of_qkv + at + 2 * width, of_value.to(kind), mask=held)
+    to = of_offsets + molecule.to(tl.int64) * (3 * width) + head * HEAD_WIDTH + feature
+    inside = feature < HEAD_WIDTH
+    tl.store(to, tl.sum(of_query, 0)[None, :], mask=inside)
+    tl.store(to + width, tl.sum(of_key, 0)[None, :], mask=inside)
+    tl.store(to + 2 * width, tl.sum(of_value, 0)[None, :], mask=inside)

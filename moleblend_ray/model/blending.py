@@ -86,6 +86,15 @@ class Blend:
         """(B, N, N) bool: pairs that show ``relation``."""
         return self._shown(self.pair_choice, relation, geometry=relation == Relation.GEOMETRY)
 
+    def shown_relations(self) -> Tensor:
+        """(B, N, N) uint8: bit r is set where a pair shows relation r."""
+        if self.view is None:
+            return torch.ones_like(self.pair_choice) << self.pair_choice
+        spd, edge, geometry = (
+            self.shows_pair(relation).to(torch.uint8) << relation for relation in Relation
+        )
+        return spd | edge | geometry
+
     def shows_atom(self, feature: AtomFeature) -> Tensor:
         """(B, N) bool: atoms that show ``feature``."""
         return self._shown(self.atom_choice, feature, geometry=feature == AtomFeature.GEOMETRY)

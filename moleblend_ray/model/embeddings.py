@@ -117,12 +117,16 @@ class TopologyBias(nn.Module):
         bias = sum_of_rows(batch.spd.long().view(-1, 1), self.spd.weight)
         return bias.view(*batch.spd.shape, -1)
 
+    def hop_table(self, num_hops: int) -> Tensor:
+        """(num_hops * 61, H): what each bond code adds in each hop."""
+        bonds = self.bonds(self.bond_rows).mean(1)
+        codes = torch.cat([self.no_hop.to(bonds.dtype)[None], bonds])
+        return (codes @ self.hop_matrices[:num_hops]).flatten(0, 1)
+
     def edge_bias(self, batch: MoleculeBatch) -> Tensor:
         """(B, N, N, H) sum over hops, divided by the path length in bonds, 1 to 5 (unreachable: 5)."""
         B, N, _, L = batch.path_codes.shape
-        bonds = self.bonds(self.bond_rows).mean(1)
-        codes = torch.cat([self.no_hop.to(bonds.dtype)[None], bonds])
-        table = (codes @ self.hop_matrices[:L]).flatten(0, 1)
+        table = self.hop_table(L)
         first_row = torch.arange(L, device=table.device) * NUM_BOND_CODES
         rows = (batch.path_codes.long() + first_row).reshape(-1, L)
         total = sum_of_rows(rows, table).view(B, N, N, -1)

@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from moleblend_ray.model.attention import LARGEST_SEED, Attend, attention_of_blocks
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.blending import AtomFeature, Blend, Relation
+from moleblend_ray.model.blending import AtomFeature, Blend
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import (
@@ -29,7 +28,7 @@ from moleblend_ray.model.embeddings import (
     TopologyBias,
 )
 from moleblend_ray.model.fused import add_and_norm, gelu_and_dropout
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.pair_bias import attention_bias
 
 
 class Draws(NamedTuple):
@@ -81,7 +80,7 @@ class Block(nn.Module):
     def compute(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
         """The block itself, with the arguments of :meth:`forward`."""
         probability = self.attention.dropout if self.training else 0.0
-        attended = attend(self.attention.qkv(tokens), probability)
+        attended = attend(tokens, self.attention.qkv, probability)
         after_attention = self.compiled or self.after_attention
         return after_attention(tokens, attended, molecule, draws)
 
@@ -97,11 +96,16 @@ class Block(nn.Module):
             (self.dropout, self.activation_dropout) if self.training else (0.0, 0.0)
         )
         add_branch = functools.partial(add_and_norm, molecule=molecule, probability=rate)
-        branch = self.attention.out(attended)
-        tokens = add_branch(tokens, branch, self.attention_norm, factor=of_attention, seed=first)
-        hidden = gelu_and_dropout(self.ffn_in(tokens), probability=activation_rate, seed=second)
-        branch = self.ffn_out(hidden)
-        return add_branch(tokens, branch, self.ffn_norm, factor=of_ffn, seed=third)
+        tokens = add_branch(
+            tokens,
+            attended,
+            self.attention.out,
+            self.attention_norm,
+            factor=of_attention,
+            seed=first,
+        )
+        hidden = gelu_and_dropout(tokens, self.ffn_in, probability=activation_rate, seed=second)
+        return add_branch(tokens, hidden, self.ffn_out, self.ffn_norm, factor=of_ffn, seed=third)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +149,7 @@ class Encoder(nn.Module):
         """Encode; without ``blend`` every relation of every pair is visible and positions carry no noise."""
         positions = batch.positions if blend is None else batch.positions + blend.noise
         geometry: GeometryFeatures = self.geometry(batch, positions)
-        bias = self.attention_bias(batch, blend, geometry)
+        bias = attention_bias(batch, blend, self.topology, geometry.bias)
         tokens = self.input_norm(self.embed(batch, blend, geometry))
         tokens = dropout(tokens, self.dropout, training=self.training)
         ways = attention_of_blocks(bias, batch, len(self.layers))
@@ -194,26 +198,3 @@ class Encoder(nn.Module):
         tokens: Tensor = atoms.new_zeros(len(batch.token_index), atoms.shape[1])
         tokens = tokens.index_copy(0, batch.graph_token, graph)
         return tokens.index_copy(0, batch.atom_token, atoms)
-
-    def attention_bias(
-        self, batch: MoleculeBatch, blend: Blend | None, geometry: GeometryFeatures
-    ) -> Tensor:
-        """(B, H, T, T) float32: visible relations between atoms, the virtual distance on the graph token's links."""
-        spd, edge = precise(self.topology.spd_bias(batch)), precise(self.topology.edge_bias(batch))
-        if blend is None:
-            pairs = spd + edge + precise(geometry.bias)
-        elif blend.view is None:
-            choice = blend.pair_choice[..., None]
-            graph = torch.where(choice == Relation.SPD, spd, edge)
-            pairs = torch.where(choice == Relation.GEOMETRY, precise(geometry.bias), graph)
-        else:
-            shown = [blend.shows_pair(relation)[..., None] for relation in Relation]
-            pairs = spd * shown[0] + edge * shown[1] + precise(geometry.bias) * shown[2]
-        bias: Tensor = F.pad(pairs, (0, 0, 1, 0, 1, 0))
-        T = bias.shape[1]
-        token = torch.arange(T, device=bias.device)
-        border = (token[:, None] == 0) | (token[None, :] == 0)
-        bias = bias + border[..., None] * precise(self.topology.virtual_distance)
-        padding_column = token > batch.num_atoms[:, None]
-        bias = bias.masked_fill(padding_column[:, None, :, None], float("-inf"))
-        return bias.permute(0, 3, 1, 2).contiguous()

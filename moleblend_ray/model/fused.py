@@ -87,7 +87,8 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
 
 def add_and_norm(
     tokens: Tensor,
-    branch: Tensor,
+    inputs: Tensor,
+    linear: nn.Linear,
     norm: nn.LayerNorm,
     *,
     molecule: Tensor,
@@ -95,39 +96,46 @@ def add_and_norm(
     probability: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(S, D) LayerNorm of ``tokens`` (S, D) plus ``branch`` (S, D) after dropout with ``probability`` and times ``factor`` (B,) of
-    the token's ``molecule`` (S,).
+    """(S, D) LayerNorm of ``tokens`` (S, D) plus a branch: ``linear`` of ``inputs``, after dropout with ``probability`` and times
+    ``factor`` (B,) of the token's ``molecule`` (S,).
 
-    ``seed`` (1,) int64 decides what is dropped on a GPU. There the result has the type of ``branch``, bfloat16 under autocast.
+    ``seed`` (1,) int64 decides what is dropped on a GPU. There the result has the type of the branch, bfloat16 under autocast.
     """
-    if kernels_fit(tokens) and kernels_fit(branch):
+    if kernels_fit(tokens) and kernels_fit(inputs):
+        product = F.linear(inputs, linear.weight)
         output: Tensor = _AddAndNorm.apply(  # type: ignore[no-untyped-call]
-            tokens, branch, norm.weight, norm.bias, norm.eps, molecule, factor,
+            tokens, product, linear.bias, norm.weight, norm.bias, norm.eps, molecule, factor,
             seed if probability > 0.0 else None, probability,
         )  # fmt: skip
         return output
-    branch = dropout(branch, probability, training=True)
+    branch = dropout(linear(inputs), probability, training=True)
     if factor is not None:
         branch = branch * factor[molecule, None]
     plain: Tensor = norm(tokens + branch)
     return plain
 
 
-def gelu_and_dropout(hidden: Tensor, *, probability: float, seed: Tensor | None) -> Tensor:
-    """GELU of ``hidden`` (S, F), then dropout; ``seed`` as in :func:`add_and_norm`."""
-    if kernels_fit(hidden):
+def gelu_and_dropout(
+    inputs: Tensor, linear: nn.Linear, *, probability: float, seed: Tensor | None
+) -> Tensor:
+    """(S, F) GELU of ``linear`` of ``inputs`` (S, D), then dropout; ``seed`` as in :func:`add_and_norm`."""
+    if kernels_fit(inputs):
+        product = F.linear(inputs, linear.weight)
         seed = seed if probability > 0.0 else None
-        output: Tensor = _GeluAndDropout.apply(hidden, seed, probability)  # type: ignore[no-untyped-call]
+        output: Tensor = _GeluAndDropout.apply(product, linear.bias, seed, probability)  # type: ignore[no-untyped-call]
         return output
-    return dropout(F.gelu(hidden), probability, training=True)
+    return dropout(F.gelu(linear(inputs)), probability, training=True)
 
 
 class _AddAndNorm(torch.autograd.Function):
+    """Adds the bias of the linear map as well: its gradient then costs no pass over the branch's."""
+
     @staticmethod
     def forward(
         context: Any,
         tokens: Tensor,
-        branch: Tensor,
+        product: Tensor,
+        offset: Tensor,
         weight: Tensor,
         shift: Tensor,
         epsilon: float,
@@ -139,9 +147,11 @@ class _AddAndNorm(torch.autograd.Function):
         from moleblend_ray.model.block_kernels import add_and_norm_forward
 
         output, statistics = add_and_norm_forward(
-            tokens, branch, weight, shift, epsilon, molecule, factor, seed, probability
+            tokens, product, offset, weight, shift, epsilon, molecule, factor, seed, probability
         )
-        context.save_for_backward(tokens, branch, weight, statistics, molecule, factor, seed)
+        context.save_for_backward(
+            tokens, product, offset, weight, statistics, molecule, factor, seed
+        )
         context.probability, context.of_shift = probability, shift.dtype
         return output
 
@@ -149,11 +159,12 @@ class _AddAndNorm(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.block_kernels import add_and_norm_backward
 
-        tokens, branch, weight, statistics, molecule, factor, seed = context.saved_tensors
-        of_tokens, of_branch, of_weight, of_shift = add_and_norm_backward(
+        tokens, product, offset, weight, statistics, molecule, factor, seed = context.saved_tensors
+        of_tokens, of_product, sums = add_and_norm_backward(
             gradient.contiguous(),
             tokens,
-            branch,
+            product,
+            offset,
             weight,
             statistics,
             molecule,
@@ -161,22 +172,34 @@ class _AddAndNorm(torch.autograd.Function):
             seed,
             context.probability,
         )
-        of_weight, of_shift = of_weight.to(weight.dtype), of_shift.to(context.of_shift)
-        return of_tokens, of_branch, of_weight, of_shift, None, None, None, None, None
+        of_offset, of_weight, of_shift = (
+            total.to(dtype)
+            for total, dtype in zip(
+                sums, (offset.dtype, weight.dtype, context.of_shift), strict=True
+            )
+        )
+        return (of_tokens, of_product, of_offset, of_weight, of_shift) + (None,) * 5
 
 
 class _GeluAndDropout(torch.autograd.Function):
+    """Adds the bias of the linear map as well, as :class:`_AddAndNorm` does."""
+
     @staticmethod
-    def forward(context: Any, hidden: Tensor, seed: Tensor | None, probability: float) -> Tensor:
+    def forward(
+        context: Any, product: Tensor, offset: Tensor, seed: Tensor | None, probability: float
+    ) -> Tensor:
         from moleblend_ray.model.block_kernels import gelu_forward
 
-        context.save_for_backward(hidden, seed)
+        context.save_for_backward(product, offset, seed)
         context.probability = probability
-        return gelu_forward(hidden, seed, probability)
+        return gelu_forward(product, offset, seed, probability)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from moleblend_ray.model.block_kernels import gelu_backward
 
-        hidden, seed = context.saved_tensors
-        return gelu_backward(gradient.contiguous(), hidden, seed, context.probability), None, None
+        product, offset, seed = context.saved_tensors
+        of_product, of_offset = gelu_backward(
+            gradient.contiguous(), product, offset, seed, context.probability
+        )
+        return of_product, of_offset.to(offset.dtype), None, None

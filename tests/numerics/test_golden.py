@@ -42,6 +42,7 @@ from moleblend_ray.model.losses import (
     total_loss,
 )
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.model.pair_bias import attention_bias
 from moleblend_ray.vocabulary import UNREACHABLE
 
 RELATIVE_TOLERANCE = 1e-4
@@ -271,11 +272,11 @@ def watch(
         seen["merged_3d_feature"], seen["delta_pos"] = output.merged, output.displacement
         seen["bias_spd"] = encoder.topology.spd_bias(batch).permute(0, 3, 1, 2)
         seen["bias_edge"] = encoder.topology.edge_bias(batch).permute(0, 3, 1, 2)
-        nothing = output._replace(bias=torch.zeros_like(output.bias))
+        nothing = torch.zeros_like(output.bias)
         only_geometry = dataclasses.replace(
             blend, pair_choice=torch.full_like(blend.pair_choice, 2)
         )
-        seen["attn_bias_base"] = encoder.attention_bias(batch, only_geometry, nothing)
+        seen["attn_bias_base"] = attention_bias(batch, only_geometry, encoder.topology, nothing)
 
     def note(name: str) -> Any:
         def hook(_module: Any, _args: Any, output: Tensor) -> None:

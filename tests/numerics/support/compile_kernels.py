@@ -23,16 +23,18 @@ from moleblend_ray.model import (
     block_kernels,
     geometry_kernels,
     loss_kernels,
+    pair_bias_kernels,
     philox_kernels,
 )
 
 H100 = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
-BFLOAT16 = "qkv output gradient of_qkv branch of_branch hidden of_hidden density of_density logits of_logits"
+BFLOAT16 = "qkv output gradient of_qkv product of_product density of_density logits of_logits geometry of_geometry hop_table"
 FLOAT32 = (
-    "of_bias weight shift factor statistics of_tokens tokens of_weights of_shifts value mean width sums of_sums "
-    "of_value of_mean of_width loss normaliser"
+    "of_bias offset of_offsets weight shift factor statistics of_tokens tokens of_weights of_shifts value mean width sums of_sums "
+    "of_value of_mean of_width loss normaliser spd_table "
+    "virtual of_virtuals of_tables blended of_blended"
 )
 INT64 = "first_token num_atoms seed molecule target c0 c1 c2 c3 words"
 TYPES: Mapping[str, str] = {
@@ -41,6 +43,7 @@ TYPES: Mapping[str, str] = {
     **dict.fromkeys(INT64.split(), "*i64"),
     "bias": "*bf16",
     "known": "*i1",
+    **dict.fromkeys(["spd", "path_codes", "shown"], "*u8"),
     **dict.fromkeys(["T", "first_molecule", "count", "pairs", "rows"], "i32"),
     **dict.fromkeys(["low", "high"], "i64"),
     **dict.fromkeys(["dropout_probability", "probability", "epsilon", "norm"], "fp32"),
@@ -57,12 +60,27 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
     yield block_kernels._add_and_norm, row, 4
     yield block_kernels._add_and_norm_backward, row, 4
-    for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
-        yield kernel, {"DROPS": True, "BLOCK": 2048}, 8
+    yield block_kernels._gelu, {"WIDTH": 768, "DROPS": True, "BLOCK": 2048}, 8
+    part = {"ROWS": 8, "COLUMNS": 256}
+    yield block_kernels._gelu_backward, {"WIDTH": 768, "DROPS": True, **part}, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
     for kernel in (loss_kernels._cross_entropy, loss_kernels._cross_entropy_backward):
         yield kernel, {"CLASSES": 25, "TILE": 32, "ROWS": 32}, 4
+    paths = {"HOPS": 5, "CODES": 61}
+    pair = {"NUM_HEADS": 32, "HEADS": 32, "LONGEST": 5, "BLENDS": True}
+    yield pair_bias_kernels._pair_bias, {**pair, **paths, "COLUMNS": 32}, 4
+    # float32, and the heads of the preset xl.
+    for changes, warps in (
+        ({"PRECISION": "tf32"}, 8),
+        ({"PRECISION": "ieee"}, 8),
+        ({"PRECISION": "tf32", "NUM_HEADS": 48, "HEADS": 64}, 16),
+    ):
+        sums = {**pair, "COLUMNS": 16, **changes}
+        rows = {"ROWS": 256, "ROW_TILE": 256}
+        yield pair_bias_kernels._distances_backward, {**sums, **rows}, warps
+        rows = {"ROWS": 305, "ROW_TILE": 512}
+        yield pair_bias_kernels._hops_backward, {**sums, **rows, **paths}, warps
     yield philox_kernels._philox, {"BLOCK": 1024}, 4
 
 
@@ -93,13 +111,17 @@ def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
     return int(re.findall(r"STACK:(\d+)", told.stdout + told.stderr)[0])
 
 
+def name_of(kernel: Any, constants: Mapping[str, Any]) -> str:
+    """With what distinguishes its cases, the tile last."""
+    parts = (constants.get(name, "") for name in ("NUM_HEADS", "PRECISION", "TILE"))
+    return " ".join(map(str, (kernel.__name__, *parts))).rstrip()
+
+
 if __name__ == "__main__":
     print(
         json.dumps(
             {
-                f"{kernel.__name__} {constants.get('TILE', '')}".strip(): spilled(
-                    kernel, constants, warps
-                )
+                name_of(kernel, constants): spilled(kernel, constants, warps)
                 for kernel, constants, warps in cases()
             }
         )

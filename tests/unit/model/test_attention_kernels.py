@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import molecule_zoo as zoo
 import pytest
 import torch
@@ -26,14 +28,16 @@ def interpreted() -> None:
     skip_if_not_interpreted(attention_kernels._forward)
 
 
-def inputs(batch: MoleculeBatch, heads: int, width: int) -> tuple[Tensor, Tensor]:
+def inputs(batch: MoleculeBatch, heads: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     B, T = batch.num_molecules, batch.max_atoms + 1
     qkv = torch.randn(len(batch.token_index), 3 * width)
     bias = torch.randn(B, heads, T, T)
     padding = torch.arange(T) > batch.num_atoms[:, None].cpu()
     bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
-    return qkv.to(DEVICE).requires_grad_(), bias.to(DEVICE).requires_grad_()
+    given = qkv, torch.randn(3 * width), bias
+    qkv, offset, bias = (values.to(DEVICE).requires_grad_() for values in given)
+    return qkv, offset, bias
 
 
 def no_seed() -> Tensor:
@@ -50,29 +54,29 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
     upstream = torch.randn(2, len(batch.token_index), width, device=DEVICE)
     found = []
     for packed in (True, False):
-        qkv, bias = inputs(batch, heads, width)
+        qkv, offset, bias = inputs(batch, heads, width)
         shared = SharedBias(bias) if packed else None
         first, second = (
-            attend_padded(part, bias, batch)
+            attend_padded(part + offset, bias, batch)
             if shared is None
-            else attend_packed(part, shared, batch, no_seed())
+            else attend_packed(part, offset, shared, batch, no_seed())
             for part in (qkv, 2.0 * qkv)
         )
         # Something else reads the bias as well, as the denoising head does.
         read = bias.masked_fill(bias.isinf(), 0.0).square().sum()
         ((first * upstream[0]).sum() + (second * upstream[1]).sum() + read).backward()
-        found.append((first.detach(), second.detach(), qkv.grad, bias.grad))
+        found.append((first.detach(), second.detach(), qkv.grad, offset.grad, bias.grad))
     for ours, expected in zip(*found, strict=True):
         assert ours is not None
         assert expected is not None
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
 
 
 def test_a_second_backward_pass_begins_anew() -> None:
     batch = zoo.batch(SMALL, device=DEVICE)
-    qkv, bias = inputs(batch, 4, 96)
+    qkv, offset, bias = inputs(batch, 4, 96)
     shared = SharedBias(bias)
-    total = attend_packed(qkv, shared, batch, no_seed()).square().sum()
+    total = attend_packed(qkv, offset, shared, batch, no_seed()).square().sum()
     (once,) = torch.autograd.grad(total, bias, retain_graph=True)
     (again,) = torch.autograd.grad(total, bias)
     torch.testing.assert_close(again, once, rtol=0, atol=0)
@@ -89,11 +93,12 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
     qkv = qkv.to(DEVICE).requires_grad_()
     bias = torch.zeros(batch.num_molecules, heads, T, T, device=DEVICE, requires_grad=True)
     seed = torch.tensor([7], device=DEVICE)
-    output = attend_packed(qkv, SharedBias(bias), batch, seed, rate)
+    offset = torch.zeros(3 * width, device=DEVICE)
+    output = attend_packed(qkv, offset, SharedBias(bias), batch, seed, rate)
     left = output[:, :: width // heads] * T * (1 - rate)
     torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-2)
     assert left.mean().item() / T == pytest.approx(1 - rate, abs=0.02)
-    other = attend_packed(qkv, SharedBias(bias), batch, seed + 1, rate)
+    other = attend_packed(qkv, offset, SharedBias(bias), batch, seed + 1, rate)
     assert not torch.equal(other, output)
 
     # The masked function is linear in the values: the product of gradient and values is the output's own sum.
@@ -106,7 +111,7 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
     direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
     def total(bias: Tensor) -> Tensor:
-        return (attend_packed(mixed, SharedBias(bias), batch, seed, rate) * weight).sum()
+        return (attend_packed(mixed, offset, SharedBias(bias), batch, seed, rate) * weight).sum()
 
     (slope,) = torch.autograd.grad(total(bias), bias)
     step = 1e-2
@@ -117,10 +122,10 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
 
 def test_a_molecule_that_is_not_finite_stays_alone() -> None:
     batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)], device=DEVICE)
-    qkv, bias = inputs(batch, 4, 96)
+    qkv, offset, bias = inputs(batch, 4, 96)
     with torch.no_grad():
         qkv[0] = float("nan")
-        output = attend_packed(qkv, SharedBias(bias), batch, no_seed())
+        output = attend_packed(qkv, offset, SharedBias(bias), batch, no_seed())
     assert {int(i) for i in batch.token_molecule[output.isnan().any(1)]} == {0}
 
 
@@ -139,7 +144,7 @@ def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.Monke
 
     def by_kernels(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[attention.Attend]:
         shared = SharedBias(bias)
-        return [lambda qkv, rate: attend_packed(qkv, shared, batch, no_seed(), rate)] * num_blocks
+        return [functools.partial(attention._packed, shared, batch, no_seed())] * num_blocks
 
     monkeypatch.setattr("moleblend_ray.model.encoder.attention_of_blocks", by_kernels)
     for recompute in (False, True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import sysconfig
 from pathlib import Path
@@ -31,7 +32,15 @@ def seed(number: int) -> Tensor:
     return torch.tensor([(number << 33) + 17], device=DEVICE)
 
 
-def inputs() -> tuple[Tensor, Tensor, torch.nn.LayerNorm, Tensor, Tensor]:
+def linear(width: int = WIDTH) -> torch.nn.Linear:
+    """A map whose product is its input, and a bias."""
+    layer = torch.nn.Linear(width, width, device=DEVICE)
+    torch.nn.init.eye_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    return layer
+
+
+def inputs() -> tuple[Tensor, Tensor, torch.nn.Linear, torch.nn.LayerNorm, Tensor, Tensor]:
     torch.manual_seed(0)
     tokens, branch = torch.randn(2, ROWS, WIDTH, device=DEVICE) * 2 + 0.5
     norm = torch.nn.LayerNorm(WIDTH, device=DEVICE)
@@ -39,21 +48,23 @@ def inputs() -> tuple[Tensor, Tensor, torch.nn.LayerNorm, Tensor, Tensor]:
     torch.nn.init.normal_(norm.bias)
     molecule = torch.arange(ROWS, device=DEVICE) * MOLECULES // ROWS
     factor = torch.tensor([0.0, 1.0, 1.25, 0.0, 2.0], device=DEVICE)
-    return tokens.requires_grad_(), branch.detach().requires_grad_(), norm, molecule, factor
+    both = tokens.requires_grad_(), branch.detach().requires_grad_()
+    return *both, linear(), norm, molecule, factor
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: bool) -> None:
     found = []
     for plain in (False, True):
-        tokens, branch, norm, molecule, factor = inputs()
+        tokens, branch, layer, norm, molecule, factor = inputs()
         if plain:
-            added = tokens + (branch * factor[molecule, None] if scaled else branch)
-            output = norm(added)
+            added = layer(branch)
+            output = norm(tokens + (added * factor[molecule, None] if scaled else added))
         else:
             output = fused.add_and_norm(
                 tokens,
                 branch,
+                layer,
                 norm,
                 molecule=molecule,
                 factor=factor if scaled else None,
@@ -62,26 +73,33 @@ def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: 
             )
         upstream = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
         output.backward(upstream.to(DEVICE))
-        found.append((output.detach(), tokens.grad, branch.grad, norm.weight.grad, norm.bias.grad))
+        gradients = [p.grad for p in (*layer.parameters(), *norm.parameters())]
+        found.append((output.detach(), tokens.grad, branch.grad, *gradients))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_branch_in_bfloat16_gives_a_result_in_bfloat16_computed_in_float32() -> None:
-    tokens, branch, norm, molecule, factor = inputs()
-    half = branch.detach().bfloat16()
+    tokens, branch, layer, norm, molecule, factor = inputs()
+    half, in_half = branch.detach().bfloat16(), copy.deepcopy(layer).bfloat16()
     output = fused.add_and_norm(
-        tokens, half, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+        tokens, half, in_half, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
     )
     assert output.dtype == torch.bfloat16
-    expected = norm(tokens + half.float() * factor[molecule, None]).bfloat16()
+    added = half.float() + in_half.bias.float()
+    expected = norm(tokens + added * factor[molecule, None]).bfloat16()
     torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
+    output.float().square().sum().backward()
+    assert in_half.bias.grad is not None
+    assert in_half.bias.grad.dtype == torch.bfloat16
 
 
 def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_asked() -> None:
     rate, rows, width = 0.25, 400, 64
     tokens = torch.zeros(rows, width, device=DEVICE, requires_grad=True)
-    branch = torch.ones(rows, width, device=DEVICE, requires_grad=True)
+    branch = torch.zeros(rows, width, device=DEVICE, requires_grad=True)
+    layer = linear(width)
+    torch.nn.init.ones_(layer.bias)
     norm = torch.nn.LayerNorm(width, device=DEVICE)
     molecule = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
 
@@ -89,6 +107,7 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
         return fused.add_and_norm(
             tokens,
             branch,
+            layer,
             norm,
             molecule=molecule,
             factor=None,
@@ -102,37 +121,47 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
     assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.01)
     assert torch.equal(run(1), output)
     assert not torch.equal(run(2), output)
-    of_branch, of_tokens = torch.autograd.grad(
-        (output * torch.randn(rows, width, device=DEVICE)).sum(), (branch, tokens)
+    of_branch, of_offset, of_tokens = torch.autograd.grad(
+        (output * torch.randn(rows, width, device=DEVICE)).sum(), (branch, layer.bias, tokens)
     )
     torch.testing.assert_close(of_branch, torch.where(kept, of_tokens / (1 - rate), 0.0))
+    torch.testing.assert_close(of_offset, of_branch.sum(0), rtol=1e-5, atol=1e-3)
 
 
-def test_gelu_and_its_dropout() -> None:
-    hidden = torch.randn(300, 20, device=DEVICE, requires_grad=True)
-    plain = F.gelu(hidden)
+@pytest.mark.parametrize("width", [20, 300])
+def test_gelu_and_its_dropout(width: int) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(300, width, device=DEVICE, requires_grad=True)
+    layer = linear(width)
+    plain = F.gelu(layer(hidden))
     torch.testing.assert_close(
-        fused.gelu_and_dropout(hidden, probability=0.0, seed=None), plain, rtol=1e-5, atol=1e-6
+        fused.gelu_and_dropout(hidden, layer, probability=0.0, seed=None),
+        plain,
+        rtol=1e-5,
+        atol=1e-6,
     )
     rate = 0.4
-    output = fused.gelu_and_dropout(hidden, probability=rate, seed=seed(3))
+    output = fused.gelu_and_dropout(hidden, layer, probability=rate, seed=seed(3))
     kept = output != 0
     assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.02)
     torch.testing.assert_close(
         output, torch.where(kept, plain / (1 - rate), 0.0), rtol=1e-5, atol=1e-5
     )
-    upstream = torch.randn(300, 20, device=DEVICE)
-    (ours,) = torch.autograd.grad(output, hidden, upstream)
-    (expected,) = torch.autograd.grad(plain, hidden, torch.where(kept, upstream / (1 - rate), 0.0))
-    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(300, width, device=DEVICE)
+    masked = torch.where(kept, upstream / (1 - rate), 0.0)
+    ours = torch.autograd.grad(output, (hidden, layer.bias), upstream)
+    expected = torch.autograd.grad(plain, (hidden, layer.bias), masked)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
-    hidden = torch.full((1, 1 << 16), 10.0, device=DEVICE)
+    hidden = torch.zeros(1, 1, device=DEVICE)
+    layer = torch.nn.Linear(1, 1 << 16, device=DEVICE)
+    torch.nn.init.constant_(layer.bias, 10.0)
 
     def kept(number: int) -> Tensor:
         output = fused.gelu_and_dropout(
-            hidden, probability=0.5, seed=torch.tensor([number], device=DEVICE)
+            hidden, layer, probability=0.5, seed=torch.tensor([number], device=DEVICE)
         )
         return (output[0] != 0).cpu()
 

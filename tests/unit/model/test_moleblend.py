@@ -170,13 +170,13 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
             kept = torch.isclose(factor, torch.tensor(1 / (1 - rate)))
             assert (kept | (factor == 0)).all()
             assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.1)
-    tokens, branch = torch.randn(2, len(batch.token_index), 32)
-    norm = encoder.layers[0].ffn_norm
+    tokens, hidden = torch.randn(2, len(batch.token_index), 32)
+    linear, norm = encoder.layers[0].attention.out, encoder.layers[0].ffn_norm
     molecule = batch.token_molecule
     added = add_and_norm(
-        tokens, branch, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+        tokens, hidden, linear, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
     )
-    scaled = branch * factor[molecule, None]
+    scaled = linear(hidden) * factor[molecule, None]
     torch.testing.assert_close(added, norm(tokens + scaled))
     encoder.eval()
     assert encoder._branch_factors(batch) == [None] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import molecule_zoo as zoo
@@ -10,7 +11,7 @@ import torch
 from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
 from torch import Tensor
 
-from moleblend_ray.model import embeddings, losses
+from moleblend_ray.model import embeddings, losses, pair_bias
 from moleblend_ray.model.blending import BlendConfig, draw_blend, philox
 from moleblend_ray.model.config import LossConfig
 from moleblend_ray.model.lookup import _SumOfRows
@@ -27,7 +28,7 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     skip_if_not_interpreted(loss_kernels._cross_entropy)
 
     def switch(chosen: bool) -> None:
-        for module in (embeddings, losses):
+        for module in (embeddings, losses, pair_bias):
             monkeypatch.setattr(module, "kernels_fit", lambda values: chosen)
 
     return switch
@@ -56,6 +57,46 @@ def test_gaussians_of_known_pairs_their_sums_and_gradients(
         assert (density[~known] == 0).all()
         loss = (density * parts[0].to(DEVICE)).sum() + (sums * parts[1].to(DEVICE)).sum()
         found.append([density, sums, *gradients_of(loss, [distance, *layer.parameters()])])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("blend", "heads"),
+    [
+        (None, 4),
+        (BlendConfig(), 24),
+        (BlendConfig(view_probabilities=(0.4, 0.2, 0.2, 0.2)), 4),
+    ],
+)
+def test_the_bias_of_pairs_and_its_gradients(
+    by_kernels: Callable[[bool], None],
+    blend: BlendConfig | None,
+    heads: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("moleblend_ray.model.pair_bias_kernels._COLUMNS", 16)
+    config = dataclasses.replace(SMALL_MODEL, dim=4 * heads, num_heads=heads)
+    topology = embeddings.TopologyBias(config).to(DEVICE)
+    torch.nn.init.normal_(topology.no_hop)
+    # More tokens than a tile has columns, other sizes, an atom alone, and two fragments.
+    molecules = [zoo.single_atom(), zoo.chain(17), zoo.ring(6, tail=2), zoo.salt()]
+    batch = zoo.batch(molecules, device=DEVICE)
+    shown = None if blend is None else draw_blend(batch, blend, 3)
+    geometry = torch.randn(*batch.spd.shape, heads, device=DEVICE, requires_grad=True)
+    real = torch.arange(batch.max_atoms + 1, device=DEVICE) <= batch.num_atoms[:, None]
+    real = (real[:, None, :, None] & real[:, None, None, :]).expand(-1, heads, -1, -1)
+    upstream = torch.randn(real.shape, device=DEVICE)
+    found = []
+    for chosen in (True, False):
+        by_kernels(chosen)
+        bias = pair_bias.attention_bias(batch, shown, topology, geometry)
+        assert not bias.isnan().any()
+        assert (bias.transpose(2, 3)[~real & real[:, :, :1]] == -torch.inf).all()
+        loss = torch.where(real, bias * upstream, 0.0).sum()
+        found.append([bias[real], *gradients_of(loss, [geometry, *topology.parameters()])])
+    assert len(found[0]) == 6
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,268 @@
+"""Triton kernels of the attention bias: what the visible relations of a pair say is looked up, added and written where the blocks
+look for it, in one pass; the gradients of the tables are sums over all pairs that read a row.
+
+These sums are products of marks (which pair reads which row, made in registers) with the gradient. Their parts have a fixed
+order, so a step gives the same numbers again, as atomic additions would not.
+
+Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, H heads, L hops, C bond codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moleblend_ray.model.blending import Relation
+from moleblend_ray.model.fused import on_its_device
+from moleblend_ray.vocabulary import NUM_BOND_CODES, NUM_HOPS
+
+__all__ = ["pair_bias_backward", "pair_bias_forward"]
+
+_PROGRAMS = 528
+"""That share the rows of all molecules in the backward pass (an H100 has 132 multiprocessors): each adds up gradients, and these
+sums are added afterwards."""
+
+_COLUMNS, _COLUMNS_BACKWARD = 32, 16
+"""Pairs of a row in registers at once."""
+
+_SMALLEST_TILE = 16
+"""Of a matrix product of tensor cores."""
+
+_SPD: tl.constexpr = tl.constexpr(1 << Relation.SPD)
+_EDGE: tl.constexpr = tl.constexpr(1 << Relation.EDGE)
+_GEOMETRY: tl.constexpr = tl.constexpr(1 << Relation.GEOMETRY)
+
+
+@on_its_device
+def pair_bias_forward(
+    spd: Tensor,
+    path_codes: Tensor,
+    shown: Tensor | None,
+    num_atoms: Tensor,
+    spd_table: Tensor,
+    hop_table: Tensor,
+    geometry: Tensor,
+    virtual: Tensor,
+) -> Tensor:
+    """(B, H, T, T) float32, -inf in padding columns; rows of padding hold numbers that nobody uses.
+
+    ``spd`` (B, N, N) uint8, ``path_codes`` (B, N, N, L) uint8, ``shown`` (B, N, N) uint8 with a bit for each :class:`Relation`
+    (None: all), ``num_atoms`` (B,) int64; ``spd_table`` (256, H), ``hop_table`` (L * C, H), ``geometry`` (B, N, N, H),
+    ``virtual`` (H,).
+    """
+    B, N, _, H = geometry.shape
+    T = N + 1
+    bias = torch.empty(B, H, T, T, dtype=torch.float32, device=geometry.device)
+    _pair_bias[(B * T,)](
+        spd, path_codes, spd if shown is None else shown, num_atoms,
+        spd_table, hop_table, geometry, virtual, bias, T,
+        **_constants(H, shown), **_path_constants(path_codes), num_warps=4,
+    )  # fmt: skip
+    return bias
+
+
+@on_its_device
+def pair_bias_backward(
+    gradient: Tensor,
+    spd: Tensor,
+    path_codes: Tensor,
+    shown: Tensor | None,
+    num_atoms: Tensor,
+    *,
+    num_rows: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``spd_table``, ``hop_table``, ``geometry`` (in ``dtype``) and ``virtual``, from that of the bias
+    (B, H, T, T) float32; the tables have ``num_rows``. Those of the tables and of ``virtual`` are float32."""
+    B, H, T, _ = gradient.shape
+    device, programs = gradient.device, min(_PROGRAMS, B * T)
+    of_geometry = torch.empty(B, T - 1, T - 1, H, dtype=dtype, device=device)
+    of_spd = torch.empty(programs, num_rows[0], H, dtype=torch.float32, device=device)
+    of_hops = torch.empty(programs, num_rows[1], H, dtype=torch.float32, device=device)
+    of_virtual = torch.empty(programs, H, dtype=torch.float32, device=device)
+    constants = {
+        **_constants(H, shown),
+        "COLUMNS": _COLUMNS_BACKWARD,
+        # By default float32 factors would be rounded to 10 bits.
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "num_warps": 8 if H <= 32 else 16,
+    }
+    relations = spd if shown is None else shown, num_atoms
+    _distances_backward[(programs,)](
+        gradient, spd, *relations, of_geometry, of_virtual, of_spd, B * T, T,
+        **_row_constants(num_rows[0]), **constants,
+    )  # fmt: skip
+    _hops_backward[(programs,)](
+        gradient, spd, path_codes, *relations, of_hops, B * T, T,
+        **_row_constants(num_rows[1]), **_path_constants(path_codes), **constants,
+    )  # fmt: skip
+    return of_spd.sum(0), of_hops.sum(0), of_geometry, of_virtual.sum(0)
+
+
+def _constants(num_heads: int, shown: Tensor | None) -> dict[str, object]:
+    return {
+        "NUM_HEADS": num_heads,
+        "HEADS": max(_SMALLEST_TILE, triton.next_power_of_2(num_heads)),
+        "COLUMNS": _COLUMNS,
+        "LONGEST": NUM_HOPS,
+        "BLENDS": shown is not None,
+    }
+
+
+def _path_constants(path_codes: Tensor) -> dict[str, object]:
+    return {"HOPS": path_codes.shape[-1], "CODES": NUM_BOND_CODES}
+
+
+def _row_constants(rows: int) -> dict[str, object]:
+    return {"ROWS": rows, "ROW_TILE": max(_SMALLEST_TILE, triton.next_power_of_2(rows))}
+
+
+@triton.jit
+def _relations(  # type: ignore[no-untyped-def]
+    spd, shown, molecule, row, column, atoms, T, LONGEST: tl.constexpr, BLENDS: tl.constexpr
+):
+    """Of the pairs of tokens (row, column): which are pairs of real atoms, where these lie in (B, N, N), how far apart they are,
+    the divisor of their path, and bits of what they show."""
+    real = (row > 0) & (row <= atoms) & (column > 0) & (column <= atoms)
+    pair = (molecule.to(tl.int64) * (T - 1) + row - 1) * (T - 1) + column - 1
+    distance = tl.load(spd + pair, mask=real, other=0).to(tl.int32)
+    length = tl.minimum(tl.maximum(distance, 1), LONGEST).to(tl.float32)
+    visible = real.to(tl.int32) * (_SPD + _EDGE + _GEOMETRY)
+    if BLENDS:
+        visible = tl.load(shown + pair, mask=real, other=0).to(tl.int32)
+    return pair, distance, length, visible, real
+
+
+@triton.jit
+def _pair_bias(  # type: ignore[no-untyped-def]
+    spd, path_codes, shown, num_atoms, spd_table, hop_table, geometry, virtual, blended, T,
+    NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, HOPS: tl.constexpr,
+    CODES: tl.constexpr, LONGEST: tl.constexpr, BLENDS: tl.constexpr,
+):  # fmt: skip
+    molecule, row = tl.program_id(0) // T, tl.program_id(0) % T
+    atoms = tl.load(num_atoms + molecule).to(tl.int32)
+    head = tl.arange(0, HEADS)[None, :]
+    of_head = head < NUM_HEADS
+    link = tl.load(virtual + head, mask=of_head, other=0.0).to(tl.float32)
+    first = 0
+    while first < T:
+        column = first + tl.arange(0, COLUMNS)[:, None]
+        pair, distance, length, visible, real = _relations(
+            spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
+        )
+        at = distance * NUM_HEADS + head
+        total = tl.load(spd_table + at, mask=((visible & _SPD) != 0) & of_head, other=0.0)
+        total = total.to(tl.float32)
+        shows_path = (visible & _EDGE) != 0
+        path = tl.zeros((COLUMNS, HEADS), tl.float32)
+        for hop in tl.static_range(HOPS):
+            code = tl.load(path_codes + pair * HOPS + hop, mask=shows_path, other=0).to(tl.int32)
+            at = (hop * CODES + code) * NUM_HEADS + head
+            path += tl.load(hop_table + at, mask=shows_path & of_head, other=0.0).to(tl.float32)
+        total += path / length
+        shows_distance = (visible & _GEOMETRY) != 0
+        at = pair * NUM_HEADS + head
+        near = tl.load(geometry + at, mask=shows_distance & of_head, other=0.0)
+        total += near.to(tl.float32)
+        total = tl.where(real, total, link)
+        total = tl.where(column > atoms, float("-inf"), total)
+        to = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * T + column
+        tl.store(blended + to, total, mask=(column < T) & of_head)
+        first += COLUMNS
+
+
+@triton.jit
+def _upstream(  # type: ignore[no-untyped-def]
+    of_blended, molecule, row, column, head, atoms, T, NUM_HEADS: tl.constexpr
+):
+    """(COLUMNS, HEADS) gradient of the bias, 0 in padding."""
+    at = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * T + column
+    inside = (column <= atoms) & (row <= atoms) & (head < NUM_HEADS)
+    return tl.load(of_blended + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def _distances_backward(  # type: ignore[no-untyped-def]
+    of_blended, spd, shown, num_atoms, of_geometry, of_virtuals, of_tables, rows, T,
+    ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, LONGEST: tl.constexpr, BLENDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of what has no path: table of shortest paths, 3D bias, links of the graph token."""
+    head = tl.arange(0, HEADS)[None, :]
+    code = tl.arange(0, ROW_TILE)
+    of_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
+    of_virtual = tl.zeros((COLUMNS, HEADS), tl.float32)
+    number = tl.program_id(0)
+    while number < rows:
+        molecule, row = number // T, number % T
+        atoms = tl.load(num_atoms + molecule).to(tl.int32)
+        first = 0
+        while first < T:
+            place = first + tl.arange(0, COLUMNS)
+            column = place[:, None]
+            upstream = _upstream(of_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            pair, _, _, visible, _ = _relations(
+                spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
+            )
+            of_virtual += tl.where((row == 0) | (column == 0), upstream, 0.0)
+            of_pair = tl.where((visible & _GEOMETRY) != 0, upstream, 0.0)
+            tl.store(
+                of_geometry + pair * NUM_HEADS + head,
+                of_pair.to(of_geometry.dtype.element_ty),
+                mask=(row > 0) & (column > 0) & (column < T) & (head < NUM_HEADS),
+            )
+            _, distance, _, visible, _ = _relations(
+                spd, shown, molecule, row, place[None, :], atoms, T, LONGEST, BLENDS
+            )
+            marks = (code[:, None] == distance) & ((visible & _SPD) != 0)
+            of_table = tl.dot(
+                marks.to(tl.float32), upstream, acc=of_table, input_precision=PRECISION
+            )
+            first += COLUMNS
+        number += tl.num_programs(0)
+    program = tl.program_id(0).to(tl.int64)
+    to = of_tables + (program * ROWS + code[:, None]) * NUM_HEADS + head
+    tl.store(to, of_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))
+    to = of_virtuals + program * NUM_HEADS + head
+    tl.store(to, tl.sum(of_virtual, 0)[None, :], mask=head < NUM_HEADS)
+
+
+@triton.jit
+def _hops_backward(  # type: ignore[no-untyped-def]
+    of_blended, spd, path_codes, shown, num_atoms, of_tables, rows, T,
+    ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr, HOPS: tl.constexpr, CODES: tl.constexpr, LONGEST: tl.constexpr,
+    BLENDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the table of hops."""
+    head = tl.arange(0, HEADS)[None, :]
+    code = tl.arange(0, ROW_TILE)
+    of_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
+    number = tl.program_id(0)
+    while number < rows:
+        molecule, row = number // T, number % T
+        atoms = tl.load(num_atoms + molecule).to(tl.int32)
+        first = 0
+        while first < T:
+            place = first + tl.arange(0, COLUMNS)
+            column = place[:, None]
+            upstream = _upstream(of_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            _, _, length, _, _ = _relations(
+                spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
+            )
+            pair, _, _, visible, _ = _relations(
+                spd, shown, molecule, row, place[None, :], atoms, T, LONGEST, BLENDS
+            )
+            shows_path = (visible & _EDGE) != 0
+            marks = tl.zeros((ROW_TILE, COLUMNS), tl.float32)
+            for hop in tl.static_range(HOPS):
+                at = pair * HOPS + hop
+                read = hop * CODES + tl.load(path_codes + at, mask=shows_path, other=0).to(tl.int32)
+                marks += ((code[:, None] == read) & shows_path).to(tl.float32)
+            of_table = tl.dot(marks, upstream / length, acc=of_table, input_precision=PRECISION)
+            first += COLUMNS
+        number += tl.num_programs(0)
+    to = (tl.program_id(0).to(tl.int64) * ROWS + code[:, None]) * NUM_HEADS + head
+    tl.store(of_tables + to, of_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))
