@@ -1,14 +1,15 @@
 """What each part of the pretraining objective is worth, by what a small labelled set makes of the encoder.
 
-    python benchmarks/ablations.py --data URI --labelled URI --out DIR [--tasks qm9_gap,qm9_alpha] [--arms default,...]
+    python benchmarks/ablations.py --data URI --labelled URI --out DIR [--tasks qm9_gap,qm9_alpha,qm9_gap:2d] [--arms default,...]
                                    [--preset small] [--steps 2000] [--batch 128] [--seeds 0,1,2] [--device cpu|cuda]
                                    [--precision fp32|bf16] [--compile] [--labels 1000] [--epochs 60]
                                    [--workers K] [--threads N]
 
 Each arm changes one thing of the ``default`` arm and is pretrained once for each seed on the prepared dataset ``--data``, with
 the same budget; ``scratch`` is not pretrained. Each encoder is then fine-tuned on each task of ``--labelled`` (prepared with
-its labels) with ``--labels`` training and half as many validation molecules, the same fixed settings for all, and scored once
-on the whole test part of a random split. The seed is that of weights, blends, data order and fine-tuning; the split is the same for all.
+its labels) with ``--labels`` training and half as many validation molecules, the settings of moleculenet.py for all, and scored
+once on the whole test part of a random split. A task is ``NAME`` or ``NAME:RELATIONS``, which says what the fine-tuned encoder is
+shown (2d, 3d or 2d+3d). The seed is that of weights, blends, data order and fine-tuning; the split is the same for all.
 
 ``DIR/<arm>-<seed>.json`` holds each result; the command again runs what is missing or failed. ``--workers`` processes share the
 work, on a GPU they share it, too. ``DIR/ablations.md`` is the table: mean and 95 % confidence interval (Student) over seeds, and
@@ -31,6 +32,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 from evidence import difference, finetune_and_score, interval
+from moleculenet import SETTINGS, SPLIT_SEED, settings_of
 from shared_work import Job, run_jobs, share_cores
 from train_step import preset
 
@@ -39,7 +41,7 @@ from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.shards import load_manifest
-from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,
     load_labelled,
@@ -121,22 +123,32 @@ ARMS: Final = {
 }
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measure:
+    """A task, and how an encoder is fine-tuned on it."""
+
+    name: str
+    """As on the command line."""
+    task: Task
+    settings: FinetuneSettings
+
+
 def main() -> None:
     arguments = parse_arguments()
     arguments.threads = share_cores(arguments.threads, arguments.workers)
     out = Path(arguments.out)
     began = time.monotonic()
     try:
-        tasks = [resolve_task(name) for name in arguments.tasks.split(",")]
-        for task in tasks:
-            labelled(arguments.labelled, task, arguments.labels)  # before hours of work
+        measures = measures_of(arguments)
+        for measure in measures:
+            labelled(arguments.labelled, measure.task, arguments.labels)  # before hours of work
         results = run_jobs(
             jobs(arguments), run, out, workers=arguments.workers, report=print_result
         )
     except MoleBlendError as error:
         sys.exit(f"error: {error}")
     failed = [f"{result['arm']}-{result['seed']}" for result in results if "error" in result]
-    text, rows = table([result for result in results if "error" not in result], tasks, arguments)
+    text, rows = table([result for result in results if "error" not in result], measures, arguments)
     (out / "ablations.md").write_text(text)
     print(text)
     line = {
@@ -200,8 +212,8 @@ def run(what: Run) -> dict[str, Any]:
         start, losses = pretrain(arm, model, what.seed, arguments)
     pretrain_s = time.monotonic() - began
     scores = {
-        name: finetune(resolve_task(name), start, what.seed, arguments)
-        for name in arguments.tasks.split(",")
+        measure.name: finetune(measure, start, what.seed, arguments)
+        for measure in measures_of(arguments)
     }
     return {
         "losses": losses,
@@ -248,44 +260,64 @@ def batches(
     return local_step_batches(arguments.data, order, stream, first_step=0, num_steps=steps)
 
 
+def measures_of(arguments: argparse.Namespace) -> list[Measure]:
+    """Of ``--tasks``; ConfigError if one of them is unknown or shows unknown relations."""
+    measures = []
+    for name in arguments.tasks.split(","):
+        task, _, relations = name.partition(":")
+        if task not in SETTINGS:
+            raise ConfigError(f"--tasks: {task!r} is not one of {', '.join(SETTINGS)}")
+        changes: dict[str, Any] = {
+            "epochs": arguments.epochs,
+            "learning_rate": arguments.finetune_lr,
+        }
+        if relations:
+            changes["relations"] = relations
+        settings = settings_of(task, "fp32", changes)
+        measures.append(Measure(name=name, task=resolve_task(task), settings=settings))
+    return measures
+
+
 @functools.cache
 def labelled(uri: str, task: Task, labels: int) -> tuple[LabelledMolecules, Split]:
     """A task's molecules and split, which the runs of one process share."""
     molecules = load_labelled(uri, task)
     split = with_fewer_labels(
-        split_molecules(molecules.smiles, SplitKind.RANDOM, 0),
+        split_molecules(molecules.smiles, SplitKind.RANDOM, SPLIT_SEED),
         molecules.smiles,
-        0,
+        SPLIT_SEED,
         train=labels,
         valid=labels // 2,
     )
     return molecules, split
 
 
-def finetune(task: Task, start: StartingPoint, seed: int, arguments: argparse.Namespace) -> float:
+def finetune(
+    measure: Measure, start: StartingPoint, seed: int, arguments: argparse.Namespace
+) -> float:
     """Test score with the weights of the best validation epoch."""
-    molecules, split = labelled(arguments.labelled, task, arguments.labels)
-    settings = FinetuneSettings(
-        learning_rate=arguments.finetune_lr,
-        batch_size=32,
-        epochs=arguments.epochs,
-        patience=arguments.epochs,
-    )
-    device = torch.device(arguments.device)
+    molecules, split = labelled(arguments.labelled, measure.task, arguments.labels)
     return finetune_and_score(
-        molecules, split, task=task, start=start, settings=settings, seed=seed, device=device
+        molecules,
+        split,
+        task=measure.task,
+        start=start,
+        settings=measure.settings,
+        seed=seed,
+        device=torch.device(arguments.device),
     ).test
 
 
 def table(
-    results: Sequence[Mapping[str, Any]], tasks: Sequence[Task], arguments: argparse.Namespace
+    results: Sequence[Mapping[str, Any]], measures: Sequence[Measure], arguments: argparse.Namespace
 ) -> tuple[str, list[dict[str, Any]]]:
     """The Markdown table, and its rows."""
     by_arm: dict[str, dict[int, Mapping[str, float]]] = {}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result["test"]
     heads = [
-        f"{task.name} {task.metric.value}{f' ({task.unit})' if task.unit else ''}" for task in tasks
+        f"{name} {task.metric.value}{f' ({task.unit})' if task.unit else ''}"
+        for name, task in ((measure.name, measure.task) for measure in measures)
     ]
     lines = [
         f"Preset `{arguments.preset}`, {arguments.steps:,} steps of {arguments.batch} molecules; {arguments.labels:,} labels; "
@@ -299,14 +331,14 @@ def table(
     for name, by_seed in by_arm.items():
         cells: list[str] = []
         row: dict[str, Any] = {"arm": name}
-        for task in tasks:
-            values = {seed: scores[task.name] for seed, scores in by_seed.items()}
-            base = {seed: scores[task.name] for seed, scores in by_arm.get(DEFAULT, {}).items()}
+        for measure in measures:
+            values = {seed: scores[measure.name] for seed, scores in by_seed.items()}
+            base = {seed: scores[measure.name] for seed, scores in by_arm.get(DEFAULT, {}).items()}
             mean, half = interval(list(values.values()))
             change, half_change = difference(values, base)
             cell = f"{mean:.5g} ± {half:.2g}"
             cells.append(cell if name == DEFAULT else f"{cell} ({change:+.2g} ± {half_change:.2g})")
-            row[task.name] = {
+            row[measure.name] = {
                 "values": list(values.values()),
                 "mean": mean,
                 "half_width_95": half,
@@ -323,7 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True)
     parser.add_argument("--labelled", required=True)
     parser.add_argument("--out", required=True)
-    parser.add_argument("--tasks", default="qm9_gap,qm9_alpha")
+    parser.add_argument("--tasks", default="qm9_gap,qm9_alpha,qm9_gap:2d")
     parser.add_argument("--arms", default=",".join(ARMS))
     parser.add_argument("--preset", default="small")
     parser.add_argument("--steps", type=int, default=2000)
