@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import above, at_least, check_all
 
 _LABEL_PART: Final = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY: Final = re.compile(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_LABEL_PART}")
@@ -51,31 +51,17 @@ class ClusterConfig:
         check_all(
             *_label_checks("data_labels", self.data_labels),
             *_label_checks("worker_labels", self.worker_labels),
-            (self.num_workers >= 1, f"num_workers: expected >= 1, found {self.num_workers}"),
+            *at_least(self, 1, "num_workers", "num_data_actors"),
+            *at_least(self, 0.1, "object_store_gib"),
+            *above(self, 0, "resize_interval_s", "cpus_per_worker"),
             (
                 self.min_workers is None or 1 <= self.min_workers <= self.num_workers,
                 f"min_workers: expected null or 1 to num_workers ({self.num_workers}), found {self.min_workers}",
             ),
             (
-                self.resize_interval_s > 0,
-                f"resize_interval_s: expected > 0, found {self.resize_interval_s}",
-            ),
-            (
-                self.cpus_per_worker > 0,
-                f"cpus_per_worker: expected > 0, found {self.cpus_per_worker}",
-            ),
-            (
-                self.num_data_actors >= 1,
-                f"num_data_actors: expected >= 1, found {self.num_data_actors}",
-            ),
-            (
                 self.local_cpus is None or self.local_cpus >= max(1, self.cpus_per_worker),
                 f"local_cpus: expected null or at least 1 and cpus_per_worker ({self.cpus_per_worker:g}), "
                 f"found {self.local_cpus}: no worker would ever start",
-            ),
-            (
-                self.object_store_gib is None or self.object_store_gib >= 0.1,
-                f"object_store_gib: expected >= 0.1 or null, found {self.object_store_gib}",
             ),
         )
 

@@ -25,7 +25,7 @@ from moleblend_ray.model.config import ModelConfig
 
 T = TypeVar("T")
 
-ModelPreset = Literal["tiny", "small", "base", "large", "xl"]
+ModelPreset = Literal["tiny", "mini", "small", "base", "large", "xl"]
 
 COMMAND_LINE = "the command line"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moleblend_ray.checks import check_all, locations
 from moleblend_ray.data.download import Collection, TransferOptions
-from moleblend_ray.errors import check_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,4 +26,4 @@ class DownloadConfig:
     """Timeouts and attempts."""
 
     def __post_init__(self) -> None:
-        check_all((bool(self.out), "out: expected a path or URI, found an empty string"))
+        check_all(*locations(self, "out"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -68,18 +69,9 @@ class TaskConfig:
         by_user = self.split_column or self.split_file
         of_one_task = ("columns", "kind", "unit", "split_file") if self.is_group else ()
         check_all(
-            (
-                0 <= self.conformers <= 255,
-                f"conformers: expected 0 to 255, found {self.conformers}",
-            ),
-            *(
-                (
-                    getattr(self, name) is None or getattr(self, name) >= 1,
-                    f"{name}: expected null or >= 1, found {getattr(self, name)}",
-                )
-                for name in ("train_molecules", "valid_molecules")
-            ),
-            (bool(self.source), "source: expected a path or URI, found an empty string"),
+            *locations(self, "source", "split_file"),
+            *within(self, 0, 255, "conformers"),
+            *at_least(self, 1, "train_molecules", "valid_molecules"),
             (
                 not (self.split_column and self.split_file),
                 "split_file: expected either it or split_column, found both",
@@ -144,8 +136,7 @@ class BaselineConfig:
                 len(set(self.kinds)) == len(self.kinds),
                 f"kinds: expected each at most once, found {[kind.value for kind in self.kinds]}",
             ),
-            (self.num_trees >= 1, f"num_trees: expected >= 1, found {self.num_trees}"),
-            (self.num_rounds >= 1, f"num_rounds: expected >= 1, found {self.num_rounds}"),
+            *at_least(self, 1, "num_trees", "num_rounds"),
         )
 
 
@@ -172,14 +163,8 @@ class PropertyConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs. As many trainings run at once as fit into the cluster."""
 
-    def _common_checks(self) -> tuple[tuple[bool, str], ...]:
-        return (
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
-            (
-                self.gpus_per_worker > 0,
-                f"gpus_per_worker: expected > 0, found {self.gpus_per_worker}",
-            ),
-        )
+    def _common_checks(self) -> tuple[Check, ...]:
+        return (*locations(self, "out", "checkpoint"), *above(self, 0, "gpus_per_worker"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,8 +198,7 @@ class SweepConfig(PropertyConfig):
             *self._common_checks(),
             *_seed_checks("final_seeds", self.final_seeds),
             *_seed_checks("search_seed", (self.search_seed,)),
-            (self.num_trials >= 1, f"num_trials: expected >= 1, found {self.num_trials}"),
-            (self.grace_epochs >= 1, f"grace_epochs: expected >= 1, found {self.grace_epochs}"),
+            *at_least(self, 1, "num_trials", "grace_epochs"),
         )
 
 
@@ -232,7 +216,8 @@ class LeaderboardConfig:
     def __post_init__(self) -> None:
         runs = (self.run, *self.against)
         check_all(
-            ("" not in runs, "run: expected a path or URI, found an empty string"),
+            *locations(self, "run"),
+            ("" not in self.against, "against: expected paths or URIs, found an empty string"),
             (
                 len(set(runs)) == len(runs),
                 f"against: expected distinct directories, found {list(runs)}",
@@ -263,12 +248,8 @@ class LibraryConfig:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs: `num_data_actors` models of `cpus_per_worker` CPUs, each on a GPU with `use_gpu`."""
 
-    def _library_checks(self) -> tuple[tuple[bool, str], ...]:
-        return (
-            (bool(self.source), "source: expected a path or URI, found an empty string"),
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
-            (self.batch_size >= 1, f"batch_size: expected >= 1, found {self.batch_size}"),
-        )
+    def _library_checks(self) -> tuple[Check, ...]:
+        return (*locations(self, "source", "out"), *at_least(self, 1, "batch_size"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -281,10 +262,7 @@ class EmbedConfig(LibraryConfig):
     """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D."""
 
     def __post_init__(self) -> None:
-        check_all(
-            (bool(self.checkpoint), "checkpoint: expected a path or URI, found an empty string"),
-            *self._library_checks(),
-        )
+        check_all(*locations(self, "checkpoint"), *self._library_checks())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -309,23 +287,14 @@ class PredictConfig(LibraryConfig):
 
     def __post_init__(self) -> None:
         check_all(
-            (
-                bool(self.model_uris()) and "" not in self.model_uris(),
-                f"models: expected a path or URI or several, found {self.models!r}",
-            ),
+            *locations(self, "models"),
             *self._library_checks(),
-            (
-                0 <= self.conformers <= 255,
-                f"conformers: expected 0 to 255, found {self.conformers}",
-            ),
-            (
-                self.applicability is None or 0.0 <= self.applicability <= 1.0,
-                f"applicability: expected a similarity of 0 to 1 or null, found {self.applicability}",
-            ),
+            *within(self, 0, 255, "conformers"),
+            *within(self, 0, 1, "applicability"),
         )
 
 
-def _seed_checks(name: str, seeds: tuple[int, ...]) -> tuple[tuple[bool, str], ...]:
+def _seed_checks(name: str, seeds: tuple[int, ...]) -> tuple[Check, ...]:
     return (
         (len(seeds) >= 1, f"{name}: expected at least one seed, found none"),
         (len(set(seeds)) == len(seeds), f"{name}: expected distinct seeds, found {list(seeds)}"),

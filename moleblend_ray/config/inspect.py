@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import at_least, check_all, locations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,10 +22,7 @@ class InspectConfig:
     """A report for people, or one JSON document on standard output."""
 
     def __post_init__(self) -> None:
-        check_all(
-            (bool(self.data), "data: expected a path or URI, found an empty string"),
-            (self.examples >= 0, f"examples: expected >= 0, found {self.examples}"),
-        )
+        check_all(*locations(self, "data"), *at_least(self, 0, "examples"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,11 +42,8 @@ class CheckpointsConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (bool(self.run), "run: expected a path or URI, found an empty string"),
-            (
-                self.keep_last is None or self.keep_last >= 1,
-                f"keep_last: expected null or at least 1, found {self.keep_last}",
-            ),
+            *locations(self, "run", "against"),
+            *at_least(self, 1, "keep_last"),
             (
                 self.against is None or not (self.verify or self.keep_last),
                 "against: a comparison deletes and verifies nothing; leave verify and keep_last out",

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.planning.rates import gpu as gpu_of
 from moleblend_ray.planning.settings import (
@@ -84,15 +85,9 @@ class PlanConfig:
         check_all(
             *self._amounts(),
             *self._machines(),
-            (
-                self.batch is None or self.batch >= 1,
-                f"batch: expected null or at least 1, found {self.batch}",
-            ),
+            *at_least(self, 1, "batch"),
             (0.0 < self.mfu <= 1.0, f"mfu: expected more than 0 and at most 1, found {self.mfu}"),
-            (
-                self.rate is None or self.rate > 0,
-                f"rate: expected null or more than 0 molecules/s, found {self.rate}",
-            ),
+            *above(self, 0, "rate"),
             (
                 self.rate is None or not self.measure,
                 "rate: measure finds the rate by itself; leave one of the two out",
@@ -102,17 +97,10 @@ class PlanConfig:
                 "measure: expected cpu_workers=N and data=URI with it; this machine says nothing about GPUs "
                 "(give rate= for those)",
             ),
-            (
-                self.out is None or bool(self.out),
-                "out: expected null or a path or URI, found an empty string",
-            ),
-            (
-                self.data is None or bool(self.data),
-                "data: expected null or a path or URI, found an empty string",
-            ),
+            *locations(self, "out", "data"),
         )
 
-    def _amounts(self) -> list[tuple[bool, str]]:
+    def _amounts(self) -> list[Check]:
         return [
             (
                 self.molecules is not None or self.data is not None,
@@ -128,17 +116,14 @@ class PlanConfig:
                 self.epochs is None or self.steps is None,
                 f"epochs: {self.epochs} epochs and {self.steps} steps contradict each other; give one of the two",
             ),
-            (
-                self.atoms is None or 1 <= self.atoms <= 500,
-                f"atoms: expected null or 1 to 500, found {self.atoms}",
-            ),
+            *within(self, 1, 500, "atoms"),
             (
                 self.atoms is None or self.data is None,
                 "atoms: data says how large its molecules are; leave one of the two out",
             ),
         ]
 
-    def _machines(self) -> list[tuple[bool, str]]:
+    def _machines(self) -> list[Check]:
         workers, per_node = self.gpus + self.cpu_workers, self.gpus_per_node
         return [
             (
@@ -149,7 +134,7 @@ class PlanConfig:
                 f"cpu_workers={self.cpu_workers}",
             ),
             *_known_gpu(self.gpu),
-            (per_node >= 1, f"gpus_per_node: expected at least 1, found {per_node}"),
+            *at_least(self, 1, "gpus_per_node", "cpu_node_cores"),
             (
                 per_node < 1 or self.gpus <= per_node or self.gpus % per_node == 0,
                 f"gpus: expected at most gpus_per_node ({per_node}) or a multiple of it, found {self.gpus}",
@@ -170,14 +155,10 @@ class PlanConfig:
                 self.cpu_nodes is None or (self.cpu_nodes >= 1 and self.gpus > 0),
                 f"cpu_nodes: expected null, or at least 1 beside gpus, found {self.cpu_nodes}",
             ),
-            (
-                self.cpu_node_cores is None or self.cpu_node_cores >= 1,
-                f"cpu_node_cores: expected null or at least 1, found {self.cpu_node_cores}",
-            ),
         ]
 
 
-def _whole(name: str, value: float | None) -> tuple[bool, str]:
+def _whole(name: str, value: float | None) -> Check:
     """A whole number that may be written as 1e9, which YAML and hydra read as a float."""
     is_whole = value is None or (
         math.isfinite(value) and value == int(value) and 1 <= value <= _MOST_MOLECULES
@@ -190,7 +171,7 @@ def _whole(name: str, value: float | None) -> tuple[bool, str]:
     )
 
 
-def _known_gpu(name: str) -> list[tuple[bool, str]]:
+def _known_gpu(name: str) -> list[Check]:
     try:
         gpu_of(name)
     except ConfigError as error:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moleblend_ray.checks import at_least, below_one, check_all, locations
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.errors import check_all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,23 +59,10 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (
-                bool(self.source) and "" not in self.sources(),
-                f"source: expected a path or URI or several, found {self.source!r}",
-            ),
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
-            (
-                self.rows_per_chunk >= 1,
-                f"rows_per_chunk: expected >= 1, found {self.rows_per_chunk}",
-            ),
-            (
-                self.row_group_rows >= 1,
-                f"row_group_rows: expected >= 1, found {self.row_group_rows}",
-            ),
-            (
-                0.0 <= self.valid_fraction < 1.0,
-                f"valid_fraction: expected 0 <= fraction < 1, found {self.valid_fraction}",
-            ),
+            *locations(self, "source", "out", "split_file"),
+            *at_least(self, 1, "rows_per_chunk", "row_group_rows", "rows_per_shard"),
+            *at_least(self, 0.25, "shuffle_memory_gib"),
+            *below_one(self, "valid_fraction"),
             (
                 self.test_fraction >= 0.0 and self.valid_fraction + self.test_fraction < 1.0,
                 f"test_fraction: expected 0 <= fraction < 1 - valid_fraction, found {self.test_fraction} with "
@@ -87,18 +74,6 @@ class PrepareConfig:
                     f"{name}: expected -2**63 to 2**63 - 1, found {getattr(self, name)}",
                 )
                 for name in ("split_seed", "shuffle_seed")
-            ),
-            (
-                self.split_file is None or bool(self.split_file),
-                "split_file: expected a path or URI or null, found an empty string",
-            ),
-            (
-                self.rows_per_shard >= 1,
-                f"rows_per_shard: expected >= 1, found {self.rows_per_shard}",
-            ),
-            (
-                self.shuffle_memory_gib >= 0.25,
-                f"shuffle_memory_gib: expected >= 0.25, found {self.shuffle_memory_gib}",
             ),
         )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from moleblend_ray.checks import check_all, locations
 from moleblend_ray.config.builder import run_checks
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.errors import check_all
 from moleblend_ray.model.config import (
     BlendConfig,
     LossConfig,
@@ -80,8 +80,7 @@ class PretrainConfig:
         reserved = self.reserved_cpus(self.stream.min_actors)
         local_cpus = self.cluster.local_cpus
         check_all(
-            (bool(self.data), "data: expected a path or URI, found an empty string"),
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
+            *locations(self, "data", "out"),
             (0 <= self.seed < 2**63, f"seed: expected 0 to 2**63 - 1, found {self.seed}"),
             (
                 streams % workers == 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import check_all, locations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,4 +18,4 @@ class StatusConfig:
     """Tables for people, or one JSON document on standard output."""
 
     def __post_init__(self) -> None:
-        check_all((bool(self.run), "run: expected a path or URI, found an empty string"))
+        check_all(*locations(self, "run"))

@@ -4,7 +4,8 @@ The command line of `moleblend submit` is that of the job itself, KEY=VALUE, wit
 
     moleblend submit pretrain data=s3://b/data out=s3://b/run cluster=kuberay --address http://127.0.0.1:8265 --detach
 
-So that a command that ran here runs there by a word before it, and no setting of the one is taken for the other's.
+So a command that works here runs on the cluster with `submit` before it, and settings of the job and of its submission
+cannot be confused.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
+from moleblend_ray.checks import at_least, check_all
 from moleblend_ray.config.builder import field_types
 from moleblend_ray.config.describe import describe, redact
 from moleblend_ray.config.paths import path_settings
-from moleblend_ray.errors import ConfigError, check_all, without_credentials
+from moleblend_ray.errors import ConfigError, without_credentials
 
 SECRET_NAME: Final = re.compile(
     r"secret|token|passw|passphrase|credential|api_?key|access_?key|private_?key|auth|cookie", re.I
@@ -75,10 +77,7 @@ class SubmitConfig:
                 f"address: expected http://HOST:8265 or https://HOST, found {self.address!r}. It is the address of the "
                 "dashboard, not the one that Ray's own processes use",
             ),
-            (
-                self.stop_wait_s >= 1,
-                f"stop_wait_s: expected at least 1, found {self.stop_wait_s}",
-            ),
+            *at_least(self, 1, "stop_wait_s"),
             *((_env_problem(text) == "", _env_problem(text)) for text in self.env),
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import at_least, check_all, locations
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +24,7 @@ class SamplesConfig:
                 self.out.endswith((".parquet", ".pq")),
                 f"out: expected a path or URI that ends in .parquet, found {self.out!r}",
             ),
-            (self.num_molecules >= 1, f"num_molecules: expected >= 1, found {self.num_molecules}"),
+            *at_least(self, 1, "num_molecules"),
         )
 
 
@@ -39,7 +39,4 @@ class ExportConfig:
     """Directory to write model.safetensors and config.json to, as a path or URI."""
 
     def __post_init__(self) -> None:
-        check_all(
-            (bool(self.checkpoint), "checkpoint: expected a path or URI, found an empty string"),
-            (bool(self.out), "out: expected a path or URI, found an empty string"),
-        )
+        check_all(*locations(self, "checkpoint", "out"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import above, at_least, check_all
 
 Strategy = Literal["fsdp", "ddp", "none"]
 Precision = Literal["fp32", "bf16"]
@@ -39,19 +39,16 @@ class OptimConfig:
     def __post_init__(self) -> None:
         peak, final = self.learning_rate, self.final_learning_rate
         check_all(
-            (peak > 0, f"learning_rate: expected > 0, found {peak}"),
+            *above(self, 0, "learning_rate", "eps", "clip_norm"),
+            *at_least(self, 0, "warmup_steps", "weight_decay"),
             (
                 0 <= final <= peak,
                 f"final_learning_rate: expected 0 to learning_rate ({peak}), found {final}",
             ),
-            (self.warmup_steps >= 0, f"warmup_steps: expected >= 0, found {self.warmup_steps}"),
             (
                 all(0 <= beta < 1 for beta in self.betas),
                 f"betas: expected two numbers in [0, 1), found {self.betas}",
             ),
-            (self.eps > 0, f"eps: expected > 0, found {self.eps}"),
-            (self.weight_decay >= 0, f"weight_decay: expected >= 0, found {self.weight_decay}"),
-            (self.clip_norm > 0, f"clip_norm: expected > 0, found {self.clip_norm}"),
         )
 
 
@@ -115,36 +112,21 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (self.num_steps >= 1, f"num_steps: expected >= 1, found {self.num_steps}"),
-            (
-                self.fsdp_replicas >= 1,
-                f"fsdp_replicas: expected >= 1, found {self.fsdp_replicas}",
+            *at_least(
+                self,
+                1,
+                "num_steps",
+                "fsdp_replicas",
+                "prefetch_steps",
+                "max_skipped_steps",
+                "log_every",
+                "validation_molecules",
             ),
+            *at_least(self, 0, "max_failures", "validate_every"),
+            *above(self, 0, "spike_deviations"),
             (
                 self.fsdp_replicas == 1 or self.strategy == "fsdp",
                 f"fsdp_replicas: {self.fsdp_replicas} copies are for strategy fsdp, found strategy {self.strategy}",
-            ),
-            (
-                self.prefetch_steps >= 1,
-                f"prefetch_steps: expected >= 1, found {self.prefetch_steps}",
-            ),
-            (
-                self.max_skipped_steps >= 1,
-                f"max_skipped_steps: expected >= 1, found {self.max_skipped_steps}",
-            ),
-            (
-                self.spike_deviations is None or self.spike_deviations > 0,
-                f"spike_deviations: expected null or > 0, found {self.spike_deviations}",
-            ),
-            (self.log_every >= 1, f"log_every: expected >= 1, found {self.log_every}"),
-            (self.max_failures >= 0, f"max_failures: expected >= 0, found {self.max_failures}"),
-            (
-                self.validate_every >= 0,
-                f"validate_every: expected >= 0, found {self.validate_every}",
-            ),
-            (
-                self.validation_molecules >= 1,
-                f"validation_molecules: expected >= 1, found {self.validation_molecules}",
             ),
         )
 
@@ -176,19 +158,15 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (self.every_steps >= 1, f"every_steps: expected >= 1, found {self.every_steps}"),
+            *at_least(self, 1, "every_steps", "keep_last", "keep_every_steps"),
+            *at_least(self, 0, "max_failed_saves", "keep_best"),
             (
-                self.max_failed_saves >= 0,
-                f"max_failed_saves: expected >= 0, found {self.max_failed_saves}",
-            ),
-            (self.keep_last >= 1, f"keep_last: expected >= 1, found {self.keep_last}"),
-            (
-                self.keep_every_steps is None
-                or (self.keep_every_steps >= 1 and self.keep_every_steps % self.every_steps == 0),
+                self.every_steps < 1
+                or self.keep_every_steps is None
+                or self.keep_every_steps % self.every_steps == 0,
                 f"keep_every_steps: expected null or a multiple of every_steps ({self.every_steps}), "
                 f"found {self.keep_every_steps}",
             ),
-            (self.keep_best >= 0, f"keep_best: expected >= 0, found {self.keep_best}"),
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from moleblend_ray import cli
 from moleblend_ray.config.builder import build, to_dict
 from moleblend_ray.config.compose import (
+    ModelPreset,
     config_dir,
     group_choices,
     job_groups,
@@ -88,6 +90,10 @@ def test_defaults_live_in_the_dataclasses_only() -> None:
             if line and not line.startswith(("#", "defaults:", "  - "))
         ]
         assert settings == [], f"{file.name} repeats or changes defaults: {settings}"
+
+
+def test_the_typed_names_of_model_presets_are_the_files() -> None:
+    assert set(get_args(ModelPreset)) == set(group_choices("model"))
 
 
 def test_every_job_but_the_small_ones_has_a_script() -> None:

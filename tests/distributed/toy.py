@@ -1,6 +1,6 @@
 """Random tree-shaped molecules and a very small model: enough to train for real, without chemistry or files.
 
-Imported by tests through their conftest, and by ``worker.py`` which runs as a script of its own.
+Imported by tests, and by ``worker.py`` which runs as a script of its own.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports from its own layer and those before it.
 LAYERS = (
     "errors",
+    "checks",
     "vocabulary",
     "chemistry",
     "relations",

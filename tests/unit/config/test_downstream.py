@@ -47,10 +47,13 @@ def test_every_setting_has_a_description_for_help(config: type) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"models": ()}, r"models: expected a path or URI or several, found \(\)"),
+        ({"models": ()}, r"models: expected a path or URI, found \(\)"),
         ({"models": ("a", "")}, "models: expected"),
         ({"models": "a", "conformers": -1}, "conformers: expected 0 to 255, found -1"),
-        ({"models": "a", "applicability": 1.2}, "applicability: expected a similarity of 0 to 1"),
+        (
+            {"models": "a", "applicability": 1.2},
+            "applicability: expected null or 0 to 1, found 1.2",
+        ),
         ({"models": "a", "source": ""}, "source: expected"),
     ],
 )
@@ -158,7 +161,9 @@ def test_a_comparison_needs_a_place_and_distinct_directories() -> None:
 def test_baselines_that_cannot_be_made_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"kinds: expected each at most once, found \['forest'"):
         BaselineConfig(kinds=(BaselineKind.FOREST, BaselineKind.FOREST))
-    with pytest.raises(ConfigError, match=r"num_trees: expected >= 1, found 0\nnum_rounds: .* -1"):
+    with pytest.raises(
+        ConfigError, match=r"num_trees: expected at least 1, found 0\nnum_rounds: .* -1"
+    ):
         BaselineConfig(num_trees=0, num_rounds=-1)
 
 
