@@ -41,7 +41,7 @@ from moleblend_ray.training.distributed import Ranks, gather_from_ranks
 logger = logging.getLogger(__name__)
 
 TRANSFER_THREADS: Final = 8
-_MODEL_PREFIX: Final = "model."
+MODEL_PREFIX: Final = "model."
 _ADAM_STATE: Final = ("exp_avg", "exp_avg_sq", "step")
 
 # What the index of a checkpoint may be made of.
@@ -63,7 +63,7 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     The tensors are the live ones (DTensors when sharded): writing into them restores the state. Learning rate and
     step count are functions of the step, so there is nothing else to save, and nothing that needs pickle.
     """
-    state = {_MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    state = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         for key in _ADAM_STATE:
             if key in optimizer.state[parameter]:
@@ -86,7 +86,7 @@ def restore_training_state(
 def load_model_state(run_uri: str, step: int, model: nn.Module) -> None:
     """Read the parameters of the checkpoint at ``step`` into ``model``, in this process alone."""
     commit = read_commit(run_uri, step)
-    state = {_MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
+    state = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory(prefix="moleblend-load-") as local:
         _download_files(run_uri, commit, Path(local))
         _load(state, Path(local), step_uri(run_uri, step), alone=True)

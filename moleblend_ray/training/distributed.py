@@ -70,19 +70,6 @@ def current_ranks(*, use_gpu: bool = False, local_rank: int | None = None) -> Ra
     )
 
 
-@contextlib.contextmanager
-def process_group(*, use_gpu: bool = False) -> Iterator[Ranks]:
-    """Join the process group that torchrun's environment describes; an existing one is used and left alone."""
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield current_ranks(use_gpu=use_gpu)
-        return
-    dist.init_process_group("nccl" if use_gpu else "gloo")
-    try:
-        yield current_ranks(use_gpu=use_gpu)
-    finally:
-        dist.destroy_process_group()
-
-
 def distribute(
     objective: nn.Module,
     layers: Iterable[nn.Module],

@@ -61,12 +61,12 @@ def load_model(uri: str) -> MoleBlendModel:
     return _from_commit(uri, commit)
 
 
-def export_run(run_uri: str, out_uri: str | None = None) -> str:
+def export_run(run_uri: str) -> str:
     """Write the newest committed model of a run as ``model.safetensors`` and ``config.json``; the folder's URI."""
     commit = latest_committed(run_uri)
     if commit is None:
         raise CheckpointError(f"{run_uri} has no committed checkpoint to export")
-    target = out_uri or export_uri(run_uri)
+    target = export_uri(run_uri)
     save_pretrained(_from_commit(run_uri, commit), target)
     return target
 

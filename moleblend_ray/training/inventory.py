@@ -6,14 +6,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.training.checkpoint import load_all_tensors
+from moleblend_ray.training.checkpoint import MODEL_PREFIX, load_all_tensors
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
@@ -29,8 +29,6 @@ from moleblend_ray.training.commits import (
 )
 from moleblend_ray.training.export import split_checkpoint_uri
 from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, read_records
-
-_MODEL_PREFIX: Final = "model."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,8 +223,8 @@ def compare_checkpoints(first_uri: str, second_uri: str) -> DifferenceReport:
         {**first[1].identity, "versions": first[1].versions},
         {**second[1].identity, "versions": second[1].versions},
     )
-    model = sorted(name for name in ours.keys() | theirs.keys() if name.startswith(_MODEL_PREFIX))
-    others = [name for name in ours.keys() | theirs.keys() if not name.startswith(_MODEL_PREFIX)]
+    model = sorted(name for name in ours.keys() | theirs.keys() if name.startswith(MODEL_PREFIX))
+    others = [name for name in ours.keys() | theirs.keys() if not name.startswith(MODEL_PREFIX)]
     tensors = [_difference(name, ours.get(name), theirs.get(name)) for name in model]
     return DifferenceReport(
         first=step_uri(first[0], first[1].step),
@@ -263,7 +261,7 @@ def _tensors(run_uri: str, commit: Commit) -> dict[str, Tensor]:
 
 
 def _difference(name: str, one: Tensor | None, other: Tensor | None) -> TensorDifference:
-    short = name.removeprefix(_MODEL_PREFIX)
+    short = name.removeprefix(MODEL_PREFIX)
     if one is None or other is None or one.shape != other.shape:
         return TensorDifference(name=short, max_abs=float("inf"), relative=float("inf"))
     delta = other.double() - one.double()

@@ -408,11 +408,18 @@ def _record(
 def named_losses(learner: Learner, sums: Tensor, counts: Tensor) -> Record:
     """The optimised loss and each head's own mean; a head without any target is left out, not called 0."""
     means = loss_means(dict(zip(LOSS_NAMES, sums, strict=True)), counts)
+    model = learner.model
+    optional = {
+        "direction": model.direction_head,
+        "distance": model.distance_head,
+        "environment": model.environment_head,
+    }
+    lacking = {name for name, head in optional.items() if head is None}
     total = sum(learner.loss.weight(name) * float(mean) for name, mean in means.items())
     heads = {
         f"{TOTAL_LOSS}_{name}": float(means[name])
         for name, count in zip(LOSS_NAMES, counts.tolist(), strict=True)
-        if count > 0 and getattr(learner.model, f"{name}_head", True) is not None
+        if count > 0 and name not in lacking
     }
     return {TOTAL_LOSS: float(total), **heads}
 

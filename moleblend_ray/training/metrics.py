@@ -1,4 +1,4 @@
-"""The numbers of a run: one JSON line a step, committed together with the checkpoint that ends them.
+"""The numbers of a run: one JSON line per step, committed together with the checkpoint that ends them.
 
 ``metrics/steps-A-B.jsonl`` of a run holds steps A <= step < B. Such a file is written just before the commit
 marker of step B, so after a restart at a committed step every step before it is on file. Steps of a save that failed come
@@ -18,6 +18,7 @@ from moleblend_ray.errors import DataError
 Record = dict[str, float | int]
 """Numbers of one step: name -> value, "step" among them."""
 
+METRICS_DIR: Final = "metrics"
 _FILE_NAME: Final = re.compile(r"steps-(\d{8,})-(\d{8,})\.jsonl$")
 
 TOTAL_LOSS: Final = "loss"
@@ -26,17 +27,23 @@ TOTAL_LOSS: Final = "loss"
 VALID_PREFIX: Final = "valid_"
 
 
-class _File(NamedTuple):
+class RecordFile(NamedTuple):
+    """One file of records of a run."""
+
     first: int
+    """First step in it."""
     end: int
+    """Step after the last one."""
     uri: str
+    size: int
+    """Bytes."""
 
 
 def write_records(run_uri: str, records: Sequence[Record], first: int, end: int) -> None:
     """Write the records of steps ``first`` to ``end`` (exclusive) as one file of the run."""
     lines = "".join(json.dumps(record, sort_keys=True) + "\n" for record in records)
     storage.write_bytes(
-        storage.join(run_uri, "metrics", f"steps-{first:08d}-{end:08d}.jsonl"), lines.encode()
+        storage.join(run_uri, METRICS_DIR, f"steps-{first:08d}-{end:08d}.jsonl"), lines.encode()
     )
 
 
@@ -44,7 +51,7 @@ def read_records(run_uri: str) -> list[Record]:
     """The records of every committed step of a run, in step order; empty if there are none yet."""
     records: list[Record] = []
     next_step = 0
-    for file in _files(run_uri):
+    for file in record_files(run_uri):
         records += [record for record in _read(file) if record["step"] >= next_step]
         next_step = max(next_step, file.end)
     return records
@@ -52,7 +59,7 @@ def read_records(run_uri: str) -> list[Record]:
 
 def last_record(run_uri: str, step: int) -> Record:
     """The record of the step before ``step``, which must be committed; empty if that is the beginning of the run."""
-    for file in _files(run_uri):
+    for file in record_files(run_uri):
         if file.first < step <= file.end:
             return next((record for record in _read(file) if record["step"] == step - 1), {})
     return {}
@@ -60,7 +67,7 @@ def last_record(run_uri: str, step: int) -> Record:
 
 def drop_records_from(run_uri: str, step: int) -> None:
     """Remove what an abandoned attempt wrote for ``step`` and later; call when training starts at ``step``."""
-    for file in _files(run_uri):
+    for file in record_files(run_uri):
         if file.end <= step:
             continue
         if file.first < step:
@@ -69,20 +76,25 @@ def drop_records_from(run_uri: str, step: int) -> None:
         storage.delete(file.uri)
 
 
-def _read(file: _File) -> list[Record]:
+def _read(file: RecordFile) -> list[Record]:
     try:
         return [json.loads(line) for line in storage.read_bytes(file.uri).splitlines()]
     except ValueError as error:
         raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
 
 
-def _files(run_uri: str) -> list[_File]:
+def record_files(run_uri: str) -> list[RecordFile]:
+    """The files of a run by their first step; none before the first checkpoint."""
     try:
-        found = storage.list_files(storage.join(run_uri, "metrics"))
+        found = storage.list_files(storage.join(run_uri, METRICS_DIR))
     except storage.NotFoundError:
         return []
-    matches = ((_FILE_NAME.search(info.uri), info.uri) for info in found)
-    return sorted(_File(int(match[1]), int(match[2]), uri) for match, uri in matches if match)
+    matches = ((_FILE_NAME.search(info.uri), info) for info in found)
+    return sorted(
+        RecordFile(int(match[1]), int(match[2]), info.uri, info.size)
+        for match, info in matches
+        if match
+    )
 
 
 def loss_ends(records: Sequence[Record]) -> tuple[dict[str, float], dict[str, float]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Final
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
 from moleblend_ray.errors import HIDDEN, CheckpointError, DataError, StorageError
+from moleblend_ray.training.anomalies import ANOMALIES_DIR
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
@@ -28,13 +28,18 @@ from moleblend_ray.training.commits import (
     committed_steps,
     read_commit,
 )
-from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record
+from moleblend_ray.training.metrics import (
+    TOTAL_LOSS,
+    VALID_PREFIX,
+    Record,
+    RecordFile,
+    record_files,
+)
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME: Final = "config.json"
 
-_METRICS_FILE: Final = re.compile(r"steps-(\d{8,})-(\d{8,})\.jsonl$")
 _TAIL_BYTES: Final = 256 << 10
 _HEAD_BYTES: Final = 64 << 10
 _LAST_LINE_BYTES: Final = 4 << 10
@@ -128,7 +133,7 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
     checkpoints, commits = _checkpoints(uri)
     newest = commits[0] if commits else None
     finished = _finished(uri)
-    files = _metrics_files(uri)
+    files = record_files(uri)
     records = _tail(files, 2 * _WINDOW)
     step = newest.step if newest else 0
     num_steps = _get(config, "train", "num_steps")
@@ -271,18 +276,7 @@ def _seconds_a_step(commits: Sequence[Commit], records: Sequence[Record]) -> flo
 # ------------------------------------------------------------------------------------------------ records
 
 
-def _metrics_files(uri: str) -> list[storage.FileInfo]:
-    """The files of records, by their first step."""
-    try:
-        found = storage.list_files(storage.join(uri, "metrics"))
-    except storage.NotFoundError:
-        return []
-    matches = [(match, info) for info in found if (match := _METRICS_FILE.search(info.uri))]
-    ordered = sorted(matches, key=lambda pair: (int(pair[0][1]), int(pair[0][2])))
-    return [info for _, info in ordered]
-
-
-def _tail(files: Sequence[storage.FileInfo], count: int) -> list[Record]:
+def _tail(files: Sequence[RecordFile], count: int) -> list[Record]:
     """The newest ``count`` records, in step order, each step once; the end of the newest files is read."""
     found: dict[int, Record] = {}
     for info in reversed(files):
@@ -294,11 +288,11 @@ def _tail(files: Sequence[storage.FileInfo], count: int) -> list[Record]:
     return [found[step] for step in sorted(found)][-count:]
 
 
-def _head(files: Sequence[storage.FileInfo]) -> list[Record]:
+def _head(files: Sequence[RecordFile]) -> list[Record]:
     return _part(files[0], 0, _HEAD_BYTES)[:_WINDOW] if files else []
 
 
-def _part(info: storage.FileInfo, offset: int, length: int) -> list[Record]:
+def _part(info: RecordFile, offset: int, length: int) -> list[Record]:
     """Records of the lines that lie wholly in this range of a file."""
     if not info.size:
         return []
@@ -322,7 +316,7 @@ def _part(info: storage.FileInfo, offset: int, length: int) -> list[Record]:
     return records
 
 
-def _curve(files: Sequence[storage.FileInfo]) -> tuple[float, ...]:
+def _curve(files: Sequence[RecordFile]) -> tuple[float, ...]:
     """The loss of the last step of files over the whole run."""
     if len(files) < 2:
         # One file: points of what is read anyway.
@@ -409,7 +403,7 @@ def _mean(records: Sequence[Record], name: str) -> float:
 
 
 def _validation(
-    records: Sequence[Record], files: Sequence[storage.FileInfo]
+    records: Sequence[Record], files: Sequence[RecordFile]
 ) -> tuple[tuple[int, float], ...]:
     """The newest five: those in the records at hand, and in last lines of files, where validations often fall."""
     name = VALID_PREFIX + TOTAL_LOSS
@@ -431,7 +425,7 @@ def _validation(
 
 def _anomalies(uri: str) -> int:
     try:
-        return len(storage.list_files(storage.join(uri, "anomalies")))
+        return len(storage.list_files(storage.join(uri, ANOMALIES_DIR)))
     except storage.NotFoundError:
         return 0
 

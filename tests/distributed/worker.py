@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import toy
 
 from moleblend_ray.data.shards import load_manifest
@@ -20,7 +21,7 @@ from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks, process_group
+from moleblend_ray.training.distributed import Ranks, current_ranks
 from moleblend_ray.training.loop import fit
 from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.saving import CheckpointWriter
@@ -101,13 +102,17 @@ def _poisoned(batch: Any, molecule_id: int) -> Any:
 
 def main(plan: Path) -> None:
     torch.set_num_threads(1)
-    with process_group() as ranks:
-        for task in json.loads(plan.read_text()):
-            try:
-                outcome = run(task, ranks)
-            except MoleBlendError as error:
-                outcome = {"error": f"{type(error).__name__}: {error}"}
-            Path(f"{task['result']}.{ranks.rank}").write_text(json.dumps(outcome))
+    if int(os.environ["WORLD_SIZE"]) > 1:
+        dist.init_process_group("gloo")
+    ranks = current_ranks(use_gpu=False)
+    for task in json.loads(plan.read_text()):
+        try:
+            outcome = run(task, ranks)
+        except MoleBlendError as error:
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        Path(f"{task['result']}.{ranks.rank}").write_text(json.dumps(outcome))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

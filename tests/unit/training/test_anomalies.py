@@ -176,5 +176,5 @@ def test_a_spike_names_all_molecules_of_its_step(monkeypatch: pytest.MonkeyPatch
 def test_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_skipped_steps: expected at least 1, found 0"):
         TrainConfig(max_skipped_steps=0)
-    with pytest.raises(ConfigError, match="spike_deviations: expected null or > 0"):
+    with pytest.raises(ConfigError, match="spike_deviations: expected null or more than 0"):
         TrainConfig(spike_deviations=0.0)

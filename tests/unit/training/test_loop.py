@@ -83,7 +83,9 @@ def test_records_say_what_a_step_saw() -> None:
     order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
     learner = toy.learner(num_steps=2)
     forward = pretraining_flops(learner.model.config)
-    for record in toy.records(learner, toy.steps()):
+    records = toy.records(learner, toy.steps())
+    assert len(records) == 2
+    for record in records:
         ids = order.global_batch(int(record["step"]))
         num_atoms = np.concatenate([toy.molecule(int(i)).num_atoms for i in ids])
         assert record["molecules"] == toy.ORDER.global_batch_size
