@@ -9,8 +9,6 @@ import hashlib
 import logging
 import pickle
 import platform
-import shutil
-import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.scratch import scratch_folder, scratch_path
 from moleblend_ray.errors import CheckpointError, MoleBlendError
 from moleblend_ray.training.commits import (
     Commit,
@@ -87,9 +86,9 @@ def load_model_state(run_uri: str, step: int, model: nn.Module) -> None:
     """Read the parameters of the checkpoint at ``step`` into ``model``, in this process alone."""
     commit = read_commit(run_uri, step)
     state = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-    with tempfile.TemporaryDirectory(prefix="moleblend-load-") as local:
-        _download_files(run_uri, commit, Path(local))
-        _load(state, Path(local), step_uri(run_uri, step), alone=True)
+    with scratch_folder("load") as local:
+        _download_files(run_uri, commit, local)
+        _load(state, local, step_uri(run_uri, step), alone=True)
 
 
 def load_all_tensors(run_uri: str, commit: Commit, local: Path) -> dict[str, Tensor]:
@@ -162,21 +161,17 @@ class _IndexUnpickler(pickle.Unpickler):
 def _node_local_copy(run_uri: str, step: int, ranks: Ranks) -> Iterator[tuple[Commit, Path]]:
     """The marker and a verified local copy of its files, one for all processes of a machine."""
     token = gather_from_ranks(uuid.uuid4().hex[:12])[0]
-    local = Path(tempfile.gettempdir()) / f"moleblend-load-{token}"
+    with contextlib.ExitStack() as stack:
 
-    def fetch() -> Commit:
-        commit = read_commit(run_uri, step)
-        if ranks.local_rank == 0:
-            local.mkdir(mode=0o700)
-            _download_files(run_uri, commit, local)
-        return commit
+        def fetch() -> Commit:
+            commit = read_commit(run_uri, step)
+            if ranks.local_rank == 0:
+                local = stack.enter_context(scratch_folder("load", token=token))
+                _download_files(run_uri, commit, local)
+            return commit
 
-    try:
-        yield on_every_rank(fetch)[ranks.rank], local
+        yield on_every_rank(fetch)[ranks.rank], scratch_path("load", token)
         on_every_rank(lambda: None)  # no rank may still be reading when the copy goes
-    finally:
-        if ranks.local_rank == 0:
-            shutil.rmtree(local, ignore_errors=True)
 
 
 def _download_files(run_uri: str, commit: Commit, local: Path) -> None:

@@ -50,7 +50,8 @@ def load_model(uri: str) -> MoleBlendModel:
         return from_pretrained(uri)
     if storage.exists(storage.join(uri, FINISHED_NAME)):
         return from_pretrained(export_uri(uri))
-    commit = latest_committed(uri)
+    # Every byte: what is damaged is found now, while the checkpoint before it can still be taken.
+    commit = latest_committed(uri, verify_content=True)
     if commit is None:
         raise CheckpointError(
             f"{uri} names no model: expected a run of `moleblend pretrain` with a committed checkpoint, a folder "
@@ -63,7 +64,7 @@ def load_model(uri: str) -> MoleBlendModel:
 
 def export_run(run_uri: str) -> str:
     """Write the newest committed model of a run as ``model.safetensors`` and ``config.json``; the folder's URI."""
-    commit = latest_committed(run_uri)
+    commit = latest_committed(run_uri, verify_content=True)
     if commit is None:
         raise CheckpointError(f"{run_uri} has no committed checkpoint to export")
     target = export_uri(run_uri)

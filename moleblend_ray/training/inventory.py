@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.training.checkpoint import MODEL_PREFIX, load_all_tensors
 from moleblend_ray.training.commits import (
@@ -256,8 +255,8 @@ def _commit_of(uri: str) -> tuple[str, Commit]:
 
 
 def _tensors(run_uri: str, commit: Commit) -> dict[str, Tensor]:
-    with tempfile.TemporaryDirectory(prefix="moleblend-compare-") as local:
-        return load_all_tensors(run_uri, commit, Path(local))
+    with scratch_folder("compare") as local:
+        return load_all_tensors(run_uri, commit, local)
 
 
 def _difference(name: str, one: Tensor | None, other: Tensor | None) -> TensorDifference:

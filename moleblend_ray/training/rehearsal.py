@@ -11,7 +11,6 @@ import datetime
 import multiprocessing
 import queue
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
@@ -88,7 +88,7 @@ def rehearse(settings: Rehearsal) -> Found:
     """Run it in processes of its own, for about a minute; TrainingError if one fails."""
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(settings.workers)
-    with tempfile.TemporaryDirectory(prefix="moleblend-rehearsal-") as folder:
+    with scratch_folder("rehearsal") as folder:
         results: Any = context.Queue()
         processes = [
             context.Process(target=_work, args=(settings, rank, barrier, folder, results))
@@ -97,9 +97,11 @@ def rehearse(settings: Rehearsal) -> Found:
         for process in processes:
             process.start()
         found = [_next_result(results, processes) for _ in processes]
+        problems = [result for result in found if isinstance(result, str)]
         for process in processes:
+            if problems:
+                process.kill()  # it may wait for one that is gone
             process.join()
-    problems = [result for result in found if isinstance(result, str)]
     if problems:
         # One fails first; the others only find it gone.
         own = [
@@ -151,9 +153,9 @@ def _sent_bytes(settings: Rehearsal) -> int:
     return max(4096, min(settings.message_bytes, _LARGEST_MESSAGE))
 
 
-def _work(settings: Rehearsal, rank: int, barrier: Barrier, folder: str, results: Any) -> None:
+def _work(settings: Rehearsal, rank: int, barrier: Barrier, folder: Path, results: Any) -> None:
     try:
-        results.put((rank, _measure(settings, rank, barrier, Path(folder))))
+        results.put((rank, _measure(settings, rank, barrier, folder)))
     # Whatever it was, the parent must hear of it, and the other processes must not wait.
     except Exception as error:
         barrier.abort()

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import math
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError, DataError, StorageError
 from moleblend_ray.training.checkpoint import (
     TRANSFER_THREADS,
@@ -297,12 +297,9 @@ class CheckpointWriter:
                 shutil.rmtree(local, ignore_errors=True)
                 raise
             return
-        made = on_every_rank(lambda: tempfile.mkdtemp(prefix="moleblend-save-"), self._group)
-        local = Path(made[self._ranks.rank])
-        try:
-            yield local
-        finally:
-            shutil.rmtree(local, ignore_errors=True)
+        with contextlib.ExitStack() as stack:
+            made = on_every_rank(lambda: stack.enter_context(scratch_folder("save")), self._group)
+            yield made[self._ranks.rank]
 
     def _place_files(self, local: Path, folder: str) -> list[CommittedFile]:
         """Those that this rank wrote: ranks of one machine may share the folder."""

@@ -13,7 +13,7 @@ import toy
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.training.commits import FINISHED_NAME, step_uri
+from moleblend_ray.training.commits import FINISHED_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.export import export_run, load_model
@@ -67,6 +67,24 @@ def test_an_export_and_a_finished_run_give_the_same_model(
     storage.write_json(storage.join(copy, FINISHED_NAME), {})
     shutil.rmtree(storage.join(copy, "checkpoints"))
     assert_same_weights(load_model(copy), learner.model)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(
+    run: tuple[str, Learner], tmp_path: Path
+) -> None:
+    uri, _ = run
+    copy = str(tmp_path / "copy")
+    shutil.copytree(uri, copy)
+    newest, before = committed_steps(copy)[:2]
+    shard = next(Path(step_uri(copy, newest)).glob("*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    expected = load_model(step_uri(copy, before))
+    assert_same_weights(load_model(copy), expected)
+    assert_same_weights(load_model(export_run(copy)), expected)
+    with pytest.raises(CheckpointError, match="another SHA-256"):
+        load_model(step_uri(copy, newest))
 
 
 def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ import torch
 import toy
 
 from moleblend_ray.cli import EXIT_CONFIG, EXIT_ERROR, main
-from moleblend_ray.config.inspect import CheckpointsConfig
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.orchestration.inspect import show_checkpoints
+from moleblend_ray.orchestration.terminal import json_text
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.commits import COMMIT_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
@@ -196,9 +195,7 @@ def test_weights_that_are_not_numbers_differ_from_those_that_are(tmp_path: Path)
             writer.commit(2, training_state(learner.model, learner.optimizer), [])
     report = compare_checkpoints(str(tmp_path / "one"), str(tmp_path / "other"))
     assert [tensor.name for tensor in report.tensors] == ["spd_head.bias"]
-    shown = show_checkpoints(report, CheckpointsConfig(run="a", against="b", format="json"))
-    assert isinstance(shown, str)
-    assert json.loads(shown)["tensors"][0]["max_abs"] is None
+    assert json.loads(json_text(report))["tensors"][0]["max_abs"] is None
 
 
 def test_a_checkpoint_of_a_newer_version_is_neither_damaged_nor_deleted(run: Path) -> None:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -40,6 +45,33 @@ def test_two_processes_find_every_figure(tmp_path: Path) -> None:
 def test_a_process_that_fails_ends_all_and_its_reason_is_told(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"could not be measured: DataError: .*nowhere"):
         rehearse(replace(SETTINGS, data=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_the_others_too(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), 60, shard_rows=60)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        while not killed:
+            for process in multiprocessing.active_children():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGKILL)
+                killed.append(process.pid)
+                break
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(
+        TrainingError, match="could not be measured: a process ended with status -9"
+    ):
+        rehearse(replace(SETTINGS, data=str(tmp_path)))
+    killer.join()
+    # The others would wait ten minutes for it.
+    assert time.monotonic() - began < 300
+    assert multiprocessing.active_children() == []
 
 
 def test_rounds_are_compared_within_themselves() -> None:

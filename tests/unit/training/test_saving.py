@@ -6,6 +6,7 @@ import logging
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -209,14 +210,14 @@ def test_shards_that_find_no_local_space_are_an_error_of_that_save_alone(
 ) -> None:
     run = f"memory://{uuid.uuid4().hex}/run"  # not on a disk: shards go through a local folder
     failing = iter([True, False, False])
-    make = saving.tempfile.mkdtemp
+    make = saving.scratch_folder
 
-    def refuse_once(prefix: str) -> str:
+    def refuse_once(purpose: str) -> AbstractContextManager[Path]:
         if next(failing):
             raise OSError(28, "No space left on device")
-        return make(prefix=prefix)
+        return make(purpose)
 
-    monkeypatch.setattr(saving.tempfile, "mkdtemp", refuse_once)
+    monkeypatch.setattr(saving, "scratch_folder", refuse_once)
     fit(toy.learner(num_steps=6), toy.steps(), checkpoints=writer(run))
     assert committed_steps(run) == [6, 4]
     assert latest_committed(run, verify_content=True) is not None

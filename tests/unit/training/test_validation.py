@@ -10,9 +10,9 @@ import toy
 from synthetic import write_dataset
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.shards import (
     GRAPH_COLUMNS,
-    MANIFEST_NAME,
     Manifest,
     ShardReader,
     fingerprint,
