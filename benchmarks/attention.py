@@ -1,12 +1,13 @@
-"""Attention with a bias for each pair: the ways to the same numbers, forward and backward.
+"""Attention with a bias for each pair: ways to compute the same numbers, forward and backward.
 
     python benchmarks/attention.py [--batch 64] [--device cpu|cuda] [--dtype fp32|bf16]
 
-From packed queries, keys and values (S, D) and a bias (B, H, T, T) with a gradient to packed outputs, at the base preset's width:
+Inputs are packed queries, keys and values (S, 3 * D), at the width of the preset ``base``, and a bias (B, H, T, T) with
+a gradient; outputs (S, D) are packed, too.
 
-- ``gathered_rows``: each head's rows gathered from the packed ones, batched products, written-out derivative: what
-  `model/attention.py` does on a CPU.
-- ``packed_kernels``: one Triton program for a head of a molecule, straight from packed tokens to packed outputs, the
+- ``gathered_rows``: rows of each head gathered from the packed tokens, batched products, derivative written by hand:
+  what `model/attention.py` does on a CPU.
+- ``packed_kernels``: one Triton program for each head of a molecule, from packed tokens to packed outputs, with the
   gradients of the bias of all blocks added up in place: what it does on a GPU (GPU only).
 - ``padded_fused``: `scaled_dot_product_attention` on the rectangle.
 - ``padded_products``: batched products and a softmax on the rectangle.
@@ -14,7 +15,8 @@ From packed queries, keys and values (S, D) and a bias (B, H, T, T) with a gradi
 - ``packed_block_mask``: one sequence of all tokens, other molecules masked out.
 - ``flex``: FlexAttention, compiled (GPU only).
 
-All ways are checked against each other first. Molecules are synthetic, with PCQM4Mv2's sizes. One JSON line comes last.
+All ways are first checked against each other. Molecules are synthetic, with the sizes of PCQM4Mv2. The last line of the
+output is JSON.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ ON_GPU = ("flex", "packed_kernels")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What attention gets."""
+    """The input of attention."""
 
     qkv: Tensor
     """(S, 3 * D)."""
@@ -89,7 +91,7 @@ def main() -> None:
     ways = {name: way for name, way in WAYS.items() if name not in ON_GPU or device.type == "cuda"}
     check(case, ways)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    # In turn, so that a slow moment of the machine meets all of them.
+    # In turn, so that a slow moment of the machine affects all of them.
     for _ in range(REPEATS):
         for name, way in ways.items():
             seconds[name].append(seconds_of(partial(both_passes, way, case), device))
@@ -141,8 +143,8 @@ def packed_kernels(case: Case) -> Tensor:
     with torch.autocast(case.qkv.device.type, dtype=case.qkv.dtype):
         shared = SharedBias(case.bias)
     seed = torch.zeros(1, dtype=torch.int64, device=case.qkv.device)
-    offset = torch.zeros(case.qkv.shape[1], device=case.qkv.device)
-    return attend_packed(case.qkv, offset, shared, case.batch, seed)
+    linear_bias = torch.zeros(case.qkv.shape[1], device=case.qkv.device)
+    return attend_packed(case.qkv, linear_bias, shared, case.batch, seed)
 
 
 def padded_fused(case: Case) -> Tensor:

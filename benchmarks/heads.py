@@ -1,14 +1,14 @@
-"""The pair head's ways to the same numbers: forward and backward time, and the memory each way holds on to.
+"""Ways to compute a pair head: time of forward and backward pass, and memory that each keeps for the backward pass.
 
     python benchmarks/heads.py [--batch 64] [--outputs 125] [--device cpu|cuda] [--dtype fp32|bf16]
 
-- ``columns_first``: what `model/heads.py` does, the weight times the column vectors, then row vectors times that.
+- ``columns_first``: what `model/heads.py` does: the weight times the column vectors, then row vectors times the result.
 - ``by_size``: the same for molecules of one size at a time, without padding.
 - ``outer_product``: the (B, N, N, P * P) product of both vectors, then one linear map, as in the paper's formula.
 - ``factor_by_output``: one matrix product for each output between row vectors and weighted column vectors.
 
-All ways are checked against each other first. ``saved_mib`` is what autograd keeps for the backward pass. Molecules are
-synthetic, with PCQM4Mv2's sizes. One JSON line comes last.
+All ways are first checked against each other. ``saved_mib`` is what autograd keeps for the backward pass. Molecules are
+synthetic, with the sizes of PCQM4Mv2. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     )
     check(head, row, column, batch)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
-    # In turn, so that a slow moment of the machine meets all of them.
+    # In turn, so that a slow moment of the machine affects all of them.
     for _ in range(REPEATS):
         for name, way in WAYS.items():
             seconds[name].append(

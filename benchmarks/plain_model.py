@@ -1,6 +1,6 @@
 """The model as one would write it first: everything padded, attention in separate steps, pair heads by outer products.
 
-For comparison only. It holds a :class:`MoleBlendModel` and computes with its parameters, so both give the same numbers.
+For comparison only. It uses the parameters of a :class:`MoleBlendModel`, so both give the same numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moleblend_ray.model.pair_bias import attention_bias
 
 
 class PlainModel(nn.Module):
-    """Same parameters, same predictions as ``model``."""
+    """Has the parameters of ``model`` and makes the same predictions."""
 
     def __init__(self, model: MoleBlendModel) -> None:
         super().__init__()
@@ -56,12 +56,12 @@ class PlainModel(nn.Module):
 
 def plain_block(layer: Block, tokens: Tensor, bias: Tensor, drop_path: float) -> Tensor:
     """(B, T, D) -> (B, T, D)."""
-    branch = thinned(plain_attention(layer, tokens, bias), drop_path, layer.training)
+    branch = with_drop_path(plain_attention(layer, tokens, bias), drop_path, layer.training)
     tokens = layer.attention_norm(tokens + branch)
     hidden = F.gelu(layer.ffn_in(tokens))
     hidden = F.dropout(hidden, layer.activation_dropout, layer.training)
     output: Tensor = layer.ffn_norm(
-        tokens + thinned(layer.ffn_out(hidden), drop_path, layer.training)
+        tokens + with_drop_path(layer.ffn_out(hidden), drop_path, layer.training)
     )
     return output
 
@@ -77,7 +77,7 @@ def plain_attention(layer: Block, tokens: Tensor, bias: Tensor) -> Tensor:
     return output
 
 
-def thinned(branch: Tensor, drop_path: float, training: bool) -> Tensor:
+def with_drop_path(branch: Tensor, drop_path: float, training: bool) -> Tensor:
     if not training or drop_path == 0.0:
         return branch
     kept = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= drop_path

@@ -1,6 +1,8 @@
-"""Attention of packed tokens with an additive bias for each pair: ours for CPUs and for GPUs, and PyTorch's fused kernel.
+"""Attention of packed tokens with an additive bias for each pair: one way for CPUs, one for GPUs, and PyTorch's kernel.
 
-:func:`attention_of_blocks` chooses. Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
+:func:`attention_of_blocks` chooses among them.
+
+Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
 """
 
 from __future__ import annotations
@@ -19,39 +21,41 @@ from moleblend_ray.model.fused import uses_triton
 from moleblend_ray.model.precision import product_type
 
 NUM_PARTS = 3
-"""Query, key and value, in this order."""
+"""Parts of a ``qkv`` tensor: query, key and value, in this order."""
 
 LARGEST_SEED: Final = (1 << 62) - 1
-"""Of a kernel's dropout."""
+"""Largest seed that is drawn for the dropout of a kernel."""
 
 Attend = Callable[[Tensor, nn.Linear, float], Tensor]
-"""Tokens (S, D), the linear map to their queries, keys and values (S, 3 * D), and the probability of dropout -> (S, D), before the
-last linear map."""
+"""Tokens (S, D), the linear map to queries, keys and values (S, 3 * D), probability of dropout -> (S, D).
+
+The result is that of attention before its last linear map.
+"""
 
 
 def attention_of_blocks(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[Attend]:
-    """For each block the fastest way to attend with ``bias`` (B, H, T, T), float32 with -inf in padding columns.
+    """The fastest way to attend with ``bias`` (B, H, T, T), float32 with -inf in padding columns, once for each block.
 
-    The blocks of one forward pass share what all of them need.
+    The blocks of one forward pass share whatever does not depend on the block.
     """
     if bias.device.type == "cpu":
         if torch.is_grad_enabled():
             rows = head_rows(batch, bias.shape[1])
             return [functools.partial(_by_rows, bias, rows)] * num_blocks
-        # Without a gradient a CPU has a fused kernel as well, 2.6 times faster than the gathered rows.
+        # PyTorch's fused CPU kernel, which has no gradient of the bias: 2.6 times as fast as gathered rows.
         return [functools.partial(_padded, bias, batch)] * num_blocks
-    if not kernels_fit(bias):
+    if not attention_kernel_fits(bias):
         return [functools.partial(_padded, bias, batch)] * num_blocks
     shared = SharedBias(bias)
     seeds = torch.randint(LARGEST_SEED, (num_blocks, 1), device=bias.device)
     return [functools.partial(_packed, shared, batch, seed) for seed in seeds.unbind(0)]
 
 
-def kernels_fit(bias: Tensor) -> bool:
-    """True if the Triton kernels can take ``bias`` (B, H, T, T): float32, molecules that fit a tile, Triton at hand."""
+def attention_kernel_fits(bias: Tensor) -> bool:
+    """True if the Triton kernels can take ``bias`` (B, H, T, T): float32, T up to MAX_TOKENS, and Triton works."""
     if bias.dtype != torch.float32 or not uses_triton():
         return False
-    # Needs Triton, which CPU builds of PyTorch lack.
+    # The module imports Triton, which CPU builds of PyTorch lack.
     from moleblend_ray.model.attention_kernels import MAX_TOKENS
 
     return bias.shape[-1] <= MAX_TOKENS
@@ -82,25 +86,28 @@ def _packed(
 
 
 class HeadRows(NamedTuple):
-    """Where vectors of d numbers lie in packed tokens (S, 3, H, d), and where in rectangles (3, B, H, T, d)."""
+    """Row numbers that lead from packed tokens (S, 3, H, d) to padded rectangles (3, B, H, T, d) and back.
+
+    A row is one vector of d numbers.
+    """
 
     packed: Tensor
-    """(3 * B * H * T,) int64: packed row of each row of the rectangle; for padding its molecule's graph token."""
+    """(3 * B * H * T,) int64: packed row of each padded row; for padding that of its molecule's graph token."""
     padded: Tensor
-    """(S * 3 * H,) int64: row of the rectangle of each packed row."""
+    """(S * 3 * H,) int64: padded row of each packed row."""
     output: Tensor
-    """(S * H,) int64: row in (B, H, T, d) of each packed row (S, H, d) of what attention gives."""
+    """(S * H,) int64: row in the padded output (B, H, T, d) of each row of the packed output (S, H, d)."""
 
 
 def head_rows(batch: MoleculeBatch, num_heads: int) -> HeadRows:
-    """The rows of ``batch``, the same for all blocks."""
+    """The row numbers of ``batch``; all blocks use the same ones."""
     B, T, H = batch.num_molecules, batch.max_atoms + 1, num_heads
     device = batch.token_index.device
     part = torch.arange(NUM_PARTS, device=device)
     head = torch.arange(H, device=device)
     S = len(batch.token_index)
-    # Padding takes part in nothing: its columns have a bias of -inf, and nobody reads its rows. But it must be of its own
-    # molecule, lest one that is not finite spreads.
+    # Padding has no influence: its columns have a bias of -inf, and its rows are never read. It still takes values of
+    # its own molecule, so that infinities and NaN of one molecule do not reach others.
     token = batch.graph_token.repeat_interleave(T)
     token[batch.token_index] = torch.arange(S, device=device)
     packed = (token.view(B, 1, T) * NUM_PARTS + part[:, None, None, None]) * H + head[:, None]
@@ -113,7 +120,7 @@ def head_rows(batch: MoleculeBatch, num_heads: int) -> HeadRows:
 def attend_fused(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout_probability: float = 0.0
 ) -> Tensor:
-    """PyTorch's kernel: three (B, H, T, d) and ``bias`` (B, H, T, T), all of one dtype -> (B, H, T, d)."""
+    """PyTorch's kernel: three tensors (B, H, T, d) and ``bias`` (B, H, T, T), all of one dtype -> (B, H, T, d)."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout_probability
     )
@@ -133,11 +140,11 @@ def attend_padded(
 def attend_by_rows(
     qkv: Tensor, bias: Tensor, rows: HeadRows, dropout_probability: float = 0.0
 ) -> Tensor:
-    """The same as :func:`attend_padded`, for CPUs, whose fused kernel takes no bias with a gradient.
+    """The same as :func:`attend_padded`, for CPUs, where PyTorch's fused kernel has no gradient of the bias.
 
-    Each head's rows are gathered straight from the packed tokens, and the backward pass is written out so that it
-    gathers the other way: half of the time on a CPU went into copies between layouts. Softmax is in the type of
-    ``bias``, which keeps bfloat16 tokens in float32 there.
+    Each head's rows are gathered directly from the packed tokens, and the backward pass is written by hand so that it
+    gathers in the opposite direction: copies between layouts took half of the time on a CPU. Softmax runs in the type
+    of ``bias``, so in float32 even if the tokens are bfloat16.
     """
     output: Tensor = _Attention.apply(qkv, bias, rows, dropout_probability)  # type: ignore[no-untyped-call]
     return output
@@ -146,7 +153,7 @@ def attend_by_rows(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any, qkv: Tensor, bias: Tensor, rows: HeadRows, dropout_probability: float
+        ctx: Any, qkv: Tensor, bias: Tensor, rows: HeadRows, dropout_probability: float
     ) -> Tensor:
         B, H, T, _ = bias.shape
         d = qkv.shape[1] // (NUM_PARTS * H)
@@ -155,37 +162,38 @@ class _Attention(torch.autograd.Function):
             query, key, value = gathered.view(NUM_PARTS, B * H, T, d)
             weight = torch.softmax(_scores(query, key, bias.flatten(0, 1)), -1)
             kept, scale = draw_kept(weight, dropout_probability)
-            thinned = weight if kept is None else torch.where(kept, weight, 0.0)
-            thinned = thinned.to(qkv.dtype)
-            attended = _scaled_bmm(thinned, value, scale)
+            kept_weight = weight if kept is None else torch.where(kept, weight, 0.0)
+            kept_weight = kept_weight.to(qkv.dtype)
+            attended = _scaled_bmm(kept_weight, value, scale)
             output = attended.view(-1, d).index_select(0, rows.output)
-        context.save_for_backward(query, key, value, weight, thinned, kept)
-        context.rows, context.scale = rows, scale
+        ctx.save_for_backward(query, key, value, weight, kept_weight, kept)
+        ctx.rows, ctx.scale = rows, scale
         return output.view(-1, H * d)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        query, key, value, weight, thinned, kept = context.saved_tensors
-        rows: HeadRows = context.rows
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        query, key, value, weight, kept_weight, kept = ctx.saved_tensors
+        rows: HeadRows = ctx.rows
         _, T, d = query.shape
-        # Padding must not add to the gradients of keys and values.
-        of_output = gradient.new_zeros(query.shape).view(-1, d)
-        of_output.index_copy_(0, rows.output, gradient.reshape(-1, d))
-        of_output = of_output.view(query.shape)
-        of_weight = _scaled_bmm(of_output, value.transpose(1, 2), context.scale)
+        # Zero in padding, which must not add to the gradients of keys and values.
+        grad_attended = grad_output.new_zeros(query.shape).view(-1, d)
+        grad_attended.index_copy_(0, rows.output, grad_output.reshape(-1, d))
+        grad_attended = grad_attended.view(query.shape)
+        grad_weight = _scaled_bmm(grad_attended, value.transpose(1, 2), ctx.scale)
         if kept is not None:
-            of_weight = torch.where(kept, of_weight, 0.0)
-        of_score = torch.ops.aten._softmax_backward_data(
-            of_weight.to(weight.dtype), weight, -1, weight.dtype
+            grad_weight = torch.where(kept, grad_weight, 0.0)
+        # A score is a scaled product plus the bias: both have the same gradient.
+        grad_bias = torch.ops.aten._softmax_backward_data(
+            grad_weight.to(weight.dtype), weight, -1, weight.dtype
         )
-        factor = of_score.to(query.dtype)
-        gathered = query.new_empty(NUM_PARTS, *query.shape)
-        _scaled_bmm(factor, key, d**-0.5, out=gathered[0])
-        _scaled_bmm(factor.transpose(1, 2), query, d**-0.5, out=gathered[1])
-        _scaled_bmm(thinned.transpose(1, 2), of_output, context.scale, out=gathered[2])
-        of_qkv = gathered.view(-1, d).index_select(0, rows.padded).view(len(gradient), -1)
-        H = gradient.shape[1] // d
-        return of_qkv, of_score.view(-1, H, T, T), None, None
+        grad_score = grad_bias.to(query.dtype)
+        grad_gathered = query.new_empty(NUM_PARTS, *query.shape)
+        _scaled_bmm(grad_score, key, d**-0.5, out=grad_gathered[0])
+        _scaled_bmm(grad_score.transpose(1, 2), query, d**-0.5, out=grad_gathered[1])
+        _scaled_bmm(kept_weight.transpose(1, 2), grad_attended, ctx.scale, out=grad_gathered[2])
+        grad_qkv = grad_gathered.view(-1, d).index_select(0, rows.padded).view(len(grad_output), -1)
+        H = grad_output.shape[1] // d
+        return grad_qkv, grad_bias.view(-1, H, T, T), None, None
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
@@ -197,70 +205,71 @@ def _scores(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
 
 
 def _scaled_bmm(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    """``scale`` times the batched product, without a pass over it for the scale."""
+    """``scale`` times the batched product of ``left`` and ``right``, without a separate pass over it for the scale."""
     if out is None:
         out = left.new_empty(left.shape[0], left.shape[1], right.shape[2])
     return torch.baddbmm(out, left, right, beta=0, alpha=scale, out=out)
 
 
 class SharedBias:
-    """The bias of all blocks, in the type of their products, with one gradient to which each block adds its own.
+    """The bias of all blocks, in the type of their products, with one gradient to which every block adds its own.
 
-    Autograd by itself would make a tensor for each block, and pass over two of them to add it.
+    Autograd would allocate a gradient for every block and add them up in separate passes.
     """
 
     def __init__(self, bias: Tensor) -> None:
         """``bias`` (B, H, T, T) float32."""
         self.gradient: Tensor | None = None
-        """(B, H, T, T) float32 sum over the blocks whose backward pass is done."""
+        """(B, H, T, T) float32: sum over the blocks whose backward pass is done; None before the first."""
         self.values: Tensor = _Share.apply(bias, self, product_type(bias))  # type: ignore[no-untyped-call]
-        """(B, H, T, T)."""
+        """(B, H, T, T), the bias that the blocks read."""
 
-    def add_here(self) -> Tensor:
-        """The tensor to which a block adds its gradient."""
+    def accumulator(self) -> Tensor:
+        """The tensor (B, H, T, T) float32 to which a block adds its gradient."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.values, dtype=torch.float32)
         return self.gradient
 
     def take_gradient(self) -> Tensor | None:
-        """The sum, which begins anew."""
+        """The sum of the gradients; the next one starts from zero."""
         gradient, self.gradient = self.gradient, None
         return gradient
 
 
 class _Share(torch.autograd.Function):
-    """Hands the bias to the blocks. They return no gradient of their own, but autograd still runs this node after all
-    of them."""
+    """Passes the bias on to the blocks, and their summed gradient back.
+
+    The blocks return no gradient to autograd, but it still runs this backward pass after all of theirs.
+    """
 
     @staticmethod
-    def forward(context: Any, bias: Tensor, shared: SharedBias, dtype: torch.dtype) -> Tensor:
-        context.shared = shared
-        context.set_materialize_grads(False)
+    def forward(ctx: Any, bias: Tensor, shared: SharedBias, dtype: torch.dtype) -> Tensor:
+        ctx.shared = shared
+        ctx.set_materialize_grads(False)
         return bias.view_as(bias) if bias.dtype == dtype else bias.to(dtype)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor | None) -> tuple[Tensor | None, None, None]:
-        total = context.shared.take_gradient()
-        if gradient is not None:
-            total = gradient.float() if total is None else total + gradient
-        return total, None, None
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
+        grad_bias = ctx.shared.take_gradient()
+        if grad_output is not None:
+            grad_bias = grad_output.float() if grad_bias is None else grad_bias + grad_output
+        return grad_bias, None, None
 
 
 def attend_packed(
     qkv: Tensor,
-    offset: Tensor,
+    linear_bias: Tensor,
     shared: SharedBias,
     batch: MoleculeBatch,
     seed: Tensor,
     dropout_probability: float = 0.0,
 ) -> Tensor:
-    """The same as :func:`attend_padded` of ``qkv + offset``, (S, 3 * D) and (3 * D,), by Triton kernels, without padding and
-    without any copy in another layout.
+    """The same as :func:`attend_padded` of ``qkv`` (S, 3 * D) plus ``linear_bias`` (3 * D,), by Triton kernels.
 
-    ``seed`` (1,) int64 decides what dropout removes.
+    Nothing is padded or copied to another layout. ``seed`` (1,) int64 decides what dropout removes.
     """
     output: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
-        qkv, offset, shared.values, shared, batch, seed, dropout_probability
+        qkv, linear_bias, shared.values, shared, batch, seed, dropout_probability
     )
     return output
 
@@ -268,9 +277,9 @@ def attend_packed(
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        context: Any,
+        ctx: Any,
         qkv: Tensor,
-        offset: Tensor,
+        linear_bias: Tensor,
         bias: Tensor,
         shared: SharedBias,
         batch: MoleculeBatch,
@@ -279,27 +288,27 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         from moleblend_ray.model.attention_kernels import attention_forward
 
-        context.save_for_backward(qkv, offset, bias, batch.graph_token, batch.num_atoms, seed)
-        context.shared, context.dropout_probability = shared, dropout_probability
-        context.groups = batch.size_groups
+        ctx.save_for_backward(qkv, linear_bias, bias, batch.graph_token, batch.num_atoms, seed)
+        ctx.shared, ctx.dropout_probability = shared, dropout_probability
+        ctx.groups = batch.size_groups
         molecules = batch.graph_token, batch.num_atoms, batch.size_groups
-        return attention_forward(qkv, offset, bias, *molecules, seed, dropout_probability)
+        return attention_forward(qkv, linear_bias, bias, *molecules, seed, dropout_probability)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.attention_kernels import attention_backward
 
-        qkv, offset, bias, first_token, num_atoms, seed = context.saved_tensors
-        of_qkv, of_offset = attention_backward(
-            gradient.contiguous(),
+        qkv, linear_bias, bias, first_token, num_atoms, seed = ctx.saved_tensors
+        grad_qkv, grad_linear_bias = attention_backward(
+            grad_output.contiguous(),
             qkv,
-            offset,
+            linear_bias,
             bias,
             first_token,
             num_atoms,
-            context.groups,
+            ctx.groups,
             seed,
-            context.dropout_probability,
-            context.shared.add_here(),
+            ctx.dropout_probability,
+            ctx.shared.accumulator(),
         )
-        return of_qkv, of_offset.to(offset.dtype), None, None, None, None, None
+        return grad_qkv, grad_linear_bias.to(linear_bias.dtype), None, None, None, None, None

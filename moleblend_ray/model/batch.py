@@ -1,10 +1,10 @@
-"""One micro-batch of molecules as padded tensors, plus the indices that pack away the padding.
+"""One micro-batch of molecules as padded tensors, and the indices that remove the padding.
 
 Shape legend: B molecules, N atoms of the largest molecule, T = N + 1 tokens (graph token first),
 A real atoms of all molecules together, S = A + B real tokens, L hops of a bond path.
 
-Atoms are padded only where pairs need a rectangle; everything that is done atom by atom runs on the A or S
-packed rows. Everything is laid out on the CPU, so that no forward pass has to ask the accelerator for a size.
+Atoms are padded only where pairs need a rectangle; computations for single atoms or tokens run on the A or S packed
+rows. All index tensors are made on the CPU, so that no forward pass has to ask the accelerator for a size.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _TORCH_TYPES: Final = {
     np.dtype(np.bool_): torch.bool,
 }
 _SMALLEST_TILE: Final = 16
-"""Rows of a matrix product of tensor cores."""
+"""Smallest number of rows of a tensor-core matrix product."""
 
 _MOST_GROUPS: Final = 8
-"""More than the powers of two that occur: each costs a launch of a kernel."""
+"""Most groups of a batch: each costs a kernel launch. Sorted molecules need one for each power of two, so fewer."""
 
-# Unsigned like the words: Numba would compute in floating point otherwise.
+# Unsigned as the path words are: with mixed signs Numba would compute in floating point.
 _HOP_BITS: Final = np.uint32(HOP_BITS)
 _HOP_MASK: Final = np.uint32(HOP_MASK)
 
@@ -46,11 +46,11 @@ class SizeGroup(NamedTuple):
     """Neighbouring molecules of similar size."""
 
     first: int
-    """Row of the first one."""
+    """Number of the first molecule in the batch."""
     molecules: int
-    """How many they are."""
+    """Number of molecules."""
     tile: int
-    """Power of two, at least 16, that no one's tokens exceed."""
+    """Power of two, at least 16 and at least the tokens of each molecule."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,9 +58,9 @@ class MoleculeBatch:
     """The molecules of one forward pass. Values of padding entries are undefined unless stated."""
 
     step: int
-    """Optimizer step these molecules belong to; keys the random draws of blending."""
+    """Optimizer step these molecules belong to; part of the key of the random draws of blending."""
     molecule_ids: Tensor
-    """(B,) int64, position of the molecule in its data set; keys the random draws of blending."""
+    """(B,) int64, position of each molecule within its split; part of the key of the random draws of blending."""
     num_atoms: Tensor
     """(B,) int64."""
     atom_mask: Tensor
@@ -88,13 +88,13 @@ class MoleculeBatch:
     graph_token: Tensor
     """(B,) int64, packed token row of each molecule's graph token."""
     size_groups: tuple[SizeGroup, ...]
-    """All molecules, in order: for kernels that hold a whole molecule in a tile."""
+    """All molecules in order, in groups of similar size, for kernels that hold a whole molecule in a tile."""
 
     @classmethod
     def from_micro_batch(
         cls, micro: MicroBatch, device: torch.device | str = "cpu"
     ) -> MoleculeBatch:
-        """Pad the arrays of ``micro`` on the host and bring them to ``device`` by one transfer."""
+        """Pad the arrays of ``micro`` on the host and copy them to ``device`` in one transfer."""
         device = torch.device(device)
         B, A, N = len(micro), len(micro.positions), int(micro.num_atoms.max())
         shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
@@ -142,7 +142,7 @@ class MoleculeBatch:
         return dataclasses.replace(self, **moved)
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Tell CUDA's allocator that ``stream`` uses the tensors, which another stream has made."""
+        """Tell CUDA's allocator that ``stream`` uses the tensors, which were made on another stream."""
         for field in dataclasses.fields(self):
             if isinstance(value := getattr(self, field.name), Tensor):
                 value.record_stream(stream)
@@ -204,7 +204,11 @@ class MoleculeBatch:
 
 
 def size_groups(num_atoms: NDArray[np.int32]) -> tuple[SizeGroup, ...]:
-    """Groups of molecules with ``num_atoms`` (B,) atoms each and a token more; one for all if these are in no order of size."""
+    """Groups of neighbouring molecules with tiles of one size, from their ``num_atoms`` (B,).
+
+    A molecule has one token more than atoms. If the molecules are in no order of size, so that there would be too many
+    groups, one group holds all.
+    """
     tiles = 1 << np.ceil(np.log2(np.maximum(num_atoms + 1, _SMALLEST_TILE))).astype(np.int64)
     begins = [0, *(np.flatnonzero(np.diff(tiles)) + 1).tolist()]
     if len(begins) > _MOST_GROUPS:
@@ -217,14 +221,14 @@ def size_groups(num_atoms: NDArray[np.int32]) -> tuple[SizeGroup, ...]:
 
 
 class _Staging:
-    """Zeroed arrays that lie one behind the other in one buffer, so that they travel together."""
+    """Zeroed arrays in one buffer, one after the other, so that they are transferred together."""
 
     def __init__(
         self,
         shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]],
         device: torch.device,
     ) -> None:
-        """``shapes``: dtype and shape of each, items of 8 bytes first, then of 4, then of 1, which keeps them aligned."""
+        """``shapes``: dtype and shape of each array; items of 8 bytes first, then of 4, then of 1, for alignment."""
         self._device = device
         self._shapes = {name: shape for name, (_, shape) in shapes.items()}
         dtypes = [np.dtype(dtype) for dtype, _ in shapes.values()]
@@ -233,7 +237,7 @@ class _Staging:
             for (_, shape), dtype in zip(shapes.values(), dtypes, strict=True)
         ]
         ends = list(itertools.accumulate(sizes))
-        # From page-locked memory the copy runs while the CPU goes on.
+        # From page-locked memory the copy runs in the background.
         self._buffer = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
         host = self._buffer.numpy()
         self._parts = dict(zip(shapes, zip(dtypes, sizes, ends, strict=True), strict=True))
@@ -275,7 +279,7 @@ def _index(  # type: ignore[no-untyped-def]
 def _pad_atoms(  # type: ignore[no-untyped-def]
     num_atoms, packed, positions, atom_mask, position_mask, atom_features, degrees
 ):
-    """Rows of the ``packed`` arrays (A, ...) into the zeroed (B, N, ...) ones."""
+    """Copy the rows of the ``packed`` arrays (A, ...) into the zeroed (B, N, ...) ones."""
     packed_positions, packed_mask, packed_features, packed_degrees = packed
     atom = 0
     for molecule in range(len(num_atoms)):
@@ -284,7 +288,7 @@ def _pad_atoms(  # type: ignore[no-untyped-def]
             degrees[molecule, rank] = packed_degrees[atom]
             for column in range(packed_features.shape[1]):
                 atom_features[molecule, rank, column] = packed_features[atom, column]
-            # Missing coordinates may be stored as anything, NaN included; zero keeps the arithmetic finite.
+            # Missing coordinates may hold any value, even NaN; zero keeps the arithmetic finite.
             if packed_mask[atom]:
                 position_mask[molecule, rank] = True
                 for axis in range(3):
@@ -294,7 +298,7 @@ def _pad_atoms(  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _pad_pairs(num_atoms, packed_spd, words, spd, path_codes):  # type: ignore[no-untyped-def]
-    """Rows of the packed pair arrays (P,) into the zeroed (B, N, N, ...) ones; path words as their bond codes."""
+    """Copy the packed pair arrays (P,) into the zeroed (B, N, N, ...) ones; path words as their bond codes."""
     pair = 0
     for molecule in range(len(num_atoms)):
         n = num_atoms[molecule]

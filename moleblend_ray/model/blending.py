@@ -1,8 +1,8 @@
 """Which relation each atom pair shows, which feature each atom shows, and the noise on coordinates.
 
-Nothing here is drawn from a generator with a state: every number is Philox4x32-10 (Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011) of a counter made from what it is for, so it is the same on any device,
-in any batch and after any restart:
+No random generator with a state is involved: every number is Philox4x32-10 (Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011) of a counter that says what the number is for. So it is the same on any device, in any
+batch and after any restart:
 
     word 0   first atom << 16 | second atom          word 1   molecule id, bits 0 to 31
     word 2   purpose << 24 | id, bits 32 to 55       word 3   optimizer step
@@ -74,9 +74,9 @@ class Blend:
     """The random choices for one batch. Padding entries are undefined."""
 
     pair_choice: Tensor
-    """(B, N, N) uint8, a Relation at [a, b]: what a pair of a blended molecule shows."""
+    """(B, N, N) uint8, the Relation that the pair [a, b] of a blended molecule shows."""
     atom_choice: Tensor
-    """(B, N) uint8, an AtomFeature: what an atom of a blended molecule shows."""
+    """(B, N) uint8, the AtomFeature that an atom of a blended molecule shows."""
     noise: Tensor
     """(B, N, 3) float32, angstrom, added to the positions; 0 where they are missing."""
     view: Tensor | None = None
@@ -117,7 +117,7 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tens
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # The product wraps modulo 2**64; shifting right copies the sign, which the mask removes again.
+        # Products wrap modulo 2**64; a right shift copies the sign bit, which the mask removes.
         p0, p1 = c0 * _ROUND_MULTIPLIERS[0], c2 * _ROUND_MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -130,7 +130,7 @@ def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tens
 
 
 def draw_blend(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Blend:
-    """The choices and the noise of ``batch``, a function of (seed, step, molecule id, atoms) alone."""
+    """The choices and the noise of ``batch``: a function of seed, step, molecule ids and atoms only."""
     return Blend(
         pair_choice=_pair_choice(batch, config, seed),
         atom_choice=_atom_choice(batch, config, seed),
@@ -155,12 +155,12 @@ def _pair_choice(batch: MoleculeBatch, config: BlendConfig, seed: int) -> Tensor
     ids = batch.molecule_ids[:1] * 0 if config.per_batch else batch.molecule_ids
     word, *_ = philox(_counter(_Purpose.PAIR_CHOICE, batch.step, ids[:, None, None], pair), seed)
     uniform = word.double() / _TWO_TO_32
-    # Normalized, lest a relation of probability 0 be drawn from what rounding leaves of a sum below 1.
+    # Normalized: if rounding left the sum below 1, a last relation of probability 0 could still be drawn.
     spd, edge, _ = (p / math.fsum(config.pair_probabilities) for p in config.pair_probabilities)
     choice = (uniform >= spd).to(torch.uint8) + (uniform >= spd + edge).to(torch.uint8)
     if config.per_batch:
         return choice.expand(B, N, N)
-    # Without coordinates the same number chooses between the graph relations, in their proportion.
+    # Without coordinates the same number chooses among the two graph relations, by the ratio of their probabilities.
     spd_share = spd / (spd + edge) if spd + edge > 0.0 else 0.5
     graph_choice = (uniform >= spd_share).to(torch.uint8)
     return torch.where(batch.pair_position_mask, choice, graph_choice)

@@ -1,7 +1,7 @@
-"""Triton kernels of what lies between the matrix products of a block: each reads its inputs once and writes its result once.
+"""Triton kernels of the steps between the matrix products of a block: each reads its inputs and writes its result once.
 
-They add the biases of the linear maps, too. A backward pass that holds the gradient of such a sum in registers adds it up over
-the rows there; a pass over it for this alone, as after a linear map with a bias, would read it from memory again.
+They also add the biases of the linear maps. The backward pass of a kernel has the gradient of that sum in registers and
+adds it up over the rows there; a linear map with a bias would read it from memory again for this.
 
 Shape legend: S tokens, D width, F width of the feed-forward.
 """
@@ -19,75 +19,80 @@ from moleblend_ray.model.fused import on_its_device
 __all__ = ["add_and_norm_backward", "add_and_norm_forward", "gelu_backward", "gelu_forward"]
 
 _PROGRAMS = 1024
-"""That share the rows of a backward pass: each adds up gradients of weights, and these sums are added afterwards."""
+"""Programs that share the rows of a backward pass. Each sums the gradients of weights over its rows; PyTorch adds these
+sums."""
 
 _BLOCK = 2048
+"""Elements of one program of the forward pass of GELU."""
 
 _ROWS, _COLUMNS = 8, 256
-"""Of the part that the backward pass of GELU holds in registers."""
+"""Rows and columns that the backward pass of GELU holds in registers."""
 
 
 @on_its_device
 def add_and_norm_forward(
     tokens: Tensor,
     product: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    shift: Tensor,
+    linear_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
     epsilon: float,
     molecule: Tensor,
-    factor: Tensor | None,
+    path_scale: Tensor | None,
     seed: Tensor | None,
     dropout_probability: float,
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of ``tokens`` (S, D) plus ``product`` (S, D) with ``offset`` (D,), after dropout and times the ``factor`` (B,)
-    of the token's ``molecule`` (S,); and mean and reciprocal deviation of each row, (2, S) float32. In the type of ``product``."""
+    """LayerNorm of ``tokens`` (S, D) plus a branch, in the type of ``product``, and statistics of each row.
+
+    The branch is ``product`` (S, D) plus ``linear_bias`` (D,), after dropout, times the ``path_scale`` (B,) of the
+    token's ``molecule`` (S,). The statistics, (2, S) float32, are mean and reciprocal standard deviation.
+    """
     output = torch.empty_like(product)
     count, width = tokens.shape
     statistics = torch.empty(2, count, dtype=torch.float32, device=tokens.device)
     _add_and_norm[(count,)](
-        tokens, product, offset, weight, shift, molecule,
-        tokens if factor is None else factor, molecule if seed is None else seed,
+        tokens, product, linear_bias, norm_weight, norm_bias, molecule,
+        tokens if path_scale is None else path_scale, molecule if seed is None else seed,
         output, statistics, count, epsilon, dropout_probability,
-        **_constants(width, factor, seed),
+        **_constants(width, path_scale, seed),
     )  # fmt: skip
     return output, statistics
 
 
 @on_its_device
 def add_and_norm_backward(
-    gradient: Tensor,
+    grad_output: Tensor,
     tokens: Tensor,
     product: Tensor,
-    offset: Tensor,
-    weight: Tensor,
+    linear_bias: Tensor,
+    norm_weight: Tensor,
     statistics: Tensor,
     molecule: Tensor,
-    factor: Tensor | None,
+    path_scale: Tensor | None,
     seed: Tensor | None,
     dropout_probability: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``tokens`` and ``product`` in their types, and of the offset and the norm's weight and shift, (3, D)
+    """Gradients of ``tokens`` and ``product`` in their types, and of linear bias, norm weight and norm bias, (3, D)
     float32."""
     count, width = tokens.shape
-    of_tokens, of_product = torch.empty_like(tokens), torch.empty_like(product)
+    grad_tokens, grad_product = torch.empty_like(tokens), torch.empty_like(product)
     programs = min(_PROGRAMS, count)
     sums = torch.empty(3, programs, width, dtype=torch.float32, device=tokens.device)
     _add_and_norm_backward[(programs,)](
-        gradient, tokens, product, offset, weight, statistics, molecule,
-        tokens if factor is None else factor, molecule if seed is None else seed,
-        of_tokens, of_product, *sums.unbind(0), count, dropout_probability,
-        **_constants(width, factor, seed),
+        grad_output, tokens, product, linear_bias, norm_weight, statistics, molecule,
+        tokens if path_scale is None else path_scale, molecule if seed is None else seed,
+        grad_tokens, grad_product, *sums.unbind(0), count, dropout_probability,
+        **_constants(width, path_scale, seed),
     )  # fmt: skip
-    return of_tokens, of_product, sums.sum(1)
+    return grad_tokens, grad_product, sums.sum(1)
 
 
-def _constants(width: int, factor: Tensor | None, seed: Tensor | None) -> dict[str, object]:
+def _constants(width: int, path_scale: Tensor | None, seed: Tensor | None) -> dict[str, object]:
     tile = triton.next_power_of_2(width)
     return {
         "WIDTH": width,
         "TILE": tile,
-        "SCALES": factor is not None,
+        "SCALES": path_scale is not None,
         "DROPS": seed is not None,
         "num_warps": min(16, max(1, tile // 256)),
     }
@@ -95,13 +100,13 @@ def _constants(width: int, factor: Tensor | None, seed: Tensor | None) -> dict[s
 
 @on_its_device
 def gelu_forward(
-    product: Tensor, offset: Tensor, seed: Tensor | None, dropout_probability: float
+    product: Tensor, linear_bias: Tensor, seed: Tensor | None, dropout_probability: float
 ) -> Tensor:
-    """GELU (with the error function), then dropout, of ``product`` (S, F) with ``offset`` (F,)."""
+    """Exact GELU (by the error function) of ``product`` (S, F) plus ``linear_bias`` (F,), then dropout."""
     output = torch.empty_like(product)
     count = product.numel()
     _gelu[(triton.cdiv(count, _BLOCK),)](
-        product, offset, product if seed is None else seed, output, count, dropout_probability,
+        product, linear_bias, product if seed is None else seed, output, count, dropout_probability,
         WIDTH=product.shape[1], DROPS=seed is not None, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return output
@@ -109,35 +114,35 @@ def gelu_forward(
 
 @on_its_device
 def gelu_backward(
-    gradient: Tensor,
+    grad_output: Tensor,
     product: Tensor,
-    offset: Tensor,
+    linear_bias: Tensor,
     seed: Tensor | None,
     dropout_probability: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``product`` in its type and of ``offset`` (F,) float32."""
-    of_product = torch.empty_like(product)
+    """Gradients of ``product`` in its type and of ``linear_bias`` (F,) float32."""
+    grad_product = torch.empty_like(product)
     count, width = product.shape
     columns = triton.cdiv(width, _COLUMNS)
     programs = min(triton.cdiv(_PROGRAMS, columns), triton.cdiv(count, _ROWS))
     sums = torch.empty(programs, width, dtype=torch.float32, device=product.device)
     _gelu_backward[(programs, columns)](
-        gradient, product, offset, product if seed is None else seed,
-        of_product, sums, count, dropout_probability,
+        grad_output, product, linear_bias, product if seed is None else seed,
+        grad_product, sums, count, dropout_probability,
         WIDTH=width, DROPS=seed is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
-    return of_product, sums.sum(0)
+    return grad_product, sums.sum(0)
 
 
 @triton.jit
 def _branch_scale(  # type: ignore[no-untyped-def]
-    row, column, molecule, factor, seed, probability,
+    row, column, molecule, path_scale, seed, probability,
     WIDTH: tl.constexpr, SCALES: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """What each element of the branch is multiplied with."""
+    """The factor of each element of the branch: its path scale, times 0 or 1 / (1 - probability) for dropout."""
     scale = column.to(tl.float32) * 0.0 + 1.0
     if SCALES:
-        scale *= tl.load(factor + tl.load(molecule + row))
+        scale *= tl.load(path_scale + tl.load(molecule + row))
     if DROPS:
         survives = kept(tl.load(seed), row * WIDTH + column, probability)
         scale = tl.where(survives, scale / (1.0 - probability), 0.0)
@@ -146,80 +151,84 @@ def _branch_scale(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _add_and_norm(  # type: ignore[no-untyped-def]
-    tokens, product, offset, weight, shift, molecule, factor, seed, output, statistics,
-    count, epsilon, probability,
+    tokens, product, linear_bias, norm_weight, norm_bias, molecule, path_scale, seed,
+    output, statistics, count, epsilon, probability,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SCALES: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     inside = column < WIDTH
     at = row * WIDTH + column
-    scale = _branch_scale(row, column, molecule, factor, seed, probability, WIDTH, SCALES, DROPS)
+    scale = _branch_scale(
+        row, column, molecule, path_scale, seed, probability, WIDTH, SCALES, DROPS
+    )
     total = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
     branch = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
-    branch += tl.load(offset + column, mask=inside, other=0.0).to(tl.float32)
+    branch += tl.load(linear_bias + column, mask=inside, other=0.0).to(tl.float32)
     total += scale * branch
     mean = tl.sum(total, 0) / WIDTH
     centred = tl.where(inside, total - mean, 0.0)
-    rate = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + epsilon)
-    result = centred * rate * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    result += tl.load(shift + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 0) / WIDTH + epsilon)
+    result = centred * rstd * tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    result += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
     tl.store(statistics + row, mean)
-    tl.store(statistics + count + row, rate)
+    tl.store(statistics + count + row, rstd)
 
 
 @triton.jit
 def _add_and_norm_backward(  # type: ignore[no-untyped-def]
-    gradient, tokens, product, offset, weight, statistics, molecule, factor, seed,
-    of_tokens, of_product, of_offsets, of_weights, of_shifts, count, probability,
+    grad_output, tokens, product, linear_bias, norm_weight, statistics, molecule, path_scale, seed,
+    grad_tokens, grad_product, grad_linear_bias_parts, grad_norm_weight_parts, grad_norm_bias_parts,
+    count, probability,
     WIDTH: tl.constexpr, TILE: tl.constexpr, SCALES: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     column = tl.arange(0, TILE)
     inside = column < WIDTH
-    of_output_scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    lift = tl.load(offset + column, mask=inside, other=0.0).to(tl.float32)
-    of_offset = tl.zeros((TILE,), tl.float32)
-    of_weight = tl.zeros((TILE,), tl.float32)
-    of_shift = tl.zeros((TILE,), tl.float32)
+    weight = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(linear_bias + column, mask=inside, other=0.0).to(tl.float32)
+    grad_linear_bias = tl.zeros((TILE,), tl.float32)
+    grad_norm_weight = tl.zeros((TILE,), tl.float32)
+    grad_norm_bias = tl.zeros((TILE,), tl.float32)
     row = program.to(tl.int64)
     while row < count:
         at = row * WIDTH + column
         scale = _branch_scale(
-            row, column, molecule, factor, seed, probability, WIDTH, SCALES, DROPS
+            row, column, molecule, path_scale, seed, probability, WIDTH, SCALES, DROPS
         )
         total = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
-        total += scale * (tl.load(product + at, mask=inside, other=0.0).to(tl.float32) + lift)
-        rate = tl.load(statistics + count + row)
-        standard = tl.where(inside, (total - tl.load(statistics + row)) * rate, 0.0)
-        upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        of_weight += upstream * standard
-        of_shift += upstream
-        upstream *= of_output_scale
-        along = tl.sum(upstream * standard, 0) / WIDTH
-        level = tl.sum(upstream, 0) / WIDTH
-        result = (upstream - standard * along - level) * rate
-        tl.store(of_tokens + at, result.to(of_tokens.dtype.element_ty), mask=inside)
+        total += scale * (tl.load(product + at, mask=inside, other=0.0).to(tl.float32) + bias)
+        rstd = tl.load(statistics + count + row)
+        normalized = tl.where(inside, (total - tl.load(statistics + row)) * rstd, 0.0)
+        upstream = tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
+        grad_norm_weight += upstream * normalized
+        grad_norm_bias += upstream
+        grad_normalized = upstream * weight
+        # Mean and deviation are functions of the row, too: the parts of the gradient through them are subtracted.
+        along_row = tl.sum(grad_normalized * normalized, 0) / WIDTH
+        along_mean = tl.sum(grad_normalized, 0) / WIDTH
+        result = (grad_normalized - normalized * along_row - along_mean) * rstd
+        tl.store(grad_tokens + at, result.to(grad_tokens.dtype.element_ty), mask=inside)
         result *= scale
-        of_offset += result
-        tl.store(of_product + at, result.to(of_product.dtype.element_ty), mask=inside)
+        grad_linear_bias += result
+        tl.store(grad_product + at, result.to(grad_product.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)
     to = program.to(tl.int64) * WIDTH + column
-    tl.store(of_offsets + to, of_offset, mask=inside)
-    tl.store(of_weights + to, of_weight, mask=inside)
-    tl.store(of_shifts + to, of_shift, mask=inside)
+    tl.store(grad_linear_bias_parts + to, grad_linear_bias, mask=inside)
+    tl.store(grad_norm_weight_parts + to, grad_norm_weight, mask=inside)
+    tl.store(grad_norm_bias_parts + to, grad_norm_bias, mask=inside)
 
 
 @triton.jit
 def _gelu(  # type: ignore[no-untyped-def]
-    product, offset, seed, output, count, probability,
+    product, linear_bias, seed, output, count, probability,
     WIDTH: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     value = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(offset + at % WIDTH, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(linear_bias + at % WIDTH, mask=inside, other=0.0).to(tl.float32)
     result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
     if DROPS:
         result = tl.where(kept(tl.load(seed), at, probability), result / (1.0 - probability), 0.0)
@@ -228,29 +237,30 @@ def _gelu(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gelu_backward(  # type: ignore[no-untyped-def]
-    gradient, product, offset, seed, of_product, of_offsets, count, probability,
+    grad_output, product, linear_bias, seed, grad_product, grad_linear_bias_parts,
+    count, probability,
     WIDTH: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    lift = tl.load(offset + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    of_offset = tl.zeros((ROWS, COLUMNS), tl.float32)
+    bias = tl.load(linear_bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    grad_linear_bias = tl.zeros((ROWS, COLUMNS), tl.float32)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) * ROWS
     while first < count:
         at = row[:, None] * WIDTH + column[None, :]
         inside = (row < count)[:, None] & (column < WIDTH)[None, :]
-        value = tl.load(product + at, mask=inside, other=0.0).to(tl.float32) + lift[None, :]
-        upstream = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        # The normal distribution and its density: d (x * distribution) / dx.
+        value = tl.load(product + at, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
+        upstream = tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
+        # GELU is x * Phi(x), with the normal distribution Phi; its derivative is Phi(x) + x * density(x).
         distribution = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
         density = tl.exp(-0.5 * value * value) * 0.3989422804014327
         result = upstream * (distribution + value * density)
         if DROPS:
             survives = kept(tl.load(seed), at, probability)
             result = tl.where(survives, result / (1.0 - probability), 0.0)
-        of_offset += result
-        tl.store(of_product + at, result.to(of_product.dtype.element_ty), mask=inside)
+        grad_linear_bias += result
+        tl.store(grad_product + at, result.to(grad_product.dtype.element_ty), mask=inside)
         row += tl.num_programs(0) * ROWS
         first += tl.num_programs(0) * ROWS
     to = tl.program_id(0).to(tl.int64) * WIDTH + column
-    tl.store(of_offsets + to, tl.sum(of_offset, 0), mask=column < WIDTH)
+    tl.store(grad_linear_bias_parts + to, tl.sum(grad_linear_bias, 0), mask=column < WIDTH)

@@ -1,4 +1,4 @@
-"""Settings of the model, of blending and of the losses. Imports no torch, so that configurations compose fast."""
+"""Settings of the model, of blending and of the losses. Does not import torch, so that configurations load fast."""
 
 from __future__ import annotations
 
@@ -34,22 +34,23 @@ class ModelConfig:
     num_kernels: int = 128
     """Gaussian kernels that describe a distance (K)."""
     pair_dim: int = 32
-    """Width of the row and the column vector whose products a pair head sees."""
+    """Width of the row and column vectors whose products a pair head sees (P)."""
     num_spd_classes: int = 11
     """Classes of the shortest-path head: 1, 2, ... bonds; the last holds all longer paths."""
     edge_other_class: bool = True
-    """Give bonds outside the paper's 24 (type, stereo, conjugated) classes a class of their own. Off, the paper's
-    24 classes; then ``loss.ignore_other_bonds`` must be on."""
+    """Give bonds outside the paper's 24 (type, stereo, conjugated) classes a class of their own. If off,
+    ``loss.ignore_other_bonds`` must be on."""
     direction_head: bool = True
     """Predict the displacement direction of each atom pair, in the frame of the coordinates."""
     distance_head: bool = False
-    """Predict the distance of each atom pair, which rotations leave alone."""
+    """Predict the distance of each atom pair, which is invariant to rotations."""
     environment_bins: int = 0
-    """Predict from the graph token how often each circular atom environment (radius 0 to 2) occurs, folded into so many bins; 0:
-    no such head, and the graph token, which no other target asks for anything, learns only to serve the atoms."""
+    """Number of bins into which circular atom environments (radius 0 to 2) are folded; their counts are predicted from
+    the graph token. 0: no such head. The graph token, which no other loss reads, then only passes information among
+    the atoms."""
     missing_positions: Literal["mask", "origin"] = "mask"
-    """``mask``: atoms without coordinates take no part in 3D relations. ``origin``: they take part as if
-    at (0, 0, 0), as in the official code."""
+    """``mask``: atoms without coordinates take no part in 3D relations. ``origin``: they take part as if at (0, 0, 0),
+    as in the official code."""
     dropout: float = 0.0
     """Dropout probability of the embedded tokens and of the residual branches."""
     attention_dropout: float = 0.1
@@ -57,7 +58,8 @@ class ModelConfig:
     activation_dropout: float = 0.1
     """Dropout probability inside the feed-forward parts."""
     drop_path: float = 0.1
-    """Probability that a molecule skips a residual branch of the last block; grows linearly from 0 at the first."""
+    """Stochastic depth: probability that a molecule skips a residual branch of the last block. It grows linearly from 0
+    in the first block."""
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kernels", "pair_dim")
@@ -108,18 +110,18 @@ class BlendConfig:
 
     pair_probabilities: tuple[float, float, float] = (0.2, 0.2, 0.6)
     """Probability that an ordered atom pair shows its shortest-path distance, bond path, 3D distance.
-    A pair without coordinates shares out the last one over the first two in proportion."""
+    For pairs without coordinates the last one is divided among the first two by their ratio."""
     atom_probabilities: tuple[float, float] = (0.4, 0.6)
-    """Probability that an atom shows its degree, its 3D feature; always the degree without coordinates."""
+    """Probability that an atom shows its degree, its 3D feature. Without coordinates it always shows its degree."""
     view_probabilities: tuple[float, float, float, float] = (1.0, 0.0, 0.0, 0.0)
-    """Probability that a molecule is blended; shows all its 2D relations and no other; its 3D relations and no other; or all of
-    them. Fine-tuning shows molecules in the last three ways, which blended ones alone never prepare for. A molecule that lacks
-    coordinates of an atom shows 2D where it would have shown 3D."""
+    """Probability that a molecule is blended; that it shows only its 2D relations; only its 3D relations; all of them.
+    Fine-tuning shows molecules in one of the last three ways, which blended molecules do not prepare for. A molecule
+    that lacks the coordinates of an atom shows 2D instead of 3D."""
     noise_std_angstrom: float = 0.2
     """Standard deviation of the Gaussian noise added to each coordinate."""
     per_batch: bool = False
-    """Draw one map of pair choices a step and share it among all molecules, as the official code does.
-    Pairs without coordinates then keep the choice 3D and show nothing."""
+    """Draw one map of pair choices for each step and use it for all molecules, as the official code does. Pairs without
+    coordinates then show nothing where the map says 3D."""
 
     def __post_init__(self) -> None:
         check_all(
@@ -135,7 +137,7 @@ class BlendConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """Weights of the losses; a weight of 0 leaves a loss out of the sum (it is still reported)."""
+    """Weights of the losses. A loss of weight 0 is not part of the sum, but still reported."""
 
     spd_weight: float = 0.1
     """Shortest-path distance: cross-entropy, mean over atom pairs."""
@@ -148,14 +150,15 @@ class LossConfig:
     denoise_weight: float = 6.0
     """Coordinate noise: 1 - cosine, mean over the atoms that show their 3D feature."""
     environment_weight: float = 0.0
-    """Atom environments: squared error of log(1 + count), sum over bins, mean over molecules. Needs ``model.environment_bins``."""
+    """Atom environments: squared error of log(1 + count), sum over bins, mean over molecules. Needs
+    ``model.environment_bins``."""
     visible_pair_weight: float = 1.0
-    """Weight, in each pair loss, of the pairs whose relation the encoder was shown; the others weigh 1."""
+    """Weight in each pair loss of the pairs whose relation the encoder was shown; the weight of the others is 1."""
     ignore_other_bonds: bool = False
     """Leave bonds outside the paper's 24 edge classes out of the edge loss."""
     denoise_lone_atoms: bool = False
-    """Include, as the official code does, atoms that alone in their molecule have coordinates. There is nothing to
-    predict their noise from: the prediction is a constant near 0, where the gradient of a cosine is huge."""
+    """Denoise also atoms that are the only ones of their molecule with coordinates, as the official code does. Their
+    noise cannot be predicted: the prediction is a constant near 0, where the gradient of a cosine is huge."""
 
     def __post_init__(self) -> None:
         check_all(
@@ -179,11 +182,11 @@ class ReadoutConfig:
     """From token states to properties: which relations the encoder sees, and what the head reads."""
 
     relations: Literal["2d+3d", "2d", "3d"] = "2d+3d"
-    """Relations that every pair shows. ``2d``: coordinates are hidden; ``3d``: distances alone, neither shortest paths nor
-    bonds nor degrees (an atom's own categories always show)."""
+    """Relations that every pair shows. ``2d``: coordinates are hidden. ``3d``: only distances, no shortest paths, bonds
+    or degrees (an atom's own categories are always visible)."""
     readout: Literal["token", "mean", "token+mean", "sum"] = "token"
-    """What the head reads: the graph token, the mean of the atoms, both side by side; or each atom, whose outputs are added,
-    for properties that grow with the molecule."""
+    """What the head reads: the graph token; the mean of the atoms; both, concatenated; or each atom, with the outputs
+    added up, for properties that grow with the molecule."""
     dropout: float = 0.1
     """Dropout probability inside the head."""
 

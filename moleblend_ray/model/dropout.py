@@ -1,7 +1,7 @@
-"""Dropout whose random bits cost little on a CPU.
+"""Dropout with cheap random bits on a CPU.
 
-PyTorch's CPU kernel draws one double for each element and keeps a mask in the tensor's own dtype; together they were 9 % of a training
-step. Here four elements share a 64-bit draw and the mask is boolean.
+PyTorch's CPU kernel draws a double for each element and keeps a mask in the tensor's own dtype; this took 9 % of a
+training step. Here four elements share a 64-bit draw, and the mask is boolean.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _LEVELS: Final = 1 << 16
-"""A probability is rounded to a multiple of 1 / 65536, below 1; what is kept is scaled by the rounded one, so the mean is
-exact."""
+"""A probability is rounded to a multiple of 1 / 65536 below 1. Kept elements are scaled by the rounded probability, so
+the mean is exact."""
 
 
 def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
-    """``values`` with each element zero with ``probability`` and else divided by 1 - ``probability``; as they are
-    outside of ``training``. Draws from PyTorch's generator of the device."""
+    """``values`` with each element set to 0 with ``probability``, otherwise divided by 1 - ``probability``.
+
+    Unchanged if not ``training``. Draws from PyTorch's generator of the device.
+    """
     if not training or probability == 0.0:
         return values
     if values.device.type != "cpu":
@@ -30,8 +32,10 @@ def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
 
 
 def draw_kept(like: Tensor, probability: float) -> tuple[Tensor | None, float]:
-    """Boolean of the shape of ``like`` on the CPU, False for elements to drop (None: for none of them), and what to
-    multiply the others with."""
+    """A boolean mask of the shape of ``like`` on the CPU, False for elements to drop, and the factor for the others.
+
+    The mask is None if nothing is dropped.
+    """
     if probability == 0.0:
         return None, 1.0
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
@@ -43,12 +47,12 @@ def draw_kept(like: Tensor, probability: float) -> tuple[Tensor | None, float]:
 
 class _KeepAndScale(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, values: Tensor, kept: Tensor, scale: float) -> Tensor:
-        context.save_for_backward(kept)
-        context.scale = scale
+    def forward(ctx: Any, values: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(kept)
+        ctx.scale = scale
         return torch.where(kept, values, 0.0).mul_(scale)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (kept,) = context.saved_tensors
-        return torch.where(kept, gradient, 0.0).mul_(context.scale), None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (kept,) = ctx.saved_tensors
+        return torch.where(kept, grad_output, 0.0).mul_(ctx.scale), None, None

@@ -1,4 +1,4 @@
-"""What the encoder is told: token embeddings, and one additive attention bias for each relation.
+"""The inputs of the encoder: token embeddings, and one additive attention bias for each relation.
 
 Shape legend: B molecules, N atoms (padded), A real atoms packed, H heads, D width, K Gaussian kernels, L hops.
 """
@@ -15,7 +15,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.lookup import sum_of_rows
-from moleblend_ray.model.precision import precise, product_type
+from moleblend_ray.model.precision import at_least_float32, product_type
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
 
 INIT_STD = 0.02
@@ -28,13 +28,13 @@ NUM_SPD_CODES = 256
 """Rows of the shortest-path table: 0 to 254 bonds, 255 unreachable."""
 
 MERGED_DISTANCE_SCALE = 0.01
-"""Factor of the 3D atom feature where it meets the token embedding (official code)."""
+"""Factor of the 3D atom feature in the token embedding (official code)."""
 
 DISPLACEMENT_EPSILON = 1e-5
 """Angstrom added to a distance before dividing by it (official code)."""
 
 GAUSSIAN_NORM = (2 * 3.14159) ** 0.5
-"""Of the official code, its short pi included: its weights were trained with it."""
+"""As in the official code, with its rounded pi: its weights were trained with it."""
 
 MIN_GAUSSIAN_WIDTH = 1e-2
 """Angstrom added to the learned width of a kernel (official code)."""
@@ -56,7 +56,7 @@ class AtomEmbedding(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights; also fills the constant buffers, so a meta-device model becomes usable."""
+        """Draw new weights and fill the constant buffers, so that a model from the meta device becomes usable."""
         for weight in (self.categories.weight, self.degree.weight, self.graph_token):
             nn.init.normal_(weight, std=INIT_STD)
         sizes = torch.tensor((0, *ATOM_VOCAB_SIZES[:-1]), device=self.offsets.device)
@@ -75,8 +75,8 @@ class AtomEmbedding(nn.Module):
 class TopologyBias(nn.Module):
     """Attention biases of the two graph relations, and of the graph token's links to the atoms.
 
-    A hop's bias is ``mean(type, stereo, conjugated embedding) @ matrix of that hop``. Only 60 bond codes exist,
-    so both are folded into one table of L x 61 rows a forward pass, and a pair costs L look-ups.
+    A hop's bias is ``mean(type, stereo, conjugated embedding) @ matrix of that hop``. There are only 60 bond codes, so
+    each forward pass computes both for all of them, as one table of L x 61 rows, and a pair costs L look-ups.
     """
 
     bond_rows: Tensor
@@ -89,8 +89,8 @@ class TopologyBias(nn.Module):
         self.bonds = nn.Embedding(sum(BOND_VOCAB_SIZES), H)
         self.hop_matrices = nn.Parameter(torch.empty(NUM_HOPS, H, H))
         self.virtual_distance = nn.Parameter(torch.empty(H))
-        # What the official edge table holds for "no such hop": 0 after its usual initialisation, never trained,
-        # but some parameter files have other values there.
+        # The row of the official edge table for "no such hop". It is initialised to 0 and never trained, but some
+        # parameter files have other values there.
         self.register_buffer("no_hop", torch.empty(H))
         self.register_buffer(
             "bond_rows",
@@ -100,7 +100,7 @@ class TopologyBias(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights; also fills the constant buffers."""
+        """Draw new weights and fill the constant buffers."""
         weights = (self.spd.weight, self.bonds.weight, self.hop_matrices, self.virtual_distance)
         for weight in weights:
             nn.init.normal_(weight, std=INIT_STD)
@@ -118,13 +118,13 @@ class TopologyBias(nn.Module):
         return bias.view(*batch.spd.shape, -1)
 
     def hop_table(self, num_hops: int) -> Tensor:
-        """(num_hops * 61, H): what each bond code adds in each hop."""
+        """(num_hops * 61, H): bias of each bond code in each hop."""
         bonds = self.bonds(self.bond_rows).mean(1)
         codes = torch.cat([self.no_hop.to(bonds.dtype)[None], bonds])
         return (codes @ self.hop_matrices[:num_hops]).flatten(0, 1)
 
     def edge_bias(self, batch: MoleculeBatch) -> Tensor:
-        """(B, N, N, H) sum over hops, divided by the path length in bonds, 1 to 5 (unreachable: 5)."""
+        """(B, N, N, H) sum over hops, divided by the path length in bonds, limited to 1 to 5 (unreachable: 5)."""
         B, N, _, L = batch.path_codes.shape
         table = self.hop_table(L)
         first_row = torch.arange(L, device=table.device) * NUM_BOND_CODES
@@ -134,7 +134,7 @@ class TopologyBias(nn.Module):
 
 
 class GaussianDistance(nn.Module):
-    """K Gaussian kernels of a distance that each pair of elements scales and shifts first."""
+    """K Gaussian kernels of a distance, which is first scaled and shifted for the pair of elements."""
 
     def __init__(self, num_kernels: int) -> None:
         super().__init__()
@@ -146,9 +146,9 @@ class GaussianDistance(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scale 1, shift 0, means and widths uniform in 0 to 3 angstrom.
+        """Scale 1, shift 0, means and widths uniform from 0 to 3 angstrom.
 
-        The official code means to do this, but a later global initialisation overwrites it with about 0.
+        This is what the official code intends; there a later global initialisation overwrites it with values near 0.
         """
         nn.init.uniform_(self.means, 0.0, 3.0)
         nn.init.uniform_(self.widths, 0.0, 3.0)
@@ -159,63 +159,67 @@ class GaussianDistance(nn.Module):
         """``distance`` (B, N, N) float32, angstrom; ``element`` (B, N) int64 code; ``known`` (B, N, N) bool
         -> (B, N, N, K), 0 where not known, and their sums (B, N, K) float32 over the second atom.
 
-        The first have the type of the weights, on GPUs that of matrix products.
+        The kernels have the type of the weights, on GPUs that of matrix products.
         """
         dtype = product_type(self.means)
-        # Kernels can be 0.01 angstrom wide: bfloat16 would not place a distance inside one.
+        # Kernels can be as narrow as 0.01 angstrom: bfloat16 is too coarse for distances.
         with torch.autocast(distance.device.type, enabled=False):
-            scale = self._of_element(self.scale, element)
-            shift = self._of_element(self.shift, element)
+            scale = self._by_element(self.scale, element)
+            shift = self._by_element(self.shift, element)
             value = (scale[0][:, :, None] + scale[1][:, None, :]) * distance
             value = value + (shift[0][:, :, None] + shift[1][:, None, :])
-            width = precise(self.widths).abs() + MIN_GAUSSIAN_WIDTH
-            arguments = value, precise(self.means), width, known
+            width = at_least_float32(self.widths).abs() + MIN_GAUSSIAN_WIDTH
+            arguments = value, at_least_float32(self.means), width, known
             if kernels_fit(value):
-                both: tuple[Tensor, Tensor] = _GaussiansAndSums.apply(*arguments, dtype)  # type: ignore[no-untyped-call]
-                return both
+                with_sums: tuple[Tensor, Tensor] = _GaussiansAndSums.apply(  # type: ignore[no-untyped-call]
+                    *arguments, dtype
+                )
+                return with_sums
             kernels: Tensor = _Gaussians.apply(*arguments)  # type: ignore[no-untyped-call]
             return kernels.to(self.means.dtype), kernels.sum(dim=2)
 
     @staticmethod
-    def _of_element(table: Tensor, element: Tensor) -> Tensor:
+    def _by_element(table: Tensor, element: Tensor) -> Tensor:
         """``table`` (2, 119) and ``element`` (B, N) -> (2, B, N)."""
         if table.device.type == "cpu":
-            return precise(table)[:, element]
-        found = sum_of_rows(element.reshape(-1, 1), precise(table).t().contiguous())
+            return at_least_float32(table)[:, element]
+        found = sum_of_rows(element.reshape(-1, 1), at_least_float32(table).t().contiguous())
         return found.t().view(2, *element.shape)
 
 
 class _Gaussians(torch.autograd.Function):
-    """Normal densities of each value under K means and widths: the derivative of each formula's step, one by one, would
-    keep and pass over five tensors of the size of the result."""
+    """Normal densities of each value for K means and widths, with a backward pass written by hand.
+
+    Autograd would keep five tensors of the size of the result and pass over each of them.
+    """
 
     @staticmethod
-    def forward(context: Any, value: Tensor, mean: Tensor, width: Tensor, known: Tensor) -> Tensor:
-        standard = (value[..., None] - mean).div_(width)
-        density = standard.square().mul_(-0.5).exp_().div_(GAUSSIAN_NORM * width)
+    def forward(ctx: Any, value: Tensor, mean: Tensor, width: Tensor, known: Tensor) -> Tensor:
+        standardized = (value[..., None] - mean).div_(width)
+        density = standardized.square().mul_(-0.5).exp_().div_(GAUSSIAN_NORM * width)
         density.masked_fill_(~known[..., None], 0.0)
-        context.save_for_backward(standard, density, width)
+        ctx.save_for_backward(standardized, density, width)
         return density
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        standard, density, width = context.saved_tensors
-        # d density / d mean = density * standard / width, and the others follow from it.
-        scaled = (gradient * density).div_(width)
-        of_width = -_per_kernel(scaled)
-        scaled.mul_(standard)
-        of_mean = _per_kernel(scaled)
-        of_value = -scaled.sum(-1)
-        of_width += _per_kernel(scaled.mul_(standard))
-        return of_value, of_mean, of_width, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        standardized, density, width = ctx.saved_tensors
+        # d density / d mean = density * standardized / width, and the others follow from it.
+        scaled = (grad_output * density).div_(width)
+        grad_width = -_per_kernel(scaled)
+        scaled.mul_(standardized)
+        grad_mean = _per_kernel(scaled)
+        grad_value = -scaled.sum(-1)
+        grad_width += _per_kernel(scaled.mul_(standardized))
+        return grad_value, grad_mean, grad_width, None
 
 
 class _GaussiansAndSums(torch.autograd.Function):
-    """The same by Triton kernels, and the sums over the second atom of each pair with them."""
+    """The same by Triton kernels, together with the sums over the second atom of each pair."""
 
     @staticmethod
     def forward(
-        context: Any,
+        ctx: Any,
         value: Tensor,
         mean: Tensor,
         width: Tensor,
@@ -226,32 +230,32 @@ class _GaussiansAndSums(torch.autograd.Function):
 
         B, N, _ = value.shape
         value, known = value.reshape(B * N, N), known.reshape(B * N, N)
-        context.save_for_backward(value, known, mean, width)
+        ctx.save_for_backward(value, known, mean, width)
         density, sums = gaussians_forward(value, known, mean, width, GAUSSIAN_NORM, dtype)
         return density.view(B, N, N, -1), sums.view(B, N, -1)
 
     @staticmethod
     def backward(
-        context: Any, of_density: Tensor, of_sums: Tensor
+        ctx: Any, grad_density: Tensor, grad_sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         from moleblend_ray.model.geometry_kernels import gaussians_backward
 
-        value, known, mean, width = context.saved_tensors
-        gradients = of_density.contiguous(), of_sums.contiguous()
-        of_value, of_mean, of_width = gaussians_backward(
+        value, known, mean, width = ctx.saved_tensors
+        gradients = grad_density.contiguous(), grad_sums.contiguous()
+        grad_value, grad_mean, grad_width = gaussians_backward(
             *gradients, value, known, mean, width, GAUSSIAN_NORM
         )
-        B, N, _, _ = of_density.shape
-        return of_value.view(B, N, N), of_mean, of_width, None, None
+        B, N, _, _ = grad_density.shape
+        return grad_value.view(B, N, N), grad_mean, grad_width, None, None
 
 
 def _per_kernel(values: Tensor) -> Tensor:
-    """(..., K) -> (K,) sums."""
+    """Sums over all but the last dimension: (..., K) -> (K,)."""
     return values.flatten(0, -2).sum(0)
 
 
 class GeometryFeatures(NamedTuple):
-    """What the 3D relation says about the pairs and atoms of a batch."""
+    """The 3D relation of the pairs and atoms of a batch."""
 
     bias: Tensor
     """(B, N, N, H), 0 where a pair takes no part."""
@@ -274,7 +278,7 @@ class GeometryBias(nn.Module):
         self.merge = nn.Linear(K, config.dim)
 
     def forward(self, batch: MoleculeBatch, positions: Tensor) -> GeometryFeatures:
-        """``positions`` (B, N, 3) float32, angstrom: possibly with noise, 0 where unknown."""
+        """``positions`` (B, N, 3) float32, angstrom: those of the batch, with or without noise; 0 where unknown."""
         atoms, pairs = batch.position_mask, batch.pair_position_mask
         if self.missing_positions == "origin":
             atoms, pairs = batch.atom_mask, batch.pair_mask

@@ -32,12 +32,12 @@ from moleblend_ray.model.pair_bias import attention_bias
 
 
 class Draws(NamedTuple):
-    """What chance decides in one block."""
+    """The random draws of one block."""
 
-    factors: Tensor | None
-    """(2, B) what to multiply the two branches of a molecule with: 0, or 1 / (1 - rate); None: all with 1."""
+    path_scales: Tensor | None
+    """(2, B), factor of each residual branch of each molecule: 0 or 1 / (1 - rate); None: all are 1."""
     seeds: Tensor | None
-    """(3,) int64, of each dropout, on a GPU; on a CPU PyTorch's generator decides."""
+    """(3,) int64, seed of each dropout on a GPU; None on a CPU, where PyTorch's generator decides."""
 
 
 class Attention(nn.Module):
@@ -51,7 +51,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each with dropout, stochastic depth, residual sum and LayerNorm after it."""
+    """Attention and feed-forward, each followed by dropout, stochastic depth, residual sum and LayerNorm."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,13 +63,13 @@ class Block(nn.Module):
         self.dropout = config.dropout
         self.activation_dropout = config.activation_dropout
         self.recompute = False
-        """Keep only the input for the backward pass, and compute the rest again there."""
+        """Keep only the input for the backward pass, and recompute the rest there."""
         self.compiled: Callable[..., Tensor] | None = None
-        """What a forward pass runs instead of the plain code, see :meth:`Encoder.compile_blocks`."""
+        """Compiled :meth:`after_attention`, used if set; see :meth:`Encoder.compile_blocks`."""
 
     def forward(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
         """``tokens`` (S, D), the ``molecule`` (S,) of each -> (S, D)."""
-        # In here and not around the block: FSDP's hooks then see one forward pass.
+        # Inside the block, not around it, so that FSDP's hooks see one forward pass.
         if self.recompute and torch.is_grad_enabled():
             output: Tensor = checkpoint(
                 self.compute, tokens, attend, molecule, draws, use_reentrant=False
@@ -87,8 +87,10 @@ class Block(nn.Module):
     def after_attention(
         self, tokens: Tensor, attended: Tensor, molecule: Tensor, draws: Draws
     ) -> Tensor:
-        """What follows on attention, ``attended`` (S, D): its last linear map, and the second branch."""
-        of_attention, of_ffn = (None, None) if draws.factors is None else draws.factors.unbind(0)
+        """The block after attention: the last linear map of ``attended`` (S, D), and the feed-forward branch."""
+        attention_scale, ffn_scale = (
+            (None, None) if draws.path_scales is None else draws.path_scales.unbind(0)
+        )
         first, second, third = (
             (None,) * 3 if draws.seeds is None else draws.seeds[:, None].unbind(0)
         )
@@ -101,27 +103,29 @@ class Block(nn.Module):
             attended,
             self.attention.out,
             self.attention_norm,
-            factor=of_attention,
+            path_scale=attention_scale,
             seed=first,
         )
         hidden = gelu_and_dropout(tokens, self.ffn_in, probability=activation_rate, seed=second)
-        return add_branch(tokens, hidden, self.ffn_out, self.ffn_norm, factor=of_ffn, seed=third)
+        return add_branch(
+            tokens, hidden, self.ffn_out, self.ffn_norm, path_scale=ffn_scale, seed=third
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderOutput:
-    """Token states, and what the denoising head needs besides them."""
+    """Token states, and what else the denoising head needs."""
 
     tokens: Tensor
     """(S, D) packed tokens; ``MoleculeBatch.pad_tokens`` makes a rectangle of them."""
     bias: Tensor
     """(B, H, T, T) float32 attention bias of every block, -inf in padding columns."""
     displacement: Tensor
-    """(B, N, N, 3) float32, unit-like vectors from atom a to atom b of the positions the encoder saw."""
+    """(B, N, N, 3) float32, nearly unit vectors from atom a to atom b at [a, b], of the positions the encoder saw."""
 
 
 class Encoder(nn.Module):
-    """From a batch and the choice of visible relations to token states."""
+    """Computes token states from a batch and the choice of visible relations."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -134,19 +138,19 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
 
     def recompute_blocks(self, *, enabled: bool) -> None:
-        """Let the blocks keep only their inputs for the backward pass, or everything, as they do at first."""
+        """Let the blocks keep only their inputs for the backward pass, or everything, which is the default."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.recompute = enabled
 
     def compile_blocks(self) -> None:
-        """Let ``torch.compile`` fuse what follows on attention, once for all blocks and sizes of micro-batches."""
+        """Compile what follows on attention with ``torch.compile``, once for all blocks and sizes of micro-batches."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.compiled = torch.compile(layer.after_attention, dynamic=True)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None) -> EncoderOutput:
-        """Encode; without ``blend`` every relation of every pair is visible and positions carry no noise."""
+        """Encode ``batch``; without ``blend`` every relation of every pair is visible and positions have no noise."""
         positions = batch.positions if blend is None else batch.positions + blend.noise
         geometry: GeometryFeatures = self.geometry(batch, positions)
         bias = attention_bias(batch, blend, self.topology, geometry.bias)
@@ -163,16 +167,18 @@ class Encoder(nn.Module):
         seeds: Sequence[Tensor | None] = [None] * num_layers
         if self.training and device.type != "cpu":
             seeds = torch.randint(LARGEST_SEED, (num_layers, 3), device=device).unbind(0)
-        factors = self._branch_factors(batch)
-        return [Draws(factor, seed) for factor, seed in zip(factors, seeds, strict=True)]
+        path_scales = self._path_scales(batch)
+        return [
+            Draws(path_scale, seed) for path_scale, seed in zip(path_scales, seeds, strict=True)
+        ]
 
-    def _branch_factors(self, batch: MoleculeBatch) -> Sequence[Tensor | None]:
-        """Stochastic depth, linear in depth from 0 to ``drop_path``, for each block as in :class:`Draws`."""
+    def _path_scales(self, batch: MoleculeBatch) -> Sequence[Tensor | None]:
+        """``Draws.path_scales`` of each block: stochastic depth with rates from 0 to ``drop_path``, linear in depth."""
         num_layers = len(self.layers)
         if not self.training or self.drop_path == 0.0:
             return [None] * num_layers
         device = batch.token_molecule.device
-        # All in one draw, and as data: a rate in the code of a block would make it another program to compile.
+        # One draw for all blocks, and rates as tensors: as constants, each rate would have to be compiled separately.
         rate = torch.arange(num_layers, device=device) * (self.drop_path / max(num_layers - 1, 1))
         rate = rate[:, None, None]
         kept = torch.rand(num_layers, 2, batch.num_molecules, device=device) >= rate

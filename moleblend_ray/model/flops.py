@@ -1,7 +1,7 @@
-"""Floating-point operations that a model needs, by formula: real atoms and pairs only, no padding.
+"""Floating-point operations of a model by formula, for real atoms and pairs only, without padding.
 
-Counted are matrix products, two operations for each multiply-add, as ``torch.utils.flop_counter`` does; embeddings,
-normalisations, activations and softmaxes are left out. A backward pass costs twice a forward pass: one product for the
+Matrix products are counted, with two operations for each multiply-add, as by ``torch.utils.flop_counter``; embeddings,
+normalisations, activations and softmaxes are not. A backward pass costs twice a forward pass: one product for the
 gradient of each factor. Model FLOPs utilisation (MFU) is this number over time and the device's peak rate
 (Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B).
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from moleblend_ray.model.config import ModelConfig
 
 TRAINING_FACTOR: Final = 3
-"""Forward and backward pass over a forward pass alone."""
+"""Ratio of a forward and backward pass to a forward pass alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +47,7 @@ class ForwardFlops:
 
 
 def encoder_flops(config: ModelConfig) -> ForwardFlops:
-    """Blocks over n atoms and the graph token, and the 3D bias of n**2 pairs."""
+    """Blocks on n atoms and the graph token, and the 3D bias of n**2 pairs."""
     D, H, K = config.dim, config.num_heads, config.num_kernels
     token = config.num_layers * (8 * D**2 + 4 * D * config.ffn_dim)
     square = config.num_layers * 4 * D  # queries times keys, attention times values
@@ -59,7 +59,7 @@ def encoder_flops(config: ModelConfig) -> ForwardFlops:
 
 
 def pair_head_flops(config: ModelConfig, num_outputs: int) -> ForwardFlops:
-    """One bilinear pair head: row and column vectors, the columns times the weight, rows times that."""
+    """One bilinear pair head: row and column vectors, columns times the weight, rows times the result."""
     D, P = config.dim, config.pair_dim
     return ForwardFlops(
         constant=0.0,
@@ -69,7 +69,7 @@ def pair_head_flops(config: ModelConfig, num_outputs: int) -> ForwardFlops:
 
 
 def denoising_head_flops(config: ModelConfig) -> ForwardFlops:
-    """Three linear maps, one attention score, and three numbers a head instead of its value vectors."""
+    """Three linear maps, attention scores, and sums of three numbers for each head instead of a value vector."""
     D, H = config.dim, config.num_heads
     return ForwardFlops(constant=0.0, linear=6 * D**2 + 2 * 3 * D, quadratic=2 * D + 2 * 3 * H)
 

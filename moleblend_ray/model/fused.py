@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a block, each step as one operation: a Triton kernel on GPUs, plain code elsewhere.
+"""The steps between the matrix products of a block, each a Triton kernel on GPUs and plain PyTorch code elsewhere.
 
 Shape legend: B molecules, S tokens, D width, F width of the feed-forward.
 """
@@ -32,8 +32,10 @@ _use_kernels = os.environ.get("MOLEBLEND_KERNELS", "on") != "off"
 
 @contextlib.contextmanager
 def plain_code() -> Iterator[None]:
-    """Within, GPUs compute by PyTorch's own operations, as with ``MOLEBLEND_KERNELS=off`` in the environment: to compare
-    with, or where a kernel is under suspicion."""
+    """A context in which GPUs use PyTorch's own operations, as with ``MOLEBLEND_KERNELS=off`` in the environment.
+
+    For comparisons, and to find out whether a kernel is at fault.
+    """
     global _use_kernels
     before, _use_kernels = _use_kernels, False
     try:
@@ -43,13 +45,16 @@ def plain_code() -> Iterator[None]:
 
 
 def uses_triton() -> bool:
-    """True if Triton can compile kernels here, and they are wanted."""
+    """True if kernels are switched on and Triton can compile them on this machine."""
     return _use_kernels and _triton_works()
 
 
 @functools.cache
 def _triton_works() -> bool:
-    """Whether Triton is installed, as it is with builds of PyTorch for GPUs, with what it builds launchers of kernels from."""
+    """True if Triton is installed, and a C compiler and Python's headers, which it needs to launch kernels.
+
+    Builds of PyTorch for GPUs bring Triton along.
+    """
     if importlib.util.find_spec("triton") is None:
         return False
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
@@ -65,7 +70,10 @@ def _triton_works() -> bool:
 
 
 def kernels_fit(values: Tensor) -> bool:
-    """True if Triton kernels can compute with ``values``. What ``torch.compile`` reads it shall fuse itself."""
+    """True if the Triton kernels can take ``values``: on a GPU, in a type they know, and Triton works.
+
+    False while ``torch.compile`` traces the code: it fuses PyTorch's operations itself.
+    """
     return (
         values.device.type == "cuda"
         and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +83,10 @@ def kernels_fit(values: Tensor) -> bool:
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
-    """``launch``, whose first argument is a tensor, with this tensor's GPU as the current one: Triton launches there."""
+    """Wrap ``launch`` to run with the GPU of its first argument, a tensor, as the current one.
+
+    Triton launches kernels on the current GPU.
+    """
 
     @functools.wraps(launch)
     def launch_there(*arguments: P.args, **settings: P.kwargs) -> R:
@@ -92,25 +103,26 @@ def add_and_norm(
     norm: nn.LayerNorm,
     *,
     molecule: Tensor,
-    factor: Tensor | None,
+    path_scale: Tensor | None,
     probability: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """(S, D) LayerNorm of ``tokens`` (S, D) plus a branch: ``linear`` of ``inputs``, after dropout with ``probability`` and times
-    ``factor`` (B,) of the token's ``molecule`` (S,).
+    """(S, D) LayerNorm of ``tokens`` (S, D) plus a branch.
 
-    ``seed`` (1,) int64 decides what is dropped on a GPU. There the result has the type of the branch, bfloat16 under autocast.
+    The branch is ``linear`` of ``inputs``, after dropout with ``probability``, times the ``path_scale`` (B,) of the
+    token's ``molecule`` (S,), for stochastic depth. ``seed`` (1,) int64 decides what is dropped on a GPU. There the
+    result has the type of the branch, bfloat16 under autocast.
     """
     if kernels_fit(tokens) and kernels_fit(inputs):
         product = F.linear(inputs, linear.weight)
         output: Tensor = _AddAndNorm.apply(  # type: ignore[no-untyped-call]
-            tokens, product, linear.bias, norm.weight, norm.bias, norm.eps, molecule, factor,
+            tokens, product, linear.bias, norm.weight, norm.bias, norm.eps, molecule, path_scale,
             seed if probability > 0.0 else None, probability,
         )  # fmt: skip
         return output
     branch = dropout(linear(inputs), probability, training=True)
-    if factor is not None:
-        branch = branch * factor[molecule, None]
+    if path_scale is not None:
+        branch = branch * path_scale[molecule, None]
     plain: Tensor = norm(tokens + branch)
     return plain
 
@@ -128,78 +140,85 @@ def gelu_and_dropout(
 
 
 class _AddAndNorm(torch.autograd.Function):
-    """Adds the bias of the linear map as well: its gradient then costs no pass over the branch's."""
+    """Adds the bias of the linear map too, so that its gradient needs no pass of its own over that of the branch."""
 
     @staticmethod
     def forward(
-        context: Any,
+        ctx: Any,
         tokens: Tensor,
         product: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        shift: Tensor,
+        linear_bias: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
         epsilon: float,
         molecule: Tensor,
-        factor: Tensor | None,
+        path_scale: Tensor | None,
         seed: Tensor | None,
         probability: float,
     ) -> Tensor:
         from moleblend_ray.model.block_kernels import add_and_norm_forward
 
         output, statistics = add_and_norm_forward(
-            tokens, product, offset, weight, shift, epsilon, molecule, factor, seed, probability
+            tokens,
+            product,
+            linear_bias,
+            norm_weight,
+            norm_bias,
+            epsilon,
+            molecule,
+            path_scale,
+            seed,
+            probability,
         )
-        context.save_for_backward(
-            tokens, product, offset, weight, statistics, molecule, factor, seed
+        ctx.save_for_backward(
+            tokens, product, linear_bias, norm_weight, statistics, molecule, path_scale, seed
         )
-        context.probability, context.of_shift = probability, shift.dtype
+        ctx.probability, ctx.norm_bias_dtype = probability, norm_bias.dtype
         return output
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.block_kernels import add_and_norm_backward
 
-        tokens, product, offset, weight, statistics, molecule, factor, seed = context.saved_tensors
-        of_tokens, of_product, sums = add_and_norm_backward(
-            gradient.contiguous(),
+        tokens, product, linear_bias, norm_weight, statistics, molecule, path_scale, seed = (
+            ctx.saved_tensors
+        )
+        grad_tokens, grad_product, sums = add_and_norm_backward(
+            grad_output.contiguous(),
             tokens,
             product,
-            offset,
-            weight,
+            linear_bias,
+            norm_weight,
             statistics,
             molecule,
-            factor,
+            path_scale,
             seed,
-            context.probability,
+            ctx.probability,
         )
-        of_offset, of_weight, of_shift = (
-            total.to(dtype)
-            for total, dtype in zip(
-                sums, (offset.dtype, weight.dtype, context.of_shift), strict=True
-            )
-        )
-        return (of_tokens, of_product, of_offset, of_weight, of_shift) + (None,) * 5
+        dtypes = linear_bias.dtype, norm_weight.dtype, ctx.norm_bias_dtype
+        grad_parameters = (total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
+        return grad_tokens, grad_product, *grad_parameters, None, None, None, None, None
 
 
 class _GeluAndDropout(torch.autograd.Function):
-    """Adds the bias of the linear map as well, as :class:`_AddAndNorm` does."""
+    """Adds the bias of the linear map too, as :class:`_AddAndNorm` does."""
 
     @staticmethod
     def forward(
-        context: Any, product: Tensor, offset: Tensor, seed: Tensor | None, probability: float
+        ctx: Any, product: Tensor, linear_bias: Tensor, seed: Tensor | None, probability: float
     ) -> Tensor:
         from moleblend_ray.model.block_kernels import gelu_forward
 
-        context.save_for_backward(product, offset, seed)
-        context.probability = probability
-        return gelu_forward(product, offset, seed, probability)
+        ctx.save_for_backward(product, linear_bias, seed)
+        ctx.probability = probability
+        return gelu_forward(product, linear_bias, seed, probability)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
         from moleblend_ray.model.block_kernels import gelu_backward
 
-        product, offset, seed = context.saved_tensors
-        of_product, of_offset = gelu_backward(
-            gradient.contiguous(), product, offset, seed, context.probability
+        product, linear_bias, seed = ctx.saved_tensors
+        grad_product, grad_linear_bias = gelu_backward(
+            grad_output.contiguous(), product, linear_bias, seed, ctx.probability
         )
-        return of_product, of_offset.to(offset.dtype), None, None
+        return grad_product, grad_linear_bias.to(linear_bias.dtype), None, None

@@ -1,5 +1,6 @@
-"""Triton kernels of Gaussian densities: the K numbers of each pair are written once, and their derivatives computed from the
-pair's distance again.
+"""Triton kernels of Gaussian densities.
+
+The K densities of each pair are written once; the backward pass computes them again from the pair's distance.
 
 Shape legend: R rows (atoms of a batch), N pairs of each, K densities.
 """
@@ -16,18 +17,21 @@ from moleblend_ray.model.fused import on_its_device
 __all__ = ["gaussians_backward", "gaussians_forward"]
 
 _PROGRAMS = 1024
-"""That share the rows of a backward pass: each adds up gradients of means and widths, and these sums are added afterwards."""
+"""Programs that share the rows of a backward pass. Each sums the gradients of means and widths over its rows; PyTorch
+adds these sums."""
 
 _PAIRS = 16
-"""In registers at once."""
+"""Pairs that a program holds in registers at once."""
 
 
 @on_its_device
 def gaussians_forward(
     value: Tensor, known: Tensor, mean: Tensor, width: Tensor, norm: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Normal densities (R, N, K) in ``dtype`` of ``value`` (R, N) float32, 0 where not ``known`` (R, N) bool, and their sums
-    (R, K) float32 over the pairs of each row; ``norm`` times the width divides them."""
+    """Normal densities (R, N, K) in ``dtype`` of ``value`` (R, N) float32, and their sums (R, K) float32 over N.
+
+    Densities are divided by ``norm`` times the width, and 0 where not ``known`` (R, N) bool.
+    """
     rows, pairs = value.shape
     K = len(mean)
     density = torch.empty(rows, pairs, K, dtype=dtype, device=value.device)
@@ -41,8 +45,8 @@ def gaussians_forward(
 
 @on_its_device
 def gaussians_backward(
-    of_density: Tensor,
-    of_sums: Tensor,
+    grad_density: Tensor,
+    grad_sums: Tensor,
     value: Tensor,
     known: Tensor,
     mean: Tensor,
@@ -52,14 +56,17 @@ def gaussians_backward(
     """Gradients of ``value`` (R, N), ``mean`` and ``width`` (K,), float32."""
     rows, pairs = value.shape
     K = len(mean)
-    of_value = torch.empty_like(value)
+    grad_value = torch.empty_like(value)
     programs = min(_PROGRAMS, rows)
-    of_mean, of_width = torch.empty(2, programs, K, dtype=torch.float32, device=value.device)
+    grad_mean_parts, grad_width_parts = torch.empty(
+        2, programs, K, dtype=torch.float32, device=value.device
+    )
     _gaussians_backward[(programs,)](
-        of_density, of_sums, value, known, mean, width, of_value, of_mean, of_width, rows, pairs, norm,
+        grad_density, grad_sums, value, known, mean, width,
+        grad_value, grad_mean_parts, grad_width_parts, rows, pairs, norm,
         K=K, K_TILE=triton.next_power_of_2(K), PAIRS=_PAIRS,
     )  # fmt: skip
-    return of_value, of_mean.sum(0), of_width.sum(0)
+    return grad_value, grad_mean_parts.sum(0), grad_width_parts.sum(0)
 
 
 @triton.jit
@@ -67,9 +74,9 @@ def _densities(value, known, at, held, centre, spread, norm):  # type: ignore[no
     """(PAIRS, K_TILE) standardised distances and densities, and which pairs are known."""
     x = tl.load(value + at, mask=held, other=0.0)
     is_known = tl.load(known + at, mask=held, other=0) != 0
-    standard = (x[:, None] - centre[None, :]) / spread[None, :]
-    density = tl.exp(-0.5 * standard * standard) / (norm * spread[None, :])
-    return standard, density, is_known
+    standardized = (x[:, None] - centre[None, :]) / spread[None, :]
+    density = tl.exp(-0.5 * standardized * standardized) / (norm * spread[None, :])
+    return standardized, density, is_known
 
 
 @triton.jit
@@ -103,7 +110,8 @@ def _gaussians(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _gaussians_backward(  # type: ignore[no-untyped-def]
-    of_density, of_sums, value, known, mean, width, of_value, of_mean, of_width, rows, pairs, norm,
+    grad_density, grad_sums, value, known, mean, width,
+    grad_value, grad_mean_parts, grad_width_parts, rows, pairs, norm,
     K: tl.constexpr, K_TILE: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -111,31 +119,33 @@ def _gaussians_backward(  # type: ignore[no-untyped-def]
     inside = kernel < K
     centre = tl.load(mean + kernel, mask=inside, other=0.0)
     spread = tl.load(width + kernel, mask=inside, other=1.0)
-    mean_sum = tl.zeros((K_TILE,), tl.float32)
-    width_sum = tl.zeros((K_TILE,), tl.float32)
+    grad_mean = tl.zeros((K_TILE,), tl.float32)
+    grad_width = tl.zeros((K_TILE,), tl.float32)
     pair = tl.arange(0, PAIRS)
     row = program.to(tl.int64)
     while row < rows:
-        of_row = tl.load(of_sums + row * K + kernel, mask=inside, other=0.0)
+        grad_sum = tl.load(grad_sums + row * K + kernel, mask=inside, other=0.0)
         first = 0
         while first < pairs:
             at = row * pairs + first + pair
             held = first + pair < pairs
-            standard, density, is_known = _densities(value, known, at, held, centre, spread, norm)
+            standardized, density, is_known = _densities(
+                value, known, at, held, centre, spread, norm
+            )
             upstream = tl.load(
-                of_density + at[:, None] * K + kernel[None, :],
+                grad_density + at[:, None] * K + kernel[None, :],
                 mask=held[:, None] & inside[None, :],
                 other=0.0,
             ).to(tl.float32)
-            upstream = tl.where(is_known[:, None], upstream + of_row[None, :], 0.0)
-            # d density / d mean = density * standard / width, and the others follow from it.
+            upstream = tl.where(is_known[:, None], upstream + grad_sum[None, :], 0.0)
+            # d density / d mean = density * standardized / width, and the others follow from it.
             scaled = upstream * density / spread[None, :]
-            width_sum += tl.sum(scaled * (standard * standard - 1.0), 0)
-            scaled *= standard
-            mean_sum += tl.sum(scaled, 0)
-            tl.store(of_value + at, -tl.sum(scaled, 1), mask=held)
+            grad_width += tl.sum(scaled * (standardized * standardized - 1.0), 0)
+            scaled *= standardized
+            grad_mean += tl.sum(scaled, 0)
+            tl.store(grad_value + at, -tl.sum(scaled, 1), mask=held)
             first += PAIRS
         row += tl.num_programs(0)
     to = program.to(tl.int64) * K + kernel
-    tl.store(of_mean + to, mean_sum, mask=inside)
-    tl.store(of_width + to, width_sum, mask=inside)
+    tl.store(grad_mean_parts + to, grad_mean, mask=inside)
+    tl.store(grad_width_parts + to, grad_width, mask=inside)

@@ -1,4 +1,4 @@
-"""Heads: one for each pair relation, one for coordinate noise, one for properties.
+"""The heads: one for each pair relation, one for coordinate noise, one for properties.
 
 Shape legend: B molecules, N atoms (padded), A real atoms packed, T = N + 1 tokens, H heads, D width,
 P width of a pair head's row and column vectors, C outputs of a pair head.
@@ -16,10 +16,10 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import INIT_STD
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.precision import at_least_float32
 
 _ALIGNED = 8
-"""Numbers of 2 bytes that a tensor core loads at once."""
+"""16-bit numbers that a tensor core loads at once."""
 
 PAIR_NORM_EPSILON = 1e-12
 """LayerNorm epsilon of the pair heads (official code)."""
@@ -28,7 +28,7 @@ PAIR_NORM_EPSILON = 1e-12
 class PairHead(nn.Module):
     """C outputs for each atom pair: a linear map of the outer product of a row and a column vector.
 
-    The map is applied as a bilinear form, columns first, so that no (B, N, N, P * P) tensor ever exists.
+    It is computed as a bilinear form, columns first, so that no (B, N, N, P * P) tensor is needed.
     """
 
     def __init__(self, config: ModelConfig, output_shape: tuple[int, ...]) -> None:
@@ -55,15 +55,15 @@ class PairHead(nn.Module):
         return self.combine(row, column, batch)
 
     def combine(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
-        """The bilinear form of packed ``row`` and ``column`` vectors (A, P) -> (B, N, N, *output_shape)."""
+        """The bilinear form of packed ``row`` and ``column`` vectors, both (A, P) -> (B, N, N, *output_shape)."""
         C, P, _ = self.weight.shape
         rows = batch.pad_atoms(row)
         weight: Tensor = self.weight
         if rows.device.type == "cuda":
-            # A row of the product must begin at a multiple of 16 bytes, or tensor cores get it by detours.
+            # Rows of the product must begin at multiples of 16 bytes, else tensor cores read them slowly.
             weight = F.pad(weight, (0, 0, 0, 0, 0, -C % _ALIGNED))
         padded = len(weight)
-        # (P columns, C * P rows), so that the large result comes out in its final layout without a copy.
+        # (P columns, C * P rows): the large result then has its final layout and needs no copy.
         weight = weight.permute(2, 1, 0).flatten(1)
         contracted = batch.pad_atoms(column @ weight.to(column.dtype))
         N = contracted.shape[1]
@@ -91,22 +91,22 @@ class DenoisingHead(nn.Module):
     ) -> Tensor:
         """``atoms`` (A, D), ``bias`` (B, H, N, N), ``displacement`` (B, N, N, 3) -> (B, N, 3) float32.
 
-        Axis x of an atom is ``axes_x . concat_h sum_b attention[h, a, b] displacement_x[a, b] value[h, b]``. The
-        projection is pulled inside the sum, which leaves one number for each head, atom and axis to be summed.
+        Axis x of atom a is ``axes_x . concat_h sum_b attention[h, a, b] displacement_x[a, b] value[h, b]``. The
+        projection is moved inside the sum, so that only one number for each head, atom and axis is summed.
         """
         query, key = (
             _split_heads(batch.pad_atoms(linear(atoms)), self.num_heads).transpose(1, 2)
             for linear in (self.query, self.key)
         )
         score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        attention = torch.softmax(precise(score) + precise(bias), dim=-1)
+        attention = torch.softmax(at_least_float32(score) + at_least_float32(bias), dim=-1)
         attention = dropout(attention, self.dropout, training=self.training)
         per_axis = self._projected_values(atoms, batch)
         with torch.autocast(atoms.device.type, enabled=False):
-            # (B, N, N, 3): what atom b contributes to atom a, summed over heads.
-            contribution = torch.einsum("bhij,bjhx->bijx", attention, precise(per_axis))
+            # (B, N, N, 3): contribution of atom b to atom a, summed over heads.
+            contribution = torch.einsum("bhij,bjhx->bijx", attention, at_least_float32(per_axis))
             moved = (contribution * displacement).sum(dim=2)
-            return moved + precise(self.axes.bias)
+            return moved + at_least_float32(self.axes.bias)
 
     def _projected_values(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
         """(B, N, H, 3): each head's value vector times the weights of each axis."""
@@ -120,7 +120,10 @@ def _split_heads(features: Tensor, num_heads: int) -> Tensor:
 
 
 class PropertyHead(nn.Module):
-    """Two linear layers on the graph token."""
+    """Two linear layers, with dropout before each and GELU between them, on features of molecules or of atoms.
+
+    ``ReadoutConfig.readout`` decides what it reads: graph tokens, means over atoms, both concatenated, or single atoms.
+    """
 
     def __init__(self, dim: int, num_targets: int, dropout: float) -> None:
         super().__init__()
@@ -128,9 +131,9 @@ class PropertyHead(nn.Module):
         self.hidden = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, num_targets)
 
-    def forward(self, graph: Tensor) -> Tensor:
-        """(B, D) -> (B, num_targets)."""
-        graph = dropout(graph, self.dropout, training=self.training)
-        hidden = dropout(F.gelu(self.hidden(graph)), self.dropout, training=self.training)
+    def forward(self, features: Tensor) -> Tensor:
+        """``features`` (B, dim) of molecules -> (B, num_targets), or (A, dim) of atoms -> (A, num_targets)."""
+        features = dropout(features, self.dropout, training=self.training)
+        hidden = dropout(F.gelu(self.hidden(features)), self.dropout, training=self.training)
         output: Tensor = self.out(hidden)
         return output

@@ -1,4 +1,4 @@
-"""Trained models as two files at any URI, and the import of parameters of the official code.
+"""Trained models as two files at any URI, and the import of official parameters.
 
 ``model.safetensors`` holds the weights, ``config.json`` the ``ModelConfig`` they belong to.
 
@@ -41,7 +41,7 @@ WEIGHTS_NAME: Final = "model.safetensors"
 CONFIG_NAME: Final = "config.json"
 
 FORMAT_VERSION: Final = 1
-"""Raised whenever older code could not read the two files."""
+"""Increased with every change that older code could not read."""
 
 
 def save_pretrained(model: MoleBlendModel, uri: str) -> None:
@@ -87,11 +87,11 @@ def from_pretrained(uri: str) -> MoleBlendModel:
 def import_official(
     parameters: Mapping[str, npt.NDArray[Any] | Tensor],
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The configuration and state of a MoleBlendModel that computes what the official parameters do.
+    """The configuration and state of a MoleBlendModel that computes the same as the official parameters.
 
-    Sizes come from the shapes. The language-model head, which the objective never uses, is dropped. Tables keep
-    only the rows that codes can reach, and linear maps with nothing between them become one. Every step is a
-    torch operation, so gradients flow back to ``parameters`` if they are tensors that ask for them.
+    Sizes are read from the shapes. The language-model head, which no loss uses, is dropped. Tables keep only the rows
+    that occur as codes, and consecutive linear maps become one. All steps are torch operations, so gradients flow back
+    to those ``parameters`` that are tensors and require them.
     """
     official = _Official(parameters)
     config = official.config()
@@ -140,7 +140,7 @@ class _Official:
             )
 
     def config(self) -> ModelConfig:
-        """Sizes from shapes. Dropout rates are not stored anywhere: the paper's, as by default."""
+        """The sizes, read from the shapes. Dropout rates are not stored: they are our defaults, the paper's."""
         kernels = self["molecule_3d_bias.gbf.means.weight"].shape[1]
         edge_outputs = self["blend_edge_pred_head.linear_map_feature.weight"].shape[0]
         if edge_outputs != NUM_HOPS * NUM_PAPER_EDGE_CLASSES:
@@ -167,7 +167,7 @@ class _Official:
         return {int(name.split(".")[1]) for name in self._tensors if name.startswith("layers.")}
 
     def embeddings(self, config: ModelConfig) -> dict[str, Tensor]:
-        """Rows that codes can reach; offsets as in the official collator (512 rows a category, shifted)."""
+        """The rows of each table that occur as codes, numbered as in the official collator (512 for each category)."""
         feature, bias = "atom_feature.", "molecule_attn_bias."
         degree = (
             self[feature + "in_degree_encoder.weight"] + self[feature + "out_degree_encoder.weight"]
@@ -183,7 +183,7 @@ class _Official:
             "encoder.atoms.graph_token": self[feature + "graph_token.weight"],
             "encoder.topology.spd.weight": torch.cat([spd[1 : MAX_SPD + 2], spd[511:512]]),
             "encoder.topology.bonds.weight": _rows_of_categories(bond, BOND_VOCAB_SIZES, first=3),
-            # A padding row in the official table: it has a value but is never trained.
+            # The padding row of the official table: it has a value but is never trained.
             "encoder.topology.no_hop": bond[0].detach(),
             "encoder.topology.hop_matrices": hops[:NUM_HOPS],
             "encoder.topology.virtual_distance": self[bias + "graph_token_virtual_distance.weight"][
@@ -193,7 +193,7 @@ class _Official:
         }
 
     def geometry(self) -> dict[str, Tensor]:
-        """Gaussian kernels, their two uses, and the scale and shift of each element on either side of a pair."""
+        """Gaussian kernels, the layers that read them, and scale and shift of each element on either side of a pair."""
         prefix = "molecule_3d_bias."
         elements = ATOM_VOCAB_SIZES[0]
 
@@ -211,7 +211,7 @@ class _Official:
         }
 
     def blocks(self, config: ModelConfig) -> dict[str, Tensor]:
-        """The Transformer blocks, query, key and value in one matrix."""
+        """The Transformer blocks, with query, key and value in one matrix."""
         state: dict[str, Tensor] = {}
         for number in range(config.num_layers):
             theirs, ours = f"layers.{number}.", f"encoder.layers.{number}."
@@ -226,7 +226,7 @@ class _Official:
         return state
 
     def heads(self) -> dict[str, Tensor]:
-        """Pair heads as bilinear forms; the direction head's two linear maps multiplied out."""
+        """Pair heads as bilinear forms; the two linear maps of the direction head become one."""
         force = "blend_3d_pred_head.force_proj"
         axes = torch.cat([self[f"{force}{axis}.weight"] for axis in (1, 2, 3)])
         axis_bias = torch.cat([self[f"{force}{axis}.bias"] for axis in (1, 2, 3)])
@@ -321,7 +321,7 @@ def _read_official(uri: str) -> Mapping[str, npt.NDArray[Any] | Tensor]:
         if uri.endswith(".npz"):
             with np.load(content, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        # The official files keep their command line beside the parameters.
+        # The official files hold the command line in addition to the parameters.
         with torch.serialization.safe_globals([argparse.Namespace]):
             document = torch.load(content, map_location="cpu", weights_only=True)
     except (

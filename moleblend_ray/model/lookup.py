@@ -1,4 +1,4 @@
-"""Sums of rows of a table whose gradient a GPU computes by a matrix product."""
+"""Sums of rows of a table, with a gradient that is computed by a matrix product on GPUs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from moleblend_ray.model.fused import uses_triton
 
 _CHUNK: Final = 1 << 18
-"""Bags whose rows are marked in memory at once by the backward pass."""
+"""Bags for which the backward pass has marks in memory at once."""
 
 
 def sum_of_rows(rows: Tensor, table: Tensor) -> Tensor:
-    """``rows`` (M, L) int64, different ones in each bag, and ``table`` (R, W) -> (M, W) sums of L rows.
+    """``rows`` (M, L) int64, no row twice in a bag, and ``table`` (R, W) -> (M, W) sums of the L rows of each bag.
 
-    PyTorch's gradient of a table sorts all look-ups, and adds those of one row one after another: tables with hundreds of rows
-    that millions of pairs read take longer than the attention. Marks of each bag's rows, (M, R), times the gradient are the
-    same sum, and the order of its parts is fixed.
+    For the gradient of a table PyTorch sorts all look-ups and adds those of one row in sequence. For tables of hundreds
+    of rows that millions of pairs read, this takes longer than the attention. The same sum is a matrix product: marks
+    (M, R), 1 where a bag reads a row, transposed, times the gradient. The order of its terms is fixed.
     """
     if table.device.type == "cpu" or not uses_triton():
         return F.embedding_bag(rows, table, mode="sum")
@@ -29,19 +29,19 @@ def sum_of_rows(rows: Tensor, table: Tensor) -> Tensor:
 
 class _SumOfRows(torch.autograd.Function):
     @staticmethod
-    def forward(context: Any, rows: Tensor, table: Tensor) -> Tensor:
-        context.save_for_backward(rows)
-        context.num_rows = table.shape[0]
+    def forward(ctx: Any, rows: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.num_rows = table.shape[0]
         return F.embedding_bag(rows, table, mode="sum")
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        (rows,) = context.saved_tensors
-        # Not in bfloat16: a row can have a million readers.
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        total = gradient.new_zeros(context.num_rows, gradient.shape[1], dtype=dtype)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
+        (rows,) = ctx.saved_tensors
+        # Not in bfloat16: a row can be read a million times.
+        dtype = torch.promote_types(grad_output.dtype, torch.float32)
+        total = grad_output.new_zeros(ctx.num_rows, grad_output.shape[1], dtype=dtype)
         for begin in range(0, len(rows), _CHUNK):
-            part, of_part = rows[begin : begin + _CHUNK], gradient[begin : begin + _CHUNK]
-            marks = of_part.new_zeros(len(part), context.num_rows).scatter_(1, part, 1.0)
-            total += marks.t() @ of_part
-        return None, total.to(gradient.dtype)
+            part, grad_part = rows[begin : begin + _CHUNK], grad_output[begin : begin + _CHUNK]
+            marks = grad_part.new_zeros(len(part), ctx.num_rows).scatter_(1, part, 1.0)
+            total += marks.t() @ grad_part
+        return None, total.to(grad_output.dtype)

@@ -1,4 +1,4 @@
-"""Triton kernels of a weighted cross entropy: logits are read in their own type, and no probability is ever written.
+"""Triton kernels of a weighted cross entropy: logits are read in their own type, and no probabilities are written.
 
 Shape legend: M predictions, C classes.
 """
@@ -15,12 +15,15 @@ from moleblend_ray.model.fused import on_its_device
 __all__ = ["cross_entropy_backward", "cross_entropy_forward"]
 
 _ROWS = 32
+"""Predictions of one program."""
 
 
 @on_its_device
 def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (M,) and logarithms of the sum of exponentials (M,), float32, of ``logits`` (M, C), ``target`` (M,) int64 and
-    ``weight`` (M,) float32; a negative target counts nothing."""
+    """Weighted losses (M,) and log-sum-exp (M,), float32, of ``logits`` (M, C) and ``target`` (M,) int64.
+
+    ``weight`` is (M,) float32. The loss of a negative target is 0.
+    """
     count, classes = logits.shape
     loss, normaliser = torch.empty(2, count, dtype=torch.float32, device=logits.device).unbind(0)
     _cross_entropy[(triton.cdiv(count, _ROWS),)](
@@ -32,16 +35,16 @@ def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor) -> tup
 
 @on_its_device
 def cross_entropy_backward(
-    gradient: Tensor, logits: Tensor, target: Tensor, weight: Tensor, normaliser: Tensor
+    grad_output: Tensor, logits: Tensor, target: Tensor, weight: Tensor, normaliser: Tensor
 ) -> Tensor:
     """(M, C) gradient of the logits, from that of the sum of all losses, ()."""
     count, classes = logits.shape
-    of_logits = torch.empty_like(logits)
+    grad_logits = torch.empty_like(logits)
     _cross_entropy_backward[(triton.cdiv(count, _ROWS),)](
-        gradient, logits, target, weight, normaliser, of_logits, count,
+        grad_output, logits, target, weight, normaliser, grad_logits, count,
         CLASSES=classes, TILE=triton.next_power_of_2(classes), ROWS=_ROWS,
     )  # fmt: skip
-    return of_logits
+    return grad_logits
 
 
 @triton.jit
@@ -60,14 +63,14 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
     wanted = tl.load(target + row, mask=held, other=-1)
     hit = column[None, :] == wanted[:, None]
     chosen = tl.sum(tl.where(hit, logit, 0.0), 1)
-    factor = tl.load(weight + row, mask=held, other=0.0)
-    tl.store(loss + row, tl.where(wanted >= 0, (total - chosen) * factor, 0.0), mask=held)
+    row_weight = tl.load(weight + row, mask=held, other=0.0)
+    tl.store(loss + row, tl.where(wanted >= 0, (total - chosen) * row_weight, 0.0), mask=held)
     tl.store(normaliser + row, total, mask=held)
 
 
 @triton.jit
 def _cross_entropy_backward(  # type: ignore[no-untyped-def]
-    gradient, logits, target, weight, normaliser, of_logits, count,
+    grad_output, logits, target, weight, normaliser, grad_logits, count,
     CLASSES: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -78,10 +81,10 @@ def _cross_entropy_backward(  # type: ignore[no-untyped-def]
     logit = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
     total = tl.load(normaliser + row, mask=held, other=0.0)
     wanted = tl.load(target + row, mask=held, other=-1)
-    factor = tl.load(weight + row, mask=held, other=0.0) * tl.load(gradient)
-    factor = tl.where(wanted >= 0, factor, 0.0)
+    grad_row = tl.load(weight + row, mask=held, other=0.0) * tl.load(grad_output)
+    grad_row = tl.where(wanted >= 0, grad_row, 0.0)
     probability = tl.exp(logit - total[:, None])
     result = probability - tl.where(column[None, :] == wanted[:, None], 1.0, 0.0)
-    # Not a product with 0: logits without a target may be infinite.
-    result = tl.where((wanted >= 0)[:, None], result * factor[:, None], 0.0)
-    tl.store(of_logits + at, result.to(of_logits.dtype.element_ty), mask=inside)
+    # Selected, not multiplied by 0: logits without a target may be infinite.
+    result = tl.where((wanted >= 0)[:, None], result * grad_row[:, None], 0.0)
+    tl.store(grad_logits + at, result.to(grad_logits.dtype.element_ty), mask=inside)

@@ -25,7 +25,7 @@ from moleblend_ray.model.config import (
 from moleblend_ray.model.environments import environment_counts
 from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.moleblend import MoleBlendOutput
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
 
 __all__ = [
@@ -69,12 +69,12 @@ def pair_displacement(batch: MoleculeBatch) -> Tensor:
 
 
 def has_direction(batch: MoleculeBatch) -> Tensor:
-    """(B, N, N) bool: pairs with both positions known and not the same point."""
+    """(B, N, N) bool: pairs of two known, different positions."""
     return batch.pair_position_mask & (pair_displacement(batch) != 0.0).any(-1)
 
 
 def noised_atoms(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
-    """(B, N) bool: atoms with a position that show their 3D feature; the denoising loss is over these."""
+    """(B, N) bool: atoms with a position that show their 3D feature; the denoising loss is a mean over them."""
     noised = batch.position_mask & blend.shows_atom(AtomFeature.GEOMETRY)
     if config.denoise_lone_atoms:
         return noised
@@ -82,13 +82,13 @@ def noised_atoms(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tens
 
 
 def count_other_bonds(batch: MoleculeBatch) -> Tensor:
-    """() int64: hops outside the paper's 24 classes (the ones that ``ignore_other_bonds`` leaves out)."""
+    """() int64: hops outside the paper's 24 classes, which ``ignore_other_bonds`` leaves out."""
     table = _edge_classes(batch.path_codes.device)
     return (table[batch.path_codes.int()] == NUM_PAPER_EDGE_CLASSES).sum()
 
 
 def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
-    """(6,) float64: what each sum of ``pretraining_loss_sums`` must be divided by, known before the forward pass."""
+    """(6,) float64: divisor of each sum of ``pretraining_loss_sums``; needs no forward pass."""
     spd = _pair_weight(
         batch.pair_mask & (batch.spd > 0) & (batch.spd != UNREACHABLE), blend, config, Relation.SPD
     )
@@ -104,7 +104,7 @@ def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tenso
 def pretraining_loss_sums(
     output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> dict[str, Tensor]:
-    """The numerator of each loss of LOSS_NAMES, () float32; 0 for a head that the model does not have."""
+    """The numerator of each loss of LOSS_NAMES, () float32; 0 for heads that the model does not have."""
     nothing = output.spd_logits.new_zeros((), dtype=torch.float32)
     with torch.autocast(output.spd_logits.device.type, enabled=False):
         return {
@@ -124,17 +124,17 @@ def pretraining_loss_sums(
 
 
 def total_loss(sums: Mapping[str, Tensor], global_counts: Tensor, config: LossConfig) -> Tensor:
-    """() float32: this micro-batch's part of the step's loss, ``sum of weight * sum / count``.
+    """() float32: this micro-batch's part of the loss of the step, the sum of ``weight * sum / count`` over the losses.
 
-    ``global_counts`` (6,) are those of the whole step, all micro-batches and ranks together; a loss that counts
-    nothing anywhere contributes 0.
+    ``global_counts`` (6,) are those of the whole step, over all micro-batches and ranks; a loss whose count is 0
+    contributes 0.
     """
     means = loss_means(sums, global_counts)
     return torch.stack([config.weight(name) * means[name] for name in LOSS_NAMES]).sum()
 
 
 def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
-    """Each sum divided by its count; 0 where nothing was counted."""
+    """Each sum divided by its count; 0 where the count is 0."""
     means = {}
     for name, count in zip(LOSS_NAMES, counts, strict=True):
         mean = sums[name].double() / torch.where(count > 0, count, 1.0)
@@ -144,7 +144,7 @@ def loss_means(sums: Mapping[str, Tensor], counts: Tensor) -> dict[str, Tensor]:
 
 @lru_cache
 def _edge_classes(device: torch.device) -> Tensor:
-    """(61,) int64: the class of each path code. Kept on its device: making it anew would make the host wait."""
+    """(61,) int64: class of each path code. Cached for each device: a copy to the device would make the host wait."""
     types, stereos, conjugated = PAPER_EDGE_VOCAB
     classes = [IGNORE]
     for kind, stereo, flag in itertools.product(*(range(size) for size in BOND_VOCAB_SIZES)):
@@ -185,35 +185,38 @@ def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> T
         total: Tensor = _WeightedCrossEntropy.apply(*flat)  # type: ignore[no-untyped-call]
         return total
     loss = F.cross_entropy(
-        precise(logits).flatten(0, -2), target.flatten(), ignore_index=IGNORE, reduction="none"
+        at_least_float32(logits).flatten(0, -2),
+        target.flatten(),
+        ignore_index=IGNORE,
+        reduction="none",
     )
     return (loss * weight.flatten()).sum()
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """The same by Triton kernels, from logits (M, C) in any type."""
+    """The same by Triton kernels, from logits (M, C) of any type."""
 
     @staticmethod
-    def forward(context: Any, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         from moleblend_ray.model.loss_kernels import cross_entropy_forward
 
         loss, normaliser = cross_entropy_forward(logits, target, weight)
-        context.save_for_backward(logits, target, weight, normaliser)
+        ctx.save_for_backward(logits, target, weight, normaliser)
         return loss.sum()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         from moleblend_ray.model.loss_kernels import cross_entropy_backward
 
-        return cross_entropy_backward(gradient, *context.saved_tensors), None, None
+        return cross_entropy_backward(grad_output, *ctx.saved_tensors), None, None
 
 
 def _direction_sum(
     direction: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
     weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
-    # Entries without a target are zeroed first: their cosine then has gradient 0 instead of one that could overflow.
-    predicted = precise(direction).masked_fill((weight == 0.0)[..., None], 0.0)
+    # Entries without a target are set to 0 first: otherwise the gradient of their cosine could overflow.
+    predicted = at_least_float32(direction).masked_fill((weight == 0.0)[..., None], 0.0)
     return _mean_per_molecule(
         1.0 - F.cosine_similarity(predicted, pair_displacement(batch), dim=-1), weight
     )
@@ -224,12 +227,12 @@ def _distance_sum(
 ) -> Tensor:
     weight = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY)
     return _mean_per_molecule(
-        (precise(distance) - pair_displacement(batch).norm(dim=-1)).abs(), weight
+        (at_least_float32(distance) - pair_displacement(batch).norm(dim=-1)).abs(), weight
     )
 
 
 def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
-    """Sum over molecules of the weighted mean over each one's pairs (B, N, N)."""
+    """Sum over molecules of the weighted mean of ``loss`` (B, N, N) over the pairs of each."""
     total = weight.sum((1, 2))
     return (
         (loss * weight).sum((1, 2)) / torch.where(total > 0, total, torch.ones_like(total))
@@ -238,13 +241,13 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
 
 def _environment_sum(predicted: Tensor, batch: MoleculeBatch) -> Tensor:
     counts = environment_counts(batch, predicted.shape[-1])
-    return (precise(predicted) - counts.log1p()).square().sum()
+    return (at_least_float32(predicted) - counts.log1p()).square().sum()
 
 
 def _denoise_sum(
     predicted: Tensor, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
     kept = noised_atoms(batch, blend, config)
-    predicted = precise(predicted).masked_fill(~kept[..., None], 0.0)
+    predicted = at_least_float32(predicted).masked_fill(~kept[..., None], 0.0)
     loss = 1.0 - F.cosine_similarity(predicted, blend.noise, dim=-1)
     return loss.masked_fill(~kept, 0.0).sum()

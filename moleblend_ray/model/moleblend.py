@@ -19,7 +19,7 @@ from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.embeddings import INIT_STD
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ATOM_VOCAB_SIZES, NUM_HOPS
 
 __all__ = ["ModelConfig", "MoleBlendModel", "MoleBlendOutput", "PropertyModel", "ReadoutConfig"]
@@ -31,7 +31,7 @@ HYDROGEN: Final = 0
 """Code of hydrogen."""
 
 NUM_HYDROGENS_COLUMN: Final = ATOM_FEATURE_NAMES.index("num_hydrogens")
-"""Atom category that counts an atom's hydrogens without counting those that are atoms themselves."""
+"""Atom category with the number of an atom's hydrogens that are not atoms of the molecule themselves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class MoleBlendOutput:
     tokens: Tensor
     """(S, D) packed token states of the last block."""
     spd_logits: Tensor
-    """(B, N, N, classes): class c is a path of c + 1 bonds, the last one of that many or more."""
+    """(B, N, N, classes): class c is a path of c + 1 bonds; the last class includes all longer ones."""
     edge_logits: Tensor
     """(B, N, N, 5, classes) for each hop of the path from atom a to atom b."""
     direction: Tensor | None
@@ -51,7 +51,7 @@ class MoleBlendOutput:
     noise: Tensor
     """(B, N, 3), parallel to the noise on an atom."""
     environments: Tensor | None
-    """(B, K) log(1 + count) of each bin of atom environments; None without the head."""
+    """(B, bins), log(1 + count) of each bin of atom environments; None without the head."""
 
 
 class MoleBlendModel(nn.Module):
@@ -66,7 +66,7 @@ class MoleBlendModel(nn.Module):
         self.direction_head = PairHead(config, (3,)) if config.direction_head else None
         self.distance_head = PairHead(config, ()) if config.distance_head else None
         self.denoising_head = DenoisingHead(config)
-        # Linear: what is asked for must lie in the graph token itself.
+        # Linear, so that the graph token itself must hold the counts.
         self.environment_head = (
             nn.Linear(config.dim, config.environment_bins) if config.environment_head else None
         )
@@ -74,9 +74,10 @@ class MoleBlendModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, uri: str) -> MoleBlendModel:
-        """The model of a directory with ``model.safetensors`` and ``config.json``, or of a file of official parameters.
+        """Load the model at ``uri``, on the CPU and in evaluation mode.
 
-        On the CPU, in evaluation mode; ``uri`` is a path or URI.
+        ``uri`` is the path or URI of a directory with ``model.safetensors`` and ``config.json``, or of a file of
+        official parameters.
         """
         from moleblend_ray.model import hub  # it needs this class
 
@@ -89,11 +90,11 @@ class MoleBlendModel(nn.Module):
         hub.save_pretrained(self, uri)
 
     def init_weights(self) -> None:
-        """Draw all weights anew and fill constant buffers; for models built on the meta device, after ``to_empty``."""
+        """Draw new weights and fill constant buffers; for models built on the meta device, after ``to_empty``."""
         init_weights(self)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None = None) -> MoleBlendOutput:
-        """Predict all relations from those that ``blend`` shows (None: from all of them, without noise)."""
+        """Predict all relations from those that ``blend`` shows; None: from all of them, without noise."""
         encoded: EncoderOutput = self.encoder(batch, blend)
         atoms = encoded.tokens.index_select(0, batch.atom_token)
         return MoleBlendOutput(
@@ -120,7 +121,7 @@ class PropertyModel(nn.Module):
     """The encoder of a pretrained model and a new property head."""
 
     reference: Tensor
-    """(119, T) what an atom of each element adds to the outputs; 0 unless set."""
+    """(119, num_targets), what an atom of each element adds to the outputs; 0 unless set."""
 
     def __init__(
         self, pretrained: MoleBlendModel, num_targets: int, readout: ReadoutConfig | None = None
@@ -143,10 +144,10 @@ class PropertyModel(nn.Module):
             batch = batch.without_coordinates()
         blend = only_geometry(batch) if self.readout.relations == "3d" else None
         encoded: EncoderOutput = self.encoder(batch, blend)
-        # Large sums that nearly cancel: never in bfloat16.
+        # Never in bfloat16: these are large sums that nearly cancel.
         with torch.autocast(self.reference.device.type, enabled=False):
             known = element_counts(batch).to(self.reference.dtype) @ self.reference
-        return precise(self._read(encoded, batch)) + known
+        return at_least_float32(self._read(encoded, batch)) + known
 
     def _read(self, encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
         if self.readout.readout == "token":
@@ -164,7 +165,7 @@ class PropertyModel(nn.Module):
 
 
 def element_counts(batch: MoleculeBatch) -> Tensor:
-    """(B, 119) float32: atoms of each element code, where hydrogens that are no atoms of their own count as well."""
+    """(B, 119) float32: number of atoms of each element code, including hydrogens that are not atoms of the graph."""
     features = batch.pack_atoms(batch.atom_features)
     atoms = F.one_hot(features[:, 0].long(), NUM_ELEMENTS).float()
     atoms[:, HYDROGEN] += features[:, NUM_HYDROGENS_COLUMN]
@@ -176,14 +177,14 @@ def _graph_states(encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
 
 
 def init_weights(model: nn.Module) -> None:
-    """Normal weights of standard deviation 0.02 and zero biases; modules with weights of their own draw them."""
+    """Draw linear weights with standard deviation 0.02, set biases to 0, and let other modules draw their own."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=INIT_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif not isinstance(module, nn.Embedding):
-            # Embeddings belong to a module that draws them; the others here include LayerNorm.
+            # Not embeddings, which the module that holds them draws. The others include LayerNorm.
             reset = getattr(module, "reset_parameters", None)
             if callable(reset):
                 reset()

@@ -1,4 +1,4 @@
-"""The attention bias of all blocks: what the visible relations of each atom pair say, and the graph token's links.
+"""The attention bias of all blocks: that of the visible relations of each atom pair, and of the graph token's links.
 
 Shape legend: B molecules, N atoms (padded), T = N + 1 tokens (graph token first), H heads, L hops.
 """
@@ -15,14 +15,17 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, Relation
 from moleblend_ray.model.embeddings import TopologyBias
 from moleblend_ray.model.fused import kernels_fit
-from moleblend_ray.model.precision import precise
+from moleblend_ray.model.precision import at_least_float32
 
 
 def attention_bias(
     batch: MoleculeBatch, blend: Blend | None, topology: TopologyBias, geometry: Tensor
 ) -> Tensor:
-    """(B, H, T, T) float32: ``geometry`` (B, N, N, H) and the biases of ``topology`` where ``blend`` shows them (None: everywhere),
-    the virtual distance on the graph token's links, -inf in padding columns."""
+    """(B, H, T, T) float32 attention bias, -inf in padding columns.
+
+    For atom pairs it is the sum of ``geometry`` (B, N, N, H) and the biases of ``topology``, each where ``blend`` shows
+    it (None: everywhere); for the graph token's links it is the virtual distance.
+    """
     if kernels_fit(geometry):
         output: Tensor = _PairBias.apply(  # type: ignore[no-untyped-call]
             topology.spd.weight,
@@ -33,12 +36,12 @@ def attention_bias(
             None if blend is None else blend.shown_relations(),
         )
         return output
-    pairs = _blended(batch, blend, topology, precise(geometry))
+    pairs = _blended(batch, blend, topology, at_least_float32(geometry))
     bias: Tensor = F.pad(pairs, (0, 0, 1, 0, 1, 0))
     T = bias.shape[1]
     token = torch.arange(T, device=bias.device)
     border = (token[:, None] == 0) | (token[None, :] == 0)
-    bias = bias + border[..., None] * precise(topology.virtual_distance)
+    bias = bias + border[..., None] * at_least_float32(topology.virtual_distance)
     padding_column = token > batch.num_atoms[:, None]
     bias = bias.masked_fill(padding_column[:, None, :, None], float("-inf"))
     return bias.permute(0, 3, 1, 2).contiguous()
@@ -47,8 +50,11 @@ def attention_bias(
 def _blended(
     batch: MoleculeBatch, blend: Blend | None, topology: TopologyBias, geometry: Tensor
 ) -> Tensor:
-    """(B, N, N, H) float32."""
-    spd, edge = precise(topology.spd_bias(batch)), precise(topology.edge_bias(batch))
+    """(B, N, N, H) float32 bias of the atom pairs."""
+    spd, edge = (
+        at_least_float32(topology.spd_bias(batch)),
+        at_least_float32(topology.edge_bias(batch)),
+    )
     if blend is None:
         return spd + edge + geometry
     if blend.view is None:
@@ -60,12 +66,14 @@ def _blended(
 
 
 class _PairBias(torch.autograd.Function):
-    """The same by Triton kernels: each pair is read once and written once where the blocks look for it. PyTorch's operations
-    pass a dozen times over tensors of its size."""
+    """The same by Triton kernels: each pair is read once and written once, in the layout that the blocks read.
+
+    PyTorch's operations would pass a dozen times over tensors of this size.
+    """
 
     @staticmethod
     def forward(
-        context: Any,
+        ctx: Any,
         spd_table: Tensor,
         hop_table: Tensor,
         geometry: Tensor,
@@ -76,21 +84,21 @@ class _PairBias(torch.autograd.Function):
         from moleblend_ray.model.pair_bias_kernels import pair_bias_forward
 
         relations = batch.spd, batch.path_codes, shown, batch.num_atoms
-        context.save_for_backward(*relations)
+        ctx.save_for_backward(*relations)
         given = spd_table, hop_table, geometry, virtual
-        context.kinds = [(values.shape, values.dtype) for values in given]
+        ctx.kinds = [(values.shape, values.dtype) for values in given]
         return pair_bias_forward(*relations, spd_table, hop_table, geometry.contiguous(), virtual)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.pair_bias_kernels import pair_bias_backward
 
-        shapes, dtypes = zip(*context.kinds, strict=True)
+        shapes, dtypes = zip(*ctx.kinds, strict=True)
         found = pair_bias_backward(
-            gradient.contiguous(),
-            *context.saved_tensors,
+            grad_output.contiguous(),
+            *ctx.saved_tensors,
             num_rows=(shapes[0][0], shapes[1][0]),
             dtype=dtypes[2],
         )
-        gradients = (of.to(dtype) for of, dtype in zip(found, dtypes, strict=True))
+        gradients = (gradient.to(dtype) for gradient, dtype in zip(found, dtypes, strict=True))
         return *gradients, None, None

@@ -1,8 +1,9 @@
-"""Triton kernels of the attention bias: what the visible relations of a pair say is looked up, added and written where the blocks
-look for it, in one pass; the gradients of the tables are sums over all pairs that read a row.
+"""Triton kernels of the attention bias.
 
-These sums are products of marks (which pair reads which row, made in registers) with the gradient. Their parts have a fixed
-order, so a step gives the same numbers again, as atomic additions would not.
+The forward pass looks up the biases of the visible relations of each pair, adds them and writes the sum in the layout
+that the blocks read. The gradient of a row of a table is a sum over all pairs that read this row. These sums are matrix
+products of marks (which pair reads which row, made in registers) and the gradient of the bias. Their terms have a fixed
+order, so results are reproducible, which atomic additions are not.
 
 Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, H heads, L hops, C bond codes.
 """
@@ -21,14 +22,14 @@ from moleblend_ray.vocabulary import NUM_BOND_CODES, NUM_HOPS
 __all__ = ["pair_bias_backward", "pair_bias_forward"]
 
 _PROGRAMS = 528
-"""That share the rows of all molecules in the backward pass (an H100 has 132 multiprocessors): each adds up gradients, and these
-sums are added afterwards."""
+"""Programs that share the rows of all molecules in the backward pass (an H100 has 132 multiprocessors). Each sums the
+gradients over its rows; PyTorch adds these sums."""
 
 _COLUMNS, _COLUMNS_BACKWARD = 32, 16
-"""Pairs of a row in registers at once."""
+"""Pairs of a row that a program holds in registers at once, forward and backward."""
 
 _SMALLEST_TILE = 16
-"""Of a matrix product of tensor cores."""
+"""Smallest side of a tensor-core matrix product."""
 
 _SPD: tl.constexpr = tl.constexpr(1 << Relation.SPD)
 _EDGE: tl.constexpr = tl.constexpr(1 << Relation.EDGE)
@@ -46,11 +47,11 @@ def pair_bias_forward(
     geometry: Tensor,
     virtual: Tensor,
 ) -> Tensor:
-    """(B, H, T, T) float32, -inf in padding columns; rows of padding hold numbers that nobody uses.
+    """The attention bias (B, H, T, T) float32, -inf in padding columns; rows of padding are undefined.
 
-    ``spd`` (B, N, N) uint8, ``path_codes`` (B, N, N, L) uint8, ``shown`` (B, N, N) uint8 with a bit for each :class:`Relation`
-    (None: all), ``num_atoms`` (B,) int64; ``spd_table`` (256, H), ``hop_table`` (L * C, H), ``geometry`` (B, N, N, H),
-    ``virtual`` (H,).
+    ``spd`` (B, N, N) uint8; ``path_codes`` (B, N, N, L) uint8; ``shown`` (B, N, N) uint8 with a bit for each
+    :class:`Relation` (None: all); ``num_atoms`` (B,) int64; ``spd_table`` (256, H); ``hop_table`` (L * C, H);
+    ``geometry`` (B, N, N, H); ``virtual`` (H,).
     """
     B, N, _, H = geometry.shape
     T = N + 1
@@ -65,7 +66,7 @@ def pair_bias_forward(
 
 @on_its_device
 def pair_bias_backward(
-    gradient: Tensor,
+    grad_output: Tensor,
     spd: Tensor,
     path_codes: Tensor,
     shown: Tensor | None,
@@ -74,31 +75,39 @@ def pair_bias_backward(
     num_rows: tuple[int, int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``spd_table``, ``hop_table``, ``geometry`` (in ``dtype``) and ``virtual``, from that of the bias
-    (B, H, T, T) float32; the tables have ``num_rows``. Those of the tables and of ``virtual`` are float32."""
-    B, H, T, _ = gradient.shape
-    device, programs = gradient.device, min(_PROGRAMS, B * T)
-    of_geometry = torch.empty(B, T - 1, T - 1, H, dtype=dtype, device=device)
-    of_spd = torch.empty(programs, num_rows[0], H, dtype=torch.float32, device=device)
-    of_hops = torch.empty(programs, num_rows[1], H, dtype=torch.float32, device=device)
-    of_virtual = torch.empty(programs, H, dtype=torch.float32, device=device)
+    """Gradients of ``spd_table``, ``hop_table``, ``geometry`` and ``virtual`` from that of the bias.
+
+    ``grad_output`` is (B, H, T, T) float32. The gradient of ``geometry`` is in ``dtype``, the others are float32.
+    ``num_rows`` are the numbers of rows of the two tables.
+    """
+    B, H, T, _ = grad_output.shape
+    device, programs = grad_output.device, min(_PROGRAMS, B * T)
+    grad_geometry = torch.empty(B, T - 1, T - 1, H, dtype=dtype, device=device)
+    grad_spd_table_parts = torch.empty(programs, num_rows[0], H, dtype=torch.float32, device=device)
+    grad_hop_table_parts = torch.empty(programs, num_rows[1], H, dtype=torch.float32, device=device)
+    grad_virtual_parts = torch.empty(programs, H, dtype=torch.float32, device=device)
     constants = {
         **_constants(H, shown),
         "COLUMNS": _COLUMNS_BACKWARD,
-        # By default float32 factors would be rounded to 10 bits.
+        # By default Triton multiplies float32 numbers as tf32, with 10 bits of mantissa.
         "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
         "num_warps": 8 if H <= 32 else 16,
     }
     relations = spd if shown is None else shown, num_atoms
     _distances_backward[(programs,)](
-        gradient, spd, *relations, of_geometry, of_virtual, of_spd, B * T, T,
-        **_row_constants(num_rows[0]), **constants,
+        grad_output, spd, *relations, grad_geometry, grad_virtual_parts, grad_spd_table_parts,
+        B * T, T, **_row_constants(num_rows[0]), **constants,
     )  # fmt: skip
     _hops_backward[(programs,)](
-        gradient, spd, path_codes, *relations, of_hops, B * T, T,
+        grad_output, spd, path_codes, *relations, grad_hop_table_parts, B * T, T,
         **_row_constants(num_rows[1]), **_path_constants(path_codes), **constants,
     )  # fmt: skip
-    return of_spd.sum(0), of_hops.sum(0), of_geometry, of_virtual.sum(0)
+    return (
+        grad_spd_table_parts.sum(0),
+        grad_hop_table_parts.sum(0),
+        grad_geometry,
+        grad_virtual_parts.sum(0),
+    )
 
 
 def _constants(num_heads: int, shown: Tensor | None) -> dict[str, object]:
@@ -123,8 +132,11 @@ def _row_constants(rows: int) -> dict[str, object]:
 def _relations(  # type: ignore[no-untyped-def]
     spd, shown, molecule, row, column, atoms, T, LONGEST: tl.constexpr, BLENDS: tl.constexpr
 ):
-    """Of the pairs of tokens (row, column): which are pairs of real atoms, where these lie in (B, N, N), how far apart they are,
-    the divisor of their path, and bits of what they show."""
+    """The relations of the pairs of tokens (row, column).
+
+    Their index in (B, N, N), distance in bonds, divisor of the path bias, bits of the relations they show, and whether
+    both tokens are real atoms.
+    """
     real = (row > 0) & (row <= atoms) & (column > 0) & (column <= atoms)
     pair = (molecule.to(tl.int64) * (T - 1) + row - 1) * (T - 1) + column - 1
     distance = tl.load(spd + pair, mask=real, other=0).to(tl.int32)
@@ -144,8 +156,8 @@ def _pair_bias(  # type: ignore[no-untyped-def]
     molecule, row = tl.program_id(0) // T, tl.program_id(0) % T
     atoms = tl.load(num_atoms + molecule).to(tl.int32)
     head = tl.arange(0, HEADS)[None, :]
-    of_head = head < NUM_HEADS
-    link = tl.load(virtual + head, mask=of_head, other=0.0).to(tl.float32)
+    is_head = head < NUM_HEADS
+    link = tl.load(virtual + head, mask=is_head, other=0.0).to(tl.float32)
     first = 0
     while first < T:
         column = first + tl.arange(0, COLUMNS)[:, None]
@@ -153,47 +165,47 @@ def _pair_bias(  # type: ignore[no-untyped-def]
             spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
         )
         at = distance * NUM_HEADS + head
-        total = tl.load(spd_table + at, mask=((visible & _SPD) != 0) & of_head, other=0.0)
+        total = tl.load(spd_table + at, mask=((visible & _SPD) != 0) & is_head, other=0.0)
         total = total.to(tl.float32)
         shows_path = (visible & _EDGE) != 0
         path = tl.zeros((COLUMNS, HEADS), tl.float32)
         for hop in tl.static_range(HOPS):
             code = tl.load(path_codes + pair * HOPS + hop, mask=shows_path, other=0).to(tl.int32)
             at = (hop * CODES + code) * NUM_HEADS + head
-            path += tl.load(hop_table + at, mask=shows_path & of_head, other=0.0).to(tl.float32)
+            path += tl.load(hop_table + at, mask=shows_path & is_head, other=0.0).to(tl.float32)
         total += path / length
         shows_distance = (visible & _GEOMETRY) != 0
         at = pair * NUM_HEADS + head
-        near = tl.load(geometry + at, mask=shows_distance & of_head, other=0.0)
+        near = tl.load(geometry + at, mask=shows_distance & is_head, other=0.0)
         total += near.to(tl.float32)
         total = tl.where(real, total, link)
         total = tl.where(column > atoms, float("-inf"), total)
         to = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * T + column
-        tl.store(blended + to, total, mask=(column < T) & of_head)
+        tl.store(blended + to, total, mask=(column < T) & is_head)
         first += COLUMNS
 
 
 @triton.jit
 def _upstream(  # type: ignore[no-untyped-def]
-    of_blended, molecule, row, column, head, atoms, T, NUM_HEADS: tl.constexpr
+    grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS: tl.constexpr
 ):
-    """(COLUMNS, HEADS) gradient of the bias, 0 in padding."""
+    """(COLUMNS, HEADS) gradient of the bias of one row, 0 in padding."""
     at = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * T + column
     inside = (column <= atoms) & (row <= atoms) & (head < NUM_HEADS)
-    return tl.load(of_blended + at, mask=inside, other=0.0)
+    return tl.load(grad_blended + at, mask=inside, other=0.0)
 
 
 @triton.jit
 def _distances_backward(  # type: ignore[no-untyped-def]
-    of_blended, spd, shown, num_atoms, of_geometry, of_virtuals, of_tables, rows, T,
+    grad_blended, spd, shown, num_atoms, grad_geometry, grad_virtual_parts, grad_table_parts, rows, T,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, LONGEST: tl.constexpr, BLENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of what has no path: table of shortest paths, 3D bias, links of the graph token."""
+    """Gradients of the table of shortest paths, the 3D bias and the links of the graph token."""
     head = tl.arange(0, HEADS)[None, :]
     code = tl.arange(0, ROW_TILE)
-    of_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
-    of_virtual = tl.zeros((COLUMNS, HEADS), tl.float32)
+    grad_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
+    grad_virtual = tl.zeros((COLUMNS, HEADS), tl.float32)
     number = tl.program_id(0)
     while number < rows:
         molecule, row = number // T, number % T
@@ -202,36 +214,36 @@ def _distances_backward(  # type: ignore[no-untyped-def]
         while first < T:
             place = first + tl.arange(0, COLUMNS)
             column = place[:, None]
-            upstream = _upstream(of_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            upstream = _upstream(grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
             pair, _, _, visible, _ = _relations(
                 spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
             )
-            of_virtual += tl.where((row == 0) | (column == 0), upstream, 0.0)
-            of_pair = tl.where((visible & _GEOMETRY) != 0, upstream, 0.0)
+            grad_virtual += tl.where((row == 0) | (column == 0), upstream, 0.0)
+            grad_pair = tl.where((visible & _GEOMETRY) != 0, upstream, 0.0)
             tl.store(
-                of_geometry + pair * NUM_HEADS + head,
-                of_pair.to(of_geometry.dtype.element_ty),
+                grad_geometry + pair * NUM_HEADS + head,
+                grad_pair.to(grad_geometry.dtype.element_ty),
                 mask=(row > 0) & (column > 0) & (column < T) & (head < NUM_HEADS),
             )
             _, distance, _, visible, _ = _relations(
                 spd, shown, molecule, row, place[None, :], atoms, T, LONGEST, BLENDS
             )
             marks = (code[:, None] == distance) & ((visible & _SPD) != 0)
-            of_table = tl.dot(
-                marks.to(tl.float32), upstream, acc=of_table, input_precision=PRECISION
+            grad_table = tl.dot(
+                marks.to(tl.float32), upstream, acc=grad_table, input_precision=PRECISION
             )
             first += COLUMNS
         number += tl.num_programs(0)
     program = tl.program_id(0).to(tl.int64)
-    to = of_tables + (program * ROWS + code[:, None]) * NUM_HEADS + head
-    tl.store(to, of_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))
-    to = of_virtuals + program * NUM_HEADS + head
-    tl.store(to, tl.sum(of_virtual, 0)[None, :], mask=head < NUM_HEADS)
+    to = grad_table_parts + (program * ROWS + code[:, None]) * NUM_HEADS + head
+    tl.store(to, grad_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))
+    to = grad_virtual_parts + program * NUM_HEADS + head
+    tl.store(to, tl.sum(grad_virtual, 0)[None, :], mask=head < NUM_HEADS)
 
 
 @triton.jit
 def _hops_backward(  # type: ignore[no-untyped-def]
-    of_blended, spd, path_codes, shown, num_atoms, of_tables, rows, T,
+    grad_blended, spd, path_codes, shown, num_atoms, grad_table_parts, rows, T,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, HOPS: tl.constexpr, CODES: tl.constexpr, LONGEST: tl.constexpr,
     BLENDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -239,7 +251,7 @@ def _hops_backward(  # type: ignore[no-untyped-def]
     """Gradient of the table of hops."""
     head = tl.arange(0, HEADS)[None, :]
     code = tl.arange(0, ROW_TILE)
-    of_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
+    grad_table = tl.zeros((ROW_TILE, HEADS), tl.float32)
     number = tl.program_id(0)
     while number < rows:
         molecule, row = number // T, number % T
@@ -248,7 +260,7 @@ def _hops_backward(  # type: ignore[no-untyped-def]
         while first < T:
             place = first + tl.arange(0, COLUMNS)
             column = place[:, None]
-            upstream = _upstream(of_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            upstream = _upstream(grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
             _, _, length, _, _ = _relations(
                 spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
             )
@@ -261,8 +273,8 @@ def _hops_backward(  # type: ignore[no-untyped-def]
                 at = pair * HOPS + hop
                 read = hop * CODES + tl.load(path_codes + at, mask=shows_path, other=0).to(tl.int32)
                 marks += ((code[:, None] == read) & shows_path).to(tl.float32)
-            of_table = tl.dot(marks, upstream / length, acc=of_table, input_precision=PRECISION)
+            grad_table = tl.dot(marks, upstream / length, acc=grad_table, input_precision=PRECISION)
             first += COLUMNS
         number += tl.num_programs(0)
     to = (tl.program_id(0).to(tl.int64) * ROWS + code[:, None]) * NUM_HEADS + head
-    tl.store(of_tables + to, of_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))
+    tl.store(grad_table_parts + to, grad_table, mask=(code < ROWS)[:, None] & (head < NUM_HEADS))

@@ -1,4 +1,4 @@
-"""Philox4x32-10 as a Triton kernel: the ten rounds in registers, where PyTorch would launch a hundred kernels."""
+"""Philox4x32-10 as one Triton kernel; PyTorch's operations would be a hundred launches."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 __all__ = ["philox_words"]
 
 _BLOCK = 1024
+"""Counters of one program."""
 
 
 def philox_words(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of the broadcast shape from four counter words, all int64 in 0 to 2**32 - 1; ``seed`` in 64 bits."""
+    """Four words of the broadcast shape from four counter words, int64 from 0 to 2**32 - 1; ``seed`` has 64 bits."""
     c0, c1, c2, c3 = (word.contiguous() for word in torch.broadcast_tensors(*counter))  # type: ignore[no-untyped-call]
     words = torch.empty(4, *c0.shape, dtype=torch.int64, device=c0.device)
     count = c0.numel()

@@ -1,4 +1,4 @@
-"""The model against a plain second implementation, in float64, on the batches that break naive code."""
+"""The model compared with a plain second implementation, in float64, on batches that break naive code."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_outputs_losses_and_gradients_equal_the_dense_computation(
 
 
 def test_hop_axis_of_a_batch_may_be_shorter_than_five() -> None:
-    """As the official code has it for a batch of short paths: hops beyond the axis do not even count as missing."""
+    """As in the official code for a batch of short paths: hops beyond the axis do not count as missing either."""
     molecules = BATCHES["only short paths"]
     batch = zoo.in_double(zoo.batch(molecules))
     batch = dataclasses.replace(batch, path_codes=batch.path_codes[..., :2])
@@ -118,7 +118,9 @@ def compare(
             close(predicted[key][row, :n, :n], getattr(oracle, key)[row], key)
         close(output.noise[row, :n], oracle.noise[row], "noise")
     means = loss_means(sums, counts)
-    for key in means.keys() - {"distance", "environment"}:  # which the paper does not have
+    # The paper does not have the other two losses.
+    assert oracle.losses.keys() == means.keys() - {"distance", "environment"}
+    for key in oracle.losses:
         close(means[key], oracle.losses[key], key)
     for key, value in parameters.items():
         if expected[key] is None or not expected[key].any():
@@ -133,7 +135,7 @@ def keyed_blend(batch: MoleculeBatch) -> Blend:
 
 
 def paper_blend(batch: MoleculeBatch) -> Blend:
-    """One map of choices for the batch; atoms without coordinates show 3D as well, as in the official code."""
+    """One map of choices for the whole batch; atoms without coordinates may show 3D, as in the official code."""
     generator = torch.Generator().manual_seed(9)
     B, N = batch.atom_mask.shape
     pair = torch.multinomial(torch.tensor([0.2, 0.2, 0.6]), N * N, True, generator=generator)

@@ -1,7 +1,7 @@
-"""Replays runs of the official code from its golden vectors (``--golden DIR``; format: the README beside them).
+"""Replays runs of the official code from golden vectors (``--golden DIR``; the README in that folder has the format).
 
-Each run is replayed once: its batch is rebuilt from ``mols.npz`` by the data pipeline, its parameters imported, its
-random choices given as an explicit blend. Gradients flow through the import back to the official parameters.
+Each run is replayed once: the data pipeline rebuilds its batch from ``mols.npz``, its parameters are imported, and its
+random choices are passed as a blend. Gradients flow back through the import to the official parameters.
 
 Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, L hops in the run's batch (at most 5).
 """
@@ -61,6 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     runs = [run for folder in folders for run in sorted(folder.glob("run_*.npz"))]
     if folders and not runs:
         raise pytest.UsageError(f"--golden {folders}: no run_*.npz in there")
+    if "run_files" in metafunc.fixturenames:
+        metafunc.parametrize("run_files", [runs] if runs else [], ids=["all"] if runs else [])
     if "run_file" in metafunc.fixturenames:
         metafunc.parametrize(
             "run_file", runs, ids=[f"{run.parent.name}/{run.stem}" for run in runs]
@@ -69,13 +71,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Replay:
-    """One run of the official code (``golden``) and the same computed by this project."""
+    """One run of the official code (``golden``) and what this project computes for it."""
 
     golden: Arrays
     batch: MoleculeBatch
     blend: Blend
     tensors: dict[str, Tensor]
-    """Our value of each floating-point array, under the name it has in the run file."""
+    """Our values of the floating-point arrays, by their names in the run file."""
     counts: Tensor
     total: Tensor
     gradients: dict[str, Tensor | None]
@@ -140,7 +142,7 @@ def replay(run_file: Path) -> Replay:
 
 
 def load_parameters(run_file: Path) -> Arrays:
-    """The parameters of ``run_<P>_<NAME>.npz``: the ``params_<P>.npz`` with the longest P that fits."""
+    """The parameters of ``run_<P>_<NAME>.npz``: ``params_<P>.npz`` with the longest matching P."""
     fitting = [
         path
         for path in run_file.parent.glob("params_*.npz")
@@ -151,7 +153,7 @@ def load_parameters(run_file: Path) -> Arrays:
 
 
 def rebuild_batch(golden: Arrays, folder: Path) -> MoleculeBatch:
-    """The run's batch through the data pipeline, its hop axis cut to the run's."""
+    """The run's batch, built by the data pipeline, with as many hops as the run has."""
     blocks = [molecule_block(golden, folder, row) for row in range(len(golden["batch/x"]))]
     sizes = np.array([len(block["atom_features"]) for block in blocks], np.int32)
     joined = {
@@ -172,7 +174,7 @@ def rebuild_batch(golden: Arrays, folder: Path) -> MoleculeBatch:
 
 
 def in_given_order(batch: MoleculeBatch) -> MoleculeBatch:
-    """Undo the pipeline's sort by size, so that molecules stand where the run has them."""
+    """Undo the pipeline's sort by size, so that molecules have the order of the run."""
     order = torch.argsort(batch.molecule_ids)
     sizes = batch.num_atoms[order]
     padded = ("molecule_ids", "num_atoms", "atom_mask", "atom_features", "degrees", "positions")
@@ -192,10 +194,10 @@ def in_given_order(batch: MoleculeBatch) -> MoleculeBatch:
 
 
 def molecule_block(golden: Arrays, folder: Path, row: int) -> dict[str, np.ndarray[Any, Any]]:
-    """One molecule's arrays: its graph from mols.npz where the run names it there, else from the run's batch.
+    """The arrays of one molecule: its graph from mols.npz if the run gives its index there, else from the run's batch.
 
-    Positions are the run's own (it may move or remove them); like the official code, an atom at exactly (0, 0, 0)
-    has none.
+    Positions are those of the run, which may have moved or removed them. As in the official code, an atom at exactly
+    (0, 0, 0) has no position.
     """
     n = int((golden["batch/x"][row, :, 0] != 0).sum())
     positions = golden["batch/pos"][row, :n].astype(np.float32)
@@ -219,7 +221,7 @@ def graph_from_molecules(
     edges = slice(*molecules["edge_ptr"][index : index + 2])
     return {
         "atom_features": molecules["x_raw"][atoms].astype(np.uint8),
-        # Directed bonds come in pairs (begin, end), (end, begin).
+        # Each bond is stored twice, as (begin, end) and (end, begin).
         "bonds": molecules["edge_index"][edges][::2].astype(np.uint16).reshape(-1, 2),
         "bond_features": molecules["edge_attr"][edges][::2].astype(np.uint8).reshape(-1, 3),
     }
@@ -256,7 +258,7 @@ def given_blend(golden: Arrays, batch: MoleculeBatch) -> Blend:
 def watch(
     model: MoleBlendModel, batch: MoleculeBatch, blend: Blend, seen: dict[str, Tensor]
 ) -> Any:
-    """Note the intermediates of the next forward pass in ``seen``; returns what stops it."""
+    """Record the intermediates of the next forward pass in ``seen``; returns a function that stops it."""
     encoder = model.encoder
 
     def note_embeddings(_module: Any, _args: Any, output: tuple[Tensor, Tensor]) -> None:
@@ -306,7 +308,7 @@ def watch(
 
 
 def cosines(tensors: Mapping[str, Tensor], batch: MoleculeBatch, blend: Blend) -> dict[str, Tensor]:
-    """Predictions and targets of the two direction losses as the official code masks them, and their cosines."""
+    """Predictions and targets of the two cosine losses, masked as in the official code, and their cosines."""
     kept = noised_atoms(batch, blend, PAPER_LOSS)[..., None]
     predicted, noise = tensors["denoise_out"] * kept, blend.noise * kept
     direction = tensors["logits_3d"].masked_fill(~has_direction(batch)[..., None], 0.0)
@@ -319,7 +321,7 @@ def cosines(tensors: Mapping[str, Tensor], batch: MoleculeBatch, blend: Blend) -
 
 
 def language_model_logits(official: Mapping[str, Tensor], states: Tensor) -> dict[str, Tensor]:
-    """The unused head of the official code: kept nowhere here, so computed from its parameters."""
+    """The unused head of the official code, which our model does not have, computed from its parameters."""
     head = {name.removeprefix("encoder."): value.detach() for name, value in official.items()}
     if "embed_out.weight" not in head:
         return {}
@@ -357,6 +359,9 @@ SCALARS = {f"loss_{name}" for name in GOLDEN_LOSS_NAMES.values()}
 SCALARS |= {"loss_total_weighted", "loss_logged_unweighted"}
 GIVEN = {"choice_pair", "choice_atom", "noise_unit", "mol_index", "batch/idx", "batch/y"}
 GRADIENT_ARRAYS = {"grad_global_norm", "params_without_grad"}
+KNOWN = INTEGER_ARRAYS | EXACT_FLOATS | BY_TOKEN | BY_ATOM | BY_PAIR | BY_HEAD_PAIR | BY_HEAD_QUERY
+KNOWN |= SCALARS | GIVEN | GRADIENT_ARRAYS
+"""Names of all arrays, except gradients of parameters and outputs of layers."""
 
 
 def is_layer_output(name: str) -> bool:
@@ -364,38 +369,50 @@ def is_layer_output(name: str) -> bool:
 
 
 def test_every_array_of_a_run_is_given_or_compared(run_file: Path) -> None:
-    known = INTEGER_ARRAYS | EXACT_FLOATS | BY_TOKEN | BY_ATOM | BY_PAIR | BY_HEAD_PAIR
-    known |= BY_HEAD_QUERY | SCALARS | GIVEN | GRADIENT_ARRAYS
     names = set(replay(run_file).golden)
-    unknown = {n for n in names - known if not n.startswith("grad/") and not is_layer_output(n)}
+    unknown = {n for n in names - KNOWN if not n.startswith("grad/") and not is_layer_output(n)}
     assert not unknown
+
+
+def test_the_runs_together_hold_every_array_that_is_compared(run_files: list[Path]) -> None:
+    found: set[str] = set()
+    for run_file in run_files:
+        with np.load(run_file, allow_pickle=False) as file:
+            found.update(file.files)
+    assert not KNOWN - found
+    assert {"layer0_attn_out", "layer0_out"} <= found
+    assert any(name.startswith("grad/") for name in found)
 
 
 def test_integer_arrays_are_rebuilt_exactly(run_file: Path) -> None:
     run = replay(run_file)
     ours = official_batch(run.batch) | targets(run)
-    for name in sorted((INTEGER_ARRAYS | EXACT_FLOATS) & set(run.golden)):
+    names = sorted((INTEGER_ARRAYS | EXACT_FLOATS) & set(run.golden))
+    assert names, "the run holds none of these arrays"
+    for name in names:
         np.testing.assert_array_equal(ours[name], run.golden[name], err_msg=name)
 
 
 def test_intermediates_and_outputs_agree(run_file: Path) -> None:
-    run = replay(run_file)
-    compared = {
-        name: difference
-        for name, ours, theirs in comparable(run)
-        if (difference := relative_difference(ours, theirs)) > RELATIVE_TOLERANCE
+    differences = {
+        name: relative_difference(ours, theirs)
+        for name, ours, theirs in comparable(replay(run_file))
     }
-    assert not compared, f"relative to the largest entry of each: {compared}"
+    assert differences, "the run holds none of these arrays"
+    wrong = {name: value for name, value in differences.items() if value > RELATIVE_TOLERANCE}
+    assert not wrong, f"relative to the largest entry of each: {wrong}"
 
 
 def test_losses_agree(run_file: Path) -> None:
     run = replay(run_file)
     counts = dict(zip(LOSS_NAMES, run.counts.tolist(), strict=True))
-    for name in sorted(SCALARS & set(run.golden)):
+    names = sorted(SCALARS & set(run.golden))
+    assert names, "the run holds no losses"
+    for name in names:
         ours, theirs = float(run.tensors[name]), float(run.golden[name])
         assert np.isfinite(ours), name
         if np.isnan(theirs):
-            # The official mean over nothing; ours is 0, in the sums as well.
+            # An official mean over nothing; ours is 0, also as a term of the sums.
             assert min(counts[loss] for loss in GOLDEN_LOSS_NAMES) == 0, name
         else:
             assert ours == pytest.approx(theirs, rel=RELATIVE_TOLERANCE, abs=1e-7), name
@@ -404,8 +421,12 @@ def test_losses_agree(run_file: Path) -> None:
 def test_gradients_agree(run_file: Path) -> None:
     run = replay(run_file)
     stored = {n.removeprefix("grad/"): g for n, g in run.golden.items() if n.startswith("grad/")}
+    if not stored:
+        pytest.skip("the run stores no gradients")
     if np.isnan(run.golden.get("loss_total_weighted", 0.0)):
-        assert all(g is None or g.isfinite().all() for g in run.gradients.values())
+        found = [gradient for gradient in run.gradients.values() if gradient is not None]
+        assert found
+        assert all(gradient.isfinite().all() for gradient in found)
         pytest.skip(
             "the official loss of this run is not a number, so its gradients are not either"
         )
@@ -413,7 +434,7 @@ def test_gradients_agree(run_file: Path) -> None:
     wrong = {}
     for name, theirs in stored.items():
         if name.endswith("k_proj.bias"):
-            continue  # Softmax ignores them: what is stored is rounding noise.
+            continue  # Softmax cancels these biases: the stored gradients are rounding errors.
         ours = run.gradients[name]
         assert ours is not None, f"{name} has no gradient"
         difference = relative_difference(ours.numpy(), theirs, floor=1e-6 * norm)
@@ -456,7 +477,7 @@ def relative_difference(
 
 
 def comparable(run: Replay) -> Iterator[tuple[str, Any, Any]]:
-    """Ours and theirs of each floating-point array, where the entry belongs to real atoms."""
+    """Name, our values and theirs of each floating-point array, without entries of padding."""
     atoms, pairs = run.real_atoms, run.real_pairs
     tokens = np.pad(atoms, ((0, 0), (1, 0)), constant_values=True)
     for name, theirs in run.golden.items():
@@ -526,7 +547,7 @@ def targets(run: Replay) -> dict[str, np.ndarray[Any, Any]]:
     classes = run.golden["logits_spd"].shape[-1] if "logits_spd" in run.golden else 11
     edge = edge_targets(run.batch, PAPER_LOSS).numpy()
     if "target_edge" in run.golden:
-        # A run may widen its targets to 5 hops though its batch has fewer.
+        # The targets of a run may have 5 hops even if its batch has fewer.
         missing = run.golden["target_edge"].shape[-1] - edge.shape[-1]
         edge = np.pad(edge, ((0, 0),) * 3 + ((0, missing),), constant_values=IGNORE)
     return {

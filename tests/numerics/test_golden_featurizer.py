@@ -1,7 +1,7 @@
-"""SMILES -> atom and bond codes are those of the official pipeline, for every molecule of ``mols.npz``.
+"""Atom and bond codes from SMILES equal those of the official pipeline, for every molecule of ``mols.npz``.
 
-Folders come from ``--golden DIR`` (repeatable), else the one beside the project where it is present; the
-format is described by the README in them.
+Folders come from ``--golden DIR`` (repeatable), by default the one beside the project if it exists. The README in a
+folder describes the format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIG = FeaturizeConfig(max_atoms=4096, dummy_atoms="other")
 
 
 def golden_dirs(config: pytest.Config) -> list[Path]:
-    """Folders that hold ``mols.npz``: those asked for, else the one beside the project."""
+    """Folders that hold ``mols.npz``: those of ``--golden``, by default the one beside the project."""
     asked = [Path(folder) for folder in config.getoption("--golden")]
     folders = asked or [config.rootpath.parent / "shared" / "data" / "golden"]
     return [folder for folder in folders if (folder / "mols.npz").is_file()]
@@ -96,7 +96,7 @@ def test_canonical_order_permutes_codes_and_keeps_the_graph(featurized: Featuriz
         assert canonical.smiles == molecule.smiles
         np.testing.assert_array_equal(canonical.atom_features, again.atom_features)
         np.testing.assert_array_equal(canonical.bonds, again.bonds)
-        # The chirality code is relative to the order of the neighbours, so it may differ.
+        # Without the chirality code, which depends on the order of the neighbours.
         columns = [0, 2, 3, 4, 5, 6, 7, 8]
         assert sorted(map(tuple, canonical.atom_features[:, columns].tolist())) == sorted(
             map(tuple, molecule.atom_features[:, columns].tolist())

@@ -50,6 +50,7 @@ class Golden:
 def golden(folder: Path) -> Golden:
     with np.load(folder / "mols.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
+    assert len(arrays["n_atoms"]) > 0
     return Golden(
         arrays=arrays,
         num_atoms=arrays["n_atoms"].astype(np.int32),
@@ -101,7 +102,7 @@ def test_first_five_hops_of_every_path_are_equal(golden: Golden) -> None:
 
 
 def test_all_hops_of_every_path_are_equal(golden: Golden) -> None:
-    """Our splits and our codes of single bonds give every path of the golden code to its end."""
+    """Our intermediate atoms and our codes of single bonds give every golden path in full length."""
     relations = golden.relations()
     middle = intermediate_atoms(golden.num_atoms, golden.num_bonds, golden.bonds)
     pair_ptr, full_ptr = golden.arrays["pair_ptr"], golden.arrays["edge_full_ptr"]
@@ -116,7 +117,7 @@ def test_all_hops_of_every_path_are_equal(golden: Golden) -> None:
         assert np.array_equal(walked[:, :, :shared], expected[:, :, :shared]), (
             f"molecule {molecule}"
         )
-        # No simple path is longer than the atoms: what lies beyond on either side is empty.
+        # No simple path has more bonds than atoms: further hops are empty on both sides.
         assert not walked[:, :, shared:].any()
         assert not expected[:, :, shared:].any()
 
@@ -124,7 +125,7 @@ def test_all_hops_of_every_path_are_equal(golden: Golden) -> None:
 def walked_codes(
     middle: np.ndarray[Any, Any], first_codes: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Codes (n, n, n) of all bonds of each path, from the splits and the first code of each pair."""
+    """Codes (n, n, n) of all bonds of each path, from the intermediate atom and the first code of each pair."""
     n = len(middle)
     a, b = np.indices((n, n))
     first = b.copy()

@@ -1,7 +1,7 @@
-"""What must not change a result, and what must change it in step.
+"""Changes of the input that must not change the results, and those that must change them accordingly.
 
-The direction and denoising heads predict in the coordinate frame of the file and are not equivariant; what holds for
-them is invariance to translation only (denoising: through the displacements it sums).
+The direction and denoising heads predict in the coordinate frame of the file and are not equivariant under rotation.
+They are invariant under translation; the denoising head, because it sums displacements.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def double(batch, seed: int = 0):
 def same(
     one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], but: tuple[str, ...] = ()
 ) -> None:
+    assert one.keys() == other.keys()
+    assert len(one) == 6
     for name in one.keys() - set(but):
         torch.testing.assert_close(one[name], other[name], rtol=1e-8, atol=1e-9, msg=name)
 
@@ -72,7 +74,7 @@ def test_other_molecules_of_the_batch_and_padding_change_nothing(model: MoleBlen
 
 def test_predictions_do_not_notice_a_translation(model: MoleBlendModel) -> None:
     molecule = zoo.ring(6, tail=3)
-    # A power of two: adding it loses no bits that matter in float64.
+    # By a power of two, so that adding it loses no relevant bits in float64.
     batch, blend = double(zoo.batch([molecule]))
     moved = dataclasses.replace(batch, positions=batch.positions + 64.0)
     same(predictions(model, batch, blend, 0), predictions(model, moved, blend, 0))
@@ -84,8 +86,8 @@ def test_all_but_the_coordinate_frame_heads_do_not_notice_a_rotation(model: Mole
     turned = dataclasses.replace(batch, positions=batch.positions @ turn.T)
     with_noise = dataclasses.replace(blend, noise=blend.noise @ turn.T)
     one, other = predictions(model, batch, blend, 1), predictions(model, turned, with_noise, 1)
-    # The direction head sees invariant states, so it does not turn with the molecule either; the denoising head sums
-    # displacements that do turn, by weights of each axis that do not.
+    # The direction head sees invariant states only, so its predictions do not turn. The denoising head sums
+    # displacements, which turn, with weights for each axis, which do not.
     same(one, other, but=("noise",))
     assert (one["noise"] - other["noise"]).abs().max() > 1e-3
 
@@ -105,7 +107,7 @@ def test_float32_agrees_with_float64_after_a_rotation() -> None:
 def test_numbering_atoms_differently_permutes_the_predictions(
     model: MoleBlendModel, molecule
 ) -> None:
-    """True where no two shortest paths tie; the tie rule follows the numbering."""
+    """For molecules without ties between shortest paths: ties are broken by the numbering."""
     order = np.random.default_rng(0).permutation(molecule.num_atoms)
     batch, blend = double(zoo.batch([molecule]))
     permuted, _ = double(zoo.batch([molecule.permuted(order)]))
@@ -138,7 +140,7 @@ def test_graph_token_does_not_depend_on_numbering_when_everything_is_visible() -
 
 
 def test_hidden_relations_do_not_reach_the_encoder() -> None:
-    """A pair that shows its distance in bonds tells nothing of its bonds' kinds or of where its atoms are."""
+    """A pair that shows its distance in bonds reveals neither the types of its bonds nor its coordinates."""
     model = MoleBlendModel(CONFIG).double().eval()
     zoo.spread_weights(model)
     molecule = zoo.ring(6, tail=2)

@@ -1,6 +1,6 @@
-"""Whole training runs: against a recorded one, in bfloat16 against float32, and to the point of knowing a batch by heart.
+"""Whole training runs: compared with a recorded run, in bfloat16 compared with float32, and overfitting one batch.
 
-After an intended change of the mathematics: ``python tests/numerics/test_trajectories.py`` records the run anew.
+After an intended change of the mathematics ``python tests/numerics/test_trajectories.py`` records the run again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ RECORDED = Path(__file__).with_name("loss_curve.json")
 RECORDED_STEPS = 60
 BF16_STEPS = 300
 BF16_BAND = 0.02
-"""Largest relative difference of losses in bfloat16 and float32, each a mean of :data:`WINDOW` steps."""
+"""Largest relative difference between losses in bfloat16 and float32, each a mean over :data:`WINDOW` steps."""
 WINDOW = 20
 HEADS = ("loss_spd", "loss_edge", "loss_direction", "loss_distance", "loss_denoise")
 MODEL = replace(toy.MODEL, distance_head=True)
 LOSS = LossConfig(distance_weight=0.5)
 NUM_MOLECULES = 5000
-"""More than are seen twice: what is learnt by heart soon differs for any two ways to round."""
+"""So many that no molecule is seen twice: memorised ones soon give different losses with different rounding."""
 
 
 def run(num_steps: int, precision: str = "fp32") -> list[Record]:
@@ -44,10 +44,10 @@ def run(num_steps: int, precision: str = "fp32") -> list[Record]:
 
 
 def run_in_double(num_steps: int) -> list[Record]:
-    """The same in float64: training amplifies rounding, in float32 within ten steps to three digits."""
+    """The same in float64: training amplifies rounding errors, in float32 to the third digit within ten steps."""
     learner = toy.learner(num_steps=num_steps, model=MODEL, loss=LOSS)
     learner.model.double()
-    zoo.spread_weights(learner.model)  # those drawn in float32 differ between processors, too
+    zoo.spread_weights(learner.model)  # weights drawn in float32 also differ between processors
     learner = replace(learner, optimizer=build_optimizer(learner.model, learner.optim))
     steps = toy.steps(num_molecules=NUM_MOLECULES, micro_batch_size=4)
     records = []

@@ -1,6 +1,7 @@
-"""Compile every Triton kernel for an H100 on a machine without GPU; prints a JSON object of kernel and tile -> bytes spilled.
+"""Compiles every Triton kernel for an H100 on a machine without GPU.
 
-A process of its own: that of the tests has Triton's interpreter, which knows fewer rules than the compiler.
+Prints a JSON object with the bytes of registers that each kernel spills, by kernel and tile.
+This needs a process of its own: that of the tests runs Triton's interpreter, which accepts more than the compiler.
 """
 
 from __future__ import annotations
@@ -30,11 +31,17 @@ from moleblend_ray.model import (
 H100 = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
-BFLOAT16 = "qkv output gradient of_qkv product of_product density of_density logits of_logits geometry of_geometry hop_table"
+BFLOAT16 = (
+    "qkv grad_qkv output grad_output product grad_product density grad_density logits grad_logits "
+    "geometry grad_geometry hop_table"
+)
 FLOAT32 = (
-    "of_bias offset of_offsets weight shift factor statistics of_tokens tokens of_weights of_shifts value mean width sums of_sums "
-    "of_value of_mean of_width loss normaliser spd_table "
-    "virtual of_virtuals of_tables blended of_blended"
+    "grad_bias linear_bias grad_linear_bias_parts "
+    "norm_weight grad_norm_weight_parts norm_bias grad_norm_bias_parts "
+    "path_scale statistics tokens grad_tokens "
+    "value grad_value mean grad_mean_parts width grad_width_parts sums grad_sums "
+    "weight loss normaliser "
+    "spd_table grad_table_parts virtual grad_virtual_parts blended grad_blended"
 )
 INT64 = "first_token num_atoms seed molecule target c0 c1 c2 c3 words"
 TYPES: Mapping[str, str] = {
@@ -48,11 +55,11 @@ TYPES: Mapping[str, str] = {
     **dict.fromkeys(["low", "high"], "i64"),
     **dict.fromkeys(["dropout_probability", "probability", "epsilon", "norm"], "fp32"),
 }
-"""Of arguments, by their names."""
+"""Types of the arguments of kernels, by name."""
 
 
 def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
-    """Kernel, constants and number of warps, as the base preset launches them."""
+    """Kernels, constants and numbers of warps, as the preset ``base`` launches them."""
     heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "WIDTH_TILE": 32, "DROPS": True}
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
         for kernel in (attention_kernels._forward, attention_kernels._backward):
@@ -85,7 +92,7 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
 
 
 def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
-    """Bytes of local memory of each thread: registers that did not suffice."""
+    """Bytes of local memory that each thread needs because registers did not suffice."""
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     source = ASTSource(
@@ -102,17 +109,17 @@ def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        told = subprocess.run(
+        report = subprocess.run(
             [TOOLS / "cuobjdump", "-res-usage", file.name],
             capture_output=True,
             text=True,
             check=True,
         )
-    return int(re.findall(r"STACK:(\d+)", told.stdout + told.stderr)[0])
+    return int(re.findall(r"STACK:(\d+)", report.stdout + report.stderr)[0])
 
 
 def name_of(kernel: Any, constants: Mapping[str, Any]) -> str:
-    """With what distinguishes its cases, the tile last."""
+    """The kernel with the constants that distinguish its cases, the tile last."""
     parts = (constants.get(name, "") for name in ("NUM_HEADS", "PRECISION", "TILE"))
     return " ".join(map(str, (kernel.__name__, *parts))).rstrip()
 

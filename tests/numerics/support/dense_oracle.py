@@ -1,5 +1,7 @@
-"""A second, independent computation of the pretraining objective, slow and plain: one molecule at a time, no padding,
-no packing, every outer product written out, float64. It knows the official parameter names and table offsets only.
+"""A second, independent computation of the pretraining objective, slow and plain.
+
+It takes one molecule at a time, in float64, without padding or packing, and writes out every outer product. It knows
+only the names and table rows of the official parameters.
 
 Shape legend: n atoms of the molecule, t = n + 1 tokens (graph token first), H heads, D width, K kernels.
 """
@@ -33,7 +35,7 @@ class Choice:
 
 @dataclass
 class Oracle:
-    """Predictions by molecule, and the losses of the batch."""
+    """Predictions for each molecule, and the losses of the batch."""
 
     states: list[Tensor] = field(default_factory=list)
     spd: list[Tensor] = field(default_factory=list)
@@ -47,7 +49,7 @@ class Oracle:
 def official_parameters(
     *, layers: int, dim: int, ffn: int, heads: int, kernels: int, pair: int, seed: int
 ) -> Parameters:
-    """Random parameters of every official name; padding rows are not zero, so that their use shows."""
+    """Random parameters of every official name. Padding rows are not zero, so that wrong use of them shows."""
     shapes: dict[str, tuple[int, ...]] = {
         "atom_feature.atom_encoder.weight": (4609, dim),
         "atom_feature.in_degree_encoder.weight": (512, dim),
@@ -120,7 +122,7 @@ def run_oracle(
     missing_positions: str,
     num_hops: int = 5,
 ) -> Oracle:
-    """Forward pass and losses, ``missing_positions`` as in ``ModelConfig``; paths are cut to ``num_hops``."""
+    """Forward pass and losses; ``missing_positions`` as in ``ModelConfig``, paths cut to ``num_hops``."""
     P = {name.removeprefix(ENCODER): value for name, value in parameters.items()}
     result = Oracle()
     spd_terms: list[Tensor] = []
@@ -169,7 +171,7 @@ def run_oracle(
 
 
 def shortest_paths(molecule: ZooMolecule) -> tuple[NDArray[np.int64], list[list[list[int]]]]:
-    """Distances and, for each ordered pair, the bonds walked; ties as in the official code."""
+    """Distances and, for each ordered pair, the bonds of the path; ties are broken as in the official code."""
     n = molecule.num_atoms
     distance = np.full((n, n), FAR)
     bond_of: dict[tuple[int, int], int] = {}

@@ -1,4 +1,4 @@
-"""Where tests of Triton kernels run: on a GPU, or without one on the CPU by Triton's interpreter (see tests/conftest.py)."""
+"""Device for tests of Triton kernels: a GPU, or the CPU with Triton's interpreter (see tests/conftest.py)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SMALL_MODEL = ModelConfig(
     activation_dropout=0.0,
     drop_path=0.0,
 )
-"""Without dropout, so that both ways can be compared."""
+"""Without dropout, so that kernels and plain code can be compared."""
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def skip_if_not_interpreted(kernel: Any) -> None:
-    """Skip the test on a CPU if Triton was imported before its interpreter was chosen."""
+    """Skip the test on a CPU if Triton was imported before its interpreter was switched on."""
     if DEVICE.type == "cpu" and type(kernel).__name__ == "JITFunction":
         pytest.skip("Triton was imported before its interpreter was chosen")

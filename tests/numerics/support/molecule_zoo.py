@@ -32,7 +32,7 @@ class ZooMolecule:
         return len(self.atom_features)
 
     def without_positions(self, atoms: Any = slice(None)) -> ZooMolecule:
-        """The same, some atoms' coordinates unknown (and stored as NaN: nobody may look at them)."""
+        """The same, with unknown coordinates of some ``atoms``, stored as NaN so that any use of them shows."""
         mask, positions = self.position_mask.copy(), self.positions.copy()
         mask[atoms], positions[atoms] = False, np.nan
         return dataclasses.replace(self, position_mask=mask, positions=positions)
@@ -145,7 +145,7 @@ def rotation(seed: int = 0) -> NDArray[np.float64]:
 
 
 def spread_weights(model: torch.nn.Module, seed: int = 0) -> None:
-    """Replace an initialisation by values of order 1 / sqrt(inputs), so that no term hides behind a small one."""
+    """Replace the initial weights by values of order 1 / sqrt(inputs), so that every term has an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Attention by gathered rows against PyTorch's own on padded rectangles."""
+"""Attention by gathered rows compared with PyTorch's own on padded rectangles."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_gradient_under_dropout_is_that_of_the_masked_function() -> None:
     hidden = torch.isinf(bias.detach())
 
     def attend(qkv: Tensor, finite: Tensor) -> Tensor:
-        torch.manual_seed(5)  # the same mask for each difference
+        torch.manual_seed(5)  # the same mask in each call
         return attend_by_rows(qkv, finite.masked_fill(hidden, float("-inf")), rows, 0.4)
 
     finite = bias.detach().masked_fill(hidden, 0.0).requires_grad_()
@@ -78,7 +78,7 @@ def test_the_gradient_under_dropout_is_that_of_the_masked_function() -> None:
 def test_weights_of_attention_are_dropped_as_often_as_asked() -> None:
     batch = zoo.batch([zoo.chain(20, seed=k) for k in range(60)])
     S, T = len(batch.token_index), batch.max_atoms + 1
-    # Equal scores and values of 1: an output is the share of weights that are left, times 1 / (1 - 0.25).
+    # Equal scores and values of 1: an output is the share of kept weights, times 1 / (1 - 0.25).
     qkv = torch.cat([torch.zeros(S, 2 * D), torch.ones(S, D)], 1)
     bias = torch.zeros(batch.num_molecules, H, T, T)
     torch.manual_seed(0)

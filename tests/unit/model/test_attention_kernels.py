@@ -1,4 +1,4 @@
-"""Triton kernels of attention against PyTorch's own on padded rectangles; on a machine without GPU by Triton's interpreter."""
+"""Triton kernels of attention against PyTorch's own on padded rectangles; without GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def inputs(batch: MoleculeBatch, heads: int, width: int) -> tuple[Tensor, Tensor
     padding = torch.arange(T) > batch.num_atoms[:, None].cpu()
     bias = bias.masked_fill(padding[:, None, None, :], float("-inf"))
     given = qkv, torch.randn(3 * width), bias
-    qkv, offset, bias = (values.to(DEVICE).requires_grad_() for values in given)
-    return qkv, offset, bias
+    qkv, linear_bias, bias = (values.to(DEVICE).requires_grad_() for values in given)
+    return qkv, linear_bias, bias
 
 
 def no_seed() -> Tensor:
@@ -54,18 +54,18 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
     upstream = torch.randn(2, len(batch.token_index), width, device=DEVICE)
     found = []
     for packed in (True, False):
-        qkv, offset, bias = inputs(batch, heads, width)
+        qkv, linear_bias, bias = inputs(batch, heads, width)
         shared = SharedBias(bias) if packed else None
         first, second = (
-            attend_padded(part + offset, bias, batch)
+            attend_padded(part + linear_bias, bias, batch)
             if shared is None
-            else attend_packed(part, offset, shared, batch, no_seed())
+            else attend_packed(part, linear_bias, shared, batch, no_seed())
             for part in (qkv, 2.0 * qkv)
         )
-        # Something else reads the bias as well, as the denoising head does.
+        # The bias has another reader, as the denoising head is.
         read = bias.masked_fill(bias.isinf(), 0.0).square().sum()
         ((first * upstream[0]).sum() + (second * upstream[1]).sum() + read).backward()
-        found.append((first.detach(), second.detach(), qkv.grad, offset.grad, bias.grad))
+        found.append((first.detach(), second.detach(), qkv.grad, linear_bias.grad, bias.grad))
     for ours, expected in zip(*found, strict=True):
         assert ours is not None
         assert expected is not None
@@ -74,9 +74,9 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
 
 def test_a_second_backward_pass_begins_anew() -> None:
     batch = zoo.batch(SMALL, device=DEVICE)
-    qkv, offset, bias = inputs(batch, 4, 96)
+    qkv, linear_bias, bias = inputs(batch, 4, 96)
     shared = SharedBias(bias)
-    total = attend_packed(qkv, offset, shared, batch, no_seed()).square().sum()
+    total = attend_packed(qkv, linear_bias, shared, batch, no_seed()).square().sum()
     (once,) = torch.autograd.grad(total, bias, retain_graph=True)
     (again,) = torch.autograd.grad(total, bias)
     torch.testing.assert_close(again, once, rtol=0, atol=0)
@@ -88,30 +88,32 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
     batch = zoo.batch([zoo.chain(20, seed=k) for k in range(40)], device=DEVICE)
     heads, width, rate = 2, 32, 0.25
     S, T = len(batch.token_index), batch.max_atoms + 1
-    # Equal scores and values of 1: an output is the share of weights that are left, times 1 / (1 - rate).
+    # Equal scores and values of 1: an output is the share of kept weights, times 1 / (1 - rate).
     qkv = torch.cat([torch.zeros(S, 2 * width), torch.ones(S, width)], 1)
     qkv = qkv.to(DEVICE).requires_grad_()
     bias = torch.zeros(batch.num_molecules, heads, T, T, device=DEVICE, requires_grad=True)
     seed = torch.tensor([7], device=DEVICE)
-    offset = torch.zeros(3 * width, device=DEVICE)
-    output = attend_packed(qkv, offset, SharedBias(bias), batch, seed, rate)
+    linear_bias = torch.zeros(3 * width, device=DEVICE)
+    output = attend_packed(qkv, linear_bias, SharedBias(bias), batch, seed, rate)
     left = output[:, :: width // heads] * T * (1 - rate)
     torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-2)
     assert left.mean().item() / T == pytest.approx(1 - rate, abs=0.02)
-    other = attend_packed(qkv, offset, SharedBias(bias), batch, seed + 1, rate)
+    other = attend_packed(qkv, linear_bias, SharedBias(bias), batch, seed + 1, rate)
     assert not torch.equal(other, output)
 
-    # The masked function is linear in the values: the product of gradient and values is the output's own sum.
-    (of_qkv,) = torch.autograd.grad(output.sum(), qkv)
-    values = of_qkv[:, 2 * width :]
+    # The masked function is linear in the values: gradient times values sums up to the sum of the output.
+    (grad_qkv,) = torch.autograd.grad(output.sum(), qkv)
+    values = grad_qkv[:, 2 * width :]
     torch.testing.assert_close((values * qkv[:, 2 * width :]).sum(), output.sum())
-    # And a small change of the bias changes the output as its gradient says.
+    # A small change of the bias changes the output as the gradient predicts.
     mixed = torch.randn(S, 3 * width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     weight = torch.randn(S, width, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     direction = torch.randn(bias.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
     def total(bias: Tensor) -> Tensor:
-        return (attend_packed(mixed, offset, SharedBias(bias), batch, seed, rate) * weight).sum()
+        return (
+            attend_packed(mixed, linear_bias, SharedBias(bias), batch, seed, rate) * weight
+        ).sum()
 
     (slope,) = torch.autograd.grad(total(bias), bias)
     step = 1e-2
@@ -122,10 +124,10 @@ def test_dropout_keeps_the_mean_removes_the_share_and_its_gradient_is_that_of_th
 
 def test_a_molecule_that_is_not_finite_stays_alone() -> None:
     batch = zoo.batch([zoo.chain(2), zoo.chain(2), zoo.ring(6)], device=DEVICE)
-    qkv, offset, bias = inputs(batch, 4, 96)
+    qkv, linear_bias, bias = inputs(batch, 4, 96)
     with torch.no_grad():
         qkv[0] = float("nan")
-        output = attend_packed(qkv, offset, SharedBias(bias), batch, no_seed())
+        output = attend_packed(qkv, linear_bias, SharedBias(bias), batch, no_seed())
     assert {int(i) for i in batch.token_molecule[output.isnan().any(1)]} == {0}
 
 
@@ -141,6 +143,9 @@ def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.Monke
         return [p.grad for p in model.parameters() if p.grad is not None]
 
     expected = gradients()
+    pair_heads = ("spd_head.", "edge_head.", "direction_head.")
+    others = [name for name, _ in model.named_parameters() if not name.startswith(pair_heads)]
+    assert len(expected) == len(others)
 
     def by_kernels(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[attention.Attend]:
         shared = SharedBias(bias)

@@ -1,4 +1,4 @@
-"""Triton kernels between the matrix products of a block against plain code; on a machine without GPU by Triton's interpreter."""
+"""Triton kernels between the matrix products of a block against plain code; without GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def seed(number: int) -> Tensor:
 
 
 def linear(width: int = WIDTH) -> torch.nn.Linear:
-    """A map whose product is its input, and a bias."""
+    """A linear map whose matrix product is its input, with a bias."""
     layer = torch.nn.Linear(width, width, device=DEVICE)
     torch.nn.init.eye_(layer.weight)
     torch.nn.init.normal_(layer.bias)
@@ -47,19 +47,19 @@ def inputs() -> tuple[Tensor, Tensor, torch.nn.Linear, torch.nn.LayerNorm, Tenso
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     molecule = torch.arange(ROWS, device=DEVICE) * MOLECULES // ROWS
-    factor = torch.tensor([0.0, 1.0, 1.25, 0.0, 2.0], device=DEVICE)
+    path_scale = torch.tensor([0.0, 1.0, 1.25, 0.0, 2.0], device=DEVICE)
     both = tokens.requires_grad_(), branch.detach().requires_grad_()
-    return *both, linear(), norm, molecule, factor
+    return *both, linear(), norm, molecule, path_scale
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: bool) -> None:
     found = []
     for plain in (False, True):
-        tokens, branch, layer, norm, molecule, factor = inputs()
+        tokens, branch, layer, norm, molecule, path_scale = inputs()
         if plain:
             added = layer(branch)
-            output = norm(tokens + (added * factor[molecule, None] if scaled else added))
+            output = norm(tokens + (added * path_scale[molecule, None] if scaled else added))
         else:
             output = fused.add_and_norm(
                 tokens,
@@ -67,7 +67,7 @@ def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: 
                 layer,
                 norm,
                 molecule=molecule,
-                factor=factor if scaled else None,
+                path_scale=path_scale if scaled else None,
                 probability=0.0,
                 seed=None,
             )
@@ -76,18 +76,26 @@ def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: 
         gradients = [p.grad for p in (*layer.parameters(), *norm.parameters())]
         found.append((output.detach(), tokens.grad, branch.grad, *gradients))
     for ours, expected in zip(*found, strict=True):
+        assert expected is not None
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_branch_in_bfloat16_gives_a_result_in_bfloat16_computed_in_float32() -> None:
-    tokens, branch, layer, norm, molecule, factor = inputs()
+    tokens, branch, layer, norm, molecule, path_scale = inputs()
     half, in_half = branch.detach().bfloat16(), copy.deepcopy(layer).bfloat16()
     output = fused.add_and_norm(
-        tokens, half, in_half, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+        tokens,
+        half,
+        in_half,
+        norm,
+        molecule=molecule,
+        path_scale=path_scale,
+        probability=0.0,
+        seed=None,
     )
     assert output.dtype == torch.bfloat16
     added = half.float() + in_half.bias.float()
-    expected = norm(tokens + added * factor[molecule, None]).bfloat16()
+    expected = norm(tokens + added * path_scale[molecule, None]).bfloat16()
     torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
     output.float().square().sum().backward()
     assert in_half.bias.grad is not None
@@ -110,22 +118,22 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
             layer,
             norm,
             molecule=molecule,
-            factor=None,
+            path_scale=None,
             probability=rate,
             seed=seed(number),
         )
 
     output = run(1)
-    # Elements that are left lie above the mean of their row.
+    # Kept elements lie above the mean of their row.
     kept = output > 0
     assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.01)
     assert torch.equal(run(1), output)
     assert not torch.equal(run(2), output)
-    of_branch, of_offset, of_tokens = torch.autograd.grad(
+    grad_branch, grad_linear_bias, grad_tokens = torch.autograd.grad(
         (output * torch.randn(rows, width, device=DEVICE)).sum(), (branch, layer.bias, tokens)
     )
-    torch.testing.assert_close(of_branch, torch.where(kept, of_tokens / (1 - rate), 0.0))
-    torch.testing.assert_close(of_offset, of_branch.sum(0), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(grad_branch, torch.where(kept, grad_tokens / (1 - rate), 0.0))
+    torch.testing.assert_close(grad_linear_bias, grad_branch.sum(0), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("width", [20, 300])

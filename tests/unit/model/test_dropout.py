@@ -1,4 +1,4 @@
-"""Dropout with four elements a draw."""
+"""Dropout in which four elements share a draw."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from moleblend_ray.model.environments import CHIRALITY_COLUMN, environment_counts
 
 BINS = 4096
-"""So many that the few environments of these tests fall into bins of their own."""
+"""So many that no two environments of these tests share a bin."""
 
 
 def counts(molecules, bins: int = BINS) -> torch.Tensor:
@@ -19,7 +19,7 @@ def counts(molecules, bins: int = BINS) -> torch.Tensor:
 
 
 def plain(molecule: zoo.ZooMolecule) -> zoo.ZooMolecule:
-    """The same graph of equal atoms and equal bonds."""
+    """The same graph with equal atoms and equal bonds."""
     return dataclasses.replace(
         molecule,
         atom_features=np.zeros_like(molecule.atom_features),
@@ -32,7 +32,7 @@ def multiplicities(row: torch.Tensor) -> list[int]:
 
 
 def named_environments(batch, row: int) -> Counter[str]:
-    """Environments written out as nested text, which no two different ones share."""
+    """Environments written out as nested text, which is different for different ones."""
     n = int(batch.num_atoms[row])
     codes = np.delete(batch.atom_features[row, :n].numpy(), CHIRALITY_COLUMN, axis=1)
     bonds = batch.path_codes[row, :n, :n, 0].numpy()

@@ -1,4 +1,4 @@
-"""The formula counts what PyTorch's own counter sees, where nothing is padded."""
+"""Without padding the formula gives what PyTorch's own counter counts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def counted(config: ModelConfig, num_atoms: int, *, train: bool) -> int:
         direction_weight=float(config.direction_head), distance_weight=float(config.distance_head)
     )
     counts = loss_counts(batch, blend, loss)
-    # With gradients always: without, attention takes a fused path that the counter does not know.
+    # Always with gradients: without them attention uses a fused kernel that the counter does not know.
     with FlopCounterMode(display=False) as counter:
         sums = pretraining_loss_sums(model(batch, blend), batch, blend, loss)
         if train:
@@ -68,7 +68,7 @@ def test_training_costs_three_forward_passes(name: str) -> None:
 
 
 def test_padding_is_not_counted() -> None:
-    """Unlike PyTorch, which sees the rectangle."""
+    """PyTorch's counter, in contrast, sees padded rectangles."""
     flops = pretraining_flops(CONFIG)
     assert flops.of(np.array([3, 30])).sum() == flops.of(np.array([3])) + flops.of(np.array([30]))
     assert flops.of(np.array([3, 30])).sum() < flops.of(np.array([30, 30])).sum()

@@ -1,4 +1,4 @@
-"""What Triton's interpreter accepts its compiler may refuse, or compile into something slow."""
+"""All kernels compile: Triton's interpreter accepts code that its compiler refuses or compiles into something slow."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def test_kernels_compile_for_a_gpu_and_do_not_spill_registers() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     spilled = json.loads(done.stdout.splitlines()[-1])
     assert len(spilled) > 10
-    # Molecules of more than 63 atoms are few.
+    # Tiles of 128 tokens may spill: molecules of more than 63 atoms are rare.
     large = [name for name in spilled if name.endswith(" 128")]
     assert {name: size for name, size in spilled.items() if size and name not in large} == {}

@@ -165,21 +165,28 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
     config = dataclasses.replace(QUIET, num_layers=3, drop_path=0.5)
     encoder = MoleBlendModel(config).encoder
     batch = zoo.batch([zoo.chain(3, seed=k) for k in range(400)])
-    for factors, rate in zip(encoder._branch_factors(batch), (0.0, 0.25, 0.5), strict=True):
-        for factor in factors:
-            kept = torch.isclose(factor, torch.tensor(1 / (1 - rate)))
-            assert (kept | (factor == 0)).all()
+    for path_scales, rate in zip(encoder._path_scales(batch), (0.0, 0.25, 0.5), strict=True):
+        for path_scale in path_scales:
+            kept = torch.isclose(path_scale, torch.tensor(1 / (1 - rate)))
+            assert (kept | (path_scale == 0)).all()
             assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.1)
     tokens, hidden = torch.randn(2, len(batch.token_index), 32)
     linear, norm = encoder.layers[0].attention.out, encoder.layers[0].ffn_norm
     molecule = batch.token_molecule
     added = add_and_norm(
-        tokens, hidden, linear, norm, molecule=molecule, factor=factor, probability=0.0, seed=None
+        tokens,
+        hidden,
+        linear,
+        norm,
+        molecule=molecule,
+        path_scale=path_scale,
+        probability=0.0,
+        seed=None,
     )
-    scaled = linear(hidden) * factor[molecule, None]
+    scaled = linear(hidden) * path_scale[molecule, None]
     torch.testing.assert_close(added, norm(tokens + scaled))
     encoder.eval()
-    assert encoder._branch_factors(batch) == [None] * 3
+    assert encoder._path_scales(batch) == [None] * 3
 
 
 def test_predictions_are_the_same_with_gradients_and_without() -> None:
@@ -261,7 +268,7 @@ def test_presets_have_the_documented_number_of_parameters(name: str) -> None:
 
 
 class ForbidQuestions(TorchDispatchMode):
-    """Raises at every operation whose result makes the host wait for the device."""
+    """Raises at every operation that makes the host wait for the device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation.overloadpacket.__name__

@@ -1,4 +1,4 @@
-"""Triton kernels over pairs, the Philox one and gradients of look-ups against plain code; without GPU by Triton's interpreter."""
+"""Triton kernels on pairs, Philox and gradients of look-ups against plain code; without GPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moleblend_ray.model import embeddings, losses, pair_bias
 from moleblend_ray.model.blending import BlendConfig, draw_blend, philox
-from moleblend_ray.model.config import LossConfig
+from moleblend_ray.model.config import LOSS_NAMES, LossConfig
 from moleblend_ray.model.lookup import _SumOfRows
 from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -57,6 +57,7 @@ def test_gaussians_of_known_pairs_their_sums_and_gradients(
         assert (density[~known] == 0).all()
         loss = (density * parts[0].to(DEVICE)).sum() + (sums * parts[1].to(DEVICE)).sum()
         found.append([density, sums, *gradients_of(loss, [distance, *layer.parameters()])])
+    assert len(found[0]) == 2 + 5
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -80,7 +81,7 @@ def test_the_bias_of_pairs_and_its_gradients(
     config = dataclasses.replace(SMALL_MODEL, dim=4 * heads, num_heads=heads)
     topology = embeddings.TopologyBias(config).to(DEVICE)
     torch.nn.init.normal_(topology.no_hop)
-    # More tokens than a tile has columns, other sizes, an atom alone, and two fragments.
+    # More tokens than a tile has columns, other sizes, a single atom, and two fragments.
     molecules = [zoo.single_atom(), zoo.chain(17), zoo.ring(6, tail=2), zoo.salt()]
     batch = zoo.batch(molecules, device=DEVICE)
     shown = None if blend is None else draw_blend(batch, blend, 3)
@@ -115,6 +116,7 @@ def test_cross_entropy_leaves_out_what_has_no_target_even_if_it_is_infinite(
         given = logits.clone().requires_grad_()
         loss = losses._weighted_cross_entropy(given, target, weight)
         found.append([loss, *gradients_of(2.0 * loss, [given])])
+    assert len(found[0]) == 2
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     by_kernels(True)
@@ -137,6 +139,7 @@ def test_losses_and_gradients_of_the_whole_model(by_kernels: Callable[[bool], No
         sums = pretraining_loss_sums(model(batch, blend), batch, blend, weights)
         loss = total_loss(sums, counts, weights)
         found.append([*sums.values(), *gradients_of(loss, list(model.parameters()))])
+    assert len(found[0]) == len(LOSS_NAMES) + len(list(model.parameters()))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 

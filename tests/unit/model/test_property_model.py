@@ -1,4 +1,4 @@
-"""What a property model sees of a molecule, and what its head reads."""
+"""Which relations of a molecule a property model sees, and what its head reads."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ READOUTS = ("token", "mean", "token+mean", "sum")
 def property_model(num_targets: int = 2, **readout: object) -> PropertyModel:
     torch.manual_seed(3)
     model = PropertyModel(MoleBlendModel(MODEL), num_targets, ReadoutConfig(**readout)).eval()
-    # At their initial size the relations would hardly show in the outputs.
+    # With the small initial weights the relations would hardly affect the outputs.
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
