@@ -1,4 +1,4 @@
 """Checks of the cluster manifests without a cluster: ``python -m infra.checks``, in the root of the repository.
 
-Not part of the package: nothing of it runs on a user's machine, and the manifests are not in the wheel either.
+This is not part of the package: none of it runs on a user's machine, and the wheel does not contain the manifests either.
 """

@@ -1,4 +1,4 @@
-"""``python -m infra.checks``: render every overlay, tell what is wrong with it, exit with 1 if anything is."""
+"""``python -m infra.checks``: render every overlay and print its problems; exit with 1 if there are any."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from infra.checks.render import RenderError, identity, render
 
 OVERLAYS: Final = REPOSITORY / "infra" / "kuberay" / "overlays"
 SCHEMAS: Final = REPOSITORY.parent / "shared" / "data" / "kuberay"
-"""Used where it is there."""
+"""Used if it exists."""
 
 
 def check(bundle: Bundle, schemas: Path | None = None) -> list[Problem]:
@@ -30,7 +30,7 @@ def check(bundle: Bundle, schemas: Path | None = None) -> list[Problem]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check and tell; the exit status."""
+    """Run the checks and print the problems; return the exit status."""
     options = _options(arguments)
     schemas = options.schemas if (options.schemas / schema.FILES["RayJob"]).is_file() else None
     _say(f"schemas: {schemas or f'none in {options.schemas}: only the rules are checked'}")
@@ -73,11 +73,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _totals(bundle: Bundle) -> None:
-    """What each job requests when all its pods are there: for a quota."""
+    """What each job requests with all its pods, to plan a quota."""
     for manifest in bundle.of_kind("RayJob", "RayCluster"):
         _, cluster = cluster_of(manifest) or ("", {})
         autoscales = bool(cluster.get("enableInTreeAutoscaling"))
-        # The operator adds the autoscaler to the head's pod.
+        # The operator adds the autoscaler to the head pod.
         extra = [cluster.get("autoscalerOptions") or {}] if autoscales else []
         sums: dict[str, Decimal] = {}
         for pods in pods_of(manifest):

@@ -1,6 +1,6 @@
-"""Our own rules for everything that is sent to a cluster: images, resources, rights, secrets, what can be reached.
+"""Our own rules for everything that is sent to a cluster: images, resources, rights, secrets, reachability.
 
-Each has its reason in the text of the problem, or in the manifest beside the line that it is about.
+The reason for each rule is in the text of the problem, or in the manifest beside the line in question.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def package_version() -> str:
 
 
 def problems(bundle: Bundle) -> Iterator[Problem]:
-    """Everything that our rules refuse."""
+    """All violations of our rules."""
     for pods in bundle.pods():
         yield from _images(pods)
         yield from _rights(pods)
@@ -358,7 +358,7 @@ def _cluster(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _ends(manifest: Manifest) -> Iterator[Problem]:
-    """How a job ends, and that there is time to end well."""
+    """How a job ends, and whether there is enough time to commit its work."""
     spec, where = manifest["spec"], f"{identity(manifest)} spec"
     for key in ("backoffLimit", "preRunningDeadlineSeconds"):
         if key not in spec:
@@ -385,7 +385,7 @@ def _graces(manifest: Manifest) -> Iterator[Problem]:
     try:
         loaded = yaml.safe_load(spec.get("runtimeEnvYAML") or "")
     except yaml.YAMLError:
-        return  # another rule tells
+        return  # another rule reports this
     variables = (loaded.get("env_vars") or {}) if isinstance(loaded, dict) else {}
     wait = amount(variables.get(STOP_WAIT, ""))
     if wait is None:
@@ -478,7 +478,7 @@ def _exposure(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _network(bundle: Bundle) -> Iterator[Problem]:
-    """Every pod is selected by a policy that denies what it does not name."""
+    """Every pod must be selected by a policy that denies everything it does not name."""
     selectors = [
         found["spec"].get("podSelector", {}).get("matchLabels") or {}
         for found in bundle.of_kind("NetworkPolicy")

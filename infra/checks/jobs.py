@@ -1,4 +1,4 @@
-"""What a RayJob runs: that the script exists, its arguments compose, and the cluster holds what they ask for."""
+"""The entrypoint of a RayJob: the script exists, its arguments compose, and the cluster holds what they request."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from moleblend_ray.errors import ConfigError
 HOME: Final = "/home/ray/moleblend-ray"
 """Where infra/docker/Dockerfile puts jobs/."""
 _SHELL: Final = re.compile(r"[$`'\"\\;&|<>()*?~#!]")
-"""Means something to a shell. The operator writes the entrypoint into a script of the submitter, Ray hands it to a shell on the
-head: both would have to be quoted for."""
+"""Characters with a meaning in a shell. The operator writes the entrypoint into a script of the submitter, and Ray passes it to
+a shell on the head node: both would need quoting."""
 
 
 class Room(NamedTuple):
-    """What the nodes with some labels have, when the autoscaler has added all it may."""
+    """The resources of the nodes with some labels, after the autoscaler has added all nodes that it may add."""
 
     pods: int
     cpus: Decimal
@@ -33,7 +33,7 @@ class Room(NamedTuple):
     gpus: Decimal
     """Of each pod."""
     fixed: bool
-    """No fewer pods than that, ever."""
+    """There are never fewer pods than this."""
 
     def slots(self, cpus: float, gpus: float) -> int:
         """How many workers fit at once."""
@@ -92,7 +92,7 @@ def _paths(manifest: Manifest, name: str, config: Any) -> Iterator[Problem]:
                 where, f"{key}={path}: expected a URI: each pod would look on a disk of its own"
             )
     run = manifest["metadata"]["name"].removeprefix(f"moleblend-{name}-")
-    # A retry on a new cluster finds its work by `out` alone; two runs with one `out` would be one.
+    # A retry on a new cluster finds its work only by `out`; two runs with the same `out` would be one run.
     if name != "prepare" and run not in str(config.out).split("/"):
         yield Problem(
             where, f"out={config.out}: expected the run's name, {run}, as a part of the path"

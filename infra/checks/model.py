@@ -1,4 +1,4 @@
-"""The manifests as the rules look at them: clusters, groups of pods, pod templates, and where in a manifest each stands."""
+"""The manifests as the rules see them: clusters, groups of pods, pod templates, and their places in the manifests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong."""
+    """One problem of a manifest."""
 
     where: str
     """Object and field."""
@@ -34,7 +34,7 @@ class Pods(NamedTuple):
     """head, worker, submitter or job."""
     template: Mapping[str, Any]
     group: Mapping[str, Any]
-    """The worker or head group that it belongs to; of the others empty."""
+    """The worker or head group that it belongs to; empty for the others."""
 
     @property
     def spec(self) -> Mapping[str, Any]:
@@ -48,7 +48,7 @@ class Pods(NamedTuple):
 
     @property
     def containers(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Each container and where it stands."""
+        """Each container and its place."""
         return [
             (f"{self.where}.spec.containers[{index}]", container)
             for index, container in enumerate(self.spec.get("containers") or [])
@@ -62,7 +62,7 @@ class Bundle:
     name: str
     objects: Sequence[Manifest]
     is_ready: bool = False
-    """Whether it is about to be applied: then no placeholder may be left."""
+    """Whether the manifests are about to be applied. If so, they must not contain a placeholder."""
     documented_secrets: frozenset[str] = field(default=frozenset({"moleblend-object-store"}))
     """Secrets that users make by hand, as infra/README.md says."""
 
@@ -81,13 +81,13 @@ class Bundle:
 
 
 def whole(node: Mapping[str, Any], key: str, default: int = 0) -> int:
-    """A whole number of a manifest; ``default`` if it is missing or none, which another rule tells."""
+    """A whole number of a manifest; ``default`` if it is missing or no number, which another rule reports."""
     value = node.get(key, default)
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
 def cluster_of(manifest: Manifest) -> tuple[str, Mapping[str, Any]] | None:
-    """The cluster's specification in a RayJob or RayCluster, and where it stands."""
+    """The specification of the cluster in a RayJob or RayCluster, and its place."""
     spec = manifest.get("spec") or {}
     if manifest.get("kind") == "RayCluster":
         return f"{identity(manifest)} spec", spec

@@ -1,4 +1,4 @@
-"""What the KubeRay operator and Kueue refuse, but the schemas let pass.
+"""What the KubeRay operator and Kueue refuse although the schemas allow it.
 
 KubeRay: `ray-operator/controllers/ray/utils/validation.go` and the CEL rules of its CRDs, release 1.7. Kueue: the webhooks of
 `pkg/controller/jobs/rayjob` and `raycluster`. The operator says so in an event of the object, minutes after `kubectl apply`.
@@ -30,12 +30,12 @@ NEWER_THAN_1_6: Final = (
     "gcsFaultToleranceOptions.storage", "headGroupSpec.ingressOptions", "autoscalerOptions.command",
     "autoscalerOptions.args", "workerGroupSpecs.priority",
 )  # fmt: skip
-"""Fields of a cluster that KubeRay 1.7 has and 1.6.2 has not: the API reference of both compared. An older operator drops them
-without a word."""
+"""Fields of a cluster that exist in KubeRay 1.7 but not in 1.6.2, by comparison of both API references. An older operator
+ignores them silently."""
 
 
 def problems(bundle: Bundle) -> Iterator[Problem]:
-    """Everything that operator or queue would refuse."""
+    """Everything that the operator or the queue would refuse."""
     for manifest in bundle.of_kind("RayJob", "RayCluster"):
         yield from _name(manifest)
         if manifest["kind"] == "RayJob":

@@ -13,7 +13,7 @@ _FACTORS: Final = {
 
 
 def amount(value: Any) -> Decimal | None:
-    """The number that ``value`` means, in cores or bytes; None if it is none."""
+    """The number that ``value`` denotes, in cores or bytes; None if it is not a quantity."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", str(value))
     if found is None or found[2] not in _FACTORS:
         return None
@@ -21,7 +21,7 @@ def amount(value: Any) -> Decimal | None:
 
 
 def text(value: Decimal) -> str:
-    """Bytes as Gi or Mi, other numbers as they are."""
+    """Bytes as Gi or Mi, other numbers unchanged."""
     for unit in ("Gi", "Mi"):
         if value >= _FACTORS[unit]:
             return f"{value / _FACTORS[unit]:.4g}{unit}"

@@ -1,6 +1,6 @@
 """The part of kustomize that the manifests use: resources, components, JSON patches, replacements, files as ConfigMaps.
 
-So that the checks and tests need no kubectl. What is not known here is refused, never skipped; where kubectl is at hand, a test
+With it, the checks and tests need no kubectl. Unsupported features are refused, never skipped. Where kubectl is installed, a test
 compares its output with ours. Sources: the documentation of kustomize 5 and RFC 6902.
 """
 
@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 Manifest = dict[str, Any]
 
 LOCAL: Final = "config.kubernetes.io/local-config"
-"""Annotation of what only kustomize reads: settings, parts."""
+"""Annotation of objects that only kustomize reads: settings, parts."""
 
 _KEYS: Final = {
     "apiVersion", "kind", "metadata", "resources", "components", "patches", "replacements", "configMapGenerator",
@@ -66,7 +66,7 @@ def _load_kustomization(folder: Path) -> dict[str, Any]:
 def _accumulate(
     folder: Path, inherited: list[Manifest], kustomization: Mapping[str, Any]
 ) -> list[Manifest]:
-    """``inherited`` with what the kustomization adds and changes, in kustomize's order of doing so."""
+    """``inherited`` with the additions and changes of the kustomization, in the order in which kustomize applies them."""
     objects = list(inherited)
     for entry in kustomization.get("resources", []):
         path = folder / entry
@@ -92,7 +92,7 @@ def _accumulate(
 def _load_file(path: Path) -> list[Manifest]:
     if not path.is_file():
         raise RenderError(f"{path}: no such file or folder")
-    # By way of JSON: what YAML anchors share must not be shared when a patch changes one of them.
+    # Copied through JSON: objects that YAML anchors share must become separate, because a patch may change one of them.
     return [
         json.loads(json.dumps(found)) for found in yaml.safe_load_all(path.read_text()) if found
     ]
@@ -162,7 +162,7 @@ def _operate(manifest: Manifest, operation: Mapping[str, Any], where: str) -> No
     for part in parents:
         node = _child(node, part, f"{where}: {path}")
     if kind != "add":
-        _child(node, last, f"{where}: {path}")  # it must be there
+        _child(node, last, f"{where}: {path}")  # raises if it is missing
     elif isinstance(node, list):
         node.insert(len(node) if last == "-" else int(last), operation["value"])
         return
@@ -231,7 +231,7 @@ def _put(
             node.setdefault(part, {})
         node = _child(node, part, where)
     if not (options.get("create") and isinstance(node, dict)):
-        _child(node, last, where)  # it must be there
+        _child(node, last, where)  # raises if it is missing
     key: Any = int(last) if isinstance(node, list) else last
     if "delimiter" not in options:
         node[key] = copy.deepcopy(value)

@@ -1,4 +1,4 @@
-"""The objects against JSON schemas of KubeRay's CRDs, where such files are at hand."""
+"""Checks the objects against JSON schemas of KubeRay's CRDs, if such files are available."""
 
 from __future__ import annotations
 

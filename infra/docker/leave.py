@@ -1,14 +1,14 @@
-"""What a pod does before it goes (its preStop hook): ``leave.py head|worker [--seconds N]``.
+"""The preStop hook of a pod, run before it terminates: ``leave.py head|worker [--seconds N]``.
 
-Kubernetes takes pods away without asking Ray: a spot node's end, a drained node, a deleted RayJob, a retry, a job that Kueue
-suspends. Between the notice and the kill lies the pod's grace period, and this uses it:
+Kubernetes removes pods without asking Ray: the end of a spot node, a drained node, a deleted RayJob, a retry, a job that Kueue
+suspends. Between the notice and the kill, the pod has a grace period. This hook uses it:
 
-- worker: tells Ray that the node is going. Ray Train then has its workers commit the step they are at and start anew on other
-  nodes. Waits until they have left this pod.
+- worker: tells Ray that the node will end. Ray Train then has its workers commit the current step and restart on other nodes.
+  The hook waits until they have left this pod.
 - head: sends SIGTERM to the jobs that run here, as `ray job stop` does, and waits for them. The operator does neither
   when it suspends or retries a RayJob, and does not wait when one is deleted.
 
-Nothing here fails a pod's end: what goes wrong is said on stderr, and the exit status is 0. Standard library only.
+The hook never prevents a pod's end: errors are written to stderr, and the exit status is 0. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PROC: Final = Path("/proc")
 _TRAINERS: Final = re.compile(r"ray::.*\bRayTrainWorker\b")
 _SUPERVISORS: Final = re.compile(r"ray::.*\bJobSupervisor\b")
 _WATCHER: Final = re.compile(r"/bin/sh -c while kill -s 0 \d+;")
-"""A supervisor's other child, which kills what is left of the job when the supervisor is gone."""
+"""The other child of a supervisor, which kills the rest of the job when the supervisor has ended."""
 _SHELL: Final = re.compile(r"(/\S*/)?(ba|da)?sh -c ")
 _NODE_ID: Final = re.compile(r"--node_id=([0-9a-f]+)")
 _POLL_S: Final = 1.0
 _DRAIN_S: Final = 20.0
-"""`ray drain-node` imports Ray, which takes seconds, and waits for a head that may be gone."""
+"""`ray drain-node` imports Ray, which takes seconds, and waits for a head node that may no longer exist."""
 
 
 class Process(NamedTuple):
@@ -46,13 +46,13 @@ class Process(NamedTuple):
 
 
 def processes(proc: Path = PROC) -> Iterator[Process]:
-    """The processes that can be seen; one that ends meanwhile is left out."""
+    """The visible processes; one that ends in the meantime is skipped."""
     for folder in proc.iterdir():
         if not folder.name.isdigit():
             continue
         try:
             title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            # The name in brackets may hold spaces and brackets itself.
+            # The name in brackets may itself contain spaces and brackets.
             after_name = (folder / "stat").read_text().rpartition(")")[2].split()
         except (OSError, ValueError):
             continue
@@ -75,7 +75,7 @@ def trainers(found: Sequence[Process]) -> list[Process]:
 
 
 def jobs(found: Sequence[Process]) -> list[Process]:
-    """What the submitted jobs run as: the descendants of Ray's supervisors of jobs."""
+    """The processes of the submitted jobs: the descendants of Ray's job supervisors."""
     family = {process.pid for process in found if _SUPERVISORS.match(process.title)}
     members: list[Process] = []
     while True:
@@ -93,15 +93,15 @@ def jobs(found: Sequence[Process]) -> list[Process]:
 
 
 def programs(found: Sequence[Process]) -> list[Process]:
-    """The jobs without the shells that run them.
+    """The processes of the jobs, without the shells that run them.
 
-    A shell ends at once where its program takes its time, and its supervisor would kill the program with it.
+    A shell would end at once while its program still needs time, and then its supervisor would kill the program.
     """
     return [process for process in jobs(found) if not _SHELL.match(process.title)]
 
 
 def drain(seconds: float) -> None:
-    """Tell Ray that this node will be gone in ``seconds``."""
+    """Tell Ray that this node will end in ``seconds``."""
     node = node_id(list(processes()))
     if node is None:
         _say("no raylet here: nothing to tell Ray")
@@ -134,7 +134,7 @@ def stop_jobs() -> None:
 
 
 def wait_until_gone(find: Callable[[Sequence[Process]], list[Process]], deadline_s: float) -> None:
-    """Return when nothing is found any more, or at the deadline (of the monotonic clock)."""
+    """Return when ``find`` finds nothing more, or at the deadline (of the monotonic clock)."""
     while remaining := find(list(processes())):
         if time.monotonic() >= deadline_s:
             _say(f"still there at the end: {', '.join(str(p.pid) for p in remaining)}")
