@@ -54,7 +54,7 @@ from moleblend_ray.evaluation.dataset import (
     with_fewer_labels,
 )
 from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.scores import best_candidate, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, resolve_task
 
@@ -280,7 +280,7 @@ def fit_baseline(
             strict=True,
         )
     ]
-    best = baseline_runs.best_candidate(task.metric, chosen)
+    best = best_candidate(task.metric, chosen)
     (values,) = baselines.predict_group(data, kind, [best.settings], split.test, seed, threads)
     test = score(task.metric, values, data.labels[split.test], data.columns).value
     return {"valid": best.valid_score, "test": test, "chosen": dict(best.settings)}

@@ -40,15 +40,18 @@ import numpy as np
 
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
+from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.batch import StreamConfig, build_steps, unpack_micro_batch
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.receipts import write_part
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import (
     GRAPH_COLUMNS,
-    MANIFEST_NAME,
     Manifest,
     ShardInfo,
     ShardReader,
@@ -147,13 +150,13 @@ def prepared(source: str, uri: str) -> Manifest:
     """The source as a data set of one split."""
     options = ConvertOptions(columns=ColumnConfig(label_columns=()), valid_fraction=0.0)
     found = inspect_sources(find_sources(source), options.columns)
-    begin(uri, found, options)
+    claim_output(uri, found, options)
     receipts = [
         convert_chunk(chunk, layout, found.labels, options, uri)
         for index, layout in enumerate(found.layouts)
         for chunk in read_chunks(layout, index, options.rows_per_chunk)
     ]
-    return finish(uri, found, options, receipts)
+    return write_manifest(uri, found, options, receipts)
 
 
 def grow(uri: str, source_uri: str, num_molecules: int, num_shard_rows: int = SHARD_ROWS) -> None:

@@ -32,13 +32,14 @@ import pyarrow.parquet as pq
 
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
-from moleblend_ray.data.shard_writer import ConvertOptions, featurize_chunk
+from moleblend_ray.data.dataset_files import staged_path
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import featurize_chunk
 from moleblend_ray.data.shuffle import (
     StagedChunk,
     encode_segment,
     plan_exchange,
     run_unit,
-    staged_path,
     staged_table,
 )
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks

@@ -1,14 +1,15 @@
-"""The jobs on a cluster as it is elsewhere, simulated on this machine: what `make cluster-test` runs.
+"""The jobs on a cluster that is simulated on this machine: what `make cluster-test` runs.
 
     python jobs/cluster_test.py [--molecules 400] [--steps 100] [--quick]
     python jobs/cluster_test.py --without-token
 
-A head without CPUs of its own, behind a token, and two nodes, one for data and one for models, each started by `ray start`; an S3 server
-(the one of AWS_ENDPOINT_URL, else moto's, which is a requirement of the tests) that only they have the keys of. Every job is handed over with
-`moleblend submit` from an empty folder: samples, prepare, pretrain, sweep, embed. Pretraining is ended in its middle by `ray job stop` and
-submitted again. Then what lies in the bucket is compared with what should: counts, every step once, results, a vector for each molecule; what ran
-on which node; and that no key and no token can be read in what the dashboard tells. Any difference is an error. One JSON line comes last.
-With --without-token, only a head that lets everybody in, and jobs that need no nodes.
+The cluster is a head without CPUs that asks for a token, and two nodes, one for data and one for models, each started
+by `ray start`. Only the nodes have the keys of an S3 server (that of AWS_ENDPOINT_URL, else moto's, which the tests
+require). The jobs samples, prepare, pretrain, sweep and embed are submitted with `moleblend submit` from an empty
+folder. In the middle of pretraining, `ray job stop` ends it, and it is submitted again. Then the script checks the
+content of the bucket (counts, every step once, results, one vector per molecule), on which nodes the work ran, and that
+no key or token can be read in the dashboard. Any difference is an error. One JSON line comes last. With --without-token
+there is only a head that accepts everybody, and jobs that need no nodes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from moleblend_ray.training.commits import FINISHED_NAME, committed_steps
 from moleblend_ray.training.metrics import read_records
 
 LIMIT_S: Final = 600.0
-"""For one job, and for the moment to stop it; on two busy cores a job takes half a minute to start."""
+"""Time limit of a job, and of the wait for the moment to stop it. On two busy cores a job starts in half a minute."""
 STOPPED: Final = 75
 BIN: Final = Path(sys.executable).parent
 LABELS: Final = (
@@ -55,11 +56,11 @@ PLACES: Final = {
     "train_seed": "train",
     "_PartActor": "train",
 }
-"""What of the project's own work must run on which nodes: a part of the name of an actor's class or a task."""
+"""Part of the name of an actor's class or a task -> label of the nodes on which it must run."""
 
 
 class FailedError(Exception):
-    """Something is not as it should be."""
+    """A check failed."""
 
 
 def check(holds: bool, what: str) -> None:
@@ -82,13 +83,13 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """Environment of those who may use the S3 server, for the body."""
+    """For the body, the environment of those who may use the S3 server."""
     if os.environ.get("AWS_ENDPOINT_URL"):
         yield {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         return
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # It logs a line for each request.
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -106,16 +107,16 @@ class SimulatedCluster:
     """`ray start` for a head and nodes on this machine, until :meth:`stop`."""
 
     environment: Mapping[str, str]
-    """Of its processes: the token, and the keys of the object store."""
+    """Environment of its processes: the token, and the keys of the object store."""
     folder: Path
-    """Its session's files; a short path, as sockets lie there."""
+    """Folder of its session, with a short path, as it holds sockets."""
     gcs_port: int = field(default_factory=free_port)
     dashboard_port: int = field(default_factory=free_port)
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def url(self) -> str:
-        """Of the dashboard."""
+        """URL of the dashboard."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_head(self) -> None:
@@ -142,11 +143,11 @@ class SimulatedCluster:
             f"--num-cpus={cpus}",
             f"--labels=moleblend-role={role}",
         )
-        # One after the other: on one address, Ray confuses nodes that start at the same time.
+        # One after the other: Ray confuses nodes that start at the same time on one address.
         self._wait(lambda: self._count_nodes() == len(self.nodes), f"node for {role}")
 
     def asked(self, path: str) -> Any:
-        """The dashboard's answer."""
+        """The answer of the dashboard."""
         token = self.environment["RAY_AUTH_TOKEN"]
         request = urllib.request.Request(
             self.url + path, headers={"Authorization": f"Bearer {token}"}
@@ -172,7 +173,7 @@ class SimulatedCluster:
     def _start(self, *options: str) -> None:
         shared = (
             "--block",
-            # Each node unpacks a job's sources for itself, and would pull a shared folder from under the others.
+            # Each node unpacks the sources of a job, and would delete them for the others in a shared folder.
             f"--temp-dir={self.folder / str(len(self.nodes))}",
             f"--object-store-memory={200 * 2**20}",
             # Several nodes share the ports of this machine.
@@ -212,16 +213,16 @@ class SimulatedCluster:
 
 @dataclass(kw_only=True)
 class Submitter:
-    """Someone with a token and this package, and nothing else."""
+    """A user with a token and this package, and nothing else."""
 
     url: str
     environment: Mapping[str, str]
     folder: Path
-    """Where the commands are typed; empty."""
+    """Empty folder in which the commands are run."""
     options: Sequence[str] = ()
-    """Of each command."""
+    """Environment of each command."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of each job, from the command to its end."""
+    """Job -> seconds from the command to its end."""
     shown: list[str] = field(default_factory=list)
     """Output of each command."""
 
@@ -237,7 +238,7 @@ class Submitter:
         )
 
     def finish(self, process: subprocess.Popen[str], expected: int = 0) -> str:
-        """Wait for the end of a command, which must have the status ``expected``; what it showed."""
+        """Wait for the end of a command, which must have the status ``expected``; returns its output."""
         try:
             shown, _ = process.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -251,7 +252,7 @@ class Submitter:
         return shown
 
     def run(self, job: str, *words: str) -> str:
-        """Submit a job and follow it to its good end."""
+        """Submit a job and follow it until it has succeeded."""
         began_s = time.monotonic()
         shown = self.finish(self.start(job, *words))
         self.seconds[job] = round(time.monotonic() - began_s, 1)
@@ -259,7 +260,7 @@ class Submitter:
 
 
 def check_refusals(submitter: Submitter, data: str) -> int:
-    """What must be refused before anything runs: no token, a wrong one, a secret, a local path; how many that are."""
+    """Try what must be refused: no token, a wrong one, a secret, a local path; returns the number of tries."""
     data = f"data={data}"
     cases: list[tuple[str, Sequence[str], dict[str, str]]] = [
         ("asks for a token, and there is none here", (data,), {"RAY_AUTH_TOKEN": ""}),
@@ -281,7 +282,10 @@ def pretrain_in_two(
     first: int,
     total: int,
 ) -> int:
-    """Submit pretraining of ``total`` steps, stop it after the checkpoint of step ``first``, submit it again; the step at which it stopped."""
+    """Submit pretraining of ``total`` steps, stop it after the checkpoint of step ``first`` and submit it again.
+
+    Returns the step at which it stopped.
+    """
     began_s = time.monotonic()
     process = submitter.start("pretrain", *words)
     while first not in committed_steps(run):
@@ -311,16 +315,16 @@ def pretrain_in_two(
 
 
 def submit_without_token(submitter: Submitter) -> int:
-    """A head that asks for no token takes jobs from who has none and from who has one; how many it took."""
+    """Check that a head without a token accepts jobs from users with and without one; returns their number."""
     words = ("molecules=1e6", "gpus=8", "format=json")
     alone = {name: value for name, value in submitter.environment.items() if "TOKEN" not in name}
     ray_command = [str(BIN / "ray"), "job", "submit", f"--address={submitter.url}"]
-    # At the same time: most of it is the start of processes.
+    # At the same time, as most of the time is the start of processes.
     processes = [
         submitter.start("plan", *words),
         submitter.start("plan", *words, RAY_AUTH_TOKEN=""),
         subprocess.Popen(
-            [*ray_command, "--", "python", "-m", "moleblend_ray.cli", "plan", *words],
+            [*ray_command, "--", "python", "-m", "moleblend_ray", "plan", *words],
             cwd=submitter.folder,
             env=alone,
             stdout=subprocess.PIPE,
@@ -371,7 +375,7 @@ def check_embedded(out: str, molecules: int) -> dict[str, Any]:
 
 
 def check_places(cluster: SimulatedCluster, expected: Mapping[str, str]) -> dict[str, Any]:
-    """Every actor and task of ours was where it belongs, and each kind of them was seen."""
+    """Check that every actor and task of ours ran where it belongs, and that each kind was seen."""
     roles = {
         node["node_id"]: node["labels"].get("moleblend-role", "head")
         for node in cluster.listed("nodes")
@@ -393,7 +397,7 @@ def check_places(cluster: SimulatedCluster, expected: Mapping[str, str]) -> dict
 
 
 def check_secrets(cluster: SimulatedCluster, submitter: Submitter) -> dict[str, Any]:
-    """No key and no token in what the dashboard tells about jobs and processes, nor in what was shown."""
+    """Check that neither the dashboard nor any output shows a key or a token."""
     names = ("RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID")
     hidden = [cluster.environment[name] for name in names]
     jobs = cluster.asked("/api/jobs/")
@@ -406,7 +410,7 @@ def check_secrets(cluster: SimulatedCluster, submitter: Submitter) -> dict[str, 
     submitted = [job for job in jobs if job["type"] == "SUBMISSION"]
     sent = {job["runtime_env"].get("working_dir") for job in submitted} - {None}
     check(len(sent) >= 1, "no job was sent with its sources")
-    # More than one only if somebody changed the sources meanwhile.
+    # There are several only if the sources were changed meanwhile.
     return {"jobs": len(submitted), "packages_sent": len(sent)}
 
 
@@ -426,7 +430,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--without-token", action="store_true", help="only jobs on a head that asks for no token"
     )
     options = parser.parse_args(arguments)
-    # What was started must end with this process, however it ends.
+    # Whatever was started must end with this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began_s = time.monotonic()
     with contextlib.ExitStack() as last:
@@ -492,7 +496,7 @@ def run_open(last: contextlib.ExitStack, _: argparse.Namespace) -> dict[str, Any
 def set_up(
     folder: Path, store: Mapping[str, str], *, auth_mode: str = "token"
 ) -> tuple[SimulatedCluster, Submitter]:
-    """A cluster whose nodes have the keys of the object store, and a submitter who has not."""
+    """A cluster whose nodes have the keys of the object store, and a user who does not have them."""
     empty = folder / "empty"
     empty.mkdir()
     kept = {

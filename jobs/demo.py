@@ -1,7 +1,7 @@
-"""The whole system on the sample molecules: what `make demo` runs.
+"""The whole system on sample molecules: what `make demo` runs.
 
-Every stage is one `moleblend` command, printed before it runs, so that each can be repeated by hand. Ends with a
-table of what was done and where, and one JSON line.
+Every stage is one `moleblend` command, which is printed before it runs and can be repeated by hand. At the end there
+are a table of what was done and where, and one JSON line.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Demo(Stages):
             "search.learning_rate=[1e-4,2e-3]",
             "search.batch_size=[64,128]",
             "final_seeds=[0,1]",
-            # Not the descriptors: logp is one of them. From scratch would take as long as the sweep again.
+            # Without descriptors, as logp is one of them. A model from scratch would take as long as the sweep again.
             "baseline.kinds=[forest]",
             "baseline.num_trees=50",
         )
@@ -146,7 +146,7 @@ def demo_report(demo: Demo, seconds: float) -> dict[str, Any]:
 
 
 def heads_learned(report: dict[str, Any]) -> bool:
-    """Whether every loss is lower at the end of pretraining than at its start; says which is not."""
+    """Whether every loss is lower at the end of pretraining than at its start; logs those that are not."""
     first, last = report["loss_first"], report["loss_last"]
     stuck = [name for name in first if not last[name] < first[name]]
     for name in stuck:

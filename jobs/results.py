@@ -1,12 +1,13 @@
-"""What pretraining is worth: pretrain on 3D molecules, fine-tune on labelled ones beside baselines. `make results` runs it.
+"""What pretraining is worth: pretrain on 3D molecules, fine-tune, compare with baselines. `make results` runs it.
 
     python jobs/results.py [--data DIR] [--out runs/results] [--quick] [--only pretrain,qm9,moleculenet,large]
 
-DIR holds the pretraining set (all `*.parquet` with coordinates, all `*.csv` or `*.csv.gz` with SMILES; `qm9.parquet` with its labels), and
-`moleculenet/` with tables named after their tasks. Without it, molecules are made here and their computed logP
-learned, which shows the protocol and no more. Every stage is one `moleblend` command, printed before it runs; what is
-finished is not repeated, so an interrupted command goes on where it was. Writes `report.md` with the curve of pretraining
-and the leaderboards, and prints one JSON line last. docs/results.md explains the protocol.
+DIR holds the pretraining set (all `*.parquet` with coordinates, all `*.csv` or `*.csv.gz` with SMILES; `qm9.parquet`
+with its labels) and `moleculenet/` with tables named after their tasks. Without DIR, sample molecules are used and
+their computed logP is learned, which only shows the protocol. Every stage is one `moleblend` command, which is printed
+before it runs. Finished stages are not repeated, so an interrupted command continues where it was. The script writes
+`report.md` with the curve of pretraining and the leaderboards, and prints one JSON line at the end. docs/results.md
+explains the protocol.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from moleblend_ray.stages import Stages
 from moleblend_ray.training.metrics import read_records
 
 LARGE_TASKS = ("hiv", "muv")
-"""So many molecules that few epochs do."""
+"""Tasks with so many molecules that few epochs are enough."""
 
 POOLS = (".parquet", ".csv", ".csv.gz")
-"""Endings of files of molecules."""
+"""Endings of files with molecules."""
 
 LOSS_TITLES = {
     "loss_spd": "shortest path (nat)",
@@ -52,7 +53,7 @@ STAGES = ("pretrain", "qm9", "moleculenet", "large")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much is computed."""
+    """How much to compute."""
 
     model: str
     num_steps: int
@@ -161,14 +162,7 @@ class Evidence(Stages):
             f"data={self.out}/data",
             f"out={self.checkpoint}",
             f"model={self.budget.model}",
-            "model.distance_head=true",
-            "model.environment_bins=512",
-            # Fine-tuning shows 2D alone, or all: what pretraining must have seen.
-            "blend.view_probabilities=[0.4,0.3,0.1,0.2]",
-            "loss.denoise_weight=1.0",
-            "loss.direction_weight=0.25",
-            "loss.distance_weight=0.5",
-            "loss.environment_weight=0.2",
+            "experiment=views",
             "model.attention_dropout=0",
             "model.activation_dropout=0",
             "model.drop_path=0",
@@ -262,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_report(evidence: Evidence) -> dict[str, Any]:
-    """Write `report.md` and the figure of pretraining; the figures that fit on a line."""
+    """Write `report.md` and the figure of pretraining; returns the numbers for the JSON line."""
     lines = ["# Results", ""]
     figures: dict[str, Any] = {}
     if storage.exists(f"{evidence.checkpoint}/config.json"):
@@ -286,7 +280,7 @@ def write_report(evidence: Evidence) -> dict[str, Any]:
 
 
 def pretraining_figure(records: Sequence[dict[str, Any]]) -> bytes:
-    """Each loss over the molecules seen, averaged over a hundredth of the steps, with the validation loss where it was computed."""
+    """Each loss against the molecules seen, averaged over a hundredth of the steps, with validation losses."""
     names = [name for name in LOSS_TITLES if name in records[0]]
     seen = np.cumsum([record["molecules"] for record in records]) / 1e3
     width = max(1, len(records) // 100)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moleblend_ray.config.compose import collection_preset, model_preset
     from moleblend_ray.config.download import DownloadConfig
     from moleblend_ray.config.downstream import (
+        BaselineConfig,
         EmbedConfig,
         FinetuneConfig,
         LeaderboardConfig,
@@ -21,42 +22,63 @@ if TYPE_CHECKING:
         TaskConfig,
     )
     from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
+    from moleblend_ray.config.plan import PlanConfig
     from moleblend_ray.config.prepare import PrepareConfig
     from moleblend_ray.config.pretrain import PretrainConfig
+    from moleblend_ray.config.status import StatusConfig
+    from moleblend_ray.config.tools import ExportConfig, SamplesConfig
     from moleblend_ray.data.batch import StreamConfig
     from moleblend_ray.data.order import OrderConfig
-    from moleblend_ray.errors import MoleBlendError
+    from moleblend_ray.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        MoleBlendError,
+        StorageError,
+        TrainingError,
+    )
     from moleblend_ray.evaluation.search import SearchSpace
     from moleblend_ray.evaluation.settings import FinetuneSettings
+    from moleblend_ray.inference import MoleculeEncoder, PropertyPredictor
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
+    from moleblend_ray.orchestration.export import export
     from moleblend_ray.orchestration.finetune import finetune
     from moleblend_ray.orchestration.inspect import inspect_checkpoints, inspect_data
     from moleblend_ray.orchestration.leaderboard import leaderboard
-    from moleblend_ray.orchestration.many import finetune_tasks, sweep_tasks
+    from moleblend_ray.orchestration.plan import plan
     from moleblend_ray.orchestration.predict import predict
     from moleblend_ray.orchestration.prepare import prepare
     from moleblend_ray.orchestration.pretrain import pretrain
+    from moleblend_ray.orchestration.samples import samples
+    from moleblend_ray.orchestration.status import status
     from moleblend_ray.orchestration.sweep import sweep
+    from moleblend_ray.orchestration.task_groups import finetune_tasks, sweep_tasks
     from moleblend_ray.training.config import (
         CheckpointConfig,
         OptimConfig,
         TrackingConfig,
         TrainConfig,
     )
+    from moleblend_ray.training.export import load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BaselineConfig",
     "BlendConfig",
     "CheckpointConfig",
+    "CheckpointError",
     "CheckpointsConfig",
     "ClusterConfig",
+    "ConfigError",
     "ConformerConfig",
+    "DataError",
     "DownloadConfig",
     "EmbedConfig",
+    "ExportConfig",
     "FeaturizeConfig",
     "FinetuneConfig",
     "FinetuneSettings",
@@ -66,43 +88,60 @@ __all__ = [
     "ModelConfig",
     "MoleBlend",
     "MoleBlendError",
+    "MoleculeEncoder",
     "OptimConfig",
     "OrderConfig",
+    "PlanConfig",
     "PredictConfig",
     "PrepareConfig",
     "PretrainConfig",
+    "PropertyPredictor",
+    "SamplesConfig",
     "SearchSpace",
+    "StatusConfig",
+    "StorageError",
     "StreamConfig",
     "SweepConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TrainingError",
     "__version__",
     "collection_preset",
     "download",
     "embed",
+    "export",
     "finetune",
     "finetune_tasks",
     "inspect_checkpoints",
     "inspect_data",
     "leaderboard",
+    "load_model",
     "model_preset",
+    "plan",
     "predict",
     "prepare",
     "pretrain",
+    "samples",
+    "status",
     "sweep",
     "sweep_tasks",
 ]
 
 # Name -> module and, where it differs, the name there.
 _HOMES = {
+    "BaselineConfig": "config.downstream",
     "BlendConfig": "model.config",
     "CheckpointConfig": "training.config",
+    "CheckpointError": "errors",
     "CheckpointsConfig": "config.inspect",
     "ClusterConfig": "config.cluster",
+    "ConfigError": "errors",
     "ConformerConfig": "chemistry.config",
+    "DataError": "errors",
     "DownloadConfig": "config.download",
     "EmbedConfig": "config.downstream",
+    "ExportConfig": "config.tools",
     "FeaturizeConfig": "chemistry.config",
     "FinetuneConfig": "config.downstream",
     "FinetuneSettings": "evaluation.settings",
@@ -112,31 +151,43 @@ _HOMES = {
     "ModelConfig": "model.config",
     "MoleBlend": "model.moleblend:MoleBlendModel",
     "MoleBlendError": "errors",
+    "MoleculeEncoder": "inference",
     "OptimConfig": "training.config",
     "OrderConfig": "data.order",
+    "PlanConfig": "config.plan",
     "PredictConfig": "config.downstream",
     "PrepareConfig": "config.prepare",
     "PretrainConfig": "config.pretrain",
+    "PropertyPredictor": "inference",
+    "SamplesConfig": "config.tools",
     "SearchSpace": "evaluation.search",
+    "StatusConfig": "config.status",
+    "StorageError": "errors",
     "StreamConfig": "data.batch",
     "SweepConfig": "config.downstream",
     "TaskConfig": "config.downstream",
     "TrackingConfig": "training.config",
     "TrainConfig": "training.config",
+    "TrainingError": "errors",
     "collection_preset": "config.compose",
     "download": "orchestration.download",
     "embed": "orchestration.embed",
+    "export": "orchestration.export",
     "finetune": "orchestration.finetune",
-    "finetune_tasks": "orchestration.many",
+    "finetune_tasks": "orchestration.task_groups",
     "inspect_checkpoints": "orchestration.inspect",
     "inspect_data": "orchestration.inspect",
     "leaderboard": "orchestration.leaderboard",
+    "load_model": "training.export",
     "model_preset": "config.compose",
+    "plan": "orchestration.plan",
     "predict": "orchestration.predict",
     "prepare": "orchestration.prepare",
     "pretrain": "orchestration.pretrain",
+    "samples": "orchestration.samples",
+    "status": "orchestration.status",
     "sweep": "orchestration.sweep",
-    "sweep_tasks": "orchestration.many",
+    "sweep_tasks": "orchestration.task_groups",
 }
 
 

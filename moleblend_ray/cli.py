@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """One thing the command can do."""
+    """A job of the command line."""
 
     summary: str
     """One line for `moleblend --help`."""
@@ -33,12 +33,11 @@ class Job(NamedTuple):
     function: str
     """module:name of the function that takes the configuration and returns a summary dataclass."""
     first_key: str | None = None
-    """Group or setting that a first argument without KEY= is for: `moleblend download qm9` for collection=qm9."""
+    """Group or setting for a first argument without KEY=: `moleblend download qm9` is collection=qm9."""
     flags: tuple[str, ...] = ()
-    """Settings that a bare --NAME turns on: --verify for verify=true."""
+    """Settings that the option --NAME turns on: --verify is verify=true."""
     show: str | None = None
-    """module:name of the function that takes summary and configuration and returns what to print instead of the two
-    tables: something for rich, or a string to print as it is."""
+    """module:name of the function that takes the summary and returns what to print instead of the two tables."""
 
 
 JOBS: Mapping[str, Job] = {
@@ -77,12 +76,12 @@ JOBS: Mapping[str, Job] = {
     "finetune": Job(
         "encoder + labelled molecules -> a property model and its scores",
         "moleblend_ray.config.downstream:FinetuneConfig",
-        "moleblend_ray.orchestration.many:finetune_or_tasks",
+        "moleblend_ray.orchestration.task_groups:finetune_or_tasks",
     ),
     "sweep": Job(
         "search of fine-tuning settings on validation molecules, then test scores of the chosen one",
         "moleblend_ray.config.downstream:SweepConfig",
-        "moleblend_ray.orchestration.many:sweep_or_tasks",
+        "moleblend_ray.orchestration.task_groups:sweep_or_tasks",
     ),
     "leaderboard": Job(
         "results of several tasks, or of several sweeps of them -> tables, a page and a figure",
@@ -101,14 +100,14 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.orchestration.predict:predict",
     ),
     "plan": Job(
-        "hours, machines, bytes, cost and the limiting resource of a run that is to come",
+        "hours, machines, bytes, cost and the limiting resource of a future run",
         "moleblend_ray.config.plan:PlanConfig",
         "moleblend_ray.orchestration.plan:plan",
         flags=("measure",),
         show="moleblend_ray.orchestration.plan:show_plan",
     ),
     "status": Job(
-        "how far a command is, from the files it writes",
+        "how far a command is, from the files that it writes",
         "moleblend_ray.config.status:StatusConfig",
         "moleblend_ray.orchestration.status:status",
         first_key="run",
@@ -117,25 +116,25 @@ JOBS: Mapping[str, Job] = {
     "export": Job(
         "checkpoint of a run -> model.safetensors and config.json",
         "moleblend_ray.config.tools:ExportConfig",
-        "moleblend_ray.orchestration.tools:export",
+        "moleblend_ray.orchestration.export:export",
     ),
     "samples": Job(
         "write the project's own sample molecules, with conformers and labels",
         "moleblend_ray.config.tools:SamplesConfig",
-        "moleblend_ray.orchestration.tools:samples",
+        "moleblend_ray.orchestration.samples:samples",
     ),
 }
 
 SUBMIT = "submit"
-"""Not a job, but the word before one that has a cluster elsewhere run it."""
+"""Not a job: with this word before a job, a cluster elsewhere runs it."""
 
 EXIT_ERROR, EXIT_CONFIG, EXIT_UNFINISHED, EXIT_INTERRUPTED = 1, 2, 75, 130
-"""EXIT_UNFINISHED (EX_TEMPFAIL of sysexits.h): stopped on request, all done so far is kept, the same command continues.
-Not 0, so that a job system that retries does so."""
+"""EXIT_UNFINISHED (EX_TEMPFAIL of sysexits.h): stopped on request; all work so far is kept, and the same command
+continues. It is not 0, so that job systems with retries run the command again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: this process's); the exit status."""
+    """Run the command line `arguments` (default: those of this process); returns the exit status."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.version:
         print(importlib.import_module("moleblend_ray").__version__)
@@ -154,9 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.job == SUBMIT
                 else partial(run_job, options.job)
             )
-            return run(options.overrides, dry_run=options.dry_run)
+            return run(options.overrides, dry_run=options.dry_run, as_json=options.as_json)
     except MoleBlendError as error:
-        # An error from a Ray task carries the remote traceback in its text; its cause is the plain error.
+        # The text of an error from a Ray task contains the remote traceback; its cause is the plain error.
         cause = getattr(error, "cause", None) or error
         _tell(errors, f"moleblend {options.job}", str(cause))
         return EXIT_CONFIG if isinstance(cause, ConfigError) else EXIT_ERROR
@@ -166,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tell(errors: Console, who: str, what: str) -> None:
-    """Print why the command ended, without secrets: one JSON line where logs are JSON."""
+    """Print why the command ended, without secrets; as a JSON line if logs are JSON."""
     from moleblend_ray.orchestration import logs
 
     if line := logs.json_line(logging.ERROR, f"{who}: {what}"):
@@ -175,43 +174,84 @@ def _tell(errors: Console, who: str, what: str) -> None:
         errors.print(f"[bold red]{escape(who)}:[/] {escape(logs.Redactor()(what))}")
 
 
-def run_job(name: str, overrides: Sequence[str], *, dry_run: bool = False) -> int:
-    """Compose and validate the configuration of the job `name`, then print it (`dry_run`) or run it."""
-    from moleblend_ray.config.builder import to_dict
-    from moleblend_ray.config.compose import load_config, to_yaml
-    from moleblend_ray.config.describe import redact
+def run_job(
+    name: str, overrides: Sequence[str], *, dry_run: bool = False, as_json: bool = False
+) -> int:
+    """Compose and validate the configuration of the job `name`, then print it (`dry_run`) or run it; returns the
+    status.
+
+    `as_json`: print the summary as one JSON object to standard output, and everything else to standard error.
+    """
+    from moleblend_ray.config.compose import load_config
     from moleblend_ray.config.paths import with_absolute_paths
     from moleblend_ray.orchestration.logs import run_name, set_context
+    from moleblend_ray.orchestration.terminal import json_text
 
     job = _job(name)
     overrides = _spelled_out(job, overrides)
     config = with_absolute_paths(load_config(load_reference(job.config), name, overrides))
     if dry_run:
-        print(to_yaml(redact(to_dict(config))).rstrip())
-        print(f"# dry run: would call {job.function.replace(':', '.')} ({job.summary})")
-        for key, path in _paths(config).items():
-            print(f"#   {key}: {path}")
-        print("# nothing was read or written")
+        _print_dry_run(job, config, as_json=as_json)
         return 0
+    # Another spelling of --json, for the jobs that have this setting.
+    as_json = as_json or getattr(config, "format", "text") == "json"
     set_context(run=run_name(config.out) if getattr(config, "out", None) else None)
     console = Console(highlight=False)
-    if job.show is not None:
-        return _show(console, job.show, load_reference(job.function)(config), config)
-    console.print(f"[bold]moleblend {name}[/]", _settings_table(config), sep="\n")
+    if job.show is None and not as_json:
+        console.print(f"[bold]moleblend {name}[/]", _settings_table(config), sep="\n")
     started_s = time.monotonic()
-    summary = load_reference(job.function)(config)
-    heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
-    console.print(heading, _summary_table(summary, config), sep="\n")
+    with _standard_output(free=as_json):
+        summary = load_reference(job.function)(config)
+    if as_json:
+        print(json_text(summary))
+    elif job.show is not None:
+        console.print(load_reference(job.show)(summary))
+    else:
+        heading = f"\n[bold]moleblend {name}[/] ended after {time.monotonic() - started_s:.1f} s"
+        console.print(heading, _summary_table(summary, config), sep="\n")
+    return _exit_status(job, summary)
+
+
+def _print_dry_run(job: Job, config: Any, *, as_json: bool) -> None:
+    from moleblend_ray.config.builder import to_dict
+    from moleblend_ray.config.compose import to_yaml
+    from moleblend_ray.config.describe import redact
+    from moleblend_ray.orchestration.terminal import json_text
+
+    if as_json:
+        print(json_text({"config": to_dict(config), "paths": _paths(config)}))
+        return
+    print(to_yaml(redact(to_dict(config))).rstrip())
+    print(f"# dry run: would call {job.function.replace(':', '.')} ({job.summary})")
+    for key, path in _paths(config).items():
+        print(f"#   {key}: {path}")
+    print("# nothing was read or written")
+
+
+def _standard_output(*, free: bool) -> contextlib.AbstractContextManager[Any]:
+    """With `free`, what the body prints goes to standard error."""
+    return contextlib.redirect_stdout(sys.stderr) if free else contextlib.nullcontext()
+
+
+def _exit_status(job: Job, summary: Any) -> int:
+    if job.show is not None:
+        return EXIT_ERROR if getattr(summary, "damages", None) else 0
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 
-def submit_job(arguments: Sequence[str], *, dry_run: bool = False, verbose: bool = False) -> int:
-    """Check a job's configuration here, then have a Ray cluster elsewhere run it (`dry_run`: print what would be sent); the exit
-    status of the job. The settings of the submission are options, all else is the job's own command; `verbose` goes with it."""
+def submit_job(
+    arguments: Sequence[str], *, dry_run: bool = False, as_json: bool = False, verbose: bool = False
+) -> int:
+    """Check a job's configuration here, then have a Ray cluster elsewhere run it; returns the exit status of the job.
+
+    The settings of the submission are options; all other arguments, and `verbose`, are for the job. `dry_run`: print
+    what would be sent. `as_json`: as in :func:`run_job`, so the log of the job is printed to standard error.
+    """
     from moleblend_ray.config.builder import build, to_dict
     from moleblend_ray.config.compose import load_config, to_yaml
     from moleblend_ray.config.describe import redact
     from moleblend_ray.config.submit import SubmitConfig, check_job, parse_arguments
+    from moleblend_ray.orchestration.terminal import json_text
 
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
     given = parse_arguments(arguments, flags)
@@ -224,34 +264,35 @@ def submit_job(arguments: Sequence[str], *, dry_run: bool = False, verbose: bool
         job_config = load_config(load_reference(job.config), given["job"], given["overrides"])
     config = build(SubmitConfig, given)
     if dry_run:
-        if job_config is not None:
+        settings = None if job_config is None else to_dict(job_config)
+        if settings is not None:
             check_job(config, job_config)
-            print(to_yaml(redact(to_dict(job_config))).rstrip())
-        print("\n".join(load_reference("moleblend_ray.orchestration.submit:plan")(config)))
+        submission = load_reference("moleblend_ray.orchestration.submit:plan")(config)
+        if as_json:
+            print(json_text({"config": settings, "submission": submission}))
+            return 0
+        if settings is not None:
+            print(to_yaml(redact(settings)).rstrip())
+        print("\n".join(submission))
         return 0
-    summary = load_reference("moleblend_ray.orchestration.submit:submit")(config, job_config)
-    Console(highlight=False).print("\n[bold]moleblend submit[/]", _summary_table(summary, config))
+    with _standard_output(free=as_json):
+        summary = load_reference("moleblend_ray.orchestration.submit:submit")(config, job_config)
+    if as_json:
+        print(json_text(summary))
+    else:
+        shown = _summary_table(summary, config)
+        Console(highlight=False).print("\n[bold]moleblend submit[/]", shown)
     status: int = summary.exit_status
     return status
 
 
-def _show(console: Console, show: str, summary: Any, config: object) -> int:
-    """Print what the job's own function makes of its summary; the exit status."""
-    shown = load_reference(show)(summary, config)
-    if isinstance(shown, str):
-        print(shown)
-    else:
-        console.print(shown)
-    return EXIT_ERROR if getattr(summary, "damages", None) else 0
-
-
 def _spelled_out(job: Job, overrides: Sequence[str]) -> list[str]:
-    """The overrides; a first one without KEY= gets the job's first key, a flag its value."""
+    """The overrides in full: a first one without KEY= gets the first key of the job, a flag its value."""
     flags = {f"--{flag}": f"{flag}=true" for flag in job.flags}
     given = [flags.get(text, text) for text in overrides]
     if job.first_key and given and not re.match(r"[~+]|[\w./@]+=", given[0]):
         value = given[0]
-        if not re.fullmatch(r"[\w./:-]+", value):  # it holds what means something to hydra
+        if not re.fullmatch(r"[\w./:-]+", value):  # It contains characters with a meaning in hydra.
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
         given[0] = f"{job.first_key}={value}"
     return given
@@ -268,7 +309,7 @@ def job_help(name: str) -> str:
     first = f"{job.first_key.upper()} " if job.first_key else ""
     flags = "".join(f"[--{flag}] " for flag in job.flags)
     lines = [
-        f"moleblend {name} {first}[KEY=VALUE ...] {flags}[--dry-run]",
+        f"moleblend {name} {first}[KEY=VALUE ...] {flags}[--json] [--dry-run]",
         "",
         f"  {job.summary}",
         "",
@@ -291,7 +332,7 @@ def _submit_help() -> str:
     from moleblend_ray.config.submit import options_help
 
     lines = [
-        f"moleblend {SUBMIT} JOB [KEY=VALUE ...] [--address URL] [--detach] [OPTION ...] [--dry-run]",
+        f"moleblend {SUBMIT} JOB [KEY=VALUE ...] [--address URL] [--detach] [OPTION ...] [--json] [--dry-run]",
         f"moleblend {SUBMIT} --follow ID | --stop ID [--address URL]",
         "",
         "  a job of this machine's command line -> a Ray cluster elsewhere; its log, and its exit status",
@@ -302,9 +343,9 @@ def _submit_help() -> str:
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Options of the command, and job and overrides; among the latter the flags of jobs."""
+    """Options of the command, the job and its overrides, which include the flags of jobs."""
     if list(arguments[:1]) == [SUBMIT]:
-        common = {"--dry-run", "-v", "--verbose", "-h", "--help"}
+        common = {"--dry-run", "--json", "-v", "--verbose", "-h", "--help"}
         known = _parser().parse_args([SUBMIT, *(text for text in arguments if text in common)])
         known.overrides = [text for text in arguments[1:] if text not in common]
         return known
@@ -326,6 +367,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("job", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--json", action="store_true", dest="as_json")
     parser.add_argument("-v", "--verbose", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
@@ -335,20 +377,21 @@ def _parser() -> argparse.ArgumentParser:
 def _overview() -> str:
     width = max(map(len, JOBS))
     jobs = "\n".join(f"  {name:{width}}  {job.summary}" for name, job in JOBS.items())
-    return f"""moleblend JOB [KEY=VALUE ...] [--dry-run] [--verbose]
+    return f"""moleblend JOB [KEY=VALUE ...] [--json] [--dry-run] [--verbose]
 
 Jobs:
 {jobs}
 
   submit JOB ...         have a Ray cluster elsewhere run the job: moleblend submit --help
   moleblend JOB --help   its settings, types and defaults
+  --json                 print the result as one JSON object to standard output, everything else to standard error
   --dry-run              print the resolved settings and what would run; touch nothing
   --verbose              show debug messages
   --version              print the version
 
 Paths may be local or URIs (s3://bucket/key, gs://, file://).
 
-Exit status: 0 done, 1 failed, 2 wrong settings, 75 stopped on SIGTERM before the end, 130 interrupted. After the
+Exit status: 0 done, 1 failed, 2 wrong settings, 75 stopped by SIGTERM before the end, 130 interrupted. After the
 last two the same command continues."""
 
 
@@ -361,7 +404,7 @@ def _job(name: str) -> Job:
 
 
 def load_reference(reference: str) -> Any:
-    """What "module:name" refers to, imported now."""
+    """Import and return what "module:name" refers to."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -399,7 +442,7 @@ def _summary_table(summary: Any, config: object) -> Table:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats with six digits, for reading: the files of the run hold all of them."""
+    """Floats with six digits for reading; the files of the run hold all digits."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
     return f"{value:.6g}" if isinstance(value, float) else value
@@ -408,14 +451,14 @@ def _rounded(value: Any) -> Any:
 def _table(left: str, right: str) -> Table:
     table = Table(show_edge=False, pad_edge=False)
     table.add_column(left, no_wrap=True)
-    # Paths are copied from here: fold a long one instead of cutting it.
+    # Users copy paths from here: a long one is folded, not cut.
     table.add_column(right, overflow="fold")
     return table
 
 
 @contextlib.contextmanager
 def console_logging(*, verbose: bool = False) -> Iterator[None]:
-    """Log records of the package on stderr, above a progress bar if one is shown."""
+    """Show log records of the package on stderr, above a progress bar if there is one."""
     from moleblend_ray.orchestration.logs import console_formatter
 
     package_logger = logging.getLogger("moleblend_ray")

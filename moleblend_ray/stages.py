@@ -1,4 +1,4 @@
-"""Several commands in a row, in one process and on one Ray cluster: what `jobs/demo.py` and `jobs/results.py` are made of."""
+"""Runs several commands in one process and on one Ray cluster, for `jobs/demo.py` and `jobs/results.py`."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class Stage:
-    """One command and what came of it."""
+    """A command and its result."""
 
     job: str
     """The `moleblend` command."""
     overrides: tuple[str, ...]
     """Its KEY=VALUE arguments."""
     where: str
-    """What it wrote."""
+    """URI of what it wrote."""
     summary: Any
-    """What it returned."""
+    """The summary that it returned."""
     seconds: float
-    """Wall time."""
+    """Wall time in seconds."""
 
     @property
     def command(self) -> str:
-        """The command as one types it."""
+        """The command as a user types it."""
         return command_line(self.job, self.overrides)
 
 
 @dataclass(kw_only=True, slots=True)
 class Stages:
-    """The commands run so far, by a name for each."""
+    """The commands that were run so far, each with a name."""
 
     done: dict[str, Stage] = field(default_factory=dict)
-    """In the order in which they ran."""
+    """Name -> stage, in the order in which they ran."""
 
     def run(self, name: str, job: str, where: str, *overrides: str) -> Any:
         """Log the command, run it here, and return its summary."""
@@ -59,5 +59,5 @@ class Stages:
 
 
 def command_line(job: str, overrides: tuple[str, ...]) -> str:
-    """The command as one types it."""
+    """The command as a user types it."""
     return shlex.join(["moleblend", job, *overrides])

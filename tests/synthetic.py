@@ -7,10 +7,10 @@ import pyarrow as pa
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import (
     FORMAT_VERSION,
-    MANIFEST_NAME,
     Counts,
     Manifest,
     encode_shard,

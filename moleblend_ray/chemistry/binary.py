@@ -1,13 +1,14 @@
-"""Atom and bond codes from RDKit's binary form of a molecule, read by one compiled pass.
+"""Atom and bond codes from RDKit's binary form of molecules, read by one compiled pass.
 
-Asking RDKit for 9 properties of an atom and 5 of a bond takes 12 Python calls each, as long as the parse of the
-SMILES. ``Mol.ToBinary`` writes all of them in one call. Its format (``Code/GraphMol/MolPickler.cpp``) is versioned:
-a molecule whose header is not the one known here, or with parts that the kernel does not read
-(queries, atom maps, dummy labels, residues, more than 255 atoms) is told apart, and the caller asks RDKit atom by atom.
+Reading the properties of atoms and bonds from Python takes about 12 calls per atom, as long as parsing the SMILES.
+``Mol.ToBinary`` writes all of them in one call. Its format (``Code/GraphMol/MolPickler.cpp``) is versioned. A molecule
+with another version, or with parts that the kernel does not read (queries, atom maps, dummy labels, residues, more than
+255 atoms), is reported as unknown, and the caller asks RDKit atom by atom.
 
-An atom is its number, a byte of flags, an int32 that tells which of eight fields follow (charge, chirality,
-hybridization, explicit hydrogens, two valences, radicals, isotope), and these. A bond is its two atoms, a byte of flags,
-and type, direction and stereo where the flags say so. Fields are left out where they have the default.
+In this format an atom consists of its atomic number, a byte of flags, an int32 that says which of eight fields follow
+(charge, chirality, hybridization, explicit hydrogens, two valences, radicals, isotope), and these fields. A bond
+consists of its two atoms, a byte of flags, and type, direction and stereo if the flags say so. Fields with the default
+value are left out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from rdkit import Chem
 
 _INT: Final = 4
 _HEADER: Final = np.array([0xDEADBEEF, 0, 16, 4, 0], "<u4").view(np.uint8)
-"""Byte order mark, tag, and version 16.4.0 of the format."""
+"""Byte order mark, tag, and version 16.4.0 of the format: the only one that is read here."""
 _HEADER_BYTES: Final = len(_HEADER)
 _NO_PROPERTIES: Final = 0
 _MAX_ATOMS: Final = 255
-"""Atom indices are bytes up to here."""
+"""Up to this number of atoms, indices are stored as bytes."""
 
 _BEGIN_ATOMS: Final = 0x01
 _BEGIN_BONDS: Final = 0x0B
@@ -38,7 +39,7 @@ _BEGIN_FAST_RINGS: Final = 0x43
 _IS_AROMATIC: Final = 1 << 6
 _NO_IMPLICIT_HYDROGENS: Final = 1 << 5
 _PLAIN_ATOM: Final = _IS_AROMATIC | _NO_IMPLICIT_HYDROGENS
-# Its fields, in the order in which they follow.
+# Fields of an atom, in the order in which they follow.
 _CHARGE: Final = 1 << 1
 _CHIRALITY: Final = 1 << 2
 _HYBRIDIZATION: Final = 1 << 3
@@ -61,17 +62,17 @@ _SINGLE: Final = int(Chem.BondType.SINGLE)
 _ZERO: Final = int(Chem.BondType.ZERO)
 
 _CHIRAL_NEIGHBOURS: Final = 3
-"""An atom whose hydrogens went may keep a chirality that fewer neighbours do not give a meaning."""
+"""Fewest neighbours with which a chirality has a meaning; atoms whose hydrogens were removed may have fewer."""
 
 
 class CodeTables(NamedTuple):
-    """From RDKit's values, as bytes, to codes; each (256,) uint8."""
+    """Tables from RDKit's values, as bytes, to codes; each (256,) uint8."""
 
     atomic_number: NDArray[np.uint8]
     chirality: NDArray[np.uint8]
     degree: NDArray[np.uint8]
     charge: NDArray[np.uint8]
-    """By the charge in two's complement."""
+    """Indexed by the charge in two's complement."""
     hydrogens: NDArray[np.uint8]
     radicals: NDArray[np.uint8]
     hybridization: NDArray[np.uint8]
@@ -80,10 +81,10 @@ class CodeTables(NamedTuple):
 
 
 class DecodedGraphs(NamedTuple):
-    """M molecules of A atoms and E bonds in all, molecule-major."""
+    """M molecules of A atoms and E bonds in total, molecule after molecule."""
 
     is_known: NDArray[np.bool_]
-    """(M,) False for molecules with parts that are not known here: their rows below hold nothing."""
+    """(M,), False for molecules with parts that are not read here; their rows below are undefined."""
     num_atoms: NDArray[np.int32]
     """(M,)"""
     num_bonds: NDArray[np.int32]
@@ -91,7 +92,7 @@ class DecodedGraphs(NamedTuple):
     atom_features: NDArray[np.uint8]
     """(A, 9), columns ``vocabulary.ATOM_FEATURE_NAMES``."""
     bonds: NDArray[np.uint16]
-    """(E, 2): begin and end atom, each bond once, in RDKit's order."""
+    """(E, 2), begin and end atom, each bond once, in RDKit's order."""
     bond_features: NDArray[np.uint8]
     """(E, 3), columns ``vocabulary.BOND_FEATURE_NAMES``."""
 
@@ -99,7 +100,8 @@ class DecodedGraphs(NamedTuple):
 def to_binary(mol: Chem.Mol) -> bytes:
     """RDKit's binary form, without properties.
 
-    A molecule whose rings RDKit has forgotten, as when it removes hydrogens, is of the kind not known here.
+    Rings must have been found: a molecule whose rings RDKit has forgotten (it does so when it removes hydrogens) is not
+    read here.
     """
     binary: bytes = mol.ToBinary(_NO_PROPERTIES)
     return binary
@@ -107,13 +109,13 @@ def to_binary(mol: Chem.Mol) -> bytes:
 
 def from_binary(binary: bytes) -> Chem.Mol:
     """The molecule that :func:`to_binary` wrote."""
-    make: Any = Chem.Mol  # RDKit's stub has a str where it takes bytes
+    make: Any = Chem.Mol  # RDKit's type stub says str instead of bytes
     mol: Chem.Mol = make(binary)
     return mol
 
 
 def decode_graphs(binaries: Sequence[bytes], tables: CodeTables, stereo_type: int) -> DecodedGraphs:
-    """The codes of sanitized molecules whose rings have been found, from :func:`to_binary` of each.
+    """The codes of sanitized molecules, each given in the form of :func:`to_binary`.
 
     Only bonds whose type has the code ``stereo_type`` get a stereo code.
     """
@@ -136,7 +138,7 @@ def decode_graphs(binaries: Sequence[bytes], tables: CodeTables, stereo_type: in
 
 
 def is_known_format() -> bool:
-    """Whether the installed RDKit writes the binary form that is known here."""
+    """Whether the installed RDKit writes the version of the binary form that is read here."""
     return to_binary(Chem.MolFromSmiles("C")).startswith(_HEADER.tobytes())
 
 
@@ -152,7 +154,7 @@ def _int32(data, at):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _read_sizes(data, starts, header, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
-    """Counts of the molecules that begin as they should and have byte-sized indices, 0 for the others."""
+    """Counts of atoms and bonds of molecules with the known header and byte-sized indices; 0 for all others."""
     for molecule in range(num_atoms.shape[0]):
         start = starts[molecule]
         if not np.array_equal(data[start : start + header.shape[0]], header):
@@ -184,8 +186,8 @@ def _decode_all(data, starts, tables, stereo_type, out):  # type: ignore[no-unty
 
 @njit(cache=True, nogil=True)
 def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # type: ignore[no-untyped-def]
-    """Fill the arrays of one molecule; False if it has unknown parts."""
-    # After the header: counts of atoms and bonds (int32 each) and a byte of flags.
+    """Fill the arrays of one molecule; False if it has parts that are not read here."""
+    # The header is followed by the counts of atoms and bonds (int32 each) and a byte of flags.
     at = start + _HEADER_BYTES + 2 * _INT + 1
     if data[at] != _BEGIN_ATOMS:
         return False
@@ -197,7 +199,7 @@ def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # t
         return False
     if data[at] == _BEGIN_FAST_RINGS and (bond_features[:, 0] == tables.bond_type[_ZERO]).any():
         return (
-            False  # these rings run through dative bonds, too; RDKit counts only those that do not
+            False  # these rings may contain dative bonds, which RDKit does not count as ring bonds
         )
     for atom in range(atoms.shape[0]):
         if atoms[atom, 2] - np.int64(atoms[atom, 4]) < _CHIRAL_NEIGHBOURS:
@@ -209,12 +211,12 @@ def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # t
 
 @njit(cache=True, nogil=True)
 def _decode_atoms(data, at, tables, atoms):  # type: ignore[no-untyped-def]
-    """Fill the columns but ring membership; total degree and hydrogens as counts. Where the atoms end, or -1."""
+    """Fill all columns except ring membership, degree and hydrogens as counts; returns where the atoms end, or -1."""
     for atom in range(atoms.shape[0]):
         number, flags = data[at], data[at + 1]
         fields = _int32(data, at + 2)
         at += 2 + _INT
-        # A dummy's flag (its label follows as a property) is not among the plain ones.
+        # The flag of a dummy atom, whose label follows as a property, is not one of the plain flags.
         if flags & ~_PLAIN_ATOM or fields & ~_KNOWN_FIELDS:
             return -1
         charge, chirality, hybridization, hydrogens, radicals = 0, 0, _SP3, 0, 0
@@ -255,7 +257,7 @@ def _decode_atoms(data, at, tables, atoms):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  # type: ignore[no-untyped-def]
-    """Fill the bonds and add the neighbours to the atoms' degrees. Where the bonds end, or -1."""
+    """Fill the bonds and add the neighbours to the atoms' degrees; returns where the bonds end, or -1."""
     for bond in range(bonds.shape[0]):
         begin, end, flags = data[at], data[at + 1], data[at + 2]
         at += 3
@@ -269,7 +271,7 @@ def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  
             at += 1
         if flags & _HAS_STEREO:
             stereo = data[at]
-            at += 2 + data[at + 1]  # and the atoms that the stereo refers to
+            at += 2 + data[at + 1]  # skips the atoms that the stereo refers to
         code = tables.bond_type[kind]
         bonds[bond, 0] = begin
         bonds[bond, 1] = end
@@ -283,7 +285,7 @@ def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  
 
 @njit(cache=True, nogil=True)
 def _decode_rings(data, at, atoms):  # type: ignore[no-untyped-def]
-    """Mark the atoms of rings, whichever way RDKit found them."""
+    """Mark the atoms in rings, with whichever method RDKit found the rings; False if it has not."""
     kind = data[at]
     if kind != _BEGIN_SYMMETRIC_SSSR and kind != _BEGIN_SSSR and kind != _BEGIN_FAST_RINGS:
         return False

@@ -1,7 +1,7 @@
-"""Heavy atoms of a record from its text alone: whether a SMILES and a geometry can be of one molecule.
+"""The heavy atoms in the text of a record, to see whether a SMILES and a geometry can be of the same molecule.
 
-Parsing both with RDKit would cost as much as making the molecule; counting symbols takes microseconds, and
-tells a shifted join from a right one.
+Parsing both with RDKit would take as long as making the molecule. Counting element symbols takes microseconds, and is
+enough to notice that rows and geometries do not match.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _HYDROGENS: Final = frozenset({"H", "D", "T"})
 
 
 def formula_of_smiles(smiles: str) -> str:
-    """Heavy atoms as a formula in alphabetical order, such as ``C2 O1``."""
+    """The heavy atoms of a SMILES as a formula in alphabetical order, such as ``C2 O1``."""
     text = smiles.split(None, 1)[0] if smiles.strip() else ""  # a name or an extension may follow
     return _formula(match["bracket"] or match["organic"] for match in _SMILES_ATOM.finditer(text))
 
 
 def formula_of_molblock(block: str) -> str | None:
-    """The same of a V2000 or V3000 block; None if it is malformed."""
+    """The same formula of a V2000 or V3000 block; None if it is malformed."""
     lines = block.split("\n", 4)
     if len(lines) < 5:
         return None
@@ -35,7 +35,7 @@ def formula_of_molblock(block: str) -> str | None:
         num_atoms = int(lines[3][:3])
     except ValueError:
         return None
-    # Columns of the CTfile format: x, y and z of ten characters each, a blank, the symbol of three.
+    # Columns of the CTfile format: ten characters each for x, y and z, a space, three for the symbol.
     return _formula(line[31:34].strip() for line in lines[4].split("\n", num_atoms)[:num_atoms])
 
 

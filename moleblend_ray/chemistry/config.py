@@ -1,4 +1,4 @@
-"""Settings of the chemistry layer, free of RDKit so that a job's configuration composes quickly."""
+"""Settings of the chemistry layer, without RDKit so that the configuration of a job is composed quickly."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from typing import Literal
 from moleblend_ray.errors import check_all
 
 ATOM_LIMIT = 65_535
-"""Most atoms a record can hold: bonds store atom indices as uint16."""
+"""Most atoms of a molecule, as bonds store atom indices as uint16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerConfig:
-    """How to make coordinates where the source has none (ETKDGv3, then MMFF94, or UFF where that lacks parameters)."""
+    """How to make coordinates if the source has none: ETKDGv3, then MMFF94, or UFF if MMFF94 lacks parameters."""
 
     generate: bool = False
-    """Embed molecules whose source has no coordinates."""
+    """Make conformers of molecules whose source has no coordinates."""
     count: int = 1
-    """Conformers tried for each molecule; stored by energy, the lowest first."""
+    """Conformers to make per molecule; they are stored in the order of their energies, lowest first."""
     prune_rms_angstrom: float | None = None
-    """Leave out a conformer whose heavy atoms, best aligned, are closer than this (RMSD, angstrom) to
-    one of lower energy; None keeps all."""
+    """Leave out a conformer if its heavy atoms are closer than this (RMSD after alignment, angstrom) to those of one
+    with lower energy; null keeps all."""
     energy_window_kcal_mol: float | None = None
-    """Leave out conformers whose energy is more than this (kcal/mol) above the lowest; None keeps all.
-    Has no effect where no force field ran."""
+    """Leave out conformers whose energy is more than this (kcal/mol) above the lowest; null keeps all. Has no effect if
+    no force field ran."""
     seed: int = 7
-    """With the canonical SMILES, seeds the embedding: the result does not depend on the file's order."""
+    """Seeds the embedding together with the canonical SMILES, so that the result does not depend on the order of the
+    file."""
     timeout_s: float = 3.0
-    """Seconds a molecule's conformers may take, embedding, force field and pruning together. It is the
-    only thing by which the outcome depends on the machine, and the molecule's detail then says so."""
+    """Seconds for all conformers of a molecule: embedding, force field and pruning. Only by this limit can the result
+    depend on the speed of the machine; the molecule's ``conformer_detail`` then says so."""
     mmff_max_iterations: int = 200
-    """Force-field iterations for each conformer; 0 leaves the embedded geometry as it is."""
+    """Force-field iterations per conformer; 0 leaves the embedded geometry as it is."""
     on_failure: Literal["keep_2d", "reject"] = "keep_2d"
-    """Keep a molecule that could not be embedded, with status ``failed`` and no coordinates, or reject it."""
+    """What to do with a molecule that could not be embedded: keep it, with status ``failed`` and no coordinates, or
+    reject it."""
 
     def __post_init__(self) -> None:
         check_all(
@@ -57,26 +59,25 @@ class ConformerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturizeConfig:
-    """What becomes of one source record: which atoms are kept and what is turned away."""
+    """How a source record becomes a molecule: which atoms are kept, and which records are rejected."""
 
     explicit_hydrogens: bool = False
-    """Keep every hydrogen as an atom. By default only those stay that carry information, by the rules
-    of RDKit's ``RemoveHs``: isotopes, molecular hydrogen, and the one that says which way an imine
-    ``C=N-H`` points."""
+    """Keep every hydrogen as an atom. By default only hydrogens that carry information are kept, by the rules of
+    RDKit's ``RemoveHs``: isotopes, molecular hydrogen, and the one that defines the stereo of an imine ``C=N-H``."""
     max_atoms: int = 256
-    """Molecules with more kept atoms are rejected: relation matrices grow with the square."""
+    """Molecules with more kept atoms are rejected, as relation matrices grow with the square of this number."""
     require_coordinates: bool = False
-    """Reject molecules that end up without coordinates."""
+    """Reject molecules for which there are no coordinates."""
     salts: Literal["keep", "largest_fragment", "reject"] = "keep"
-    """What to do with records of several fragments. The largest has most atoms, then most mass,
-    then comes first."""
+    """What to do with records of several fragments. The largest fragment is the one with most heavy atoms; among
+    these, the heaviest; among these, the first."""
     dummy_atoms: Literal["reject", "other"] = "reject"
-    """Atoms without an element (``*``, R-groups, query atoms): reject the record, or give them the
-    code "other" as OGB does."""
+    """Atoms without an element (``*``, R-groups, query atoms): reject the record, or give them the code "other" as OGB
+    does."""
     canonical_order: bool = False
-    """Number atoms as in the canonical SMILES instead of as in the source."""
+    """Number the atoms as in the canonical SMILES instead of as in the source."""
     conformers: ConformerConfig = field(default_factory=ConformerConfig)
-    """Coordinates for records that have none."""
+    """How to make coordinates for records that have none."""
 
     def __post_init__(self) -> None:
         check_all(

@@ -9,12 +9,12 @@ from moleblend_ray.chemistry.killable import serve
 
 
 def answer(request: ConformerRequest) -> Embedding:
-    """The conformers of one molecule, in its own atom order."""
-    mol = Chem.Mol(request.binary)  # type: ignore[call-overload]  # the stubs say str
+    """The conformers of one molecule, in its own order of atoms."""
+    mol = Chem.Mol(request.binary)  # type: ignore[call-overload]  # the type stubs say str
     return embed_conformers(mol, request.canonical_smiles, request.config)
 
 
 if __name__ == "__main__":
-    # What RDKit has to say of a molecule stands in its detail.
+    # RDKit's messages about a molecule are in its detail.
     rdBase.DisableLog("rdApp.*")
     serve(answer)

@@ -1,4 +1,4 @@
-"""Coordinates for molecules that come without: seeded ETKDGv3, then MMFF94 (else UFF), lowest energy first."""
+"""Coordinates for molecules without any: seeded ETKDGv3, then MMFF94 or else UFF, lowest energy first."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from moleblend_ray.chemistry.killable import (
 )
 
 FRAGMENT_GAP: Final = 4.0
-"""Angstrom between the boxes of neighbouring fragments (salts) after embedding."""
+"""Distance (angstrom) between the bounding boxes of neighbouring fragments (salts) after embedding."""
 
 DETAIL_SEPARATOR: Final = "; "
-"""Between the statements of a detail; each begins with its kind and a colon."""
+"""Separates the statements of a detail, each of which begins with its kind and a colon."""
 
 _WORKER_MODULE: Final = "moleblend_ray.chemistry.conformer_worker"
 _FAILURE_CAUSES: Final = {
@@ -43,42 +43,42 @@ class ConformerStatus(StrEnum):
     SOURCE = "source"
     """Read from the source record."""
     RELAXED = "relaxed"
-    """Embedded, then a force field until it converged; where it did not, the detail says so."""
+    """Embedded, then relaxed by a force field; if that did not converge, the detail says so."""
     EMBEDDED = "embedded"
-    """Embedded only: no force field has parameters for the molecule, or it was switched off."""
+    """Embedded only: no force field has parameters for the molecule, or it was turned off."""
     FAILED = "failed"
-    """Embedding was tried and failed, ran out of time or crashed: no coordinates."""
+    """No coordinates: embedding failed, ran out of time or crashed."""
     NONE = "none"
-    """The source has none and none were asked for."""
+    """No coordinates: the source has none, and none were asked for."""
 
 
 class Embedding(NamedTuple):
     """The outcome of embedding one molecule."""
 
     positions: NDArray[np.float32]
-    """(C, N, 3), angstrom, in the molecule's own atom order, lowest energy first; C is 0 if it failed."""
+    """(C, N, 3), angstrom, in the molecule's own order of atoms, lowest energy first; C is 0 if embedding failed."""
     energies: NDArray[np.float32]
-    """(C,), kcal/mol, of the relaxed geometry with all hydrogens; NaN where no force field ran."""
+    """(C,), kcal/mol, of the relaxed geometries with all hydrogens; NaN if no force field ran."""
     status: ConformerStatus
     detail: str
-    """What is to be said of it, statements of the form ``kind: what``, joined by ``"; "``; empty if nothing.
+    """Remarks of the form ``kind: what``, joined by ``"; "``; usually empty.
 
-    Kinds: ``timeout``, ``crashed``, ``embedding failed``, ``force field`` (UFF, or none at all, as MMFF94 lacks
+    Kinds: ``timeout``, ``crashed``, ``embedding failed``, ``force field`` (UFF or none was used, as MMFF94 lacks
     parameters), ``not converged``.
     """
 
 
 class ConformerRequest(NamedTuple):
-    """What the child process is asked for."""
+    """A request to the child process."""
 
     binary: bytes
-    """The molecule as RDKit's binary form."""
+    """The molecule in RDKit's binary form."""
     canonical_smiles: str
     config: ConformerConfig
 
 
 def conformer_seed(seed: int, canonical_smiles: str) -> int:
-    """The embedding seed of one molecule, 31 bits: the same wherever the molecule stands in a file."""
+    """The embedding seed of a molecule, 31 bits, which does not depend on its position in a file."""
     digest = hashlib.sha256(f"{seed}:{canonical_smiles}".encode()).digest()
     return int.from_bytes(digest[:4], "little") >> 1
 
@@ -87,7 +87,7 @@ def conformer_seed(seed: int, canonical_smiles: str) -> int:
 
 
 class _Maker:
-    """This process's child that makes conformers."""
+    """The child process that makes conformers for this process."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -99,7 +99,7 @@ _maker: _Maker | None = None
 
 def _worker() -> KillableWorker:
     global _maker
-    # A forked process shares the pipes of its parent's child, and must not use them.
+    # A forked process has inherited the pipes of its parent's child, and must not use them.
     if _maker is None or _maker.pid != os.getpid():
         _maker = _Maker()
         atexit.register(_maker.worker.close)
@@ -107,9 +107,9 @@ def _worker() -> KillableWorker:
 
 
 def make_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfig) -> Embedding:
-    """:func:`embed_conformers` in a child process that is killed when ``config.timeout_s`` is over.
+    """Run :func:`embed_conformers` in a child process that is killed after ``config.timeout_s``.
 
-    A molecule that hangs or crashes RDKit is ``failed``; this process goes on. Raises WorkerStartError if no
+    A molecule that hangs or crashes RDKit has status ``failed``; this process continues. Raises WorkerStartError if no
     child can be started.
     """
     request = ConformerRequest(mol.ToBinary(), canonical_smiles, config)
@@ -142,16 +142,18 @@ class _Relaxation(NamedTuple):
 
 
 def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfig) -> Embedding:
-    """Embed ``mol`` (hydrogens implicit or not), relax it, and return the positions of its own atoms.
+    """Embed ``mol`` (with or without explicit hydrogens), relax it, and return the positions of its own atoms.
 
-    The same molecule, atom order, SMILES and settings give the same bits, unless the time runs out. RDKit
-    looks at the time in whole seconds and only while it embeds, so this may go over ``config.timeout_s``
-    (:func:`make_conformers` does not); embedding ends a second before, so that what it has can be relaxed.
+    The same molecule, order of atoms, SMILES and settings give the same bits, unless time runs out. RDKit checks the
+    time in whole seconds and only while it embeds, so this function may exceed ``config.timeout_s``, whereas
+    :func:`make_conformers` does not. Embedding ends a second early, so that its result can still be relaxed.
     """
     deadline = time.monotonic() + config.timeout_s
     full = Chem.AddHs(mol)
     full.RemoveAllConformers()
-    Chem.GetSymmSSSR(full)  # ETKDG reads the rings, which removing or adding hydrogens forgets
+    Chem.GetSymmSSSR(
+        full
+    )  # ETKDG needs the rings, which RDKit forgets when hydrogens are added or removed
     try:
         details = _embed(full, canonical_smiles, config, deadline)
         if not full.GetNumConformers():
@@ -159,7 +161,7 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
         _separate_fragments(full)
         relaxation = _relax(full, config.mmff_max_iterations)
         kept = _kept_conformers(full, relaxation.energies, config)
-    # RDKit turns its C++ errors into RuntimeError, ValueError and classes of its own.
+    # RDKit raises C++ errors as RuntimeError, ValueError and classes of its own.
     except Exception as error:
         text = " ".join(str(error).replace(";", ",").split())
         return _failed(mol, f"embedding failed: {text[:200]}")
@@ -176,10 +178,10 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
 def _embed(
     full: Chem.Mol, canonical_smiles: str, config: ConformerConfig, deadline: float
 ) -> list[str]:
-    """Give ``full`` its conformers; what is to be said if they are fewer than asked.
+    """Add conformers to ``full``; returns a remark if they are fewer than asked for.
 
-    Cages, macrocycles and crowded molecules defeat the metric-matrix start; they get a second attempt from
-    random coordinates in what is left of the time.
+    For cages, macrocycles and crowded molecules the usual start from a metric matrix fails. They get a second attempt,
+    from random coordinates, in the remaining time.
     """
     parameters: Any = rdDistGeom.ETKDGv3()
     parameters.randomSeed = conformer_seed(config.seed, canonical_smiles)
@@ -190,7 +192,7 @@ def _embed(
         if parameters.useRandomCoords and seconds_left <= 1 and causes[_TIMEOUT_CAUSE]:
             break
         parameters.timeout = max(1, int(seconds_left - 0.5))
-        # Count conformers rather than the ids this returns: out of time, it returns one, -1.
+        # The returned ids are not counted: if time runs out, there is one, -1.
         rdDistGeom.EmbedMultipleConfs(full, config.count, parameters)
         causes.update(dict(enumerate(parameters.GetFailureCounts())))
         if full.GetNumConformers():
@@ -209,7 +211,7 @@ def _embed(
 
 
 def _separate_fragments(mol: Chem.Mol) -> None:
-    """Line the fragments up along x: RDKit embeds each by itself, all around the origin."""
+    """Place the fragments side by side along x, as RDKit embeds each of them around the origin."""
     fragments = [list(atoms) for atoms in Chem.GetMolFrags(mol)]
     if len(fragments) < 2:
         return
@@ -223,7 +225,7 @@ def _separate_fragments(mol: Chem.Mol) -> None:
 
 
 def _relax(mol: Chem.Mol, max_iterations: int) -> _Relaxation:
-    """Minimize each conformer, in one thread, by MMFF94 or, for elements it does not know, UFF."""
+    """Minimize each conformer, in one thread, with MMFF94, or with UFF if MMFF94 lacks parameters."""
     none = np.full(mol.GetNumConformers(), np.nan)
     if max_iterations == 0:
         return _Relaxation(ConformerStatus.EMBEDDED, none, ())
@@ -251,10 +253,10 @@ def _relax(mol: Chem.Mol, max_iterations: int) -> _Relaxation:
 def _kept_conformers(
     mol: Chem.Mol, energies: NDArray[np.float64], config: ConformerConfig
 ) -> NDArray[np.int64]:
-    """Indices of the conformers to store, lowest energy first; in the order made where no force field ran."""
+    """Indices of the conformers to keep, lowest energy first; in their own order if no force field ran."""
     order = np.argsort(energies, kind="stable")
     if config.energy_window_kcal_mol is not None:
-        # Without energies nothing is above the window.
+        # Comparisons with NaN are false: without energies, all conformers are kept.
         order = order[~(energies[order] - energies[order[0]] > config.energy_window_kcal_mol)]
     if config.prune_rms_angstrom is None or len(order) < 2:
         return order
@@ -267,7 +269,7 @@ def _kept_conformers(
 
 
 def _rms_distances(mol: Chem.Mol) -> NDArray[np.float64]:
-    """(C, C), angstrom: RMSD of the heavy atoms after the best alignment, symmetric atoms exchanged."""
+    """(C, C), angstrom, RMSD of the heavy atoms after the best alignment over all mappings of symmetric atoms."""
     count = mol.GetNumConformers()
     heavy = Chem.RemoveAllHs(mol)
     distances = np.zeros((count, count))

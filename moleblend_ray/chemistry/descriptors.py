@@ -1,4 +1,4 @@
-"""RDKit's two-dimensional descriptors, for the baseline of a linear model."""
+"""RDKit's two-dimensional descriptors, for baselines."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from rdkit.Chem import Descriptors
 logger = logging.getLogger(__name__)
 
 DESCRIPTOR_NAMES: Final[tuple[str, ...]] = tuple(name for name, _ in Descriptors.descList)
-"""RDKit's own list, in its order; which descriptors are on it depends on the RDKit release."""
+"""RDKit's own list, in its order; the descriptors on it depend on the RDKit release."""
 
 
 def descriptors(smiles: Sequence[str]) -> NDArray[np.float64]:
-    """RDKit's 2D descriptors of ``smiles``: (M, D) float64, D = ``len(DESCRIPTOR_NAMES)``, each in its own unit.
+    """(M, D) float64, the D = ``len(DESCRIPTOR_NAMES)`` descriptors of each SMILES, each in its own unit.
 
-    NaN where RDKit cannot compute one (partial charges of metals, ...), and in the whole row of a SMILES that it does
-    not read, whose number is logged. Some are infinite: Ipc overflows for large molecules. About 6 ms for a
-    drug-like molecule.
+    NaN where RDKit cannot compute a descriptor (such as partial charges of metals), and in the whole row of a SMILES
+    that it cannot read; the number of these is logged. Some values are infinite: Ipc overflows for large molecules.
+    Takes about 6 ms per drug-like molecule.
     """
     values = np.full((len(smiles), len(DESCRIPTOR_NAMES)), np.nan)
     unreadable = 0

@@ -1,11 +1,11 @@
-"""Atom and bond categories as integer codes, exactly those of OGB 1.3.6 (``ogb.utils.features``).
+"""Atom and bond features as integer codes, exactly those of OGB 1.3.6 (``ogb.utils.features``).
 
-OGB looks every value up in a Python list, by the name of an enum where there is one; here each value
-indexes a table made once. Values outside a vocabulary get its last code, "other". The stereo of
-anything but a double bond (atropisomers, on which OGB raises) is STEREONONE.
+OGB looks up every value in a Python list, by the name of an enum if there is one; here each value is an index into a
+table that is made once. Values outside a vocabulary get its last code, "other". Only double bonds have a stereo code;
+that of all others (such as atropisomers, for which OGB raises) is STEREONONE.
 
-:func:`graph_arrays` reads RDKit's binary form of a molecule (:mod:`moleblend_ray.chemistry.binary`); what that does
-not cover is asked from RDKit atom by atom, with the same result.
+:func:`graph_arrays` reads RDKit's binary form of a molecule (:mod:`moleblend_ray.chemistry.binary`). For molecules
+which that does not cover, RDKit is asked atom by atom, with the same result.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MAX_CHARGE = 5
 
 
 def _table(values: Mapping[int, object], names: Sequence[str], other: int) -> bytes:
-    """Code of each value of an RDKit enum: the place of its name in ``names``, else ``other``."""
+    """Code of each value of an RDKit enum: the index of its name in ``names``, else ``other``."""
     code_of = {int(value): str(name) for value, name in values.items()}
     return _translation(
         lambda value: names.index(code_of[value]) if code_of.get(value) in names else other
@@ -60,7 +60,7 @@ _HYBRIDIZATION = _table(Chem.HybridizationType.values, _HYBRIDIZATIONS, ATOM_VOC
 _BOND_TYPE = _table(Chem.BondType.values, _BOND_TYPES, BOND_VOCAB_SIZES[0] - 1)
 _BOND_STEREO = _table(Chem.BondStereo.values, _BOND_STEREOS, BOND_VOCAB_SIZES[1] - 1)
 _DOUBLE = _BOND_TYPES.index("DOUBLE")
-_BOND_ORDER = {1.0: 0, 2.0: _DOUBLE, 3.0: 2, 1.5: 3}  # places in _BOND_TYPES
+_BOND_ORDER = {1.0: 0, 2.0: _DOUBLE, 3.0: 2, 1.5: 3}  # indices in _BOND_TYPES
 _DATIVE = Chem.MolFromSmarts("*->*")
 
 
@@ -70,7 +70,7 @@ class GraphArrays(NamedTuple):
     atom_features: NDArray[np.uint8]
     """(N, 9), columns as in ``vocabulary.ATOM_FEATURE_NAMES``."""
     bonds: NDArray[np.uint16]
-    """(E, 2): begin and end atom, each bond once, in RDKit's order."""
+    """(E, 2), begin and end atom, each bond once, in RDKit's order."""
     bond_features: NDArray[np.uint8]
     """(E, 3), columns as in ``vocabulary.BOND_FEATURE_NAMES``."""
 
@@ -98,7 +98,7 @@ _TABLES = CodeTables(
 
 
 def graph_arrays(binaries: Sequence[bytes]) -> list[GraphArrays]:
-    """The OGB codes of sanitized molecules, each given as ``binary.to_binary`` writes it; arrays are views of a few."""
+    """The OGB codes of sanitized molecules, each given in the form of ``binary.to_binary``."""
     _warn_of_unknown_format()
     decoded = decode_graphs(binaries, _TABLES, _DOUBLE)
     atom_ends = np.cumsum(decoded.num_atoms, dtype=np.int64).tolist()
@@ -116,7 +116,7 @@ def graph_arrays(binaries: Sequence[bytes]) -> list[GraphArrays]:
             )
         else:
             mol = from_binary(binaries[index])
-            Chem.GetSymmSSSR(mol)  # it may have rings of another kind, or none
+            Chem.GetSymmSSSR(mol)  # its rings may be missing, or found by another method
             arrays.append(graph_arrays_by_getters(mol))
         atom, bond = next_atom, next_bond
     return arrays
@@ -133,17 +133,16 @@ def _warn_of_unknown_format() -> None:
 
 
 def graph_arrays_by_getters(mol: Chem.Mol) -> GraphArrays:
-    """The OGB codes of a sanitized molecule from RDKit's getters: of any molecule, but slower than its parse."""
+    """The OGB codes of any sanitized molecule, from RDKit's getters; this takes longer than parsing the molecule."""
     return GraphArrays(_atom_features(mol), *_bond_arrays(mol))
 
 
 def _atom_features(mol: Chem.Mol) -> NDArray[np.uint8]:
-    """The 9 OGB codes of every atom, (N, 9).
+    """(N, 9), the 9 OGB codes of every atom.
 
-    Column by column, so that the interpreter runs no bytecode for an atom: only RDKit's getters are
-    called, 0.1 us each. Those that return an enum take 0.5 us, so the chirality is asked only for
-    atoms with three neighbours or more (RDKit's parsers keep none on others), and ``GetAtomWithIdx``
-    is three times as fast as iterating over ``GetAtoms()``.
+    Computed column by column, so that per atom only RDKit's getters are called (0.1 us each) and no Python code runs.
+    Getters that return an enum take 0.5 us, so the chirality is read only for atoms with three or more neighbours
+    (RDKit's parsers keep none on others). ``GetAtomWithIdx`` is three times as fast as iterating over ``GetAtoms()``.
     """
     atoms = list(map(mol.GetAtomWithIdx, range(mol.GetNumAtoms())))
     degrees = bytes(map(Chem.Atom.GetTotalDegree, atoms))
@@ -168,11 +167,7 @@ def _atom_features(mol: Chem.Mol) -> NDArray[np.uint8]:
 
 
 def _bond_arrays(mol: Chem.Mol) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Atom pairs (E, 2) and the 3 OGB codes (E, 3) of every bond.
-
-    The bond order as a number, cheaper to get, stands for the bond type unless the molecule has dative
-    bonds (their order is 1 too) or bonds without an order. Only double bonds carry a stereo code.
-    """
+    """Atom pairs (E, 2) and the 3 OGB codes (E, 3) of every bond; only double bonds have a stereo code."""
     bonds = list(map(mol.GetBondWithIdx, range(mol.GetNumBonds())))
     kinds = _bond_kinds(mol, bonds)
     stereos = bytearray(len(bonds))
@@ -186,16 +181,18 @@ def _bond_arrays(mol: Chem.Mol) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
 
 
 def _bond_kinds(mol: Chem.Mol, bonds: Sequence[Chem.Bond]) -> bytes:
+    """The code of each bond's type: from its order, which is faster to get, unless that is ambiguous."""
+    # The order of dative bonds is 1 too.
     if not mol.HasSubstructMatch(_DATIVE):
         try:
             return bytes(map(_BOND_ORDER.__getitem__, map(Chem.Bond.GetBondTypeAsDouble, bonds)))
-        # KeyError: another order (quadruple); RuntimeError: RDKit knows no order (hydrogen bond).
+        # KeyError: another order (quadruple bond). RuntimeError: a bond without an order (hydrogen bond).
         except (KeyError, RuntimeError):
             pass
     return bytes(map(Chem.Bond.GetBondType, bonds)).translate(_BOND_TYPE)
 
 
 def _rows(columns: Sequence[bytes | bytearray]) -> NDArray[np.uint8]:
-    """Columns of bytes as a writable, contiguous (rows, columns) array."""
+    """Columns of bytes as a writable, contiguous array (rows, columns)."""
     flat = np.frombuffer(b"".join(columns), dtype=np.uint8)
     return flat.reshape(len(columns), len(columns[0])).T.copy()

@@ -1,4 +1,4 @@
-"""Extended-connectivity fingerprints, for the baselines that stand beside every fine-tuned model."""
+"""Extended-connectivity fingerprints, for baselines and similarity."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def ecfp(smiles: Sequence[str], *, radius: int = 2, num_bits: int = 2048) -> NDArray[np.uint8]:
-    """Morgan fingerprints of `smiles`: (M, num_bits) of 0 and 1; radius 2 is ECFP4.
+    """(M, num_bits) of 0 and 1, the Morgan fingerprint of each SMILES; radius 2 is ECFP4.
 
-    A SMILES that RDKit does not read back has no bits, and their number is logged.
+    A SMILES that RDKit cannot read has no bits; the number of these is logged.
     """
     generator = rdFingerprintGenerator.GetMorganGenerator(radius=radius, fpSize=num_bits)
     fingerprints = np.zeros((len(smiles), num_bits), dtype=np.uint8)

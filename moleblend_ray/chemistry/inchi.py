@@ -1,4 +1,4 @@
-"""Standard InChIKeys: the identity by which two records are the same molecule."""
+"""Standard InChIKeys: two records with the same key are the same molecule."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from rdkit import Chem, rdBase
 
 
 def inchi_keys(smiles: Sequence[str]) -> list[str | None]:
-    """The standard InChIKey of each SMILES (27 characters), None where there is none.
+    """The standard InChIKey (27 characters) of each SMILES, None where there is none.
 
-    InChI makes no key of molecules with atoms that it does not know (dummies) or with more than 1,024 atoms. The
-    standard InChI does not tell tautomers of mobile hydrogens apart, and cuts bonds to metals.
+    There is no key for molecules with unknown atoms (dummies) or with more than 1,024 atoms. The standard InChI does
+    not distinguish tautomers that differ in mobile hydrogens, and disconnects bonds to metals.
     """
     with rdBase.BlockLogs():
         return [_inchi_key(text) for text in smiles]
@@ -24,6 +24,6 @@ def _inchi_key(smiles: str) -> str | None:
             return None
         key: str = Chem.MolToInchiKey(mol)  # type: ignore[no-untyped-call]
         return key or None
-    # One odd molecule of a hundred million, whatever class RDKit raises for it, must not end a job.
+    # RDKit raises various classes; one odd molecule of a hundred million must not end a job.
     except Exception:
         return None

@@ -1,8 +1,8 @@
 """A child process that works on one request at a time and can be stopped whatever it is doing.
 
-RDKit's C++ cannot be interrupted from Python: no signal handler, thread or exception ends an embedding that hangs.
-A process can be killed. The child is a fresh interpreter, never a fork of a process with threads, and talks over
-pipes in frames: 8 bytes of length, little endian, then a pickle. Standard library only.
+RDKit's C++ code cannot be interrupted from Python: no signal handler, thread or exception ends an embedding that hangs.
+A process can be killed. The child is a new interpreter, not a fork of a process with threads. Requests and answers go
+through pipes, in frames of 8 bytes for the length (little endian) and a pickle. Uses the standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import IO, Any, Final, NoReturn
 from moleblend_ray.errors import MoleBlendError
 
 START_TIMEOUT_S: Final = 60.0
-"""Seconds a child may take to import what it needs, on a loaded machine."""
+"""Seconds that a child may take to start and import what it needs, on a loaded machine."""
 
 _LENGTH: Final = struct.Struct("<Q")
 _READY: Final = b"ready"
@@ -34,45 +34,45 @@ _READ_BYTES: Final = 1 << 16
 
 
 class WorkerStartError(MoleBlendError):
-    """The child process cannot be started: the fault of the installation, not of a request."""
+    """The child process cannot be started, which is a fault of the installation and not of a request."""
 
 
 class WorkerTimeoutError(Exception):
-    """The time for a request was up; the child that worked on it is dead."""
+    """The time for a request was over; the child has been killed."""
 
 
 class WorkerCrashedError(Exception):
-    """The child died at a request, twice; the argument says how, such as ``SIGSEGV``."""
+    """The child died twice while working on a request; the argument says how, such as ``SIGSEGV``."""
 
 
 class KillableWorker:
-    """A child process, started at the first request and again after it died or was killed.
+    """A child process that is started at the first request, and again after it died or was killed.
 
-    It leads a process group of its own and ends with this process, however that ends. One request at a
-    time: threads wait for each other.
+    It is the leader of its own process group, and ends when this process ends, in whatever way. It works on one request
+    at a time: threads wait for each other.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        """``arguments`` of the Python interpreter run a program that ends in :func:`serve`."""
+        """``arguments`` are those of a Python interpreter that runs a program which ends in :func:`serve`."""
         self._arguments = tuple(arguments)
         self._child: _Child | None = None
         self._lock = threading.Lock()
 
     @property
     def pid(self) -> int | None:
-        """Of the child that waits for a request or works on one; None without."""
+        """The process id of the child; None if there is no child."""
         return self._child.process.pid if self._child is not None else None
 
     def call(self, request: Any, timeout_s: float) -> Any:
         """The child's answer to ``request``, a picklable value.
 
-        The ``timeout_s`` seconds do not include the child's start. A child that dies is replaced and asked
-        once more, with the full time: a process may be killed for what others do to the machine.
+        The ``timeout_s`` seconds do not include the start of the child. A child that dies is replaced, and asked once
+        more with the full time: it may have been killed because of other processes (out of memory).
 
         Raises:
-            WorkerTimeoutError: the time is up.
-            WorkerCrashedError: the child died at this request, twice.
-            WorkerStartError: there is no child to be had.
+            WorkerTimeoutError: the time is over.
+            WorkerCrashedError: the child died twice while working on this request.
+            WorkerStartError: no child can be started.
         """
         frame = _frame(pickle.dumps(request))
         with self._lock:
@@ -87,7 +87,7 @@ class KillableWorker:
                     if attempt == _ATTEMPTS:
                         raise WorkerCrashedError(how) from None
                 except BaseException:
-                    self._end()  # also when interrupted: its answer would be taken for the next one's
+                    self._end()  # also after an interrupt: its answer would be taken for that of the next request
                     raise
         raise AssertionError("unreachable")
 
@@ -97,7 +97,7 @@ class KillableWorker:
             self._end()
 
     def _end(self) -> int:
-        """Kill the child; its return code, 0 if there was none."""
+        """Kill the child; returns its return code, or 0 if there was no child."""
         if self._child is None:
             return 0
         child, self._child = self._child, None
@@ -136,7 +136,7 @@ class _Child:
     def exchange(self, frame: bytes, deadline: float) -> bytes:
         """Send a frame (or nothing) and wait for one; EOFError if the child dies, WorkerTimeoutError at ``deadline``.
 
-        Neither pipe ever blocks: a child that is stopped does not hold up its parent.
+        Neither pipe blocks, so a stopped child does not stop its parent.
         """
         unsent, received = memoryview(frame), bytearray()
         poll = select.poll()
@@ -196,13 +196,13 @@ _LIFELINE: Final = "MOLEBLEND_LIFELINE_FD"
 
 
 def _environment(lifeline: int) -> dict[str, str]:
-    """A child that finds the modules this process finds, whatever has changed ``sys.path`` since its start."""
+    """The child's environment, with which it finds the same modules as this process, also if ``sys.path`` changed."""
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return {**os.environ, "PYTHONPATH": path, _LIFELINE: str(lifeline)}
 
 
 def _kill(process: subprocess.Popen[bytes], lifeline: int) -> None:
-    """End the child and what it has started, and reap it."""
+    """End the child and its own children, and reap it."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -234,10 +234,10 @@ def _frame_size(received: bytearray) -> int:
 
 
 def serve(answer: Callable[[Any], Any]) -> NoReturn:
-    """Answer requests until the parent closes the pipe; call it when all that ``answer`` needs is imported."""
+    """Answer requests until the parent closes the pipe; to be called after everything ``answer`` needs is imported."""
     _end_with_parent(int(os.environ.pop(_LIFELINE)))
     source, sink = os.dup(0), os.dup(1)
-    # What a library prints must not get between the frames.
+    # Output that a library prints must not get between the frames.
     os.dup2(2, 1)
     with open(source, "rb") as requests, open(sink, "wb") as answers:
         answers.write(_frame(_READY))
@@ -251,15 +251,15 @@ def serve(answer: Callable[[Any], Any]) -> NoReturn:
 
 
 def _end_with_parent(lifeline: int) -> None:
-    """Have the kernel end this process (SIGIO, unhandled) when the parent's end of the pipe closes.
+    """Let the kernel end this process (by an unhandled SIGIO) when the parent's end of the pipe closes.
 
-    No thread of ours would do: it gets to run only when RDKit lets go of the interpreter. The kernel's
-    parent-death signal would not either: it comes when the *thread* ends that started the child.
+    A thread in this process would not do, as it only runs when RDKit releases the interpreter lock. Nor would the
+    kernel's parent-death signal, which is sent when the *thread* ends that started the child.
     """
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     poll = select.poll()
     poll.register(lifeline, select.POLLHUP)
-    if poll.poll(0):  # the parent was gone before the kernel was told
+    if poll.poll(0):  # the parent ended before the calls above
         sys.exit(0)

@@ -1,7 +1,8 @@
 """One source record (SMILES, SDF record, table row with geometry) -> :class:`Molecule` or :class:`Rejection`.
 
-None of the entry points raises on bad input, whatever it is: what cannot become a molecule comes back as a
-rejection with a reason code, so that a data set accounts for every row.
+:func:`molecules_from_records` featurizes many records at a time. From Python, :func:`molecule_from_smiles`,
+:func:`molecule_from_molblock` and :func:`molecule_from_geometry` do the same for one. None of them raises on bad input:
+a record that cannot become a molecule gives a rejection with a reason code, so that a data set accounts for every row.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ class RejectionCode(StrEnum):
     """Why a source record is not a molecule of the data set."""
 
     MISSING_SMILES = "missing_smiles"
-    """The SMILES is null, empty or no text."""
+    """The SMILES is null, empty or not a text."""
     UNPARSABLE_SMILES = "unparsable_smiles"
-    """RDKit cannot make a molecule of the SMILES, for its syntax or its chemistry."""
+    """RDKit rejects the SMILES, because of its syntax or its chemistry."""
     INVALID_RECORD = "invalid_record"
     """An SDF record or geometry row is malformed."""
     SANITIZATION_FAILED = "sanitization_failed"
-    """The record is well formed but its chemistry is not: valence, kekulization."""
+    """The record is well formed but chemically impossible (valence, kekulization)."""
     EMPTY_MOLECULE = "empty_molecule"
     """The record has no atoms."""
     TOO_MANY_ATOMS = "too_many_atoms"
@@ -52,22 +53,22 @@ class RejectionCode(StrEnum):
     NO_COORDINATES = "no_coordinates"
     """No coordinates while ``FeaturizeConfig.require_coordinates`` is on."""
     OVERLAPPING_ATOMS = "overlapping_atoms"
-    """Two atoms closer than any bond; found when rows become shards, where geometry kernels run."""
+    """Two atoms are closer than in any bond; this is found when rows become shards."""
     GEOMETRY_MISMATCH = "geometry_mismatch"
-    """The coordinates and the SMILES of one record are of two molecules."""
+    """The coordinates and the SMILES of the record are of different molecules."""
     EXCLUDED = "excluded"
     """A list published with the collection advises against the molecule."""
     CONFORMER_FAILED = "conformer_failed"
-    """No conformer could be made and the configuration says to reject such molecules."""
+    """No conformer could be made, and the configuration says to reject such molecules."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
-    """A record that was turned away."""
+    """A record that was rejected."""
 
     code: RejectionCode
     detail: str
-    """One sentence for the quarantine table: what was found."""
+    """One sentence for the quarantine that says what was found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,43 +76,43 @@ class Molecule:
     """A featurized molecule of N atoms, E bonds and C conformers."""
 
     smiles: str
-    """Canonical isomeric SMILES of the kept atoms. Atoms below are in its order only with
-    ``FeaturizeConfig.canonical_order``."""
+    """Canonical isomeric SMILES of the kept atoms. The arrays below have its order of atoms only if
+    ``FeaturizeConfig.canonical_order`` is set."""
     atom_features: NDArray[np.uint8]
-    """(N, 9): OGB codes, columns ``vocabulary.ATOM_FEATURE_NAMES``."""
+    """(N, 9), OGB codes, columns ``vocabulary.ATOM_FEATURE_NAMES``."""
     bonds: NDArray[np.uint16]
-    """(E, 2): atom pairs, each bond once, in RDKit's order."""
+    """(E, 2), atom pairs, each bond once, in RDKit's order."""
     bond_features: NDArray[np.uint8]
-    """(E, 3): OGB codes, columns ``vocabulary.BOND_FEATURE_NAMES``."""
+    """(E, 3), OGB codes, columns ``vocabulary.BOND_FEATURE_NAMES``."""
     positions: NDArray[np.float32]
-    """(C, N, 3), angstrom. C is 0 without coordinates. Zeros where ``position_mask`` is False."""
+    """(C, N, 3), angstrom; C is 0 without coordinates. Zeros where ``position_mask`` is False."""
     position_mask: NDArray[np.bool_]
-    """(C, N): which atoms have coordinates. Hydrogens added to a record that lacks them have none."""
+    """(C, N), which atoms have coordinates. Hydrogens that were added to a record have none."""
     conformer_status: ConformerStatus
     """Where the coordinates come from."""
     conformer_detail: str
-    """What is to be said of coordinates made or not made (``conformers.Embedding``); empty if nothing."""
+    """Remarks on conformers that were made or could not be made (``conformers.Embedding``); usually empty."""
     conformer_energies: NDArray[np.float32]
-    """(C,), kcal/mol, of conformers relaxed here, lowest first; NaN of others."""
+    """(C,), kcal/mol, lowest first, of conformers that were relaxed here; NaN for all others."""
 
     @property
     def num_atoms(self) -> int:
-        """N, the kept atoms."""
+        """N, the number of kept atoms."""
         return len(self.atom_features)
 
     @property
     def num_bonds(self) -> int:
-        """E, each bond counted once."""
+        """E, the number of bonds, each counted once."""
         return len(self.bonds)
 
     @property
     def num_conformers(self) -> int:
-        """C, 0 without coordinates."""
+        """C, the number of conformers; 0 without coordinates."""
         return len(self.positions)
 
 
 Outcome = Molecule | Rejection
-"""What becomes of one record."""
+"""The result of featurizing one record."""
 
 
 class GeometryRow(NamedTuple):
@@ -122,7 +123,7 @@ class GeometryRow(NamedTuple):
     formal_charges: Sequence[int] | NDArray[np.integer]
     """(N,)"""
     positions: Sequence[float] | NDArray[np.floating] | None
-    """(3 N,) or (N, 3), angstrom; None, or zeros for every atom of several, means no coordinates."""
+    """(3 N,) or (N, 3), angstrom; no coordinates if None, or if all are zero and there are several atoms."""
     bond_begin: Sequence[int] | NDArray[np.integer]
     """(E,): atom indices counted from 0."""
     bond_end: Sequence[int] | NDArray[np.integer]
@@ -130,11 +131,11 @@ class GeometryRow(NamedTuple):
     bond_order: Sequence[int] | NDArray[np.integer]
     """(E,): Kekule order 1, 2 or 3."""
     smiles: str | None = None
-    """Used instead of the lists where there are no coordinates: it may carry stereo, which they cannot."""
+    """Used instead of the lists if there are no coordinates, because it can state stereo and they cannot."""
 
 
 class _RejectedError(Exception):
-    """Carries a rejection out of nested calls; never leaves this module."""
+    """Carries a rejection out of nested calls, within this module."""
 
     def __init__(self, code: RejectionCode, detail: str) -> None:
         self.rejection = Rejection(code=code, detail=detail)
@@ -158,13 +159,14 @@ SourceRecord = SmilesText | MolBlock | GeometryRow
 def molecules_from_records(
     records: Iterable[SourceRecord | Rejection], config: FeaturizeConfig
 ) -> list[Outcome]:
-    """Featurize records, one outcome each, in order; a rejection stays what it is.
+    """Featurize records, with one outcome per record, in order; a rejection is returned unchanged.
 
-    Many at a time are cheaper than one: RDKit parses each, and one compiled pass reads the atoms and bonds of all.
+    Many records at a time are faster than one by one: RDKit parses each of them, and one compiled pass then reads the
+    atoms and bonds of all.
     """
     drafts: list[_Draft | Rejection] = []
     waiting = iter(records)
-    # What RDKit has to say of a molecule stands in its rejection.
+    # RDKit's messages about a molecule are in its rejection.
     with rdBase.BlockLogs():
         while batch := list(islice(waiting, _BATCH)):
             drafts += _drafts(batch, config)
@@ -176,15 +178,15 @@ def molecules_from_records(
 
 
 def molecule_from_smiles(smiles: str | None, config: FeaturizeConfig) -> Outcome:
-    """Featurize a SMILES; atoms keep the order in which RDKit parses them."""
+    """Featurize a SMILES; atoms keep their order in it unless ``config`` asks for another."""
     return molecules_from_records([SmilesText(smiles)], config)[0]
 
 
 def molecule_from_molblock(block: str | None, config: FeaturizeConfig) -> Outcome:
     """Featurize an SDF record (V2000 or V3000; what follows ``M  END`` is ignored).
 
-    A depiction, that is a record neither marked 3D nor with any z, has no coordinates; its stereo is read
-    from its wedges, that of a 3D record from the geometry.
+    A record that is not marked as 3D and has no z coordinate is a depiction: its stereo comes from wedged bonds and its
+    coordinates are not used. The stereo of a 3D record comes from the geometry.
     """
     return molecules_from_records([MolBlock(block)], config)[0]
 
@@ -192,22 +194,22 @@ def molecule_from_molblock(block: str | None, config: FeaturizeConfig) -> Outcom
 def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome:
     """Featurize lists of atoms, bonds and coordinates; stereo comes from the geometry.
 
-    Hydrogens that the lists leave out are implied by the default valences, as in an SDF record.
+    Hydrogens that are not in the lists are implied by the default valences, as in an SDF record.
     """
     return molecules_from_records([row], config)[0]
 
 
 _BATCH: Final = 32
-"""Records that go through one step of RDKit (parser, SMILES writer, binary writer) before the next: its code then
-stays in the processor's caches, which makes the whole 15 % faster than molecule by molecule."""
+"""Records that go through one step of RDKit (parser, SMILES writer, binary writer) before the next step. The code of
+a step then stays in the processor's caches, which is 15 % faster than molecule by molecule."""
 
 
 class _Kept(NamedTuple):
-    """A sanitized molecule with the atoms that stay."""
+    """A sanitized molecule with the kept atoms."""
 
     mol: Chem.Mol
     num_placed: int
-    """The first so many atoms have the coordinates of the molecule's conformer, if it has one."""
+    """Number of atoms, from the first on, that have coordinates in the molecule's conformer, if it has one."""
 
 
 class _Named(NamedTuple):
@@ -220,7 +222,7 @@ class _Named(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A molecule whose atoms and bonds are not yet read."""
+    """A molecule whose atoms and bonds have not been read yet."""
 
     smiles: str
     binary: bytes
@@ -241,7 +243,7 @@ def _drafts(
 
 
 def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
-    """What the step makes of it, or why it cannot; a rejection stays what it is."""
+    """The result of the step, or a rejection if it fails; a rejection is returned unchanged."""
     if isinstance(given, Rejection):
         return given
     try:
@@ -249,9 +251,9 @@ def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
     except _RejectedError as rejected:
         return rejected.rejection
     except WorkerStartError:
-        raise  # no fault of the record: all others would fail like it
-    # RDKit turns its C++ errors into RuntimeError, ValueError and half a dozen of its own classes; one odd
-    # row of a hundred million must not end a job.
+        raise  # not the record's fault: all others would fail in the same way
+    # RDKit raises C++ errors as RuntimeError, ValueError and several classes of its own; one odd row of a hundred
+    # million must not end a job.
     except Exception as error:
         return Rejection(code=RejectionCode.INVALID_RECORD, detail=_one_line(error))
 
@@ -301,7 +303,7 @@ def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Out
 
 
 def _one_line(message: object, limit: int = 200) -> str:
-    """The message on one line, cut to ``limit`` characters, safe to store as UTF-8."""
+    """The message on one line, cut to ``limit`` characters, that can be stored as UTF-8."""
     text = " ".join(str(message).split())
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= limit else text[: limit - 3] + "..."
@@ -310,8 +312,8 @@ def _one_line(message: object, limit: int = 200) -> str:
 # -- reading ------------------------------------------------------------------------------------------
 
 
-# Finding the rings of ten thousand atoms takes RDKit minutes, and parsing as many ring closures too, which would hold
-# up a job of small molecules: so what is far longer than they are is looked at with care. Characters for each atom.
+# For ten thousand atoms, RDKit takes minutes to find rings or to parse as many ring closures, which would stop a job of
+# small molecules. So records far longer than those of small molecules are first checked. Characters per atom:
 _LONG_SMILES: Final = 8
 _LONGEST_SMILES: Final = 64
 _LONG_MOLBLOCK: Final = 256  # an atom line, two bond lines and as many for hydrogens
@@ -319,7 +321,7 @@ _FEW_ATOMS: Final = 256
 
 
 def _check_long_smiles(smiles: str, config: FeaturizeConfig) -> None:
-    """Turn away what is sure to have too many atoms, before the steps whose time grows faster than the text."""
+    """Reject a SMILES that certainly has too many atoms, before steps whose time grows faster than its length."""
     limit = _LONGEST_SMILES * max(config.max_atoms, _FEW_ATOMS)
     if len(smiles) > limit:
         raise _RejectedError(
@@ -330,7 +332,7 @@ def _check_long_smiles(smiles: str, config: FeaturizeConfig) -> None:
 
 
 def _check_unsanitized(mol: Chem.Mol | None, config: FeaturizeConfig) -> None:
-    """Reject a molecule whose heavy atoms alone are too many. None passes: the full parse says what is wrong."""
+    """Reject a molecule with too many heavy atoms. None is accepted here: the full parser says what is wrong."""
     if mol is None or mol.GetNumAtoms() == 0:
         return
     heavy_atoms = mol.GetNumHeavyAtoms()
@@ -346,7 +348,7 @@ def _check_unsanitized(mol: Chem.Mol | None, config: FeaturizeConfig) -> None:
 def _read_smiles(smiles: str | None, config: FeaturizeConfig) -> _Kept:
     if not isinstance(smiles, str) or not smiles.strip():
         raise _RejectedError(RejectionCode.MISSING_SMILES, f"found {_one_line(repr(smiles), 80)}")
-    # RDKit would stop at a NUL and return what comes before; lone surrogates are no UTF-8.
+    # RDKit would stop at a NUL and return the molecule before it; lone surrogates cannot be encoded as UTF-8.
     readable = "\0" not in smiles and (
         smiles.isascii() or smiles.encode("utf-8", "ignore").decode() == smiles
     )
@@ -365,7 +367,7 @@ def _why_unparsable(smiles: str) -> str:
         if mol is None or "\0" in smiles:
             return f"not a SMILES: {shown}"
         Chem.SanitizeMol(mol)
-    except Exception as error:  # any class RDKit may choose; the text is what is wanted
+    except Exception as error:  # RDKit raises various classes; only the text matters
         return _one_line(f"{error} in {shown}")
     return f"stereo or hydrogens cannot be resolved in {shown}"
 
@@ -385,8 +387,8 @@ def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Kept:
         return _keep(mol, config, has_positions=False, has_hydrogens=True)
     conformer = mol.GetConformer()
     positions = conformer.GetPositions()
-    # RDKit takes a molecule that is flat to 0.001 angstrom for a depiction if it has a "cis or trans"
-    # mark, even when the record says 3D; the z of depictions is zero.
+    # If a molecule is flat to 0.001 angstrom and has a "cis or trans" mark, RDKit treats it as a depiction even if the
+    # record says 3D. In real depictions all z are exactly zero.
     is_3d = conformer.Is3D() or (_is_tagged_3d(block) and bool(positions[:, 2].any()))
     has_positions = _has_positions(positions) and is_3d
     if has_positions:
@@ -397,7 +399,7 @@ def _read_molblock(block: str | None, config: FeaturizeConfig) -> _Kept:
 
 
 def _is_tagged_3d(block: str) -> bool:
-    """Columns 21 and 22 of the second line hold the dimension code."""
+    """Whether the dimension code, in columns 21 and 22 of the second line, says 3D."""
     header = block.split("\n", 2)
     return len(header) > 1 and header[1][20:22] == "3D"
 
@@ -406,8 +408,10 @@ _DOUBLE_BOND = Chem.MolFromSmarts("*=*")
 
 
 def _forget_undecided_stereo(mol: Chem.Mol) -> None:
-    """Drop "cis or trans" marks, which RDKit writes itself for any double bond it did not look at and
-    would keep against the geometry."""
+    """Remove "cis or trans" marks, which RDKit would prefer to the geometry.
+
+    RDKit itself writes them for every double bond whose stereo it has not perceived.
+    """
     for ends in mol.GetSubstructMatches(_DOUBLE_BOND, maxMatches=mol.GetNumBonds() + 1):
         bond = mol.GetBondBetweenAtoms(*ends)
         if bond.GetStereo() == Chem.BondStereo.STEREOANY:
@@ -420,7 +424,7 @@ def _why_invalid(block: str) -> _RejectedError:
     if mol is not None:
         try:
             Chem.SanitizeMol(mol)
-        except Exception as error:  # any class RDKit may choose; the text is what is wanted
+        except Exception as error:  # RDKit raises various classes; only the text matters
             return _RejectedError(RejectionCode.SANITIZATION_FAILED, _one_line(error))
         return _RejectedError(RejectionCode.SANITIZATION_FAILED, "stereo cannot be resolved")
     lines = block.partition("M  END")[0].splitlines()[4:]
@@ -443,7 +447,7 @@ def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> _Kept:
     mol = _mol_of(row, config)
     try:
         Chem.SanitizeMol(mol)
-    except Exception as error:  # any class RDKit may choose; the text is what is wanted
+    except Exception as error:  # RDKit raises various classes; only the text matters
         raise _RejectedError(RejectionCode.SANITIZATION_FAILED, _one_line(error)) from error
     if positions is not None:
         conformer = Chem.Conformer(len(positions))
@@ -470,11 +474,11 @@ _FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
 
 
 def _has_positions(positions: NDArray[np.float64]) -> bool:
-    """Whether these are coordinates at all: several atoms in the origin are a file without any."""
+    """Whether these are real coordinates; several atoms that are all in the origin come from a file without any."""
     extent = float(np.abs(positions).max()) if len(positions) else 0.0
-    if 0.0 < extent <= _FLOAT32_MAX:  # the usual case, told by one pass
+    if 0.0 < extent <= _FLOAT32_MAX:  # the usual case, with a single pass over the array
         return True
-    finite = np.abs(positions) <= _FLOAT32_MAX  # as what they are stored
+    finite = np.abs(positions) <= _FLOAT32_MAX  # they are stored as float32
     if not finite.all():
         atom = int(np.argmin(finite.all(axis=1)))
         raise _RejectedError(
@@ -493,7 +497,7 @@ def _mol_of(row: GeometryRow, config: FeaturizeConfig) -> Chem.Mol:
             f"{len(numbers)} atoms and {len(charges)} charges; "
             f"{', '.join(str(len(values)) for values in bonds)} bond begins, ends and orders",
         )
-    # Before building: 1 us an atom and a sanitization that may take seconds.
+    # Checked first, as building takes 1 us per atom, and sanitization can take seconds.
     _check_size(len(numbers) - numbers.count(1), config)
     mol = Chem.RWMol()
     for number, charge in zip(numbers, charges, strict=True):
@@ -514,7 +518,7 @@ def _mol_of(row: GeometryRow, config: FeaturizeConfig) -> Chem.Mol:
 
 @lru_cache(maxsize=4096)
 def _atom(number: int, charge: int) -> Chem.Atom:
-    """A pattern for ``AddAtom``, which copies it: making one costs more than adding it."""
+    """An atom that ``AddAtom`` copies; cached, as creating it takes longer than adding it."""
     atom = Chem.Atom(number)
     atom.SetFormalCharge(charge)
     return atom
@@ -530,7 +534,7 @@ def _integers(values: Sequence[int] | NDArray[np.integer]) -> list[int]:
 def _keep(
     mol: Chem.Mol, config: FeaturizeConfig, *, has_positions: bool, has_hydrogens: bool
 ) -> _Kept:
-    """The sanitized ``mol`` with the atoms that stay; its conformer, if it counts, is the source's."""
+    """The sanitized ``mol`` reduced to the kept atoms; its conformer remains only if ``has_positions``."""
     if not has_positions:
         mol.RemoveAllConformers()
     if config.salts != "keep":
@@ -539,8 +543,8 @@ def _keep(
     if config.explicit_hydrogens:
         mol = Chem.AddHs(mol)
     elif has_hydrogens:
-        # The molecule is sanitized; doing it again would double the time, only the H counts are stale and the
-        # rings forgotten.
+        # The molecule is sanitized, and doing so again would double the time: only the counts of hydrogens are stale,
+        # and the rings are forgotten.
         mol = Chem.RemoveHs(mol, sanitize=False)
         mol.UpdatePropertyCache(strict=False)
         Chem.FastFindRings(mol)
@@ -557,7 +561,7 @@ class _Coordinates(NamedTuple):
 def _coordinates(
     mol: Chem.Mol, smiles: str, num_placed: int, config: FeaturizeConfig
 ) -> _Coordinates:
-    """The source's coordinates, which the first ``num_placed`` atoms have; else made; else none."""
+    """The source's coordinates, which the first ``num_placed`` atoms have; without these, generated ones or none."""
     num_atoms = mol.GetNumAtoms()
     if mol.GetNumConformers():
         positions = mol.GetConformer().GetPositions().astype(np.float32)[None]
@@ -574,11 +578,11 @@ def _coordinates(
 
 
 def _made_coordinates(mol: Chem.Mol, smiles: str, config: FeaturizeConfig) -> Embedding:
-    """Conformers that depend on the canonical SMILES alone, not on the order of the source's atoms."""
+    """Generated conformers, which depend on the canonical SMILES only, not on the order of atoms in the source."""
     try:
         canonical, order = _in_canonical_order(mol, smiles)
     except _RejectedError:
-        # RDKit writes a few SMILES that it cannot read; their conformers follow the source's order.
+        # RDKit writes a few SMILES that it cannot read; these conformers depend on the source's order.
         canonical, order = mol, list(range(mol.GetNumAtoms()))
     made = make_conformers(canonical, smiles, config.conformers)
     if made.status is ConformerStatus.FAILED and (
@@ -594,7 +598,7 @@ def _made_coordinates(mol: Chem.Mol, smiles: str, config: FeaturizeConfig) -> Em
 
 @lru_cache(maxsize=1024)
 def _no_coordinates(num_atoms: int) -> _Coordinates:
-    """Shared by all molecules of that size: there is nothing in the arrays that could change."""
+    """Empty arrays, shared by all molecules of this size."""
     nothing = np.empty((0, num_atoms, 3), dtype=np.float32)
     made = Embedding(nothing, np.empty(0, dtype=np.float32), ConformerStatus.NONE, "")
     return _Coordinates(made, np.empty((0, num_atoms), dtype=np.bool_))
@@ -624,10 +628,10 @@ def _fragment_size(fragment: Chem.Mol) -> tuple[int, float]:
 
 
 def _in_canonical_order(mol: Chem.Mol, smiles: str) -> tuple[Chem.Mol, list[int]]:
-    """The molecule as its canonical SMILES spells it, and where each of its atoms stands in ``mol``.
+    """The molecule with the order of atoms in its canonical SMILES, and the index of each of its atoms in ``mol``.
 
-    Parsing again rather than renumbering: bond order and chirality codes, too, then depend on the
-    SMILES alone.
+    The SMILES is parsed, rather than the atoms of ``mol`` renumbered, so that the order of bonds and the chirality
+    codes depend on the SMILES only, too.
     """
     order = [int(index) for index in re.findall(r"\d+", mol.GetProp("_smilesAtomOutputOrder"))]
     parameters: Any = Chem.SmilesParserParams()

@@ -1,8 +1,8 @@
-"""A collection of drug-like molecules made here, for the demo and the tests: no download, no licence.
+"""A generated collection of drug-like molecules for the demo and the tests, without download or licence.
 
-Molecules are combined from the fragments below (a ring system with two substituents each, some of them a
-linker with another ring), embedded, and labelled with properties RDKit computes. Molecule k depends on the
-seed and k alone, so the collection is the same for any number of processes.
+Molecules are combined from the fragments below (a ring system with two substituents, some of which are a linker with
+another group), embedded, and labelled with properties that RDKit computes. Molecule k depends on the seed and k only,
+so the collection is the same for any number of processes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from moleblend_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 SAMPLES_VERSION = 1
-"""Raised whenever the same settings would give other molecules."""
+"""Increased whenever the same settings would give other molecules."""
 
-# Ring systems; {a} and {b} stand for a substituent each. They use ring digits 1 and 2.
+# Ring systems with ring digits 1 and 2; {a} and {b} are replaced by a substituent each.
 _CORES = (
     "c1cc({a})ccc1{b}",
     "c1cc({a})cc({b})c1",
@@ -61,7 +61,7 @@ _CORES = (
     "O=C1CC({a})CN1c2ccc({b})cc2",
 )
 
-# Short substituents; each starts with the atom that binds to a carbon.
+# Short substituents, with ring digit 3; the first atom binds to the ring system.
 _SIMPLE = (
     "F",
     "Cl",
@@ -87,7 +87,7 @@ _SIMPLE = (
     "[C@H](C)OC",
 )
 
-# Between a ring system and a terminal group {x}.
+# Linkers between a ring system and a terminal group {x}.
 _LINKERS = (
     "C(=O)N{x}",
     "CC(=O)N{x}",
@@ -107,7 +107,7 @@ _LINKERS = (
     "C(=O)N[C@@H](C){x}",
 )
 
-# Terminal groups, each bound by a carbon. They use ring digits 5 and 6.
+# Terminal groups, with ring digits 5 and 6; the first atom, a carbon, binds to the linker.
 _TERMINALS = (
     "c5ccccc5",
     "c5ccc(F)cc5",
@@ -139,14 +139,14 @@ _GROUPS = (
 )
 
 MAX_HEAVY_ATOMS = 26
-"""Larger combinations are left out: the collection is made in seconds, not minutes."""
+"""Larger combinations are left out, so that the collection takes seconds and not minutes."""
 MIN_HEAVY_ATOMS = 9
 MAX_LOGP = 6.0
 
 _SULFONAMIDE = Chem.MolFromSmarts("[#6][SX4](=O)(=O)[NX3]")
 _CONFORMERS = ConformerConfig(generate=True, timeout_s=30.0, mmff_max_iterations=100)
 _BLOCK = 256
-"""Molecules handed to the processes at a time."""
+"""Molecules that are given to the processes at a time."""
 _LOG_EVERY = 1000
 """Molecules between two log lines."""
 
@@ -172,10 +172,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampleMolecule:
-    """One molecule of the collection: heavy atoms in the order of ``smiles``, with geometry and labels."""
+    """A molecule of the collection, with geometry and labels; heavy atoms in the order of ``smiles``."""
 
     mol_id: str = ""
-    """``sample_<n>``, counted from 0; given when the molecule gets its place."""
+    """``sample_<n>``, counted from 0; set when the molecule's place in the collection is known."""
     smiles: str
     """Canonical isomeric SMILES."""
     atomic_numbers: NDArray[np.uint8]
@@ -185,19 +185,19 @@ class SampleMolecule:
     positions: NDArray[np.float32]
     """(N, 3), angstrom: ETKDGv3, then MMFF94."""
     bonds: NDArray[np.int32]
-    """(E, 3): begin, end and Kekule order."""
+    """(E, 3), begin, end and Kekule order."""
     logp: float
     """Crippen's octanol-water partition coefficient (log10)."""
     tpsa: float
     """Topological polar surface area, square angstrom."""
     sulfonamide: int
-    """1 with a sulfonamide group, else 0."""
+    """1 if it has a sulfonamide group, else 0."""
 
 
 def make_samples(
     num_molecules: int, seed: int = 0, num_processes: int | None = None
 ) -> Iterator[SampleMolecule]:
-    """Yield ``num_molecules`` distinct molecules; the processes (default: one a core) change only the speed."""
+    """Yield ``num_molecules`` distinct molecules; ``num_processes`` (default: one per core) changes only the speed."""
     if num_molecules < 1:
         raise ConfigError(f"num_molecules must be 1 or more, found {num_molecules}")
     processes = num_processes or _usable_cores()
@@ -221,10 +221,10 @@ def write_samples(
     seed: int = 0,
     num_processes: int | None = None,
 ) -> int:
-    """Write the collection as one Parquet file and return its rows; a file that holds it already is kept.
+    """Write the collection to one Parquet file and return its number of rows; a file that holds it already is kept.
 
-    Columns: those of :class:`moleblend_ray.chemistry.molecule.GeometryRow`, ``mol_id``, ``n_atoms``,
-    ``n_heavy`` (equal: hydrogens are implicit), and the labels ``logp``, ``tpsa``, ``sulfonamide``.
+    The columns are those of :class:`moleblend_ray.chemistry.molecule.GeometryRow`, ``mol_id``, ``n_atoms`` and
+    ``n_heavy`` (which are equal, as hydrogens are implicit), and the labels ``logp``, ``tpsa`` and ``sulfonamide``.
     """
     target = Path(path)
     stamp = _stamp(num_molecules, seed)
@@ -247,7 +247,7 @@ def _usable_cores() -> int:
 
 
 def _candidates(seed: int) -> Iterator[str]:
-    """Distinct canonical SMILES without end, in an order that the seed fixes."""
+    """Distinct canonical SMILES without end, in an order that depends on the seed only."""
     seen: set[str] = set()
     for index in itertools.count():
         smiles = _candidate(seed, index)
@@ -257,10 +257,10 @@ def _candidates(seed: int) -> Iterator[str]:
 
 
 def _candidate(seed: int, index: int) -> str | None:
-    """Combination ``index``, unless it is too small, too large or too greasy."""
+    """Combination ``index``; None if it is too small, too large or too lipophilic."""
     digest = hashlib.sha256(f"{seed}:{index}".encode()).digest()
     core, first, second = (int.from_bytes(digest[k : k + 4], "little") for k in (0, 4, 8))
-    # Half of the second substituents are short ones, otherwise most combinations are too large.
+    # Half of the second substituents are short, as otherwise most combinations would be too large.
     others = _SIMPLE if digest[12] % 2 else _GROUPS
     text = _CORES[core % len(_CORES)].format(
         a=_GROUPS[first % len(_GROUPS)], b=others[second % len(others)]
@@ -281,7 +281,7 @@ def _logp(mol: Chem.Mol) -> float:
 def _numbered(
     results: Iterator[SampleMolecule | None], num_molecules: int
 ) -> Iterator[SampleMolecule]:
-    """The first ``num_molecules`` that could be embedded, with progress in the log."""
+    """The first ``num_molecules`` that could be embedded, numbered; progress is logged."""
     made = 0
     for molecule in results:
         if molecule is None:
@@ -345,7 +345,7 @@ def _table(molecules: Sequence[SampleMolecule]) -> pa.Table:
 
 
 def _stamp(num_molecules: int, seed: int) -> dict[bytes, bytes]:
-    """What a file must say to be this collection; conformers and labels depend on the RDKit release."""
+    """Metadata that identifies the collection; conformers and labels depend on the RDKit release."""
     return {
         b"samples_version": str(SAMPLES_VERSION).encode(),
         b"num_molecules": str(num_molecules).encode(),
@@ -359,6 +359,6 @@ def _is_written(target: Path, stamp: dict[bytes, bytes]) -> bool:
         return False
     try:
         metadata = pq.read_schema(target).metadata or {}
-    except (pa.ArrowInvalid, OSError):  # no Parquet file, or half of one: make it anew
+    except (pa.ArrowInvalid, OSError):  # not a Parquet file, or a part of one
         return False
     return all(metadata.get(key) == value for key, value in stamp.items())

@@ -1,7 +1,7 @@
 """Bemis-Murcko scaffolds and the two scaffold splits in common use.
 
-Both keep all molecules of one scaffold in one part, so that the test set holds ring systems the model has
-not seen. They give quite different test sets, hence each result names its variant and the hash of its split.
+Both keep all molecules of one scaffold in one part, so that the test set consists of ring systems that the model has
+not seen. As they give quite different test sets, each result names its variant and the hash of its split.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ScaffoldVariant = Literal["deepchem", "chemprop-balanced"]
 
 
 class Split(NamedTuple):
-    """Which molecules train, select and test: disjoint, ascending indices that cover all."""
+    """The molecules for training, selection and testing: disjoint, ascending indices that cover all molecules."""
 
     train: NDArray[np.int64]
     valid: NDArray[np.int64]
     test: NDArray[np.int64]
 
 
-def murcko_scaffold(smiles: str, *, include_chirality: bool = False) -> str:
-    """SMILES of the ring systems and what links them; empty for a molecule without rings."""
-    # Imported here: machines that only train know splits, too, and have no RDKit.
+def murcko_scaffold(smiles: str) -> str:
+    """SMILES, without stereo, of the ring systems and the linkers between them; empty for a molecule without rings."""
+    # Imported here, as machines that only train use splits too, but have no RDKit.
     from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
 
@@ -41,7 +41,7 @@ def murcko_scaffold(smiles: str, *, include_chirality: bool = False) -> str:
                 "leave rejected molecules out before splitting"
             )
         scaffold = MurckoScaffold.GetScaffoldForMol(mol)  # type: ignore[no-untyped-call]
-        return Chem.MolToSmiles(scaffold, isomericSmiles=include_chirality)
+        return Chem.MolToSmiles(scaffold, isomericSmiles=False)
 
 
 def scaffold_split(
@@ -53,10 +53,10 @@ def scaffold_split(
 ) -> Split:
     """Split molecules by scaffold into train, valid and test.
 
-    ``deepchem``: scaffolds by size, largest first (of equal size, the later in the file first); each goes to
-    train while that stays within its share, else to valid, else to test. There is no choice in it: ``seed``
-    is not used. ``chemprop-balanced``: scaffolds larger than half of valid or test come first, in random
-    order, then all others in random order, so that rare and common scaffolds are found in each part.
+    ``deepchem``: scaffolds are sorted by size, largest first (among equal sizes, the later one in the file first). Each
+    goes to train if that stays within its share, else to valid likewise, else to test. Nothing is random: ``seed`` is
+    not used. ``chemprop-balanced``: scaffolds larger than half of valid or test come first, in random order, then all
+    others in random order, so that every part contains rare and common scaffolds.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ConfigError(f"fractions must be shares that sum to 1, found {fractions}")
@@ -72,7 +72,7 @@ def scaffold_split(
 
 
 def split_hash(split: Split) -> str:
-    """16 hexadecimal digits that name a split: equal only if all three parts are."""
+    """16 hexadecimal digits that identify a split: they are equal if all three parts are."""
     digest = hashlib.sha256()
     for part in split:
         digest.update(np.int64(len(part)).tobytes())
@@ -81,7 +81,7 @@ def split_hash(split: Split) -> str:
 
 
 def _deal(groups: Sequence[Sequence[int]], train_end: float, valid_end: float) -> Split:
-    """DeepChem's rule: valid may also take what train left of the first two shares."""
+    """DeepChem's rule: valid may also fill what train has left of its share."""
     train: list[int] = []
     valid: list[int] = []
     test: list[int] = []
@@ -107,7 +107,7 @@ def _balanced_order(
 
 
 def _fill(groups: Sequence[Sequence[int]], sizes: Sequence[float]) -> Split:
-    """Chemprop's rule: each part within its own share, what fits neither goes to test."""
+    """Chemprop's rule: train and valid stay within their shares; what does not fit goes to test."""
     train: list[int] = []
     valid: list[int] = []
     test: list[int] = []

@@ -1,8 +1,8 @@
-"""Records of QM9 as published: coordinates in an extended XYZ layout, bonds from the SMILES beside them.
+"""Records of QM9 as published: coordinates in an extended XYZ layout, and bonds from the SMILES in the same file.
 
-Layout (readme.txt of doi:10.6084/m9.figshare.c.978904, N atoms): the number of atoms; a line ``gdb INDEX`` with
-15 properties; N lines of element, x, y, z (angstrom) and Mulliken charge; the frequencies; the SMILES from GDB-17
-and from the relaxed geometry; the InChIs likewise. Exponents may be spelled ``*^``.
+Layout of a molecule with N atoms (readme.txt of doi:10.6084/m9.figshare.c.978904): the number of atoms; a line
+``gdb INDEX`` with 15 properties; N lines with element, x, y, z (angstrom) and Mulliken charge; the frequencies; the
+SMILES from GDB-17 and from the relaxed geometry; the two InChIs. Exponents may be written as ``*^``.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ QM9_PROPERTIES: Final[dict[str, str]] = {
 """Name -> unit, in the order of the property line."""
 
 _REACH: Final = (1.25, 1.15, 1.35)
-"""Heavy atoms closer than this many sums of their covalent radii are bonded; tried in turn. Strained cages have
-unbonded atoms closer than some bonds are long, so no single value fits all."""
+"""Heavy atoms are bonded if their distance is below this multiple of the sum of their covalent radii. The values are
+tried in turn: no single one fits all molecules, as strained cages have unbonded atoms closer than some bonds."""
 _HYDROGEN_REACH: Final = 1.35
 _LONG_MULTIPLE_BOND: Final = 0.93
-"""A double or triple bond longer than this many sums of radii may belong elsewhere in a symmetric skeleton."""
+"""A double or triple bond longer than this multiple of the sum of radii may be elsewhere in a symmetric skeleton."""
 _MAX_MAPPINGS: Final = 64
 
 
 class XyzRecord(NamedTuple):
-    """One molecule of N atoms as it stands in its file."""
+    """One molecule of N atoms as in its file."""
 
     number: int
     """Number of the molecule in the collection, from 1."""
@@ -55,13 +55,13 @@ class XyzRecord(NamedTuple):
     positions: NDArray[np.float64]
     """(N, 3), angstrom."""
     properties: dict[str, float]
-    """By the names of ``QM9_PROPERTIES``, in their units."""
+    """Name -> value, with the names and units of ``QM9_PROPERTIES``."""
     smiles: tuple[str, ...]
-    """From the relaxed geometry, then from GDB-17, without repeats."""
+    """The SMILES from the relaxed geometry, then the one from GDB-17 if it is another."""
 
 
 def parse_xyz(text: str) -> XyzRecord | Rejection:
-    """The record of a file's text, or what is wrong with it; never raises."""
+    """The record in the text of a file, or a rejection that says what is wrong with it; never raises."""
     lines = text.splitlines()
     try:
         num_atoms = int(lines[0])
@@ -78,7 +78,7 @@ def parse_xyz(text: str) -> XyzRecord | Rejection:
             properties=dict(zip(QM9_PROPERTIES, map(_number, values), strict=True)),
             smiles=tuple(dict.fromkeys(reversed(lines[num_atoms + 3].split()))),
         )
-    # RuntimeError: RDKit knows no such element.
+    # RuntimeError: RDKit does not know the element.
     except (ValueError, IndexError, RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:120]
         return Rejection(
@@ -88,10 +88,11 @@ def parse_xyz(text: str) -> XyzRecord | Rejection:
 
 
 def bonded_geometry(record: XyzRecord) -> GeometryRow | Rejection:
-    """The record with bonds and charges of the first of its SMILES whose atoms can be told in its geometry.
+    """The record with the bonds and charges of the first of its SMILES that fits its geometry.
 
-    A SMILES fits if elements, bonded neighbours (by covalent radii) and numbers of hydrogens agree atom by atom
-    under some mapping; of several mappings, the one whose multiple bonds are shortest is taken.
+    A SMILES fits if there is a mapping of its atoms to those of the geometry under which elements, bonded neighbours
+    (by covalent radii) and numbers of hydrogens agree. Of several mappings, the one with the shortest multiple bonds is
+    taken.
     """
     if not np.isfinite(record.positions).all():
         detail = "a coordinate is not finite"
@@ -119,36 +120,36 @@ def _atomic_number(symbol: str) -> int:
 
 @lru_cache(maxsize=1)
 def _radii() -> NDArray[np.float64]:
-    """(119,) covalent radius by atomic number, angstrom."""
+    """(119,), covalent radius by atomic number, angstrom."""
     table = Chem.GetPeriodicTable()
     return np.array([table.GetRcovalent(number) for number in range(119)])
 
 
 class _Skeleton(NamedTuple):
-    """H heavy atoms of a geometry, by their place among the heavy atoms."""
+    """The H heavy atoms of a geometry and their bonds; indices count heavy atoms only."""
 
     atoms: NDArray[np.intp]
-    """(H,) index of each in the record."""
+    """(H,), index of each heavy atom in the record."""
     bonds: frozenset[tuple[int, int]]
-    """Pairs (lower, higher)."""
+    """Pairs (lower index, higher index)."""
     num_hydrogens: tuple[int, ...]
-    """(H,)"""
+    """(H,), hydrogens bonded to each heavy atom."""
     reaches: NDArray[np.float64]
-    """(H, H) distance of each pair in sums of their covalent radii."""
+    """(H, H), distance of each pair as a multiple of the sum of their covalent radii."""
 
 
 class _Drawing(NamedTuple):
-    """What a SMILES says of its H heavy atoms, read from RDKit once."""
+    """The H heavy atoms of a SMILES and their bonds, as plain Python values."""
 
     atoms: list[tuple[int, int]]
-    """(H,) atomic number and number of hydrogens."""
+    """(H,), atomic number and number of hydrogens."""
     charges: list[int]
-    """(H,)"""
+    """(H,), formal charges."""
     bonds: list[tuple[int, int, int]]
     """Atoms and Kekule order of each bond."""
 
     def pairs(self, mapping: Sequence[int]) -> set[tuple[int, int]]:
-        """Ends of the bonds (lower, higher) under a mapping of the atoms."""
+        """The atoms of each bond (lower index, higher index) after mapping them."""
         ends = ((mapping[begin], mapping[end]) for begin, end, _ in self.bonds)
         return {(begin, end) if begin < end else (end, begin) for begin, end in ends}
 
@@ -158,7 +159,7 @@ def _drawing(smiles: str) -> _Drawing | None:
     if mol is None:
         return None
     Chem.Kekulize(mol, clearAromaticFlags=True)
-    # By index: RDKit's own sequences of atoms and bonds ask for their length at each step.
+    # By index, which is faster than iterating over RDKit's sequences of atoms and bonds.
     atoms = [mol.GetAtomWithIdx(index) for index in range(mol.GetNumAtoms())]
     bonds = [mol.GetBondWithIdx(index) for index in range(mol.GetNumBonds())]
     return _Drawing(
@@ -186,7 +187,7 @@ def _with_bonds_of(smiles: str, record: XyzRecord) -> GeometryRow | None:
 
 
 def _reaches(record: XyzRecord) -> NDArray[np.float64]:
-    """(N, N) distance of each pair of atoms in sums of their covalent radii."""
+    """(N, N), distance of each pair of atoms as a multiple of the sum of their covalent radii."""
     places, radii = record.positions, _radii()[record.atomic_numbers]
     apart = places[:, None] - places
     distances: NDArray[np.float64] = np.sqrt(np.einsum("ijk,ijk->ij", apart, apart))
@@ -196,7 +197,7 @@ def _reaches(record: XyzRecord) -> NDArray[np.float64]:
 def _hydrogen_owners(
     record: XyzRecord, reaches: NDArray[np.float64], heavy: NDArray[np.intp]
 ) -> NDArray[np.intp] | None:
-    """For each hydrogen, in order, the nearest heavy atom; None if one is out of reach of all."""
+    """The nearest heavy atom of each hydrogen, in their order; None if a hydrogen is too far from all of them."""
     hydrogens = np.flatnonzero(record.atomic_numbers == 1)
     if not hydrogens.size:
         return np.empty(0, np.intp)
@@ -227,7 +228,7 @@ def _skeleton(
 
 
 def _mapping(drawing: _Drawing, record: XyzRecord, skeleton: _Skeleton) -> Sequence[int] | None:
-    """Place among the heavy atoms for each atom of the drawing; None if the graphs differ."""
+    """Index among the heavy atoms of the skeleton for each atom of the drawing; None if the graphs differ."""
     if len(drawing.bonds) != len(skeleton.bonds):
         return None
     numbers = record.atomic_numbers[skeleton.atoms].tolist()
@@ -236,7 +237,7 @@ def _mapping(drawing: _Drawing, record: XyzRecord, skeleton: _Skeleton) -> Seque
         return None
     same = range(len(found))
     drawn = drawing.pairs(same)
-    # The published order is that of the SMILES for nearly all molecules.
+    # For nearly all molecules, the atoms are in the order of the SMILES.
     if (
         drawing.atoms == found
         and drawn == skeleton.bonds
@@ -255,7 +256,7 @@ def _mapping(drawing: _Drawing, record: XyzRecord, skeleton: _Skeleton) -> Seque
 def _graph(
     atoms: list[tuple[int, int]], bonds: frozenset[tuple[int, int]] | set[tuple[int, int]]
 ) -> Chem.Mol:
-    """Elements and single bonds; hydrogens are counted in the isotope, which substructure search compares."""
+    """A graph of elements and single bonds; numbers of hydrogens are isotopes, which substructure search compares."""
     graph = Chem.RWMol()
     for number, num_hydrogens in atoms:
         atom = Chem.Atom(number)
@@ -276,7 +277,7 @@ def _has_long_multiple_bond(drawing: _Drawing, skeleton: _Skeleton) -> bool:
 
 
 def _multiple_bond_length(drawing: _Drawing, skeleton: _Skeleton, mapping: Sequence[int]) -> float:
-    """Of all multiple bonds under the mapping, in sums of radii; a triple bond counts twice."""
+    """Total length of multiple bonds under the mapping, in sums of radii; triple bonds count twice."""
     return sum(
         (order - 1) * float(skeleton.reaches[mapping[begin], mapping[end]])
         for begin, end, order in drawing.bonds
@@ -286,7 +287,7 @@ def _multiple_bond_length(drawing: _Drawing, skeleton: _Skeleton, mapping: Seque
 def _row(
     drawing: _Drawing, record: XyzRecord, owners: NDArray[np.intp], atoms: NDArray[np.intp]
 ) -> GeometryRow:
-    """Lists of atoms and bonds; ``atoms`` gives the atom of the record for each of the drawing."""
+    """The record with the drawing's bonds; ``atoms`` are the record's atoms for those of the drawing."""
     charges = np.zeros(len(record.atomic_numbers), np.int32)
     charges[atoms] = drawing.charges
     drawn = np.array(drawing.bonds, np.int32).reshape(-1, 3)

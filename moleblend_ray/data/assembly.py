@@ -1,4 +1,4 @@
-"""Receipts -> the manifest, which makes a data set of the files."""
+"""Receipts -> the manifest, with which the files become a data set."""
 
 from __future__ import annotations
 
@@ -13,21 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.plan import ConvertOptions, remove_work
-from moleblend_ray.data.receipts import (
-    IDS,
-    Receipt,
-    Statistics,
-    UnitReceipt,
-    listed,
-    sum_statistics,
-)
-from moleblend_ray.data.shards import (
-    DUPLICATE,
-    FORMAT_VERSION,
+from moleblend_ray.data.claim import remove_work_files
+from moleblend_ray.data.dataset_files import (
     MANIFEST_NAME,
     QUARANTINE_DIR,
     SPLITS,
+    listed_shards,
+)
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.receipts import IDS, Receipt, Statistics, UnitReceipt, sum_statistics
+from moleblend_ray.data.shards import (
+    DUPLICATE,
+    FORMAT_VERSION,
     Counts,
     LabelInfo,
     Manifest,
@@ -40,21 +37,22 @@ from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
 _MAX_HASHES_IN_MEMORY: Final = 1 << 23
-"""64 MiB, and as much again to sort them."""
+"""64 MiB, and the same again while they are sorted."""
 _PARTITIONS: Final = 256
+"""Temporary files of hashes, one per leading byte."""
 _THREADS: Final = 32
 
 
-def finish(
+def write_manifest(
     out: str,
     sources: SourceSet,
     options: ConvertOptions,
     receipts: Iterable[Receipt],
     placed: Sequence[UnitReceipt] = (),
 ) -> Manifest:
-    """Write the manifest of these receipts, after it nothing but a clean-up.
+    """Write the manifest of these receipts, then remove what only an unfinished data set needs.
 
-    ``placed`` are the receipts of an exchange, in its order: the shards are then theirs.
+    ``placed`` are the receipts of an exchange, in its order; the shards are then those of the exchange.
     """
     ordered = sorted(receipts, key=lambda receipt: (receipt.file_index, receipt.chunk_index))
     units: list[Receipt | UnitReceipt] = [*ordered, *placed]
@@ -90,11 +88,11 @@ def finish(
         fingerprint=fingerprint(FEATURIZER_VERSION, options.to_json(), labels, shards),
     )
     named = {storage.join(out, shard.path) for shard in shards}
-    for uri in listed(out, *SPLITS, QUARANTINE_DIR):
+    for uri in listed_shards(out):
         if uri not in named:
-            storage.delete(uri)  # of a chunk that the source, changed since, no longer has
+            storage.delete(uri)  # of a chunk that is no longer in the source, which has changed
     storage.write_json(storage.join(out, MANIFEST_NAME), manifest.to_json())
-    remove_work(out)
+    remove_work_files(out)
     return manifest
 
 
@@ -121,7 +119,7 @@ def _counts(
     for receipt in receipts:
         reasons.update(receipt.quarantined_by_reason)
     quarantined = sum(shard.num_rows for shard in shards if shard.split == QUARANTINE_DIR)
-    # What is in quarantine beyond the chunks' own rejections was found where molecules met.
+    # The chunks' own rejections are counted in `reasons`; the rest of the quarantine comes from the exchange.
     duplicates = quarantined - reasons.total()
     if duplicates:
         reasons[DUPLICATE] = duplicates
@@ -149,7 +147,7 @@ def _counts(
 
 
 def _id_hashes(out: str, receipts: Sequence[Receipt]) -> Iterator[NDArray[np.uint64]]:
-    """The hashes of the ids of each chunk's molecules, a few chunks ahead of their use."""
+    """The hashes of the ids of each chunk's molecules, read a few chunks ahead."""
     uris = [storage.join(out, file.path) for receipt in receipts for file in receipt.files_of(IDS)]
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(uris), _THREADS):
@@ -158,10 +156,10 @@ def _id_hashes(out: str, receipts: Sequence[Receipt]) -> Iterator[NDArray[np.uin
 
 
 def count_repeats(parts: Iterable[NDArray[np.uint64]]) -> int:
-    """How many of the values, taken one after the other, have been there before.
+    """The number of values that repeat an earlier one.
 
-    Exact, in bounded memory: beyond 2^23 values they are put down in temporary files by their leading byte, and
-    each file is counted by itself. 10^9 values take 8 GB of the temporary directory.
+    Exact, in bounded memory: more than 2^23 values go to temporary files, one per leading byte, which are counted one
+    after the other. 10^9 values take 8 GB of the temporary directory.
     """
     held: list[NDArray[np.uint64]] = []
     num_held = repeats = 0

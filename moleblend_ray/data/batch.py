@@ -1,8 +1,7 @@
-"""Micro-batches: molecules of similar size with all their relations, packed in one contiguous buffer.
+"""Micro-batches: molecules of similar size with all their relations, packed into one contiguous buffer.
 
-Layout of a buffer (native little-endian): a header of ``int64`` words (``HEADER_FIELDS``), then the
-``SECTIONS``, each starting at a multiple of 8 bytes. Reading a buffer copies nothing. Of a molecule with n atoms
-it holds
+A buffer (native little-endian) consists of a header of ``int64`` words (``HEADER_FIELDS``) and the ``SECTIONS``, each
+of which begins at a multiple of 8 bytes. Reading a buffer copies nothing. A molecule with n atoms takes
 
 ====================  ==============  ==================
 section               bytes           15 atoms
@@ -17,12 +16,13 @@ spd                   n * n           225
 path_words            4 n * n         900
 ====================  ==============  ==================
 
-together 1,482 bytes and its share of a header of 80. The path words hold five bond codes of 6 bits each. Both
-directions of a pair are kept: a path back is the path reversed, but its first five bonds are not.
+which is 1,482 bytes for 15 atoms, besides the header of 80 bytes per micro-batch. A path word holds five bond codes of
+6 bits each. Both directions of a pair are stored, as the first five bonds of a longer path differ by direction.
 
-Everything done atom by atom runs on the packed rows, without padding. Attention pads each molecule of a
-micro-batch to the largest. The molecules of one (step, stream) are ordered by size before they are cut, so what
-is padded depends on how many of these there are; share of token pairs that are padding, micro-batches of 64:
+Everything that is computed per atom works on the packed rows, without padding. Attention pads the molecules of a
+micro-batch to the size of the largest. The molecules of one (step, stream) are sorted by size before they are cut into
+micro-batches, so there is less padding the more molecules there are. Share of token pairs that are padding, with
+micro-batches of 64:
 
 ===================  =========  ==========  ======
 of a (step, stream)  PCQM4Mv2   ZINC        QM9
@@ -34,8 +34,8 @@ of a (step, stream)  PCQM4Mv2   ZINC        QM9
 64, cut in 16s       9 %        19 %        4 %
 ===================  =========  ==========  ======
 
-With ``global_batch_size`` / ``num_streams`` equal to ``micro_batch_size`` there is nothing to order: fewer streams or
-smaller micro-batches save attention work.
+If ``global_batch_size`` / ``num_streams`` equals ``micro_batch_size``, sorting changes nothing: then fewer streams or
+smaller micro-batches save time in attention.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moleblend_ray.data.block import NUM_ATOM_FEATURES, MoleculeBlock
+from moleblend_ray.data.block import BOND_ENDS, NUM_ATOM_FEATURES, NUM_AXES, MoleculeBlock
 from moleblend_ray.errors import DataError, check_all
 from moleblend_ray.relations.topology import (
     check_bond_arrays,
@@ -80,7 +80,10 @@ HEADER_FIELDS: Final = (
     "num_pairs",
     "num_hops",
 )
-_HEADER_BYTES: Final = 8 * len(HEADER_FIELDS)
+_WORD_BYTES: Final = 8
+"""Bytes of a word of the header; sections begin at multiples of it."""
+_HEADER_WORDS: Final = len(HEADER_FIELDS)
+_HEADER_BYTES: Final = _WORD_BYTES * _HEADER_WORDS
 _COUNTS: Final = [HEADER_FIELDS.index(name) for name in ("num_molecules", "num_atoms", "num_pairs")]
 
 
@@ -90,33 +93,46 @@ class Section(NamedTuple):
     name: str
     dtype: np.dtype[Any]
     rows: int
-    """What it has a row for: 0 molecules, 1 atoms, 2 pairs."""
+    """What it has one row for: ``_MOLECULES``, ``_ATOMS`` or ``_PAIRS``."""
     width: int
-    """Items of a row."""
+    """Items per row."""
     row_bytes: int
-    """Bytes of a row."""
+    """Bytes per row."""
 
 
-def _section(name: str, dtype: type[np.generic], rows: int, width: int) -> Section:
+def _section(name: str, dtype: type[np.generic], rows: int, width: int = 1) -> Section:
     kind: np.dtype[Any] = np.dtype(dtype)
     return Section(name, kind, rows, width, width * kind.itemsize)
 
 
+_MOLECULES, _ATOMS, _PAIRS = range(3)
 SECTIONS: Final = (
-    _section("molecule_ids", np.int64, 0, 1),
-    _section("num_atoms", np.int32, 0, 1),
-    _section("positions", np.float32, 1, 3),
-    _section("position_mask", np.bool_, 1, 1),
-    _section("atom_features", np.uint8, 1, NUM_ATOM_FEATURES),
-    _section("degrees", np.uint8, 1, 1),
-    _section("spd", np.uint8, 2, 1),
-    _section("path_words", np.uint32, 2, 1),
+    _section("molecule_ids", np.int64, _MOLECULES),
+    _section("num_atoms", np.int32, _MOLECULES),
+    _section("positions", np.float32, _ATOMS, NUM_AXES),
+    _section("position_mask", np.bool_, _ATOMS),
+    _section("atom_features", np.uint8, _ATOMS, NUM_ATOM_FEATURES),
+    _section("degrees", np.uint8, _ATOMS),
+    _section("spd", np.uint8, _PAIRS),
+    _section("path_words", np.uint32, _PAIRS),
 )
 """The arrays of a buffer, in their order."""
 
+_SECTION_NAMES: Final = tuple(section.name for section in SECTIONS)
+# Places in `SECTIONS`, for the kernel.
+_MOLECULE_IDS: Final = _SECTION_NAMES.index("molecule_ids")
+_NUM_ATOMS: Final = _SECTION_NAMES.index("num_atoms")
+_POSITIONS: Final = _SECTION_NAMES.index("positions")
+_POSITION_MASK: Final = _SECTION_NAMES.index("position_mask")
+_ATOM_FEATURES: Final = _SECTION_NAMES.index("atom_features")
+_DEGREES: Final = _SECTION_NAMES.index("degrees")
+_SPD: Final = _SECTION_NAMES.index("spd")
+_PATH_WORDS: Final = _SECTION_NAMES.index("path_words")
+_MAX_DEGREE: Final = np.iinfo(np.uint8).max
+
 
 def mean_molecule_bytes(atom_counts: Mapping[int, int]) -> float:
-    """Bytes of a buffer that a molecule takes on average, from the number of molecules by their number of atoms."""
+    """Bytes per molecule of a buffer, from the number of molecules by their number of atoms."""
     num_molecules = max(1, sum(atom_counts.values()))
     rows: list[float] = [
         sum(count * atoms**power for atoms, count in atom_counts.items()) / num_molecules
@@ -125,43 +141,43 @@ def mean_molecule_bytes(atom_counts: Mapping[int, int]) -> float:
     return sum((rows[section.rows] * section.row_bytes for section in SECTIONS), 0.0)
 
 
-_BLOCKS_PER_STREAM: Final = 6
+BLOCKS_PER_STREAM: Final = 6
 # A block costs Ray some 20 ms of CPU time whatever its size: little beside the 100 ms that this one takes to build.
-_BLOCK_BYTES: Final = 12 << 20
-_MAX_BLOCK_STEPS: Final = 64
+BLOCK_BYTES: Final = 12 << 20
+MAX_BLOCK_STEPS: Final = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
-    """How micro-batches are made and how many processes make them."""
+    """How micro-batches are built, and by how many processes."""
 
     micro_batch_size: int = 64
-    """Molecules of a micro-batch: what one forward and backward pass sees."""
+    """Molecules per micro-batch, which is the input of one forward and backward pass."""
 
     steps_per_block: int | None = None
-    """Optimizer steps whose micro-batches of one stream travel together as one Ray block; null: as many as give
-    a block of about 12 MiB, less if six blocks of each stream would not fit into object_store_gib, at most 64 steps."""
+    """Optimizer steps whose micro-batches of one stream form one Ray block. null: as many as make a block of about
+    12 MiB, fewer if six blocks per stream would not fit into object_store_gib, and at most 64."""
 
     min_actors: int = 1
-    """CPU actors that build micro-batches: fewest."""
+    """Fewest CPU actors that build micro-batches."""
 
     max_actors: int | None = None
-    """CPU actors that build micro-batches: most; null: as many as the CPUs that the workers leave free. How many
-    there are follows from the measured rates of building and training."""
+    """Most CPU actors that build micro-batches; null: as many as the CPUs that the workers leave free. Within these
+    limits, their number follows from the measured rates of building and training."""
 
     actor_cpus: float = 1.0
     """CPUs that each building actor reserves."""
 
     cache_bytes: int = 512 * 2**20
-    """Bytes of decoded row groups that the building actors of a machine keep, together."""
+    """Bytes of decoded row groups that the building actors of a machine keep together."""
 
     object_store_gib: float | None = None
-    """Most memory of Ray's object store that micro-batches on their way take, in GiB over the whole cluster, besides
-    the one block of each stream that is being trained on; null: three tenths of the store. Building waits while it
-    is full."""
+    """Most memory of Ray's object store, in GiB over the whole cluster, for micro-batches that wait for training,
+    besides one block per stream that is being trained on; null: three tenths of the store. Building pauses while it is
+    full."""
 
     random_rotation: bool = False
-    """Rotate each conformer at random, anew each step, keyed by (seed, step, molecule id)."""
+    """Rotate each conformer at random, differently in each step, keyed by (seed, step, molecule id)."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no stream."""
@@ -189,26 +205,26 @@ class StreamConfig:
         )
 
     def block_steps(self, num_streams: int, step_bytes: float, budget: int) -> int:
-        """Steps of a block, where one stream has ``step_bytes`` of each and the object store ``budget`` bytes for all."""
+        """Steps per block, if a step takes ``step_bytes`` per stream and the object store has ``budget`` bytes."""
         if self.steps_per_block is not None:
             return self.steps_per_block
-        block_bytes = min(_BLOCK_BYTES, budget / (_BLOCKS_PER_STREAM * num_streams))
-        steps = min(max(1, int(block_bytes // step_bytes)), _MAX_BLOCK_STEPS)
-        return 1 << steps.bit_length() - 1  # divides more numbers of steps
+        block_bytes = min(BLOCK_BYTES, budget / (BLOCKS_PER_STREAM * num_streams))
+        steps = min(max(1, int(block_bytes // step_bytes)), MAX_BLOCK_STEPS)
+        return 1 << steps.bit_length() - 1  # a power of two divides more numbers of steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
-    """B molecules with A atoms and P ordered atom pairs in all; arrays are views of ``payload``."""
+    """B molecules with A atoms and P ordered atom pairs in total; the arrays are views of ``payload``."""
 
     step: int
-    """Optimizer step this micro-batch belongs to."""
+    """The optimizer step that the micro-batch belongs to."""
 
     stream: int
-    """Stream of the data order it comes from."""
+    """The stream of the data order that the micro-batch comes from."""
 
     index: int
-    """Its place among the micro-batches of (step, stream); sizes ascend with it."""
+    """Its index among the micro-batches of (step, stream), which are in the order of molecule size."""
 
     molecule_ids: NDArray[np.int64]
     """(B,) int64, position of each molecule within its split."""
@@ -220,7 +236,7 @@ class MicroBatch:
     """(A, 9) uint8 OGB codes, molecule-major."""
 
     degrees: NDArray[np.uint8]
-    """(A,) uint8, neighbours in the kept graph."""
+    """(A,) uint8, number of neighbours among the kept atoms, at most 255."""
 
     positions: NDArray[np.float32]
     """(A, 3) float32, angstrom. Rows where ``position_mask`` is False are undefined."""
@@ -229,21 +245,21 @@ class MicroBatch:
     """(A,) bool, True where the atom has coordinates."""
 
     spd: NDArray[np.uint8]
-    """(P,) uint8, shortest-path distance in bonds; pair (a, b) of a molecule is row ``a * n + b`` of its part."""
+    """(P,) uint8, shortest-path distance in bonds; pair (a, b) of a molecule with n atoms is its row ``a * n + b``."""
 
     path_words: NDArray[np.uint32]
-    """(P,) uint32, codes of the first five bonds from a to b, 6 bits each, the first the lowest; see
+    """(P,) uint32, codes of the first five bonds from a to b, 6 bits each, the first bond in the lowest bits; see
     :func:`unpack_path_words`."""
 
     payload: NDArray[np.uint8] = field(repr=False)
-    """(num_bytes,) uint8, header and all arrays: what travels between processes."""
+    """(num_bytes,) uint8, the header and all arrays; this is what is sent between processes."""
 
     def __len__(self) -> int:
         return len(self.molecule_ids)
 
     @property
     def path_codes(self) -> NDArray[np.uint8]:
-        """(P, 5) uint8, code of the h-th bond from a to b; a copy."""
+        """(P, 5) uint8, code of the h-th bond from a to b (a copy)."""
         return unpack_path_words(self.path_words)
 
 
@@ -252,10 +268,10 @@ class StepBatch:
     """All micro-batches of one rank for one optimizer step."""
 
     step: int
-    """Optimizer step."""
+    """The optimizer step."""
 
     micro_batches: tuple[MicroBatch, ...]
-    """By stream, then by index."""
+    """Sorted by stream, then by index."""
 
 
 def num_micro_batches(num_molecules: int, micro_batch_size: int) -> int:
@@ -266,9 +282,9 @@ def num_micro_batches(num_molecules: int, micro_batch_size: int) -> int:
 def build_micro_batches(
     block: MoleculeBlock, step: int, stream: int, micro_batch_size: int
 ) -> list[MicroBatch]:
-    """Cut one (step, stream)'s molecules, ordered by size, into micro-batches of nearly equal counts.
+    """Sort the molecules of one (step, stream) by size, and cut them into micro-batches of nearly equal counts.
 
-    The result depends on the block alone; molecules of equal size keep their order.
+    The result depends on the arguments only; molecules of equal size keep their order.
     """
     return build_steps(block, range(step, step + 1), stream, micro_batch_size)
 
@@ -276,9 +292,9 @@ def build_micro_batches(
 def build_steps(
     block: MoleculeBlock, steps: range, stream: int, micro_batch_size: int
 ) -> list[MicroBatch]:
-    """The micro-batches of consecutive steps of one stream, whose molecules follow each other in ``block``.
+    """The micro-batches of consecutive steps of one stream, whose molecules are in ``block`` step after step.
 
-    Each step has ``len(block) / len(steps)`` molecules and is cut as :func:`build_micro_batches` says.
+    Each step has ``len(block) / len(steps)`` molecules, which are cut as in :func:`build_micro_batches`.
     """
     size = len(block) // max(len(steps), 1)
     if size == 0 or size * len(steps) != len(block):
@@ -286,7 +302,7 @@ def build_steps(
             f"{len(block)} molecules cannot be cut into {len(steps)} steps of equal, non-zero size "
             f"(steps {steps.start} to {steps.stop - 1}, stream {stream})"
         )
-    # The last key counts most; lexsort is stable.
+    # lexsort sorts by the last key first, and is stable.
     order = np.lexsort((block.num_atoms, np.repeat(np.arange(len(steps)), size)))
     cuts = np.linspace(0, size, num_micro_batches(size, micro_batch_size) + 1).astype(np.int64)
     begins = (np.arange(len(steps))[:, None] * size + cuts[:-1]).reshape(-1)
@@ -300,19 +316,22 @@ def _pack(
     begins: NDArray[np.int64],
     headers: NDArray[np.int64],
 ) -> list[MicroBatch]:
-    """The molecules at ``order``, in micro-batches that begin at ``begins`` of it, one behind the other in a buffer."""
+    """Micro-batches, adjacent in one buffer, of the molecules ``order``; they begin at ``begins`` in that order."""
     check_bond_arrays(block.num_atoms, block.num_bonds, block.bonds, block.bond_features)
     num_bytes = headers[:, HEADER_FIELDS.index("num_bytes")]
     ends = np.cumsum(num_bytes)
     # Zeros, so that the padding between sections is the same every time.
-    buffer = np.zeros(int(ends[-1]) // 8, np.int64).view(np.uint8)
+    buffer = np.zeros(int(ends[-1]) // _WORD_BYTES, np.int64).view(np.uint8)
     wider = tuple(buffer.view(dtype) for dtype in (np.int64, np.int32, np.uint32, np.float32))
     sizes = (block.num_atoms, block.num_bonds)
+    starts = ends - num_bytes
+    sections = starts[:, None] + _section_begins(headers[:, _COUNTS])[:, :-1]
     damaged = _pack_kernel(
         order,
         np.append(begins, len(block)),
         headers,
-        (ends - num_bytes)[:, None] + _section_begins(headers[:, _COUNTS]),
+        starts // _WORD_BYTES,
+        sections // np.array([section.dtype.itemsize for section in SECTIONS]),
         buffer,
         wider,
         (block.molecule_ids, *sizes, *(np.cumsum(n, dtype=np.int64) - n for n in sizes)),
@@ -336,7 +355,7 @@ def _headers(
     begins: NDArray[np.int64],
     num_atoms: NDArray[np.int32],
 ) -> NDArray[np.int64]:
-    """(micro-batches, fields) the headers of micro-batches that begin at ``begins`` of the ordered molecules."""
+    """(micro-batches, fields), the headers of micro-batches that begin at ``begins`` in the sorted molecules."""
     atoms = num_atoms.astype(np.int64)
     headers = np.empty((len(begins), len(HEADER_FIELDS)), np.int64)
     columns: dict[str, Any] = {
@@ -358,46 +377,60 @@ def _headers(
 
 
 def _section_begins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Byte where each section begins, and last where the buffer ends, from (n, 3) molecules, atoms and pairs."""
+    """(n, sections + 1), the byte where each section begins, and last where the buffer ends.
+
+    ``counts`` (n, 3) are the numbers of molecules, atoms and pairs of n micro-batches.
+    """
     rows = counts[:, [section.rows for section in SECTIONS]]
     begins = np.full((len(counts), len(SECTIONS) + 1), _HEADER_BYTES, np.int64)
     row_bytes = np.array([section.row_bytes for section in SECTIONS], np.int64)
-    begins[:, 1:] += np.cumsum(-(-rows * row_bytes // 8) * 8, axis=1)
+    begins[:, 1:] += np.cumsum(_whole_words(rows * row_bytes), axis=1)
     return begins
+
+
+_Bytes = TypeVar("_Bytes", int, NDArray[np.int64])
+
+
+def _whole_words(num_bytes: _Bytes) -> _Bytes:
+    """Rounded up to a multiple of the word size."""
+    return -(-num_bytes // _WORD_BYTES) * _WORD_BYTES
 
 
 @njit(cache=True, nogil=True)
 def _pack_kernel(  # type: ignore[no-untyped-def]
-    order, begins, headers, sections, u8, wider, molecules, atoms, graph, space
+    order, begins, headers, header_words, sections, u8, wider, molecules, atoms, graph, space
 ):
-    """Write headers and sections of all micro-batches; the first molecule with a damaged bond, or -1."""
+    """Write headers and sections of all micro-batches; returns the first molecule with a damaged bond, or -1.
+
+    ``u8`` and ``wider`` are views of the buffer. ``header_words`` and ``sections`` say where in the view of the right
+    type each header and each section begins.
+    """
     i64, i32, u32, f32 = wider
     molecule_ids, num_atoms, num_bonds, atom_starts, bond_starts = molecules
     positions, position_mask, atom_features = atoms
     bonds, bond_features = graph
     for micro in range(headers.shape[0]):
-        section = sections[micro]
-        header = (section[0] - 8 * headers.shape[1]) // 8
-        i64[header : header + headers.shape[1]] = headers[micro]
+        section, header = sections[micro], header_words[micro]
+        i64[header : header + _HEADER_WORDS] = headers[micro]
         atom, pair = np.int64(0), np.int64(0)
         for place in range(begins[micro], begins[micro + 1]):
             molecule = order[place]
             slot = place - begins[micro]
             n = np.int64(num_atoms[molecule])
-            i64[section[0] // 8 + slot] = molecule_ids[molecule]
-            i32[section[1] // 4 + slot] = n
+            i64[section[_MOLECULE_IDS] + slot] = molecule_ids[molecule]
+            i32[section[_NUM_ATOMS] + slot] = n
             source = atom_starts[molecule]
             for a in range(n):
-                for axis in range(3):
-                    f32[section[2] // 4 + 3 * (atom + a) + axis] = positions[source + a, axis]
-                u8[section[3] + atom + a] = position_mask[source + a]
+                position = section[_POSITIONS] + NUM_AXES * (atom + a)
+                for axis in range(NUM_AXES):
+                    f32[position + axis] = positions[source + a, axis]
+                u8[section[_POSITION_MASK] + atom + a] = position_mask[source + a]
+                features = section[_ATOM_FEATURES] + NUM_ATOM_FEATURES * (atom + a)
                 for feature in range(NUM_ATOM_FEATURES):
-                    u8[section[4] + NUM_ATOM_FEATURES * (atom + a) + feature] = atom_features[
-                        source + a, feature
-                    ]
+                    u8[features + feature] = atom_features[source + a, feature]
             begin = bond_starts[molecule]
             end = begin + num_bonds[molecule]
-            spd, words = section[6] + pair, section[7] // 4 + pair
+            spd, words = section[_SPD] + pair, section[_PATH_WORDS] + pair
             if not relate_molecule(
                 n,
                 bonds[begin:end],
@@ -407,21 +440,21 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
                 space,
             ):
                 return molecule
-            degrees = u8[section[5] + atom : section[5] + atom + n]
+            first_degree = section[_DEGREES] + atom
+            degrees = u8[first_degree : first_degree + n]
             for bond in range(begin, end):
-                for side in range(2):
-                    # Saturating, as `bond_degrees`.
+                for side in range(BOND_ENDS):
                     degree = degrees[bonds[bond, side]]
-                    degrees[bonds[bond, side]] = degree + (degree < 255)
+                    degrees[bonds[bond, side]] = degree + (degree < _MAX_DEGREE)
             atom += n
             pair += n * n
     return -1
 
 
 def unpack_micro_batch(buffer: BufferLike) -> MicroBatch:
-    """The micro-batch that a payload holds, without copying; read-only if the buffer is."""
+    """The micro-batch in a buffer, without copying; its arrays are read-only if the buffer is."""
     payload = np.frombuffer(buffer, dtype=np.uint8)
-    if payload.__array_interface__["data"][0] % 8:
+    if payload.__array_interface__["data"][0] % _WORD_BYTES:
         payload = payload.copy()
     micro = _view(payload, _read_header(payload))
     sizes = micro.num_atoms
@@ -465,8 +498,8 @@ def _read_header(payload: NDArray[np.uint8]) -> list[int]:
 
 
 def _section_bytes(section: Section, counts: list[int]) -> int:
-    """Bytes of a section, rounded up to a multiple of 8."""
-    return -(-counts[section.rows] * section.row_bytes // 8) * 8
+    """Bytes of a section, including its padding."""
+    return _whole_words(counts[section.rows] * section.row_bytes)
 
 
 def _view(payload: NDArray[np.uint8], header: list[int]) -> MicroBatch:

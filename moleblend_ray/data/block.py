@@ -1,4 +1,4 @@
-"""A block of molecules as flat arrays: what the relation kernels and the batch packer work on."""
+"""A block of molecules as flat arrays, the input of the relation kernels and of the packing of micro-batches."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
 
 NUM_ATOM_FEATURES: Final = len(ATOM_VOCAB_SIZES)
 NUM_BOND_FEATURES: Final = len(BOND_VOCAB_SIZES)
+NUM_AXES: Final = 3
+"""Coordinates of a position."""
+BOND_ENDS: Final = 2
+"""Atoms of a bond."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,11 +76,10 @@ class MoleculeBlock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GraphColumns:
-    """The graph columns of R shard rows, checked, as flat arrays that view the table's memory where they can."""
+    """The graph columns of R shard rows, checked, as flat arrays that are views of the table where possible."""
 
     rows: NDArray[np.int64]
-    """(R, 6) int64: num_atoms, num_bonds, num_conformers, and where in the arrays below the molecule's atoms,
-    its bonds and the atoms of its first conformer begin. One row is less than a cache line."""
+    """(R, 6) int64, columns ``ROW_FIELDS``. A row is shorter than a cache line."""
 
     atom_features: NDArray[np.uint8]
     """(A, 9) uint8."""
@@ -88,16 +91,16 @@ class GraphColumns:
     """(E, 3) uint8."""
 
     positions: NDArray[np.float32]
-    """(C, 3) float32, conformer by conformer of each molecule."""
+    """(C, 3) float32, one conformer of a molecule after the other."""
 
     position_mask: NDArray[np.bool_]
     """(C,) bool."""
 
     addresses: NDArray[np.uint64] = field(init=False, repr=False)
-    """(6,) uint64, where in memory each of the arrays above begins."""
+    """(6,) uint64, the memory address of each of the arrays above, in their order."""
 
     def __post_init__(self) -> None:
-        """Note the addresses: a kernel that reads from many of these gets them in one array."""
+        """Note the addresses: a kernel that reads from many of these objects gets them in one array."""
         arrays = (getattr(self, item.name) for item in fields(self) if item.init)
         addresses = [array.__array_interface__["data"][0] for array in arrays]
         object.__setattr__(self, "addresses", np.array(addresses, np.uint64))
@@ -107,18 +110,28 @@ class GraphColumns:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> GraphColumns:
-        """The graph columns of a shard table (or of a part of one); DataError if their lists do not fit."""
+        """The graph columns of a shard (or of a part of one); DataError if the lengths of their lists do not match."""
         num_atoms = _fixed(table, "num_atoms")
         num_conformers = _fixed(table, "num_conformers")
         conformer_atoms = num_atoms * num_conformers
         atom_features, _ = _ragged(table, "atom_features", np.uint8, NUM_ATOM_FEATURES, num_atoms)
-        bonds, num_bonds = _ragged(table, "bonds", np.uint16, 2, None)
+        bonds, num_bonds = _ragged(table, "bonds", np.uint16, BOND_ENDS, None)
         bond_features, _ = _ragged(table, "bond_features", np.uint8, NUM_BOND_FEATURES, num_bonds)
-        positions, _ = _ragged(table, "positions", np.float32, 3, conformer_atoms)
+        positions, _ = _ragged(table, "positions", np.float32, NUM_AXES, conformer_atoms)
         position_mask, _ = _ragged(table, "position_mask", np.bool_, 1, conformer_atoms)
-        starts = (np.cumsum(n) - n for n in (num_atoms, num_bonds, conformer_atoms))
+        first_atom, first_bond, first_position = (
+            np.cumsum(counts) - counts for counts in (num_atoms, num_bonds, conformer_atoms)
+        )
+        columns = {
+            "num_atoms": num_atoms,
+            "num_bonds": num_bonds,
+            "num_conformers": num_conformers,
+            "first_atom": first_atom,
+            "first_bond": first_bond,
+            "first_position": first_position,
+        }
         return cls(
-            rows=np.stack([num_atoms, num_bonds, num_conformers, *starts], axis=1),
+            rows=np.stack([columns[name] for name in ROW_FIELDS], axis=1),
             atom_features=atom_features,
             bonds=bonds,
             bond_features=bond_features,
@@ -127,17 +140,42 @@ class GraphColumns:
         )
 
 
-def block_from_table(
-    table: pa.Table,
-    molecule_ids: NDArray[np.int64],
-    conformer: NDArray[np.int64] | None = None,
-) -> MoleculeBlock:
-    """The rows of a shard table (or of a part of one) as a block; ``conformer`` as :func:`gather` says."""
+ROW_FIELDS: Final = (
+    "num_atoms",
+    "num_bonds",
+    "num_conformers",
+    "first_atom",
+    "first_bond",
+    "first_position",
+)
+"""Columns of ``GraphColumns.rows``: counts of a molecule, and the rows of the flat arrays at which its atoms, its bonds
+and the positions of its first conformer begin."""
+
+# For the kernels: columns of `GraphColumns.rows`, and places of the arrays in `GraphColumns.addresses`.
+_NUM_ATOMS: Final = ROW_FIELDS.index("num_atoms")
+_NUM_BONDS: Final = ROW_FIELDS.index("num_bonds")
+_NUM_CONFORMERS: Final = ROW_FIELDS.index("num_conformers")
+_FIRST_ATOM: Final = ROW_FIELDS.index("first_atom")
+_FIRST_BOND: Final = ROW_FIELDS.index("first_bond")
+_FIRST_POSITION: Final = ROW_FIELDS.index("first_position")
+_ROW_WIDTH: Final = len(ROW_FIELDS)
+_ROW_BYTES: Final = _ROW_WIDTH * np.dtype(np.int64).itemsize
+_ARRAYS: Final = tuple(item.name for item in fields(GraphColumns) if item.init)
+_ROWS: Final = _ARRAYS.index("rows")
+_ATOM_FEATURES: Final = _ARRAYS.index("atom_features")
+_BONDS: Final = _ARRAYS.index("bonds")
+_BOND_FEATURES: Final = _ARRAYS.index("bond_features")
+_POSITIONS: Final = _ARRAYS.index("positions")
+_POSITION_MASK: Final = _ARRAYS.index("position_mask")
+
+
+def block_from_table(table: pa.Table, molecule_ids: NDArray[np.int64]) -> MoleculeBlock:
+    """The rows of a shard (or of a part of one) as a block, with the first conformer of each molecule."""
     columns = GraphColumns.from_table(table)
     if len(molecule_ids) != len(columns):
         raise DataError(f"{len(molecule_ids)} molecule ids were given for {len(columns)} rows")
     rows = np.arange(len(columns), dtype=np.int64)
-    return gather([columns], np.zeros_like(rows), rows, molecule_ids, conformer)
+    return gather([columns], np.zeros_like(rows), rows, molecule_ids)
 
 
 def gather(
@@ -149,29 +187,31 @@ def gather(
 ) -> MoleculeBlock:
     """The molecules at row ``row[i]`` of ``groups[group[i]]`` as one block of M molecules, in that order.
 
-    ``conformer`` (M,) is a non-negative draw for each molecule, taken modulo its number of conformers;
-    None takes the first conformer. A molecule without conformers gets an all-False ``position_mask``.
-    ``group`` and ``row`` must lie within the groups: this is not checked.
+    ``conformer`` (M,) is a non-negative draw per molecule, which is taken modulo its number of conformers; None takes
+    the first conformer. A molecule without conformers gets an all-False ``position_mask``. It is not checked that
+    ``group`` and ``row`` are valid indices.
     """
-    # Each group lies where it was decoded: given addresses, one call of a kernel reads from all of them.
-    addresses = np.array([columns.addresses for columns in groups], np.uint64).reshape(-1, 6)
-    sizes = np.empty((len(row), 6), np.int64)
-    _gather_rows(addresses, group, row, sizes)
-    atoms, bonds = sizes[:, 0].sum(), sizes[:, 1].sum()
+    # The groups are in different places of memory: with their addresses, one call of a kernel reads from all of them.
+    addresses = np.array([columns.addresses for columns in groups], np.uint64)
+    addresses = addresses.reshape(-1, len(_ARRAYS))
+    rows = np.empty((len(row), len(ROW_FIELDS)), np.int64)
+    _gather_rows(addresses, group, row, rows)
+    num_atoms, num_bonds = rows[:, _NUM_ATOMS], rows[:, _NUM_BONDS]
+    atoms, bonds = num_atoms.sum(), num_bonds.sum()
     block = MoleculeBlock(
         molecule_ids=np.asarray(molecule_ids, dtype=np.int64),
-        num_atoms=sizes[:, 0].astype(np.int32),
-        num_bonds=sizes[:, 1].astype(np.int32),
+        num_atoms=num_atoms.astype(np.int32),
+        num_bonds=num_bonds.astype(np.int32),
         atom_features=np.empty((atoms, NUM_ATOM_FEATURES), np.uint8),
-        bonds=np.empty((bonds, 2), np.uint16),
+        bonds=np.empty((bonds, BOND_ENDS), np.uint16),
         bond_features=np.empty((bonds, NUM_BOND_FEATURES), np.uint8),
-        positions=np.empty((atoms, 3), np.float32),
+        positions=np.empty((atoms, NUM_AXES), np.float32),
         position_mask=np.empty(atoms, np.bool_),
     )
     _gather_values(
         addresses,
         group,
-        sizes,
+        rows,
         np.zeros(len(row), np.int64) if conformer is None else conformer,
         block.atom_features.reshape(-1),
         block.bonds.reshape(-1),
@@ -183,7 +223,7 @@ def gather(
 
 
 def concatenate(blocks: Sequence[MoleculeBlock]) -> MoleculeBlock:
-    """The molecules of all blocks, one block after the other."""
+    """The molecules of all blocks, in the order of the blocks."""
     arrays = {
         item.name: np.concatenate([getattr(block, item.name) for block in blocks])
         for item in fields(MoleculeBlock)
@@ -200,54 +240,59 @@ def _type_pointer(_typing_context: Any, _address: Any) -> Any:
     return types.voidptr(types.uint64), generate
 
 
-# In kernels: an address (uint64) as a pointer for `carray`.
+# In kernels: turns an address (uint64) into a pointer for `carray`.
 _pointer: Any = intrinsic(_type_pointer)
 
 
 @njit(cache=True, nogil=True)
-def _gather_rows(addresses, group, row, sizes):  # type: ignore[no-untyped-def]
-    """``GraphColumns.rows`` of each molecule."""
+def _gather_rows(addresses, group, row, rows):  # type: ignore[no-untyped-def]
+    """Copy the row of ``GraphColumns.rows`` of each molecule."""
     for i in range(row.shape[0]):
-        start = addresses[group[i], 0] + np.uint64(48 * row[i])
-        found = carray(_pointer(start), 6, np.int64)
-        for column in range(6):
-            sizes[i, column] = found[column]
+        start = addresses[group[i], _ROWS] + np.uint64(_ROW_BYTES * row[i])
+        found = carray(_pointer(start), _ROW_WIDTH, np.int64)
+        for column in range(_ROW_WIDTH):
+            rows[i, column] = found[column]
 
 
 @njit(cache=True, nogil=True)
 def _gather_values(  # type: ignore[no-untyped-def]
-    addresses, group, sizes, draw, atom_features, bonds, bond_features, positions, position_mask
+    addresses, group, rows, draw, atom_features, bonds, bond_features, positions, position_mask
 ):
-    """Copy each molecule's values behind those of the one before; all destinations are flat."""
+    """Copy the values of each molecule behind those of the one before; all destinations are flat."""
     atom, bond = 0, 0
     for i in range(group.shape[0]):
-        n, num_bonds, conformers = sizes[i, 0], sizes[i, 1], sizes[i, 2]
-        place = addresses[group[i]]
-        _copy(atom_features, 9 * atom, place[1], 9 * sizes[i, 3], 9 * n)
-        _copy(bonds, 2 * bond, place[2], 2 * sizes[i, 4], 2 * num_bonds)
-        _copy(bond_features, 3 * bond, place[3], 3 * sizes[i, 4], 3 * num_bonds)
+        array = addresses[group[i]]
+        n, num_bonds, conformers = (
+            rows[i, _NUM_ATOMS],
+            rows[i, _NUM_BONDS],
+            rows[i, _NUM_CONFORMERS],
+        )
+        first_atom, first_bond = rows[i, _FIRST_ATOM], rows[i, _FIRST_BOND]
+        _copy(atom_features, atom, array[_ATOM_FEATURES], first_atom, n, NUM_ATOM_FEATURES)
+        _copy(bonds, bond, array[_BONDS], first_bond, num_bonds, BOND_ENDS)
+        _copy(bond_features, bond, array[_BOND_FEATURES], first_bond, num_bonds, NUM_BOND_FEATURES)
         if conformers > 0:
-            start = sizes[i, 5] + draw[i] % conformers * n
-            _copy(positions, 3 * atom, place[4], 3 * start, 3 * n)
-            _copy(position_mask, atom, place[5], start, n)
+            place = rows[i, _FIRST_POSITION] + draw[i] % conformers * n
+            _copy(positions, atom, array[_POSITIONS], place, n, NUM_AXES)
+            _copy(position_mask, atom, array[_POSITION_MASK], place, n, 1)
         else:
-            positions[3 * atom : 3 * (atom + n)] = 0
+            positions[NUM_AXES * atom : NUM_AXES * (atom + n)] = 0
             position_mask[atom : atom + n] = False
         atom += n
         bond += num_bonds
 
 
 @njit(cache=True, nogil=True)
-def _copy(target, begin, address, source_begin, count):  # type: ignore[no-untyped-def]
-    """``count`` items from the array at ``address``, whose items are like the target's."""
-    first = address + np.uint64(source_begin * target.itemsize)
-    source = carray(_pointer(first), count, target.dtype)
-    for item in range(count):
-        target[begin + item] = source[item]
+def _copy(target, begin, address, source_begin, num_rows, width):  # type: ignore[no-untyped-def]
+    """Copy rows of ``width`` items to row ``begin`` of ``target``, from an array of its type at ``address``."""
+    first = address + np.uint64(source_begin * width * target.itemsize)
+    source = carray(_pointer(first), num_rows * width, target.dtype)
+    for item in range(num_rows * width):
+        target[begin * width + item] = source[item]
 
 
 def ragged_rows(counts: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row numbers, in flat arrays with ``counts[i]`` rows for molecule i, of the molecules ``indices``."""
+    """Row numbers of the molecules ``indices`` in flat arrays with ``counts[i]`` rows for molecule i."""
     starts = np.cumsum(counts, dtype=np.int64) - counts
     taken = counts[indices].astype(np.int64)
     shift = starts[indices] - (np.cumsum(taken) - taken)
@@ -277,7 +322,7 @@ def _ragged(
     width: int,
     expected_rows: NDArray[np.int64] | None,
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """A list column as flat ``(rows, width)`` values and the rows of each molecule, checked."""
+    """A column of lists as flat values (rows, ``width``), and the number of rows of each molecule; both checked."""
     array = _column(table, name)
     lengths = np.diff(array.offsets.to_numpy()).astype(np.int64)
     values = array.flatten()

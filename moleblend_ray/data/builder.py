@@ -1,7 +1,7 @@
 """From shards to micro-batches in one process: the part of the stream that needs no Ray.
 
-The Ray stream runs :class:`MicroBatchBuilder` on CPU actors; :func:`local_step_batches` runs the same class
-in the calling process, so both give the same bytes for the same step.
+The Ray stream runs :class:`MicroBatchBuilder` in CPU actors. :func:`local_step_batches` runs the same class in the
+calling process, so both give the same bytes for the same step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.relations.geometry import random_rotations, rotate
 from moleblend_ray.relations.hashing import keyed_hash
 
-# First key words, so that the draws of a molecule are unrelated.
+# First key words, which make the draws for a molecule independent.
 _CONFORMER: Final = 3
 _ROTATION: Final = 4
 
 
 class MicroBatchBuilder:
-    """Reads the molecules of given steps and packs them with their relations."""
+    """Reads the molecules of training steps and packs them, with their relations, into micro-batches."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class MicroBatchBuilder:
         *,
         shared: bool = False,
     ) -> None:
-        """``shared``: decoded row groups are shared with the other builders of this machine until :meth:`close`."""
+        """``shared``: share decoded row groups with the other builders of this machine, until :meth:`close`."""
         manifest = load_manifest(data_uri)
         self._shared = NodeCache(manifest.fingerprint[:32], stream.cache_bytes) if shared else None
         self._order = DataOrder(manifest.num_molecules(split), order)
@@ -59,12 +59,12 @@ class MicroBatchBuilder:
         )
 
     def close(self) -> None:
-        """Leave the row groups that are shared; the last builder of the machine removes them."""
+        """Stop using the shared row groups; the last builder of the machine removes them."""
         if self._shared is not None:
             self._shared.close()
 
     def build(self, first_step: int, num_steps: int, stream: int) -> list[MicroBatch]:
-        """The micro-batches of consecutive steps of one stream, by step, then by index."""
+        """The micro-batches of consecutive steps of one stream, sorted by step, then by index."""
         molecules = self._order.stream_batches(first_step, num_steps, stream)
         steps = range(first_step, first_step + num_steps)
         step_of_row = np.repeat(np.arange(steps.start, steps.stop), molecules.shape[1])
@@ -73,7 +73,7 @@ class MicroBatchBuilder:
 
     def _read(self, molecule_ids: NDArray[np.int64], steps: NDArray[np.int64]) -> MoleculeBlock:
         seed = self._order.config.seed
-        # The sign bit is dropped: a draw is non-negative.
+        # Without the lowest bit, a draw is a non-negative int64.
         draw = keyed_hash(seed, _CONFORMER, steps, molecule_ids) >> np.uint64(1)
         block = self._reader.read_block(molecule_ids, draw.astype(np.int64))
         if not self._stream.random_rotation:
@@ -92,7 +92,7 @@ def local_step_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[StepBatch]:
-    """The steps of one rank, built in this process as they are asked for."""
+    """The steps of one rank, each built in this process when it is asked for."""
     if order.num_streams % world_size:
         raise ConfigError(
             f"{order.num_streams} streams cannot be divided among {world_size} workers; "

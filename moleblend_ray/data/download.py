@@ -1,9 +1,9 @@
-"""Published files -> a directory or object store: resumed after interruptions, believed only when verified.
+"""Published files -> a directory or object store: downloads are resumed after interruptions, and verified.
 
-A file appears under its name when its size and checksum are those published; until then it is a partial file
-beside it (or, for an object store, in a spool on this machine), which the next attempt continues by an HTTP range
-request. Where nothing was published, the SHA-256 of the first download is recorded and holds from then on (trust
-on first use). Nothing is executed or unpacked: archives are read as they are.
+A file gets its name only when its size and checksum are the published ones. Until then it is a partial file beside it
+(for an object store, in a local directory), which the next attempt continues by an HTTP range request. If nothing was
+published, the SHA-256 of the first download is recorded, and later downloads must agree with it (trust on first use).
+Nothing is executed or unpacked: archives are read as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import http.client
 import json
 import logging
 import os
-import random
 import re
 import time
 import urllib.error
@@ -24,10 +23,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Final, NamedTuple
+from typing import IO, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.retry import TRANSIENT_STATUS, backoff_seconds
 from moleblend_ray.errors import (
     ConfigError,
     DataError,
@@ -40,7 +40,7 @@ from moleblend_ray.errors import (
 logger = logging.getLogger(__name__)
 
 RECORD_NAME: Final = "download.json"
-"""Beside the files: where each came from, its size and checksum, licence and citation."""
+"""File in the output with the origin, size and checksum of each file, the licence and the citation."""
 
 _SCHEMES: Final = ("http", "https", "file", "s3", "gs")
 _WEB: Final = ("http", "https")
@@ -48,11 +48,14 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _BLOCK_BYTES: Final = 1 << 20
 _MAX_REDIRECTS: Final = 5
 _MIN_BYTES_PER_SECOND: Final = 64
-"""A server that sends less over the whole of ``timeout_s`` has stalled."""
-_RETRIED_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""A server that sends less than this for ``timeout_s`` has stalled."""
+_LONGEST_WAIT_S: Final = 60.0
+"""Longest wait between two attempts, unless the server asks for more."""
+_LONGEST_ASKED_WAIT_S: Final = 120.0
+"""Longest wait that a server can ask for."""
 
 Report = Callable[[str, int, int | None], None]
-"""(name of the file, bytes there so far, bytes of the whole or None)."""
+"""Called with the name of the file, its bytes so far, and its total bytes or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +63,15 @@ class RemoteFile:
     """A published file."""
 
     name: str
-    """Its name in the output; the collection is recognised by it."""
+    """Its name in the output, by which `prepare` recognises the collection."""
     urls: tuple[str, ...]
-    """Where it is published: http, https, file, s3 or gs; tried in order."""
+    """Where it is published (http, https, file, s3 or gs); tried in this order."""
     bytes: int | None = None
-    """Its size, null where none is stated."""
+    """Published size; null if there is none."""
     md5: str | None = None
-    """Published MD5 in hexadecimal, null where there is none."""
+    """Published MD5 in hexadecimal; null if there is none."""
     sha256: str | None = None
-    """Published SHA-256 in hexadecimal, null where there is none."""
+    """Published SHA-256 in hexadecimal; null if there is none."""
 
     def __post_init__(self) -> None:
         bad = [url for url in self.urls if _scheme(url) not in _SCHEMES]
@@ -95,7 +98,7 @@ class Collection:
     name: str
     """Short name."""
     title: str
-    """What it is, in a line."""
+    """What it is, in one line."""
     homepage: str
     """Where it is described."""
     licence: str
@@ -103,7 +106,7 @@ class Collection:
     citation: str
     """The publication to cite."""
     files: tuple[RemoteFile, ...]
-    """What is fetched."""
+    """The files to download."""
 
     def __post_init__(self) -> None:
         names = [file.name for file in self.files]
@@ -115,14 +118,14 @@ class Collection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferOptions:
-    """How patiently files are fetched."""
+    """Timeouts and retries of downloads."""
 
     timeout_s: float = 60.0
-    """Seconds without an answer or with next to no data after which a connection is given up and made anew."""
+    """Seconds without a response, or with almost no data, after which a connection is closed and a new one made."""
     attempts: int = 8
-    """Attempts in a row that bring nothing new before a source is given up."""
+    """Attempts in a row without new data after which a source is given up."""
     first_wait_s: float = 1.0
-    """Wait before the second attempt; doubled each time, up to a minute, with a random part."""
+    """Seconds before the second attempt; doubled for each further one, up to a minute, and partly random."""
 
     def __post_init__(self) -> None:
         check_all(
@@ -133,18 +136,18 @@ class TransferOptions:
 
 
 class FetchedFile(NamedTuple):
-    """A file of the collection that is there and verified."""
+    """A verified file of the collection in the output."""
 
     name: str
     url: str
-    """Where it came from, without credentials; empty if it was there without a record."""
+    """Where it was downloaded from, without credentials; empty if it was there without a record."""
     bytes: int
     sha256: str
     verified_by: str
     """``published sha256``, ``published md5``, ``recorded sha256`` (of an earlier download) or ``first download``
     (nothing to compare with)."""
     transferred: int
-    """Bytes fetched now, 0 if it was there."""
+    """Bytes downloaded by this call, 0 if the file was there."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -159,7 +162,7 @@ class _Job:
     report: Report
     record: dict[str, Any] = field(default_factory=dict)
     transferred: int = 0
-    """Bytes fetched so far."""
+    """Bytes downloaded so far."""
 
 
 def download_collection(
@@ -171,11 +174,11 @@ def download_collection(
     spool: str | None = None,
     report: Report | None = None,
 ) -> list[FetchedFile]:
-    """Fetch the files of ``collection`` into the directory or prefix ``out``; those that are there are verified.
+    """Download the files of ``collection`` to the directory or prefix ``out``; files that are there are verified.
 
-    Each of ``mirrors`` is the URL of a directory with the files under their names, tried before the published
-    URLs. ``spool`` is the local directory of partial files while ``out`` is none. DataError if what was fetched or
-    is there is not what was published; StorageError if no source can be reached.
+    Each of ``mirrors`` is the URL of a directory that contains the files under their names; mirrors are tried before
+    the published URLs. ``spool`` is the local directory for partial files if ``out`` is not local. DataError if a file
+    is not what was published; StorageError if no source can be reached.
     """
     for mirror in mirrors:
         if _scheme(mirror) not in _SCHEMES:
@@ -235,14 +238,14 @@ def _fetch(file: RemoteFile, job: _Job) -> FetchedFile:
 
 
 def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Digests:
-    """Complete the partial file from ``url``; DataError if it then is not what it should be."""
+    """Complete the partial file from ``url``; DataError if it is not the published file."""
     while True:
         is_continued = _transfer(url, partial, file, job)
         digests = _digests(_file_blocks(partial))
         mismatch = _mismatch(file, digests, _recorded(file, job))
         if mismatch is None:
             return digests
-        # What was continued may be a part of another version: nothing of it is worth keeping.
+        # The two parts may be of different versions of the file: start over.
         _discard(partial)
         if not is_continued:
             raise DataError(f"{without_credentials(url)} is not what was published: {mismatch}.")
@@ -250,7 +253,7 @@ def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Diges
 
 
 def _check_present(file: RemoteFile, target: str, job: _Job) -> FetchedFile:
-    """A file that is there already, verified; never replaced."""
+    """Verify a file that is there already; it is never replaced."""
     with storage.translate_errors("read", target), storage.open_read(target) as stream:
         digests = _digests(iter(lambda: stream.read(_BLOCK_BYTES), b""))
     recorded = _recorded(file, job)
@@ -278,7 +281,7 @@ def _partial_path(file: RemoteFile, job: _Job) -> Path:
 
 @contextlib.contextmanager
 def _locked(partial: Path) -> Iterator[None]:
-    """Two processes writing one partial file would mix their bytes."""
+    """Lock the partial file: two processes that write it would mix their bytes."""
     lock = partial.with_name(partial.name + ".lock")
     with open(lock, "w") as handle:
         try:
@@ -294,7 +297,7 @@ def _locked(partial: Path) -> Iterator[None]:
 
 
 def _publish(partial: Path, target: str) -> None:
-    """The verified file appears under its name, whole."""
+    """Give the verified file its name in the output, atomically."""
     if storage.is_local(target):
         with open(partial, "rb") as handle:
             os.fsync(handle.fileno())
@@ -319,7 +322,7 @@ class _Digests(NamedTuple):
 
 
 def _digests(blocks: Iterator[bytes]) -> _Digests:
-    # MD5 is what publishers give; it guards against damage, not against forgery.
+    # Some publishers state MD5 only, which protects against damage but not against forgery.
     size, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
     for block in blocks:
         size += len(block)
@@ -335,7 +338,7 @@ def _file_blocks(path: Path) -> Iterator[bytes]:
 
 
 def _mismatch(file: RemoteFile, found: _Digests, recorded: str | None) -> str | None:
-    """What differs from what was published or recorded, None if nothing does."""
+    """The first difference from what was published or recorded; None if there is none."""
     expected = [
         ("size", file.bytes, found.bytes),
         ("MD5", file.md5 and file.md5.lower(), found.md5),
@@ -361,7 +364,7 @@ def _basis(file: RemoteFile, recorded: str | None) -> str:
 
 
 def _read_record(out: str) -> dict[str, Any]:
-    """File name -> what an earlier download recorded of it."""
+    """File name -> the record of an earlier download."""
     uri = storage.join(out, RECORD_NAME)
     if not storage.exists(uri):
         return {}
@@ -383,7 +386,7 @@ def _recorded(file: RemoteFile, job: _Job) -> str | None:
 
 
 def _write_record(job: _Job, fetched: list[FetchedFile]) -> None:
-    """After each file, so that an interruption forgets no checksum; without a date: the same for the same files."""
+    """Record the files so far, so that an interruption loses no checksum; equal files give an equal record."""
     done = {
         file.name: {
             "name": file.name,
@@ -396,7 +399,7 @@ def _write_record(job: _Job, fetched: list[FetchedFile]) -> None:
     }
     for name, entry in done.items():
         first = job.record.get(name)
-        # That a checksum was only recorded stays true, however often it is compared with itself.
+        # Comparing a file with its recorded checksum does not verify it better than before.
         if first is not None and entry["verified_by"] == "recorded sha256":
             entry["verified_by"] = first.get("verified_by", entry["verified_by"])
     collection = job.collection
@@ -418,17 +421,19 @@ def _write_record(job: _Job, fetched: list[FetchedFile]) -> None:
 
 
 class _RetriedError(Exception):
-    """An attempt failed in a way that another may not."""
+    """An attempt failed, but the next one may succeed."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
-        """What the server asks for."""
+        """How long the server asks to wait."""
 
 
 def _transfer(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
-    """Bring the partial file to its end; StorageError if ``url`` cannot. Returns whether the end was put to an
-    earlier beginning."""
+    """Complete the partial file; StorageError if that is not possible from ``url``.
+
+    Returns whether the partial file existed and was continued.
+    """
     options = job.options
     shown = without_credentials(url)
     failures = 0
@@ -444,17 +449,19 @@ def _transfer(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
                     f"Cannot download {shown}: {error}; given up after {failures} attempts that brought "
                     "nothing new. What was fetched is kept: the same command continues."
                 ) from error
-            wait_s = min(60.0, options.first_wait_s * 2 ** (failures - 1))
-            wait_s = max(wait_s * random.uniform(0.5, 1.0), min(error.wait_s or 0.0, 120.0))
+            wait_s = max(
+                backoff_seconds(failures, options.first_wait_s, _LONGEST_WAIT_S),
+                min(error.wait_s or 0.0, _LONGEST_ASKED_WAIT_S),
+            )
             logger.info("%s: %s at byte %d; trying again in %.1f s", shown, error, now, wait_s)
             time.sleep(wait_s)
 
 
 def _attempt(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
-    """One request; returns whether it went on from bytes that were there."""
+    """Make one request; returns whether it continued an existing partial file."""
     offset, validator = _resumable(url, partial, file)
     if file.bytes is not None and offset == file.bytes:
-        return True  # whole, but not yet verified when it was interrupted
+        return True  # complete, but interrupted before it was verified
     source = _open_web if _scheme(url) in _WEB else _open_storage
     with source(url, offset, validator, job.options.timeout_s) as answer:
         if answer.is_complete:
@@ -472,7 +479,7 @@ def _attempt(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
 
 
 def _copy(answer: _Answer, handle: IO[bytes], file: RemoteFile, job: _Job) -> None:
-    """The body into the partial file; ``_RetriedError`` if it ends early or trickles."""
+    """Write the body to the partial file; ``_RetriedError`` if it ends early or is far too slow."""
     position = answer.offset
     limit = file.bytes if file.bytes is not None else answer.total
     window_s, window_bytes = time.monotonic(), 0
@@ -506,7 +513,7 @@ def _state_path(partial: Path) -> Path:
 
 
 def _resumable(url: str, partial: Path, file: RemoteFile) -> tuple[int, str | None]:
-    """Where to go on, and the validator (ETag or date) of what is there; (0, None) to begin anew."""
+    """Where to continue, and the validator (ETag or date) of the partial file; (0, None) to start over."""
     if not partial.exists():
         return 0, None
     offset = partial.stat().st_size
@@ -517,7 +524,7 @@ def _resumable(url: str, partial: Path, file: RemoteFile) -> tuple[int, str | No
         return 0, None
     is_same_url = state.get("url") == without_credentials(url)
     validator = state.get("validator") if is_same_url else None
-    # Without a validator only a published checksum can tell whether both parts are of one file.
+    # Without a validator, only a published checksum can tell whether both parts belong to the same version.
     is_checked = file.md5 is not None or file.sha256 is not None
     if isinstance(validator, str) or is_checked:
         return offset, validator if isinstance(validator, str) else None
@@ -526,21 +533,21 @@ def _resumable(url: str, partial: Path, file: RemoteFile) -> tuple[int, str | No
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Answer:
-    """An open source."""
+    """A response whose body can be read."""
 
     read: Callable[[int], bytes]
     offset: int
-    """Where its first byte belongs."""
+    """Position of its first byte in the file."""
     total: int | None
     """Bytes of the whole file."""
     validator: str | None
-    """For ``If-Range`` next time: a strong ETag, or the date of the last change."""
+    """For ``If-Range`` in the next attempt: a strong ETag, or the date of the last change."""
     is_complete: bool = False
-    """Nothing is left to fetch."""
+    """Whether the partial file was complete already."""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A few redirects, to the web only, and never from https to http."""
+    """Follows a few redirects, only to http and https, and never from https to http."""
 
     max_redirections = _MAX_REDIRECTS
     max_repeats = 1
@@ -601,7 +608,7 @@ def _answer(url: str, response: Any, offset: int) -> _Answer:
             )
         start, total = offset, _integer(match[2])
     etag = headers.get("ETag")
-    # A weak ETag does not promise the same bytes.
+    # A weak ETag does not guarantee identical bytes.
     strong = etag if etag and not etag.startswith("W/") else None
     return _Answer(
         read=response.read1,
@@ -612,7 +619,7 @@ def _answer(url: str, response: Any, offset: int) -> _Answer:
 
 
 def _after_status(url: str, error: urllib.error.HTTPError, offset: int) -> _Answer:
-    """What an error status means; raises but for a file that is whole already."""
+    """The answer for an error status: raises, except if the partial file is complete or too long."""
     if error.code == 416 and offset:
         match = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
         if match is not None and int(match[1]) == offset:
@@ -621,14 +628,14 @@ def _after_status(url: str, error: urllib.error.HTTPError, offset: int) -> _Answ
             )
         return _Answer(read=_too_short, offset=0, total=None, validator=None)
     reason = f"HTTP {error.code} {error.reason}"
-    if error.code in _RETRIED_STATUS:
+    if error.code in TRANSIENT_STATUS:
         wait = _integer(error.headers.get("Retry-After"))
         raise _RetriedError(reason, None if wait is None else float(wait)) from error
     raise StorageError(f"Cannot download {without_credentials(url)}: {reason}.") from error
 
 
 def _too_short(_: int) -> bytes:
-    # The partial file has been emptied: the next attempt begins anew.
+    # The partial file has been truncated, so the next attempt starts over.
     raise OSError("the file is shorter than what was fetched of it before")
 
 
@@ -637,18 +644,14 @@ def _open_storage(
     url: str,
     offset: int,
     validator: str | None,
-    timeout_s: float,  # noqa: ARG001 - that of the storage layer holds
+    timeout_s: float,  # noqa: ARG001 - the storage layer has its own
 ) -> Iterator[_Answer]:
-    """The file in a directory or an object store, where the validator is its size."""
+    """A file in a directory or an object store, where the validator is its size."""
     size = storage.size(url)
     start = offset if validator in (None, str(size)) and offset <= size else 0
     with storage.translate_errors("read", url), storage.open_read(url) as stream:
         stream.seek(start)
-        yield _Answer(read=_reader(stream), offset=start, total=size, validator=str(size))
-
-
-def _reader(stream: BinaryIO) -> Callable[[int], bytes]:
-    return stream.read
+        yield _Answer(read=stream.read, offset=start, total=size, validator=str(size))
 
 
 def _scheme(url: str) -> str:

@@ -1,31 +1,31 @@
 """What a prepared data set holds, and whether its files are still the ones that were written.
 
-The manifest answers nearly everything, so a look at a billion molecules reads a few files. Reading the shards
-is needed for checksums (``verify``), and for the statistics that manifests of earlier versions lack.
+The manifest answers nearly everything, so inspecting a billion molecules reads a few files. The shards are read only
+to compare checksums (``verify``) and for statistics that manifests of earlier versions lack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.receipts import (
-    RECEIPTS_DIR,
-    Statistics,
-    listed,
-    sum_statistics,
-    valid_receipts,
-)
-from moleblend_ray.data.shards import (
+from moleblend_ray.data.dataset_files import (
     MANIFEST_NAME,
+    PLAN_NAME,
     QUARANTINE_DIR,
     SPLITS,
+    listed,
+    listed_shards,
+    wrong_files,
+)
+from moleblend_ray.data.receipts import Statistics, sum_statistics, valid_receipts
+from moleblend_ray.data.shards import (
     Counts,
     LabelInfo,
     Manifest,
@@ -38,7 +38,6 @@ from moleblend_ray.data.shards import (
 from moleblend_ray.errors import DataError
 
 _THREADS: Final = 8
-_PLAN: Final = f"{RECEIPTS_DIR}/plan.json"
 _STATISTICS_COLUMNS: Final = ("num_atoms", "atom_features", "num_conformers", "conformer_status")
 
 
@@ -58,18 +57,18 @@ class QuarantinedRow:
     source_uri: str
     source_row: int
     excerpt: str
-    """Its SMILES, or how the record begins."""
+    """Its SMILES, or the beginning of the record."""
     detail: str
-    """What was found."""
+    """What was found in it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuarantineReason:
-    """The rows that were refused for one reason."""
+    """The source rows that were rejected for one reason."""
 
     rows: int
     examples: tuple[QuarantinedRow, ...]
-    """The first of them."""
+    """The first of these rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,22 +84,23 @@ class DataSetReport:
     sources: tuple[SourceInfo, ...]
     labels: tuple[LabelInfo, ...]
     counts: Counts
-    """With the histograms of atoms and elements, whatever the version of the manifest."""
+    """With the histograms of atoms and elements, also if the manifest lacks them."""
     splits: Mapping[str, SplitSize]
-    """``train``, ``valid``, ``test`` and ``quarantine``, those that are not empty."""
+    """Those of ``train``, ``valid``, ``test`` and ``quarantine`` that are not empty."""
     quarantine: Mapping[str, QuarantineReason]
-    """By reason, most rows first."""
+    """Reason -> rows; most frequent reason first."""
     schema: Mapping[str, str]
-    """Column of the shards -> Arrow type, with the unit where there is one."""
+    """Column of the shards -> Arrow type and unit, if it has one."""
     verified: bool
     """Whether every file was read and compared with its checksum."""
     damages: tuple[str, ...]
-    """What is wrong with which file, in order of the manifest; without ``verify``, missing files and wrong sizes."""
+    """The path of each damaged file and what is wrong with it, in the manifest's order. Without ``verify`` only missing
+    files and wrong sizes are found."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnfinishedReport:
-    """A preparation that has not ended."""
+    """A data set whose preparation has not finished."""
 
     uri: str
     options: Mapping[str, Any]
@@ -121,11 +121,11 @@ def inspect_data_set(
 ) -> DataSetReport | UnfinishedReport:
     """Describe the data set in directory ``uri``, finished or not; DataError if there is none.
 
-    ``verify`` reads every file and compares its SHA-256; ``progress`` is told the bytes read so far and in all.
-    Damage is reported, not raised.
+    ``verify`` reads every file and compares its SHA-256; ``progress`` is called with the bytes read so far and the
+    total. Damage is reported, not raised.
     """
     if not storage.exists(storage.join(uri, MANIFEST_NAME)) and storage.exists(
-        storage.join(uri, _PLAN)
+        storage.join(uri, PLAN_NAME)
     ):
         return _unfinished(uri)
     manifest = load_manifest(uri)
@@ -155,7 +155,7 @@ def inspect_data_set(
 
 
 def _unfinished(uri: str) -> UnfinishedReport:
-    plan = storage.read_json(storage.join(uri, _PLAN))
+    plan = storage.read_json(storage.join(uri, PLAN_NAME))
     receipts = valid_receipts(uri, listed(uri)).values()
     return UnfinishedReport(
         uri=uri,
@@ -174,20 +174,15 @@ def _damages(
     verify: bool,
     progress: Callable[[int, int], None] | None,
 ) -> dict[str, str]:
-    """What is wrong, by path of the file."""
-    sizes = listed(uri, *SPLITS, QUARANTINE_DIR)
+    """What is wrong with each damaged file, by path."""
+    wrong = wrong_files(uri, manifest.shards, listed_shards(uri))
     found = {}
     total = sum(shard.num_bytes for shard in manifest.shards)
     read = 0
 
     def check(shard: ShardInfo) -> str | None:
-        size = sizes.get(storage.join(uri, shard.path))
-        if size is None:
-            return "is missing"
-        if size != shard.num_bytes:
-            return f"has {size} bytes instead of {shard.num_bytes}"
-        if not verify:
-            return None
+        if shard.path in wrong or not verify:
+            return wrong.get(shard.path)
         digest = storage.sha256_bytes(storage.read_bytes(storage.join(uri, shard.path)))
         return None if digest == shard.sha256 else f"has SHA-256 {digest} instead of {shard.sha256}"
 
@@ -211,20 +206,17 @@ def _counts(uri: str, manifest: Manifest) -> Counts:
         for split in SPLITS
         for table in ShardReader(uri, manifest, split, columns=_STATISTICS_COLUMNS).iter_tables()
     )
-    known = {name: getattr(counts, name) for name in Counts.__slots__}
-    return Counts(
-        **{
-            **known,
-            "atom_count_histogram": statistics.atom_count_histogram,
-            "elements": statistics.elements,
-        }
+    return replace(
+        counts,
+        atom_count_histogram=statistics.atom_count_histogram,
+        elements=statistics.elements,
     )
 
 
 def _quarantine(
     uri: str, manifest: Manifest, num_examples: int, damaged: Mapping[str, str]
 ) -> dict[str, QuarantineReason]:
-    """Every reason with its first rows; files are read only until all reasons have enough of them."""
+    """Each reason with its first rows; files are read only until every reason has enough of them."""
     rows = manifest.counts.quarantined_by_reason
     wanted = {reason: min(count, num_examples) for reason, count in rows.items()}
     examples: dict[str, list[QuarantinedRow]] = {reason: [] for reason in rows}

@@ -1,8 +1,9 @@
-"""Decoded tables that the processes of one machine share: each is made once, whoever asks first.
+"""Tables that the processes of one machine share: each is made once, by the process that first asks for it.
 
-A table is an Arrow IPC file that readers map into memory, so ten processes hold it once. Files appear by rename;
-who makes one holds a lock that the kernel takes back when the process dies. The folder belongs to its users: each
-holds a shared lock on it, and the last one to leave, or the next to come after a crash, removes it.
+A table is an Arrow IPC file that readers map into memory, so it is in memory once for all processes. Files appear by
+rename; the process that makes one holds a lock, which the kernel releases when the process dies. Every process that
+uses the cache holds a shared lock on its folder. The last one to leave removes the folder; after a crash,
+:func:`remove_unused` does.
 """
 
 from __future__ import annotations
@@ -34,26 +35,26 @@ _STALE_PART_S: Final = 600.0
 
 
 class NodeCache:
-    """Tables by name in a folder of this machine, at most about ``max_bytes`` of them, least recently used ones go first."""
+    """Tables by name in a folder of this machine: about ``max_bytes`` at most, the least recently used are removed."""
 
     def __init__(self, name: str, max_bytes: int, parent: Path | None = None) -> None:
-        """Join the cache ``name`` (letters, digits, ``-``) of this user; None: in shared memory if that has room."""
+        """Join the cache ``name`` (letters, digits, ``-``) of this user in ``parent`` (None: :func:`cache_parent`)."""
         self._folder, self._users = _join(parent or cache_parent(max_bytes), name)
         self._max_bytes = max_bytes
-        self._unscanned_bytes = max_bytes  # an unknown number of bytes may be there already
+        self._unscanned_bytes = max_bytes  # there may already be tables of other processes
         self._guard = threading.Lock()
         self._works = True
 
     @property
     def folder(self) -> Path:
-        """Where the tables are."""
+        """The folder with the tables."""
         return self._folder
 
     def table(self, name: str, make: Callable[[], pa.Table]) -> pa.Table:
-        """The table ``name``, mapped from the cache, or what ``make`` gives, which is then in the cache.
+        """The table ``name`` from the cache; if it is not there, the result of ``make``, which is added to the cache.
 
-        Several callers at once wait for one. Where the cache cannot be written (a full disk), ``make`` is used
-        alone, and said once.
+        If several callers ask at the same time, one makes the table and the others wait. If the cache cannot be
+        written (a full disk), this is logged once, and only ``make`` is used from then on.
         """
         path = self._folder / (name + _SUFFIX)
         found = self._open(path)
@@ -73,7 +74,7 @@ class NodeCache:
         return table if found is None else found
 
     def close(self) -> None:
-        """Leave the cache; the last one to leave removes it. Tables that were read stay readable."""
+        """Leave the cache; the last process to leave removes it. Tables that were read stay readable."""
         if self._users >= 0:
             os.close(self._users)
             self._users = -1
@@ -95,7 +96,7 @@ class NodeCache:
     def _write(self, path: Path, table: pa.Table) -> None:
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}{_TEMPORARY}")
         try:
-            # Not through a writable mapping: a full file system is an error here, and would be a signal there.
+            # Not through a writable mapping, where a full file system would be a signal instead of an error.
             with pa.OSFile(str(temporary), "wb") as sink:
                 with pa.ipc.new_file(sink, table.schema) as writer:
                     writer.write_table(table)
@@ -107,7 +108,7 @@ class NodeCache:
         self._count(size)
 
     def _count(self, size: int) -> None:
-        """Look at the folder's size now and then: a look costs a system call a file."""
+        """Limit the folder's size after every so many bytes, as this takes a system call per file."""
         with self._guard:
             self._unscanned_bytes += size
             if self._unscanned_bytes * _SCANS_PER_BOUND < self._max_bytes:
@@ -124,7 +125,7 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Exclusive among threads and processes. Names share few lock files, which never need to be removed."""
+        """Exclude other threads and processes. Names share a few lock files, which need not be removed."""
         number = zlib.crc32(name.encode()) % _NUM_LOCKS
         try:
             descriptor = os.open(self._folder / f"{number}.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -140,7 +141,7 @@ class NodeCache:
 
 
 def cache_parent(max_bytes: int) -> Path:
-    """This user's folder of caches: in shared memory if twice ``max_bytes`` are free there, else on disk."""
+    """This user's folder of caches: in shared memory if twice ``max_bytes`` are free there, otherwise on disk."""
     in_memory, on_disk = _parents()
     if in_memory.is_dir():
         return in_memory
@@ -150,7 +151,7 @@ def cache_parent(max_bytes: int) -> Path:
 
 
 def remove_unused() -> None:
-    """Remove what processes of this user left behind on this machine when they were killed."""
+    """Remove the caches that killed processes of this user have left on this machine."""
     for parent in _parents():
         for folder in parent.glob("*/"):
             _remove_if_unused(folder)
@@ -162,7 +163,7 @@ def _parents() -> tuple[Path, Path]:
 
 
 def _join(parent: Path, name: str) -> tuple[Path, int]:
-    """The folder, made if it is not there, and the descriptor that holds it."""
+    """The folder, created if necessary, and the descriptor of the shared lock on it."""
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if parent.stat().st_uid != os.getuid():
         raise PermissionError(f"{parent} belongs to another user")
@@ -171,13 +172,13 @@ def _join(parent: Path, name: str) -> tuple[Path, int]:
         folder.mkdir(mode=0o700, exist_ok=True)
         try:
             users = os.open(folder / _USERS, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # removed just now
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         fcntl.flock(users, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(users), os.stat(folder / _USERS)):
                 return folder, users
-        os.close(users)  # its last user left while we waited: that folder is gone
+        os.close(users)  # the last user has removed the folder while we waited for the lock
 
 
 def _remove_if_unused(folder: Path) -> None:

@@ -1,17 +1,16 @@
 """Which molecules an optimizer step sees: a pure function of (number of molecules, settings, step).
 
-There is no state, no shuffle buffer and no table of indices. Global position ``p`` belongs to epoch
-``p // N``; within the epoch it goes through two keyed bijections:
+There is no state, no shuffle buffer and no table of indices. Global position ``p`` belongs to epoch ``p // N``. Its
+offset within the epoch goes through two keyed bijections:
 
-1. The offset is shuffled within its window of ``shuffle_window`` consecutive offsets, so that rows of one
-   window mix while a reader of the window touches few row groups.
-2. The offset then addresses the epoch's sequence of chunks: runs of ``chunk_rows`` consecutive molecules,
-   permuted as wholes and laid end to end. The last chunk of a collection may be short; it sits at any place
-   of the sequence, and the chunks behind it begin that much earlier. Nothing needs chunks and windows to
-   line up.
+1. The offset is shuffled within its window of ``shuffle_window`` consecutive offsets: the rows of a window are mixed,
+   and a reader of the window still needs few row groups.
+2. The result is an offset in the epoch's sequence of chunks. A chunk is ``chunk_rows`` consecutive molecules; the
+   chunks are permuted and concatenated. The last chunk of a collection may be shorter than the others; it can be
+   anywhere in the sequence, and the chunks after it begin accordingly earlier. Chunks and windows need not be aligned.
 
-The bijections are Feistel networks on the smallest even number of bits that holds the domain, walked along
-their cycle until the value falls inside it; any N up to 10^12 costs the same.
+The bijections are Feistel networks on the smallest even number of bits that contains the domain, with cycle walking:
+the network is applied until the value is inside the domain. The cost does not depend on N, up to 10^12.
 """
 
 from __future__ import annotations
@@ -27,35 +26,35 @@ from moleblend_ray.errors import ConfigError, DataError, check_all
 from moleblend_ray.relations.hashing import keyed_hash, mix
 
 MAX_MOLECULES: Final = 10**12
-"""Largest collection the integer arithmetic is tested for."""
+"""Largest collection for which the integer arithmetic is tested."""
 
 _ROUNDS: Final = 8
 _ROUND_KEYS: Final = np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 _mix_word = njit(cache=True, nogil=True)(mix)
-# First key words, so that the two bijections of an epoch are unrelated.
+# First key words, which make the two bijections of an epoch independent.
 _CHUNKS: Final = 1
 _WINDOW: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderConfig:
-    """The order of the molecules; every field changes it, so none may change within a run."""
+    """The order of the molecules. It depends on every field, so none may change within a run."""
 
     seed: int = 0
     """Key of both shuffles."""
 
     global_batch_size: int = 256
-    """Molecules of one optimizer step, over all workers."""
+    """Molecules per optimizer step, over all workers."""
 
     num_streams: int = 4
-    """Streams a step is cut into. Any number of workers that divides it sees the same global batches."""
+    """Streams into which each step is divided. Any number of workers that divides it sees the same global batches."""
 
     shuffle_window: int = 65536
-    """Molecules within which single rows are shuffled. Larger mixes better, but each machine that builds
+    """Molecules within which single rows are shuffled. A larger window mixes better, but each machine that builds
     micro-batches decodes and caches all row groups of a window."""
 
     chunk_rows: int = 2048
-    """Consecutive molecules that move together before rows are shuffled; best the rows of a row group."""
+    """Consecutive molecules that are moved together before rows are shuffled; ideally the rows of a row group."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that make no order."""
@@ -80,48 +79,38 @@ class OrderConfig:
 
     @property
     def stream_batch_size(self) -> int:
-        """Molecules of one (step, stream)."""
+        """Molecules per (step, stream)."""
         return self.global_batch_size // self.num_streams
 
 
 @dataclass(frozen=True, slots=True)
 class DataOrder:
-    """Molecule numbers 0 ... N-1 in training order, each exactly once an epoch, for ever."""
+    """Molecule numbers 0 ... N-1 in training order, without end; each occurs exactly once per epoch.
+
+    The molecules that step ``s`` of a run saw are ``DataOrder(N, order).global_batch(s)``, with the run's settings.
+    """
 
     num_molecules: int
-    """N, the molecules of the split."""
+    """N, the number of molecules in the split."""
 
     config: OrderConfig
     """Batch size, streams and shuffle."""
 
     def __post_init__(self) -> None:
-        """Refuse collections without an order."""
+        """DataError for an empty or too large collection."""
         if not 1 <= self.num_molecules <= MAX_MOLECULES:
             raise DataError(
                 f"a data order needs 1 to {MAX_MOLECULES} molecules, found {self.num_molecules}; "
                 "check that the split was prepared and is not empty"
             )
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which each molecule has been seen at least once; the last may reach into the next epoch."""
-        return -(-self.num_molecules // self.config.global_batch_size)
-
-    def epoch(self, step: int) -> int:
-        """Epoch of the first molecule of ``step``."""
-        return step * self.config.global_batch_size // self.num_molecules
-
     def global_batch(self, step: int) -> NDArray[np.int64]:
-        """(global_batch_size,) int64, the molecules of ``step`` over all streams, stream by stream."""
+        """(global_batch_size,) int64, the molecules of ``step`` over all streams, stream after stream."""
         size = self.config.global_batch_size
         return self.molecules_at(np.arange(step * size, (step + 1) * size, dtype=np.int64))
 
-    def stream_batch(self, step: int, stream: int) -> NDArray[np.int64]:
-        """(global_batch_size / num_streams,) int64, the molecules of one stream of ``step``."""
-        return self.stream_batches(step, 1, stream).reshape(-1)
-
     def stream_batches(self, first_step: int, num_steps: int, stream: int) -> NDArray[np.int64]:
-        """(num_steps, global_batch_size / num_streams) int64, consecutive steps of one stream."""
+        """(num_steps, global_batch_size / num_streams) int64, the molecules of one stream in consecutive steps."""
         if not 0 <= stream < self.config.num_streams:
             raise ConfigError(
                 f"stream {stream} does not exist; num_streams is {self.config.num_streams}"
@@ -132,7 +121,7 @@ class DataOrder:
         return self.molecules_at(steps * self.config.global_batch_size + rows)
 
     def molecules_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The molecule at each global position (any shape, at least 0)."""
+        """The molecule at each global position; an array of any shape, without negative positions."""
         epoch, offset = np.divmod(positions.ravel(), self.num_molecules)
         return self._chunk_sequence(epoch, self._shuffle_window(epoch, offset)).reshape(
             positions.shape
@@ -150,7 +139,7 @@ class DataOrder:
     def _chunk_sequence(
         self, epoch: NDArray[np.int64], offset: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        """The molecule at ``offset`` of the epoch's chunks laid end to end."""
+        """The molecule at each ``offset`` in the concatenated chunks of the epoch."""
         rows = self.config.chunk_rows
         chunks = -(-self.num_molecules // rows)
         last_rows = self.num_molecules - (chunks - 1) * rows
@@ -158,7 +147,7 @@ class DataOrder:
         key = keyed_hash(self.config.seed, _CHUNKS, epochs)
         size = np.full(len(epochs), chunks, np.int64)
         last_slot = unpermute(size - 1, size, key)[which]
-        # As if the short chunk were full: what lies behind it moves up by the rows it lacks.
+        # As if the short chunk were full: offsets behind it grow by the rows that it lacks.
         behind = offset >= last_slot * rows + last_rows
         slot, row = np.divmod(offset + np.where(behind, rows - last_rows, 0), rows)
         chunk = permute(slot, size[which], key[which])
@@ -168,7 +157,7 @@ class DataOrder:
 def permute(
     index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Where the keyed bijection of 0 ... size-1 sends each index; all arrays (n,), 0 <= index < size."""
+    """The image of each index under the keyed bijection of 0 ... size-1; all arrays (n,), 0 <= index < size."""
     image = np.empty(len(index), np.int64)
     _walk(index, size, key, False, image)
     return image
@@ -183,12 +172,12 @@ def unpermute(
     return image
 
 
-# In the kernels every operand is a uint64: Numba makes a float of a uint64 and an int64 together.
+# In the kernels every operand is a uint64, as Numba turns operations on a uint64 and an int64 into floats.
 
 
 @njit(cache=True, nogil=True)
 def _walk(index, size, key, backwards, image):  # type: ignore[no-untyped-def]
-    """Apply the bijection of the enclosing power of four until the value is below ``size``."""
+    """Apply the bijection of the next power of four until the value is below ``size``."""
     for i in range(index.shape[0]):
         domain = np.uint64(size[i])
         half = np.uint64(1)
@@ -202,7 +191,7 @@ def _walk(index, size, key, backwards, image):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _feistel(value, half, key, backwards):  # type: ignore[no-untyped-def]
-    """A bijection of the ``2 * half``-bit words: the halves scramble each other in turn."""
+    """A bijection of words with ``2 * half`` bits, whose halves scramble each other in turn."""
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = value >> half, value & mask
     for turn in range(_ROUNDS):

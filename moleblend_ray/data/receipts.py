@@ -1,14 +1,13 @@
-"""Records of work that is done, so that an interrupted preparation goes on where it was.
+"""Records of finished work, from which an interrupted preparation continues.
 
-A receipt is written after the files it names, with their sizes and checksums, and with a digest of all that
-decided their content. It counts only while the files are there and the digest is the same. Receipts hold counts,
-never anything of the size of the molecules, as the driver reads all of them.
+A receipt is written after the files it names. It states their sizes and checksums, and a digest of everything that
+decided their content; it is valid only while the files are there and the digest is the same. The driver reads all
+receipts, so they hold counts and nothing whose size grows with the molecules.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,32 +19,25 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import (
-    LABEL_PREFIX,
+from moleblend_ray.data.dataset_files import (
     QUARANTINE_DIR,
     SPLITS,
-    ShardInfo,
-    encode_shard,
-    footer_crc32,
+    is_chunk_receipt,
+    is_unit_receipt,
+    wrong_files,
 )
+from moleblend_ray.data.shards import LABEL_PREFIX, ShardInfo, encode_shard, footer_crc32
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ELEMENT_SYMBOLS
 
 logger = logging.getLogger(__name__)
 
-RECEIPTS_DIR: Final = "receipts"
-"""Records of work in progress; removed when the manifest is written."""
-
-STAGED_DIR: Final = "staged"
-"""Files in progress that are no part of the data set; removed when the manifest is written."""
-
 STAGED: Final = "staged"
-"""``ShardInfo.split`` of molecules on their way to a shard."""
+"""``ShardInfo.split`` of molecules that are yet to be put into a shard."""
 
 IDS: Final = "ids"
 """``ShardInfo.split`` of a file of id hashes."""
 
-_CHUNK_RECEIPT: Final = re.compile(r"\d{5,}-\d{6,}\.json")
 _THREADS: Final = 32
 
 _Record = TypeVar("_Record")
@@ -60,8 +52,9 @@ class Statistics:
     with_coordinates: int = 0
     """Molecules with at least one conformer."""
     conformer_status: dict[str, int] = field(default_factory=dict)
+    """Conformer status -> molecules."""
     conformer_detail: dict[str, int] = field(default_factory=dict)
-    """Kind of statement on made conformers -> molecules."""
+    """Kind of statement in ``conformer_detail`` -> molecules."""
     label_counts: dict[str, int] = field(default_factory=dict)
     """Label -> molecules that have it."""
     atom_count_histogram: dict[str, int] = field(default_factory=dict)
@@ -71,7 +64,7 @@ class Statistics:
 
     @classmethod
     def of(cls, table: pa.Table) -> Statistics:
-        """Of the rows of a shard."""
+        """The counts of the rows of a shard."""
         num_atoms = table["num_atoms"].to_numpy().astype(np.int64)
         sizes = np.bincount(num_atoms)
         holding = _molecules_with_each_code(num_atoms, table["atom_features"])
@@ -94,7 +87,7 @@ class Statistics:
 
 
 def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
-    """Of all molecules together; histograms sorted, atoms by number, the rest by name."""
+    """The counts of all parts together; keys sorted, numbers of atoms by value and all others by name."""
     molecules = atoms = with_coordinates = 0
     status, details, labels, sizes, elements = (Counter[str]() for _ in range(5))
     for part in parts:
@@ -121,7 +114,7 @@ def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
 def _molecules_with_each_code(
     num_atoms: NDArray[np.int64], atom_features: pa.ChunkedArray
 ) -> NDArray[np.int64]:
-    """How many molecules have an atom of each element code, (119,)."""
+    """(119,), the number of molecules that contain each element."""
     flat = [np.empty(0, np.uint8), *(chunk.flatten().to_numpy() for chunk in atom_features.chunks)]
     codes = np.concatenate(flat).reshape(-1, len(ATOM_FEATURE_NAMES))[:, 0]
     present = np.zeros((len(num_atoms), len(ELEMENT_SYMBOLS)), dtype=np.bool_)
@@ -131,9 +124,9 @@ def _molecules_with_each_code(
 
 
 def _detail_kinds(table: pa.Table) -> dict[str, int]:
-    """How many molecules have a statement of each kind: ``kind: what; kind: what``."""
+    """The number of molecules with a statement of each kind; a detail is ``kind: what; kind: what``."""
     kinds: Counter[str] = Counter()
-    if "conformer_detail" not in table.column_names:  # shards of format version 1 have none
+    if "conformer_detail" not in table.column_names:  # format version 1
         return {}
     for detail, count in _value_counts(table["conformer_detail"]).items():
         for kind in {part.split(":", 1)[0] for part in detail.split("; ") if part}:
@@ -147,34 +140,34 @@ def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Receipt:
-    """What became of one chunk."""
+    """The outcome of converting one chunk."""
 
     file_index: int
     chunk_index: int
     first_row: int
     digest: str
-    """Of the raw content: a receipt for other content does not count."""
+    """Digest of the raw content: the receipt is not valid for other content."""
     rows_in: int
     files: tuple[ShardInfo, ...]
-    """Shards, quarantine part, staged molecules, hashes of ids."""
+    """Shards, part of the quarantine, staged molecules, hashes of ids."""
     quarantined_by_reason: dict[str, int]
     unreadable_labels: dict[str, int]
     """Label -> molecules whose cell held something that is not a number."""
     without_inchikey: int
-    """Molecules without InChIKey, if these are asked for."""
+    """With ``deduplicate``: molecules for which InChI makes no key."""
     memory_bytes: int
-    """What the staged molecules take in memory; 0 where none are staged."""
+    """Memory that the staged molecules take; 0 if none are staged."""
     statistics: Statistics
-    """Of the molecules in shards; nothing for staged ones."""
+    """Counts over the molecules in shards; staged ones are not counted."""
 
     @property
     def rows_out(self) -> int:
-        """Molecules in the chunk's shards, or staged."""
+        """Molecules in the chunk's shards, or staged ones."""
         return sum(file.num_rows for file in self.files if file.split in (*SPLITS, STAGED))
 
     @property
     def rows_quarantined(self) -> int:
-        """Records in the chunk's quarantine part."""
+        """Records in the chunk's part of the quarantine."""
         return sum(file.num_rows for file in self.files if file.split == QUARANTINE_DIR)
 
     def files_of(self, split: str) -> tuple[ShardInfo, ...]:
@@ -193,19 +186,14 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UnitReceipt:
-    """What became of one unit of work of an exchange (see ``shuffle``)."""
+    """The outcome of one unit of work of an exchange (see ``shuffle``)."""
 
     name: str
     digest: str
-    """Of all that decides the content of the files."""
+    """Digest of everything that decides the content of the files."""
     files: tuple[ShardInfo, ...]
     statistics: Statistics
-    """Of the molecules in shards."""
-
-    @property
-    def rows_duplicate(self) -> int:
-        """Rows in the unit's quarantine parts."""
-        return sum(file.num_rows for file in self.files if file.split == QUARANTINE_DIR)
+    """Counts over the molecules in shards."""
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON value."""
@@ -220,21 +208,6 @@ class UnitReceipt:
 def _with_records(value: Mapping[str, Any]) -> dict[str, Any]:
     files = tuple(ShardInfo(**file) for file in value["files"])
     return {**value, "files": files, "statistics": Statistics(**value["statistics"])}
-
-
-def part_name(file_index: int, chunk_index: int) -> str:
-    """The stem of the names of a chunk's files."""
-    return f"{file_index:05d}-{chunk_index:06d}"
-
-
-def receipt_uri(out: str, file_index: int, chunk_index: int) -> str:
-    """Where the receipt of a chunk is."""
-    return storage.join(out, RECEIPTS_DIR, part_name(file_index, chunk_index) + ".json")
-
-
-def unit_receipt_uri(out: str, name: str) -> str:
-    """Where the receipt of a unit of an exchange is."""
-    return storage.join(out, RECEIPTS_DIR, f"{name}.json")
 
 
 def shard_info(path: str, split: str, num_rows: int, content: bytes) -> ShardInfo:
@@ -252,9 +225,9 @@ def shard_info(path: str, split: str, num_rows: int, content: bytes) -> ShardInf
 def write_part(
     out: str, path: str, split: str, table: pa.Table, row_group_rows: int
 ) -> list[ShardInfo]:
-    """Write a shard or quarantine part, or nothing for a table without rows; its record, if there is one."""
+    """Write a shard or a part of the quarantine; returns its record, or no record for a table without rows."""
     if not table.num_rows:
-        # A former attempt on other content may have left one.
+        # An earlier attempt, on other content, may have left a file.
         storage.delete(storage.join(out, path))
         return []
     content = encode_shard(table, row_group_rows)
@@ -263,31 +236,28 @@ def write_part(
 
 
 def valid_receipts(out: str, present: Mapping[str, int]) -> dict[tuple[int, int], Receipt]:
-    """Receipts of chunks whose files are all there with the size they should have.
+    """Receipts, by file and chunk, of the chunks whose files are all there with the expected size.
 
-    ``present`` lists the size of each file below ``out`` by URI.
+    ``present`` is the size by URI of every file in ``out``.
     """
-    names = [uri for uri in present if _CHUNK_RECEIPT.fullmatch(storage.name_of(uri))]
-    loaded = _load(names, Receipt.from_json)
+    loaded = _load([uri for uri in present if is_chunk_receipt(uri)], Receipt.from_json)
     return {
         (receipt.file_index, receipt.chunk_index): receipt
         for receipt in loaded
-        if _has_files(out, receipt.files, present)
+        if not wrong_files(out, receipt.files, present)
     }
 
 
 def valid_unit_receipts(out: str, present: Mapping[str, int]) -> dict[str, UnitReceipt]:
-    """Receipts of an exchange, by name, whose files are all there with the size they should have."""
-    directory = storage.join(out, RECEIPTS_DIR) + "/"
-    names = [
-        uri for uri in present if uri.startswith(directory) and "/" in uri.removeprefix(directory)
-    ]
-    loaded = _load(names, UnitReceipt.from_json)
-    return {receipt.name: receipt for receipt in loaded if _has_files(out, receipt.files, present)}
+    """Receipts, by name, of the units of an exchange whose files are all there with the expected size."""
+    loaded = _load([uri for uri in present if is_unit_receipt(out, uri)], UnitReceipt.from_json)
+    return {
+        receipt.name: receipt for receipt in loaded if not wrong_files(out, receipt.files, present)
+    }
 
 
 def _load(uris: Sequence[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
-    """The records at these URIs; one that was cut short is left out, as if its work had not been done."""
+    """The records at these URIs; a damaged one is left out, as if its work had not been done."""
 
     def load(uri: str) -> _Record | None:
         try:
@@ -298,22 +268,3 @@ def _load(uris: Sequence[str], parse: Callable[[Mapping[str, Any]], _Record]) ->
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return [record for record in pool.map(load, uris) if record is not None]
-
-
-def _has_files(out: str, files: Iterable[ShardInfo], present: Mapping[str, int]) -> bool:
-    return all(present.get(storage.join(out, file.path)) == file.num_bytes for file in files)
-
-
-def listed(out: str, *parts: str) -> dict[str, int]:
-    """Size by URI of the files of these directories of ``out`` (none: of all)."""
-    found: dict[str, int] = {}
-    for directory in parts or ("",):
-        # Files are named as the caller names `out`: a listing gives absolute paths.
-        base = storage.join(out, directory)
-        try:
-            files = storage.list_files(base)
-        except storage.NotFoundError:
-            continue
-        root = storage.absolute(base)
-        found |= {storage.join(base, file.uri.removeprefix(root)): file.size for file in files}
-    return found

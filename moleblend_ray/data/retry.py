@@ -1,4 +1,4 @@
-"""Which failures of remote storage pass by themselves, and trying again until they did or time is up."""
+"""Which storage errors are transient, and retrying them within a time budget."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 RETRY_VARIABLE: Final = "MOLEBLEND_STORAGE_RETRY_S"
-"""Environment variable: seconds during which one failing operation is tried again; 0 turns it off."""
+"""Environment variable: seconds for which one failing operation is retried; 0 means never."""
 TIMEOUT_VARIABLE: Final = "MOLEBLEND_STORAGE_TIMEOUT_S"
-"""Environment variable: seconds without a byte after which a connection counts as dead."""
+"""Environment variable: seconds without data after which a connection counts as broken."""
 
 _DEFAULT_RETRY_S: Final = 180.0
 _DEFAULT_TIMEOUT_S: Final = 60.0
@@ -35,39 +35,49 @@ _TRANSIENT_CODES: Final = frozenset(
         "ThrottlingException",
         "RequestLimitExceeded",
         "OperationAborted",
-        # The answer to a completed multipart upload was lost: the whole upload is made again.
+        # The response to a completed multipart upload was lost: the whole upload is repeated.
         "NoSuchUpload",
     }
 )
-_TRANSIENT_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+TRANSIENT_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP status codes after which the same request may succeed later."""
 
 
 class ShortReadError(OSError):
-    """Storage gave fewer bytes than the file has."""
+    """Storage returned fewer bytes than the file has."""
 
 
 def retry_seconds() -> float:
-    """The time budget of one operation; ConfigError if the variable holds no number >= 0."""
+    """The time budget of one operation; ConfigError if the variable is not a number >= 0."""
     return _seconds(RETRY_VARIABLE, _DEFAULT_RETRY_S)
 
 
 def timeout_seconds() -> float:
-    """The read timeout of a connection; ConfigError if the variable holds no number >= 0."""
+    """The read timeout of a connection; ConfigError if the variable is not a number >= 0."""
     return _seconds(TIMEOUT_VARIABLE, _DEFAULT_TIMEOUT_S)
 
 
-def retried(action: str, uri: str, call: Callable[[], _T]) -> _T:
-    """The result of ``call``, made again after transient failures with exponential back-off and jitter.
+def backoff_seconds(num_failures: int, first_s: float, longest_s: float) -> float:
+    """How long to wait after so many failures in a row: doubled each time, with a random reduction of up to half."""
+    wait_s = first_s * 2.0 ** min(
+        num_failures - 1, 64
+    )  # far beyond any longest wait, and not an overflow
+    return min(wait_s, longest_s) * random.uniform(0.5, 1.0)
 
-    ``call`` must be idempotent. The last error is raised as it is once the next wait would exceed the budget.
+
+def retried(action: str, uri: str, call: Callable[[], _T]) -> _T:
+    """The result of ``call``, which is repeated after transient errors with exponential back-off.
+
+    ``call`` must be idempotent. The last error is raised unchanged when the next wait would exceed the time budget.
     """
     deadline = time.monotonic() + retry_seconds()
-    wait_s = _FIRST_WAIT_S
+    num_failures = 0
     while True:
         try:
             return call()
         except Exception as error:
-            pause_s = random.uniform(0.5, 1.0) * wait_s
+            num_failures += 1
+            pause_s = backoff_seconds(num_failures, _FIRST_WAIT_S, _LONGEST_WAIT_S)
             if not is_transient(error) or time.monotonic() + pause_s > deadline:
                 raise
             logger.warning(
@@ -78,11 +88,10 @@ def retried(action: str, uri: str, call: Callable[[], _T]) -> _T:
                 pause_s,
             )
         time.sleep(pause_s)
-        wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
 
 def s3_error(error: BaseException) -> tuple[str, int]:
-    """Code and HTTP status of the S3 answer behind an error, ``("", 0)`` if there was none."""
+    """Code and HTTP status of the S3 response that caused an error; ``("", 0)`` if there was none."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict):
@@ -93,13 +102,13 @@ def s3_error(error: BaseException) -> tuple[str, int]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later; false for refusals, wrong names and local failures."""
+    """Whether the same request may succeed later; not so for denied access, wrong names and local failures."""
     code, status = s3_error(error)
     if code or status:
-        return code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS
+        return code in _TRANSIENT_CODES or status in TRANSIENT_STATUS
     http_status = getattr(error, "status", None)  # aiohttp.ClientResponseError
     if isinstance(http_status, int) and http_status:
-        return http_status in _TRANSIENT_STATUS
+        return http_status in TRANSIENT_STATUS
     return isinstance(error, _transient_types())
 
 

@@ -1,7 +1,7 @@
-"""Temporary folders that do not stay for ever if their process is killed.
+"""Temporary folders that are removed even if their process is killed.
 
-A folder is locked while its process lives. Whoever makes another one on the same machine first removes those of the same user that
-nobody holds: runs that survive many losses of workers would fill the disk with what each of them left behind.
+A folder is locked while its process is alive. Making a new one first removes the folders of the same user on this
+machine that no process holds: otherwise a run that survives many losses of workers would fill the disk.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 _PREFIX: Final = "moleblend-scratch-"
 
 _SETTLED_S: Final = 60.0
-"""Age from which a folder that is not locked counts as left behind: it is made a moment before it is locked."""
+"""Age from which an unlocked folder counts as left behind, as a folder is locked a moment after it is made."""
 
 
 @contextlib.contextmanager
 def scratch_folder(purpose: str, *, token: str | None = None) -> Iterator[Path]:
-    """A new local folder for this user alone, which is removed at the end.
+    """A new local folder that only this user can read, and that is removed at the end of the block.
 
-    ``token`` is the end of its name where other processes of this machine must find it (:func:`scratch_path`); by default random.
-    An OSError if it cannot be made.
+    ``token`` is the end of its name, by which other processes of this machine can find it (:func:`scratch_path`);
+    random by default. OSError if the folder cannot be made.
     """
     remove_abandoned()
     folder = scratch_path(purpose, token or uuid.uuid4().hex[:12])
@@ -44,14 +44,14 @@ def scratch_folder(purpose: str, *, token: str | None = None) -> Iterator[Path]:
 
 
 def scratch_path(purpose: str, token: str) -> Path:
-    """Where :func:`scratch_folder` makes its folder."""
+    """The path at which :func:`scratch_folder` makes its folder."""
     return Path(tempfile.gettempdir()) / f"{_PREFIX}{purpose}-{token}"
 
 
 def remove_abandoned() -> None:
     """Remove this user's scratch folders that no process of this machine holds."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):  # gone by now, or not ours to touch
+        with contextlib.suppress(OSError):  # removed by another process, or in use
             stat = folder.lstat()
             if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < _SETTLED_S:
                 continue
@@ -62,7 +62,7 @@ def remove_abandoned() -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``; a BlockingIOError if another process holds it. The kernel drops it with the process."""
+    """Hold the lock of ``folder``; BlockingIOError if another process holds it. It ends with the process."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,9 +1,9 @@
-"""A chunk of raw records -> featurized shard files, a quarantine part and a receipt; receipts -> manifest.
+"""A chunk of raw records -> shards of featurized molecules, a part of the quarantine, and a receipt.
 
-Everything a chunk's files hold depends only on its raw bytes, the layout and the options, so a chunk converted
-twice gives the same bytes. Its receipt is written after its files and names their sizes and checksums; a chunk
-whose receipt still holds is not converted again. If molecules of different chunks must meet (``shuffle``), the
-chunk leaves them staged instead. The manifest is assembled from receipts and written last (``assembly``).
+The content of a chunk's files depends only on its raw bytes, the layout and the options, so converting a chunk twice
+gives the same bytes. The receipt is written after the files and states their sizes and checksums; a chunk with a valid
+receipt is not converted again. If molecules of different chunks must be brought together (``shuffle``), the chunk's
+molecules are staged instead of becoming shards. Module ``assembly`` makes the manifest of all receipts.
 """
 
 from __future__ import annotations
@@ -26,33 +26,31 @@ from moleblend_ray.chemistry.molecule import (
     molecules_from_records,
 )
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import finish
-from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest
+from moleblend_ray.data.dataset_files import (
+    QUARANTINE_DIR,
+    SPLITS,
+    ids_path,
+    part_name,
+    receipt_uri,
+    shard_path,
+    staged_path,
+)
+from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import (
     IDS,
     STAGED,
-    STAGED_DIR,
     Receipt,
     Statistics,
-    part_name,
-    receipt_uri,
     shard_info,
     write_part,
 )
 from moleblend_ray.data.shards import (
     NOT_IN_SPLIT_FILE,
-    QUARANTINE_DIR,
     QUARANTINE_SCHEMA,
-    SPLITS,
     ShardInfo,
     shard_schema,
 )
-from moleblend_ray.data.shuffle import (
-    encode_segment,
-    quarantined_molecules,
-    staged_path,
-    staged_table,
-)
+from moleblend_ray.data.shuffle import encode_segment, quarantined_molecules, staged_table
 from moleblend_ray.data.sources import (
     LabelColumn,
     RawRecord,
@@ -65,20 +63,8 @@ from moleblend_ray.data.splits import UNNAMED, NamedSplits, hashed_splits, text_
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.relations.geometry import closest_pair_distances
 
-__all__ = [
-    "ConvertOptions",
-    "Featurized",
-    "Receipt",
-    "begin",
-    "convert_chunk",
-    "featurize_chunk",
-    "finish",
-    "finished_manifest",
-    "receipt_uri",
-]
-
 OVERLAP_ANGSTROM: Final = 0.4
-"""Atoms closer than this overlap: the shortest bond there is, H-H, has 0.74 angstrom."""
+"""Atoms closer than this overlap: the shortest bond that exists, H-H, is 0.74 angstrom long."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,16 +87,17 @@ def convert_chunk(
     out: str,
     named_splits: NamedSplits | None = None,
 ) -> Receipt:
-    """Featurize a chunk and write its shards or staged molecules, its quarantine part and last its receipt.
+    """Featurize a chunk and write its shards or staged molecules, its part of the quarantine, and last its receipt.
 
-    ``named_splits`` is the content of the split file of ``options``. DataError if it lacks a molecule that is to
-    be named.
+    ``named_splits`` is the content of the split file of ``options``. DataError if it does not name one of the
+    molecules and ``options`` say that it must.
     """
     done = featurize_chunk(chunk, layout, labels, options.featurize)
     molecules, quarantine, codes = _into_splits(done, layout.file, options, named_splits)
     name = part_name(chunk.file_index, chunk.chunk_index)
-    quarantine_path = f"{QUARANTINE_DIR}/{name}.parquet"
-    files = write_part(out, quarantine_path, QUARANTINE_DIR, quarantine, options.row_group_rows)
+    files = write_part(
+        out, shard_path(QUARANTINE_DIR, name), QUARANTINE_DIR, quarantine, options.row_group_rows
+    )
     files.append(_write_ids(out, name, molecules))
     staged = None
     keys: list[str | None] = []
@@ -127,7 +114,7 @@ def convert_chunk(
     else:
         for code, split in enumerate(SPLITS):
             part = molecules.filter(pa.array(codes == code))
-            files += write_part(out, f"{split}/{name}.parquet", split, part, options.row_group_rows)
+            files += write_part(out, shard_path(split, name), split, part, options.row_group_rows)
     receipt = Receipt(
         file_index=chunk.file_index,
         chunk_index=chunk.chunk_index,
@@ -151,7 +138,7 @@ def _into_splits(
     options: ConvertOptions,
     named_splits: NamedSplits | None,
 ) -> tuple[pa.Table, pa.Table, NDArray[np.uint8]]:
-    """Molecules, quarantine and the split codes of the molecules, after the split file has had its say."""
+    """Molecules, quarantine and the split codes of the molecules; what the split file does not name may be moved."""
     molecules, quarantine = done.molecules, done.quarantine
     if named_splits is None:
         smiles = molecules["smiles"].to_pylist()
@@ -179,8 +166,8 @@ def _into_splits(
 
 
 def _write_ids(out: str, name: str, molecules: pa.Table) -> ShardInfo:
-    """A hash of each molecule's id, to count ids that repeat: little-endian uint64."""
-    path = f"{STAGED_DIR}/ids/{name}.u64"
+    """Write a hash (little-endian uint64) of each molecule's id, with which repeated ids are counted."""
+    path = ids_path(name)
     content = text_hashes(molecules["mol_id"].to_pylist()).astype("<u8").tobytes()
     storage.write_bytes(storage.join(out, path), content)
     return shard_info(path, IDS, molecules.num_rows, content)
@@ -199,8 +186,20 @@ def featurize_chunk(
     labels: Sequence[LabelColumn],
     config: FeaturizeConfig,
 ) -> Featurized:
-    """The chunk's records as rows of a shard, and those that cannot be with the reason."""
-    parsed = list(parse_chunk(chunk, layout))
+    """The chunk's records as rows of a shard, and the rejected ones, with reasons, as rows of the quarantine."""
+    records = list(parse_chunk(chunk, layout))
+    if len(records) != chunk.num_rows:
+        raise DataError(
+            f"{layout.file.uri}: the chunk at record {chunk.first_row} was read as {chunk.num_rows} records "
+            f"and parsed as {len(records)}. Please report this with the file."
+        )
+    return featurize_records(records, layout.file.uri, labels, config)
+
+
+def featurize_records(
+    parsed: Sequence[RawRecord], uri: str, labels: Sequence[LabelColumn], config: FeaturizeConfig
+) -> Featurized:
+    """Records of the source ``uri`` as rows of a shard, and the rejected ones as rows of the quarantine."""
     outcomes = molecules_from_records((record.content for record in parsed), config)
     records: list[RawRecord] = []
     molecules: list[Molecule] = []
@@ -219,21 +218,16 @@ def featurize_chunk(
         rejected.append((records[index], rejection))
     kept = np.flatnonzero(~overlapping)
     records, molecules = [records[i] for i in kept], [molecules[i] for i in kept]
-    if len(records) + len(rejected) != chunk.num_rows:
-        raise DataError(
-            f"{layout.file.uri}: the chunk at record {chunk.first_row} was read as {chunk.num_rows} records "
-            f"and parsed as {len(records) + len(rejected)}. Please report this with the file."
-        )
     rejected.sort(key=lambda pair: pair[0].row)
     return Featurized(
-        molecules=_molecule_table(records, molecules, layout.file, labels),
-        quarantine=_quarantine_table(rejected, layout.file),
+        molecules=_molecule_table(records, molecules, uri, labels),
+        quarantine=_quarantine_table(rejected, uri),
         unreadable_labels=dict(Counter(name for record in records for name in record.unreadable)),
     )
 
 
 def _closest_distances(molecules: Sequence[Molecule]) -> NDArray[np.float32]:
-    """Smallest distance between two atoms of any conformer of each molecule, (M,); inf without."""
+    """(M,), the smallest distance between two atoms in any conformer of each molecule; inf if there is none."""
     conformers = [molecule.num_conformers for molecule in molecules]
     if not sum(conformers):
         return np.full(len(molecules), np.inf, dtype=np.float32)
@@ -248,21 +242,21 @@ def _closest_distances(molecules: Sequence[Molecule]) -> NDArray[np.float32]:
     return closest
 
 
-def _row_id(record: RawRecord, file: SourceFile) -> str:
-    """The record's own id, else one made of file name and row."""
-    stem = storage.name_of(file.uri).split(".", 1)[0]
+def _row_id(record: RawRecord, uri: str) -> str:
+    """The record's own id, or else one made of file name and row."""
+    stem = storage.name_of(uri).split(".", 1)[0]
     return record.mol_id if record.mol_id is not None else f"{stem}_{record.row}"
 
 
 def _molecule_table(
     records: Sequence[RawRecord],
     molecules: Sequence[Molecule],
-    file: SourceFile,
+    uri: str,
     labels: Sequence[LabelColumn],
 ) -> pa.Table:
     schema = shard_schema(labels)
     columns: dict[str, Any] = {
-        "mol_id": [_row_id(record, file) for record in records],
+        "mol_id": [_row_id(record, uri) for record in records],
         "source_row": [record.row for record in records],
         "smiles": [molecule.smiles for molecule in molecules],
         "conformer_status": [str(molecule.conformer_status) for molecule in molecules],
@@ -289,7 +283,7 @@ def _molecule_table(
 
 
 def _list_array(parts: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    """Each array, flattened, as one list."""
+    """A column of lists, one per array, which is flattened."""
     offsets = np.zeros(len(parts) + 1, dtype=np.int32)
     np.cumsum([part.size for part in parts], out=offsets[1:])
     dtype = kind.value_type.to_pandas_dtype()
@@ -297,14 +291,12 @@ def _list_array(parts: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(offsets, pa.array(flat, kind.value_type), type=kind)
 
 
-def _quarantine_table(
-    rejected: Sequence[tuple[RawRecord, Rejection]], file: SourceFile
-) -> pa.Table:
+def _quarantine_table(rejected: Sequence[tuple[RawRecord, Rejection]], uri: str) -> pa.Table:
     rows = [
         {
-            "source_uri": without_credentials(file.uri),
+            "source_uri": without_credentials(uri),
             "source_row": record.row,
-            "mol_id": _row_id(record, file),
+            "mol_id": _row_id(record, uri),
             "excerpt": record.excerpt,
             "reason": str(rejection.code),
             "detail": rejection.detail,

@@ -1,13 +1,12 @@
-"""The prepared data set on storage: its documented Parquet schema, its manifest, and the checked reader.
+"""The prepared data set in storage: its Parquet schema, its manifest, and a reader that checks what it reads.
 
-See ``docs/data-format.md``. A data set is what its ``manifest.json`` names and nothing else; the manifest is
+See ``docs/data-format.md``. A data set consists of what its ``manifest.json`` names and nothing else; the manifest is
 written last, so a directory without one is unfinished. Needs neither RDKit nor ``chemistry``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final, Literal, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,18 +25,15 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import GraphColumns, MoleculeBlock, concatenate, gather
+from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
 from moleblend_ray.data.node_cache import NodeCache
+from moleblend_ray.data.partial_file import PartialFile
 from moleblend_ray.errors import DataError
 
 FORMAT_VERSION: Final = 3
-"""Raised whenever older code could not read what newer code writes. Every version is read."""
+"""Increased whenever older code could not read what newer code writes. All versions up to this one can be read."""
 
-MANIFEST_NAME: Final = "manifest.json"
-QUARANTINE_DIR: Final = "quarantine"
-SPLITS: Final = ("train", "valid", "test")
 LABEL_PREFIX: Final = "label:"
-
-Split = Literal["train", "valid", "test"]
 
 DUPLICATE: Final = "duplicate"
 """Quarantine reason: another record of the same InChIKey is kept (``deduplicate``)."""
@@ -60,7 +56,7 @@ MOLECULE_FIELDS: Final = (
     pa.field("positions", pa.list_(pa.float32()), metadata={"unit": "angstrom"}),
     pa.field("position_mask", pa.list_(pa.bool_())),
 )
-"""Columns of every shard, before its label columns. The graph columns stand together: one range read gets them."""
+"""Columns of every shard, before its label columns. The graph columns are adjacent, so one range read fetches them."""
 
 _SINCE_VERSION_2: Final = frozenset({"conformer_detail", "conformer_energies"})
 
@@ -73,7 +69,7 @@ GRAPH_COLUMNS: Final = (
     "positions",
     "position_mask",
 )
-"""What a model needs of a molecule."""
+"""The columns that a model needs."""
 
 QUARANTINE_SCHEMA: Final = pa.schema(
     [
@@ -85,7 +81,7 @@ QUARANTINE_SCHEMA: Final = pa.schema(
         pa.field("detail", pa.string()),
     ]
 )
-"""One row for each source row that is in no shard: where it is, what it looks like, why it was refused."""
+"""One row per source row that is in no shard: where it is, what it looks like, why it was rejected."""
 
 _DICTIONARY_COLUMNS: Final = (
     "conformer_status",
@@ -96,9 +92,10 @@ _DICTIONARY_COLUMNS: Final = (
     "bond_features.list.element",
     "num_conformers",
 )
-"""Columns of few different values: a dictionary makes them smaller and a third faster to decode."""
+"""Columns with few distinct values: with a dictionary they are smaller and decode in two thirds of the time."""
 
 _FOOTER_BYTES: Final = 1 << 16
+"""Read first of a shard's end; most footers are shorter."""
 # A parsed footer takes about 100 kB.
 _MAX_FOOTERS: Final = 256
 _FETCH_THREADS: Final = 8
@@ -113,7 +110,7 @@ class LabelInfo:
     """A label of the data set."""
 
     name: str
-    """Name in the source; the shard's column is ``label:<name>``."""
+    """Name in the source; the column of the shards is ``label:<name>``."""
 
     unit: str | None
     """Unit as the source states it (Parquet field metadata ``unit``), None if it states none."""
@@ -122,12 +119,12 @@ class LabelInfo:
     """Molecules that have a value."""
 
     num_unreadable: int = 0
-    """Molecules whose source cell holds something that is not a number; their label is null."""
+    """Molecules whose cell in the source holds something that is not a number; their label is null."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceInfo:
-    """A source file as it was when the data set was made."""
+    """A source file as it was when the data set was prepared."""
 
     uri: str
     """Without credentials."""
@@ -135,7 +132,7 @@ class SourceInfo:
     size: int
     """Bytes."""
     probe: str
-    """SHA-256 of the file's first and last 64 KiB and its size: tells a changed file without reading it all."""
+    """SHA-256 of the file's first and last 64 KiB and its size, which detects most changes without reading the file."""
     rows: int
     """Records read from it."""
 
@@ -145,19 +142,19 @@ class ShardInfo:
     """One Parquet file of the data set."""
 
     path: str
-    """Relative to the data set, such as ``train/00000-000003.parquet``."""
+    """Path within the data set, such as ``train/00000-000003.parquet``."""
     split: str
     """``train``, ``valid``, ``test`` or ``quarantine``."""
     num_rows: int
     num_bytes: int
     sha256: str
     footer_crc32: int | None = None
-    """Of the file's end, from its Parquet footer on; None in data sets of earlier versions."""
+    """CRC-32 of the file's end, from its Parquet footer on; None in data sets of earlier versions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What became of the source's rows; ``rows_in == rows_out + rows_quarantined``."""
+    """Where the source's rows went; ``rows_in == rows_out + rows_quarantined``."""
 
     rows_in: int
     rows_out: int
@@ -170,19 +167,20 @@ class Counts:
     conformer_status: dict[str, int]
     """Conformer status -> molecules out."""
     duplicate_ids: int
-    """Molecules whose ``mol_id`` another before it has too; those in the quarantine as duplicates count as well."""
+    """Molecules with the ``mol_id`` of an earlier molecule, including those in the quarantine as duplicates."""
     conformer_detail: dict[str, int] = field(default_factory=dict)
-    """Kind of statement in ``conformer_detail`` (its words before the colon) -> molecules out."""
+    """Kind of statement in ``conformer_detail`` (the words before the colon) -> molecules out."""
     without_inchikey: int = 0
-    """With ``deduplicate``: molecules of which InChI makes no key, so that they are never found to be duplicates."""
+    """With ``deduplicate``: molecules for which InChI makes no key, and which therefore never count as duplicates."""
     atom_count_histogram: dict[str, int] = field(default_factory=dict)
     """Number of atoms, as a decimal string -> molecules out; empty in data sets of earlier versions."""
     elements: dict[str, int] = field(default_factory=dict)
-    """Element symbol (``*``: none) -> molecules out that contain it; empty in data sets of earlier versions."""
+    """Element symbol (``*`` for a dummy atom) -> molecules out that contain it; empty in data sets of earlier
+    versions."""
 
     @property
     def molecules_by_atoms(self) -> dict[int, int]:
-        """Number of atoms -> molecules out; where only sums are known, as if all had the mean."""
+        """Number of atoms -> molecules out; without a histogram, all molecules with the mean number of atoms."""
         if self.atom_count_histogram:
             return {int(atoms): count for atoms, count in self.atom_count_histogram.items()}
         return {round(self.atoms_out / max(1, self.rows_out)): self.rows_out}
@@ -190,24 +188,24 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a prepared data set consists of; the only entry point to its files."""
+    """The files of a prepared data set, and how they were made; the only way to find its files."""
 
     format_version: int
     featurizer_version: int
     options: dict[str, Any]
-    """Settings that decided the content, as JSON values."""
+    """The settings that decided the content, as JSON values."""
     sources: tuple[SourceInfo, ...]
     labels: tuple[LabelInfo, ...]
     shards: tuple[ShardInfo, ...]
-    """Train, then valid, test and quarantine files, each in source order, or in the order of the shuffle."""
+    """Files of train, then valid, test and quarantine; within each in source order, or in the order of the shuffle."""
     counts: Counts
     row_group_rows: int
-    """Rows of each row group but the last of a shard."""
+    """Rows of each row group of a shard, except the last one."""
     fingerprint: str
     """SHA-256 over versions, options, labels and the checksums of train, valid and test shards."""
 
     def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
-        """The files of a split, in the order that defines molecule positions."""
+        """The files of a split, in the order that defines the positions of its molecules."""
         return tuple(shard for shard in self.shards if shard.split == split)
 
     def num_molecules(self, split: str) -> int:
@@ -215,7 +213,7 @@ class Manifest:
         return sum(shard.num_rows for shard in self.shards_of(split))
 
     def label_names(self) -> tuple[str, ...]:
-        """Names of the labels, in column order."""
+        """Names of the labels, in the order of their columns."""
         return tuple(label.name for label in self.labels)
 
     def to_json(self) -> dict[str, Any]:
@@ -224,12 +222,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
-        """From a JSON value; KeyError or TypeError if it is not of this version's form."""
+        """From a JSON value; KeyError or TypeError if it does not have the form of this version."""
         fields = dict(value)
         fields["sources"] = tuple(SourceInfo(**source) for source in value["sources"])
         fields["labels"] = tuple(LabelInfo(**label) for label in value["labels"])
         fields["shards"] = tuple(ShardInfo(**shard) for shard in value["shards"])
-        # A data set from elsewhere must not name files that are not its own.
+        # The manifest of a data set from elsewhere could name any file of this machine.
         foreign = [shard.path for shard in fields["shards"] if _leads_out(shard.path)]
         if foreign:
             raise TypeError(f"{foreign[0]!r} lies outside of the data set")
@@ -249,9 +247,9 @@ def fingerprint(
     *,
     format_version: int = FORMAT_VERSION,
 ) -> str:
-    """The identity of a data set's molecules, wherever they and their sources are.
+    """The identity of a data set's molecules, wherever the data set and its sources are stored.
 
-    The quarantine, which names the sources, is no part of it.
+    The quarantine, which names the sources, is not included.
     """
     content = {
         "format_version": format_version,
@@ -266,7 +264,7 @@ def fingerprint(
 
 
 def load_manifest(uri: str) -> Manifest:
-    """The manifest of the data set in directory ``uri``, checked; DataError if there is none that can be used."""
+    """The manifest of the data set in directory ``uri``; DataError if it is missing, damaged or of a newer version."""
     manifest_uri = storage.join(uri, MANIFEST_NAME)
     try:
         value = storage.read_json(manifest_uri)
@@ -308,7 +306,7 @@ def shard_schema(
     labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]],
     format_version: int = FORMAT_VERSION,
 ) -> pa.Schema:
-    """The schema of a shard with these labels (``LabelInfo`` or (name, unit)), as of a version of the format."""
+    """The schema of a shard with these labels (``LabelInfo`` or (name, unit)) in a version of the format."""
     label_fields = []
     for label in labels:
         name, unit = (label.name, label.unit) if isinstance(label, LabelInfo) else label
@@ -322,7 +320,7 @@ def shard_schema(
 
 
 def encode_shard(table: pa.Table, row_group_rows: int) -> bytes:
-    """A table as the bytes of a shard: the same bytes for the same table (and pyarrow version)."""
+    """The table as the bytes of a Parquet file, the same for equal tables and the same version of pyarrow."""
     sink = pa.BufferOutputStream()
     pq.write_table(
         table,
@@ -338,7 +336,7 @@ def encode_shard(table: pa.Table, row_group_rows: int) -> bytes:
 
 
 def read_file(uri: str, shard: ShardInfo) -> bytes:
-    """A whole file of the data set ``uri``, after comparing it with the manifest; DataError if it is another."""
+    """The content of a file of the data set ``uri``; DataError if size or SHA-256 are not those of the manifest."""
     content = _read_range(uri, shard, 0, shard.num_bytes + 1)
     if len(content) != shard.num_bytes:
         raise _damaged(uri, shard, f"it has not the {shard.num_bytes} bytes of the manifest")
@@ -363,10 +361,11 @@ def _damaged(uri: str, shard: ShardInfo, reason: str) -> DataError:
 
 
 def footer_crc32(content: bytes) -> int | None:
-    """CRC-32 of a Parquet file's end, from its footer on, given at least that much of the file; None for other files.
+    """CRC-32 of a Parquet file from its footer to its end; None for other files.
 
-    Parquet's own checksums are those of pages. Arrow believes a footer, and a flipped bit there can end the process
-    (an exception that its C++ threads do not catch) or give other numbers without an error.
+    ``content`` is the file, or its end from the footer on at least. Parquet's own checksums cover pages only, and
+    Arrow does not check the footer: a flipped bit there can end the process (an exception that its C++ threads do not
+    catch) or change numbers without an error.
     """
     if content[-4:] != _PARQUET_MAGIC:
         return None
@@ -374,7 +373,7 @@ def footer_crc32(content: bytes) -> int | None:
 
 
 def _footer_bytes(content: bytes) -> int:
-    """Length of a Parquet file's end, from its footer on, as the file itself states it."""
+    """Bytes of a Parquet file from its footer to its end, as the file itself states."""
     return int.from_bytes(content[-8:-4], "little") + 8
 
 
@@ -390,15 +389,15 @@ class _RowGroup(NamedTuple):
 
     table: pa.Table
     graph: GraphColumns | None
-    """Its graph columns, views of the table but for two of them; None if the reader does not read all of them."""
+    """Its graph columns, most of them views of the table; None if the reader does not read all of them."""
     nbytes: int
 
 
 class ShardReader:
     """Random and sequential access to the molecules of one split.
 
-    Position p is the p-th row of the split's shards in manifest order. Row groups are fetched by byte range,
-    several at a time, and the last used are kept up to ``cache_bytes``.
+    Position p is the p-th row of the split's shards in manifest order. Row groups are fetched by byte range, several
+    at a time; the most recently used ones are kept, up to ``cache_bytes``.
     """
 
     def __init__(
@@ -412,9 +411,9 @@ class ShardReader:
         shared: NodeCache | None = None,
         verify: bool = False,
     ) -> None:
-        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when first opened.
+        """Read ``columns`` (None: all) of ``split``; ``verify`` checks each shard's SHA-256 when it is first opened.
 
-        ``shared`` holds the decoded row groups of this data set and these columns for all processes of the machine.
+        ``shared`` keeps the decoded row groups of this data set and these columns for all processes of the machine.
         """
         self._uri = uri
         self._shards = manifest.shards_of(split)
@@ -461,8 +460,8 @@ class ShardReader:
     ) -> MoleculeBlock:
         """The molecules at ``positions`` (M,), in that order; repeats allowed.
 
-        ``conformer`` (M,) chooses among a molecule's conformers as :func:`block.gather` says. What a call
-        holds besides its result is bounded by the cache, however many row groups the positions touch.
+        ``conformer`` (M,) chooses among each molecule's conformers, see :func:`block.gather`. The memory used besides
+        the result is bounded by ``cache_bytes``, however many row groups the positions touch.
         """
         positions = np.asarray(positions, dtype=np.int64)
         places, which, row = self._locate(positions)
@@ -497,7 +496,7 @@ class ShardReader:
         return concatenate(parts).take(back)
 
     def iter_tables(self) -> Iterator[pa.Table]:
-        """Each shard as one table, in order, past the cache."""
+        """Each shard as one table, in order; the cache is not used."""
         for index, shard in enumerate(self._shards):
             content = read_file(self._uri, shard)
             with self._parquet_errors(index):
@@ -509,7 +508,7 @@ class ShardReader:
     def _locate(
         self, positions: NDArray[np.int64]
     ) -> tuple[list[_Place], NDArray[np.int64], NDArray[np.int64]]:
-        """The row groups that hold ``positions``, in order; for each position, which of these and which row."""
+        """The row groups that hold ``positions``; for each position the index of its row group, and its row in it."""
         self._check_positions(positions)
         shard = np.searchsorted(self._starts, positions, side="right") - 1
         group, row = np.divmod(positions - self._starts[shard], self._group_rows)
@@ -528,7 +527,7 @@ class ShardReader:
             )
 
     def _row_groups(self, places: Sequence[_Place]) -> Iterator[tuple[int, _RowGroup]]:
-        """Each of these row groups with its index in ``places``: first those in the cache, then the others."""
+        """Each row group with its index in ``places``: first those in the cache, then the others."""
         missing = []
         for index, place in enumerate(places):
             group = self._groups.get(place)
@@ -538,14 +537,14 @@ class ShardReader:
                 self._groups.move_to_end(place)
                 yield index, group
         if self._shared is not None and missing:
-            # Processes that come to a window together begin at different places, and find each other's work.
+            # Processes that need the same row groups at the same time begin with different ones, and share the work.
             first = os.getpid() % len(missing)
             missing = missing[first:] + missing[:first]
         for start in range(0, len(missing), _FETCH_THREADS):
             batch = missing[start : start + _FETCH_THREADS]
             asked = [places[index] for index in batch]
             self._fetch_footers(sorted({place.shard for place in asked}))
-            # Only the waiting is shared out: an actor that has one core decodes fastest in one thread.
+            # Threads only wait for storage: an actor with one core decodes fastest in one thread.
             for index, fetched in zip(
                 batch, self._in_threads(self._fetch_group, asked), strict=True
             ):
@@ -554,7 +553,7 @@ class ShardReader:
                 yield index, group
 
     def _keep(self, place: _Place, group: _RowGroup) -> None:
-        """Put a row group into the cache and drop the least recently used ones above its bound."""
+        """Add a row group to the cache, and drop the least recently used ones that exceed its size."""
         self._groups[place] = group
         self._cached_bytes += group.nbytes
         while self._cached_bytes > self._cache_bytes:
@@ -573,7 +572,7 @@ class ShardReader:
             self._footers.popitem(last=False)
 
     def _read_footer(self, index: int) -> pq.FileMetaData:
-        """A shard's Parquet footer, after checking that the file is the one of the manifest."""
+        """A shard's Parquet footer, after checking the file against the manifest."""
         size = self._shards[index].num_bytes
         if self._verify:
             read_file(self._uri, self._shards[index])
@@ -589,12 +588,12 @@ class ShardReader:
         if expected is not None and footer_crc32(tail) != expected:
             raise self._damaged(index, "its footer has not the CRC-32 of the manifest")
         with self._parquet_errors(index):
-            metadata = pq.read_metadata(_RangeFile(tail, start, size))
+            metadata = pq.read_metadata(_FetchedPart(tail, start, size))
             self._check_schema(index, metadata.schema.to_arrow_schema(), metadata.num_rows)
         return metadata
 
     def _fetch_group(self, place: _Place) -> bytes | pa.Table:
-        """The byte range of a row group, by one read; shared with other processes, its table."""
+        """The byte range of a row group, fetched by one read; with a shared cache, the decoded table."""
         if self._shared is None:
             return self._read_group(place)
         name = f"{self._split}-{place.shard}-{place.group}"
@@ -605,21 +604,21 @@ class ShardReader:
         return self._read_range(place.shard, start, end - start)
 
     def _group_range(self, place: _Place) -> tuple[int, int]:
-        """First and one-past-last byte of the asked columns of a row group."""
+        """First and one-past-last byte of the columns in a row group."""
         group = self._footers[place.shard].row_group(place.group)
         return _byte_range(group, frozenset(self._columns))
 
     def _decode_group(self, place: _Place, content: bytes) -> pa.Table:
-        """The asked columns of a row group from its byte range."""
+        """The columns of a row group, from its byte range."""
         with self._parquet_errors(place.shard):
             start, _ = self._group_range(place)
-            source = _RangeFile(content, start, self._shards[place.shard].num_bytes)
+            source = _FetchedPart(content, start, self._shards[place.shard].num_bytes)
             metadata = self._footers[place.shard]
             file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
             return file.read_row_group(place.group, self._columns, use_threads=False)
 
     def _row_group(self, place: _Place, fetched: bytes | pa.Table) -> _RowGroup:
-        """What is kept of a row group that :meth:`_fetch_group` has brought."""
+        """The decoded row group, from what :meth:`_fetch_group` returned."""
         table = self._decode_group(place, fetched) if isinstance(fetched, bytes) else fetched
         if not set(GRAPH_COLUMNS) <= set(self._columns):
             return _RowGroup(table, None, table.nbytes)
@@ -633,7 +632,7 @@ class ShardReader:
     def _in_threads(
         self, function: Callable[[_Key], _Value], keys: Sequence[_Key]
     ) -> Iterable[_Value]:
-        """``function`` of each key, several at once: the waiting is on storage."""
+        """``function`` of each key, several at a time, as most of the time is spent waiting for storage."""
         if len(keys) <= 1:
             return [function(key) for key in keys]
         if self._threads is None:
@@ -654,7 +653,7 @@ class ShardReader:
 
     @contextmanager
     def _parquet_errors(self, index: int) -> Iterator[None]:
-        """Report what Arrow says of undecodable bytes as a damaged shard."""
+        """Raise Arrow's errors about bytes that it cannot decode as a DataError about the shard."""
         try:
             yield
         except (pa.ArrowException, OSError, ValueError) as error:
@@ -665,11 +664,11 @@ class ShardReader:
 
 
 def _byte_range(group: Any, columns: frozenset[str]) -> tuple[int, int]:
-    """First and one-past-last byte of a row group's asked columns."""
+    """First and one-past-last byte of these columns in a row group."""
     starts, ends = [], []
     for index in range(group.num_columns):
         column = group.column(index)
-        # "positions.list.element" belongs to "positions"; a label's own name may hold dots.
+        # "positions.list.element" belongs to "positions"; but the name of a label may contain dots.
         path = column.path_in_schema
         if path in columns or path.split(".", 1)[0] in columns:
             start = column.dictionary_page_offset or column.data_page_offset
@@ -678,37 +677,18 @@ def _byte_range(group: Any, columns: frozenset[str]) -> tuple[int, int]:
     return min(starts), max(ends)
 
 
-class _RangeFile(io.RawIOBase):
-    """A file of ``size`` bytes of which only ``content``, from ``start``, is at hand."""
+class _FetchedPart(PartialFile):
+    """A file of ``size`` bytes of which only ``content``, which begins at ``start``, was fetched."""
 
     def __init__(self, content: bytes, start: int, size: int) -> None:
-        super().__init__()
+        super().__init__(size)
         self._content = memoryview(content)
         self._start = start
-        self._size = size
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        self._position = base + offset
-        return self._position
-
-    def read(self, length: int = -1) -> bytes:
-        end = self._size if length < 0 else min(self._position + length, self._size)
-        if not self._start <= self._position <= end <= self._start + len(self._content):
+    def _range(self, start: int, end: int) -> bytes:
+        fetched_end = self._start + len(self._content)
+        if not self._start <= start <= end <= fetched_end:
             raise ValueError(
-                f"bytes {self._position} to {end} asked, fetched were {self._start} to "
-                f"{self._start + len(self._content)}"
+                f"bytes {start} to {end} asked, fetched were {self._start} to {fetched_end}"
             )
-        part = self._content[self._position - self._start : end - self._start]
-        self._position = end
-        return bytes(part)
+        return bytes(self._content[start - self._start : end - self._start])

@@ -1,21 +1,23 @@
-"""Molecules of different chunks meet: the global shuffle, and the search for duplicates, in bounded memory.
+"""Shuffling the whole data set and finding duplicates, in bounded memory.
 
-A distribution sort whose data lie in files. Each molecule has a 64-bit *key*, a keyed hash of its InChIKey (to
-find duplicates) or else of its place in the source. The key space is cut into *buckets* of equal width. Chunks
-leave their molecules *staged*; consecutive chunks that fit into memory make a *group*. Then, with ``shuffle``:
+This is a distribution sort whose data are in files. Each molecule has a 64-bit *key*: a keyed hash of its InChIKey (if
+duplicates are to be found) or else of its position in the source. The range of keys is divided into *buckets* of equal
+width. The molecules of each chunk are *staged*; consecutive chunks that fit into memory together form a *group*. With
+``shuffle`` there are two passes:
 
-1. ``runs``: the molecules of a group, sorted by key, become one file, a segment for each bucket;
-2. ``buckets``: the segments of one bucket are read from all runs, sorted by (key, place in the source), and
-   become one shard of each split.
+1. ``runs``: the molecules of a group are sorted by key and become one file with a segment per bucket;
+2. ``buckets``: the segments of one bucket are read from all runs, sorted by (key, position in the source), and become
+   one shard per split.
 
-The shuffled data set is thus the whole source sorted by key: its order depends on the seed alone, not on
-groups, memory or the number of processes. Without ``shuffle`` only what tells duplicates makes the round trip:
+So the shuffled data set is the whole source sorted by key: its order depends on the seed alone, not on groups, memory
+or the number of processes. Without ``shuffle`` only the columns that identify duplicates take this way, in three
+passes:
 
-1. ``runs``: as above, but keys and ids alone;
-2. ``duplicates``: those of a bucket become a file, a segment for each group;
-3. ``groups``: the staged molecules of a group, without its duplicates, become shards in the source's order.
+1. ``runs``: as above, but with keys and ids only;
+2. ``duplicates``: the duplicates of a bucket become a file with a segment per group;
+3. ``groups``: the staged molecules of a group, without its duplicates, become shards in the order of the source.
 
-A source of one group needs no runs: one unit does it all. Every unit of work writes its receipt last.
+A source of one group needs no runs: a single unit does everything. Every unit of work writes its receipt last.
 """
 
 from __future__ import annotations
@@ -37,26 +39,25 @@ import pyarrow.ipc
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import (
+    QUARANTINE_DIR,
+    SPLITS,
+    part_name,
+    segments_path,
+    shard_path,
+    staged_path,
+    unit_receipt_uri,
+)
 from moleblend_ray.data.receipts import (
     STAGED,
-    STAGED_DIR,
     Receipt,
     Statistics,
     UnitReceipt,
-    part_name,
     shard_info,
     sum_statistics,
-    unit_receipt_uri,
     write_part,
 )
-from moleblend_ray.data.shards import (
-    DUPLICATE,
-    QUARANTINE_DIR,
-    QUARANTINE_SCHEMA,
-    SPLITS,
-    ShardInfo,
-    shard_schema,
-)
+from moleblend_ray.data.shards import DUPLICATE, QUARANTINE_SCHEMA, ShardInfo, shard_schema
 from moleblend_ray.data.splits import seed_key, text_hashes
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.hashing import keyed_hash
@@ -82,15 +83,15 @@ _KEPT_FIELDS: Final = (
 _ROW_BITS: Final = 40
 """A position is ``file_index << 40 | row``."""
 _MAX_BUCKET_BYTES: Final = 64 << 20
-"""A bucket of so many bytes in memory is a shard, however few rows it has. Times ``_COPIES``, it is the least memory
-that a process can do with."""
+"""Memory of the molecules of one bucket, which become one shard, however few they are. A process needs at least
+``_COPIES`` times as much."""
 _COPIES: Final = 4
-"""How often a unit may hold its molecules at a time: as read, put together, as taken out, as encoded."""
+"""Copies of its molecules that a unit holds at the same time: as read, concatenated, selected, and encoded."""
 _MAX_GROUP_BYTES: Final = 1 << 30
-"""More in one group gains nothing, and lists of the molecules' atoms are addressed by 32 bits."""
+"""Larger groups are no faster, and the offsets of Arrow's lists have 32 bits."""
 _THREADS: Final = 16
 _HEADER: Final = struct.Struct("<IQ")
-"""Of a segment: CRC-32 of what follows, bytes of it when unpacked."""
+"""Header of a segment: CRC-32 of the compressed content that follows, and its size when decompressed."""
 _EXCERPT_CHARACTERS: Final = 200
 
 
@@ -99,7 +100,7 @@ _EXCERPT_CHARACTERS: Final = 200
 
 
 def position_of(file_index: int, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place in the source: one number that sorts by file, then row."""
+    """Position in the source: a number that sorts by file, then by row."""
     return (np.int64(file_index) << np.int64(_ROW_BITS)) | rows
 
 
@@ -110,7 +111,7 @@ def staged_table(
     inchikeys: Sequence[str | None] | None,
     seed: int,
 ) -> pa.Table:
-    """Rows of a shard with what places them; ``inchikeys`` if duplicates are to meet."""
+    """Rows of a shard with the columns that place them; with ``inchikeys`` equal molecules get equal keys."""
     rows = molecules["source_row"].to_numpy()
     keys = keyed_hash(seed, file_index, rows)
     columns = [pa.array(position_of(file_index, rows)), pa.array(split_codes)]
@@ -129,19 +130,14 @@ def _staged_schema(molecules: pa.Schema, *, deduplicate: bool) -> pa.Schema:
 
 
 def _ranks(molecules: pa.Table) -> NDArray[np.uint8]:
-    """Which of equal molecules to keep: measured or computed geometry, then one made here, then none."""
+    """Which of equal molecules to keep, lowest rank first: with geometry from the source, made here, or without."""
     from_source = np.array(molecules["conformer_status"].to_pylist(), dtype=object) == "source"
     has_any = molecules["num_conformers"].to_numpy() > 0
     return np.where(from_source & has_any, 0, np.where(has_any, 1, 2)).astype(np.uint8)
 
 
-def staged_path(file_index: int, chunk_index: int) -> str:
-    """Where a chunk's staged molecules are below ``out``."""
-    return f"{STAGED_DIR}/chunks/{part_name(file_index, chunk_index)}.segment"
-
-
 def encode_segment(table: pa.Table) -> bytes:
-    """A table without its schema, as bytes: the same for equal tables."""
+    """A table, without its schema, as bytes: the same for equal tables."""
     if not table.num_rows:
         return b""
     (batch,) = table.combine_chunks().to_batches()
@@ -175,7 +171,7 @@ def _damaged(where: str) -> DataError:
 
 
 def _write_segments(uri: str, segments: Sequence[bytes]) -> bytes:
-    """A file of where each segment begins, (n + 1) uint64, and the segments."""
+    """Write a file of offsets, (n + 1) uint64, and the n segments; returns its content."""
     offsets = np.zeros(len(segments) + 1, dtype="<u8")
     np.cumsum([len(segment) for segment in segments], out=offsets[1:])
     content = b"".join([(offsets + np.uint64(offsets.nbytes)).tobytes(), *segments])
@@ -185,8 +181,8 @@ def _write_segments(uri: str, segments: Sequence[bytes]) -> bytes:
 
 @lru_cache(maxsize=4096)
 def _offsets(uri: str, num_segments: int, digest: str) -> NDArray[np.uint64]:
-    """The beginning of a file of segments; remembered, as every bucket asks every run."""
-    del digest  # another content under the same name is another file
+    """The offsets of a file of segments; cached, as every bucket reads from every run."""
+    del digest  # in the cache's key, as the same name may be used again for other content
     content = storage.read_range(uri, 0, 8 * (num_segments + 1))
     if len(content) != 8 * (num_segments + 1):
         raise _damaged(uri)
@@ -196,7 +192,7 @@ def _offsets(uri: str, num_segments: int, digest: str) -> NDArray[np.uint64]:
 def _read_segments(
     uris: Sequence[str], number: int, num_segments: int, digest: str, schema: pa.Schema
 ) -> pa.Table:
-    """Segment ``number`` of each file, one after the other, as one table of one chunk."""
+    """Segment ``number`` of every file, concatenated to one table of one chunk."""
 
     def read(uri: str) -> pa.RecordBatch:
         offsets = _offsets(uri, num_segments, digest)
@@ -220,15 +216,15 @@ class StagedChunk(NamedTuple):
     chunk_index: int
     first_row: int
     num_rows: int
-    """Molecules staged."""
+    """Number of staged molecules."""
     memory_bytes: int
-    """What they take in memory."""
+    """Memory that they take."""
     digest: str
-    """Of their content."""
+    """SHA-256 of the file of staged molecules."""
 
 
 def staged_chunk(receipt: Receipt) -> StagedChunk:
-    """What an exchange needs to know of a converted chunk."""
+    """What an exchange needs to know about a converted chunk."""
     (file,) = receipt.files_of(STAGED)
     return StagedChunk(
         receipt.file_index,
@@ -244,16 +240,16 @@ UnitKind = Literal["runs", "buckets", "duplicates", "groups", "all"]
 
 
 class Unit(NamedTuple):
-    """A piece of the work that one process does."""
+    """Work that one process does."""
 
     kind: UnitKind
     number: int
     chunks: tuple[StagedChunk, ...] = ()
-    """The staged chunks it reads, if it does: those of a group."""
+    """The staged chunks that it reads: those of a group, or none."""
 
     @property
     def name(self) -> str:
-        """Of its receipt, and of its file in progress."""
+        """Name of its receipt and of its file in progress."""
         return _unit_name(self.kind, self.number)
 
 
@@ -263,47 +259,47 @@ def _unit_name(kind: UnitKind, number: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """What every process that does a unit of the work must know."""
+    """What every process that does a unit of work needs to know."""
 
     out: str
     source_uris: tuple[str, ...]
-    """Without credentials."""
+    """URIs of the source files, without credentials."""
     labels: tuple[tuple[str, str | None], ...]
     """Name and unit of each label."""
     row_group_rows: int
     shuffle: bool
-    """Shards in the order of the keys, else of the source."""
+    """Whether shards are in the order of the keys instead of the source's order."""
     deduplicate: bool
     num_buckets: int
     group_starts: tuple[int, ...]
     """Position of the first record of each group's first chunk."""
     content_digest: str
-    """Of the molecules and of what is to become of them."""
+    """Digest of the molecules and the settings."""
 
     def digest(self, unit: Unit) -> str:
-        """Of all that decides the files of a unit: a receipt with another digest does not count."""
-        # What a shard holds does not depend on groups; how the files in progress are cut does.
+        """Digest of everything that decides the files of a unit; a receipt with another digest is not valid."""
+        # The content of shards does not depend on the groups; the segments of files in progress do.
         return self.content_digest if unit.kind in ("buckets", "all") else self.file_digest
 
     @property
     def file_digest(self) -> str:
-        """Of the content of files in progress."""
+        """Digest of everything that decides the content of files in progress."""
         text = json.dumps([self.content_digest, self.group_starts])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def schema(self) -> pa.Schema:
-        """Of shards."""
+        """Schema of the shards."""
         return shard_schema(self.labels)
 
     @property
     def staged_schema(self) -> pa.Schema:
-        """Of staged molecules."""
+        """Schema of staged molecules."""
         return _staged_schema(self.schema, deduplicate=self.deduplicate)
 
     @property
     def run_schema(self) -> pa.Schema:
-        """Of what makes the round trip."""
+        """Schema of the runs."""
         if self.shuffle:
             return self.staged_schema
         return pa.schema([pa.field("mol_id", pa.string()), *_PLACE_FIELDS[:2], *_IDENTITY_FIELDS])
@@ -321,9 +317,9 @@ def plan_exchange(
     deduplicate: bool,
     memory_bytes: int,
 ) -> tuple[Exchange, list[list[Unit]]]:
-    """The exchange of these chunks by processes that have ``memory_bytes`` each for molecules, and its passes.
+    """The exchange of these chunks, and its passes, by processes that each have ``memory_bytes`` for molecules.
 
-    The units of one pass can be done in any order or at a time; the passes one after the other.
+    The units of one pass can be done in any order or at the same time, but the passes one after the other.
     """
     ordered = sorted(chunks)
     num_rows = sum(chunk.num_rows for chunk in ordered)
@@ -365,7 +361,7 @@ def _passes(exchange: Exchange, groups: Sequence[tuple[StagedChunk, ...]]) -> li
 
 
 def _groups(chunks: Sequence[StagedChunk], max_bytes: int) -> tuple[tuple[StagedChunk, ...], ...]:
-    """Consecutive chunks of at most ``max_bytes`` together, or one chunk; one empty group for none."""
+    """Consecutive chunks of at most ``max_bytes`` in total, or one larger chunk; without chunks, one empty group."""
     groups: list[list[StagedChunk]] = [[]]
     size = 0
     for chunk in chunks:
@@ -382,14 +378,14 @@ def _groups(chunks: Sequence[StagedChunk], max_bytes: int) -> tuple[tuple[Staged
 
 
 class _Done(NamedTuple):
-    """Files of a unit, and what their molecules are."""
+    """Files of a unit, and the statistics of their molecules."""
 
     files: list[ShardInfo]
     statistics: list[Statistics]
 
 
 def run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt:
-    """Do a unit of work: write its files and last its receipt."""
+    """Do a unit of work: write its files, and last its receipt."""
     if unit.kind == "runs":
         done = _write_run(exchange, unit)
     elif unit.kind == "buckets":
@@ -451,7 +447,7 @@ def _write_all(exchange: Exchange, unit: Unit) -> _Done:
 
 
 def _load_group(exchange: Exchange, group: Sequence[StagedChunk], schema: pa.Schema) -> pa.Table:
-    """The staged molecules of a group in source order, the columns of ``schema``, as one chunk."""
+    """The columns of ``schema`` of a group's staged molecules, in source order, as a table of one chunk."""
 
     def load(chunk: StagedChunk) -> pa.RecordBatch:
         return _load_chunk(exchange, chunk).select(schema.names)
@@ -466,7 +462,7 @@ def _load_chunk(exchange: Exchange, chunk: StagedChunk) -> pa.RecordBatch:
 
 
 def _by_bucket(table: pa.Table, num_buckets: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order of rows by key, and where in it each bucket begins, the end last: (M,) and (B + 1,)."""
+    """(M,), the order of the rows by key, and (B + 1,), where each bucket begins in it, the last one being the end."""
     keys = table[KEY].to_numpy()
     order = np.argsort(keys, kind="stable")
     # Bucket b holds the keys k with b = k * B >> 64.
@@ -474,17 +470,16 @@ def _by_bucket(table: pa.Table, num_buckets: int) -> tuple[NDArray[np.int64], ND
     return order, np.append(np.searchsorted(keys[order], starts), len(keys))
 
 
-def _segments_path(kind: UnitKind, number: int) -> str:
-    return f"{STAGED_DIR}/{_unit_name(kind, number)}.segments"
-
-
 def _segment_uris(exchange: Exchange, kind: UnitKind, count: int) -> list[str]:
-    """The files in progress of a pass."""
-    return [storage.join(exchange.out, _segments_path(kind, number)) for number in range(count)]
+    """The files in progress that a pass leaves."""
+    return [
+        storage.join(exchange.out, segments_path(_unit_name(kind, number)))
+        for number in range(count)
+    ]
 
 
 def _read_runs(exchange: Exchange, bucket: int) -> pa.Table:
-    """What all runs have of a bucket."""
+    """The rows of a bucket from all runs."""
     uris = _segment_uris(exchange, "runs", len(exchange.group_starts))
     return _read_segments(
         uris, bucket, exchange.num_buckets, exchange.file_digest, exchange.run_schema
@@ -498,18 +493,18 @@ def _write_cut(
     order: NDArray[np.int64],
     bounds: NDArray[np.int64],
 ) -> _Done:
-    """The rows in ``order``, a segment between each two of ``bounds``, as the unit's file in progress."""
+    """Write the rows, in ``order``, as the unit's file in progress: a segment between each two of ``bounds``."""
     segments = [
         encode_segment(table.take(pa.array(order[start:end]))) if end > start else b""
         for start, end in pairwise(bounds.tolist())
     ]
-    path = _segments_path(unit.kind, unit.number)
+    path = segments_path(unit.name)
     content = _write_segments(storage.join(exchange.out, path), segments)
     return _Done([shard_info(path, STAGED, table.num_rows, content)], [])
 
 
 def _place_bucket(exchange: Exchange, table: pa.Table, bucket: int) -> _Done:
-    """The molecules of a bucket, of which no two have the same place, in the order of their keys."""
+    """Write the shards of a bucket, in the order of (key, position): no two molecules have the same position."""
     order = np.lexsort((table[POSITION].to_numpy(), table[KEY].to_numpy()))
     ordered = table.take(pa.array(order))
     dropped = _dropped(ordered) if exchange.deduplicate else None
@@ -517,7 +512,7 @@ def _place_bucket(exchange: Exchange, table: pa.Table, bucket: int) -> _Done:
 
 
 def _place_group(exchange: Exchange, group: Sequence[StagedChunk], dropped: pa.Table) -> _Done:
-    """The molecules of a group without its duplicates (those in ``dropped``), in the source's order."""
+    """Write the shards of a group without its duplicates (those in ``dropped``), in the order of the source."""
     dropped = dropped.sort_by(POSITION)
     positions = dropped[POSITION].to_numpy()
     done = _Done([], [])
@@ -534,7 +529,7 @@ def _place_group(exchange: Exchange, group: Sequence[StagedChunk], dropped: pa.T
 
 
 def _place(exchange: Exchange, stem: str, table: pa.Table, dropped: pa.Table | None) -> _Done:
-    """Staged molecules as shards, in this order, and the duplicates among them as a quarantine part."""
+    """Write staged molecules, in this order, as shards, and the duplicates among them as a part of the quarantine."""
     duplicates = QUARANTINE_SCHEMA.empty_table()
     if dropped is not None and dropped.num_rows:
         is_dropped = np.isin(table[POSITION].to_numpy(), dropped[POSITION].to_numpy())
@@ -546,10 +541,10 @@ def _place(exchange: Exchange, stem: str, table: pa.Table, dropped: pa.Table | N
         exchange.schema.metadata
     )
     parts = {
-        f"{split}/{stem}.parquet": (split, molecules.filter(pa.array(codes == code)))
+        shard_path(split, stem): (split, molecules.filter(pa.array(codes == code)))
         for code, split in enumerate(SPLITS)
     }
-    parts[f"{QUARANTINE_DIR}/{DUPLICATE}-{stem}.parquet"] = (QUARANTINE_DIR, duplicates)
+    parts[shard_path(QUARANTINE_DIR, f"{DUPLICATE}-{stem}")] = (QUARANTINE_DIR, duplicates)
     files = [
         info
         for path, (split, part) in parts.items()
@@ -559,9 +554,9 @@ def _place(exchange: Exchange, stem: str, table: pa.Table, dropped: pa.Table | N
 
 
 def _dropped(table: pa.Table) -> pa.Table:
-    """Rows whose InChIKey a better or earlier row has, with that row; schema ``_KEPT_FIELDS``, by position."""
+    """Rows whose InChIKey a better or earlier row also has, with that row; schema ``_KEPT_FIELDS``, by position."""
     positions = table[POSITION].to_numpy()
-    # Molecules without InChIKey have no code and are no one's duplicates.
+    # Molecules without an InChIKey have no code and never count as duplicates.
     codes = table[INCHIKEY].combine_chunks().dictionary_encode().indices
     known = np.flatnonzero(codes.is_valid().to_numpy(zero_copy_only=False))
     codes = codes.drop_null().to_numpy()
@@ -578,7 +573,7 @@ def _dropped(table: pa.Table) -> pa.Table:
 
 
 def _quarantined(exchange: Exchange, rows: pa.Table, dropped: pa.Table) -> pa.Table:
-    """The duplicates ``rows`` with what is kept in their stead, row by row."""
+    """The duplicates ``rows`` as rows of the quarantine; ``dropped`` states, row by row, what is kept instead."""
     details = []
     for key, kept in zip(rows[INCHIKEY].to_pylist(), dropped.to_pylist(), strict=True):
         file_index, row = divmod(kept["kept_position"], 1 << _ROW_BITS)
@@ -593,7 +588,7 @@ def _quarantined(exchange: Exchange, rows: pa.Table, dropped: pa.Table) -> pa.Ta
 def quarantined_molecules(
     molecules: pa.Table, source_uris: Sequence[str], reason: str, details: Sequence[str]
 ) -> pa.Table:
-    """Rows of shards that are molecules but not to be in the data set, as rows of the quarantine."""
+    """Rows of the quarantine for molecules that are sound, but left out of the data set."""
     count = molecules.num_rows
     excerpts = [text[:_EXCERPT_CHARACTERS] for text in molecules["smiles"].to_pylist()]
     columns = {

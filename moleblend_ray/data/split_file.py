@@ -1,7 +1,6 @@
 """Split files as collections publish them -> which molecule belongs to which split.
 
-No file is ever executed: what PyTorch wrote is unpickled with an allow-list that admits NumPy arrays and plain
-containers, nothing else.
+No code in a file is executed: files of PyTorch are unpickled with an allow-list of NumPy arrays and plain containers.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import json
 import lzma
 import pickle
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -31,44 +30,38 @@ _EXPECTED: Final = (
     "train.csv, valid.csv and test.csv (each also .gz)"
 )
 _MAX_BYTES: Final = 2 << 30
-"""Of a file or archive member, unpacked: indices of 10^8 molecules take 0.8 GB."""
+"""Limit for a decompressed file or member of an archive; the indices of 10^8 molecules take 0.8 GB."""
 _ROW_COLUMNS: Final = ("row", "idx", "index", "source_row")
 _ID_COLUMNS: Final = ("id", "mol_id")
 _INDEX_FILES: Final = ("train", "valid", "test")
 _TORCH_MAGIC: Final = 0x1950A86A20F9469CFC6C
-"""First object of a file in the format PyTorch wrote before 1.6."""
+"""First object in files of PyTorch before 1.6."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitTable:
-    """Splits by row of the source or by molecule id: exactly one of the two is given."""
+    """Splits by row of the source or by molecule id; exactly one of the two is given."""
 
     by_row: dict[str, NDArray[np.int64]] | None = None
-    """Split name -> ascending indices of source records, counted from 0; no record is in two splits."""
+    """Split name -> ascending indices of source records, counted from 0. No record is in two splits."""
     by_id: dict[str, str] | None = None
     """Molecule id -> split name."""
 
-    def counts(self) -> dict[str, int]:
-        """Split name -> members."""
-        if self.by_row is not None:
-            return {name: len(rows) for name, rows in self.by_row.items()}
-        return dict(Counter((self.by_id or {}).values()))
-
 
 def read_split_file(uri: str) -> SplitTable:
-    """The splits that a file (or directory of index files) at ``uri`` states.
+    """The splits in the file (or directory of index files) at ``uri``.
 
     ======================================  ==============================================================
     ``split_dict.pt``                       dictionary of NumPy index arrays, as OGB-LSC publishes PCQM4Mv2's
-    ``.zip``, ``.zip!path/split_dict.pt``   the same inside an archive, which is not unpacked
-    ``.json``                               ``{"train": [0, 2], "valid": [1]}``: numbers are rows, texts ids
-    ``.npz``                                one index array a split
+    ``.zip``, ``.zip!path/split_dict.pt``   the same in an archive, which is not unpacked
+    ``.json``                               ``{"train": [0, 2], "valid": [1]}``: numbers are rows, texts are ids
+    ``.npz``                                one index array per split
     ``.csv``, ``.tsv``                      columns ``split`` and ``row`` (or ``idx``, ``index``) or ``id``
     directory                               OGB style: ``train.csv``, ``valid.csv``, ``test.csv`` of indices
     ======================================  ==============================================================
 
-    Text files may be compressed (.gz, .bz2, .xz). DataError if the file is damaged, of another kind, names a
-    record or id twice, or holds anything but indices or ids.
+    Text files may be compressed (.gz, .bz2, .xz). DataError if the file is damaged or of another kind, names a record
+    twice or an id in two splits, or holds anything else than indices or ids.
     """
     archive, mark, member = uri.partition(".zip!")
     if mark:
@@ -97,7 +90,7 @@ def _read(uri: str) -> bytes:
 
 
 def _read_text(uri: str) -> bytes:
-    """The content, unpacked if it is compressed."""
+    """The content of the file, decompressed if necessary."""
     raw = _read(uri)
     opener: Any = None
     for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
@@ -144,7 +137,7 @@ def _member(archive: zipfile.ZipFile, name: str, where: str) -> bytes:
 
 
 def _torch_object(where: str, content: bytes) -> Any:
-    """What ``torch.save`` stored: the pickle in its zip file, or (before 1.6) the fourth of the pickles in a row."""
+    """The object that ``torch.save`` wrote: the pickle in a zip file or, before 1.6, the fourth of several pickles."""
     try:
         if not content.startswith(b"PK"):
             stream = io.BytesIO(content)
@@ -167,7 +160,7 @@ def _torch_object(where: str, content: bytes) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what a dictionary of NumPy index arrays consists of."""
+    """Admits only the parts of a dictionary of NumPy index arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
@@ -179,26 +172,26 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _reconstruct(kind: Any, shape: Any, dtype: Any) -> NDArray[Any]:
-    """The empty array that NumPy's pickles begin with; a forged one could ask for any amount of memory."""
+    """The empty array with which NumPy's pickles begin; a forged pickle could ask for any amount of memory."""
     if kind is not np.ndarray or tuple(shape) != (0,) or dtype not in (b"b", "b"):
         raise pickle.UnpicklingError("a NumPy array is pickled in an unknown way")
     return np.ndarray((0,), dtype=np.int8)
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 spells bytes."""
+    """How pickles of protocol 2 represent bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes are spelled in {encoding}")
     return text.encode("latin1")
 
 
 def _no_bytes() -> bytes:
-    """How protocol 2 spells those of an empty array."""
+    """How pickles of protocol 2 represent the bytes of an empty array."""
     return b""
 
 
 def _dtype(code: str, align: bool = False, copy: bool = False) -> np.dtype[Any]:
-    """A number type; objects, records and subarrays are refused."""
+    """An integer or bool type; an error for objects, records and subarrays."""
     dtype = np.dtype(code, align=align, copy=copy)
     if dtype.kind not in "iub":
         raise pickle.UnpicklingError(f"an array of {dtype}, not of indices")
@@ -242,7 +235,7 @@ def _from_json(uri: str) -> SplitTable:
 
 
 def _from_table(uri: str, delimiter: str) -> SplitTable:
-    """One table of all molecules."""
+    """One table with a row per molecule."""
     options = pa.csv.ParseOptions(delimiter=delimiter)
     texts = pa.csv.ConvertOptions(
         column_types={name: pa.string() for name in ("split", *_ID_COLUMNS)},
@@ -283,7 +276,7 @@ def _from_directory(uri: str) -> SplitTable:
 
 
 def _index_column(uri: str) -> NDArray[np.int64]:
-    """One number a line, without a header."""
+    """One number per line, without a header."""
     try:
         return np.array(_read_text(uri).split(), dtype=np.int64)
     except ValueError as error:

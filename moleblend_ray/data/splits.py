@@ -1,4 +1,4 @@
-"""Which split a molecule is in: by a hash of the molecule, or by the source's own split file."""
+"""The split of each molecule: by a hash of the molecule, or by the source's own split file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.shards import SPLITS
+from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.errors import ConfigError, DataError
 
 UNNAMED: Final = 255
-"""Code of a molecule that the split file does not name; the others are indices of ``shards.SPLITS``."""
+"""Code of a molecule that the split file does not name; the other codes are indices of ``SPLITS``."""
 
 _TRAIN, _VALID, _TEST = (SPLITS.index(name) for name in ("train", "valid", "test"))
 _CODE_OF_NAME: Final = {
@@ -30,11 +30,11 @@ _CODE_OF_NAME: Final = {
 
 
 def text_hashes(texts: Sequence[str], key: bytes = b"") -> NDArray[np.uint64]:
-    """BLAKE2b of each text, keyed, (M,): 64 bits of it."""
+    """(M,), 64 bits of the keyed BLAKE2b hash of each text."""
     keyed = hashlib.blake2b(digest_size=8, key=key)
     digests = []
     for text in texts:
-        state = keyed.copy()  # cheaper than hashing the key again
+        state = keyed.copy()  # cheaper than hashing the key for each text
         state.update(text.encode())
         digests.append(state.digest())
     return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
@@ -48,9 +48,9 @@ def seed_key(seed: int) -> bytes:
 def hashed_splits(
     smiles: Sequence[str], valid_fraction: float, test_fraction: float, seed: int
 ) -> NDArray[np.uint8]:
-    """Split codes (M,): the same for the same molecule, wherever and whenever it is met.
+    """Split codes (M,) that depend on the molecule, the fractions and the seed only.
 
-    A molecule of ``valid`` is there whatever ``test_fraction`` is.
+    Which molecules are in ``valid`` does not depend on ``test_fraction``.
     """
     hashes = text_hashes(smiles, seed_key(seed))
     ends = (math.ceil(end * 2.0**64) for end in (valid_fraction, valid_fraction + test_fraction))
@@ -67,9 +67,10 @@ class NamedSplits:
         by_id: Mapping[str, str] | None,
         uri: str,
     ) -> None:
-        """Take over a table of rows of each split, or of the split of each id; DataError if it contradicts itself.
+        """From the rows of each split, or the split of each id.
 
-        ConfigError if a name is none of train, valid (validation, val, dev) or test (testing, test-...).
+        DataError if a row is in two splits. ConfigError if the name of a split is not train, valid (validation, val,
+        dev) or test (testing, test-...).
         """
         self._uri = uri
         self._codes = _row_codes(by_row, uri) if by_row is not None else None
@@ -81,7 +82,7 @@ class NamedSplits:
 
     @property
     def digest(self) -> str:
-        """Of the splits, however the file writes them: equal splits have equal digests."""
+        """Digest of the splits, equal for equal splits whatever the format of the file."""
         digest = hashlib.blake2b(digest_size=16)
         if self._codes is not None:
             digest.update(self._codes.tobytes())
@@ -91,11 +92,11 @@ class NamedSplits:
 
     @property
     def names_rows(self) -> bool:
-        """Whether molecules are named by their row, which has a meaning in a source of one file only."""
+        """Whether molecules are named by their row, which is only possible for a source of one file."""
         return self._codes is not None
 
     def codes(self, rows: NDArray[np.int64], mol_ids: Sequence[str]) -> NDArray[np.uint8]:
-        """Split codes (M,) of molecules by row in their file (M,) and by id, ``UNNAMED`` where there is none."""
+        """Split codes (M,) of the molecules with these rows (M,) and ids, ``UNNAMED`` where the file names none."""
         found = np.full(len(rows), UNNAMED, dtype=np.uint8)
         if self._codes is not None:
             inside = rows < len(self._codes)
@@ -105,7 +106,7 @@ class NamedSplits:
         return found
 
     def unnamed_error(self, where: str, mol_id: str) -> DataError:
-        """What to say of a molecule that is in no split."""
+        """The error for a molecule that the split file does not name."""
         return DataError(
             f"split_file: {self._uri} names no split for {where} ({mol_id}). Complete the file, or set "
             "split_file_unnamed=train or split_file_unnamed=quarantine."
@@ -113,7 +114,7 @@ class NamedSplits:
 
 
 def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.uint8]:
-    """The code of each row up to the last one named."""
+    """The code of each row, up to the last row that the file names."""
     size = 1 + max((int(rows.max()) for rows in by_row.values() if len(rows)), default=-1)
     codes = np.full(size, UNNAMED, dtype=np.uint8)
     for name, rows in by_row.items():

@@ -1,30 +1,39 @@
-"""How far the preparation of a data set is, from little: its manifest, or the names of its receipts and a sample of them.
+"""How far the preparation of a data set has come, from few reads: the manifest, or the names of receipts and a sample.
 
-``inspect`` describes a data set in full, and reads every receipt of an unfinished one for that.
+Module ``inspect`` describes a data set in full, and reads every receipt of an unfinished one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.receipts import RECEIPTS_DIR, STAGED_DIR, Receipt, listed
-from moleblend_ray.data.shards import MANIFEST_NAME, QUARANTINE_DIR, SPLITS, load_manifest
+from moleblend_ray.data.dataset_files import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    RECEIPTS_DIR,
+    SPLITS,
+    STAGED_DIR,
+    is_chunk_receipt,
+    listed,
+    listed_shards,
+    wrong_files,
+)
+from moleblend_ray.data.receipts import Receipt
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import DataError
 
-_PLAN_NAME: Final = f"{RECEIPTS_DIR}/plan.json"
-_CHUNK: Final = re.compile(r"\d{5,}-\d{6,}\.json")
 _MOST_RECEIPTS: Final = 64
+"""Receipts that are read of an unfinished data set; the rest is extrapolated."""
 _THREADS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataStatus:
-    """A prepared data set, or one in the making."""
+    """A data set, prepared or being prepared."""
 
     kind: str
     uri: str
@@ -32,27 +41,28 @@ class DataStatus:
     """``finished``, ``unfinished``, or ``damaged`` (files of a finished one are missing or have another size)."""
     detail: str
     chunks_done: int | None
-    """Units of work with a receipt; None once finished."""
+    """Chunks that are converted; None once the data set is finished."""
     rows_in: int
-    """Source rows; of an unfinished one those in the chunks done, extrapolated from some of them if ``is_estimate``."""
+    """Source rows, while unfinished those of the converted chunks."""
     rows_out: int
     rows_quarantined: int
     is_estimate: bool
+    """Whether the numbers of rows were extrapolated from a sample of the converted chunks."""
     molecules: Mapping[str, int]
     """Split -> molecules; empty while unfinished."""
     bytes: int
-    """Of all shards there are."""
+    """Total size of the shards (while unfinished, also of staged molecules)."""
     sources: tuple[str, ...]
     """URIs of the source files, without credentials."""
 
 
 def has_data_set(uri: str) -> bool:
     """Whether `prepare` has begun there."""
-    return any(storage.exists(storage.join(uri, name)) for name in (MANIFEST_NAME, _PLAN_NAME))
+    return any(storage.exists(storage.join(uri, name)) for name in (MANIFEST_NAME, PLAN_NAME))
 
 
 def data_status(uri: str) -> DataStatus:
-    """Of the data set at ``uri``; DataError or NotFoundError if `prepare` has not begun there."""
+    """The status of the data set at ``uri``; DataError or NotFoundError if `prepare` has not begun there."""
     if storage.exists(storage.join(uri, MANIFEST_NAME)):
         return _finished(uri)
     return _unfinished(uri)
@@ -60,15 +70,13 @@ def data_status(uri: str) -> DataStatus:
 
 def _finished(uri: str) -> DataStatus:
     manifest = load_manifest(uri)
-    sizes = listed(uri, *SPLITS, QUARANTINE_DIR)
-    wrong = [
-        shard.path
-        for shard in manifest.shards
-        if sizes.get(storage.join(uri, shard.path)) != shard.num_bytes
-    ]
+    wrong = wrong_files(uri, manifest.shards, listed_shards(uri))
     detail = "its manifest is there, and every file it names"
     if wrong:
-        detail = f"{len(wrong)} of {len(manifest.shards)} files are missing or have another size, the first of them {wrong[0]}"
+        detail = (
+            f"{len(wrong)} of {len(manifest.shards)} files are missing or have another size, "
+            f"the first of them {next(iter(wrong))}"
+        )
     counts = manifest.counts
     return DataStatus(
         kind="data",
@@ -87,10 +95,8 @@ def _finished(uri: str) -> DataStatus:
 
 
 def _unfinished(uri: str) -> DataStatus:
-    plan = storage.read_json(storage.join(uri, _PLAN_NAME))
-    receipts = [
-        name for name in listed(uri, RECEIPTS_DIR) if _CHUNK.fullmatch(storage.name_of(name))
-    ]
+    plan = storage.read_json(storage.join(uri, PLAN_NAME))
+    receipts = [name for name in listed(uri, RECEIPTS_DIR) if is_chunk_receipt(name)]
     stride = max(1, -(-len(receipts) // _MOST_RECEIPTS))
     with ThreadPoolExecutor(_THREADS) as pool:
         read = [one for one in pool.map(_receipt, sorted(receipts)[::stride]) if one is not None]
@@ -116,7 +122,7 @@ def _unfinished(uri: str) -> DataStatus:
 
 
 def _receipt(uri: str) -> Receipt | None:
-    """None for one that a running command is writing or has just deleted."""
+    """The receipt at ``uri``; None if a running command is writing it or has just deleted it."""
     try:
         return Receipt.from_json(storage.read_json(uri))
     except (storage.NotFoundError, DataError, KeyError, TypeError):

@@ -1,9 +1,9 @@
-"""URI -> file system: the one place that knows ``s3://``, ``gs://``, ``file://``, ``https://`` and plain paths.
+"""Files by URI: the only module that knows ``s3://``, ``gs://``, ``file://``, ``https://`` and plain paths.
 
-Every function takes a URI (a plain path means a local file) and turns whatever the backend raises into a
-:class:`StorageError` that says what was tried, on what, and what to do. Writes are atomic: a local file appears
-by rename, an object by one PUT or one completed multipart upload. Listings are never cached. Transient failures of
-remote storage are tried again (:mod:`moleblend_ray.data.retry`).
+Every function takes a URI (a plain path is a local file) and turns whatever the backend raises into a
+:class:`StorageError` that says what was tried, on which URI, and what to do. Writes are atomic: a local file appears
+by rename, an object by one PUT or one completed multipart upload. Listings are never cached. Operations on remote
+storage that fail transiently are retried (:mod:`moleblend_ray.data.retry`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 import fsspec
 
+from moleblend_ray.data.partial_file import PartialFile
 from moleblend_ray.data.retry import ShortReadError, retried, s3_error, timeout_seconds
 from moleblend_ray.errors import HIDDEN, DataError, StorageError
 
@@ -40,21 +41,21 @@ _S3_ENVIRONMENT: Final = (
     "AWS_CONFIG_FILE",
     "MOLEBLEND_STORAGE_TIMEOUT_S",
 )
-"""Settings an S3 client reads once: a client made under other values must not be used again."""
+"""Settings that an S3 client reads only when it is created: with other values, another client is needed."""
 
 _READ_AHEAD_BYTES: Final = 8 << 20
-"""What one request of a streamed read fetches from remote storage."""
+"""Bytes that one request of a streamed read fetches from remote storage."""
 
 _PART_BYTES: Final = 16 << 20
-"""Part of a multipart upload; a file of two parts or more is sent in parts."""
+"""Size of the parts of a multipart upload; files of two or more parts are uploaded so."""
 
 _PARALLEL_PARTS: Final = 4
-"""Parts in flight: bounds an upload's memory to 64 MiB."""
+"""Parts that are uploaded at the same time, which bounds the memory of an upload to 64 MiB."""
 
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 
 _RANGED: Final = frozenset({"s3", "s3a", "gs", "gcs"})
-"""Protocols whose servers always answer range requests."""
+"""Protocols whose servers all support range requests."""
 
 _ADVICE: Final = {
     "InvalidAccessKeyId": "the access key is not known there. Check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL.",
@@ -93,7 +94,7 @@ def local_path(uri: str) -> Path:
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI of ``parts`` below ``uri``, with single slashes between; the query of a web address stays its end."""
+    """The URI of ``parts`` below ``uri``, with single slashes between; the query of a web address stays at its end."""
     query = ""
     if _protocol(uri) in {"http", "https"}:
         uri, mark, query = uri.partition("?")
@@ -103,19 +104,19 @@ def join(uri: str, *parts: str) -> str:
 
 
 def name_of(uri: str) -> str:
-    """The last component of a URI; of a web address without its query."""
+    """The last component of a URI, for a web address without its query."""
     if _protocol(uri) in {"http", "https"}:
         uri = uri.partition("?")[0]
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
 
 def absolute(uri: str) -> str:
-    """The URI as listings give it: a local path made absolute."""
+    """The URI as it appears in listings: a local path is made absolute."""
     return _with_protocol(uri, _resolve(uri)[1])
 
 
 def exists(uri: str) -> bool:
-    """Whether a file, or a directory or prefix with something in it, is there."""
+    """Whether there is a file, a directory, or a prefix with objects below it."""
     filesystem, path = _resolve(uri)
     try:
         with translate_errors("look at", uri):
@@ -123,7 +124,7 @@ def exists(uri: str) -> bool:
     except NotFoundError:
         return False
     except StorageError as error:
-        # A path below a file: nothing is there.
+        # A path below a file: nothing can be there.
         if isinstance(error.__cause__, NotADirectoryError):
             return False
         raise
@@ -131,7 +132,7 @@ def exists(uri: str) -> bool:
 
 
 def size(uri: str) -> int:
-    """Bytes of a file."""
+    """The size of a file in bytes."""
     filesystem, path = _resolve(uri)
     with translate_errors("look at", uri):
         info = _call("look at", uri, filesystem.info, path)
@@ -148,7 +149,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, length: int) -> bytes:
-    """Bytes ``[offset, offset + length)`` of a file, fewer if it ends before."""
+    """Bytes ``[offset, offset + length)`` of a file, fewer if it ends earlier."""
     filesystem, path = _resolve(uri)
     with translate_errors("read", uri):
         return bytes(
@@ -157,17 +158,17 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
 
 
 def open_read(uri: str) -> BinaryIO:
-    """A binary file object; wrap its reads in :func:`translate_errors`, they may fail late."""
+    """A binary file object; wrap its reads in :func:`translate_errors`, as they can fail later."""
     filesystem, path = _resolve(uri)
     with translate_errors("open", uri):
         if _protocol(uri) in _RANGED:
-            stream = _RangeStream(uri, size(uri))
+            stream = _RemoteFile(uri, size(uri))
             return cast(BinaryIO, io.BufferedReader(stream, _READ_AHEAD_BYTES))
         return cast(BinaryIO, filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES))
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or all of the new, never a part."""
+    """Write a file atomically: a reader sees the old content or all of the new."""
     filesystem, path = _resolve(uri)
     with translate_errors("write", uri):
         if is_local(uri):
@@ -178,7 +179,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 def upload(local_path: str | Path, uri: str) -> None:
-    """Copy a local file to a URI; it appears there whole or not at all."""
+    """Copy a local file to a URI atomically."""
     filesystem, path = _resolve(uri)
     with translate_errors("write", uri):
         if is_local(uri):
@@ -190,7 +191,7 @@ def upload(local_path: str | Path, uri: str) -> None:
 
 
 def download(uri: str, local_path: str | Path) -> None:
-    """Copy a file to a local path; it appears there whole or not at all."""
+    """Copy a file to a local path atomically."""
     filesystem, path = _resolve(uri)
     with translate_errors("read", uri), _local_replacement(local_path) as temporary:
         _call("read", uri, filesystem.get_file, path, str(temporary))
@@ -208,15 +209,16 @@ def read_json(uri: str) -> Any:
 
 
 def write_json(uri: str, value: Any) -> None:
-    """Write a JSON document, the same bytes for equal values."""
+    """Write a JSON document; equal values give the same bytes."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_bytes(uri, text.encode() + b"\n")
 
 
 def list_files(uri: str) -> list[FileInfo]:
-    """The files of a directory (recursively), of a glob, or the one file; sorted by URI.
+    """The files of a directory (recursively) or of a glob, or the file itself; sorted by URI.
 
-    Hidden files (a name that begins with a dot) are left out. A name that contains ``*``, ``?`` or ``[`` and exists as it is counts as that file, not as a pattern.
+    Hidden files (whose name begins with a dot) are left out. A URI with ``*``, ``?`` or ``[`` that exists literally is
+    that file or directory, not a pattern.
     """
     filesystem, path = _resolve(uri)
     if _GLOB_CHARACTERS & set(path) and not exists(uri):
@@ -232,7 +234,7 @@ def list_files(uri: str) -> list[FileInfo]:
     files = (
         FileInfo(_with_protocol(uri, name), int(info["size"] or 0))
         for name, info in found.items()
-        # Consoles and other clients make an empty object "prefix/" for each folder of an object store.
+        # Some clients of object stores represent a folder by an empty object "prefix/".
         if info["type"] != "directory"
         and not name.endswith("/")
         and (name == path or not name_of(name).startswith("."))
@@ -241,7 +243,7 @@ def list_files(uri: str) -> list[FileInfo]:
 
 
 def delete(uri: str) -> None:
-    """Remove a file if it is there."""
+    """Delete a file if it exists."""
     filesystem, path = _resolve(uri)
     try:
         with translate_errors("delete", uri):
@@ -251,13 +253,18 @@ def delete(uri: str) -> None:
 
 
 def delete_tree(uri: str) -> None:
-    """Remove a directory or prefix with all below it, if it is there."""
+    """Delete a directory or prefix with everything below it, if it exists."""
     filesystem, path = _resolve(uri)
     if not path.strip("/") or (not is_local(uri) and "/" not in path.strip("/")):
         raise StorageError(f"Refused to delete {uri}: it is a whole file system or bucket.")
     try:
         with translate_errors("delete", uri):
-            _call("delete", uri, filesystem.rm, path, recursive=True)
+            if is_local(uri) or not _GLOB_CHARACTERS & set(path):
+                _call("delete", uri, filesystem.rm, path, recursive=True)
+                return
+            # Object stores take such a name for a pattern and would delete what lies beside it.
+            for name in _call("list", uri, filesystem.find, path):
+                _call("delete", uri, filesystem.rm_file, name)
     except NotFoundError:
         return
 
@@ -269,7 +276,7 @@ def sha256_bytes(data: bytes | bytearray | memoryview) -> str:
 
 @contextmanager
 def translate_errors(action: str, uri: str) -> Iterator[None]:
-    """Raise what a storage backend raises inside as a StorageError about ``uri``."""
+    """Turn what a storage backend raises inside the block into a StorageError about ``uri``."""
     try:
         yield
     except StorageError:
@@ -279,7 +286,7 @@ def translate_errors(action: str, uri: str) -> Iterator[None]:
 
 
 def _backend_errors() -> tuple[type[Exception], ...]:
-    """What backends raise; looked up only when something was raised, as botocore is slow to import."""
+    """The exceptions of backends; only looked up after an exception, as botocore is slow to import."""
     # NotImplementedError: a read-only backend such as https asked to write.
     errors: tuple[type[Exception], ...] = (OSError, NotImplementedError)
     if "aiohttp" in sys.modules:
@@ -292,10 +299,10 @@ def _backend_errors() -> tuple[type[Exception], ...]:
 
 
 def _explain(action: str, uri: str, error: Exception) -> StorageError:
-    """The sentence for one failure: what, where, why, what to do."""
+    """The StorageError for a failure: what was tried, where, why it failed, what to do."""
     kind = type(error).__name__
     reason = " ".join(str(error).split()) or kind
-    # botocore repeats user:password@bucket without the scheme by which it would be found later.
+    # botocore repeats user:password@bucket without the scheme that `without_credentials` looks for.
     if user := re.match(r"\w+://([^/@]+)@", uri):
         reason = reason.replace(f"{user[1]}@", f"{HIDDEN}@")
     failed = f"Cannot {action} {uri}: "
@@ -331,65 +338,34 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
     return StorageError(failed + f"{kind}: {reason}")
 
 
-class _RangeStream(io.RawIOBase):
-    """A remote file read by range requests: a cut connection costs one request, not the stream."""
+class _RemoteFile(PartialFile):
+    """A remote file that is read by range requests: a broken connection costs one request, not the whole stream."""
 
     def __init__(self, uri: str, size: int) -> None:
-        super().__init__()
-        self._uri, self._size, self._position = uri, size, 0
+        super().__init__(size)
+        self._uri = uri
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"position {start + offset} is before the file's begin")
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        content = self._fetch(len(view))
-        view[: len(content)] = content
-        return len(content)
-
-    def readall(self) -> bytes:
-        return self._fetch(self._size)
-
-    def _fetch(self, limit: int) -> bytes:
-        length = min(limit, self._size - self._position)
-        if length <= 0:
-            return b""
+    def _range(self, start: int, end: int) -> bytes:
         filesystem, path = _resolve(self._uri)
-        start, end = self._position, self._position + length
 
         def read() -> bytes:
             content = bytes(filesystem.cat_file(path, start=start, end=end))
-            if len(content) != length:
-                raise ShortReadError(f"{len(content)} of {length} bytes at {start} were given")
+            if len(content) != end - start:
+                raise ShortReadError(f"{len(content)} of {end - start} bytes at {start} were given")
             return content
 
-        content = retried("read", self._uri, read)
-        self._position = end
-        return content
+        return retried("read", self._uri, read)
 
 
 def _call(action: str, uri: str, function: Any, *arguments: Any, **options: Any) -> Any:
-    """One idempotent operation of a backend, tried again on remote storage."""
+    """One idempotent operation of a backend, retried on remote storage."""
     if is_local(uri):
         return function(*arguments, **options)
     return retried(action, uri, lambda: function(*arguments, **options))
 
 
 def _part_options(uri: str) -> dict[str, int]:
-    """How S3 uploads are cut; s3fs aborts an upload that fails, so that no parts are left."""
+    """How uploads to S3 are cut into parts; s3fs aborts an upload that fails, so that no parts are left over."""
     if _protocol(uri) not in {"s3", "s3a"}:
         return {}
     return {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}
@@ -415,8 +391,8 @@ def _resolve(uri: str) -> tuple[Any, str]:
 
 @lru_cache(maxsize=16)
 def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int) -> Any:
-    """One client for each protocol, environment and process (a client does not survive a fork)."""
-    del environment, process  # part of the cache's key only
+    """One client per protocol, environment and process (a client cannot be used after a fork)."""
+    del environment, process  # only part of the cache's key
     options: dict[str, Any] = {"skip_instance_cache": True}
     if protocol in {"s3", "s3a"}:
         options |= {
@@ -430,20 +406,23 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
     except ValueError as error:
         known = "a plain path, file://, s3://, gs://, https://"
         raise StorageError(f"Unknown kind of storage {protocol}://; expected {known}.") from error
-    except ImportError as error:
+    except (ImportError, OSError) as error:
+        # OSError: a package that finds a library of the system missing (hdfs://).
+        extra = " (pip install 'moleblend-ray[gcs]')" if protocol in {"gs", "gcs"} else ""
+        reason = str(error).partition("\n")[0]
         raise StorageError(
-            f"{protocol}:// needs a package that is not installed: {error}"
+            f"{protocol}:// needs software that is not installed{extra}: {reason}"
         ) from error
 
 
 def _with_protocol(asked: str, path: str) -> str:
-    """A path found by a backend as a URI: plain if local, with the asked protocol otherwise."""
+    """A path that a backend found as a URI: plain if local, otherwise with the protocol of ``asked``."""
     return path if is_local(asked) else f"{_protocol(asked)}://{path.split('://', 1)[-1]}"
 
 
 @contextmanager
 def _local_replacement(path: str | Path) -> Iterator[Path]:
-    """The path of a new file, which takes the place of ``path`` when the block ends well."""
+    """A temporary path, which replaces ``path`` when the block ends without an exception."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
@@ -455,6 +434,6 @@ def _local_replacement(path: str | Path) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(temporary, target)
-    except BaseException:  # also on an interrupt: no litter beside the target
+    except BaseException:  # including KeyboardInterrupt: leave no temporary file behind
         temporary.unlink(missing_ok=True)
         raise

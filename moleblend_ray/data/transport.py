@@ -1,7 +1,7 @@
-"""How micro-batches travel from the actors that build them to the ranks that train: as Arrow tables of one row.
+"""Sending micro-batches from the actors that build them to the ranks that train: as Arrow tables of one row.
 
-Each table has the columns ``first_step``, ``stream``, ``error`` and ``payloads``, a list of the buffers of consecutive
-micro-batches of one stream (:mod:`moleblend_ray.data.batch`).
+The columns of such a table are ``first_step``, ``stream``, ``error`` and ``payloads``. The last one is a list of the
+buffers of consecutive micro-batches of one stream (:mod:`moleblend_ray.data.batch`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, Trainin
 
 
 def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
-    """Micro-batches of one stream as a table of one row, ``first_step, stream, error, payloads``.
+    """Micro-batches of one stream as a block of one row, ``first_step, stream, error, payloads``.
 
-    One row a block, because Ray may cut a block of several rows in two but never a row.
+    A block has a single row because Ray may split a block between rows, but never within one.
     """
     data = _joined_payloads([micro.payload for micro in micro_batches])
     ends = np.cumsum([0, *(len(micro.payload) for micro in micro_batches)], dtype=np.int64)
@@ -31,7 +31,7 @@ def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
 
 
 def _joined_payloads(payloads: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """The payloads end to end: the buffer they were built in if they are all of it, else a copy."""
+    """The concatenated payloads: the buffer in which they were built if they are all of it, else a copy."""
     buffer = payloads[0].base
     if isinstance(buffer, np.ndarray) and all(payload.base is buffer for payload in payloads):
         whole = buffer.view(np.uint8)
@@ -44,7 +44,7 @@ def _joined_payloads(payloads: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]
 
 
 def pack_error(error: MoleBlendError, first_step: int, stream: int) -> pa.Table:
-    """A block that could not be built: :func:`step_batches` raises the error where the steps are consumed."""
+    """The block for steps that could not be built: :func:`step_batches` raises the error where they are consumed."""
     payloads = pa.array([], pa.large_binary())
     return _block_row(first_step, stream, f"{type(error).__name__}: {error}", payloads)
 
@@ -69,12 +69,12 @@ def step_batches(
     num_micro: int,
     first_step: int | None = None,
 ) -> Iterator[StepBatch]:
-    """Regroup the blocks that one rank receives into its steps, checking every tag.
+    """Regroup the blocks that one rank receives into its steps, and check that each micro-batch is the expected one.
 
-    ``blocks`` are tables of :func:`pack_block`: block by block they hold the same run of consecutive steps for
-    stream ``rank``, ``rank + world_size``, ... ``num_micro`` is the number of micro-batches of one (step,
-    stream). A gap or a wrong order is a ``TrainingError``, never a wrong batch. With ``first_step`` None the first
-    block says where the stream begins.
+    ``blocks`` are tables of :func:`pack_block`. They come in groups of one block per stream ``rank``,
+    ``rank + world_size``, ..., and the blocks of a group hold the same consecutive steps. ``num_micro`` is the number
+    of micro-batches per (step, stream). If ``first_step`` is None, the first block decides with which step the stream
+    begins. A gap or a wrong order raises a ``TrainingError``.
     """
     if num_streams % world_size:
         raise ConfigError(
@@ -120,7 +120,7 @@ def _step_batch(
 
 
 def _payloads(table: pa.Table) -> list[memoryview]:
-    """The payloads of a packed block as views of its memory; the error of one that could not be built."""
+    """The payloads of a block as views of its memory; DataError if the block could not be built."""
     error = table.column("error")[0].as_py()
     if error is not None:
         raise DataError(
@@ -128,7 +128,7 @@ def _payloads(table: pa.Table) -> list[memoryview]:
             f"could not be built: {error}"
         )
     column = table.column("payloads")
-    # Joining chunks copies, a single one as well; a block has one row, so there is one.
+    # combine_chunks() copies even a single chunk, which is the usual case as a block has one row.
     payloads = (column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()).flatten()
     if not len(payloads):
         return []

@@ -1,10 +1,10 @@
-"""Whether a molecule resembles those that a model was trained on.
+"""Whether a molecule is similar to those that a model was trained on.
 
-The similarity to the nearest training molecule separates what a property model predicts well from what it does not,
-whatever the model and its descriptors (Sheridan et al., J. Chem. Inf. Comput. Sci. 44, 1912 (2004)). It is counted here
-by ECFP4 and Tanimoto. The threshold comes from the training molecules: 95 % of them have a similarity to their
-nearest other that is as high or higher. (The 95th percentile of nearest-neighbour distances among training molecules
-is a usual limit, see Sahigara et al., Molecules 17, 4791 (2012).)
+The similarity to the nearest training molecule tells where the predictions of a property model are good, for any model
+and descriptors (Sheridan et al., J. Chem. Inf. Comput. Sci. 44, 1912 (2004)). Here it is the Tanimoto similarity of
+ECFP4 fingerprints. The threshold comes from the training molecules: for 95 % of them the similarity to the nearest
+other one is at least this high. (The 95th percentile of nearest-neighbour distances among training molecules is a usual
+limit, see Sahigara et al., Molecules 17, 4791 (2012).)
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ from moleblend_ray.evaluation.similarity import (
 logger = logging.getLogger(__name__)
 
 FINGERPRINTS_NAME: Final = "training_fingerprints.npz"
-"""The file beside a fine-tuned model. It holds fingerprints, not molecules."""
+"""Name of the file beside a fine-tuned model. It holds fingerprints, not molecules."""
 
 FINGERPRINT: Final = f"ecfp radius={RADIUS} bits={NUM_BITS}"
 
 FORMAT_VERSION: Final = 1
-"""Raised whenever older code could not read the file."""
+"""Version of the file; it increases with every change that older code cannot read."""
 
 PERCENTILE: Final = 5.0
-"""Share of the training molecules, in percent, that would themselves lie outside if the others alone were known."""
+"""Share of the training molecules, in percent, that would be outside if only the others were known."""
 
 MAX_LEFT_OUT: Final = 10_000
-"""Of more training molecules as many, drawn at random, stand for all when the threshold is set: 2 * 10^8 pairs take 1 s."""
+"""Most training molecules that set the threshold, drawn at random from more: 2 * 10^8 pairs take 1 s."""
 
-# Its fingerprint goes into the file: another RDKit that makes another one of it cannot be compared.
+# Its fingerprint is in the file. An RDKit that makes another fingerprint of it cannot be compared.
 _CONTROL: Final = "CC(=O)Oc1ccccc1C(=O)O"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ApplicabilityDomain:
-    """The training molecules of a model as fingerprints, and how similar to one of them is similar enough."""
+    """The training molecules of a model as fingerprints, and how similar to them a molecule must be."""
 
     fingerprints: NDArray[np.uint64]
-    """(M, 32) distinct ECFP4 fingerprints, in ascending order: neither the order nor the number of molecules shows."""
+    """(M, 32) distinct ECFP4 fingerprints in ascending order, which hides the order and the number of molecules."""
     threshold: float
-    """Tanimoto similarity, 0 to 1, from which on a molecule is inside."""
+    """Least Tanimoto similarity, 0 to 1, of a molecule that is inside."""
 
     @classmethod
     def of(cls, smiles: Sequence[str]) -> ApplicabilityDomain:
-        """The domain of a model trained on the molecules ``smiles``; those that RDKit does not read do not count."""
+        """The domain of a model trained on the molecules ``smiles``, without those that RDKit cannot read."""
         words = np.unique(packed_ecfp(smiles), axis=0)
         words = words[words.any(axis=1)]
         return cls(fingerprints=words, threshold=similarity_threshold(words))
@@ -80,8 +80,8 @@ class ApplicabilityDomain:
 def similarity_threshold(fingerprints: NDArray[np.uint64]) -> float:
     """The 5th percentile of the similarity of each of (M, W) distinct ``fingerprints`` to its nearest other.
 
-    Of more than 10,000 that of 10,000, drawn with a fixed seed. Where fewer than two leave
-    nothing to compare, 1: only what was trained on is inside.
+    Of more than 10,000 fingerprints, 10,000 are drawn with a fixed seed. With fewer than two there is nothing to
+    compare and the result is 1: only the training molecules are inside.
     """
     if len(fingerprints) < 2:
         return 1.0
@@ -91,7 +91,7 @@ def similarity_threshold(fingerprints: NDArray[np.uint64]) -> float:
 
 
 def save_domain(domain: ApplicabilityDomain, uri: str) -> None:
-    """Write ``training_fingerprints.npz`` into the model's directory ``uri``; equal domains give equal bytes."""
+    """Write ``training_fingerprints.npz`` to the model's directory ``uri``. Equal domains give equal bytes."""
     sink = io.BytesIO()
     np.savez_compressed(
         sink,
@@ -105,9 +105,9 @@ def save_domain(domain: ApplicabilityDomain, uri: str) -> None:
 
 
 def load_domain(uri: str) -> ApplicabilityDomain | None:
-    """The domain of the model in the directory ``uri``; None if it has none, or one of fingerprints not made here.
+    """The domain of the model in the directory ``uri``; None if it has none, or one of other fingerprints than here.
 
-    The latter is logged. A CheckpointError if the file is damaged or of a later version.
+    The latter is logged. Raises CheckpointError if the file is damaged or of a later version.
     """
     file = storage.join(uri, FINGERPRINTS_NAME)
     if not storage.exists(file):
@@ -130,7 +130,7 @@ def load_domain(uri: str) -> ApplicabilityDomain | None:
         ) from error
     if not comparable:
         logger.warning(
-            "%s: the fingerprints are of another kind, or of an RDKit that makes others than the one here; "
+            "%s: the fingerprints are of another kind, or of an RDKit with other fingerprints than the one here; "
             "similarities to its molecules are not known",
             without_credentials(file),
         )
@@ -145,13 +145,13 @@ def _read(content: bytes) -> dict[str, NDArray[Any]]:
 
 
 def _is_comparable(stored: Mapping[str, NDArray[Any]]) -> bool:
-    """Whether fingerprints made here mean the same as those stored."""
+    """Whether fingerprints made here can be compared with those stored."""
     same_kind = str(stored["fingerprint"]) == FINGERPRINT
     return same_kind and np.array_equal(stored["control"], packed_ecfp([_CONTROL]))
 
 
 def _checked(words: NDArray[Any]) -> NDArray[np.uint64]:
-    """The fingerprints; a ValueError if they are not rows of words."""
+    """The fingerprints. Raises ValueError if they are not rows of words."""
     if words.dtype != np.uint64 or words.ndim != 2:
         raise ValueError(
             f"expected rows of uint64 words, found shape {words.shape} of {words.dtype}"

@@ -1,7 +1,7 @@
-"""What the atoms of a molecule add to a property, whatever their bonds: a linear fit of element counts.
+"""What each atom of a molecule adds to a property, independent of its bonds: a linear fit of element counts.
 
-Total energies are nearly such a sum (as are heat capacities and polarizabilities); what a model should spend its
-accuracy on is the rest. The fit takes the training part alone.
+Total energies are nearly such a sum (as are heat capacities and polarizabilities), and a model should spend its
+accuracy on the rest. The fit uses the training part only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moleblend_ray.model.moleblend import HYDROGEN, NUM_ELEMENTS, NUM_HYDROGENS_
 
 
 def element_counts(block: MoleculeBlock) -> NDArray[np.float64]:
-    """(M, 119) atoms of each element code; hydrogens that are no atoms of their own count as well."""
+    """(M, 119) number of atoms of each element code, including implicit hydrogens."""
     molecule = np.repeat(np.arange(len(block)), block.num_atoms)
     counts = np.zeros((len(block), NUM_ELEMENTS))
     np.add.at(counts, (molecule, block.atom_features[:, 0]), 1.0)
@@ -23,10 +23,10 @@ def element_counts(block: MoleculeBlock) -> NDArray[np.float64]:
 
 
 def fit_reference(counts: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(119, T): what an atom of each element adds to (M, T) ``labels``, by least squares beside a constant.
+    """(119, T): what an atom of each element adds to (M, T) ``labels``, by least squares with a constant.
 
-    Missing labels are left out. Elements that do not occur, or cannot be told apart from others by these molecules, get the
-    solution of least norm.
+    Missing labels are left out. For elements that do not occur, or that these molecules cannot tell apart from others,
+    the solution of least norm is taken.
     """
     used = np.flatnonzero(counts.any(axis=0))
     design = np.concatenate([counts[:, used], np.ones((len(counts), 1))], axis=1)

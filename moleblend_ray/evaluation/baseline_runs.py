@@ -1,13 +1,13 @@
-"""Baselines step by step: features, candidates judged on validation, then a fit for each seed, scored once on the test part.
+"""The steps of baselines: features, candidates judged on validation, then one fit per seed, scored once on the test
+part.
 
-Every step that ends leaves a file, so that a repeated command does not repeat it.
+Every finished step writes a file, so a repeated command does not repeat it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import time
 from collections.abc import Sequence
 
@@ -25,18 +25,20 @@ from moleblend_ray.evaluation.baselines import (
     predict_group,
     validation_scores,
 )
-from moleblend_ray.evaluation.results import Candidate, SeedResult
+from moleblend_ray.evaluation.results import (
+    Candidate,
+    SeedResult,
+    read_seed_result,
+    write_seed_result,
+)
 from moleblend_ray.evaluation.scores import score
-from moleblend_ray.evaluation.tasks import Metric
-
-logger = logging.getLogger(__name__)
 
 BASELINES_DIR = "baselines"
-"""Where the steps of all baselines are kept within ``out``."""
+"""Folder in ``out`` for the results of these steps."""
 
 
 def compute_features(kind: FeatureKind, smiles: Sequence[str]) -> NDArray[np.uint8 | np.float64]:
-    """(M, F) features of the molecules; 0.2 ms (fingerprints) or 6 ms (descriptors) each."""
+    """(M, F) features of the molecules; 0.2 ms (fingerprints) or 6 ms (descriptors) per molecule."""
     return ecfp(smiles) if kind is FeatureKind.FINGERPRINTS else descriptors(smiles)
 
 
@@ -64,18 +66,11 @@ def try_settings(
 def tried_settings(
     kind: BaselineKind, group: Sequence[Settings], seed: int, out: str
 ) -> list[Candidate] | None:
-    """What :func:`try_settings` found in an earlier, interrupted command; None if it did not come to its end."""
+    """What :func:`try_settings` found in an earlier, interrupted command; None if it did not finish."""
     uri = _candidates_uri(out, kind, group, seed)
     if not storage.exists(uri):
         return None
     return [Candidate(**value) for value in storage.read_json(uri)]
-
-
-def best_candidate(metric: Metric, candidates: Sequence[Candidate]) -> Candidate:
-    """The one with the best validation score; the first of equals."""
-    sign = -1.0 if metric.higher_is_better else 1.0
-    scored = [(c.valid_score, c) for c in candidates if c.valid_score is not None]
-    return min(scored, key=lambda pair: sign * pair[0])[1]
 
 
 def fit_seed(
@@ -101,22 +96,13 @@ def fit_seed(
         seconds=time.monotonic() - began,
         model=None,
     )
-    storage.write_json(
-        _seed_uri(out, kind, seed), {"settings": dict(settings), **dataclasses.asdict(found)}
-    )
+    write_seed_result(_seed_uri(out, kind, seed), settings, found)
     return found
 
 
 def fitted_seed(kind: BaselineKind, settings: Settings, seed: int, out: str) -> SeedResult | None:
     """What :func:`fit_seed` found with these settings in an earlier, interrupted command."""
-    uri = _seed_uri(out, kind, seed)
-    if not storage.exists(uri):
-        return None
-    value = storage.read_json(uri)
-    if value.pop("settings", None) != dict(settings):
-        logger.info("%s is of other settings: fitting seed %d again", uri, seed)
-        return None
-    return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+    return read_seed_result(_seed_uri(out, kind, seed), settings)
 
 
 def _candidates_uri(out: str, kind: BaselineKind, group: Sequence[Settings], seed: int) -> str:

@@ -1,7 +1,7 @@
 """What a chemist would try first, on the same split: fingerprints or descriptors, and a model of scikit-learn.
 
-Each kind has a small grid of settings. Nothing here sees labels that it is not given: the grid is judged on training and
-validation molecules alone. Imports neither RDKit nor torch: features come from outside.
+Each kind has a small grid of settings, judged only on training and validation molecules: nothing here sees labels that
+it is not given. This module imports neither RDKit nor torch; features are computed elsewhere.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from moleblend_ray.evaluation.tasks import Task, TaskKind
 
 
 class FeatureKind(StrEnum):
-    """What a baseline knows of a molecule."""
+    """What a baseline gets of a molecule."""
 
     FINGERPRINTS = "fingerprints"
-    """ECFP4: (M, 2048) uint8 of 0 and 1."""
+    """ECFP4: (M, 2048) uint8, 0 or 1."""
     DESCRIPTORS = "descriptors"
     """RDKit's 2D descriptors: (M, D) float64, some NaN or infinite."""
 
@@ -39,16 +39,16 @@ class BaselineKind(StrEnum):
     DESCRIPTORS = "descriptors"
     """RDKit descriptors + ridge regression for numbers, logistic regression for classes."""
     SCRATCH = "scratch"
-    """The encoder without pretraining, trained as the model is. Not made here, but where models are trained."""
+    """The encoder without pretraining, trained in the same way as the model. It is not made in this module."""
 
     @property
     def label(self) -> str:
-        """How tables call it."""
+        """Name in tables."""
         return _LABELS[self]
 
     @property
     def features(self) -> FeatureKind:
-        """What it is fitted to."""
+        """Features that it is fitted to."""
         return (
             FeatureKind.DESCRIPTORS
             if self is BaselineKind.DESCRIPTORS
@@ -69,33 +69,34 @@ _LABELS: Final = {
 }
 
 Settings = Mapping[str, float | int | str]
-"""Hyper-parameters of a baseline by scikit-learn's names."""
+"""Hyper-parameters of a baseline, with the names of scikit-learn."""
 
 MAX_FOREST_LABELS: Final = 80_000_000
-"""Known training labels that the trees of all columns look at together, at most: each takes 2 to 3 us with ToxCast's 1.3
-million, which leave 63 of 200 trees a column."""
+"""Most known training labels that the trees of all columns process together. With the 1.3 million labels of ToxCast one
+takes 2 to 3 us, and 63 of 200 trees per column remain."""
 
 MAX_BOOSTING_LABELS: Final = 30_000_000
-"""The same for rounds of boosting, where each takes 5 us there, and up to 9 us in columns of 12,000 labels (MUV).
-They leave ToxCast 23 rounds a column."""
+"""The same for rounds of boosting. There a label of ToxCast takes 5 us, and in columns of 12,000 labels (MUV) up to 9
+us. For ToxCast 23 rounds per column remain."""
 
 FULL_GRID_LABELS: Final = 20_000_000
-"""Beyond so many, only the first half of a grid is tried."""
+"""With more labels only the first half of a grid is tried."""
 
 MAX_TREE_MOLECULES: Final = 20_000
-"""Molecules that a tree of a forest draws, at most: with 100,000 a regression's 200 trees would take 20 minutes of one core."""
+"""Most molecules that a tree of a forest draws: with 100,000, 200 trees for regression would take one core 20
+minutes."""
 
 MIN_LEAF_LABELS: Final = 20
-"""Labels in a leaf of a boosted tree, at least (scikit-learn's default) ..."""
+"""Least number of labels in a leaf of a boosted tree (scikit-learn's default) ..."""
 
 MIN_LEAF_SHARE: Final = 0.05
-"""... or this share of them, where that is fewer: with 100 labels no leaf of 20 would tell much."""
+"""... or this share of all labels, if that is less: with 100 labels, leaves of 20 would be too coarse."""
 
 BOOSTING_FEATURES: Final = 0.1
-"""Share of the bits from which each split of a boosted tree chooses."""
+"""Share of the bits among which each split of a boosted tree chooses."""
 
 DESCRIPTOR_LIMIT: Final = 5.0
-"""Standardised descriptors are clipped to +-5: a linear model would follow a single outlier anywhere."""
+"""Standardised descriptors are clipped to +-5, as a single outlier could ruin a linear model."""
 
 _INVERSE_PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _PENALTIES: Final = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -103,25 +104,25 @@ _PENALTIES: Final = (1.0, 10.0, 100.0, 1000.0, 10000.0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineData:
-    """Molecules as baselines see them, and which of them teach and which are scored."""
+    """Molecules as baselines see them, and which of them are for training and which for scores."""
 
     task: Task
-    """What is asked."""
+    """The task."""
     features: NDArray[Any]
-    """(M, F) of one :class:`FeatureKind`."""
+    """(M, F) features of one :class:`FeatureKind`."""
     labels: NDArray[np.float64]
-    """(M, T); NaN where missing."""
+    """(M, T) labels; NaN where missing."""
     columns: tuple[str, ...]
     """(T,) names of the labels."""
     train: NDArray[np.int64]
     """Rows to fit to."""
     valid: NDArray[np.int64]
-    """Rows to choose by."""
+    """Rows by which settings are chosen."""
     test: NDArray[np.int64]
-    """Rows to score in the end; empty while settings are chosen."""
+    """Rows scored at the end; empty while settings are chosen."""
 
     def without_test(self) -> BaselineData:
-        """Training, then validation molecules, and no other: what choosing may see."""
+        """The data with training and validation molecules only, in this order: what the choice of settings may see."""
         rows = np.concatenate([self.train, self.valid])
         return dataclasses.replace(
             self,
@@ -141,9 +142,9 @@ def candidate_groups(
     num_trees: int,
     num_rounds: int,
 ) -> list[list[Settings]]:
-    """The grid of a kind for (N, T) training labels; settings in one group share a fit.
+    """The grid of a kind for (N, T) training labels. The settings of a group share one fit.
 
-    Tasks of many labels (ToxCast: 617 columns) get fewer trees and settings, see :data:`MAX_FOREST_LABELS`,
+    Tasks with many labels (ToxCast: 617 columns) get fewer trees and settings, see :data:`MAX_FOREST_LABELS`,
     :data:`MAX_BOOSTING_LABELS` and :data:`FULL_GRID_LABELS`.
     """
     known = (~np.isnan(train_labels)).sum(axis=0)
@@ -157,7 +158,7 @@ def candidate_groups(
 
 
 def _forest_grid(task_kind: TaskKind, num_labels: int, num_trees: int) -> list[list[Settings]]:
-    # Of the bits, those among which each split chooses.
+    # The bits among which each split chooses.
     shares: tuple[str | float, ...] = (0.1, 0.3)
     if task_kind is TaskKind.CLASSIFICATION:
         shares = ("sqrt", 0.1)
@@ -174,7 +175,7 @@ def _forest_grid(task_kind: TaskKind, num_labels: int, num_trees: int) -> list[l
 def _boosting_grid(num_labels: int, num_rounds: int) -> list[list[Settings]]:
     leaves = (31, 8) if num_rounds * num_labels <= FULL_GRID_LABELS else (31,)
     most = _affordable(num_rounds, num_labels, MAX_BOOSTING_LABELS)
-    # The first rounds of a longer fit are the shorter one: all numbers of rounds come from one.
+    # A fit with few rounds is the beginning of one with more: one fit serves all numbers of rounds.
     rounds = sorted({max(1, most * share // 8) for share in (1, 2, 4, 8)})
     return [[{"max_iter": n, "max_leaf_nodes": count} for n in rounds] for count in leaves]
 
@@ -203,11 +204,11 @@ def predict_group(
 ) -> list[NDArray[np.float64]]:
     """(K, T) predictions for the molecules ``rows`` (K,) by each settings of a group, fitted to ``data.train``.
 
-    A model for each column, fitted to its known labels. Numbers are in the labels' unit; classes get a value that
-    ranks them. A column without training labels predicts 0, and one whose training labels are all equal predicts that
-    label: both score as chance. ``num_jobs`` threads are used; they change the time, and beyond it rounding at most.
+    There is one model per column, fitted to its known labels. Numbers are in the labels' unit; for classes the values
+    only rank the molecules. For a column without training labels the prediction is 0; if all training labels are equal,
+    it is that label. Both score like chance. ``num_jobs`` threads are used; they change the time, and at most rounding.
     """
-    # Imported here: it takes a moment, and configurations import this module too.
+    # Imported here, as it takes some time and configurations import this module as well.
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     inputs = _inputs(kind, data)
@@ -231,7 +232,7 @@ def predict_group(
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What the model of one column learns from and is asked."""
+    """What the model of one column learns from, and what it predicts."""
 
     inputs: Any
     """(K, F) features of molecules with a label, as an array or a sparse matrix."""
@@ -240,11 +241,11 @@ class Examples:
     asked: Any
     """(Q, F) features of molecules to predict."""
     kind: TaskKind
-    """What the labels are."""
+    """Classes or numbers."""
     seed: int
-    """Of the model, if it draws anything."""
+    """Seed of the model, if it draws random numbers."""
     num_jobs: int
-    """Threads."""
+    """Number of threads."""
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -254,29 +255,30 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DescriptorScaling:
-    """From descriptors to what a linear model can use, by the training molecules alone.
+    """Scales descriptors for a linear model, by the training molecules only.
 
-    A value that is not finite, or beyond what float32 holds (Ipc overflows), counts as missing and becomes the median of the
-    training molecules. Then mean 0 and standard deviation 1 there, clipped to :data:`DESCRIPTOR_LIMIT`. Descriptors
-    that are missing or constant in training become 0.
+    A value that is not finite, or too large for float32 (Ipc overflows), counts as missing and is replaced by the
+    median of the training molecules. Then descriptors are scaled to mean 0 and standard deviation 1 in the training
+    part and clipped to :data:`DESCRIPTOR_LIMIT`. Descriptors that are missing or constant in the training part become
+    0.
     """
 
     median: NDArray[np.float64]
-    """(D,) of known values."""
+    """(D,) median of the known values."""
     mean: NDArray[np.float64]
-    """(D,) after replacement."""
+    """(D,) mean after replacement."""
     scale: NDArray[np.float64]
-    """(D,) reciprocal of the standard deviation; 0 for a descriptor that says nothing."""
+    """(D,) reciprocal of the standard deviation; 0 for a constant descriptor."""
 
     @classmethod
     def fit(cls, values: NDArray[np.float64]) -> DescriptorScaling:
-        """By the (N, D) descriptors of the training molecules."""
+        """Fit the scaling to the (N, D) descriptors of the training molecules."""
         known = np.where(_is_usable(values), values, np.nan)
         nowhere = np.isnan(known).all(axis=0)
         median = np.nanmedian(np.where(nowhere, 0.0, known), axis=0)
         filled = np.where(np.isnan(known), median, known)
         mean, std = filled.mean(axis=0), filled.std(axis=0)
-        # Rounding of the mean leaves a constant column a tiny deviation of no meaning.
+        # Because the mean is rounded, a constant column has a tiny deviation without meaning.
         varies = std > 1e-9 * np.maximum(1e-6, np.abs(mean))
         scale = np.where(varies, 1.0 / np.where(varies, std, 1.0), 0.0)
         return cls(median=median, mean=mean, scale=scale)
@@ -320,7 +322,7 @@ def _fit_forest(examples: Examples, group: Sequence[Settings]) -> list[NDArray[n
         else:
             forest = RandomForestRegressor(**settings, **fixed)
             forest.fit(examples.inputs, examples.targets)
-        # Several threads add up the trees as they finish, in another order each time.
+        # Several threads would add the trees in the order in which they finish, which varies.
         forest.n_jobs = 1
         if examples.kind is TaskKind.CLASSIFICATION:
             outputs.append(forest.predict_proba(examples.asked)[:, 1])
@@ -330,12 +332,13 @@ def _fit_forest(examples: Examples, group: Sequence[Settings]) -> list[NDArray[n
 
 
 def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
-    """One fit of the most rounds; the outputs after each number of rounds in the group, which differ in nothing else."""
+    """One fit with the most rounds, and its outputs after each number of rounds in the group, which differ in nothing
+    else."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     count = len(examples.targets)
     least = min(MIN_LEAF_LABELS, max(1, int(MIN_LEAF_SHARE * count)))
-    # A bit that is set (or unset) in fewer molecules than a leaf must hold can divide nothing.
+    # A bit that is set (or unset) in fewer molecules than a leaf must have cannot be used for a split.
     num_set = examples.inputs.sum(axis=0, dtype=np.int64)
     usable = np.flatnonzero((num_set >= least) & (num_set <= count - least))
     if len(usable) == 0:
@@ -345,7 +348,7 @@ def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray
         "max_leaf_nodes": int(group[0]["max_leaf_nodes"]),
         "min_samples_leaf": least,
         "max_features": BOOSTING_FEATURES,
-        # A bit has two values: histograms of 255 would be empty but for these.
+        # A bit has two values: of 255 bins of a histogram all others would be empty.
         "max_bins": 2,
         "early_stopping": False,
         "random_state": examples.seed,
@@ -371,7 +374,7 @@ def _fit_linear(examples: Examples, group: Sequence[Settings]) -> list[NDArray[n
     outputs = []
     for settings in group:
         if examples.kind is TaskKind.CLASSIFICATION:
-            # Newton's method: a handful of steps, exact, and as fast as any with 200 inputs.
+            # Newton's method: exact in a few steps, and fast enough with 200 inputs.
             model = LogisticRegression(**settings, solver="newton-cholesky", max_iter=200)
             model.fit(examples.inputs, examples.classes)
             outputs.append(model.decision_function(examples.asked))

@@ -1,4 +1,4 @@
-"""Molecules of a shard as batches for models that only look: similar sizes together, every relation visible."""
+"""Batches of the molecules of a shard for prediction: similar sizes together, every relation visible."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from moleblend_ray.data.block import GraphColumns, gather
 from moleblend_ray.model.batch import MoleculeBatch
 
 MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
-"""Columns of a shard that stand beside what a model says of its molecules."""
+"""Columns of a shard that are copied to the output of a model."""
 
 CHUNK = 1024
 """Conformers whose relation matrices are in memory at once."""
 
 
 def views_of(table: pa.Table, most_conformers: int) -> NDArray[np.int64]:
-    """(M,) how often a model looks at each molecule of a shard table: once for each of its first conformers, at most
-    ``most_conformers`` (at least 1) times; once if it has none."""
+    """(M,) number of views of each molecule of a shard table: one per conformer, at most ``most_conformers`` (at least
+    1), and one if it has no conformer."""
     stored = table["num_conformers"].to_numpy().astype(np.int64)
     views: NDArray[np.int64] = np.clip(stored, 1, max(1, most_conformers))
     return views
@@ -31,7 +31,7 @@ def views_of(table: pa.Table, most_conformers: int) -> NDArray[np.int64]:
 def batches_by_size(
     table: pa.Table, views: NDArray[np.int64], batch_size: int, device: torch.device
 ) -> Iterator[tuple[NDArray[np.int64], MoleculeBatch]]:
-    """Every view of every molecule once: (rows, batch of B), ``batch_size`` at most.
+    """Every view of every molecule once, as (rows, batch of B) with B at most ``batch_size``.
 
     ``views`` is (M,) as from :func:`views_of`. Row (B,) ``sum(views[:m]) + c`` is conformer c of molecule m.
     """

@@ -1,4 +1,4 @@
-"""Several conformers of each molecule of a task: one is drawn each epoch in training, predictions are averaged over all."""
+"""Several conformers per molecule of a task. Training draws one per epoch; predictions are averaged over all."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from moleblend_ray.data.block import GraphColumns, MoleculeBlock, gather, ragged
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerSet:
-    """Coordinates of up to K conformers of M molecules with A atoms in all, molecule-major, lowest energy first."""
+    """Coordinates of up to K conformers of M molecules with A atoms in total, molecule-major, lowest energy first."""
 
     positions: NDArray[np.float32]
-    """(K, A, 3) angstrom; where a molecule has fewer, the earlier ones come again."""
+    """(K, A, 3) angstrom; if a molecule has fewer than K conformers, they are repeated."""
     position_mask: NDArray[np.bool_]
     """(K, A), True where the atom has coordinates."""
     counts: NDArray[np.int64]
-    """(M,) conformers of each molecule, 1 to K; 1 also for a molecule without coordinates."""
+    """(M,) number of conformers per molecule, 1 to K; also 1 for a molecule without coordinates."""
 
     @classmethod
     def of(cls, table: pa.Table, most: int) -> ConformerSet:
@@ -39,7 +39,7 @@ class ConformerSet:
         )
 
     def take(self, num_atoms: NDArray[np.int32], indices: NDArray[np.int64]) -> ConformerSet:
-        """Those of the molecules at ``indices``; ``num_atoms`` (M,) of all."""
+        """The conformers of the molecules at ``indices``; ``num_atoms`` (M,) is for all molecules."""
         atoms = ragged_rows(num_atoms, indices)
         return ConformerSet(
             positions=self.positions[:, atoms],
@@ -50,7 +50,7 @@ class ConformerSet:
     def pose(
         self, block: MoleculeBlock, indices: NDArray[np.int64], numbers: NDArray[np.int64]
     ) -> MoleculeBlock:
-        """The molecules of ``block`` (all M) at ``indices`` (K,), each in its conformer of that number (K,)."""
+        """The molecules of ``block`` (all M) at ``indices`` (K,), each with the conformer of the given number (K,)."""
         atoms = ragged_rows(block.num_atoms, indices)
         taken = np.repeat(numbers, block.num_atoms[indices])
         return dataclasses.replace(

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split, scaffold_split
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.shards import (
     GRAPH_COLUMNS,
     LABEL_PREFIX,
-    SPLITS,
     Manifest,
     ShardReader,
     load_manifest,
@@ -35,34 +35,34 @@ FRACTIONS = (0.8, 0.1, 0.1)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledMolecules:
-    """M molecules, one fixed conformer each or several, with T labels."""
+    """M molecules with T labels, and one fixed conformer or several."""
 
     block: MoleculeBlock
-    """Graphs and coordinates of the first conformer; ``molecule_ids`` are 0 to M - 1, rows of ``labels``."""
+    """Graphs, and coordinates of the first conformer; ``molecule_ids`` are 0 to M - 1, the rows of ``labels``."""
     mol_ids: tuple[str, ...]
     """(M,) ids as in the source."""
     smiles: tuple[str, ...]
     """(M,) canonical SMILES."""
     labels: NDArray[np.float64]
-    """(M, T) in the source's unit; NaN where missing."""
+    """(M, T) labels in the unit of the source; NaN where missing."""
     columns: tuple[str, ...]
     """(T,) names of the labels."""
     fingerprint: str
-    """Fingerprint of the prepared dataset they come from."""
+    """Fingerprint of the prepared dataset that they come from."""
     num_unlabelled: int
-    """Molecules of that dataset left out because none of these labels is known."""
+    """Number of molecules of that dataset that were left out, as none of these labels is known."""
     num_quarantined: int
-    """Rows of the source that could not become molecules."""
+    """Number of source rows that could not be made into molecules."""
     parts: NDArray[np.uint8] | None = None
-    """(M,) part that the data gives each molecule: an index of ``shards.SPLITS``; None where they are not known."""
+    """(M,) part that the data assigns to each molecule, an index of ``SPLITS``; None if there are none."""
     conformers: ConformerSet | None = None
-    """More than the first conformer; None where one is all."""
+    """All conformers; None if there is only the first."""
 
     def __len__(self) -> int:
         return len(self.block)
 
     def take(self, indices: NDArray[np.int64]) -> LabelledMolecules:
-        """The molecules at ``indices`` (K,), numbered anew from 0."""
+        """The molecules at ``indices`` (K,), numbered again from 0."""
         block = dataclasses.replace(
             self.block.take(indices), molecule_ids=np.arange(len(indices), dtype=np.int64)
         )
@@ -79,7 +79,7 @@ class LabelledMolecules:
     def posed(
         self, indices: NDArray[np.int64], numbers: NDArray[np.int64] | None = None
     ) -> MoleculeBlock:
-        """The molecules at ``indices`` (K,), each in its conformer of that number (K,), or its first."""
+        """The molecules at ``indices`` (K,), each with the conformer of the given number (K,), or the first."""
         if self.conformers is None or numbers is None:
             return self.block.take(indices)
         return self.conformers.pose(self.block, indices, numbers)
@@ -88,11 +88,11 @@ class LabelledMolecules:
 def load_labelled(
     uri: str, task: Task, named: NamedSplits | None = None, *, num_conformers: int = 1
 ) -> LabelledMolecules:
-    """Every molecule of the prepared dataset at ``uri`` that has at least one of the task's labels.
+    """All molecules of the prepared dataset at ``uri`` that have at least one of the task's labels.
 
-    It comes with its first ``num_conformers`` conformers, or as many as the dataset has of it.
-    Its part is that of ``named``, or the split of the dataset it is in. DataError if labels are missing or wrong,
-    or if ``named`` leaves a molecule out.
+    Each has its first ``num_conformers`` conformers, or as many as there are. Its part is that of ``named`` or, without
+    it, the split of the dataset. Raises DataError if labels are missing or wrong, or if ``named`` leaves a molecule
+    out.
     """
     manifest = load_manifest(uri)
     columns = _label_columns(uri, manifest, task)
@@ -167,7 +167,7 @@ def _named_parts(
 def split_molecules(
     smiles: Sequence[str], kind: SplitKind, seed: int, parts: NDArray[np.uint8] | None = None
 ) -> Split:
-    """Divide molecules 80/10/10, or into the ``parts`` (M,) that are given; a DataError if a part would be empty."""
+    """Divide molecules 80/10/10, or into the given ``parts`` (M,). Raises DataError if a part would be empty."""
     if kind is SplitKind.GIVEN:
         return _given_split(smiles, parts)
     if kind is SplitKind.RANDOM:
@@ -208,10 +208,10 @@ def _sizes(split: Split) -> dict[str, int]:
 def with_fewer_labels(
     split: Split, smiles: Sequence[str], seed: int, *, train: int | None, valid: int | None
 ) -> Split:
-    """At most ``train`` and ``valid`` molecules of these parts, and all of the test part; None: all.
+    """The split with only ``train`` and ``valid`` molecules in these parts (None: all), and the whole test part.
 
-    Which ones follows from a hash of seed and SMILES: of two numbers, the smaller takes a part of what the larger takes, and
-    molecules that are added to a part change little. DataError if a part has fewer molecules.
+    A hash of seed and SMILES decides which. So a smaller number takes a subset of what a larger one takes, and adding
+    molecules to a part changes little. Raises DataError if a part has fewer molecules.
     """
     parts = {}
     for name, most in (("train", train), ("valid", valid)):
@@ -226,7 +226,7 @@ def with_fewer_labels(
 
 
 def only_used(molecules: LabelledMolecules, split: Split) -> tuple[LabelledMolecules, Split]:
-    """The molecules that are in a part, numbered anew, and their split."""
+    """The molecules that are in any part, numbered again, and their split."""
     used = np.sort(np.concatenate(split))
     if len(used) == len(molecules):
         return molecules, split

@@ -1,4 +1,4 @@
-"""Molecules to vectors: the encoder's graph token, and a fine-tuned model's predictions where there is one."""
+"""Vectors of molecules: the encoder's graph token, and the predictions of a fine-tuned model if there is one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 
 
 def part_schema(dim: int, predictions: Sequence[str]) -> pa.Schema:
-    """Columns of a part: vectors of length ``dim``, and a column for each name that a fine-tuned model predicts."""
+    """Columns of a part: vectors of length ``dim``, and one column per property that a fine-tuned model predicts."""
     return pa.schema(
         [
             *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
@@ -31,20 +31,20 @@ def part_schema(dim: int, predictions: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embedder:
-    """A model and how to run it; every relation visible, the stored first conformer, no dropout."""
+    """A model and how to run it: every relation visible, with the stored first conformer, without dropout."""
 
     model: MoleBlendModel
-    """In evaluation mode, on `device`."""
+    """The encoder, in evaluation mode on `device`."""
     fine_tuned: SavedProperty | None
     """The fine-tuned model that predicts, in evaluation mode on `device`; None for a pretrained encoder."""
     uri: str
-    """Where it comes from."""
+    """URI that the model comes from."""
     fingerprint: str
     """SHA-256 of the encoder, or of the whole fine-tuned model."""
     batch_size: int
     """Molecules computed at once."""
     device: torch.device
-    """Where."""
+    """Device on which they are computed."""
 
     @classmethod
     def build(
@@ -57,7 +57,7 @@ class Embedder:
         batch_size: int,
         device: torch.device,
     ) -> Embedder:
-        """Put the encoder ``start``, and the fine-tuned model it comes from, on ``device``."""
+        """Move the encoder ``start``, and the fine-tuned model that it comes from, to ``device``."""
         if fine_tuned is not None:
             fine_tuned = fine_tuned._replace(model=fine_tuned.model.to(device).eval())
         return cls(
@@ -76,11 +76,11 @@ class Embedder:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of what :meth:`part` gives."""
+        """Columns of the table that :meth:`part` returns."""
         return part_schema(self.model.config.dim, self.predicted)
 
     def describe(self) -> dict[str, Any]:
-        """The part of ``embeddings.json`` that says what the vectors are of."""
+        """The part of ``embeddings.json`` that describes the vectors."""
         return {
             "dim": self.model.config.dim,
             "predictions": list(self.predicted),
@@ -88,7 +88,7 @@ class Embedder:
         }
 
     def part(self, table: pa.Table) -> pa.Table:
-        """The rows of a shard table, in their order, with embeddings and, if trained, a prediction for each column."""
+        """The rows of a shard table in their order, with embeddings and, for a fine-tuned model, predictions."""
         embeddings, outputs = self._run(table)
         flat = pa.array(embeddings.reshape(-1), type=pa.float32())
         columns = [table[name] for name in MOLECULE_COLUMNS]
@@ -105,6 +105,6 @@ class Embedder:
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
             embeddings[rows] = self.model.embed(batch).float().cpu().numpy()
             if self.fine_tuned is not None:
-                # The whole model: its head may read the encoder another way than the embedding does.
+                # The whole model, as its head may use the output of the encoder in another way than the embedding.
                 outputs[rows] = self.fine_tuned.model(batch).double().cpu().numpy()
         return embeddings, outputs

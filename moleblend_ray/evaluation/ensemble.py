@@ -1,4 +1,4 @@
-"""Fine-tuned models of one question: found, checked against each other, and their answers put together."""
+"""Ensembles of fine-tuned models for the same question: finds and checks the models, and combines their predictions."""
 
 from __future__ import annotations
 
@@ -30,30 +30,31 @@ class Member:
     """One fine-tuned model of an ensemble."""
 
     uri: str
-    """Its folder."""
+    """URI of its folder."""
     saved: SavedProperty
-    """The model, and what it predicts."""
+    """The model and what it predicts."""
     fingerprint: str
-    """As of :func:`property_fingerprint`."""
+    """Result of :func:`property_fingerprint`."""
     domain: ApplicabilityDomain | None
-    """What it was trained on, as fingerprints; None if its folder does not say."""
+    """Fingerprints of its training molecules; None if its folder has none."""
 
 
 class Combined(NamedTuple):
-    """What several models say of M molecules, for T properties."""
+    """Predictions of several models for T properties of M molecules."""
 
     mean: NDArray[np.float64]
-    """(M, T) over models and conformers."""
+    """(M, T) mean over models and conformers."""
     std: NDArray[np.float64]
-    """(M, T) sample standard deviation (n - 1) over models of their means over conformers; NaN with one model."""
+    """(M, T) sample standard deviation (n - 1) over models, of means over conformers; NaN with one model."""
     conformer_std: NDArray[np.float64]
-    """(M, T) sample standard deviation (n - 1) over conformers of their means over models; NaN with one conformer."""
+    """(M, T) sample standard deviation (n - 1) over conformers, of means over models; NaN with one conformer."""
 
 
 def combine(values: NDArray[np.float64], views: NDArray[np.int64]) -> Combined:
-    """Mean and spreads of (S, R, T) ``values``: S models, R = sum of ``views`` rows, ``views`` (M,) >= 1 rows a molecule.
+    """Mean and spreads of (S, R, T) ``values``: S models and R rows, of which ``views`` (M,) >= 1 belong to each
+    molecule.
 
-    A molecule's conformers count alike, so that a molecule with more of them is not trusted more.
+    All conformers of a molecule have the same weight.
     """
     first_row = np.cumsum(views) - views
     of_models = np.add.reduceat(values, first_row, axis=1) / views[:, None]
@@ -66,9 +67,9 @@ def combine(values: NDArray[np.float64], views: NDArray[np.int64]) -> Combined:
 
 
 def model_folders(models: Sequence[str]) -> tuple[str, ...]:
-    """The folder of each fine-tuned model: of one itself, or of every seed of a finished fine-tuning or sweep.
+    """The folders of all fine-tuned models: a URI is one folder, or a finished fine-tuning or sweep with one per seed.
 
-    A CheckpointError for anything else.
+    Raises CheckpointError for anything else.
     """
     found: list[str] = []
     for uri in models:
@@ -87,10 +88,10 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
 
 
 def load_members(models: Sequence[str]) -> tuple[Member, ...]:
-    """Every model that ``models`` name, in evaluation mode on the CPU.
+    """All models that ``models`` name, in evaluation mode on the CPU.
 
-    A ConfigError if two of them answer different questions, or are the same model twice: a spread over copies
-    would look like certainty.
+    Raises ConfigError if two of them answer different questions, or are the same model: the spread of copies would look
+    like certainty.
     """
     members: list[Member] = []
     for uri in model_folders(models):
@@ -107,14 +108,15 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
     lacking = [member.uri for member in members if member.domain is None]
     if lacking:
         logger.warning(
-            "similarity and in_domain stay empty: %s do not tell what they were trained on; models fine-tuned anew do",
+            "similarity and in_domain stay empty: %s do not tell what they were trained on; models that are fine-tuned "
+            "again will",
             without_credentials(", ".join(lacking)),
         )
     return tuple(members)
 
 
 def property_fingerprint(uri: str, saved: SavedProperty) -> str:
-    """SHA-256 of a fine-tuned model's weights and of its ``property.json``, in which units and settings stand."""
+    """SHA-256 of the weights and the ``property.json`` (units, settings) of a fine-tuned model."""
     weights = weights_fingerprint(saved.model.state_dict())
     document = storage.read_bytes(storage.join(uri, PROPERTY_NAME))
     return storage.sha256_bytes(weights.encode() + document)
@@ -128,14 +130,14 @@ def _check_pair(first: Member, second: Member) -> None:
     if differing:
         raise ConfigError(
             f"models: {first.uri} and {second.uri} answer different questions: {'; '.join(differing)}. "
-            "Predict with each kind into an `out` of its own"
+            "Predict with each kind into its own `out`"
         )
     if first.fingerprint == second.fingerprint:
         raise ConfigError(f"models: {first.uri} and {second.uri} are the same model; name it once")
 
 
 def question_of(trained: TrainedProperty) -> dict[str, object]:
-    """Task, kind, columns and unit: what models must have in common to be asked together."""
+    """Task, kind, columns and unit, which the models of an ensemble must have in common."""
     return {
         "task": trained.task,
         "kind": trained.kind.value,

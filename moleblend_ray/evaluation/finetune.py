@@ -1,6 +1,6 @@
-"""One fine-tuning run: train on the training part, choose the epoch on validation, predict with what was chosen.
+"""One fine-tuning run: train on the training part, choose the epoch on validation, predict with the chosen weights.
 
-Nothing here sees the test part unless :func:`predict` is asked for it afterwards.
+The test part is not used unless :func:`predict` is called for it afterwards.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.layers import freeze_lowest, lr_factors, renew_highest
+from moleblend_ray.evaluation.layerwise_training import freeze_lowest, lr_factors, renew_highest
 from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -54,44 +54,44 @@ PREDICTION_CHUNK = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StartingPoint:
-    """The encoder a run starts from; the same for all trials of a sweep."""
+    """The encoder that a run starts from; the same for all trials of a sweep."""
 
     model: ModelConfig
     """Architecture."""
     encoder: Mapping[str, Tensor] | None
-    """State of its encoder, on the CPU; None draws new weights from each run's seed."""
+    """State of its encoder, on the CPU; None: new weights are drawn from the seed of each run."""
     fingerprint: str | None
-    """SHA-256 of those weights; None from scratch."""
+    """SHA-256 of these weights; None if there are none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EpochReport:
-    """What is known after one epoch."""
+    """The state of a run after an epoch."""
 
     epoch: int
-    """Counted from 1."""
+    """Number of the epoch, from 1."""
     train_loss: float
     """Mean loss per known label over the epoch (dropout on)."""
     valid_score: float
     """The task's metric on the validation part."""
     best_valid_score: float
-    """The best so far."""
+    """Best validation score so far."""
     best_epoch: int
-    """Where it was reached."""
+    """Epoch with that score."""
     seconds: float
-    """Since the start of the run."""
+    """Seconds since the start of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneResult:
-    """A trained model as it was at its best validation epoch."""
+    """A trained model with the weights of its best epoch by validation."""
 
     model: PropertyModel
-    """In evaluation mode, on the CPU."""
+    """The model, in evaluation mode on the CPU."""
     trained: TrainedProperty
     """What it predicts, and how its outputs become values in the labels' unit, or probabilities."""
     history: tuple[EpochReport, ...]
-    """Every epoch; the last one's ``best_valid_score`` is the run's validation score."""
+    """All epochs; ``best_valid_score`` of the last one is the validation score of the run."""
 
     @property
     def valid_score(self) -> float:
@@ -107,12 +107,12 @@ def masked_loss(
     positive_weight: Tensor | None = None,
     regression_loss: str = "mse",
 ) -> Tensor:
-    """Sum over known labels of BCE (logits) or the regression loss; (B, T) each, NaN targets count nothing.
+    """Sum over the known labels of BCE (of logits) or the regression loss; (B, T) both, NaN targets do not count.
 
-    ``positive_weight`` (T,) multiplies what positive labels of a column count.
+    ``positive_weight`` (T,) is the weight of the positive labels of each column.
     """
     known = ~torch.isnan(targets)
-    # A NaN times zero is NaN: unknown labels are replaced before the loss, not masked after it.
+    # As NaN times zero is NaN, unknown labels are replaced before the loss, not masked after it.
     targets = torch.where(known, targets, 0.0)
     if kind is TaskKind.CLASSIFICATION:
         losses = F.binary_cross_entropy_with_logits(
@@ -124,13 +124,13 @@ def masked_loss(
 
 
 def positive_weights(labels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(T,) negatives for each positive in (M, T) labels; 1 for a column of one class or without labels."""
+    """(T,) negatives per positive in (M, T) labels; 1 for a column with one class or without labels."""
     positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
     return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
 
 
 def build_pretrained(start: StartingPoint) -> MoleBlendModel:
-    """A model with the starting encoder; its relation heads, which no property needs, are new."""
+    """A model with the starting encoder. Its relation heads are new; no property needs them."""
     model = MoleBlendModel(start.model)
     if start.encoder is not None:
         model.encoder.load_state_dict(start.encoder)
@@ -140,7 +140,7 @@ def build_pretrained(start: StartingPoint) -> MoleBlendModel:
 def build_model(
     start: StartingPoint, num_targets: int, settings: FinetuneSettings, seed: int
 ) -> PropertyModel:
-    """The starting encoder with a new head, drawn from ``seed``."""
+    """The starting encoder with a new property head, drawn from ``seed``."""
     torch.manual_seed(seed)
     rates = {
         name: rate
@@ -172,7 +172,7 @@ def finetune_once(
     """Train on the molecules ``train`` until ``settings.epochs``, or until validation stops improving.
 
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
-    ``predict_micro_batch_size`` is that of validation, which needs less memory than training; None: as in training.
+    ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training.
     """
     started = time.monotonic()
     model = build_model(start, len(molecules.columns), settings, seed)
@@ -226,13 +226,13 @@ def _scale_labels(
     task: Task,
     settings: FinetuneSettings,
 ) -> Standardisation:
-    """From labels to what the head learns, by the training part; sets the model's element reference."""
+    """The scaling of labels for the head, fitted to the training part; sets the element reference of the model."""
     labels = molecules.labels[train]
     if not settings.atom_reference:
         return Standardisation.fit(task.kind, labels, molecules.columns)
     if task.kind is not TaskKind.REGRESSION:
         raise ConfigError(
-            f"finetune.atom_reference: task {task.name!r} is {task.kind.value}; only numbers have a part that atoms add up to"
+            f"finetune.atom_reference: task {task.name!r} is {task.kind.value}; the setting is for regression only"
         )
     counts = element_counts(molecules.block.take(train))
     reference = fit_reference(counts, labels)
@@ -285,11 +285,11 @@ class _Trainer:
             positive_weight=weights,
             regression_loss=settings.regression_loss,
         )
-        # The model may be shared code with other draws in this process: dropout gets a stream of its own.
+        # Other code in this process may have drawn random numbers; dropout must depend on the seed only.
         torch.manual_seed(seed)
 
     def run_epoch(self, epoch: int) -> float:
-        """One pass over the training molecules in an order of (seed, epoch); mean loss per known label."""
+        """One pass over the training molecules in the order of (seed, epoch); returns the mean loss per known label."""
         self._model.train()
         generator = np.random.default_rng((self._seed, epoch))
         order = generator.permutation(self._train)
@@ -344,7 +344,7 @@ class _Trainer:
 
 @contextlib.contextmanager
 def _head_alone(model: PropertyModel, *, enabled: bool) -> Iterator[None]:
-    """Let nothing but the head have gradients."""
+    """Within the body only the head has gradients."""
     trained = [parameter for parameter in model.encoder.parameters() if parameter.requires_grad]
     for parameter in trained if enabled else ():
         parameter.requires_grad_(False)
@@ -363,9 +363,10 @@ def predict_mean(
     micro_batch_size: int,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """(K, T) values in the labels' unit, or probabilities, of the molecules at ``indices`` (K,): means over their conformers.
+    """(K, T) values in the labels' unit, or probabilities, for the molecules at ``indices`` (K,): means over
+    conformers.
 
-    Of a classifier, probabilities are averaged and not logits, as when molecules are predicted later.
+    For classes probabilities are averaged, not logits, as in later predictions.
     """
     if molecules.conformers is None:
         return trained.readout(predict(model, molecules.block, indices, micro_batch_size, device))
@@ -392,7 +393,7 @@ def predict(
 ) -> NDArray[np.float64]:
     """Raw outputs (K, T) for the molecules at ``indices`` (K,): logits, or standardised numbers.
 
-    Always the stored conformer, never a random one, so equal input gives equal output.
+    The stored conformer is used, never a random one, so equal input gives equal output.
     """
     model.eval()
     by_size = indices[np.argsort(block.num_atoms[indices], kind="stable")]

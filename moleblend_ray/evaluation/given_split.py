@@ -1,4 +1,4 @@
-"""Splits that a user gives with the data: a column of the table, or a split file."""
+"""Splits that come with the data: from a column of the table or a split file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
 from moleblend_ray.data.sources.parquet import parquet_file
@@ -27,16 +27,16 @@ def splits_of_file(uri: str) -> NamedSplits:
 
 
 def splits_of_column(source: str, column: str) -> NamedSplits:
-    """The splits that a column (or SD property) of a source of one file names: train, valid or test in each row.
+    """The splits that a column (or SD property) of a source with one file names: train, valid or test in each row.
 
-    Rows with an empty cell, or that are no rows, are in no split. ConfigError if the source is of several files or
-    a word is none of these (validation, val and dev are valid); DataError if the column is not there.
+    Rows whose cell is empty or missing are in no split. Raises ConfigError if the source has several files or a
+    word is none of these (validation, val and dev mean valid), DataError if there is no such column.
     """
     return NamedSplits(rows_of_column(source, column), None, f"column {column!r} of {source}")
 
 
 def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
-    """Word of the column -> rows (K,) int64 of the source's one file that have it, ascending."""
+    """Word in the column -> rows (K,) int64, ascending, of the source's only file that have it."""
     if storage.exists(storage.join(source, MANIFEST_NAME)):
         raise ConfigError(
             f"task.split_column: {source} is a prepared dataset, which keeps numbers only. Leave the column out to use "
@@ -66,7 +66,7 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
 
 
 def _cells(file: SourceFile, column: str) -> Iterator[str]:
-    """The column's text in each record of the file, in its order; empty where a record has none."""
+    """The text of the column in each record of the file, in order; empty if a record has none."""
     if file.format == "parquet":
         yield from _parquet_cells(file, column)
     elif file.format == "sdf":

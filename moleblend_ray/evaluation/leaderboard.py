@@ -1,4 +1,4 @@
-"""What many fine-tunings or sweeps found, side by side: scores, ranks, wins, and gains over the best baseline."""
+"""The results of several fine-tunings or sweeps side by side: scores, ranks, wins, gains over the best baseline."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.results import RESULTS_NAME, Spread
 
 LEADERBOARD_NAME = "leaderboard"
-"""Of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html``."""
+"""Name of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html`` without ending."""
 
 LEADERBOARD_VERSION = 1
 """Version of the layout of ``leaderboard.json``."""
 
 
 class Status(StrEnum):
-    """How far a task is."""
+    """The state of a task."""
 
     FINISHED = "finished"
     """It has results."""
@@ -31,7 +31,7 @@ class Status(StrEnum):
     ABSENT = "absent"
     """The source has no molecules for it."""
     WAITING = "waiting"
-    """Its turn has not come, or has not ended."""
+    """It has not started or not finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class ModelScore:
     """One model on one task, trained with several seeds."""
 
     name: str
-    """As in the results."""
+    """Name in the results."""
     is_baseline: bool
     """Whether it is one of the models to compare with."""
     valid: Spread
@@ -50,46 +50,48 @@ class ModelScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRow:
-    """One task with the scores of every model. Scores of two rows compare only if their split hashes are equal."""
+    """One task with the scores of all models. Scores of two rows can be compared only if their split hashes are
+    equal."""
 
     name: str
-    """Of the task."""
+    """Name of the task."""
     status: Status
     """Whether there are scores."""
     reason: str = ""
     """Why there are none, for a task that failed or is absent."""
     metric: str = ""
-    """``roc_auc``, ``rmse`` or ``mae``; empty without scores, as all that follows."""
+    """``roc_auc``, ``rmse`` or ``mae``; empty without scores, like all fields below."""
     unit: str = ""
-    """Of the scores; empty for classes and plain numbers."""
+    """Unit of the scores; empty for classes and plain numbers."""
     higher_is_better: bool = False
-    """Whether a larger score is a better one."""
+    """Whether a larger score is better."""
     molecules: int = 0
-    """With labels, all parts together."""
+    """Molecules with labels, all parts together."""
     split: str = ""
-    """How they were divided."""
+    """How the molecules were divided."""
     split_hash: str = ""
     """16 hexadecimal digits that name the split."""
     results: str = ""
-    """Folder of the results, relative to the leaderboard's or as a URI."""
+    """Folder of the results, as a URI or relative to the folder of the leaderboard."""
     models: tuple[ModelScore, ...] = ()
     """The fine-tuned models, then the baselines."""
 
     @property
     def best(self) -> tuple[str, ...]:
-        """Names of the models with the best mean test score; empty where there is only one."""
+        """Names of the models with the best mean test score; empty if there is only one model."""
         ranks = self.ranks()
         return tuple(name for name, rank in ranks.items() if rank == min(ranks.values()))
 
     @property
     def reference(self) -> ModelScore | None:
-        """The baseline that a user would have chosen: the best on the validation part."""
+        """The baseline that a user would choose: the best on the validation part."""
         sign = -1.0 if self.higher_is_better else 1.0
         baselines = [model for model in self.models if model.is_baseline]
         return min(baselines, key=lambda model: sign * model.valid.mean, default=None)
 
     def ranks(self) -> dict[str, float]:
-        """Model -> rank by mean test score, 1 the best, equal scores sharing the mean of theirs; empty for one model."""
+        """Model -> rank by mean test score; 1 is the best, and equal scores share their mean rank. Empty for a single
+        model."""
         if len(self.models) < 2:
             return {}
         sign = -1.0 if self.higher_is_better else 1.0
@@ -100,7 +102,7 @@ class TaskRow:
         return {model.name: float(rank) for model, rank in zip(self.models, ranks, strict=True)}
 
     def gain(self, model: ModelScore) -> tuple[float, float] | None:
-        """By how many percent of the reference's mean test score the model is better, and the deviation over seeds.
+        """How much better the model is, in percent of the reference's mean test score, and the deviation over seeds.
 
         None if there is no baseline, or if its score is 0.
         """
@@ -115,20 +117,20 @@ class TaskRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standing:
-    """A model over all tasks that it and at least one other have scores for."""
+    """A model over all tasks for which it and at least one other model have scores."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     is_baseline: bool
     """Whether it is one of the models to compare with."""
     tasks: int
-    """So many tasks."""
+    """Number of these tasks."""
     wins: int
-    """Of these, with the best mean test score (shared ones count for each)."""
+    """Tasks on which it has the best mean test score; a shared best score counts for each model."""
     mean_rank: float
-    """Mean over these of its rank, 1 the best."""
+    """Its mean rank on these tasks; 1 is the best."""
     mean_gain: float | None
-    """Mean over these of its gain over the best baseline, in percent."""
+    """Its mean gain over the best baseline on these tasks, in percent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,9 +138,9 @@ class Leaderboard:
     """All tasks of one command, or of several that are compared."""
 
     title: str
-    """What the tables are of."""
+    """Title of the tables."""
     rows: tuple[TaskRow, ...]
-    """In the order asked for."""
+    """Tasks in the order in which they were asked for."""
 
     @property
     def finished(self) -> tuple[TaskRow, ...]:
@@ -155,7 +157,7 @@ class Leaderboard:
         return tuple(sorted(first.values(), key=lambda model: model.is_baseline))
 
     def standings(self) -> tuple[Standing, ...]:
-        """Every model over its tasks, the best mean rank first."""
+        """All models with their tasks, the best mean rank first."""
         found = [self._standing(model) for model in self.models]
         return tuple(sorted(found, key=lambda item: (item.mean_rank, -item.wins)))
 
@@ -174,7 +176,7 @@ class Leaderboard:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON value: rows with ranks and gains, and the standings."""
+        """The leaderboard as a JSON value: rows with ranks and gains, and the standings."""
         return {
             "leaderboard_version": LEADERBOARD_VERSION,
             "title": self.title,
@@ -190,7 +192,7 @@ def baseline_entries(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
-    """The row of a finished fine-tuning or sweep; ``folder`` is where its results lie."""
+    """The row of a finished fine-tuning or sweep whose results are in ``folder``."""
     task, data = results["task"], results["data"]
     return TaskRow(
         name=task["name"],
@@ -219,10 +221,10 @@ def read_row(out: str, folder: str) -> TaskRow | None:
 
 
 def read_leaderboard(out: str) -> Leaderboard:
-    """The leaderboard of a directory, made anew from the results in it.
+    """The leaderboard of a directory, from the results in it.
 
-    Tasks without results are as ``leaderboard.json`` tells; without one, every folder with results is a task, or
-    the directory itself. DataError if there are no results.
+    ``leaderboard.json`` tells of tasks without results. If there is none, every folder with results is a task, or the
+    directory itself is one. Raises DataError if there are no results.
     """
     uri = storage.join(out, f"{LEADERBOARD_NAME}.json")
     if storage.exists(uri):
@@ -230,7 +232,7 @@ def read_leaderboard(out: str) -> Leaderboard:
         folders = [row.results or row.name for row in rows]
         if any(map(is_elsewhere, folders)):
             raise DataError(
-                f"{uri} is of results elsewhere, as a comparison's is; expected the directory of the results"
+                f"{uri} is a leaderboard of results in other directories; expected the directory of the results"
             )
     else:
         base = storage.absolute(out).rstrip("/")
@@ -239,7 +241,7 @@ def read_leaderboard(out: str) -> Leaderboard:
             name.removesuffix(RESULTS_NAME).rstrip("/") for name in names if _is_results(name)
         ]
         rows = [TaskRow(name=folder, status=Status.WAITING) for folder in folders]
-    # A directory of one task has its results in itself.
+    # The directory of a single task holds the results itself.
     found = [
         read_row(out, folder) or read_row(out, row.results) or row
         for row, folder in zip(rows, folders, strict=True)
@@ -262,14 +264,14 @@ def seen_from_elsewhere(board: Leaderboard, uri: str) -> Leaderboard:
 
 
 def is_elsewhere(folder: str) -> bool:
-    """Whether a row's folder is a URI or an absolute path, not one below the leaderboard."""
+    """Whether the folder of a row is a URI or an absolute path, not a folder below the leaderboard."""
     return "://" in folder or folder.startswith("/")
 
 
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
-    """Several leaderboards (by distinct label) as one: fine-tuned models side by side, baselines once.
+    """Several leaderboards, each with its own label, as one: fine-tuned models side by side, baselines once.
 
-    Scores stand in one row only if task, metric, unit and split are the same. ConfigError for a single board.
+    Scores are in the same row only if task, metric, unit and split are the same. Raises ConfigError for a single board.
     """
     if len(boards) < 2:
         raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
@@ -327,7 +329,7 @@ def _row_json(row: TaskRow) -> dict[str, Any]:
 
 
 def _stored_row(value: Mapping[str, Any]) -> TaskRow:
-    """What ``leaderboard.json`` tells of a task whose results are not there."""
+    """What ``leaderboard.json`` says about a task without results."""
     status = Status(value["status"])
     if status is Status.FINISHED:
         status = Status.WAITING
@@ -342,7 +344,7 @@ def _is_results(path: str) -> bool:
 
 
 def rows_of_states(out: str, states: Sequence[TaskRow]) -> tuple[TaskRow, ...]:
-    """The rows of tasks whose folders in ``out`` have their names: with scores where there are results by now."""
+    """The rows of tasks that have folders with their names in ``out``, with scores if there are results by now."""
     return tuple(
         row if row.status in (Status.ABSENT, Status.FAILED) else read_row(out, row.name) or row
         for row in states

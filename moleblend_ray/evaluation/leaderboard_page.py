@@ -27,33 +27,34 @@ from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.tasks import Metric
 
 FIGURE_PATH = "figures/leaderboard.png"
-"""Of the figure, relative to the leaderboard."""
+"""Path of the figure, relative to the leaderboard."""
 
 CSV_COLUMNS = (
     "task", "status", "metric", "unit", "higher_is_better", "molecules", "split", "split_hash", "model", "is_baseline",
     "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason",
 )  # fmt: skip
-"""One line for each task and model; one without a model for a task without scores. Values of seeds are separated by
-spaces."""
+"""Columns of the CSV file. It has one line per task and model, and one without a model for a task without scores.
+Values of seeds are separated by spaces."""
 
 _GREY = "#808080"
-# Told apart by colour-blind readers, and of middle lightness: the figure stands on white and on black.
+# Distinct for colour-blind readers, and of medium lightness for white and black backgrounds.
 _COLOURS = ("#3b8bc4", "#dd8a2e", "#3fa36d", "#b277c9", "#cf5f5a", "#a08a3c", "#5aa9b8", "#8c8c8c")
 _MARKERS = "oDs^vPX*"
 
 _RULES = (
-    "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every seed. "
-    "Scores are means ± sample standard deviations over seeds. Ranks and wins go by the mean test score. A gain is "
-    "relative to the baseline that is best on the validation molecules of the task."
+    "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
+    "seed. Scores are means ± sample standard deviations over seeds. Ranks and wins go by the mean test score. A gain "
+    "is relative to the baseline that is best on the validation molecules of the task."
 )
 
 
 _LOWEST_GAIN = -100.0
-"""Percent; one model that is many times worse would leave no room to tell the others apart."""
+"""Lowest gain shown, in percent: with a model that is many times worse the others would look alike."""
 
 
 def write_leaderboard(out: str, board: Leaderboard) -> str:
-    """Write the figure and ``leaderboard.csv``, ``.md``, ``.html`` and ``.json`` below ``out``; the URI of the page."""
+    """Write the figure and ``leaderboard.csv``, ``.md``, ``.html`` and ``.json`` to ``out``; returns the URI of the
+    page."""
     figure = gain_figure(board)
     if figure is not None:
         storage.write_bytes(storage.join(out, FIGURE_PATH), figure)
@@ -175,7 +176,7 @@ def _markdown_others(board: Leaderboard) -> list[str]:
 
 
 def html_text(board: Leaderboard, figure: bytes | None) -> str:
-    """The leaderboard as one page that needs nothing else; ``figure`` is a PNG."""
+    """The leaderboard as one page that needs no other file; ``figure`` is a PNG."""
     parts = [f"<h1>{_text(board.title)}</h1>", f"<p>{_text(_summary(board))}</p>"]
     if board.models:
         parts += [
@@ -274,7 +275,7 @@ def _class(name: str, holds: bool) -> str:
 
 
 def _link(row: TaskRow) -> str:
-    """The task's name; where its results lie below the page, as a link to their report."""
+    """The name of the task; if its results are in a folder below the page, as a link to their report."""
     if is_elsewhere(row.results):
         return _text(row.name)
     folder = f"{row.results}/" if row.results else ""
@@ -292,7 +293,7 @@ def gain_figure(board: Leaderboard) -> bytes | None:
 
 
 def draw_gains(board: Leaderboard) -> Figure | None:
-    """Each model's gain over the best baseline, tasks on the y axis; None if no task has a baseline."""
+    """The gain of each model over the best baseline, with tasks on the y axis; None if no task has a baseline."""
     rows = [row for row in board.finished if row.reference is not None]
     models = board.models
     if not rows or not models:
@@ -322,7 +323,7 @@ def draw_gains(board: Leaderboard) -> Figure | None:
 def _draw_model(
     axes: Axes, rows: Sequence[TaskRow], model: ModelScore, index: int, count: int
 ) -> None:
-    """One model's dots with bars of a standard deviation over seeds, beside those of the others."""
+    """The dots of one model with its standard deviation over seeds as bars, next to those of the other models."""
     points = [
         (place, gain)
         for place, row in enumerate(rows)
@@ -345,7 +346,7 @@ def _draw_model(
 
 
 def _make_neutral(axes: Axes) -> None:
-    """Text and lines in a grey that shows on a light and on a dark page."""
+    """Text and lines in a grey that is visible on a light and on a dark page."""
     axes.tick_params(colors=_GREY, labelcolor=_GREY)
     axes.xaxis.label.set_color(_GREY)
     for name, spine in axes.spines.items():
@@ -386,7 +387,8 @@ def _values(spread: Spread) -> str:
 
 
 def _places(mean: float) -> int:
-    """Decimal places of a score: 4 of those about 1, fewer of large ones, four significant digits of small ones."""
+    """Decimal places of a score: 4 for scores around 1, fewer for large ones, four significant digits for small
+    ones."""
     exponent = math.floor(math.log10(abs(mean))) if mean else 0
     if exponent >= 1:
         return max(0, 4 - exponent)
@@ -394,12 +396,12 @@ def _places(mean: float) -> int:
 
 
 def _shown(text: str) -> str:
-    """On one line, without credentials."""
+    """The text on one line, without credentials."""
     return " ".join(without_credentials(text).split())
 
 
 def _cell(text: str) -> str:
-    """Text in a Markdown table: neither a column's end nor a tag."""
+    """Text for a cell of a Markdown table, with column separators and tags escaped."""
     return _shown(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

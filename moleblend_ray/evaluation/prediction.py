@@ -1,4 +1,4 @@
-"""Molecules of a shard to predictions: mean, spread over models and conformers, likeness to the training molecules."""
+"""Predictions for molecules of a shard: mean, spread over models and conformers, similarity to training molecules."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from moleblend_ray.evaluation.tasks import TaskKind
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictor:
-    """Models of one question and how to ask them; every molecule of a shard table becomes a row, in order."""
+    """Models for one question and how to run them. Every molecule of a shard table becomes a row, in order."""
 
     members: tuple[Member, ...]
-    """At least one, in evaluation mode on `device`."""
+    """The models, at least one, in evaluation mode on `device`."""
     domains: tuple[ApplicabilityDomain, ...]
-    """The distinct ones of the members; empty if one of these has none."""
+    """The distinct applicability domains of the members; empty if a member has none."""
     conformers: int
-    """Conformers of a molecule that are asked about, the first ones; 0 and 1 take the first."""
+    """Number of conformers used per molecule, the first ones; 0 and 1: only the first."""
     threshold: float | None
-    """Similarity from which on a molecule is inside the domain; None for each model's own."""
+    """Least similarity of a molecule inside the domain; None: that of each model."""
     batch_size: int
     """Conformers computed at once."""
     device: torch.device
-    """Where."""
+    """Device on which they are computed."""
 
     @classmethod
     def build(
@@ -48,7 +48,7 @@ class Predictor:
         batch_size: int,
         device: torch.device,
     ) -> Predictor:
-        """Put ``members`` on ``device``."""
+        """Move ``members`` to ``device``."""
         for member in members:
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
@@ -64,12 +64,12 @@ class Predictor:
 
     @property
     def trained(self) -> TrainedProperty:
-        """What all members predict; each has a standardisation of its own."""
+        """What all members predict; each has its own standardisation."""
         return self.members[0].saved.trained
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the models and what is known of their training molecules, in order."""
+        """SHA-256 of the models and of the fingerprints of their training molecules, in order."""
         parts = [
             f"{member.fingerprint} {member.domain.checksum if member.domain else None}"
             for member in self.members
@@ -78,11 +78,11 @@ class Predictor:
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of what :meth:`part` gives."""
+        """Columns of the table that :meth:`part` returns."""
         return prediction_schema(self.trained, conformers=self.conformers)
 
     def describe(self) -> dict[str, Any]:
-        """The part of ``predictions.json`` that says what was asked of which models."""
+        """The part of ``predictions.json`` that describes the models and the question."""
         return {
             **question_of(self.trained),
             "conformers": self.conformers,
@@ -100,7 +100,7 @@ class Predictor:
         }
 
     def part(self, table: pa.Table) -> pa.Table:
-        """The rows of a shard table, in their order, with predictions and their uncertainty."""
+        """The rows of a shard table in their order, with predictions and their uncertainty."""
         views = views_of(table, self.conformers)
         combined = combine(self._values(table, views), views)
         columns = [table[name] for name in MOLECULE_COLUMNS]
@@ -113,7 +113,7 @@ class Predictor:
 
     @torch.no_grad()
     def _values(self, table: pa.Table, views: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(S, R, T) of S models: values in the unit, or probabilities."""
+        """(S, R, T) predictions of S models: values in the unit, or probabilities."""
         shape = (len(self.members), int(views.sum()), len(self.trained.columns))
         outputs = np.empty(shape)
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
@@ -124,10 +124,10 @@ class Predictor:
         return outputs
 
     def _applicability(self, smiles: Sequence[str]) -> tuple[pa.Array, pa.Array]:
-        """Similarity to the nearest training molecule, and whether that is near enough; null where not known.
+        """Similarity to the nearest training molecule, and whether it is high enough; null if not known.
 
-        Models trained on different molecules must each know the molecule: the smallest of their similarities, and
-        inside only if inside for all.
+        If the models were trained on different molecules, the smallest similarity counts, and a molecule is inside only
+        if it is inside for all models.
         """
         if not self.domains:
             return pa.nulls(len(smiles), pa.float64()), pa.nulls(len(smiles), pa.bool_())
@@ -144,7 +144,7 @@ class Predictor:
 
 
 def prediction_schema(trained: TrainedProperty, *, conformers: int) -> pa.Schema:
-    """Columns of predictions; the unit of a number is in its field's metadata."""
+    """Columns of predictions; the unit is in the metadata of the field."""
     unit = _unit(trained)
     statistics = ["prediction", "std", *(["conformer_std"] if conformers > 1 else [])]
     return pa.schema(
@@ -168,5 +168,5 @@ def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
 
 
 def _or_null(values: NDArray[np.float64]) -> pa.Array:
-    """A column in which NaN is null: a spread of one value is not known."""
+    """A column with null for NaN: the spread of one value is not known."""
     return pa.array(values, from_pandas=True)

@@ -21,23 +21,23 @@ WEIGHTS_NAME: Final = "model.safetensors"
 PROPERTY_NAME: Final = "property.json"
 
 FORMAT_VERSION: Final = 2
-"""Raised whenever older code could not read the two files."""
+"""Version of the two files; it increases with every change that older code cannot read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Standardisation:
-    """Affine map between labels and what the model predicts, fitted on the training part."""
+    """Affine map between labels and outputs of the model, fitted to the training part."""
 
     mean: NDArray[np.float64]
-    """(T,) in the labels' unit; 0 for classes."""
+    """(T,) mean in the labels' unit; 0 for classes."""
     std: NDArray[np.float64]
-    """(T,) in the labels' unit; 1 for classes."""
+    """(T,) standard deviation in the labels' unit; 1 for classes."""
 
     @classmethod
     def fit(
         cls, kind: TaskKind, labels: NDArray[np.float64], columns: tuple[str, ...]
     ) -> Standardisation:
-        """Mean and spread of each column's known values in (M, T) training ``labels``."""
+        """Mean and standard deviation of the known values of each column in (M, T) training ``labels``."""
         if kind is TaskKind.CLASSIFICATION:
             return cls(mean=np.zeros(len(columns)), std=np.ones(len(columns)))
         empty = np.flatnonzero(np.isnan(labels).all(axis=0))
@@ -71,7 +71,7 @@ class TrainedProperty:
     unit: str
     """Unit of the predictions; empty for classes."""
     standardisation: Standardisation
-    """From the head's outputs to that unit."""
+    """Converts outputs of the head to that unit."""
 
     @classmethod
     def of(
@@ -96,16 +96,16 @@ class TrainedProperty:
 
 
 class SavedProperty(NamedTuple):
-    """What a folder of a fine-tuned model holds."""
+    """The content of the folder of a fine-tuned model."""
 
     model: PropertyModel
-    """In evaluation mode, on the CPU."""
+    """The model, in evaluation mode on the CPU."""
     trained: TrainedProperty
     """What it predicts."""
 
 
 def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str) -> None:
-    """Write ``model`` and what it predicts into the directory ``uri``."""
+    """Write ``model`` and what it predicts to the directory ``uri``."""
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
@@ -143,7 +143,7 @@ def load_property_model(uri: str) -> SavedProperty:
         pretrained = MoleBlendModel(ModelConfig(**document["model"]))
         state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
         model = PropertyModel(pretrained, len(trained.columns), _readout(document))
-        # Models of the first version have no element reference: they add nothing for an atom.
+        # Models of the first version have no element reference, so atoms add 0.
         state.setdefault("reference", model.reference)
         model.load_state_dict(state)
     except (

@@ -1,4 +1,4 @@
-"""A page a chemist can read: what was tried, what was chosen and why, test scores beside the baselines, plots."""
+"""A report for chemists: what was tried, what was chosen and why, test scores beside those of baselines, plots."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_report(
     test_labels: NDArray[np.float64],
     test_predictions: NDArray[np.float64],
 ) -> str:
-    """Write ``report.md`` and its figures below ``out``; (M, T) labels and predictions are those of the first seed."""
+    """Write ``report.md`` and its figures to ``out``; (M, T) labels and predictions are those of the first seed."""
     figures = {"test.png": _test_figure(results, test_labels, test_predictions)}
     trials = results.get("trials", [])
     if any(trial["valid_score"] is not None for trial in trials):
@@ -87,7 +87,7 @@ def _text(
 def _score_rows(
     task: Mapping[str, Any], final: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """The model (in bold) and the baselines, best first by validation."""
+    """The model (in bold) and the baselines, sorted by validation score, best first."""
     ranked = sorted(
         (final, *baselines),
         key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]),
@@ -107,7 +107,7 @@ def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
 def _comparison(
     task: Mapping[str, Any], final: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """How the model does against the baseline that a user would have chosen without the test part."""
+    """The model compared with the baseline that a user would have chosen without the test part."""
     if not baselines:
         return []
     best = min(baselines, key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]))
@@ -124,7 +124,7 @@ def _comparison(
 def _baselines_section(
     baselines: Sequence[Mapping[str, Any]], absent: Mapping[str, str]
 ) -> list[str]:
-    """How the settings of the baselines were found, and which baselines are not there."""
+    """How the settings of the baselines were chosen, and which baselines are missing."""
     lines = ["## Baselines", ""]
     if baselines:
         lines += ["| baseline | settings chosen on validation | tried |", "|---|---|---|"]
@@ -137,7 +137,7 @@ def _baselines_section(
 
 
 def _chosen_text(entry: Mapping[str, Any]) -> str:
-    """What the choice was about."""
+    """The chosen settings among which there was a choice."""
     varied = dict.fromkeys(name for one in entry["candidates"] for name in one["settings"])
     if not varied:
         return "those of the model"
@@ -167,7 +167,7 @@ def _trials_section(
         "## Trials",
         "",
         f"{len(trials)} configurations, judged on the validation molecules. "
-        "`stopped`: was worse than others after as many epochs.",
+        "`stopped`: worse than others after the same number of epochs.",
         "",
     ]
     if has_figure:
@@ -277,7 +277,7 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
 
 
 def _placing(values: Sequence[Any]) -> Callable[[Any], Any]:
-    """Numbers stand where they are on an axis; words, and numbers of which one is null, side by side."""
+    """Positions on an axis: numbers at their values; words, and numbers with nulls among them, side by side."""
     is_numeric = all(type(value) in (int, float) for value in values)
     return (lambda value: value) if is_numeric else str
 
@@ -287,7 +287,7 @@ def _first_seed(results: Mapping[str, Any]) -> int:
 
 
 def _png(figure: Figure) -> bytes:
-    # A bare Figure draws with Agg: pyplot's global state is not safe in the threads and workers this runs in.
+    # A Figure without pyplot uses Agg. The global state of pyplot is not safe in threads and workers.
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()

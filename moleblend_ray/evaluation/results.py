@@ -1,10 +1,11 @@
-"""What a fine-tuning or a sweep found: the values that ``results.json`` holds."""
+"""The results of fine-tuning or a sweep, as ``results.json`` holds them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,28 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 
+logger = logging.getLogger(__name__)
+
 RESULTS_NAME = "results.json"
 RESULTS_VERSION = 2
-"""Version of the layout of ``results.json``. In version 1 a single ``baseline`` stood for the list of now."""
+"""Version of the layout of ``results.json``. In version 1 there was a single ``baseline`` instead of a list."""
 
 _PACKAGES = ("moleblend-ray", "torch", "ray", "rdkit", "numpy", "scikit-learn", "optuna", "pyarrow")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialResult:
-    """One configuration that a sweep tried. It never saw the test molecules."""
+    """One configuration that a sweep tried, without the test molecules."""
 
     number: int
-    """In the order of starting, from 0."""
+    """Number of the trial in the order of starting, from 0."""
     status: str
-    """``finished``, ``stopped`` (worse than others after as many epochs), or ``failed``."""
+    """``finished``, ``stopped`` (worse than others after the same number of epochs) or ``failed``."""
     settings: Mapping[str, Any]
-    """The values drawn."""
+    """The values that were drawn."""
     valid_score: float | None
     """Best validation score of any epoch; None if none was completed."""
     epochs: int
@@ -51,7 +55,7 @@ class SeedResult:
     """One training of the chosen configuration, or one fit of a baseline."""
 
     seed: int
-    """Of initialisation, order and dropout, or of a baseline's draws."""
+    """Seed of initialisation, order and dropout, or of the random numbers of a baseline."""
     valid_score: float
     """Score on the validation molecules."""
     test_score: float
@@ -59,7 +63,7 @@ class SeedResult:
     test_columns: Mapping[str, float]
     """Test score of each column."""
     columns_left_out: tuple[str, ...]
-    """Columns the test molecules cannot score."""
+    """Columns that cannot be scored with the test molecules."""
     epochs: int
     """Epochs trained; 0 for a baseline that has none."""
     best_epoch: int
@@ -70,16 +74,32 @@ class SeedResult:
     """Folder of the trained model within ``out``; None for a baseline that is not stored."""
 
 
+def write_seed_result(uri: str, settings: Mapping[str, Any], found: SeedResult) -> None:
+    """Store the result of one seed, with its settings."""
+    storage.write_json(uri, {"settings": dict(settings), **dataclasses.asdict(found)})
+
+
+def read_seed_result(uri: str, settings: Mapping[str, Any]) -> SeedResult | None:
+    """What :func:`write_seed_result` stored for these settings; None if there is nothing, or a result of others."""
+    if not storage.exists(uri):
+        return None
+    value = storage.read_json(uri)
+    if value.pop("settings", None) != dict(settings):
+        logger.info("%s is of other settings: seed %s is run again", uri, value.get("seed"))
+        return None
+    return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
-    """A model's way from its settings, or from a search of them, to its scores."""
+    """The training of a model: its settings, the search for them if there was one, and the scores."""
 
     chosen: FinetuneSettings
-    """What it was trained with."""
+    """Settings with which it was trained."""
     trials: tuple[TrialResult, ...] = ()
-    """The search; empty where the settings were given."""
+    """The search; empty if the settings were given."""
     final: tuple[SeedResult, ...]
-    """One training for each seed."""
+    """One training per seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +111,7 @@ class Spread:
     std: float
     """Sample standard deviation (n - 1); 0 for a single seed."""
     values: tuple[float, ...]
-    """One for each seed, in the seeds' order."""
+    """One value per seed, in the order of the seeds."""
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -106,7 +126,7 @@ class Candidate:
     """Settings that a baseline could have had."""
 
     settings: Mapping[str, Any]
-    """By name."""
+    """Name of a setting -> value."""
     valid_score: float | None
     """Score on the validation molecules, by which it was judged; None if it failed."""
 
@@ -120,9 +140,9 @@ class BaselineResult:
     chosen: Mapping[str, Any]
     """Its settings, chosen on the validation molecules."""
     candidates: tuple[Candidate, ...]
-    """All that were tried, with the first seed; empty where there was nothing to choose."""
+    """All settings that were tried, with the first seed; empty if there was no choice."""
     seeds: tuple[SeedResult, ...]
-    """One for each seed; equal ones for a baseline that draws nothing."""
+    """One result per seed; equal ones for a baseline without randomness."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,9 +150,9 @@ class Baselines:
     """All models to compare with."""
 
     results: tuple[BaselineResult, ...] = ()
-    """In the order asked for."""
+    """Results in the order in which the baselines were asked for."""
     absent: Mapping[BaselineKind, str] = field(default_factory=dict)
-    """Those that were asked for, but are not there, and why."""
+    """Baselines that were asked for but are missing -> reason."""
 
 
 def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
@@ -146,7 +166,7 @@ def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
 
 
 def baseline_entry(result: BaselineResult) -> dict[str, Any]:
-    """The part of ``results.json`` for one baseline: that of a model, and how its settings were chosen."""
+    """The part of ``results.json`` for one baseline: as for a model, and how its settings were chosen."""
     return {
         "kind": result.kind.value,
         "chosen": dict(result.chosen),
@@ -156,7 +176,7 @@ def baseline_entry(result: BaselineResult) -> dict[str, Any]:
 
 
 def task_entry(task: Task, molecules: LabelledMolecules) -> dict[str, Any]:
-    """The part of ``results.json`` that says what was asked."""
+    """The part of ``results.json`` about the task."""
     return {
         "name": task.name,
         "kind": task.kind.value,
@@ -172,7 +192,7 @@ def task_entry(task: Task, molecules: LabelledMolecules) -> dict[str, Any]:
 def data_entry(
     uri: str, molecules: LabelledMolecules, task: Task, split: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The part of ``results.json`` that says on which molecules."""
+    """The part of ``results.json`` about the molecules."""
     block = molecules.block
     first_atoms = np.cumsum(block.num_atoms, dtype=np.int64) - block.num_atoms
     return {
@@ -187,7 +207,7 @@ def data_entry(
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Versions of the packages that the numbers depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -198,7 +218,7 @@ def versions() -> dict[str, str]:
 
 
 def weights_fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, types and values of a state dict, whatever file it came from."""
+    """SHA-256 of the names, shapes, types and values of a state dict, independent of the file that it came from."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()

@@ -1,9 +1,8 @@
-"""The last step of every fine-tuning and sweep: train the chosen settings with one seed, save, score the test part."""
+"""The last step of fine-tuning and sweeps: train the chosen settings with one seed, save, score the test part."""
 
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from dataclasses import dataclass
 
@@ -25,12 +24,10 @@ from moleblend_ray.evaluation.finetune import (
     predict_mean,
 )
 from moleblend_ray.evaluation.property_model import save_property_model
-from moleblend_ray.evaluation.results import SeedResult
+from moleblend_ray.evaluation.results import SeedResult, read_seed_result, write_seed_result
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
-
-logger = logging.getLogger(__name__)
 
 SEED_RESULT_NAME = "result.json"
 PREDICTIONS_NAME = "predictions.parquet"
@@ -38,14 +35,14 @@ PREDICTIONS_NAME = "predictions.parquet"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """Everything a run needs but its settings and its seed."""
+    """Everything that a run needs except its settings and its seed."""
 
     task: Task
-    """What is asked."""
+    """The task."""
     molecules: LabelledMolecules
     """All molecules, the test part included."""
     split: Split
-    """Which is in which part."""
+    """The part of each molecule."""
     start: StartingPoint
     """Weights to start from."""
 
@@ -76,8 +73,8 @@ def train_and_test(
     )
     path = model_path(seed)
     folder = storage.join(out, path)
-    # A result of other settings must not stand beside a model of these.
-    storage.delete(storage.join(folder, SEED_RESULT_NAME))
+    # A result of other settings must not be beside a model of these.
+    storage.delete(_result_uri(out, seed))
     save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
     save_property_model(result.model, result.trained, folder)
     _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
@@ -93,27 +90,21 @@ def train_and_test(
         seconds=time.monotonic() - began,
         model=path,
     )
-    # Last: what has this file is whole, and is not trained again when the command is repeated.
-    storage.write_json(
-        storage.join(folder, SEED_RESULT_NAME),
-        {"settings": dataclasses.asdict(settings), **dataclasses.asdict(found)},
-    )
+    # Last: with this file the folder is complete, and a repeated command does not train the seed again.
+    write_seed_result(_result_uri(out, seed), dataclasses.asdict(settings), found)
     return found
 
 
 def finished_seed(out: str, seed: int, settings: FinetuneSettings) -> SeedResult | None:
     """The result of an earlier, interrupted command for ``seed``, if it finished that run with these settings.
 
-    A continued sweep may choose other settings than before: what was trained with the former ones does not count.
+    A continued sweep may choose other settings than before. Then what was trained with the former ones does not count.
     """
-    uri = storage.join(out, model_path(seed), SEED_RESULT_NAME)
-    if not storage.exists(uri):
-        return None
-    value = storage.read_json(uri)
-    if value.pop("settings", None) != dataclasses.asdict(settings):
-        logger.info("%s is of other settings: training seed %d again", uri, seed)
-        return None
-    return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+    return read_seed_result(_result_uri(out, seed), dataclasses.asdict(settings))
+
+
+def _result_uri(out: str, seed: int) -> str:
+    return storage.join(out, model_path(seed), SEED_RESULT_NAME)
 
 
 def model_path(seed: int) -> str:
@@ -122,7 +113,7 @@ def model_path(seed: int) -> str:
 
 
 def read_test_predictions(out: str, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Labels and predictions (M, T) of the test molecules, as that seed's run stored them."""
+    """Labels and predictions (M, T) of the test molecules, as the run of this seed stored them."""
     content = storage.read_bytes(storage.join(out, model_path(seed), PREDICTIONS_NAME))
     table = pq.read_table(pa.BufferReader(content))
     table = table.filter(pc.equal(table["part"], "test"))
@@ -146,7 +137,7 @@ def _predictions(
     settings: FinetuneSettings,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """(M, T): validation and test molecules predicted, as numbers in the unit or probabilities; others NaN."""
+    """(M, T) predictions for validation and test molecules, as numbers in the unit or probabilities; NaN for others."""
     molecules, split = experiment.molecules, experiment.split
     rows = np.concatenate([split.valid, split.test])
     predictions = np.full(molecules.labels.shape, np.nan)

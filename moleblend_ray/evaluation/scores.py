@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.errors import DataError
+from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.tasks import Metric
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Score:
-    """A metric over all columns of a task."""
+    """A score over all columns of a task."""
 
     metric: Metric
-    """What was computed."""
+    """The metric."""
     value: float
     """Mean over the scored columns, in the labels' unit for errors."""
     columns: Mapping[str, float]
@@ -34,7 +35,7 @@ def score(
 ) -> Score:
     """Score (M, T) predictions against (M, T) labels; NaN labels are ignored, unscorable columns are named.
 
-    For ROC-AUC any monotone score (a logit) does as a prediction.
+    For ROC-AUC, predictions may be any monotone score, such as a logit.
     """
     if not np.isfinite(predictions).all():
         raise DataError(
@@ -78,8 +79,8 @@ def _column_score(
 def roc_auc(labels: NDArray[np.floating], predictions: NDArray[np.floating]) -> float:
     """Probability that a random positive ranks above a random negative, ties counting half.
 
-    Labels (K,) are 0 and 1, both present. (scikit-learn has this too, but takes seconds to import, which
-    every worker of a sweep would spend.)
+    Labels (K,) are 0 and 1, both present. (scikit-learn has this as well, but every worker of a sweep would spend
+    seconds on its import.)
     """
     _, inverse, counts = np.unique(predictions, return_inverse=True, return_counts=True)
     midranks = np.cumsum(counts) - (counts - 1) / 2
@@ -102,3 +103,26 @@ def is_better(metric: Metric, candidate: float, best: float) -> bool:
 def worst_score(metric: Metric) -> float:
     """A score that any finite one beats."""
     return -np.inf if metric.higher_is_better else np.inf
+
+
+class Judged(Protocol):
+    """Something that a score on the validation molecules is known of."""
+
+    @property
+    def valid_score(self) -> float | None:
+        """None if it has none."""
+
+
+C = TypeVar("C", bound=Judged)
+
+
+def best_candidate(metric: Metric, candidates: Sequence[C]) -> C:
+    """The candidate with the best validation score, the first of equals; TrainingError if none has a score."""
+    best: tuple[C, float] | None = None
+    for candidate in candidates:
+        value = candidate.valid_score
+        if value is not None and (best is None or is_better(metric, value, best[1])):
+            best = candidate, value
+    if best is None:
+        raise TrainingError(f"none of {len(candidates)} candidates has a validation score")
+    return best[0]

@@ -1,4 +1,5 @@
-"""What a sweep varies, and how: ranges and choices of fine-tuning settings, searcher, scheduler. Imports nothing heavy."""
+"""What a sweep varies, and how: ranges and choices of fine-tuning settings, searcher, scheduler. Imports nothing
+heavy."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Final
 
-from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.checks import Check, check_all
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.settings import FinetuneSettings
 
 Scalar = bool | int | float | str | None
@@ -65,8 +67,8 @@ class SearchSpace:
     epochs: tuple[int, int] | None = None
     """Fewest and most; null: the task's own range."""
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """More numbers of `finetune` to vary: name -> [lowest, highest]. Whole numbers where the setting is one; evenly in
-    the logarithm where the highest is 100 times the lowest or more."""
+    """More numbers of `finetune` to vary: name -> [lowest, highest]. Settings that are whole numbers get whole numbers.
+    The draw is even in the logarithm if the highest is at least 100 times the lowest."""
     choices: Mapping[str, tuple[Scalar, ...]] = field(default_factory=dict)
     """More settings of `finetune` to vary: name -> values to choose from."""
     searcher: str = "optuna"
@@ -97,7 +99,8 @@ class SearchSpace:
         )
 
     def dimensions(self, task_epochs: tuple[int, int]) -> dict[str, Dimension]:
-        """Setting -> what is drawn for it; ``task_epochs`` (fewest, most) where the space has no own range."""
+        """Setting -> what is drawn for it; ``task_epochs`` (fewest, most) is used if the space has no range of
+        epochs."""
         fewest, most = self.epochs or task_epochs
         found: dict[str, Dimension] = {}
         for name, limits in (
@@ -148,18 +151,18 @@ class SearchSpace:
 
 
 def with_drawn(settings: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:
-    """``settings`` with the values that a searcher drew; ConfigError if they do not go together."""
+    """``settings`` with the values that a searcher drew. Raises ConfigError if they contradict each other."""
     values = {name: _typed(name, plain_value(name, value)) for name, value in drawn.items()}
     return dataclasses.replace(settings, **values)
 
 
 def plain_values(drawn: Mapping[str, Any]) -> dict[str, Scalar]:
-    """What a searcher drew as plain values of the settings' types: some draw NumPy's numbers."""
+    """What a searcher drew, as plain values of the types of the settings: some searchers draw NumPy numbers."""
     return {name: plain_value(name, value) for name, value in drawn.items()}
 
 
 def plain_value(name: str, value: Any) -> Scalar:
-    """A value of the setting ``name`` as plain Python; ConfigError if it is none."""
+    """A value of the setting ``name`` as plain Python. Raises ConfigError if it is no value of this setting."""
     if isinstance(value, enum.Enum):
         value = value.value
     number = _number_type(name)
@@ -179,7 +182,7 @@ def plain_value(name: str, value: Any) -> Scalar:
 
 
 def _typed(name: str, value: Scalar) -> Any:
-    """A plain value as the setting's own type: an enumeration's member for its value."""
+    """A plain value as the type of the setting, such as the member of an enumeration."""
     for option in _options(name):
         if isinstance(option, type) and issubclass(option, enum.Enum):
             return value if value is None else option(value)
@@ -191,7 +194,7 @@ def _value_problem(name: str, value: Any) -> str | None:
     try:
         with_drawn(FinetuneSettings(), {name: value})
     except ConfigError as error:
-        # Settings that do not go together with the defaults may still do with others.
+        # A value that contradicts the defaults may still fit other settings.
         return next((line for line in str(error).splitlines() if line.startswith(f"{name}:")), None)
     return None
 
@@ -210,7 +213,7 @@ def _types() -> Mapping[str, Any]:
 
 
 def _options(name: str) -> tuple[Any, ...]:
-    """The types that a setting may have: ``X | None`` has two."""
+    """The types that a setting may have; ``X | None`` has two."""
     annotation = _types()[name]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return typing.get_args(annotation)
@@ -223,7 +226,7 @@ def _number_type(name: str) -> type | None:
 
 
 def _listed_values(name: str) -> list[Any]:
-    """Every value of a setting that has a fixed set of them; empty for numbers and free text."""
+    """All values of a setting with a fixed set of values; empty for numbers and free text."""
     values: list[Any] = []
     for option in _options(name):
         if typing.get_origin(option) is typing.Literal:
@@ -247,18 +250,18 @@ def _expected(name: str) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    # NumPy's numbers are among what searchers draw; bool is a number to Python only.
+    # Searchers may draw NumPy numbers. bool is a number for Python, but not here.
     return isinstance(value, typing.SupportsFloat) and not isinstance(value, bool | str)
 
 
-def _log_range(name: str, limits: tuple[float, float] | None) -> tuple[bool, str]:
+def _log_range(name: str, limits: tuple[float, float] | None) -> Check:
     return (
         limits is None or (0 < limits[0] <= limits[1] and math.isfinite(limits[1])),
         f"{name}: expected 0 < lowest <= highest, found {list(limits or ())}",
     )
 
 
-def _known(name: str, value: str, names: tuple[str, ...]) -> tuple[bool, str]:
+def _known(name: str, value: str, names: tuple[str, ...]) -> Check:
     return (
         value in names or "." in value,
         f"{name}: expected {', '.join(names)} or the path of a class of Ray Tune "

@@ -1,4 +1,4 @@
-"""Similarity of molecules to the nearest of others, by circular fingerprints packed into 64-bit words."""
+"""Similarity of molecules to the nearest of other molecules, by circular fingerprints packed into 64-bit words."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from moleblend_ray.chemistry.fingerprints import ecfp
 from moleblend_ray.errors import DataError
 
 RADIUS: Final = 2
-"""Bonds around an atom that its environments reach: ECFP4."""
+"""Radius of the environments of an atom, in bonds: ECFP4."""
 
 NUM_BITS: Final = 2048
 
 _TILE: Final = 256
-"""Fingerprints whose words (64 KiB) and counts stay in a core's cache while all queries pass over them."""
+"""Fingerprints per block: their words (64 KiB) and counts stay in the cache of a core while all queries use them."""
 
 
 def packed_ecfp(smiles: Sequence[str]) -> NDArray[np.uint64]:
-    """ECFP4 of ``smiles`` as (M, 32) uint64, 2,048 bits each; a SMILES that RDKit does not read has none set."""
+    """ECFP4 of ``smiles`` as (M, 32) uint64, 2,048 bits each; all bits are 0 for a SMILES that RDKit cannot read."""
     return pack(ecfp(smiles, radius=RADIUS, num_bits=NUM_BITS))
 
 
@@ -39,10 +39,10 @@ def nearest_similarity(
 ) -> NDArray[np.float64]:
     """Tanimoto similarity (Q,) float64 of each of ``queries`` (Q, W) to the most similar of ``others`` (N, W).
 
-    ``leave_out`` (Q,) names for each query a row of ``others`` that does not count. Where no row counts, and
-    where a query has no bit, the similarity is 0. Every pair is counted: bounds on the similarity from the
-    numbers of bits (Swamidass and Baldi, J. Chem. Inf. Model. 47, 302 (2007)) spare 2 to 6 % of them
-    when only the nearest is asked for. A DataError if the widths differ.
+    ``leave_out`` (Q,) gives for each query a row of ``others`` that does not count. If no row counts, or a query has no
+    bit, the similarity is 0. Every pair is computed: bounds from the numbers of bits (Swamidass and Baldi, J. Chem.
+    Inf. Model. 47, 302 (2007)) would save only 2 to 6 % of the pairs in a search for the nearest. Raises DataError if
+    the widths differ.
     """
     if queries.ndim != 2 or queries.shape[1:] != others.shape[1:]:
         raise DataError(
@@ -52,14 +52,14 @@ def nearest_similarity(
     if leave_out is None:
         leave_out = np.full(len(queries), -1, np.int64)
     best = np.zeros(len(queries))
-    # Word by word over many fingerprints, so that the innermost loop runs over neighbouring memory.
+    # Word by word over many fingerprints, so that the innermost loop reads contiguous memory.
     by_word = np.ascontiguousarray(others.T)
     _nearest(queries, by_word, _num_bits(queries), _num_bits(others), leave_out, best)
     return best
 
 
 def _num_bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Bits set in each row."""
+    """Number of bits set in each row."""
     counts: NDArray[np.int64] = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
     return counts
 
@@ -73,7 +73,7 @@ def _type_popcount(_typing_context: Any, _word: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-# In kernels: how many bits of a uint64 are set. One instruction, of which there are eight-fold ones.
+# In kernels: the number of bits set in a uint64. One instruction, which also exists for eight words at a time.
 _popcount: Any = intrinsic(_type_popcount)
 
 

@@ -1,4 +1,4 @@
-"""Where the molecules of several tasks lie: a table or prepared dataset for each in one directory, or one for all."""
+"""Where the molecules of several tasks are: one directory with a table or prepared dataset per task, or one for all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.sources.archives import container_of, text_format
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.tasks import Task
@@ -17,22 +17,22 @@ _PARQUET = (".parquet", ".pq")
 
 
 class TaskSources(NamedTuple):
-    """What a source has for each task that was asked for."""
+    """What a source holds for each task that was asked for."""
 
     found: dict[str, str]
     """Name of a task -> URI of its molecules; several tasks may have the same."""
     missing: dict[str, str]
-    """Name of a task -> what was looked for in vain."""
+    """Name of a task -> name that was looked for and not found."""
 
 
 def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
     """The molecules of each task in ``source``, a path or URI.
 
-    A file, a glob or a prepared dataset is that of every task. In a directory, the one of a task is, by its name or
-    one under which its table is published (``Task.files``), whatever the case: a prepared dataset ``NAME/``, a file
-    ``NAME.csv.gz``, ``NAME.parquet`` and the like, or a folder ``NAME/`` of such files. A directory in which tasks
-    that share a table (those of QM9) find nothing under their names is itself their source. ConfigError if there is
-    a choice between several that are not prepared; StorageError if the source does not exist.
+    A file, a glob or a prepared dataset is used for every task. In a directory each task has its own: a prepared
+    dataset ``NAME/``, a file such as ``NAME.csv.gz`` or ``NAME.parquet``, or a folder ``NAME/`` with such files. NAME
+    is the name of the task or one under which its table is published (``Task.files``), in upper or lower case. If tasks
+    that share a table (those of QM9) find nothing under their names, the directory itself is their source. Raises
+    ConfigError if there are several candidates that are not prepared, StorageError if the source does not exist.
     """
     if storage.exists(storage.join(source, MANIFEST_NAME)):
         return TaskSources({task.name: source for task in tasks}, {})
@@ -56,14 +56,14 @@ def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
 
 
 class _Entry(NamedTuple):
-    """A file or folder of the directory."""
+    """A file or folder in the directory."""
 
     name: str
     is_prepared: bool
 
 
 def _entries(paths: Sequence[str]) -> dict[str, list[_Entry]]:
-    """By stem in lower case: tables, and folders that hold tables or a prepared dataset."""
+    """Name without ending, in lower case -> tables, and folders with tables or a prepared dataset."""
     folders: dict[str, list[str]] = defaultdict(list)
     entries: dict[str, list[_Entry]] = defaultdict(list)
     for path in paths:
@@ -80,7 +80,7 @@ def _entries(paths: Sequence[str]) -> dict[str, list[_Entry]]:
 
 
 def _entry_of(task: Task, entries: Sequence[_Entry], source: str) -> _Entry | None:
-    """The one entry of a task: a prepared dataset may stand beside the table it was made of."""
+    """The only entry of a task; a prepared dataset may be beside the table that it was made from."""
     candidates = [entry for entry in entries if entry.is_prepared] or list(entries)
     if len(candidates) > 1:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""How far a command that fine-tunes, sweeps, embeds or predicts is, from its files alone."""
+"""The state of a command that fine-tunes, sweeps, embeds or predicts, from its files alone."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME, SPLITS, load_manifest
+from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-# Names that commands give to their files. They stand in modules that import torch and Ray, which a look at files should not
-# wait for; a test compares them.
+# Names of the files that commands write. They are repeated here because the modules that define them import torch and
+# Ray, which takes seconds; a test compares them.
 RESULTS_NAME: Final = "results.json"
 LEADERBOARD_NAME: Final = "leaderboard.json"
 SUMMARY_NAMES: Final = {"EmbedConfig": "embeddings.json", "PredictConfig": "predictions.json"}
@@ -37,11 +38,11 @@ class PartsStatus:
     detail: str
     parts_done: int
     parts: int | None
-    """None while the molecules are being prepared."""
+    """Number of parts in total; None while the molecules are being prepared."""
     molecules: int | None
-    """In all parts; of an unfinished one, molecules of the data set."""
+    """Molecules in all parts or, while unfinished, in the data set."""
     bytes: int
-    """Of the parts there are."""
+    """Bytes of the existing parts."""
     rejected: int | None
     molecules_per_s: float | None
 
@@ -58,16 +59,16 @@ class SweepStatus:
     detail: str
     task: str
     trials_done: int
-    """Whose last epoch is over, or that were stopped early and are in the results."""
+    """Trials that have ended, or that were stopped early and are in the results."""
     trials_begun: int
     trials: int | None
-    """None for a fine-tuning, which has none."""
+    """Number of trials; None for fine-tuning, which has none."""
     best_valid_score: float | None
-    """Of any trial so far."""
+    """Best validation score of any trial so far."""
     seeds_done: int
     seeds: int
     baselines: tuple[str, ...]
-    """Those with at least one result."""
+    """Baselines with at least one result."""
     test: Mapping[str, float]
     """Model -> mean test score, once there are results."""
     metric: str
@@ -90,13 +91,13 @@ class TasksStatus:
     kind: str
     uri: str
     state: str
-    """``finished``, ``failed`` (some tasks) or ``unfinished``."""
+    """``finished``, ``failed`` (some tasks did) or ``unfinished``."""
     detail: str
     tasks: tuple[TaskStatus, ...]
 
 
 def tasks_status(uri: str) -> TasksStatus:
-    """Of a directory with a leaderboard."""
+    """The status of a directory with a leaderboard."""
     board = storage.read_json(storage.join(uri, LEADERBOARD_NAME))
     tasks = tuple(
         TaskStatus(name=row["name"], state=row["status"], reason=row.get("reason", ""))
@@ -116,7 +117,7 @@ def tasks_status(uri: str) -> TasksStatus:
 
 
 def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
-    """Of an embedding or prediction whose config.json is ``identity``."""
+    """The status of an embedding or prediction whose config.json is ``identity``."""
     job = identity["config"]["job"]
     kind = {"EmbedConfig": "embed", "PredictConfig": "predict"}[job]
     there = _listed(uri, "parts")
@@ -151,7 +152,7 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
 
 
 def _planned(uri: str, prepared: str, source: str | None) -> tuple[int | None, int | None, str]:
-    """Parts and molecules that there will be, and what is under way."""
+    """The expected numbers of parts and molecules, and what is being done."""
     for data_uri in (storage.join(uri, prepared), source):
         if data_uri and storage.exists(storage.join(data_uri, MANIFEST_NAME)):
             manifest = load_manifest(data_uri)
@@ -171,7 +172,7 @@ def _preparing(data_uri: str) -> str:
 
 
 def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
-    """Of a sweep or fine-tuning whose config.json is ``identity``."""
+    """The status of a sweep or fine-tuning whose config.json is ``identity``."""
     config = identity["config"]
     is_sweep = config["job"] == "SweepConfig"
     results = _read(uri, RESULTS_NAME)
@@ -216,7 +217,8 @@ def _sweep_detail(uri: str, results: Any, trials: list[Any], seeds: int, *, is_s
 
 
 def _direction(trials: list[Any]) -> bool | None:
-    """Whether a higher score is better, as the best of a trial's epochs tells; None if they do not."""
+    """Whether a higher score is better, according to the best scores in the epochs of trials; None if they do not
+    tell."""
     for trial in trials:
         scores = [epoch["valid_score"] for epoch in trial]
         if scores and min(scores) < max(scores):
@@ -248,7 +250,7 @@ def _with_result(uri: str, folder: str) -> int:
 
 
 def _baseline_of(file_uri: str) -> str:
-    """forest, of .../baselines/forest/seed-0.json."""
+    """The kind in .../baselines/KIND/seed-0.json."""
     return file_uri.rpartition("/baselines/")[2].partition("/")[0]
 
 

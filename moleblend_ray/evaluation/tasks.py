@@ -1,7 +1,7 @@
-"""The task table: what MoleculeNet and QM7 to QM9 ask, how they are split and in which units they are scored.
+"""The table of tasks: labels, splits, metrics and units of MoleculeNet and QM7 to QM9.
 
-It is the only place that knows a task; ``conf/task/<name>.yaml`` merely names an entry. A user's own table of
-molecules is a task too: name its label columns and say whether they are classes or numbers.
+Tasks are defined only here; ``conf/task/<name>.yaml`` just names an entry. A user's own table of molecules is a task as
+well: name its label columns and say whether they are classes or numbers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from moleblend_ray.errors import ConfigError
 
 
 class TaskKind(StrEnum):
-    """What a label is."""
+    """Type of the labels."""
 
     CLASSIFICATION = "classification"
-    """0 or 1 in each column; several columns are several independent questions."""
+    """0 or 1 in each column; several columns are independent questions."""
     REGRESSION = "regression"
     """A real number in each column."""
 
@@ -37,12 +37,12 @@ class Metric(StrEnum):
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a larger score is a better one."""
+        """Whether a larger score is better."""
         return self is Metric.ROC_AUC
 
     @property
     def shown_name(self) -> str:
-        """As tables call it."""
+        """Name in tables."""
         return {"roc_auc": "ROC-AUC", "rmse": "RMSE", "mae": "MAE"}[self.value]
 
 
@@ -52,16 +52,17 @@ class SplitKind(StrEnum):
     SCAFFOLD = "scaffold"
     """Murcko scaffolds, largest groups first into training (DeepChem's order); no scaffold is in two parts."""
     SCAFFOLD_BALANCED = "scaffold_balanced"
-    """Murcko scaffolds, groups too large for validation and test first, the rest in a seeded order (chemprop's)."""
+    """Murcko scaffolds; groups too large for validation and test first, then the others in a seeded order
+    (chemprop's)."""
     RANDOM = "random"
-    """Seeded, over distinct SMILES; no molecule is in two parts."""
+    """Random by a seed, over distinct SMILES; no molecule is in two parts."""
     GIVEN = "given"
-    """As the data says: by a column, by a split file, or by the splits of a prepared dataset."""
+    """Given with the data, by a column, a split file or the splits of a prepared dataset."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One benchmark or one user's question."""
+    """A benchmark, or a question of a user."""
 
     name: str
     """Name by which the task is asked for."""
@@ -78,9 +79,9 @@ class Task:
     citation: str
     """Where the data comes from."""
     epochs: tuple[int, int] = (40, 100)
-    """Fewest and most epochs a sweep tries (the published search ranges)."""
+    """Fewest and most epochs that a sweep tries (the published search ranges)."""
     files: tuple[str, ...] = ()
-    """Names without ending, in lower case, under which its table is published, besides the task's own."""
+    """Other names under which its table is published, without ending and in lower case."""
 
     def __post_init__(self) -> None:
         if (self.kind is TaskKind.CLASSIFICATION) != (self.metric is Metric.ROC_AUC):
@@ -106,7 +107,7 @@ _MUV: Final = tuple(
 
 _QM8_COLUMNS: Final = tuple(
     f"{quantity}-{method}"
-    # MoleculeNet's header has PBE0 twice (def2SVP, then def2TZVP); these are the names its readers see.
+    # MoleculeNet's header has PBE0 twice (def2SVP, then def2TZVP); these are the names that its readers see.
     for method in ("CC2", "PBE0", "PBE0.1", "CAM")
     for quantity in ("E1", "E2", "f1", "f2")
 )
@@ -243,8 +244,8 @@ def is_group(name: str | Sequence[str]) -> bool:
 def task_names(name: str | Sequence[str]) -> tuple[str, ...]:
     """The names that a name, a group or a list of them stands for, in order, each once.
 
-    ConfigError if a list is empty or has a name that is neither in the table nor a group: what a table of the
-    user's own asks is described by settings that hold for one task.
+    Raises ConfigError if a list is empty, or has a name that is neither in the table nor a group: a user's own table is
+    described by settings for a single task.
     """
     if isinstance(name, str):
         return GROUPS.get(name, (name,))
@@ -268,7 +269,7 @@ def resolve_task(
     split: SplitKind | None = None,
     unit: str | None = None,
 ) -> Task:
-    """The task of that name with the given fields replaced, or a user's own task described by them."""
+    """The task with this name and the given fields replaced, or a user's own task described by these fields."""
     known = TASKS.get(name)
     if known is None:
         return _own_task(name, columns, kind, metric, split, unit)

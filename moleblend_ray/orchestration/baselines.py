@@ -1,6 +1,6 @@
-"""What stands beside a trained model: fingerprint and descriptor models, and the same encoder without pretraining.
+"""Baselines to compare a model with: models on fingerprints and descriptors, and the same encoder without pretraining.
 
-All are chosen and scored as the model is, on the same split and with the same seeds.
+All are chosen and scored in the same way as the model, on the same split and with the same seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.baseline_runs import (
-    best_candidate,
     compute_features,
     fit_seed,
     fitted_seed,
@@ -41,6 +40,7 @@ from moleblend_ray.evaluation.results import (
     SeedResult,
     Training,
 )
+from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.workers import reserved_threads
@@ -50,19 +50,20 @@ logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=PropertyConfig)
 
 SCRATCH_DIR = "scratch"
-"""Folder within ``out`` of the encoder without pretraining: its search and its models."""
+"""Folder in ``out`` for the search and the models of the encoder without pretraining."""
 
 MOLECULES_PER_TASK = {FeatureKind.FINGERPRINTS: 8192, FeatureKind.DESCRIPTORS: 512}
-"""Molecules whose features one task computes: some seconds of work."""
+"""Molecules per task that computes features: some seconds of work."""
 
 
 def run_baselines(
     config: C, bench: Bench, seeds: Sequence[int], train: Callable[[C, Bench], Training]
 ) -> Baselines:
-    """Every baseline that is asked for. ``train`` is what trained the model: the encoder without pretraining goes the same way.
+    """Train and score every baseline that is asked for. ``train`` trains the encoder without pretraining, as it did the
+    model.
 
-    What an interrupted command had finished is not repeated. A baseline that cannot be trained is left out with its
-    reason; LostWorkError if the cluster lost it.
+    What an interrupted command had finished is not repeated. A baseline that cannot be trained is left out, with its
+    reason. Raises LostWorkError if the cluster lost the work.
     """
     kinds = [kind for kind in config.baseline.kinds if kind is not BaselineKind.SCRATCH]
     results = _FeatureBaselines(config, bench).run(kinds, seeds)
@@ -82,7 +83,7 @@ def run_baselines(
 
 
 def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]) -> BaselineResult:
-    """The same architecture, data, settings or search, and seeds; only the weights are new."""
+    """The model from scratch: same architecture, data, settings or search, and seeds, but new weights."""
     logger.info("the same from scratch, to compare with")
     experiment = bench.experiment
     start = dataclasses.replace(experiment.start, encoder=None, fingerprint=None)
@@ -92,7 +93,7 @@ def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]
         out=storage.join(config.out, SCRATCH_DIR),
         checkpoint=None,
         model=start.model,
-        # Frozen blocks would stay as they were drawn.
+        # Frozen blocks would keep their random weights.
         finetune=dataclasses.replace(config.finetune, frozen_blocks=None, fresh_blocks=0),
     )
     found = train(
@@ -113,14 +114,14 @@ def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]
 
 @dataclass(frozen=True, slots=True)
 class _Shared:
-    """A :class:`BaselineData` in the object store, without and with the test molecules."""
+    """References to :class:`BaselineData` in the object store, without and with the test molecules."""
 
     seen: Any
     whole: Any
 
 
 class _FeatureBaselines:
-    """Baselines of fingerprints and descriptors. Features are computed once, and only if something is left to do."""
+    """Baselines on fingerprints and descriptors. Features are computed once, and only if something is left to do."""
 
     def __init__(self, config: PropertyConfig, bench: Bench) -> None:
         self._out = config.out
@@ -177,7 +178,7 @@ class _FeatureBaselines:
     def _fit(
         self, chosen: Mapping[BaselineKind, Settings], seeds: Sequence[int]
     ) -> dict[BaselineKind, tuple[SeedResult, ...]]:
-        """The chosen settings of each kind with every seed; what draws nothing is fitted once."""
+        """Fit the chosen settings of each kind with every seed; a kind without randomness is fitted once."""
         found = {
             (kind, seed): fitted_seed(kind, settings, seed, self._out)
             for kind, settings in chosen.items()

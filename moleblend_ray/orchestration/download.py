@@ -1,4 +1,4 @@
-"""The job that fetches a published collection, in this process; needs neither Ray nor RDKit."""
+"""The job that downloads a published collection, in this process. It needs neither Ray nor RDKit."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _LOG_INTERVAL_S = 10.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadSummary:
-    """What is there, and how it was verified."""
+    """The files of a collection, and how they were verified."""
 
     out: str
     files: int
-    """Files of the collection, all of them there."""
+    """Number of files; all of them are there."""
     bytes: int
-    """Of all of them."""
+    """Size of all files."""
     transferred: int
-    """Bytes fetched by this run."""
+    """Bytes that this command downloaded."""
     verified_by: dict[str, str]
-    """File -> published sha256, published md5, recorded sha256 (of the first download), or first download (nothing
-    was published to compare with)."""
+    """File -> what it was compared with: "published sha256", "published md5", "recorded sha256" (of the first
+    download), or "first download" (there is nothing to compare with)."""
     seconds: float
 
 
 def download(config: DownloadConfig) -> DownloadSummary:
-    """Fetch the files of ``config.collection``; those that are there already are verified and kept."""
+    """Download the files of ``config.collection``. Files that are already there are verified and kept."""
     start_s = time.monotonic()
     config = with_absolute_paths(config)
     collection = config.collection
@@ -53,7 +53,7 @@ def download(config: DownloadConfig) -> DownloadSummary:
     for file in fetched:
         if file.verified_by == "first download":
             logger.warning(
-                "%s: no checksum is published; its SHA-256 %s is recorded and holds from now on",
+                "%s: no checksum is published; its SHA-256 %s is recorded, and later downloads are compared with it",
                 file.name,
                 file.sha256,
             )
@@ -70,7 +70,7 @@ def download(config: DownloadConfig) -> DownloadSummary:
 
 
 class _Display:
-    """A bar for each file on a terminal, a log line now and then elsewhere."""
+    """Shows a bar for each file on a terminal, and log lines elsewhere."""
 
     def __init__(self) -> None:
         self._name = ""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import ray
 
@@ -18,7 +18,9 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, PropertyConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.differences import differences
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     CheckpointError,
@@ -34,13 +36,9 @@ from moleblend_ray.evaluation.dataset import (
     split_molecules,
     with_fewer_labels,
 )
+from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
-from moleblend_ray.evaluation.property_model import (
-    SavedProperty,
-    is_property_model,
-    load_property_model,
-)
 from moleblend_ray.evaluation.results import (
     RESULTS_NAME,
     RESULTS_VERSION,
@@ -52,7 +50,6 @@ from moleblend_ray.evaluation.results import (
     seeds_entry,
     task_entry,
     versions,
-    weights_fingerprint,
 )
 from moleblend_ray.evaluation.runs import (
     Experiment,
@@ -61,49 +58,54 @@ from moleblend_ray.evaluation.runs import (
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind
-from moleblend_ray.orchestration.local import require_labels
+from moleblend_ray.orchestration.local import (
+    require_labels,
+    require_resources,
+    require_shared_paths,
+    warn_of_unused_gpus,
+)
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import train_seed
-from moleblend_ray.training.export import load_model
 
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 
 IDENTITY_NAME = "config.json"
-"""What the directory is for; a different question needs a different directory."""
+"""File that says what question the results in a directory answer; another question needs another directory."""
 
 DATA_DIR = "data"
-"""Where a raw source is prepared within ``out``."""
+"""Folder in ``out`` into which a raw source is prepared."""
 
 ROWS_PER_CHUNK = 256
-"""Rows per task when preparing labelled molecules: sets are small, and conformers cost about 0.1 s each."""
+"""Rows per task when preparing labelled molecules: the sets are small, and a conformer takes about 0.1 s."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """A task's molecules and starting weights, read once and shared with every task of the cluster."""
+    """The molecules and starting weights of a task, read once and shared with all Ray tasks."""
 
     data_uri: str
     """The prepared dataset."""
     experiment: Experiment
-    """On the driver."""
+    """The experiment in the memory of the driver."""
     shared: Any
-    """The experiment in the object store (``ray.ObjectRef``)."""
+    """Reference to the experiment in the object store (``ray.ObjectRef``)."""
     split_hash: str
-    """Of the split of all labelled molecules of the dataset."""
+    """Hash of the split of all labelled molecules of the dataset."""
 
 
 def set_up(config: PropertyConfig) -> Bench:
-    """Prepare and load the molecules, split them, load the starting weights; check that ``out`` is for this."""
-    require_labels("worker_labels", config.cluster.worker_labels)
-    require_labels("data_labels", config.cluster.data_labels)
+    """Prepare, load and split the molecules and load the starting weights; check that ``out`` belongs to this
+    question."""
+    check_cluster(config)
     task = config.task.resolve()
+    # Before molecules are prepared, which takes longest: what can be wrong without them.
     start = starting_point(config)
-    data_uri = prepare_task(config)
     named = named_splits(config.task)
+    data_uri = prepare_task(config)
     molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
     split = with_fewer_labels(
         split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
@@ -139,6 +141,20 @@ def set_up(config: PropertyConfig) -> Bench:
     )
 
 
+def check_cluster(config: PropertyConfig) -> None:
+    """Refuse a cluster on which the trainings would wait forever, or on which each machine would write to its own disk."""
+    cluster = config.cluster
+    require_labels("worker_labels", cluster.worker_labels)
+    require_labels("data_labels", cluster.data_labels)
+    need = {"CPU": cluster.cpus_per_worker}
+    if cluster.use_gpu:
+        need["GPU"] = config.gpus_per_worker
+    require_resources(need, "one training", cluster.worker_labels)
+    paths = {"task.source": config.task.source, "out": config.out, "checkpoint": config.checkpoint}
+    require_shared_paths({name: uri for name, uri in paths.items() if uri is not None})
+    warn_of_unused_gpus(cluster)
+
+
 def prepare_task(config: PropertyConfig) -> str:
     """URI of the task's prepared molecules."""
     task = config.task
@@ -159,9 +175,9 @@ def prepare_molecules(
     rows_per_chunk: int,
     cluster: ClusterConfig,
 ) -> str:
-    """URI of the prepared dataset: the source itself if it is one, else ``out``, made (or completed) now.
+    """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
-    All molecules are in one split, in the source's order.
+    All molecules are in one split, in the order of the source.
     """
     if storage.exists(storage.join(molecules.source, MANIFEST_NAME)):
         return molecules.source
@@ -182,20 +198,21 @@ def prepare_molecules(
             cluster=dataclasses.replace(
                 cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
             ),
-        )
+        ),
+        wants_coordinates=bool(molecules.conformers),
     )
     return out
 
 
 def _conformers(count: int) -> ConformerConfig:
-    """So many conformers for each molecule without coordinates; their time limit grows with their number."""
+    """Settings for ``count`` conformers per molecule without coordinates; the time limit grows with the number."""
     usual = ConformerConfig()
     most = max(1, count)
     return ConformerConfig(generate=count > 0, count=most, timeout_s=usual.timeout_s * most)
 
 
 def named_splits(task: TaskConfig) -> NamedSplits | None:
-    """The splits that the task's column or file gives by name; None if it has neither."""
+    """The splits that the column or the file of the task names; None if it has neither."""
     if task.split_column is not None:
         return splits_of_column(task.source, task.split_column)
     return None if task.split_file is None else splits_of_file(task.split_file)
@@ -210,24 +227,6 @@ def starting_point(config: PropertyConfig) -> StartingPoint:
     if config.checkpoint is None:
         return StartingPoint(model=config.model, encoder=None, fingerprint=None)
     return load_encoder(config.checkpoint).start
-
-
-class LoadedEncoder(NamedTuple):
-    """A checkpoint's encoder, and what its property head predicts if it has a trained one."""
-
-    start: StartingPoint
-    """The encoder's architecture, weights and fingerprint."""
-    fine_tuned: SavedProperty | None
-    """The whole model, if it is a fine-tuned one."""
-
-
-def load_encoder(checkpoint: str) -> LoadedEncoder:
-    """From a pretraining run, one of its checkpoints, an exported model, or a fine-tuned model's folder."""
-    fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
-    model = load_model(checkpoint) if fine_tuned is None else fine_tuned.model
-    state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
-    start = StartingPoint(model=model.config, encoder=state, fingerprint=weights_fingerprint(state))
-    return LoadedEncoder(start, fine_tuned)
 
 
 def train_seeds(
@@ -252,13 +251,13 @@ def train_seeds(
 
 
 class LostWorkError(TrainingError):
-    """Work was lost for a reason outside of it, such as a node that went: the same command may well succeed."""
+    """Work was lost for an external reason, such as the loss of a node: the same command may succeed."""
 
 
 def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
-    """Results of the tasks by key, with progress; the first error stops the rest and is raised as itself.
+    """Results of the tasks by key, with progress. The first error of a task stops the others and is raised unchanged.
 
-    LostWorkError if a worker process or its node is lost.
+    Raises LostWorkError, and stops the others, if a worker process or its node is lost.
     """
     found: dict[K, Any] = {}
     waiting = list(references)
@@ -278,16 +277,18 @@ def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
                     values["valid"] = result.valid_score
                 progress.reporter(values)
         except ray.exceptions.RayTaskError as error:
-            for reference in waiting:
-                ray.cancel(reference, force=True)
             raise error.cause from error
         except ray.exceptions.RayError as error:
             raise LostWorkError(f"{description}: a worker was lost: {error}") from error
+        finally:
+            # Whatever ended this: what comes next needs their CPUs.
+            for reference in waiting:
+                ray.cancel(reference, force=True)
     return found
 
 
 def worker_resources(config: PropertyConfig) -> dict[str, float]:
-    """What one training reserves, as arguments of ``ray.remote``; its nodes are those of ``cluster.worker_labels``."""
+    """Resources that one training reserves, as arguments of ``ray.remote``, on nodes with ``cluster.worker_labels``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
 
@@ -300,7 +301,7 @@ def write_results(
     *,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write the report, then ``results.json``, whose presence means that all is done."""
+    """Write the report, then ``results.json``, whose presence means that everything is done."""
     experiment, split = bench.experiment, bench.experiment.split
     start = experiment.start
     name = "from scratch" if config.checkpoint is None else "fine-tuned"
@@ -334,7 +335,7 @@ def write_results(
         "seconds": seconds,
     }
     results = redact(results)
-    # Not above: every process of these jobs imports this module, and would bring matplotlib and scikit-learn.
+    # Not above: every process of these jobs imports this module, and would import matplotlib and scikit-learn with it.
     from moleblend_ray.evaluation.report import write_report
 
     write_report(config.out, results, *read_test_predictions(config.out, model.final[0].seed))
@@ -343,7 +344,7 @@ def write_results(
 
 
 def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
-    """The stored results if ``out`` holds finished ones for this question; a ConfigError if for another."""
+    """The stored results if ``out`` holds finished ones for this question. Raises ConfigError if for another."""
     uri = storage.join(config.out, RESULTS_NAME)
     if not storage.exists(uri):
         return None
@@ -367,14 +368,14 @@ def _check_version(uri: str, results: Mapping[str, Any]) -> None:
     version = results.get("results_version")
     if version != RESULTS_VERSION:
         raise ConfigError(
-            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the results "
-            "there were made by another release, with other baselines. Its models and predictions stay usable. Give another `out` to compute "
-            "the results of this release"
+            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the "
+            "results there were made by another release, with other baselines. Their models and predictions can still "
+            "be used. Give another `out` to compute the results of this release"
         )
 
 
 def question(config: PropertyConfig) -> dict[str, Any]:
-    """The settings that decide the results: not where they are computed or stored."""
+    """The settings that determine the results, without those that say where they are computed or stored."""
     settings = to_dict(config)
     for name in ("out", "cluster", "gpus_per_worker"):
         settings.pop(name)
@@ -382,7 +383,7 @@ def question(config: PropertyConfig) -> dict[str, Any]:
 
 
 def claim(out: str, identity: Mapping[str, Any]) -> None:
-    """Mark ``out`` as being for this question, or find it so marked; credentials in it are hidden."""
+    """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note."""
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
         _compare(out, storage.read_json(uri), identity)
@@ -393,9 +394,10 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
 def check_finished(
     out: str, question: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]]
 ) -> None:
-    """A ConfigError if the finished ``out`` is for another question, or of data or weights that changed since.
+    """Raise ConfigError if the finished ``out`` is for another question, or for data or weights that have changed
+    since.
 
-    ``inputs`` gives the present fingerprints. Inputs that are gone do not make finished results less finished.
+    ``inputs`` gives the present fingerprints. If inputs are gone, the results still count as finished.
     """
     stored = storage.read_json(storage.join(out, IDENTITY_NAME))
     _compare(out, stored["config"], question)
@@ -408,9 +410,9 @@ def check_finished(
 
 
 def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[str, str | None]:
-    """The present fingerprint of ``source``: a prepared dataset, or one that was prepared into ``data_uri``.
+    """The present fingerprint of ``source``, which is a prepared dataset or was prepared into ``data_uri``.
 
-    Empty if the user has deleted what was prepared. ``prepare`` compares it with the source, and refuses a change.
+    Empty if the prepared dataset was deleted. ``prepare`` compares it with the source and refuses a change.
     """
     if not any(storage.exists(storage.join(uri, MANIFEST_NAME)) for uri in (source, data_uri)):
         return {}
@@ -418,22 +420,13 @@ def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[
 
 
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    # Credentials may differ between a command and its repetition; neither shows them.
-    differing = _differences(redact(stored), redact(asked))
+    # Credentials may differ between a command and its repetition; both are compared without them.
+    differing = differences(redact(stored), redact(asked))
     if differing:
+        listed = "; ".join(
+            f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items()
+        )
         raise ConfigError(
-            f"{out} holds results of other settings or inputs; they differ in {'; '.join(differing)}. "
+            f"{out} holds results of other settings or inputs; they differ in {listed}. "
             "Give another `out`, or repeat settings and inputs as they were"
         )
-
-
-def _differences(stored: Any, asked: Any, path: str = "") -> list[str]:
-    if isinstance(stored, Mapping) and isinstance(asked, Mapping):
-        return [
-            line
-            for name in dict.fromkeys((*stored, *asked))
-            for line in _differences(
-                stored.get(name), asked.get(name), f"{path}.{name}" if path else name
-            )
-        ]
-    return [] if stored == asked else [f"{path}: {stored!r} there, {asked!r} here"]

@@ -1,9 +1,9 @@
 """Training with as many workers as the cluster has room for.
 
 Ray Train's own elastic policy takes any number of workers between two bounds, may leave no CPU to the data actors, and
-kills a healthy group in order to start a larger one. Here a number must divide the streams of the data order, so that the global
-batches stay the same, the data actors keep their CPUs, and a group is asked to commit its step and leave before a larger
-one starts.
+kills a healthy group in order to start a larger one. Here the number of workers must divide the number of streams, so
+that the global batches stay the same. The data actors keep their CPUs, and before a larger group starts, the present
+one is asked to commit its step and leave.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _LOOKS_TO_FORCE: Final = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _NamedRun:
-    """What Ray's policy reads of a TrainRunContext."""
+    """The parts of a TrainRunContext that Ray's policy reads."""
 
     run_id: str
 
 
 class GracefulElasticPolicy(ElasticScalingPolicy):
-    """Starts the largest group of the allowed sizes that fits, and resizes it through the stop flag. Runs in Ray Train's
-    controller."""
+    """Starts the largest group of an allowed size that fits, and resizes it through the stop flag. Runs in the
+    controller of Ray Train."""
 
     def __init__(
         self,
@@ -66,12 +66,12 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         self._reminded_s = time.monotonic()
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
-        """Ask for resources under the name of our run: the request of a command that was killed, which Ray keeps for three
-        minutes, is then replaced and does not stand in the way."""
+        """Request resources under the name of our run. Ray keeps the request of a killed command for three minutes;
+        with the same name it is replaced and does not stay in the way."""
         super().after_controller_start(_NamedRun(run_id=self._run_name))  # type: ignore[arg-type]
 
     def _count_possible_workers(self, reserved_resources: Any) -> int:
-        # Ray's count knows what other jobs hold; ours leaves room for the data actors.
+        # Ray's count includes what other jobs hold; ours leaves room for the data actors.
         leaving = ray._private.state.state.get_draining_nodes()
         nodes = [node for node in live_nodes() if node["NodeID"] not in leaving]
         for_workers, for_actors = self._labels
@@ -91,10 +91,10 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
         return self._room
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        """Start what fits, or wait and say so. SIGTERM ends the wait with a StoppedWhileWaitingError."""
+        """Start a group that fits, or wait and log it. SIGTERM ends the wait with a StoppedWhileWaitingError."""
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
-            # What was asked of the group before is done with.
+            # What was asked of the former group no longer matters.
             self._looks = self._wanted = 0
             self._stop_flag.ask("")
             return decision
@@ -115,23 +115,24 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(
         self, worker_group_state: Any, worker_group_status: Any
     ) -> ScalingDecision:
-        """Another size sets the stop flag if two looks agree on it. A group without room is resized at once after six."""
+        """Set the stop flag if two looks agree on another size. After six looks, a group without room is resized at
+        once."""
         latest = self._latest_monitor_time
         decision = super().make_decision_for_running_worker_group(
             worker_group_state, worker_group_status
         )
         if not isinstance(decision, ResizeDecision):
-            if self._latest_monitor_time != latest:  # it looked, and nothing can be done
+            if self._latest_monitor_time != latest:  # It looked, and nothing can be done.
                 self._looks = 0
                 if self._room < self._sizes[0]:
                     self._remind("the data actors may have no room:")
             return decision
         self._looks = self._looks + 1 if decision.num_workers == self._wanted else 1
         self._wanted = decision.num_workers
-        # Nodes that come and go are not worth a restart.
+        # A node that is there only briefly is not worth a restart.
         if self._looks >= _LOOKS_TO_ASK:
             self._stop_flag.ask("resize")
-        # Workers that took the place of the data actors wait for data, and will not come to the end of a step.
+        # Workers that took the place of the data actors wait for data and never reach the end of a step.
         is_starving = self._wanted < worker_group_state.num_workers
         if is_starving and self._looks >= _LOOKS_TO_FORCE:
             self._looks = 0
@@ -154,9 +155,10 @@ def count_workers(
     *,
     actors_only_cpus: float = 0.0,
 ) -> int:
-    """The largest of ``sizes`` (ascending) for which ``nodes`` (resource -> amount) have room besides the data actors; 0 if none.
+    """The largest of ``sizes`` (ascending) for which ``nodes`` (resource -> amount) have room besides the data actors,
+    or 0.
 
-    A worker must fit on one node; of the actors only the sum of CPUs is looked at, and ``actors_only_cpus`` of it have a place on
+    A worker must fit on one node. For the actors only the sum of CPUs counts, of which ``actors_only_cpus`` are on
     nodes where no worker may run.
     """
     slots = sum(
@@ -182,8 +184,9 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):
         labels: tuple[Labels, Labels] = (None, None),
         **options: Any,
     ) -> None:
-        """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of one;
-        ``run_name``: the same in every command for the run; ``labels``: of the nodes for workers, and of those for data actors."""
+        """``sizes``: allowed numbers of workers, ascending; ``data_actors``: their least number and the CPUs of each;
+        ``run_name``: the same in every command for the run; ``labels``: of the nodes for workers, and of those for data
+        actors."""
         super().__init__(**options)
         self._policy_arguments = (sizes, data_actors, stop_flag, run_name, labels)
 

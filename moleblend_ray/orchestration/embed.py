@@ -10,40 +10,41 @@ import torch
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.evaluation.embedding import Embedder
+from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import property_fingerprint
-from moleblend_ray.orchestration.downstream import load_encoder
 from moleblend_ray.orchestration.parts import PartsJob, run_parts
 
 SUMMARY_NAME = "embeddings.json"
-"""Names every part with its rows, bytes and checksum; written last."""
+"""File that lists every part with its rows, bytes and checksum; written last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedSummary:
-    """What became of the molecules and where the vectors lie."""
+    """What became of the molecules, and where the vectors are."""
 
     out: str
     """Directory of the embeddings."""
     embeddings: int
     """Molecules with a vector."""
     rejected: int
-    """Source rows without one; each is in ``rejected.parquet`` with its reason."""
+    """Source rows without a vector; each is in ``rejected.parquet`` with its reason."""
     dim: int
     """Length of a vector."""
     parts: int
-    """Parquet files."""
+    """Number of Parquet files."""
     parts_reused: int
-    """Of these, made by an earlier, interrupted command."""
+    """Parts that an earlier, interrupted command had made."""
     molecules_per_s: float | None
-    """Embedded by the command that finished, the start of its actors included; None if all parts were there."""
+    """Molecules per second that the command embedded, including the start of its actors; None if all parts were
+    there."""
     seconds: float
-    """Wall time of the command that finished."""
+    """Wall time of the command that finished the work."""
     already_finished: bool
-    """True if an earlier command had finished, and this one did nothing."""
+    """True if an earlier command had finished the work and this one did nothing."""
 
 
 def embed(config: EmbedConfig) -> EmbedSummary:
-    """One vector a molecule, in ``<out>/parts/part-NNNNN.parquet``, rows in the source's order.
+    """Write one vector per molecule to ``<out>/parts/part-NNNNN.parquet``, rows in the order of the source.
 
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
@@ -64,7 +65,7 @@ def embed(config: EmbedConfig) -> EmbedSummary:
 
 
 def embed_job(config: EmbedConfig) -> PartsJob:
-    """What :func:`embed` makes of shards."""
+    """The job with which :func:`embed` makes vectors from shards."""
     return PartsJob(
         name="embed",
         config=config,
@@ -76,9 +77,9 @@ def embed_job(config: EmbedConfig) -> PartsJob:
 
 
 def load_embedder(config: EmbedConfig, device: torch.device) -> Embedder:
-    """The checkpoint's encoder on ``device``, and the whole model if it is a fine-tuned one."""
+    """The checkpoint's encoder on ``device``, and the whole model if it is fine-tuned."""
     start, fine_tuned = load_encoder(config.checkpoint)
-    # A head may have been trained on an encoder that stayed as it was.
+    # Two heads may have been trained on the same frozen encoder.
     fingerprint = (
         property_fingerprint(config.checkpoint, fine_tuned) if fine_tuned else start.fingerprint
     )

@@ -1,4 +1,4 @@
-"""The passes of a shuffle or of a search for duplicates (``data.shuffle``) as Ray tasks."""
+"""The passes of a shuffle, or of a search for duplicates (``data.shuffle``), as Ray tasks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import ray
 
-from moleblend_ray.data.receipts import RECEIPTS_DIR, UnitReceipt, listed, valid_unit_receipts
+from moleblend_ray.data.dataset_files import RECEIPTS_DIR, listed
+from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shuffle import Exchange, Unit, run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
 from moleblend_ray.orchestration.placement import Labels, placed
@@ -18,7 +19,7 @@ from moleblend_ray.orchestration.progress import Reporter
 logger = logging.getLogger(__name__)
 
 _MAX_RETRIES: Final = 3
-"""A unit that kills its process (or loses its machine) more often ends the run instead of repeating for ever."""
+"""Retries of a unit that kills its process or loses its machine. One failure more ends the run."""
 
 
 def run_exchange(
@@ -29,9 +30,10 @@ def run_exchange(
     report: Reporter,
     labels: Labels = None,
 ) -> list[UnitReceipt]:
-    """Run the passes of ``exchange``, ``num_tasks`` units at a time, on nodes with ``labels``; the receipts of the last, in order.
+    """Run the passes of ``exchange``, ``num_tasks`` units at a time, on nodes with ``labels``; receipts of the last
+    pass, in order.
 
-    Units whose receipt holds are not run again.
+    Units that have a valid receipt are not run again.
     """
     done = _done(exchange, passes)
     shared = ray.put(exchange)
@@ -54,7 +56,7 @@ def run_exchange(
 
 
 def _done(exchange: Exchange, passes: Sequence[Sequence[Unit]]) -> dict[str, UnitReceipt]:
-    """Receipts of a former run that hold for this exchange, by name."""
+    """Receipts of an earlier run that are valid for this exchange, by name."""
     kinds = [f"{RECEIPTS_DIR}/{units[0].kind}" for units in passes]
     if not listed(exchange.out, *kinds):
         return {}
@@ -65,7 +67,7 @@ def _done(exchange: Exchange, passes: Sequence[Sequence[Unit]]) -> dict[str, Uni
 
 
 def _run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt | MoleBlendError:
-    # An error that was raised would come with Ray's wrapping.
+    # Ray would wrap an error that is raised.
     try:
         return run_unit(exchange, unit)
     except MoleBlendError as error:
@@ -75,7 +77,7 @@ def _run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt | MoleBlendError:
 def _run_tasks(
     task: Any, exchange: Any, units: Sequence[Unit], num_tasks: int, out: str
 ) -> Iterator[UnitReceipt]:
-    """The receipts of ``units`` as they come, at most ``num_tasks`` at work."""
+    """The receipts of ``units`` as they arrive, with at most ``num_tasks`` units at work."""
     waiting = iter(units)
     running = [task.remote(exchange, unit) for unit in islice(waiting, num_tasks)]
     while running:
@@ -83,11 +85,11 @@ def _run_tasks(
         try:
             outcome = ray.get(ready[0])
         except ray.exceptions.RayTaskError:
-            # A fault of this program: its traceback is what helps.
+            # An error of this program: its traceback is needed.
             raise
         except ray.exceptions.RayError as error:
             raise DataError(
-                f"Placing molecules in {out} ended its process {_MAX_RETRIES + 1} times: it was killed for want of "
+                f"Placing molecules in {out} ended its process {_MAX_RETRIES + 1} times: it was killed for lack of "
                 f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "
                 "with a smaller shuffle_memory_gib or fewer cluster.num_data_actors if memory is short."
             ) from error

@@ -1,4 +1,4 @@
-"""Fine-tuning on a Ray cluster: each seed is trained in a task of its own, and scored once on the test molecules."""
+"""Fine-tuning on a Ray cluster: each seed is trained in its own task and scored once on the test molecules."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moleblend_ray.orchestration.local import ray_session
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSummary:
-    """What a fine-tuning found and where it lies."""
+    """What fine-tuning found, and where it is."""
 
     out: str
     """Directory of the results."""
@@ -33,23 +33,23 @@ class FinetuneSummary:
     task: str
     """Name of the task."""
     metric: str
-    """How it is scored."""
+    """Metric of the task."""
     unit: str | None
-    """Of score and labels; None for classification, and where the task names none."""
+    """Unit of score and labels; None for classification, and if the task names none."""
     molecules: int
-    """With labels, all parts together."""
+    """Molecules with labels, all parts together."""
     valid_score: float
-    """Mean over seeds."""
+    """Validation score, mean over seeds."""
     test_score: float
-    """Mean over seeds."""
+    """Test score, mean over seeds."""
     test_std: float
-    """Standard deviation over seeds."""
+    """Test score, standard deviation over seeds."""
     baselines: dict[str, float]
     """Test score of each baseline by its name, mean over seeds."""
     seconds: float
     """Wall time of the command that wrote the results."""
     already_finished: bool
-    """True if an earlier command had written them, and this one did nothing."""
+    """True if an earlier command had written the results and this one did nothing."""
 
 
 def finetune(config: FinetuneConfig) -> FinetuneSummary:
@@ -71,13 +71,13 @@ def finetune(config: FinetuneConfig) -> FinetuneSummary:
 
 
 def train(config: FinetuneConfig, bench: Bench) -> Training:
-    """Train and test the settings given with each seed."""
+    """Train and test the given settings with each seed."""
     final = train_seeds(config, bench, config.finetune, config.seeds)
     return Training(chosen=config.finetune, final=tuple(final))
 
 
 def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -> FinetuneSummary:
-    """The figures of ``results`` that fit on a screen."""
+    """The most important figures of ``results``."""
     return FinetuneSummary(
         out=out,
         results=storage.join(out, RESULTS_NAME),

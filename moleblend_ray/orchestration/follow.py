@@ -1,4 +1,4 @@
-"""Follow a submitted job: its log as it is written, over connections that break, until it ends."""
+"""Follow a submitted job until it ends: show its log as it is written, and survive broken connections."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 RUNNING: Final = (JobStatus.PENDING, JobStatus.RUNNING)
 
 PATIENCE_S: Final = 600.0
-"""How long a cluster that does not answer is asked again."""
+"""Seconds during which a cluster that does not answer is asked again."""
 
 _LOOK_S: Final = 5.0
 _SILENT_LOOKS: Final = 3
@@ -32,11 +32,12 @@ _LONGEST_PAUSE_S: Final = 15.0
 
 
 class SubmitError(MoleBlendError):
-    """The cluster did not take a job, or cannot be asked about it any more."""
+    """The cluster did not accept a job, or no longer answers."""
 
 
 class Follower:
-    """Shows a job's log until the job ends. A stream that breaks is taken up where it was; SIGINT and SIGTERM stop the job."""
+    """Shows the log of a job until the job ends. If the connection breaks, the log continues where it was. SIGINT and
+    SIGTERM stop the job."""
 
     def __init__(
         self,
@@ -49,9 +50,9 @@ class Follower:
         look_s: float = _LOOK_S,
         pause_s: float = _PAUSE_S,
     ) -> None:
-        """``write``: takes the text of the log, standard output by default; ``skip_log``: only what comes from now on;
-        ``patience_s``: how long a cluster may be out of reach; ``look_s``: interval between looks at the job's status;
-        ``pause_s``: before the first try to connect again, and twice as long before each next."""
+        """``write``: receives the text of the log, by default for standard output; ``skip_log``: show only new text;
+        ``patience_s``: how long the cluster may be out of reach; ``look_s``: interval between looks at the job's
+        status; ``pause_s``: pause before connecting again, doubled after each failure."""
         self._client = client
         self._id = submission_id
         self._write = write or _write_out
@@ -66,11 +67,12 @@ class Follower:
 
     @property
     def has_left(self) -> bool:
-        """Whether a second SIGINT ended the following before the job."""
+        """Whether a second SIGINT ended the following while the job was running."""
         return self._left.is_set()
 
     def run(self) -> JobDetails:
-        """Follow to the end. Raises SubmitError if the cluster is out of reach for longer than ``patience_s``."""
+        """Follow the job to its end. Raises SubmitError if the cluster is out of reach for longer than
+        ``patience_s``."""
         return asyncio.run(self._run())
 
     async def _run(self) -> JobDetails:
@@ -82,7 +84,7 @@ class Follower:
         if details.status not in RUNNING:
             await self._show_the_rest()
             if details.status == JobStatus.FAILED and details.driver_exit_code is None:
-                # It never had a process, whose log would say why.
+                # It never had a process, so there is no log that says why.
                 logger.error("%s: %s", self._id, without_credentials(details.message or ""))
         return details
 
@@ -103,16 +105,17 @@ class Follower:
                     )
                 if now_s - lost_s > self._patience_s:
                     raise SubmitError(
-                        f"{self._id}: the cluster has not answered for {self._patience_s:.0f} s ({problem}). The job may well "
-                        "go on: moleblend submit --follow with its id shows it again"
+                        f"{self._id}: the cluster has not answered for {self._patience_s:.0f} s ({problem}). The job "
+                        "may still be running: moleblend submit --follow with its id shows it again"
                     )
-            else:  # only the stream broke
+            else:  # Only the stream broke.
                 lost_s, pause_s = None, self._pause_s
             await self._pause(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def _until_break(self) -> tuple[JobDetails | None, str]:
-        """Show the log until the job ends, we leave, or the connection breaks; the job's details if the cluster tells them."""
+        """Show the log until the job ends, the user leaves or the connection breaks; returns the job's details if
+        known."""
         stream = asyncio.create_task(self._stream())
         watch = asyncio.create_task(self._watch())
         left: asyncio.Task[bool] = asyncio.create_task(self._left.wait())
@@ -132,7 +135,7 @@ class Follower:
             return None, first_line(error)
 
     async def _stream(self) -> None:
-        """Show the log from where it was left: the server always begins at its beginning."""
+        """Show the log from where it stopped; the server always sends it from the beginning."""
         skip = self._shown
         try:
             async for text in self._client.tail_job_logs(self._id):
@@ -145,7 +148,7 @@ class Follower:
             raise ConnectionError(first_line(error)) from error
 
     async def _watch(self) -> None:
-        """Return when the job has ended. A connection can be dead without a sign: then looks at the job fail as well."""
+        """Return when the job has ended. If the connection is dead without an error, looks at the job fail as well."""
         failed = 0
         while True:
             await asyncio.sleep(self._look_s)
@@ -167,7 +170,7 @@ class Follower:
         return await asyncio.to_thread(self._client.get_job_info, self._id)
 
     async def _show_the_rest(self) -> None:
-        """What the log has beyond what the stream brought: the head ends the stream with the job."""
+        """Show the part of the log that the stream did not bring: the head ends the stream together with the job."""
         try:
             log = await asyncio.to_thread(self._client.get_job_logs, self._id)
         except (RuntimeError, OSError) as error:
@@ -183,7 +186,7 @@ class Follower:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the job to stop, for the body; a second SIGINT leaves it to itself."""
+        """While the body runs, SIGINT and SIGTERM ask the job to stop; a second SIGINT leaves the job alone."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -200,7 +203,8 @@ class Follower:
         if not self._is_stopping:
             self._is_stopping = True
             logger.warning(
-                "%s: asked to commit where it is and stop; Ctrl-C again leaves it to that", self._id
+                "%s: asked to commit its step and stop; Ctrl-C again ends this command, not the job",
+                self._id,
             )
             self._stopping = asyncio.ensure_future(self._stop())
         elif number == signal.SIGINT:
@@ -220,6 +224,6 @@ def _write_out(text: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its kind if it has none."""
+    """The first line of an error's text, or its type if it has no text."""
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0][:300]

@@ -1,8 +1,7 @@
-"""`moleblend data` and `moleblend checkpoints`: look at what lies in storage, and show it on a terminal or as JSON."""
+"""`moleblend data` and `moleblend checkpoints`: inspect what is in storage, and show it on a terminal."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -10,15 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.describe import json_values, redact
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.inspect import (
@@ -27,6 +24,8 @@ from moleblend_ray.data.inspect import (
     UnfinishedReport,
     inspect_data_set,
 )
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.quantities import bytes_text
 from moleblend_ray.training.inventory import (
     DifferenceReport,
     InventoryReport,
@@ -50,9 +49,9 @@ _LOG_EVERY_S: Final = 10.0
 
 
 def inspect_data(config: InspectConfig) -> Report:
-    """What the prepared data set ``config.data`` holds; with ``config.verify`` after reading every file of it."""
+    """What the prepared data set ``config.data`` holds; with ``config.verify`` every file is read."""
     config = with_absolute_paths(config)
-    with _progress("verify", enabled=config.verify, show=_bytes, unit="B") as progress:
+    with _progress("verify", enabled=config.verify, show=bytes_text, unit="B") as progress:
         return inspect_data_set(
             config.data, verify=config.verify, num_examples=config.examples, progress=progress
         )
@@ -62,7 +61,7 @@ def inspect_data(config: InspectConfig) -> Report:
 def _progress(
     what: str, *, enabled: bool, show: Callable[[int], str], unit: str
 ) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, elsewhere a log line now and then; ``show`` writes a number for it."""
+    """Show progress as a bar on a terminal and as log lines elsewhere; ``show`` formats the numbers of the lines."""
     is_terminal = sys.stderr.isatty()
     last_s = time.monotonic()
     hidden = not (enabled and is_terminal)
@@ -79,10 +78,8 @@ def _progress(
         yield update
 
 
-def show_report(report: Report, config: InspectConfig) -> RenderableType | str:
-    """The report as ``config.format`` says; a plain string is to be printed as it is."""
-    if config.format == "json":
-        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
+def show_report(report: Report) -> RenderableType:
+    """The report of :func:`inspect_data` for a terminal."""
     if isinstance(report, UnfinishedReport):
         return _unfinished(report)
     parts: list[RenderableType | None] = [
@@ -91,13 +88,12 @@ def show_report(report: Report, config: InspectConfig) -> RenderableType | str:
         _labels(report),
         _quarantine(report.quarantine),
     ]
-    shown = [Padding(part, (0, 0, 1, 0)) for part in parts if part is not None]
-    return Group(*shown, _damages(report))
+    return stacked(*(part for part in parts if part is not None), _damages(report))
 
 
 def _overview(report: DataSetReport) -> Table:
     counts = report.counts
-    table = _plain_table()
+    table = facts_table()
     table.add_row("data set", f"[bold]{escape(str(redact(report.uri)))}[/]")
     table.add_row(
         "identity", f"fingerprint {report.fingerprint[:16]}, format version {report.format_version}"
@@ -105,7 +101,7 @@ def _overview(report: DataSetReport) -> Table:
     for index, source in enumerate(report.sources[:_MAX_SOURCES]):
         table.add_row(
             "" if index else "made of",
-            f"{escape(source.uri)} ({source.format}, {source.rows:,} rows, {_bytes(source.size)})",
+            f"{escape(source.uri)} ({source.format}, {source.rows:,} rows, {bytes_text(source.size)})",
         )
     if len(report.sources) > _MAX_SOURCES:
         table.add_row("", f"and {len(report.sources) - _MAX_SOURCES} more files")
@@ -113,7 +109,7 @@ def _overview(report: DataSetReport) -> Table:
         what = "row" if split == "quarantine" else "molecule"
         table.add_row(
             "" if index else "holds",
-            f"{split}: {_count(size.molecules, what)} in {_count(size.shards, 'file')}, {_bytes(size.bytes)}",
+            f"{split}: {_count(size.molecules, what)} in {_count(size.shards, 'file')}, {bytes_text(size.bytes)}",
         )
     table.add_row(
         "accounts",
@@ -152,7 +148,7 @@ def _histogram(histogram: Mapping[str, int]) -> Table | None:
         show_edge=False,
         pad_edge=False,
         box=None,
-        title=f"atoms a molecule: {first} to {last}, mean {mean:.1f}",
+        title=f"atoms per molecule: {first} to {last}, mean {mean:.1f}",
         title_justify="left",
         title_style="bold",
         show_header=False,
@@ -167,7 +163,7 @@ def _histogram(histogram: Mapping[str, int]) -> Table | None:
 
 
 def _bar(share: float) -> str:
-    """A bar of eighths of a character; the smallest for anything that is not nothing."""
+    """A bar in steps of an eighth of a character; any share above 0 has at least one step."""
     eighths = max(round(share * _BAR_WIDTH * 8), 1 if share > 0 else 0)
     full, rest = divmod(eighths, 8)
     return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
@@ -176,7 +172,7 @@ def _bar(share: float) -> str:
 def _labels(report: DataSetReport) -> Table | None:
     if not report.labels:
         return None
-    table = _headed("label", "unit", "molecules", "share", "unreadable")
+    table = headed_table("label", "unit", "molecules", "share", "unreadable", numbers=(2, 3, 4))
     for label in report.labels[:_MAX_LABELS]:
         table.add_row(
             escape(label.name),
@@ -193,7 +189,7 @@ def _labels(report: DataSetReport) -> Table | None:
 def _quarantine(reasons: Mapping[str, QuarantineReason]) -> Table | None:
     if not reasons:
         return None
-    table = _headed("quarantined for", "rows", "row", "looks like", "detail", numbers=(1, 2))
+    table = headed_table("quarantined for", "rows", "row", "looks like", "detail", numbers=(1, 2))
     for reason, found in reasons.items():
         if not found.examples:
             table.add_row(reason, f"{found.rows:,}", "", "", "")
@@ -225,7 +221,7 @@ def _damages(report: DataSetReport) -> Text:
 
 
 def _unfinished(report: UnfinishedReport) -> Table:
-    table = _plain_table()
+    table = facts_table()
     table.add_row("data set", f"[bold]{escape(str(redact(report.uri)))}[/]")
     table.add_row("state", "[yellow]unfinished[/]: there is a plan but no manifest")
     for index, source in enumerate(report.sources[:_MAX_SOURCES]):
@@ -239,7 +235,7 @@ def _unfinished(report: UnfinishedReport) -> Table:
 
 
 def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | DifferenceReport:
-    """The checkpoints of ``config.run``, or with ``config.against`` how two of them differ; deletes only by ``keep_last``."""
+    """The checkpoints of ``config.run``, or how two differ (``config.against``). Deletes only with ``keep_last``."""
     config = with_absolute_paths(config)
     if config.against is not None:
         return compare_checkpoints(config.run, config.against)
@@ -252,15 +248,24 @@ def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | Differen
         )
 
 
-def show_checkpoints(
-    report: InventoryReport | DifferenceReport, config: CheckpointsConfig
-) -> RenderableType | str:
-    """The report as ``config.format`` says; a plain string is to be printed as it is."""
-    if config.format == "json":
-        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
+def show_checkpoints(report: InventoryReport | DifferenceReport) -> RenderableType:
+    """The report of :func:`inspect_checkpoints` for a terminal."""
     if isinstance(report, DifferenceReport):
         return _difference(report)
-    overview = _plain_table()
+    checked = (
+        "all bytes were compared"
+        if report.verified
+        else "sizes were compared; --verify reads every byte"
+    )
+    foot = Text(
+        "\n".join(report.damages) or f"no damage found ({checked})",
+        style="red" if report.damages else "",
+    )
+    return stacked(_run_overview(report), _checkpoint_table(report), foot)
+
+
+def _run_overview(report: InventoryReport) -> Table:
+    overview = facts_table()
     overview.add_row("run", f"[bold]{escape(str(redact(report.uri)))}[/]")
     overview.add_row("state", _state(report))
     data = str(report.identity.get("data_fingerprint", ""))[:16]
@@ -274,7 +279,11 @@ def show_checkpoints(
         overview.add_row("model", sizes)
     if report.deleted:
         overview.add_row("deleted", "steps " + ", ".join(map(str, report.deleted)))
-    checkpoints = _headed(
+    return overview
+
+
+def _checkpoint_table(report: InventoryReport) -> Table:
+    checkpoints = headed_table(
         "step",
         "state",
         "size",
@@ -290,23 +299,14 @@ def show_checkpoints(
         checkpoints.add_row(
             f"{one.step:,}",
             one.state if one.state == "whole" else f"[bold red]{one.state}[/]",
-            _bytes(one.num_bytes) if one.num_files else "",
+            bytes_text(one.num_bytes) if one.num_files else "",
             str(one.num_files or ""),
             str(one.world_size or ""),
             "" if one.loss is None else f"{one.loss:.4g}",
             "" if one.valid_loss is None else f"{one.valid_loss:.4g}",
             written,
         )
-    checked = (
-        "all bytes were compared"
-        if report.verified
-        else "sizes were compared; --verify reads every byte"
-    )
-    foot = Text(
-        "\n".join(report.damages) or f"no damage found ({checked})",
-        style="red" if report.damages else "",
-    )
-    return Group(Padding(overview, (0, 0, 1, 0)), Padding(checkpoints, (0, 0, 1, 0)), foot)
+    return checkpoints
 
 
 def _state(report: InventoryReport) -> str:
@@ -323,7 +323,7 @@ def _state(report: InventoryReport) -> str:
 
 
 def _difference(report: DifferenceReport) -> RenderableType:
-    overview = _plain_table()
+    overview = facts_table()
     overview.add_row("first", f"[bold]{escape(str(redact(report.first)))}[/]")
     overview.add_row("second", f"[bold]{escape(str(redact(report.second)))}[/]")
     for index, setting in enumerate(report.settings):
@@ -335,31 +335,12 @@ def _difference(report: DifferenceReport) -> RenderableType:
     overview.add_row("optimizer", "bit-identical" if report.optimizer_equal else "differs")
     if not report.tensors:
         return overview
-    tensors = _headed("tensor", "relative difference", "largest absolute", numbers=(1, 2))
+    tensors = headed_table("tensor", "relative difference", "largest absolute", numbers=(1, 2))
     for tensor in report.tensors[:_MAX_TENSORS]:
         tensors.add_row(escape(tensor.name), f"{tensor.relative:.3g}", f"{tensor.max_abs:.3g}")
     if len(report.tensors) > _MAX_TENSORS:
         tensors.add_row(f"and {len(report.tensors) - _MAX_TENSORS} more", "", "")
-    return Group(Padding(overview, (0, 0, 1, 0)), tensors)
-
-
-def _plain_table() -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None, show_header=False)
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
-    return table
-
-
-def _headed(*names: str, numbers: tuple[int, ...] = (2, 3, 4)) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None)
-    for index, name in enumerate(names):
-        table.add_column(
-            name,
-            justify="right" if index in numbers else "left",
-            overflow="fold",
-            header_style="bold",
-        )
-    return table
+    return stacked(overview, tensors)
 
 
 def _shares(counts: Mapping[str, int], total: int) -> str:
@@ -376,11 +357,3 @@ def _percent(count: int, total: int) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -1,4 +1,4 @@
-"""The leaderboard of finished results, made again, or of several directories side by side. Runs in this process."""
+"""The leaderboard of finished results, written again, or of several directories side by side. Runs in this process."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaderboardSummary:
-    """What the leaderboard shows and where it lies."""
+    """What the leaderboard shows, and where it is."""
 
     leaderboard: str
     """URI of ``leaderboard.html``."""
     tasks: int
-    """Rows; a task that was split in two ways has two."""
+    """Rows of the leaderboard; a task that was split in two ways has two."""
     tasks_finished: int
-    """With results."""
+    """Tasks with results."""
     wins: dict[str, int]
     """Model -> tasks on which it has the best mean test score."""
     mean_rank: dict[str, float]
-    """Model -> its mean rank over the tasks, 1 the best."""
+    """Model -> its mean rank over the tasks; 1 is the best."""
 
 
 def leaderboard(config: LeaderboardConfig) -> LeaderboardSummary:
@@ -49,7 +49,7 @@ def leaderboard(config: LeaderboardConfig) -> LeaderboardSummary:
 
 
 def _labels(uris: tuple[str, ...]) -> list[str]:
-    """The shortest ends of the paths by which they differ."""
+    """The shortest ends of the paths that tell them apart."""
     paths = [storage.absolute(uri).rstrip("/").split("/") for uri in uris]
     for length in range(1, max(map(len, paths)) + 1):
         labels = ["/".join(path[-length:]) for path in paths]

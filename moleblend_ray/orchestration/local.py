@@ -1,4 +1,4 @@
-"""Attach to the Ray cluster of the configuration, or start a quiet private one that ends with the command."""
+"""Attach to the Ray cluster of the configuration, or start a private one that ends with the command."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ GIB = 1024**3
 _QUIET_SETTINGS = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Workers that reserve no GPU keep CUDA_VISIBLE_DEVICES as it is: Ray's coming default, and without a warning.
+    # Workers that reserve no GPU keep CUDA_VISIBLE_DEVICES: the future default of Ray, and without a warning.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
 _PRIVATE_SETTINGS = {
-    # Ray starts a process per CPU ahead of need. Workers and actors bring environments of their own and cannot
-    # use them, but wait for the cores that these take to start.
+    # Ray starts one process per CPU in advance. Workers and actors have environments of their own and cannot use these
+    # processes, but would wait for the cores that start them.
     "RAY_prestart_worker_first_driver": "0",
-    # Ray prints on stdout that "N PYTHON worker processes have been started" at three times this number.
+    # With three times this number of processes Ray prints "N PYTHON worker processes have been started" on stdout.
     "RAY_worker_maximum_startup_concurrency": "32",
-    # The C++ side writes hints about Ray Data's own actors on the user's screen. Failures come as exceptions.
+    # Ray's C++ code prints hints about Ray Data's actors on the user's screen. Failures are raised as exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
-# A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and lets in
-# who has the token. One a process, because Ray keeps the first it has read; in the environment, because Ray's
-# own way is a file in the user's home.
+# A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and accepts
+# whoever has the token. There is one token per process, because Ray keeps the first that it reads. It is in the
+# environment, because Ray itself would keep it in a file in the user's home.
 _TOKEN = secrets.token_hex(32)
 
 
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> Iterator[None]:
-    """Ray for the body: this process's connection if there is one, else an attached or a private cluster.
+    """Ray for the body: the connection of this process if there is one, else an attached or a private cluster.
 
-    A private one has room for the workers and for data actors that reserve `data_cpus` CPUs in all (None: one
-    each of `cluster.num_data_actors`). What is started or connected here is shut down here; a connection that
-    was there before is left alone.
+    A private cluster has room for the workers and for data actors that reserve `data_cpus` CPUs in total (None: one per
+    actor of `cluster.num_data_actors`). What is started or connected here is shut down here. A connection that existed
+    before is left alone.
     """
     if ray.is_initialized():
         _quiet_data()
@@ -82,9 +82,9 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
 
 
 def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:
-    """Logical CPUs of a private cluster: every worker, every actor and one task fit, whatever the machine has.
+    """Logical CPUs of a private cluster: room for every worker, every actor and one task, whatever the machine has.
 
-    On a machine with fewer cores the processes then share them; waiting forever for a second core is worse.
+    On a machine with fewer cores the processes share them. The alternative would be to wait forever.
     """
     if cluster.local_cpus is not None:
         return cluster.local_cpus
@@ -94,9 +94,9 @@ def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:
 
 
 def require_resources(need: Mapping[str, float], what: str, labels: Labels = None) -> None:
-    """Refuse a cluster whose nodes (those with `labels`) cannot hold `need` (Ray resource -> amount, at the same time) of `what`.
+    """Refuse a cluster whose nodes (those with `labels`) have less than `need` (Ray resource -> amount) for `what`.
 
-    Ray would wait for ever. Where an autoscaler may bring more, waiting is right, and said.
+    Ray would wait forever. If an autoscaler may add nodes, a log line says that the command waits.
     """
     there = cluster_resources(labels)
     whose = f"its nodes with {label_text(labels)} have" if labels else "the cluster has"
@@ -111,13 +111,13 @@ def require_resources(need: Mapping[str, float], what: str, labels: Labels = Non
     if not _may_grow():
         raise ConfigError(
             f"cluster: {message}: they would wait for ever. Add nodes to the cluster, or ask for less with "
-            "cluster.num_workers, cluster.cpus_per_worker, stream.min_actors or stream.actor_cpus"
+            "cluster.num_workers, cluster.cpus_per_worker, cluster.use_gpu, stream.min_actors or stream.actor_cpus"
         )
     logger.warning("%s: waiting until the autoscaler has added nodes", message)
 
 
 def require_labels(setting: str, labels: Labels) -> None:
-    """Refuse a cluster without a node that carries `labels`, those of `setting`; wait for one where an autoscaler may bring it."""
+    """Refuse a cluster without a node with `labels`, the value of `setting`, unless an autoscaler may add one."""
     if not labels or live_nodes(labels):
         return
     message = (
@@ -130,6 +130,16 @@ def require_labels(setting: str, labels: Labels) -> None:
             f"or let the work run anywhere with cluster.{setting}=null"
         )
     logger.warning("%s: waiting until the autoscaler has added one", message)
+
+
+def warn_of_unused_gpus(cluster: ClusterConfig) -> None:
+    """Say that a cluster has GPUs which the job does not ask for: on its CPUs a model trains hundreds of times slower."""
+    gpus = cluster_resources().get("GPU", 0.0)
+    if gpus and not cluster.use_gpu:
+        logger.warning(
+            "the cluster has %g GPUs and this job uses none: add cluster=gpu (or cluster.use_gpu=true) to use them",
+            gpus,
+        )
 
 
 def require_shared_paths(paths: Mapping[str, str]) -> None:
@@ -145,37 +155,37 @@ def require_shared_paths(paths: Mapping[str, str]) -> None:
 
 
 def _may_grow() -> bool:
-    """Whether an autoscaler runs the cluster, as far as Ray tells."""
+    """Whether the cluster has an autoscaler, as far as Ray reports."""
     import ray._private.state
 
     config = ray._private.state.state.get_cluster_config()
     groups = config.node_group_configs if config else ()
     if any(group.max_count == -1 or group.max_count > group.min_count for group in groups):
         return True
-    # Autoscalers that report no configuration report the kinds of their nodes. Without one, Ray gives each node a
-    # kind of its own.
+    # Autoscalers that report no configuration report the types of their nodes. Without an autoscaler, Ray gives each
+    # node a type of its own.
     status = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
     report = (json.loads(status).get("autoscaler_report") or {}) if status else {}
     return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
 
 
 def available_cpus() -> int:
-    """CPUs this process may run on."""
-    # Linux knows about task sets and containers' CPU sets; elsewhere the machine's count must do.
+    """Number of CPUs that this process may run on."""
+    # Linux knows the CPU set of a process or container; other systems only know the CPUs of the machine.
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def object_store_bytes(cluster: ClusterConfig) -> int:
-    """Shared memory for blocks in flight, never more than the machine's /dev/shm can hold."""
+    """Bytes of shared memory for blocks in progress, never more than the machine's /dev/shm can hold."""
     if cluster.object_store_gib is not None:
         return int(cluster.object_store_gib * GIB)
     wanted = min(_memory_bytes() // 10, 8 * GIB)
     shared_memory = Path("/dev/shm")
     if shared_memory.is_dir():
         free = shutil.disk_usage(shared_memory).free
-        # Containers often get 64 MB there: Ray then falls back to /tmp by itself, and says so.
+        # Containers often have 64 MB there. Ray then uses /tmp instead, and says so.
         if free >= GIB // 4:
             wanted = min(wanted, int(free * 0.8))
     return max(wanted, GIB // 4)
@@ -191,7 +201,7 @@ def _attach(address: str) -> None:
     try:
         ray.init(
             address=address,
-            # What matters comes as errors, or through `progress`; the rest is in the cluster's dashboard.
+            # What matters is raised as an error or shown by `progress`; the rest is in the dashboard of the cluster.
             log_to_driver=logger.isEnabledFor(logging.DEBUG),
             logging_level=logging.WARNING,
         )
@@ -203,9 +213,9 @@ def _attach(address: str) -> None:
 
 
 def _start(cluster: ClusterConfig, cpus: int) -> None:
-    """Start a private cluster. Worker output stays in its session folder: what matters comes as errors, or
-    through `progress`."""
-    # It would say at every start that the token below is asked for.
+    """Start a private cluster. The output of workers stays in its session folder: what matters is raised as an error or
+    shown by `progress`."""
+    # It would say at every start that the cluster asks for the token below.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
     with _native_stderr_held():
@@ -221,9 +231,9 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
 
 @contextlib.contextmanager
 def _native_stderr_held() -> Iterator[None]:
-    """Keep what C++ code writes to file descriptor 2 off the screen, unless the body fails.
+    """Do not show what C++ code writes to file descriptor 2, unless the body fails.
 
-    Ray's log library announces there that a level was chosen, whatever the level.
+    Ray's log library announces its log level there, whatever the level.
     """
     sys.stderr.flush()
     screen = os.dup(2)
@@ -249,12 +259,13 @@ def _quiet_data() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that there will be no bar, which was asked for.
+    # It warns that there will be no progress bar, although that was asked for.
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
 
 
 def _memory_bytes() -> int:
-    """Memory this process may use: the machine's, or its container's limit if lower."""
+    """Bytes of memory that this process may use: those of the machine, or the limit of its container if that is
+    lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit_file = Path("/sys/fs/cgroup/memory.max")
     limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
@@ -263,9 +274,9 @@ def _memory_bytes() -> int:
 
 @contextlib.contextmanager
 def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
-    """Set what the user has not set, for the body only."""
+    """While the body runs, set the environment variables that the user has not set."""
     added = [name for name in settings if name not in os.environ]
-    # Ray turns this on by itself in the body, and would take it for the user's choice in the next session.
+    # Ray sets this itself in the body, and would take it for the user's choice in the next session.
     changed_by_ray = [name for name in ("RAY_AUTH_MODE",) if name not in os.environ]
     os.environ.update({name: settings[name] for name in added})
     try:

@@ -1,7 +1,7 @@
-"""Log records as lines for people, or one JSON object a line for machines (``MOLEBLEND_LOG_FORMAT=json``).
+"""Log records as lines for people, or as one JSON object per line for machines (``MOLEBLEND_LOG_FORMAT=json``).
 
-Every line, of either kind, goes through the same redaction: credentials in URIs, and the values of environment
-variables that are secrets by their names, are replaced by ``***``. Imports no Ray: the command line uses it as well.
+All lines are redacted in the same way: credentials in URIs, and the values of environment variables whose names say
+that they are secret, are replaced by ``***``. This module does not import Ray, as the command line uses it as well.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ FORMAT_VARIABLE: Final = "MOLEBLEND_LOG_FORMAT"
 LogFormat = Literal["text", "json"]
 
 _FIELDS: Final = ("run", "rank", "step")
-"""Of a JSON line, where known, besides time, level, logger, message and exception."""
+"""Fields of a JSON line, if known, besides time, level, logger, message and exception."""
 _SECRET_VARIABLE: Final = re.compile(
     r"(?:secret|token|password|passwd|credential|api_?key|access_?key|signature)(?!.*(?:path|file|dir)$)",
     re.I,
 )
 _SHORTEST_SECRET: Final = 8
-"""Of a value: shorter ones (``true``) stand in many lines that tell no secret."""
+"""Shortest value that is hidden: shorter ones (``true``) occur in many lines that contain no secret."""
 _MAX_NAME: Final = 128
 _MAX_FILE_BYTES: Final = 64 << 20
 
@@ -38,7 +38,7 @@ _context: dict[str, str | int] = {}
 
 
 def log_format() -> LogFormat:
-    """What the environment asks for."""
+    """The format that the environment asks for, text or json."""
     text = os.environ.get(FORMAT_VARIABLE, "").strip().lower()
     if text in ("", "text"):
         return "text"
@@ -48,7 +48,7 @@ def log_format() -> LogFormat:
 
 
 def set_context(**fields: str | int | None) -> None:
-    """What later JSON lines of this process say: ``run``, ``rank``, ``step``; None takes a field away."""
+    """Set fields of the later JSON lines of this process: ``run``, ``rank``, ``step``; None removes a field."""
     for name, value in fields.items():
         assert name in _FIELDS, name
         if value is None:
@@ -58,12 +58,13 @@ def set_context(**fields: str | int | None) -> None:
 
 
 def context() -> dict[str, str | int]:
-    """What this process's lines say at present."""
+    """The present fields of the JSON lines of this process."""
     return dict(_context)
 
 
 def run_name(out: str) -> str:
-    """What logs and metrics call the run or data set at the URI ``out``: its last two parts, without credentials."""
+    """The name of the run or data set at the URI ``out`` in logs and metrics: its last two parts, without
+    credentials."""
     shown = without_credentials(out)
     path = shown.partition("://")[2] or shown
     parts = [part for part in path.partition("?")[0].split("/") if part]
@@ -71,7 +72,7 @@ def run_name(out: str) -> str:
 
 
 class Redactor:
-    """Hides credentials in texts. The secrets of the environment are those at the time when it is made."""
+    """Hides credentials in texts, including the secrets that the environment has when the object is made."""
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         secrets = {
@@ -79,21 +80,21 @@ class Redactor:
             for name, value in (os.environ if environment is None else environment).items()
             if len(value) >= _SHORTEST_SECRET and _SECRET_VARIABLE.search(name)
         }
-        # Longest first: one may be the beginning of another.
+        # Longest first, as one may be the beginning of another.
         alternatives = "|".join(
             re.escape(value) for value in sorted(secrets, key=len, reverse=True)
         )
         self._secrets = re.compile(alternatives) if alternatives else None
 
     def __call__(self, text: str) -> str:
-        """The text without them."""
+        """The text without credentials."""
         if self._secrets is not None:
             text = self._secrets.sub(HIDDEN, text)
         return without_credentials(text)
 
 
 class TextFormatter(logging.Formatter):
-    """A line for people; an exception's traceback on the lines after it."""
+    """A line for people, followed by the traceback if there is an exception."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S")
@@ -105,7 +106,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message``, and where known ``run``,
+    """One JSON object per line: ``time`` (UTC, ISO 8601), ``level``, ``logger``, ``message`` and, if known, ``run``,
     ``rank``, ``step``, ``exception``."""
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, redacted."""
-        # A record that another process has sent says itself when and where it was made.
+        # A record from another process says when and where it was made.
         origin: Mapping[str, Any] = getattr(record, "origin", {})
         created = datetime.fromtimestamp(origin.get("created", record.created), UTC)
         line: dict[str, Any] = {
@@ -138,7 +139,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def json_line(level: int, message: str) -> str | None:
-    """A line of this module's own, where logs are JSON; None elsewhere."""
+    """A JSON line with this message if logs are JSON, else None."""
     if os.environ.get(FORMAT_VARIABLE, "").strip().lower() != "json":
         return None
     record = logging.LogRecord(PACKAGE, level, __file__, 0, "%s", (message,), None)
@@ -151,7 +152,7 @@ def console_formatter() -> logging.Formatter:
 
 
 def origin_of(record: logging.LogRecord, prefix: str) -> dict[str, Any]:
-    """What a record takes along to another process, whose JSON line it becomes."""
+    """What is sent with a record to another process, which writes it as a JSON line."""
     origin: dict[str, Any] = {**_context, "created": record.created, "prefix": prefix}
     if record.exc_info:
         origin["exception"] = logging.Formatter().formatException(record.exc_info)
@@ -159,11 +160,11 @@ def origin_of(record: logging.LogRecord, prefix: str) -> dict[str, Any]:
 
 
 class _WorkerFile(logging.handlers.RotatingFileHandler):
-    """Told apart from the handlers of others."""
+    """A class of its own, so that it can be told apart from other handlers."""
 
 
 def log_to_file(path: Path) -> None:
-    """Write this process's records of the package, from INFO up, as JSON lines into ``path`` (at most 128 MiB)."""
+    """Write the package's log records of this process, from INFO up, as JSON lines to ``path`` (at most 128 MiB)."""
     package_logger = logging.getLogger(PACKAGE)
     if any(isinstance(handler, _WorkerFile) for handler in package_logger.handlers):
         return

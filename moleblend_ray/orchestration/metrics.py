@@ -1,12 +1,12 @@
-"""Numbers of running jobs for Prometheus, through Ray's metrics agents: what is exported stands in :data:`METRICS`.
+"""Metrics of running jobs for Prometheus, exported by Ray's metrics agents and listed in :data:`METRICS`.
 
-A training step only adds numbers that it has on the host anyway; a thread hands them to Ray once a second. Nothing here
-waits for a device, and a cluster whose metrics nobody collects trains as any other.
+A training step only adds numbers that it has on the host anyway; a thread passes them to Ray once per second. Nothing
+here waits for a device, and training does not change if nobody collects the metrics.
 
-What Ray 2.60 makes of them decides how they are published. A gauge disappears from a node's page if it was not set for two
-report intervals (20 s by default), so the thread sets all of them again and again, and the gauges of a lost process go away. A
-counter of a process that has ended stays on the page with its last value, so sums over a run are right across
-restarts of its workers; a counter is first seen with whatever it has by then, so each is put there with 0.
+How they are published follows from what Ray 2.60 does with them. A gauge disappears from a node's page if it was not
+set for two report intervals (20 s by default). So the thread sets all gauges repeatedly, and those of a lost process
+disappear. A counter of a process that has ended stays on the page with its last value, so sums over a run remain right
+when its workers restart. A counter first appears with the value that it has then, so each one starts there with 0.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from ray.util.metrics import Counter, Gauge
 logger = logging.getLogger(__name__)
 
 PREFIX: Final = "ray_"
-"""What Ray puts before every name."""
+"""Prefix that Ray puts before every name."""
 
 PERIOD_S: Final = 1.0
-"""Ray's shortest report interval, of which a gauge may miss one."""
+"""Seconds of Ray's shortest report interval. A gauge may miss one interval."""
 
 RUN: Final = ("run",)
 RANK: Final = ("run", "rank")
@@ -34,12 +34,12 @@ STAGE: Final = ("run", "stage")
 
 
 class Metric(NamedTuple):
-    """Something that is exported."""
+    """A metric that is exported."""
 
     kind: Literal["counter", "gauge"]
     labels: tuple[str, ...]
     help: str
-    """One line for whoever reads the page or builds a query."""
+    """One line that explains it on the page."""
 
 
 METRICS: Final[Mapping[str, Metric]] = {
@@ -155,12 +155,13 @@ Labels = tuple[tuple[str, str], ...]
 
 
 class Publisher:
-    """Numbers of one process for Ray's agent. Adding and setting costs a few dictionary entries; a context manager."""
+    """Passes metrics of one process to Ray's agent. Adding and setting only changes a dictionary. A context manager."""
 
     def __init__(
         self, *, record: Callable[[str, float, dict[str, str]], None] | None = None, **labels: str
     ) -> None:
-        """``labels`` are put on every metric that has them; ``record`` takes name, value and labels instead of Ray."""
+        """``labels``: values for every metric that has such labels; ``record``: receives name, value and labels in
+        place of Ray."""
         self._record = record or _record
         self._labels = labels
         self._guard = threading.Lock()
@@ -180,7 +181,7 @@ class Publisher:
         self.publish()
 
     def set(self, name: str, value: float | None, **labels: str) -> None:
-        """The value of a gauge from now on, if it is a finite number; None takes it away."""
+        """Set a gauge, if the value is finite; None removes it."""
         key = self._key(name, "gauge", labels)
         with self._guard:
             if value is None:
@@ -189,14 +190,14 @@ class Publisher:
                 self._gauges[key] = float(value)
 
     def add(self, name: str, value: float = 1.0, **labels: str) -> None:
-        """Raise a counter; by 0, to have it seen before anything happens."""
+        """Increase a counter; by 0, to make it appear before anything happens."""
         key = self._key(name, "counter", labels)
         if math.isfinite(value) and value >= 0:
             with self._guard:
                 self._added[key] = self._added.get(key, 0.0) + value
 
     def publish(self) -> None:
-        """Hand over what was added since the last time, and all gauges again."""
+        """Pass on what was added since the last time, and all gauges again."""
         with self._guard:
             numbers = [*self._added.items(), *self._gauges.items()]
             self._added.clear()
@@ -205,7 +206,7 @@ class Publisher:
         try:
             for (name, labels), value in numbers:
                 self._record(name, value, dict(labels))
-        except Exception as error:  # whatever Ray raises: a job is worth more than its curves
+        except Exception as error:  # Whatever Ray raises: the job matters more than its metrics.
             self._works = False
             logger.warning("metrics are not published: %s: %s", type(error).__name__, error)
 
@@ -224,20 +225,21 @@ _instruments: dict[str, Any] = {}
 
 
 def _record(name: str, value: float, labels: dict[str, str]) -> None:
-    """Give one number to Ray, which exports it with the others of this process every few seconds."""
+    """Pass one number to Ray, which exports the numbers of this process every few seconds."""
     if name not in _instruments:
         metric = METRICS[name]
         make = Counter if metric.kind == "counter" else Gauge
         _instruments[name] = make(name, description=metric.help, tag_keys=metric.labels)
-    # Not `inc`: it refuses the 0 without which a counter's first event is invisible to rate().
+    # Not `inc`, which refuses 0. Without a first 0, rate() does not see a counter's first event.
     _instruments[name]._record(value, labels)
 
 
 class JobMetrics:
-    """How far a stage of a job is; the driver's, which outlives workers. A context manager."""
+    """Metrics of the progress of a stage, published by the driver, which outlives workers. A context manager."""
 
     def __init__(self, run: str, stage: str) -> None:
-        """``run``: name (:func:`.logs.run_name`) of what is written; ``stage``: what the progress display calls the work."""
+        """``run``: name (:func:`.logs.run_name`) of what is written; ``stage``: name of the work in the progress
+        display."""
         self.publisher = Publisher(run=run, stage=stage)
         self._done = -1.0
         self._counts: dict[str, int] = {}
@@ -253,7 +255,7 @@ class JobMetrics:
         self.publisher.__exit__(*reason)
 
     def show(self, values: Mapping[str, float | int | str], counts: Mapping[str, int]) -> None:
-        """Take what the progress display shows: newest ``values``, and ``counts`` of events so far."""
+        """Publish what the progress display shows: the newest ``values``, and ``counts`` of events so far."""
         done = float(values.get("done", 0))
         if done != self._done:
             self._done = done
@@ -271,14 +273,14 @@ class JobMetrics:
         if not counts:
             return
         starts = counts.get("worker_groups", 0)
-        # The first start is none, nor those that were asked for.
+        # The first start is no recovery, nor are planned restarts.
         recoveries = max(0, starts - 1 - counts.get("planned_restarts", 0))
         for metric, count in (
             ("moleblend_train_worker_group_starts_total", starts),
             ("moleblend_train_recoveries_total", recoveries),
         ):
             known = self._counts.get(metric, 0)
-            # Lower than before: the actor that counts was lost and began again.
+            # Lower than before: the actor that counts was lost and started again at 0.
             self.publisher.add(metric, count - known if count >= known else 0)
             self._counts[metric] = count
 

@@ -1,7 +1,7 @@
-"""What a model makes of molecules, one Parquet part for each shard of them, on Ray Data actors that hold the model.
+"""The output of a model for molecules, one Parquet part per shard, written by Ray Data actors that hold the model.
 
-Parts come in the source's order; what is there already is kept; every source row is in one part or among
-the rejected ones; the summary, written last, names the parts with their checksums.
+Parts are in the order of the source, and those that are already there are kept. Every source row is in one part or
+among the rejected rows. The summary, written last, lists the parts with their checksums.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.shards import (
     GRAPH_COLUMNS,
     QUARANTINE_SCHEMA,
-    SPLITS,
     Manifest,
     ShardReader,
     load_manifest,
@@ -50,7 +50,13 @@ from moleblend_ray.orchestration.downstream import (
     data_inputs,
     prepare_molecules,
 )
-from moleblend_ray.orchestration.local import ray_session, require_labels
+from moleblend_ray.orchestration.local import (
+    ray_session,
+    require_labels,
+    require_resources,
+    require_shared_paths,
+    warn_of_unused_gpus,
+)
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import use_reserved
@@ -60,54 +66,55 @@ logger = logging.getLogger(__name__)
 REJECTED_NAME = "rejected.parquet"
 
 DATA_DIR = "prepared"
-"""Where a raw source is prepared within ``out``."""
+"""Folder in ``out`` into which a raw source is prepared."""
 
 ROWS_PER_CHUNK = 4096
-"""Rows per task when preparing, and so at most per part."""
+"""Rows per task when preparing, and so the most rows of a part."""
 
 PLACE_SETTINGS = ("out", "cluster", "batch_size")
-"""Settings that decide where and how fast, not what comes out."""
+"""Settings that change where and how fast the work is done, but not its result."""
 
 
 class PartMaker(Protocol):
-    """A model that is ready to look at molecules."""
+    """A model that is ready to process molecules."""
 
     @property
     def schema(self) -> pa.Schema:
-        """Columns of what :meth:`part` gives."""
+        """Columns of the table that :meth:`part` returns."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the weights, and of whatever else of the model decides what comes out."""
+        """SHA-256 of the weights and of everything else in the model that changes the result."""
 
     def describe(self) -> dict[str, Any]:
-        """What the summary says of the model, as JSON values."""
+        """What the summary says about the model, as JSON values."""
 
     def part(self, table: pa.Table) -> pa.Table:
-        """One row for each of a shard table (columns ``MOLECULE_COLUMNS`` and ``GRAPH_COLUMNS``), in its order."""
+        """A table with one row per row of a shard table (columns ``MOLECULE_COLUMNS`` and ``GRAPH_COLUMNS``), in its
+        order."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PartsJob:
-    """A model, the molecules it looks at, and where what it makes of them goes. Actors get it pickled."""
+    """A model, the molecules that it processes, and where the result goes. Actors receive it pickled."""
 
     name: str
-    """What the command is called."""
+    """Name of the command."""
     config: EmbedConfig | PredictConfig
     """Source, ``out`` and cluster."""
     model: str
-    """Where the model comes from, for messages."""
+    """URI of the model, for messages."""
     summary_name: str
     """File in ``out`` that is written last."""
     counted: str
     """Key of the summary for the number of molecules in the parts."""
     load: Callable[[torch.device], PartMaker]
-    """Reads the model and puts it on the device."""
+    """Reads the model and moves it to the device."""
     other_settings: tuple[str, ...] = ()
     """Settings of the command, besides ``PLACE_SETTINGS``, that do not change the parts."""
 
     def question(self) -> dict[str, Any]:
-        """The settings that decide what comes out."""
+        """The settings that determine the result."""
         settings = to_dict(self.config)
         for name in (*PLACE_SETTINGS, *self.other_settings):
             settings.pop(name)
@@ -116,25 +123,25 @@ class PartsJob:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What lies in ``out``."""
+    """The content of ``out``."""
 
     summary: Mapping[str, Any]
-    """As stored."""
+    """The summary as it is stored."""
     already_finished: bool
-    """Whether an earlier command had finished it."""
+    """Whether an earlier command had finished the work."""
 
 
 def run_parts(job: PartsJob) -> Outcome:
-    """Make every part that is missing, the list of rejected rows and the summary; nothing if all is there."""
+    """Make every missing part, the list of rejected rows and the summary; do nothing if all are there."""
     began = time.monotonic()
     config = job.config
     stored = _finished(job)
     if stored is not None:
         return Outcome(summary=stored, already_finished=True)
-    # Read here as well: what is wrong with a model shows before molecules are prepared and actors started.
+    # Read here as well, to find errors of the model before molecules are prepared and actors are started.
     maker = job.load(torch.device("cpu"))
     with ray_session(config.cluster):
-        require_labels("worker_labels", config.cluster.worker_labels)
+        _check_cluster(job)
         data_uri = _prepare(job)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
@@ -159,8 +166,18 @@ def run_parts(job: PartsJob) -> Outcome:
     return Outcome(summary=summary, already_finished=False)
 
 
+def _check_cluster(job: PartsJob) -> None:
+    """Refuse a cluster on which the actors would wait forever, or on which each machine would write to its own disk."""
+    config, cluster = job.config, job.config.cluster
+    require_labels("worker_labels", cluster.worker_labels)
+    need = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if cluster.use_gpu else {})}
+    require_resources(need, f"one actor of {job.name}", cluster.worker_labels)
+    require_shared_paths({"source": config.source, "out": config.out})
+    warn_of_unused_gpus(cluster)
+
+
 def part_path(number: int) -> str:
-    """Where the part with that number lies within ``out``."""
+    """Path of the part with this number in ``out``."""
     return f"parts/part-{number:05d}.parquet"
 
 
@@ -178,7 +195,7 @@ def _prepare(job: PartsJob) -> str:
 def _make_parts(
     job: PartsJob, maker: PartMaker, data_uri: str, manifest: Manifest
 ) -> dict[str, Any]:
-    """Every part that is not there yet; what the summary says of all."""
+    """Make every part that is not there yet; returns what the summary says about all parts."""
     identity = {
         "config": job.question(),
         "data_fingerprint": manifest.fingerprint,
@@ -195,7 +212,7 @@ def _make_parts(
         logger.info("%d of %d parts were made before", reused, len(parts))
     if made:
         logger.info(
-            "%s: %d molecules in %.1f s, %.4g a second", job.name, made, seconds, made / seconds
+            "%s: %d molecules in %.1f s, %.4g per second", job.name, made, seconds, made / seconds
         )
     return {
         **maker.describe(),
@@ -207,7 +224,7 @@ def _make_parts(
 
 
 def _places(manifest: Manifest) -> list[dict[str, Any]]:
-    """One part for each shard: the source's order, for a data set that is all one split."""
+    """One part per shard, in the order of the source, for a data set that has one split."""
     places = [
         (split, index, shard.num_rows)
         for split in SPLITS
@@ -220,7 +237,7 @@ def _places(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the summary says of each part, in order."""
+    """What the summary says about each part, in order."""
     job, cluster = writer.job, writer.job.config.cluster
     dataset = ray.data.from_items(places, override_num_blocks=len(places)).map_batches(
         _PartActor,
@@ -249,7 +266,7 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
                     }
                 )
         except ray.exceptions.RayTaskError:
-            # A fault of this program: its traceback is what helps.
+            # An error of this program: its traceback is needed.
             raise
         except ray.exceptions.RayError as error:
             raise TrainingError(
@@ -260,7 +277,7 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
 
 
 class PartWriter:
-    """A shard in, a Parquet part on storage out, with the model in memory once it is needed."""
+    """Turns a shard into a Parquet part in storage. The model is read when it is first needed."""
 
     def __init__(
         self,
@@ -278,7 +295,7 @@ class PartWriter:
         self._maker: PartMaker | None = None
 
     def write(self, number: int, split: str, shard: int) -> dict[str, Any]:
-        """Make the part, unless it is there; its path, rows, bytes, checksum and whether it was there."""
+        """Make the part unless it is there; returns its path, rows, bytes, checksum and whether it was there."""
         path = part_path(number)
         uri = storage.join(self.job.config.out, path)
         rows = self._manifest.shards_of(split)[shard].num_rows
@@ -286,7 +303,9 @@ class PartWriter:
         reused = content is not None
         if content is None:
             table = read_shard(self._data_uri, self._manifest, split, shard)
-            content = _parquet(self._loaded().part(table), compression="zstd")
+            content = _parquet(
+                self._loaded().part(table), compression="zstd", write_page_checksum=True
+            )
             storage.write_bytes(uri, content)
         return {
             "path": path,
@@ -297,16 +316,18 @@ class PartWriter:
         }
 
     def _made_before(self, uri: str, rows: int) -> bytes | None:
-        """The part, if an earlier command made it whole: the name alone tells nothing of its content."""
+        """The part, if an earlier command made it completely. A file of that name alone is no proof of its content."""
         if not storage.exists(uri):
             return None
         content = storage.read_bytes(uri)
         try:
-            file = pq.ParquetFile(pa.BufferReader(content))
-        except pa.ArrowInvalid as error:
+            # All of it: the checksums of the pages are compared as they are read.
+            table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
+        # A damaged footer raises whatever its bytes happen to mean.
+        except (pa.ArrowException, OSError, ValueError) as error:
             logger.warning("%s is damaged and made again: %s", without_credentials(uri), error)
             return None
-        if file.metadata.num_rows == rows and file.schema_arrow.equals(self._schema):
+        if table.num_rows == rows and table.schema.equals(self._schema):
             return content
         logger.warning("%s holds other rows or columns and is made again", without_credentials(uri))
         return None
@@ -326,8 +347,8 @@ class PartWriter:
 class _PartActor:
     """A `PartWriter` as Ray Data calls it.
 
-    It does nothing when made: Ray starts a new actor for each that fails to start, for ever. An error of this
-    package is a result like others: of those that a task raises, Ray Data passes on the text alone.
+    Its constructor does nothing, as Ray would start a new actor forever for each that fails to start. An error of this
+    package is returned as a result: of an error that a task raises, Ray Data passes on only the text.
     """
 
     def __init__(self, writer: PartWriter) -> None:
@@ -348,7 +369,7 @@ class _PartActor:
 
 
 def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
-    """The rows of one shard, in its order."""
+    """The rows of one shard, in their order."""
     before = sum(info.num_rows for info in manifest.shards_of(split)[:shard])
     rows = manifest.shards_of(split)[shard].num_rows
     reader = ShardReader(
@@ -358,7 +379,7 @@ def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.
 
 
 def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
-    """``rejected.parquet``: every source row that is in no part, and why."""
+    """Write ``rejected.parquet``: every source row that is in no part, with the reason."""
     tables = [
         pq.read_table(pa.BufferReader(read_file(data_uri, shard)))
         for shard in manifest.shards_of("quarantine")
@@ -384,7 +405,7 @@ def _parquet(table: pa.Table, **options: Any) -> bytes:
 
 
 def _finished(job: PartsJob) -> dict[str, Any] | None:
-    """The stored summary, if ``out`` is finished and for this question; a ConfigError if for another."""
+    """The stored summary, if ``out`` is finished and for this question. Raises ConfigError if it is for another."""
     out = job.config.out
     uri = storage.join(out, job.summary_name)
     if not storage.exists(uri):

@@ -1,8 +1,9 @@
-"""Which nodes of a cluster do what: data work on nodes with `cluster.data_labels`, models on those with `cluster.worker_labels`.
+"""Which work runs on which nodes: data work on nodes with `cluster.data_labels`, models on those with
+`cluster.worker_labels`.
 
-Ray's scheduler keeps tasks, actors and placement groups to nodes with given labels, and tells its autoscaler which labels are
-missed. Custom resources could do the same, but have amounts, which would have to be right for each kind of node. Asking for GPUs
-alone brings workers to nodes with GPUs; it keeps no data actor from them.
+Ray's scheduler runs tasks, actors and placement groups on nodes with given labels, and tells its autoscaler which
+labels are missing. Custom resources could do the same, but have amounts, which would have to be right for each kind of
+node. A request for GPUs brings workers to nodes with GPUs, but does not keep data actors away from them.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import ray
 import ray.data
 
 Labels = Mapping[str, str] | None
-"""Labels that a node must carry, all of them; None or empty: any node will do."""
+"""Labels that a node must have, all of them; None or empty: any node."""
 
 
 def placed(labels: Labels) -> dict[str, Any]:
-    """Options of ``ray.remote`` and ``map_batches`` that keep work to nodes with ``labels``."""
+    """Options of ``ray.remote`` and ``map_batches`` with which work runs only on nodes with ``labels``."""
     return {"label_selector": dict(labels)} if labels else {}
 
 
 def place_dataset(dataset: ray.data.Dataset, labels: Labels) -> None:
-    """Keep every task and actor of ``dataset`` to nodes with ``labels``."""
+    """Run every task and actor of ``dataset`` only on nodes with ``labels``."""
     if labels:
         dataset.context.execution_options.label_selector = dict(labels)
 
@@ -34,13 +35,13 @@ def carries(node: Mapping[str, Any], labels: Labels) -> bool:
 
 
 def live_nodes(labels: Labels = None) -> list[dict[str, Any]]:
-    """Live nodes that carry ``labels``, as ``ray.nodes`` describes them."""
+    """Live nodes that have ``labels``, as ``ray.nodes`` describes them."""
     nodes = ray.nodes()  # type: ignore[no-untyped-call]
     return [node for node in nodes if node["Alive"] and carries(node, labels)]
 
 
 def resources_of(nodes: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Resource -> amount that ``nodes`` have together, in use or not."""
+    """Resource -> amount that ``nodes`` have together, whether in use or not."""
     found: dict[str, float] = {}
     for node in nodes:
         for name, amount in node["Resources"].items():
@@ -57,12 +58,12 @@ def cluster_resources(labels: Labels = None) -> dict[str, float]:
 
 
 def label_text(labels: Labels) -> str:
-    """``labels`` as one reads them."""
+    """``labels`` as text for people."""
     return ", ".join(f"{key}={value}" for key, value in (labels or {}).items())
 
 
 def labels_seen() -> str:
-    """The labels that somebody gave the live nodes, for messages. Ray's own, of which one names each node, are left out."""
+    """The labels of the live nodes, for messages. Those that Ray sets itself are left out."""
     texts = {
         label_text({k: v for k, v in node.get("Labels", {}).items() if not k.startswith("ray.io/")})
         for node in live_nodes()

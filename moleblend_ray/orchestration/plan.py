@@ -1,18 +1,16 @@
-"""`moleblend plan`: gather figures (bundled, given, or measured now), plan, show. Starts no cluster."""
+"""`moleblend plan`: collect figures (bundled, given or measured now), plan, show. Starts no cluster."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,11 +25,20 @@ from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR
-from moleblend_ray.planning.capacity import DataCosts, Setup
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.planning.capacity import DataCosts, Setup, mean_atoms
 from moleblend_ray.planning.figures import Basis, Figure, assumed, computed, given, measured
-from moleblend_ray.planning.planner import Job, Plan, flops_per_molecule, make_plan
-from moleblend_ray.planning.rates import ATOM_SHARES, Gpu, bundled, cpu_efficiency, gpu
+from moleblend_ray.planning.planner import Job, Plan, Stage, flops_per_molecule, make_plan
+from moleblend_ray.planning.rates import (
+    ATOM_SHARES,
+    ATOMS_PER_MOLECULE,
+    Gpu,
+    bundled,
+    cpu_efficiency,
+    gpu,
+)
 from moleblend_ray.planning.sizes import exchange, model_size
+from moleblend_ray.quantities import bytes_text, duration_text, number_text
 from moleblend_ray.training.config import Precision
 
 if TYPE_CHECKING:
@@ -43,13 +50,11 @@ PLAN_NAME: Final = "plan.json"
 CHART_NAME: Final = "plan.png"
 
 _GPU_BATCH, _CPU_BATCH = 1024, 64
-_PCQM_ATOMS: Final = 14.87
-_ZINC_ATOMS: Final = 23.26
 _BENCHMARK_GFLOP: Final = 4.303
-"""Of a molecule in the benchmark of CPU steps: base preset, training."""
+"""10^9 operations per molecule in the benchmark of CPU steps: base preset, training."""
 _BENCHMARK_BATCH: Final = 64
 _BENCHMARK_PARAMETERS: Final = 44_906_506
-_FORWARD_MFU: Final = "as large a share of the peak without gradients as with them"
+_FORWARD_MFU: Final = "the same share of the peak with and without gradients"
 
 _COLOURS: Final = {
     Basis.GIVEN: "cyan",
@@ -61,15 +66,17 @@ _COLOURS: Final = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanReport:
-    """A plan, and where it was written."""
+    """A plan, what was asked for, and where it was written."""
 
     plan: Plan
-    written: tuple[str, ...]
-    """URIs of plan.json and plan.png."""
+    config: PlanConfig
+    """The configuration that was planned."""
+    written: tuple[str, ...] = ()
+    """URIs of plan.json and plan.png; empty without ``config.out``."""
 
 
 def plan(config: PlanConfig) -> PlanReport:
-    """Plan ``config``; with ``config.out`` also write it, and its chart."""
+    """Plan ``config``; with ``config.out`` also write the plan and its chart."""
     config = with_absolute_paths(config)
     manifest = load_manifest(config.data) if config.data else None
     found = measure_now(config, manifest) if config.measure else None
@@ -87,17 +94,17 @@ def plan(config: PlanConfig) -> PlanReport:
         prices=config.prices,
         gpu_memory_gb=gpu(config.gpu).memory_gb if config.gpus else None,
     )
-    report = PlanReport(plan=result, written=())
     if config.out is None:
-        return report
+        return PlanReport(plan=result, config=config)
     from moleblend_ray.planning import chart  # matplotlib takes a second
 
     document, image = (storage.join(config.out, name) for name in (PLAN_NAME, CHART_NAME))
-    storage.write_json(document, _document(report, config))
+    report = PlanReport(plan=result, config=config, written=(document, image))
+    storage.write_json(document, json_values(to_dict(report)))
     storage.write_bytes(
         image, chart.plan_chart(result, workers, "GPUs" if config.gpus else "workers")
     )
-    return PlanReport(plan=result, written=(document, image))
+    return report
 
 
 # --------------------------------------------------------------------------------------------------- figures
@@ -135,14 +142,15 @@ def _prepare_rate(*, conformers: bool) -> Figure:
 
 
 def _embed_rate(setup: Setup) -> Figure:
-    """Vectors of one trainer's device: a forward pass, after the same process has read the molecules."""
+    """Vectors per second of one trainer's device. The same process reads the molecules and then runs the forward
+    pass."""
     forward_s = setup.step_s.value / setup.batch / TRAINING_FACTOR
     read_s = (setup.costs.actor_us.value + setup.costs.trainer_host_us.value) / 1e6
     alike = assumed(1.0, "", _FORWARD_MFU, "forward passes of embed")
     return computed(
         1 / (forward_s + read_s),
         "molecules/s",
-        "a third of a training step, and reading",
+        "a third of a training step, plus reading",
         setup.step_s,
         setup.costs.actor_us,
         alike,
@@ -150,13 +158,21 @@ def _embed_rate(setup: Setup) -> Figure:
 
 
 def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | None) -> Setup:
-    """Machines and figures of ``config``; ``manifest`` of its data and what was ``found`` on this machine, if any."""
+    """Machines and figures of ``config``, with the ``manifest`` of its data and what was ``found`` on this machine, if
+    any."""
     on_gpu = config.gpus > 0
-    setup = Setup(
+    atom_counts = _atom_counts(config, manifest)
+    batch = config.batch or (_GPU_BATCH if on_gpu else _CPU_BATCH)
+    times = (
+        _Times(step_s=_gpu_step_s(config, atom_counts, batch))
+        if on_gpu
+        else _cpu_times(config, atom_counts, batch, found)
+    )
+    return Setup(
         model=config.model,
-        atom_counts=_atom_counts(config, manifest),
-        batch=config.batch or (_GPU_BATCH if on_gpu else _CPU_BATCH),
-        step_s=assumed(1.0, "s", "not known yet", "nothing"),
+        atom_counts=atom_counts,
+        batch=batch,
+        step_s=times.step_s,
         costs=_data_costs(found),
         network=config.network,
         storage=config.storage,
@@ -165,18 +181,22 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         replicas=config.fsdp_replicas,
         gpus_per_node=config.gpus_per_node if on_gpu else 0,
         node_cores=config.cpu_node_cores or (32 if on_gpu else _own_cores()),
-        shard_bytes=assumed(1.0, "B", "not known yet", "nothing"),
+        contention=times.contention,
+        exchange_gb_s=times.exchange_gb_s,
+        message_s=times.message_s,
+        ray_cores=times.ray_cores,
+        shard_bytes=_shard_bytes(config, atom_counts, manifest),
     )
-    changes: dict[str, Any] = {"shard_bytes": _shard_bytes(config, setup, manifest)}
-    changes |= (
-        {"step_s": _gpu_step_s(config, setup)} if on_gpu else _cpu_figures(config, setup, found)
-    )
-    return _replaced(setup, **changes)
 
 
-def _replaced(setup: Setup, **changes: Any) -> Setup:
+class _Times(NamedTuple):
+    """The figures of :class:`Setup` about the time of a step; all but the first are known without GPUs only."""
 
-    return dataclasses.replace(setup, **changes)
+    step_s: Figure
+    contention: Figure | None = None
+    exchange_gb_s: Figure | None = None
+    message_s: Figure | None = None
+    ray_cores: Figure | None = None
 
 
 def _own_cores() -> int:
@@ -195,13 +215,15 @@ def _atom_counts(config: PlanConfig, manifest: Manifest | None) -> dict[int, flo
         return {atoms: float(count) for atoms, count in manifest.counts.molecules_by_atoms.items()}
     if config.atoms is None:
         return {atoms: float(share) for atoms, share in ATOM_SHARES.items()}
-    # Two sizes around the mean that have it exactly: what quadratic terms see of the spread is some percent.
+    # Two sizes with exactly this mean. Real sizes spread more, which changes quadratic terms by some percent.
     low = math.floor(config.atoms)
     shares = {low: low + 1 - config.atoms, low + 1: config.atoms - low}
     return {atoms: share for atoms, share in shares.items() if share > 0}
 
 
-def _shard_bytes(config: PlanConfig, setup: Setup, manifest: Manifest | None) -> Figure:
+def _shard_bytes(
+    config: PlanConfig, atom_counts: Mapping[int, float], manifest: Manifest | None
+) -> Figure:
     if manifest is not None:
         rows = sum(shard.num_rows for shard in manifest.shards_of("train"))
         size = sum(shard.num_bytes for shard in manifest.shards_of("train"))
@@ -210,9 +232,9 @@ def _shard_bytes(config: PlanConfig, setup: Setup, manifest: Manifest | None) ->
         )
     figure = bundled("shard_bytes")
     return computed(
-        figure.value * setup.mean_atoms / _PCQM_ATOMS,
+        figure.value * mean_atoms(atom_counts) / ATOMS_PER_MOLECULE,
         "B/molecule",
-        f"in proportion to atoms: {figure.source}",
+        f"in proportion to the atoms: {figure.source}",
         figure,
     )
 
@@ -240,18 +262,25 @@ def _now(value: float, unit: str, what: str) -> Figure:
     return measured(value, unit, f"{what}, on this machine just now")
 
 
-def _gpu_step_s(config: PlanConfig, setup: Setup) -> Figure:
+def _gpu_step_s(config: PlanConfig, atom_counts: Mapping[int, float], batch: int) -> Figure:
     if config.rate is not None:
-        rate = given(config.rate, "molecules/s", "rate")
-        return computed(
-            setup.batch / config.rate, "s", f"{config.rate:,.0f} molecules/s, given", rate
-        )
-    device, flops = gpu(config.gpu), flops_per_molecule(setup)
+        return _given_step_s(config.rate, batch)
+    device, flops = gpu(config.gpu), flops_per_molecule(config.model, atom_counts)
+    peak = device.peak(_precision(config))
     return computed(
-        setup.batch * flops / (device.peak(setup.precision) * config.mfu),
+        batch * flops / (peak * config.mfu),
         "s",
-        f"{flops / 1e9:.2f} GFLOP a molecule over {config.mfu:g} of {device.peak(setup.precision) / 1e12:g} TFLOP/s",
+        f"{flops / 1e9:.2f} GFLOP per molecule, divided by {config.mfu:g} of {peak / 1e12:g} TFLOP/s",
         _assumed_rate(device, config),
+    )
+
+
+def _given_step_s(rate: float, batch: int) -> Figure:
+    return computed(
+        batch / rate,
+        "s",
+        f"{number_text(rate)} molecules/s, given",
+        given(rate, "molecules/s", "rate"),
     )
 
 
@@ -264,64 +293,58 @@ def _assumed_rate(device: Gpu, config: PlanConfig) -> Figure:
     )
 
 
-def _cpu_figures(config: PlanConfig, setup: Setup, found: Found | None) -> dict[str, Any]:
-    """Times of a step, of contention and exchange without GPUs."""
+def _cpu_times(
+    config: PlanConfig, atom_counts: Mapping[int, float], batch: int, found: Found | None
+) -> _Times:
     if found is not None:
-        return {
-            "step_s": _now(found.step_s, "s", "a step of one worker alone"),
-            "contention": _now(found.contention, "", "a step while all train over a step alone"),
-            "exchange_gb_s": _now(
+        return _Times(
+            step_s=_now(found.step_s, "s", "a step of one worker alone"),
+            contention=_now(
+                found.contention,
+                "",
+                "a step while all workers train, divided by a step of one alone",
+            ),
+            exchange_gb_s=_now(
                 found.sent_bytes_per_s / 1e9, "GB/s", "messages of the model's size"
             ),
-            "message_s": _now(found.message_s, "s", "an all-reduce of one number"),
-            "ray_cores": bundled("ray_cores"),
-        }
-    step_s = (
-        computed(
-            setup.batch / config.rate,
-            "s",
-            f"{config.rate:,.4g} molecules/s, given",
-            given(config.rate, "molecules/s", "rate"),
+            message_s=_now(found.message_s, "s", "an all-reduce of one number"),
+            ray_cores=bundled("ray_cores"),
         )
-        if config.rate is not None
-        else _bundled_cpu_step_s(setup)
-    )
     alone, independent = bundled("cpu_step_s"), bundled("cpu_independent_step_s")
     together, sent = bundled("cpu_ddp_together_s"), bundled("cpu_ddp_sent_mib")
-    return {
-        "step_s": step_s,
-        "contention": computed(
+    return _Times(
+        step_s=(
+            _bundled_cpu_step_s(config, atom_counts, batch)
+            if config.rate is None
+            else _given_step_s(config.rate, batch)
+        ),
+        contention=computed(
             independent.value / alone.value, "", independent.source, independent, alone
         ),
-        "exchange_gb_s": computed(
+        exchange_gb_s=computed(
             sent.value * 2**20 / 1e9 / (together.value - independent.value),
             "GB/s",
-            f"{sent.source} over what it added to a step",
+            f"{sent.source}, divided by the time that it added to a step",
             sent,
             together,
         ),
-        "ray_cores": bundled("ray_cores"),
-    }
+        ray_cores=bundled("ray_cores"),
+    )
 
 
-def _bundled_cpu_step_s(setup: Setup) -> Figure:
-    """From a measured step of the base preset: operations in proportion, what FSDP adds in proportion to parameters."""
+def _bundled_cpu_step_s(config: PlanConfig, atom_counts: Mapping[int, float], batch: int) -> Figure:
+    """Scaled from a measured step of the base preset: by operations, and what FSDP adds by parameters."""
     base, fsdp = bundled("cpu_step_s"), bundled("cpu_fsdp_step_s")
     flops_per_s = _BENCHMARK_BATCH * _BENCHMARK_GFLOP * 1e9 / base.value
-    flops = flops_per_molecule(setup)
+    flops = flops_per_molecule(config.model, atom_counts)
     efficiency = cpu_efficiency(flops / 1e9)
-    seconds = setup.batch * flops / (flops_per_s * efficiency.value)
-    if setup.strategy == "fsdp":
+    seconds = batch * flops / (flops_per_s * efficiency.value)
+    if config.strategy == "fsdp":
         added = (fsdp.value - base.value) / _BENCHMARK_PARAMETERS
-        seconds += added * model_size(setup.model).parameters
-    like = assumed(
-        1.0,
-        "",
-        base.source,
-        "cores like those of the benchmark",
-    )
+        seconds += added * model_size(config.model).parameters
+    like = assumed(1.0, "", base.source, "cores like those of the benchmark")
     return computed(
-        seconds, "s", f"operations and parameters over those of {base.source}", base, fsdp, like
+        seconds, "s", f"in proportion to operations and parameters: {base.source}", base, fsdp, like
     )
 
 
@@ -359,34 +382,22 @@ def measure_now(config: PlanConfig, manifest: Manifest | None) -> Found:
 # --------------------------------------------------------------------------------------------------- showing
 
 
-def show_plan(report: PlanReport, config: PlanConfig) -> RenderableType | str:
-    """Tables for people, or one JSON document."""
-    if config.format == "json":
-        return json.dumps(_document(report, config), indent=1, ensure_ascii=False)
+def show_plan(report: PlanReport) -> RenderableType:
+    """The report of :func:`plan` for a terminal."""
     plan = report.plan
-    parts: list[RenderableType] = [
+    return stacked(
         _summary(plan),
-        *(_stage(plan, stage.name) for stage in plan.stages),
-    ]
-    parts += [
+        *(_stage(stage) for stage in plan.stages),
         _resources(plan),
         _changes(plan),
         _scaling(plan),
-        _command(plan, config),
+        _command(plan, report.config),
         _foot(report),
-    ]
-    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts[:-1]), parts[-1])
-
-
-def _document(report: PlanReport, config: PlanConfig) -> dict[str, Any]:
-    """The whole plan as JSON values; what is endless is null."""
-    content = {"plan": to_dict(report.plan), "config": to_dict(config)}
-    document: dict[str, Any] = json_values(content)
-    return document
+    )
 
 
 def _summary(plan: Plan) -> Table:
-    table = _table(show_header=False)
+    table = facts_table()
     table.add_row("plan", f"[bold]{escape(plan.title)}[/]")
     table.add_row("rate", f"{_value(plan.rate)}, limited by [bold]{escape(plan.binding)}[/]")
     for row in plan.total:
@@ -394,13 +405,8 @@ def _summary(plan: Plan) -> Table:
     return table
 
 
-def _stage(plan: Plan, name: str) -> Table:
-    stage = next(stage for stage in plan.stages if stage.name == name)
-    table = _table(title=name)
-    for column in ("", "value", "basis", "how"):
-        table.add_column(
-            column, overflow="fold", header_style="bold", no_wrap=column in ("", "value")
-        )
+def _stage(stage: Stage) -> Table:
+    table = headed_table("", "value", "basis", "how", unwrapped=(0, 1), title=stage.name)
     rows: list[tuple[str, Figure, str]] = [("hours", stage.hours, "")]
     rows += [("cost", stage.cost, "")] if stage.cost is not None else []
     rows += [(row.what, row.figure, row.remark) for row in stage.rows]
@@ -411,12 +417,16 @@ def _stage(plan: Plan, name: str) -> Table:
 
 
 def _resources(plan: Plan) -> Table:
-    table = _table(title="what could limit pretraining")
-    table.add_column("resource", header_style="bold", no_wrap=True)
-    table.add_column("carries", header_style="bold", justify="right", no_wrap=True)
-    table.add_column("in use", header_style="bold", justify="right", no_wrap=True)
-    table.add_column("basis", header_style="bold", no_wrap=True)
-    table.add_column("", overflow="fold")
+    table = headed_table(
+        "resource",
+        "carries",
+        "in use",
+        "basis",
+        "",
+        numbers=(1, 2),
+        unwrapped=(0, 1, 2, 3),
+        title="what could limit pretraining",
+    )
     for resource in plan.resources:
         table.add_row(
             resource.name,
@@ -429,11 +439,8 @@ def _resources(plan: Plan) -> Table:
 
 
 def _changes(plan: Plan) -> Table:
-    table = _table(title="what doubling one thing brings (the rest as above)")
-    for column in ("twice the", "rate", "hours", "cost"):
-        table.add_column(
-            column, header_style="bold", justify="left" if column == "twice the" else "right"
-        )
+    title = "effect of doubling one thing (the rest as above)"
+    table = headed_table("doubled", "rate", "hours", "cost", numbers=(1, 2, 3), title=title)
     for change in plan.changes:
         cost = "" if change.cost is None else f"x {change.cost:.2f}"
         table.add_row(change.what, f"x {change.rate:.2f}", f"x {change.hours:.2f}", cost)
@@ -441,19 +448,24 @@ def _changes(plan: Plan) -> Table:
 
 
 def _scaling(plan: Plan) -> Table:
-    table = _table(title="other numbers of trainers, CPU nodes in step")
-    columns = ("trainers", "CPU nodes", "molecules/s", "hours", "cost", "goodput", "limited by")
-    for column in columns:
-        table.add_column(
-            column, header_style="bold", justify="left" if column == "limited by" else "right"
-        )
+    table = headed_table(
+        "trainers",
+        "CPU nodes",
+        "molecules/s",
+        "hours",
+        "cost",
+        "goodput",
+        "limited by",
+        numbers=range(6),
+        title="other numbers of trainers, with as many CPU nodes as they need",
+    )
     for point in plan.scaling:
         table.add_row(
             f"{point.workers:,}",
             f"{point.cpu_nodes:,}",
-            _number(point.molecules_per_s),
-            _number(point.hours),
-            "" if point.cost is None else _number(point.cost),
+            number_text(point.molecules_per_s),
+            number_text(point.hours),
+            "" if point.cost is None else number_text(point.cost),
             f"{100 * point.goodput:.1f} %",
             point.binding,
         )
@@ -464,13 +476,13 @@ def _command(plan: Plan, config: PlanConfig) -> Text:
     settings = " ".join(f"{name}={value}" for name, value in plan.settings.items())
     data = str(redact(config.data)) if config.data else "DATA"
     return Text.assemble(
-        ("settings that the plan supposes\n", "bold"),
+        ("settings that the plan assumes\n", "bold"),
         f"moleblend pretrain data={data} out=RUN {_model_words(config.model)} {settings}",
     )
 
 
 def _model_words(model: ModelConfig) -> str:
-    """The model on a command line: the preset that has most of its settings, and what differs."""
+    """The model as words of a command line: the most similar preset, and the settings that differ."""
     wanted = to_dict(model)
     presets = {
         name: compose("plan", [f"model={name}"]).get("model", {}) for name in group_choices("model")
@@ -497,8 +509,8 @@ def _foot(report: PlanReport) -> Text:
     for line in plan.warnings:
         text.append(f"warning: {line}\n", style="bold red")
     text.append(
-        "given: set by you. measured: by a benchmark of this project, or here just now. computed: by formula; computed* rests "
-        "on an assumption.",
+        "given: set by you. measured: by a benchmark of this project, or just now on this machine. computed: by a "
+        "formula; computed*: rests on an assumption.",
         style="dim",
     )
     for uri in report.written:
@@ -514,47 +526,7 @@ def _basis(figure: Figure) -> str:
 
 def _value(figure: Figure) -> str:
     if figure.unit in ("B", "B/s"):
-        return _bytes(figure.value) + figure.unit[1:]
+        return bytes_text(figure.value) + figure.unit[1:]
     if figure.unit == "s":
-        return _seconds(figure.value)
-    return f"{_number(figure.value)} {figure.unit}".rstrip()
-
-
-def _seconds(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "never"
-    if seconds >= 120:
-        return f"{seconds / 60:.3g} min"
-    return f"{1e3 * seconds:.3g} ms" if seconds < 0.1 else f"{seconds:.3g} s"
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "no limit"
-    if value >= 1e6:
-        return f"{value / 1e6:.3g} million" if value < 1e9 else f"{value / 1e9:.3g} billion"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} PB"
-
-
-def _table(title: str = "", *, show_header: bool = True) -> Table:
-    table = Table(
-        show_edge=False,
-        pad_edge=False,
-        box=None,
-        show_header=show_header,
-        title=title or None,
-        title_justify="left",
-        title_style="bold",
-    )
-    if not show_header:
-        table.add_column(no_wrap=True, style="dim")
-        table.add_column(overflow="fold")
-    return table
+        return duration_text(figure.value, "never")
+    return f"{number_text(figure.value)} {figure.unit}".rstrip()

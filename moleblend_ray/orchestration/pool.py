@@ -1,9 +1,9 @@
-"""How many actors build micro-batches: as many as the trainers' measured appetite needs, within the configured bounds.
+"""How many actors build micro-batches: as many as the trainers need by measured rates, within the configured bounds.
 
-Ray's own rule adds actors, one at each turn of its scheduler, for as long as the blocks that were built have room in the
-object store: whatever the trainers need, a new stream takes every CPU it may. Here the pool may hold what two measured
-rates ask for, blocks that the trainers take a second and seconds that one actor needs for a block, and grows beyond that
-only while the trainers find nothing built. Ray still starts and stops the actors.
+Ray's own rule adds one actor in each iteration of its scheduler as long as the object store has room for blocks, so a
+new stream takes every CPU that it may, whatever the trainers need. Here the size of the pool follows from two measured
+rates: blocks per second that the trainers take, and seconds per block that one actor needs. It grows further only while
+the trainers find no block ready. Ray still starts and stops the actors.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 POOL_CONFIG_KEY: Final = "moleblend.actor_pool"
-"""Where a dataset's context holds its :class:`PoolBounds`."""
+"""Key of the :class:`PoolBounds` in the context of a dataset."""
 
 _INTERVAL_S: Final = 2.0
 _BUSY_SHARE: Final = 0.8
@@ -38,32 +38,32 @@ _PATIENCE_S: Final = 60.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolBounds:
-    """What a stream asks of its pool."""
+    """Bounds that a stream sets for its pool."""
 
     fewest: int
     most: int
     molecules_per_block: int
-    """For the report only."""
+    """Used for the report only."""
     reporter: Reporter | None = None
-    """Where the decisions are shown; None: in the process's log alone."""
+    """Shows the decisions; None: they are only in the log of the process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What was measured since the last decision."""
+    """Rates measured since the last decision."""
 
     build_s: float
-    """Seconds that one actor needs for a block."""
+    """Seconds per block that one actor needs."""
     blocks_per_s: float
-    """Blocks that the trainers took."""
+    """Blocks per second that the trainers took."""
     starving_share: float
-    """Share of the time in which no built block was there for them."""
+    """Share of the time in which no block was ready for them."""
 
 
 def wanted_actors(rates: Rates, running: int, bounds: PoolBounds) -> int:
-    """Actors that keep the trainers fed while each has a fifth of its time to spare.
+    """Number of actors that the trainers need if each actor is idle for a fifth of its time.
 
-    Starving trainers show a lower appetite than they have, so for them the pool grows by half at a time.
+    Trainers that wait for data take fewer blocks than they could, so then the pool grows by half at a time.
     """
     wanted = math.ceil(rates.blocks_per_s * rates.build_s / _BUSY_SHARE)
     if rates.starving_share >= _STARVING_SHARE:
@@ -83,7 +83,7 @@ class PoolSizer(ExecutionCallback):
         self._last_needed_s = 0.0
 
     def before_execution_starts(self, executor: StreamingExecutor) -> None:
-        """Find the pool, and let it have its fewest actors until something is measured."""
+        """Find the pool, and set it to its smallest size until something is measured."""
         self._bounds: PoolBounds = executor._data_context.get_config(POOL_CONFIG_KEY)
         assert executor._topology is not None
         *_, self._sink = executor._topology
@@ -95,14 +95,14 @@ class PoolSizer(ExecutionCallback):
             self._bounds.reporter.forward_logs(level=logging.INFO)
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002
-        """One turn of Ray's scheduler."""
+        """Called in each iteration of Ray's scheduler."""
         if self._operator is None or self._pool is None:
             return
         self._samples += 1
         self._starving += not self._sink.metrics.num_external_outqueue_blocks
         now = self._totals(self._operator)
         if self._began is None or self._pool.num_pending_actors() or not now.built:
-            # Neither the time that actors need to start nor the first filling of the buffers says anything.
+            # Neither the start of the actors nor the first filling of the buffers tells anything about the rates.
             self._restart(now)
         elif now.time_s - self._began.time_s >= _INTERVAL_S and now.built > self._began.built:
             self._decide(now, self._began, self._pool)
@@ -136,8 +136,8 @@ class PoolSizer(ExecutionCallback):
         if wanted == pool.max_size():
             return
         logger.info(
-            "data actors: %d -> %d (of %d to %d): building takes %.1f us a molecule, the trainers take %.0f molecules/s "
-            "and find nothing ready in %.0f %% of the time",
+            "data actors: %d -> %d (of %d to %d): building takes %.1f us per molecule, the trainers take %.0f "
+            "molecules/s and find nothing ready in %.0f %% of the time",
             pool.max_size(),
             wanted,
             self._bounds.fewest,
@@ -150,7 +150,7 @@ class PoolSizer(ExecutionCallback):
 
 
 def _set_most(pool: AutoscalingActorPool, most: int) -> None:
-    # Ray has no call for it; its autoscaler reads the bound at every turn.
+    # Ray has no function for this; its autoscaler reads the bound in every iteration.
     pool._config = replace(pool._config, max_size=most)
 
 

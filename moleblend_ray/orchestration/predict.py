@@ -1,4 +1,4 @@
-"""Batch prediction on a Ray cluster: fine-tuned models say of every molecule what they expect, and how sure they are."""
+"""Batch prediction on a Ray cluster: values of fine-tuned models for every molecule, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -22,42 +22,43 @@ from moleblend_ray.evaluation.prediction import Predictor
 from moleblend_ray.orchestration.parts import PartsJob, run_parts
 
 SUMMARY_NAME = "predictions.json"
-"""Names every part with its rows, bytes and checksum; written last."""
+"""File that lists every part with its rows, bytes and checksum; written last."""
 
 CSV_NAME = "predictions.csv"
-"""All parts as one table, made from them if it is asked for."""
+"""File with all parts as one table, written if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictSummary:
-    """What became of the molecules and where the predictions lie."""
+    """What became of the molecules, and where the predictions are."""
 
     out: str
     """Directory of the predictions."""
     predictions: int
     """Molecules with a prediction."""
     rejected: int
-    """Source rows without one; each is in ``rejected.parquet`` with its reason."""
+    """Source rows without a prediction; each is in ``rejected.parquet`` with its reason."""
     columns: tuple[str, ...]
-    """Predicted properties."""
+    """Names of the predicted properties."""
     unit: str
-    """Their unit; empty for classes, which are predicted as the probability of 1."""
+    """Unit of the predictions; empty for classes, for which the probability of class 1 is predicted."""
     models: int
-    """Models that were asked."""
+    """Number of models."""
     parts: int
-    """Parquet files."""
+    """Number of Parquet files."""
     parts_reused: int
-    """Of these, made by an earlier, interrupted command."""
+    """Parts that an earlier, interrupted command had made."""
     molecules_per_s: float | None
-    """Predicted by the command that finished, the start of its actors included; None if all parts were there."""
+    """Molecules per second that the command predicted, including the start of its actors; None if all parts were
+    there."""
     seconds: float
-    """Wall time of the command that finished."""
+    """Wall time of the command that finished the work."""
     already_finished: bool
-    """True if an earlier command had finished, and this one did nothing but write a CSV file that was missing."""
+    """True if an earlier command had finished the work; then this one at most wrote a missing CSV file."""
 
 
 def predict(config: PredictConfig) -> PredictSummary:
-    """Predictions with their uncertainty, in ``<out>/parts/part-NNNNN.parquet``, rows in the source's order.
+    """Write predictions with uncertainty to ``<out>/parts/part-NNNNN.parquet``, rows in the order of the source.
 
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
@@ -83,7 +84,7 @@ def predict(config: PredictConfig) -> PredictSummary:
 
 
 def predict_job(config: PredictConfig) -> PartsJob:
-    """What :func:`predict` makes of shards."""
+    """The job with which :func:`predict` makes predictions from shards."""
     return PartsJob(
         name="predict",
         config=config,
@@ -96,7 +97,7 @@ def predict_job(config: PredictConfig) -> PartsJob:
 
 
 def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
-    """All models on ``device``."""
+    """Load all models to ``device``."""
     return Predictor.build(
         load_members(config.model_uris()),
         conformers=config.conformers,
@@ -107,7 +108,7 @@ def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
 
 
 def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
-    """``predictions.csv`` from the parts, one in memory at a time."""
+    """Write ``predictions.csv`` from the parts, with one part in memory at a time."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, CSV_NAME)
         with path.open("wb") as file:

@@ -1,9 +1,9 @@
 """Molecule files -> a prepared data set, on Ray Data.
 
-Reading tasks cut each file into chunks of raw records, one row each, so that no re-blocking by Ray can change
-what a chunk is; actors turn a chunk into its files and a receipt; the driver writes the manifest of all receipts
-last. A chunk whose receipt is there already is only read again, not converted: the same command after an
-interruption goes on where it was.
+Reading tasks split each file into chunks of raw records. A chunk is one row, so Ray cannot change it by splitting or
+merging blocks. Actors turn a chunk into its files and a receipt; at the end the driver writes the manifest from all
+receipts. A chunk that has a receipt already is read again, but not converted. So the same command continues where it
+was interrupted.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from ray.util.annotations import RayDeprecationWarning
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import finish
-from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest, remove_work
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
+from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, UnitReceipt
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import DUPLICATE, Manifest
@@ -60,15 +61,15 @@ from moleblend_ray.orchestration.progress import Progress, Reporter
 logger = logging.getLogger(__name__)
 
 _PARTS_PER_TASK: Final = 16
-"""Chunks that one reading task takes from a Parquet file."""
+"""Chunks per reading task of a Parquet file."""
 _BYTES_PER_ACTOR: Final = 256 << 10
-"""Source bytes that are worth another actor: starting one takes about as long as converting them."""
+"""Source bytes per actor: starting an actor takes about as long as converting so many bytes."""
 _THREADS: Final = 16
 _MAX_RETRIES: Final = 3
-"""A chunk that kills its process (or loses its machine) more often ends the run instead of repeating for ever."""
+"""Retries of a chunk that kills its process or loses its machine. One failure more ends the run."""
 _MAX_SHOWN: Final = 10
-"""Damages named in one error."""
-# Reading is cheap, and must find a place beside the converting actors on any cluster.
+"""Damaged files that one error names."""
+# Reading is cheap, and must find room beside the converting actors on any cluster.
 _READER_CPUS: Final = 0.1
 _ACTOR_CPUS: Final = 0.9
 
@@ -83,8 +84,8 @@ _CHUNK_SCHEMA: Final = pa.schema(
         ("failure", pa.string()),
     ]
 )
-"""One row a chunk. Without ``payload``: converted before; or, with ``damage`` of the file or ``failure`` of the
-storage, where reading ended."""
+"""One row per chunk. A row without ``payload`` is a chunk that was converted before or, with ``damage`` of the file or
+``failure`` of the storage, the end of reading."""
 
 _RESULT_SCHEMA: Final = pa.schema(
     [
@@ -99,8 +100,8 @@ _RESULT_SCHEMA: Final = pa.schema(
         ("peak_bytes", pa.int64()),
     ]
 )
-"""One row a chunk: its receipt; where it was converted, when (seconds since 1970), and the most memory that the
-process there has had. Without ``receipt``: the one at hand holds."""
+"""One row per chunk: its receipt, the process that converted it, when (seconds since 1970), and the peak memory of that
+process. Without ``receipt`` the existing one is valid."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +109,7 @@ class PrepareSummary:
     """What `prepare` did."""
 
     out: str
-    """The data set."""
+    """URI of the data set."""
     status: str
     """``prepared``, ``continued`` (some chunks were there) or ``already prepared``."""
     rows_in: int
@@ -123,26 +124,27 @@ class PrepareSummary:
     """Molecules for testing."""
     with_coordinates: int
     labels: int
-    """Label columns."""
+    """Names of the label columns."""
     duplicate_ids: int
     shards: int
     bytes: int
-    """Of all shards."""
+    """Size of all shards."""
     fingerprint: str
     converting_seconds: float
-    """From the first chunk's start to the last one's end; less than ``seconds`` by the start of the processes, the
-    shuffle and the manifest."""
+    """Seconds from the start of the first chunk to the end of the last. The rest of ``seconds`` is for starting
+    processes, the shuffle and the manifest."""
     converting_rows_per_s: float
-    """Records converted a second while all processes were at work."""
+    """Records converted per second while all processes were at work."""
     converting_peak_mib: int
-    """Most memory of a converting process, the libraries it shares with others included."""
+    """Peak memory of a converting process, including libraries that it shares with others."""
     seconds: float
 
 
-def prepare(config: PrepareConfig) -> PrepareSummary:
-    """Prepare ``config.source`` into ``config.out``; a finished one is left as it is, an unfinished one finished."""
+def prepare(config: PrepareConfig, *, wants_coordinates: bool = True) -> PrepareSummary:
+    """Prepare ``config.source`` into ``config.out``. A finished data set stays as it is, an unfinished one is
+    finished. Molecules without coordinates are warned of if ``wants_coordinates``."""
     start_s = time.monotonic()
-    config = with_absolute_paths(config)  # the actors have a working directory of their own
+    config = with_absolute_paths(config)  # The actors have another working directory.
     files = find_sources(*config.sources())
     _check_apart(config, [file.uri for file in files])
     splits = _named_splits(config, len(files))
@@ -151,10 +153,10 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
     shown_out = without_credentials(config.out)
     if manifest is not None:
         logger.info("%s is prepared already: nothing to do", shown_out)
-        remove_work(config.out)  # if the run that wrote the manifest ended there
+        remove_work_files(config.out)  # The run that wrote the manifest may have ended before this.
         return _summary(config.out, "already prepared", manifest, _Effort(), start_s)
     sources = inspect_sources(files, options.columns)
-    done = begin(config.out, sources, options)
+    done = claim_output(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row", out=config.out) as progress:
@@ -164,8 +166,8 @@ def prepare(config: PrepareConfig) -> PrepareSummary:
         placed = _exchanged(config, sources, options, receipts, progress.reporter)
         rows = sum(receipt.rows_in for receipt in receipts)
         progress.reporter({"done": rows, "total": rows})
-    manifest = finish(config.out, sources, options, receipts, placed)
-    _log_outcome(manifest, config)
+    manifest = write_manifest(config.out, sources, options, receipts, placed)
+    _log_outcome(manifest, config, wants_coordinates=wants_coordinates)
     return _summary(config.out, "continued" if done else "prepared", manifest, job.effort, start_s)
 
 
@@ -176,7 +178,7 @@ def _exchanged(
     receipts: Sequence[Receipt],
     report: Reporter,
 ) -> list[UnitReceipt]:
-    """The shards of a shuffle, or without duplicates, of all staged molecules; nothing if neither is asked for."""
+    """Shards of all staged molecules after the shuffle or without duplicates; none if neither is asked for."""
     if not options.needs_exchange:
         return []
     exchange, passes = plan_exchange(
@@ -241,7 +243,7 @@ def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOption
 
 
 def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
-    """Refuse an output among the sources: the next run would take its shards for sources."""
+    """Refuse an output among the sources, as the next run would read its shards as sources."""
     out = storage.absolute(config.out).rstrip("/") + "/"
     for source in config.sources():
         if out.startswith(storage.absolute(source).rstrip("/") + "/"):
@@ -270,16 +272,16 @@ class _Effort:
         self._intervals: list[_Interval] = []
 
     def add(self, rows: int, result: Mapping[str, Any]) -> None:
-        """Take in the result of a chunk of so many records."""
+        """Add the result of a chunk with this number of records."""
         if result["process"] is None:
-            return  # it was converted by a former run
+            return  # It was converted by an earlier run.
         times = (result["started_s"], result["ended_s"])
         self._intervals.append(_Interval(result["process"], rows, *times))
         self.peak_bytes = max(self.peak_bytes, result["peak_bytes"])
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end; 0 if nothing was converted."""
+        """Seconds from the first start to the last end; 0 if nothing was converted."""
         if not self._intervals:
             return 0.0
         started_s = min(interval.started_s for interval in self._intervals)
@@ -287,7 +289,7 @@ class _Effort:
 
     @property
     def rows_per_s(self) -> float:
-        """Records converted a second while all processes were at work; 0 if they never were."""
+        """Records converted per second while all processes were at work; 0 if they never were."""
         spans: dict[str, tuple[float, float]] = {}
         for process, _, started_s, ended_s in self._intervals:
             first_s, last_s = spans.get(process, (started_s, ended_s))
@@ -323,13 +325,14 @@ class _Job:
         self.effort = _Effort()
 
     def run(self, report: Reporter, metrics: JobMetrics) -> list[Receipt]:
-        """Convert what is to be converted; the receipts of all chunks, or an error that says what is lacking."""
+        """Convert what is not yet converted; returns the receipts of all chunks, or raises an error that says what is
+        missing."""
         receipts: list[Receipt] = []
         damages: list[str] = []
         rows = quarantined = 0
         for result in self._results():
             if result["failure"] is not None:
-                # The storage is away or full: the chunks to come would only fail as well.
+                # The storage is out of reach or full: all later chunks would fail as well.
                 raise StorageError(result["failure"])
             if result["damage"] is not None:
                 damages.append(result["damage"])
@@ -339,7 +342,7 @@ class _Job:
             receipts.append(receipt)
             rows += receipt.rows_in
             quarantined += receipt.rows_quarantined
-            if result["receipt"] is not None:  # converted now, not by a former run
+            if result["receipt"] is not None:  # Converted now, not by an earlier run.
                 metrics.count_rows(receipt.rows_in, receipt.quarantined_by_reason)
             report({"done": rows, "quarantined": quarantined})
         if damages:
@@ -362,7 +365,7 @@ class _Job:
             override_num_blocks=source.num_tasks,
         )
         with warnings.catch_warnings():
-            # Ray 2.60 deprecates this way to bound retries before there is another.
+            # Ray 2.60 deprecates this limit of retries, but has no other.
             warnings.simplefilter("ignore", RayDeprecationWarning)
             dataset = dataset.map_batches(
                 _Converter,
@@ -382,16 +385,16 @@ class _Job:
                 max_task_retries=_MAX_RETRIES,
             )
         place_dataset(dataset, self._labels)
-        # One block a row: else one actor would get many chunks at once and the others none.
+        # One row per block, or one actor would get many chunks at once and the others none.
         dataset.context.target_max_block_size = 1
-        # Ray advises to reserve memory for the readers, whose few hundred MB are mostly shared libraries.
+        # Ray logs advice to reserve memory for the readers, whose few hundred MB are mostly shared libraries.
         dataset.context.issue_detectors_config.detectors = []
         try:
             yield from dataset.iter_rows()
         except ray.exceptions.RayActorError as error:
             raise DataError(
                 f"Converting a chunk into {self._out} ended its process {_MAX_RETRIES + 1} times: it was "
-                f"killed for want of memory, its machine was lost, or a record crashes RDKit. ({error}) "
+                f"killed for lack of memory, its machine was lost, or a record crashes RDKit. ({error}) "
                 "Chunks converted so far are kept: run the same command again, with fewer "
                 "cluster.num_data_actors if memory is short."
             ) from error
@@ -403,7 +406,7 @@ def _num_actors(config: PrepareConfig, sources: SourceSet) -> int:
 
 
 class _Chunks(ray.data.Datasource):
-    """The chunks of all files: a reading task for each text file, several for a Parquet file."""
+    """The chunks of all files, read by one task per text file and several per Parquet file."""
 
     def __init__(
         self, sources: SourceSet, rows_per_chunk: int, done: Mapping[tuple[int, int], Receipt]
@@ -427,7 +430,7 @@ class _Chunks(ray.data.Datasource):
         return len(self._tasks)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown: what is compressed how far shows in reading."""
+        """Unknown: files may be compressed."""
         return None
 
     def get_read_tasks(
@@ -436,7 +439,7 @@ class _Chunks(ray.data.Datasource):
         per_task_row_limit: int | None = None,  # noqa: ARG002 - no limit is ever asked here
         data_context: Any = None,  # noqa: ARG002
     ) -> list[Any]:
-        """The tasks, whatever Ray would like."""
+        """The tasks, whatever parallelism Ray asks for."""
         return [
             ray.data.ReadTask(
                 read,
@@ -453,7 +456,7 @@ class _Chunks(ray.data.Datasource):
 
 
 def _cut(layout: SourceLayout, rows_per_chunk: int) -> list[list[ParquetPart] | None]:
-    """What each reading task of a file reads: parts of a Parquet file, or (None) all of a text file."""
+    """What each reading task of a file reads: parts of a Parquet file, or all of a text file (None)."""
     if layout.file.format != "parquet" or layout.file.size == 0:
         return [None]
     parts = parquet_parts(layout.file, rows_per_chunk)
@@ -467,7 +470,7 @@ def _read(
     parts: list[ParquetPart] | None,
     digests: Mapping[int, str],
 ) -> Iterator[pa.Table]:
-    """One table of one row for each chunk; damage becomes a last row, after which the chunks before still count."""
+    """A table of one row per chunk. Damage becomes the last row; the chunks before it still count."""
     try:
         for chunk in read_chunks(layout, file_index, rows_per_chunk, parts):
             is_done = digests.get(chunk.chunk_index) == chunk.digest()
@@ -486,7 +489,7 @@ def _read(
 
 
 class _Converter:
-    """Converts chunks; one in each actor."""
+    """Converts chunks, in an actor."""
 
     def __init__(
         self, sources: SourceSet, options: ConvertOptions, out: str, split_file: str | None
@@ -523,17 +526,17 @@ class _Converter:
 
 
 def _peak_bytes() -> int:
-    """Most memory that this process has had."""
+    """Peak memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _row(schema: pa.Schema, **values: Any) -> pa.Table:
-    """One row of those of the values that the schema has."""
+    """A table of one row with the values whose names the schema has."""
     return pa.table({name: [values.get(name)] for name in schema.names}, schema=schema)
 
 
-def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
+def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates: bool) -> None:
     counts = manifest.counts
     for label in manifest.labels:
         if label.num_unreadable:
@@ -547,6 +550,13 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig) -> None:
     for split in ["train", *([] if config.split_file else wanted)]:
         if not manifest.num_molecules(split):
             logger.warning("%s: split %s has no molecules", without_credentials(config.out), split)
+    flat = counts.conformer_status.get("none", 0)
+    if flat and wants_coordinates:
+        logger.warning(
+            "%d of %d molecules have no coordinates, only 2D relations; featurize.conformers.generate=true makes them",
+            flat,
+            counts.rows_out,
+        )
     failed = counts.conformer_status.get("failed", 0)
     if failed:
         logger.warning(

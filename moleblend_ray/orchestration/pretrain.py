@@ -1,9 +1,9 @@
 """Pretraining on a Ray Train worker group: start, survive failures, stop on request, finish.
 
-Ray starts, watches and restarts the workers and brings the data. It keeps no state of the run: what is committed under
-the run's URI (:mod:`moleblend_ray.training.commits`) is the only truth, for a restarted worker group as for a new driver.
-At each start of a worker group the stream's first step is the newest committed step; the workers restore the
-checkpoint of the step that the stream begins with, so data and state cannot come from two records.
+Ray starts, watches and restarts the workers and delivers the data. It keeps no state of the run: only what is committed
+under the run's URI (:mod:`moleblend_ray.training.commits`) counts, both for a restarted worker group and for a new
+driver. When a worker group starts, its stream begins at the newest committed step, and the workers restore the
+checkpoint of the step with which the stream begins. So data and state always belong to the same step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,17 +37,24 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
-from moleblend_ray.errors import DataError, MoleBlendError, StorageError, TrainingError
+from moleblend_ray.errors import (
+    DataError,
+    MoleBlendError,
+    StorageError,
+    TrainingError,
+    without_credentials,
+)
 from moleblend_ray.model.config import BlendConfig
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.elastic import ElasticTrainer
-from moleblend_ray.orchestration.fixed import FixedTrainer
+from moleblend_ray.orchestration.fixed_workers import FixedTrainer
 from moleblend_ray.orchestration.local import (
     environment_defaults,
     ray_session,
     require_labels,
     require_resources,
     require_shared_paths,
+    warn_of_unused_gpus,
 )
 from moleblend_ray.orchestration.metrics import Publisher
 from moleblend_ray.orchestration.placement import placed
@@ -76,7 +83,7 @@ from moleblend_ray.training.commits import (
 )
 from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from_ranks
 from moleblend_ray.training.export import export_run, export_uri
-from moleblend_ray.training.loop import FitResult, build_learner, fit
+from moleblend_ray.training.loop import FitResult, Learner, build_learner, fit
 from moleblend_ray.training.metrics import (
     Record,
     drop_records_from,
@@ -94,27 +101,29 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME: Final = "config.json"
 
 _TRAIN_SETTINGS: Final = {
-    # A lost worker is noticed after one interval: the default of 2 s costs a short run much of its time, 0.2 s loads small
+    # A lost worker is noticed after one interval. The default of 2 s is long for short runs; 0.2 s loads small
     # machines.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Nodes with a notice (spot instances) often have 30 s left.
+    # Nodes that announce their end (spot instances) often have 30 s left.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # How long a group waits for its place before it is asked whether the run shall end, and waits again.
+    # How long a group waits for resources before the stop flag is read; then it waits again.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 _ELASTIC_SETTINGS: Final = {
-    # Where the place was on a node that is gone, and not yet known to be, a smaller
-    # group starts after it.
+    # After this time a smaller group starts, if the resources were on a node whose loss was not yet known.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
 }
 
+_FEW_PLACED: Final = 0.5
+"""Share of molecules with coordinates below which a run says that it has few."""
+
 _QUIET_INTERVALS: Final = 10
-"""A group that was not resized for so many intervals is not a sign of unsteady room."""
+"""Intervals without a resize after which the room in the cluster counts as steady again."""
 _LONGEST_INTERVAL: Final = 16
-"""Longest interval between looks, in those of the configuration."""
+"""Longest interval between looks, as a multiple of the configured interval."""
 
 _FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
-"""Raised on all ranks together, and again by every new try."""
+"""Errors that all ranks raise together, and that every new try would raise again."""
 
 
 class WorkersLostError(TrainingError):
@@ -123,7 +132,7 @@ class WorkersLostError(TrainingError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainSummary:
-    """What a call of :func:`pretrain` found or did."""
+    """What a call of :func:`pretrain` did or found."""
 
     out: str
     """URI of the run."""
@@ -132,21 +141,22 @@ class PretrainSummary:
     steps: int
     """Steps committed since the start of the run."""
     resumed_from: int
-    """Committed step at which this call began; 0 for a new run."""
+    """Committed step at which this call started; 0 for a new run."""
     world_size: int
-    """Workers of this call, at its end."""
+    """Number of workers at the end of this call."""
     molecules: int
-    """Molecule presentations in all steps."""
+    """Molecules seen in all steps, repetitions counted."""
     loss_first: dict[str, float]
-    """Mean losses of the first tenth of the steps (at most 50): "loss" is the optimised one, "loss_<head>" each head's."""
+    """Mean losses of the first tenth of the steps (at most 50): "loss" is the optimised loss, "loss_<head>" that of a
+    head."""
     loss_last: dict[str, float]
-    """The same of the last tenth."""
+    """The same for the last tenth."""
     molecules_per_s: float
-    """Presentations per second of step time, over all steps."""
+    """Molecules seen per second of step time, over all steps."""
     seconds: float
     """Wall time of this call."""
     data_fingerprint: str
-    """Of the prepared dataset."""
+    """Fingerprint of the prepared dataset."""
     export: str | None
     """Folder with model.safetensors and config.json; None while unfinished."""
 
@@ -154,10 +164,10 @@ class PretrainSummary:
 def pretrain(config: PretrainConfig) -> PretrainSummary:
     """Pretrain on a prepared dataset, from the newest committed checkpoint of ``config.out`` if there is one.
 
-    A finished run is reported and left alone. On SIGTERM the workers commit the step they are at, and this returns.
+    A finished run is only reported. On SIGTERM the workers commit their current step, and this function returns.
     """
     began_s = time.monotonic()
-    config = with_absolute_paths(config)  # workers have a working directory of their own
+    config = with_absolute_paths(config)  # Workers have another working directory.
     manifest = load_manifest(config.data)
     finished = _read_finished(config, manifest)
     if finished is not None and finished.steps >= config.train.num_steps:
@@ -182,16 +192,16 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
 
 
 def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
-    """What a run is: settings that must not change between its checkpoints."""
+    """The settings of a run that must not change between its checkpoints."""
     settings = to_dict(config)
-    # Runs of earlier versions do not name what they did not have.
+    # Runs of earlier versions do not have these settings.
     if config.blend.view_probabilities == BlendConfig().view_probabilities:
         del settings["blend"]["view_probabilities"]
     if not config.model.environment_head:
         del settings["model"]["environment_bins"]
     return {
         "data_fingerprint": manifest.fingerprint,
-        # Part of the fingerprint, and here by name: whoever prepares data anew should see why they are others.
+        # Part of the fingerprint; named here as well, to show why data that were prepared again are different.
         "featurizer_version": manifest.featurizer_version,
         "seed": config.seed,
         "random_rotation": config.stream.random_rotation,
@@ -200,9 +210,10 @@ def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
 
 
 def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
-    """Check that the configuration may continue what is under ``out``, note it there, and find where it stands."""
+    """Check that the configuration may continue the run in ``out``, store it there, and return the newest commit."""
     if manifest.num_molecules("train") == 0:
         raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
+    _require_coordinates(config, manifest)
     identity = run_identity(config, manifest)
     commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
@@ -218,8 +229,29 @@ def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
     return commit
 
 
+def _require_coordinates(config: PretrainConfig, manifest: Manifest) -> None:
+    """Refuse 3D losses on molecules that all lack coordinates; say so if many do."""
+    total, placed = manifest.counts.rows_out, manifest.counts.with_coordinates
+    losses = [name for name in ("denoise", "direction", "distance") if config.loss.weight(name) > 0]
+    remedy = "prepare them with featurize.conformers.generate=true"
+    if not placed and losses:
+        zero = " ".join(f"loss.{name}_weight=0" for name in losses)
+        raise DataError(
+            f"none of the {total} molecules of {config.data} has coordinates: nothing would teach the encoder 3D relations. "
+            f"Use sources with coordinates or {remedy}. To pretrain on 2D relations alone, say so: {zero}"
+        )
+    if placed < _FEW_PLACED * total:
+        logger.warning(
+            "%d of %d molecules of %s have no coordinates and teach 2D relations only; %s",
+            total - placed,
+            total,
+            without_credentials(config.data),
+            remedy,
+        )
+
+
 def _config_fingerprint(config: PretrainConfig) -> str:
-    # Without credentials: a URI signed anew is the same configuration.
+    # Without credentials: a URI with a new signature is the same configuration.
     text = json.dumps(redact(to_dict(config)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -237,10 +269,10 @@ def _read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummar
     steps = committed_steps(config.out)
     if steps:
         require_same_run(read_commit(config.out, steps[0]).identity, wanted, config.out)
-    else:  # someone has deleted the checkpoints: what is left names its data
+    else:  # The checkpoints were deleted; what is left names the data.
         stored = {"data_fingerprint": summary.data_fingerprint}
         require_same_run(stored, {name: wanted[name] for name in stored}, config.out)
-    # Stored without credentials, and perhaps before the folder moved.
+    # The stored URIs have no credentials, and the folder may have been moved.
     return replace(summary, out=config.out, export=export_uri(config.out))
 
 
@@ -281,9 +313,9 @@ class _Outcome:
     step: int
     world_size: int
     stopped_by: StopReason = ""
-    """Why it left before the last step."""
+    """Why the workers stopped before the last step; "" if they did not."""
     error: MoleBlendError | None = None
-    """A failure that trying again would only repeat."""
+    """An error that every new try would raise again."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -291,10 +323,10 @@ class _WorkerSettings:
     config: PretrainConfig
     manifest: Manifest
     start_step: int
-    """Step at which this command began; a worker group that begins later is a new try."""
+    """Step at which this command started; a worker group that starts at a later step is a new try."""
     reporter: Reporter
     stop_flag: StopFlag
-    """Knows whether a stop was asked for."""
+    """Through it a stop is asked for."""
 
 
 def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: int) -> _Outcome:
@@ -305,10 +337,10 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
         ray_session(config.cluster, data_cpus=data_cpus),
         stop_on_sigterm() as stop_flag,
         Progress("pretrain", unit="step", total=config.train.num_steps, out=config.out) as progress,
-        # Ray wants a place for its own notes; nothing of the run is in it.
+        # Ray needs a folder for its own notes; nothing of the run is in it.
         tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
     ):
-        last.callback(remove_unused)  # actors that end with the cluster leave row groups behind
+        last.callback(remove_unused)  # Actors that end with the cluster leave row groups behind.
         _require_fitting_cluster(config)
         settings = _WorkerSettings(
             config=config,
@@ -324,7 +356,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
 
 
 def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
-    """One trainer after the other, as long as workers leave because nodes change, or fail after new checkpoints."""
+    """Start new trainers as long as workers leave because nodes change, or fail after new checkpoints."""
     cluster, out = settings.config.cluster, settings.config.out
     environment = _TRAIN_SETTINGS | (_ELASTIC_SETTINGS if cluster.min_workers else {})
     interval_s = cluster.resize_interval_s
@@ -337,7 +369,7 @@ def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
             if settings.stop_flag.is_terminated.is_set():
                 logger.warning("stopped, as asked, though: %s", error)
                 return _Outcome(step=_newest_step(out), world_size=0, stopped_by="sigterm")
-            # A long run on many machines loses some of them many times; what counts is whether it gets on.
+            # A long run on many machines loses machines many times; it goes on as long as there is progress.
             if not isinstance(error, WorkersLostError) or _newest_step(out) <= begin_step:
                 raise
             logger.warning("%s Training got on since the first of them: starting anew", error)
@@ -355,7 +387,7 @@ def _train_until_done(settings: _WorkerSettings, ray_notes: str) -> _Outcome:
         settings.stop_flag.ask("")
         settings.reporter.count("planned_restarts")
         if outcome.stopped_by == "resize":
-            # Room that others take again and again must not keep a run busy with restarts.
+            # If others take the room again and again, the run must not restart each time.
             is_busy = time.monotonic() - begin_s < _QUIET_INTERVALS * interval_s
             longest_s = _LONGEST_INTERVAL * cluster.resize_interval_s
             interval_s = min(2 * interval_s, longest_s) if is_busy else cluster.resize_interval_s
@@ -387,12 +419,11 @@ def _new_trainer(
         "train_loop_config": {"settings": settings},
         "torch_config": ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         "scaling_config": ray.train.ScalingConfig(**scaling),
-        # A callable: evaluated again at each start of a worker group, so the stream begins where the
-        # newest checkpoint ends.
+        # A callable is evaluated at each start of a worker group, so the stream begins at the newest checkpoint.
         "datasets": {"train": partial(_stream_from_newest, config, settings.reporter)},
         "dataset_config": stream_data_config(config.stream),
         "run_config": ray.train.RunConfig(
-            # A fresh name each time, or Ray would restore its own idea of an earlier run.
+            # A new name each time, or Ray would restore its own state of an earlier run.
             name=f"pretrain-{uuid.uuid4().hex[:12]}",
             storage_path=ray_notes,
             failure_config=ray.train.FailureConfig(max_failures=config.train.max_failures),
@@ -413,7 +444,7 @@ def _new_trainer(
 
 
 def _require_fitting_cluster(config: PretrainConfig) -> None:
-    """Refuse a cluster on which the run would wait for ever, or each machine would write files of its own."""
+    """Refuse a cluster on which the run would wait forever, or on which each machine would write to its own disk."""
     cluster, workers, actors = config.cluster, config.worker_counts[0], config.stream.min_actors
     gpus = {"GPU": float(workers)} if cluster.use_gpu else {}
     require_labels("worker_labels", cluster.worker_labels)
@@ -427,6 +458,7 @@ def _require_fitting_cluster(config: PretrainConfig) -> None:
     need = {"CPU": config.reserved_cpus(actors, workers), **gpus}
     require_resources(need, f"{workers} workers and {actors} data actors")
     require_shared_paths({"data": config.data, "out": config.out})
+    warn_of_unused_gpus(cluster)
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer) -> _Outcome:
@@ -450,7 +482,7 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> _Outcome:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The message of the first error of a chain, without the tracebacks Ray adds to it."""
+    """The message of the first error of a chain, without the tracebacks that Ray adds."""
     while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
         error = cause
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -459,8 +491,8 @@ def _root_cause(error: BaseException) -> str:
 
 
 def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
-    """The stream of micro-batches from the newest committed step on. Runs in Ray Train's controller."""
-    reporter.forward_logs()  # a checkpoint damaged since the last start must be seen on the driver
+    """The stream of micro-batches from the newest committed step. Runs in the controller of Ray Train."""
+    reporter.forward_logs()  # Warnings about a damaged checkpoint must appear on the driver.
     reporter.count("worker_groups")
     commit = latest_committed(config.out, verify_content=True)
     first_step = commit.step if commit else 0
@@ -482,7 +514,7 @@ def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
 
 
 def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
-    """One rank: build, restore, train. Its return value is looked at on rank 0 only."""
+    """Build, restore and train one rank. Only the return value of rank 0 is used."""
     settings = arguments["settings"]
     config = settings.config
     context = ray.train.get_context()
@@ -500,6 +532,7 @@ def _train_worker(arguments: dict[str, _WorkerSettings]) -> _Outcome:
 
 
 def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | None) -> FitResult:
+    """Build what one rank trains with, restore it at the step with which the stream begins, and train."""
     config = settings.config
     steps = shard_step_batches(
         ray.train.get_dataset_shard("train"),
@@ -508,57 +541,24 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | N
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    coming = _in_background(steps)
+    learner = _build_learner(config, ranks)
     while_waiting = None if should_stop is None else should_stop.end_wait
-    early = ThreadPoolExecutor(1)
-    coming = early.submit(next, steps)  # the data actors take seconds to start
-    early.shutdown(wait=False)
-    learner = build_learner(
-        config.model,
-        train=config.train,
-        optim=config.optim,
-        blend=config.blend,
-        loss=config.loss,
-        seed=config.seed,
-        ranks=ranks,
-    )
     first = _when_there(coming, while_waiting)
     is_new_try = first.step > settings.start_step
     if ranks.is_first and is_new_try:
-        # Shown to the user: time was lost, perhaps also workers.
+        # A warning, which the user sees: time was lost, and perhaps workers.
         logger.warning("continuing at step %d with %d workers", first.step, ranks.world_size)
-    if first.step > 0:
-        restore_training_state(learner.model, learner.optimizer, config.out, first.step, ranks)
-    if ranks.is_first:
-        abandon_after(config.out, first.step)
-        drop_records_from(config.out, first.step)
+    _restore(config, learner, first.step, ranks)
     publisher = Publisher(run=logs.run_name(config.out), rank=str(ranks.rank))
-    metrics = TrainMetrics(publisher, is_first=ranks.is_first)
-    metrics.start(
-        config.out,
-        first.step,
-        target_steps=config.train.num_steps,
-        workers=ranks.world_size,
-        interval_steps=config.checkpoint.every_steps,
-    )
-    checkpoints = CheckpointWriter(
-        config.checkpoint,
-        config.out,
-        ranks,
-        identity=run_identity(config, settings.manifest),
-        config_fingerprint=_config_fingerprint(config),
-        start_step=first.step,
-        on_save=metrics.on_save,
-    )
+    metrics = _start_metrics(config, publisher, first.step, ranks)
+    checkpoints = _checkpoint_writer(settings, ranks, first.step, metrics)
     validate = build_validation(
         config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
     )
-    traced = config.train.profile and ranks.is_first
-    trace: contextlib.AbstractContextManager[Callable[[], None] | None] = (
-        trace_steps(config.out, first.step, ranks.device) if traced else contextlib.nullcontext()
-    )
     tracker = _start_tracker(settings, ranks, is_new_try=is_new_try)
     try:
-        with trace as after_step, publisher:
+        with _tracing(config, first.step, ranks) as after_step, publisher:
             return fit(
                 learner,
                 chain([first], steps),
@@ -577,10 +577,77 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | N
         tracker.finish()
 
 
+def _in_background(steps: Iterator[StepBatch]) -> Future[StepBatch]:
+    """Request the first step in a thread: the data actors take seconds to start."""
+    executor = ThreadPoolExecutor(1)
+    coming = executor.submit(next, steps)
+    executor.shutdown(wait=False)
+    return coming
+
+
+def _build_learner(config: PretrainConfig, ranks: Ranks) -> Learner:
+    return build_learner(
+        config.model,
+        train=config.train,
+        optim=config.optim,
+        blend=config.blend,
+        loss=config.loss,
+        seed=config.seed,
+        ranks=ranks,
+    )
+
+
+def _restore(config: PretrainConfig, learner: Learner, step: int, ranks: Ranks) -> None:
+    """Restore the checkpoint of ``step`` (0: none), and remove what the run's folder holds of later steps."""
+    if step > 0:
+        restore_training_state(learner.model, learner.optimizer, config.out, step, ranks)
+    if ranks.is_first:
+        abandon_after(config.out, step)
+        drop_records_from(config.out, step)
+
+
+def _start_metrics(
+    config: PretrainConfig, publisher: Publisher, step: int, ranks: Ranks
+) -> TrainMetrics:
+    metrics = TrainMetrics(publisher, is_first=ranks.is_first)
+    metrics.start(
+        config.out,
+        step,
+        target_steps=config.train.num_steps,
+        workers=ranks.world_size,
+        interval_steps=config.checkpoint.every_steps,
+    )
+    return metrics
+
+
+def _checkpoint_writer(
+    settings: _WorkerSettings, ranks: Ranks, step: int, metrics: TrainMetrics
+) -> CheckpointWriter:
+    config = settings.config
+    return CheckpointWriter(
+        config.checkpoint,
+        config.out,
+        ranks,
+        identity=run_identity(config, settings.manifest),
+        config_fingerprint=_config_fingerprint(config),
+        start_step=step,
+        on_save=metrics.on_save,
+    )
+
+
+def _tracing(
+    config: PretrainConfig, step: int, ranks: Ranks
+) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
+    """Profile the body if ``train.profile`` asks for it; gives what to call after each step, or None."""
+    if config.train.profile and ranks.is_first:
+        return trace_steps(config.out, step, ranks.device)
+    return contextlib.nullcontext()
+
+
 def _when_there(
     coming: Future[StepBatch], while_waiting: Callable[[float], None] | None
 ) -> StepBatch:
-    """What is coming; ``while_waiting`` is told each second for how long it has not been there, and may raise."""
+    """The first step. Each second until it is there ``while_waiting`` gets the seconds waited so far, and may raise."""
     began_s = time.monotonic()
     while True:
         done, _ = wait([coming], timeout=1.0)
@@ -591,7 +658,7 @@ def _when_there(
 
 
 def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:
-    """Steps that the run has skipped up to ``step``, from its own records."""
+    """Number of steps that the run skipped up to ``step``, from its own records."""
     count = 0
     if ranks.is_first and step > 0:
         try:
@@ -602,13 +669,13 @@ def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:
 
 
 def _tell_step(metrics: TrainMetrics, record: Record) -> None:
-    """Count it, and let the lines that are logged from now on name it."""
-    logs.set_context(step=int(record["step"]) + 1)  # done, as checkpoints are named
+    """Publish the metrics of a step, and its number in later log lines."""
+    logs.set_context(step=int(record["step"]) + 1)  # Steps done: checkpoints count in the same way.
     metrics.on_step(record)
 
 
 def _tell_anomaly(run_uri: str, metrics: TrainMetrics, anomaly: Anomaly) -> None:
-    """Count it and write it beside the run; a storage that fails must not end the run for that."""
+    """Count an anomaly and write it to the run's folder. The run must not end because the storage fails here."""
     metrics.on_anomaly(anomaly)
     try:
         logger.warning("its molecules are in %s", redact(write_anomaly(run_uri, anomaly)))
@@ -617,7 +684,7 @@ def _tell_anomaly(run_uri: str, metrics: TrainMetrics, anomaly: Anomaly) -> None
 
 
 def _start_tracker(settings: _WorkerSettings, ranks: Ranks, *, is_new_try: bool) -> Tracker:
-    """The tracker of rank 0, none elsewhere. If it does not start, all ranks raise; in a new try rank 0 only warns."""
+    """The tracker, on rank 0 only. If it does not start, all ranks raise; in a new try rank 0 only logs a warning."""
     config = settings.config
     tracker: Tracker = NoTracker()
     problem = ""
@@ -635,7 +702,7 @@ def _start_tracker(settings: _WorkerSettings, ranks: Ranks, *, is_new_try: bool)
 
 
 def _report(settings: _WorkerSettings, tracker: Tracker, record: Record) -> None:
-    """Send a record to the tracker and to the driver's display."""
+    """Send a record to the tracker and to the display of the driver."""
     tracker.log(record, step=int(record["step"]))
     shown = ("loss", "valid_loss", "learning_rate", "molecules_per_s")
     settings.reporter(

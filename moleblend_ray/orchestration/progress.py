@@ -1,7 +1,7 @@
-"""What work in other processes has done so far, on the driver's screen.
+"""Shows on the driver what work in other processes has done so far.
 
-Workers report to a small actor; a thread of the driver shows the newest report as a bar on a terminal, or as
-a log line now and then elsewhere, and as metrics. Log records of the package travel the same way.
+Workers report to a small actor. A thread of the driver shows the newest report, as a bar on a terminal or as log lines
+elsewhere, and publishes it as metrics. Log records of the package are sent in the same way.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ Values = Mapping[str, float | int | str]
 
 
 class Snapshot(NamedTuple):
-    """What the driver reads at a time."""
+    """What the driver reads at one time."""
 
     values: dict[str, float | int | str]
-    """Newest value of each name; "done" and "total" place the bar."""
+    """Newest value of each name; "done" and "total" are the position of the bar."""
     counts: dict[str, int]
-    """Events so far, by name."""
+    """Number of events so far, by name."""
     records: list[tuple[int, str, str, dict[str, Any]]]
-    """(level, logger name, message, :func:`.logs.origin_of`) of every record since the last snapshot."""
+    """(level, logger name, message, :func:`.logs.origin_of`) of every record that the driver has not confirmed."""
 
 
 class _Board:
@@ -46,6 +46,7 @@ class _Board:
         self._values: dict[str, float | int | str] = {}
         self._counts: dict[str, int] = {}
         self._records: list[tuple[int, str, str, dict[str, Any]]] = []
+        self._confirmed = 0
 
     def update(self, values: Values) -> None:
         self._values.update(values)
@@ -56,22 +57,28 @@ class _Board:
     def log(self, level: int, name: str, message: str, origin: dict[str, Any]) -> None:
         self._records.append((level, name, message, origin))
 
-    def read(self) -> Snapshot:
-        records, self._records = self._records, []
-        return Snapshot(dict(self._values), dict(self._counts), records)
+    def read(self, confirmed: int) -> Snapshot:
+        """``confirmed`` is the number of records that the driver has; only these are dropped, as an answer may be lost."""
+        known = confirmed - self._confirmed
+        # After a restart of this actor, the driver has seen records that these here do not continue.
+        if 0 <= known <= len(self._records):
+            del self._records[:known]
+        self._confirmed = confirmed
+        return Snapshot(dict(self._values), dict(self._counts), list(self._records))
 
 
 class Reporter:
     """A picklable callable for workers: `reporter({"done": 3, "total": 10, "loss": 1.2})`.
 
-    Reports never wait for an answer, except the final one (done == total): the driver's last look must not overtake
-    it. Those that come faster than `min_interval_s` after the last one are kept and sent with the next.
+    A report does not wait for an answer, except the final one (done == total), which must arrive before the driver
+    looks for the last time. Reports that come within `min_interval_s` after the last one are kept and sent with the
+    next.
     """
 
     def __init__(
         self, board: Any, min_interval_s: float = 0.2, run: str = "", *, as_json: bool = False
     ) -> None:
-        """``run`` and ``as_json`` are for the logs of the processes that it goes to."""
+        """``run`` and ``as_json`` are for the logs of the processes that get the reporter."""
         self._board = board
         self._min_interval_s = min_interval_s
         self._run = run
@@ -80,7 +87,7 @@ class Reporter:
         self._last_sent_s = 0.0
 
     def __call__(self, values: Values) -> None:
-        """Send `values`, or hold them for the next call."""
+        """Send `values`, or keep them for the next call."""
         self._held.update(values)
         is_last = "total" in self._held and self._held.get("done") == self._held["total"]
         now_s = time.monotonic()
@@ -91,20 +98,20 @@ class Reporter:
                 _await_arrival(sent)
 
     def count(self, name: str) -> None:
-        """Tell of one more event of that name; does not wait."""
+        """Report one more event with this name; does not wait."""
         self._board.count.remote(name)
 
     def forward_logs(self, prefix: str = "", level: int = logging.WARNING) -> None:
-        """Show this process's log records of the package (from `level` up) on the driver, behind `prefix`.
+        """Show the package's log records of this process, from `level` up, on the driver, with `prefix`.
 
-        Where logs are JSON, all from INFO up are also written to a file among the logs of Ray's session.
+        If logs are JSON, all records from INFO up are also written to a file among the logs of Ray's session.
         """
-        # Ray reuses processes: what was said of earlier work does not hold any more.
+        # Ray reuses processes: what was set for earlier work is no longer true.
         logs.set_context(run=self._run or None, rank=None, step=None)
         if self._as_json:
             logs.log_to_file(_session_logs() / f"moleblend-{os.getpid()}.jsonl")
         package_logger = logging.getLogger("moleblend_ray")
-        # Nor may its handler stay, whose board is gone.
+        # Its handler must not stay either, as its board is gone.
         for handler in list(package_logger.handlers):
             if isinstance(handler, _Forwarder):
                 package_logger.removeHandler(handler)
@@ -119,14 +126,14 @@ def _reporter_of(board: Any, min_interval_s: float, run: str, as_json: bool) -> 
 
 
 def _session_logs() -> Path:
-    """Where Ray keeps this node's logs, and its dashboard and collectors look for them."""
+    """Folder of this node's logs, where Ray's dashboard and log collectors look for them."""
     node = ray._private.worker.global_worker.node
     assert node is not None
     return Path(node.get_logs_dir_path())
 
 
 def _await_arrival(sent: Any) -> None:
-    # Calls of one process arrive in order: with this one, all before it are there.
+    # Calls of one process arrive in order: when this one is there, all earlier ones are.
     with contextlib.suppress(ray.exceptions.RayError):
         ray.get(sent, timeout=10.0)
 
@@ -136,18 +143,23 @@ class _Forwarder(logging.Handler):
         super().__init__(level)
         self._board = board
         self._prefix = prefix
+        # Here: the driver does not know the secrets in the environment of this node.
+        self._redacted = logs.Redactor()
 
     def emit(self, record: logging.LogRecord) -> None:
-        message = self._prefix + record.getMessage()
-        origin = logs.origin_of(record, self._prefix)
+        message = self._redacted(self._prefix + record.getMessage())
+        origin = {
+            name: self._redacted(value) if isinstance(value, str) else value
+            for name, value in logs.origin_of(record, self._prefix).items()
+        }
         self._board.log.remote(record.levelno, record.name, message, origin)
 
 
 class Progress:
     """Shows reports while the body runs: `with Progress("pretrain", unit="step") as progress: ...`.
 
-    `progress.reporter` goes to the workers. `total` may also come later, as the reported value "total". `out` is what the
-    job writes: it names the run in metrics and JSON logs; None: as the stage before.
+    `progress.reporter` is for the workers. `total` may also be reported later, as the value "total". `out` is the URI
+    that the job writes to; it gives the name of the run in metrics and JSON logs (None: the name stays as it is).
     """
 
     def __init__(
@@ -162,7 +174,7 @@ class Progress:
         run = logs.run_name(out) if out else str(logs.context().get("run", ""))
         logs.set_context(run=run or None)
         self.metrics = JobMetrics(run, description)
-        # Ray's own annotations lose the actor's methods.
+        # Ray's type annotations do not have the methods of the actor.
         self._board: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
         self.reporter = Reporter(self._board, run=run, as_json=logs.log_format() == "json")
         is_terminal = sys.stderr.isatty()
@@ -172,6 +184,7 @@ class Progress:
             else _Lines(description, unit, total, log_interval_s)
         )
         self._poll_interval_s = 0.5 if is_terminal else 1.0
+        self._records_seen = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -198,15 +211,18 @@ class Progress:
             self._show_newest()
 
     def _show_newest(self, *, is_last: bool = False) -> None:
-        # Short work can end before the board's process has started: the last look waits for it.
+        # Short work may end before the process of the board has started, so the last look waits for it.
         timeout_s = 30.0 if is_last else 5.0
         try:
-            snapshot: Snapshot = ray.get(self._board.read.remote(), timeout=timeout_s)
+            snapshot: Snapshot = ray.get(
+                self._board.read.remote(self._records_seen), timeout=timeout_s
+            )
         except (ray.exceptions.RayError, TimeoutError):
-            # A busy or ending cluster: progress is only looked at, the work itself raises its own errors.
+            # The cluster is busy or ends. This is only a display; the work itself raises errors.
             return
+        self._records_seen += len(snapshot.records)
         for level, name, message, origin in snapshot.records:
-            # As an argument: a message may hold what means something to the formatting of messages.
+            # As an argument, as a message may contain characters that have a meaning in a format string.
             logging.getLogger(name).log(level, "%s", message, extra={"origin": origin})
         self.metrics.show(snapshot.values, snapshot.counts)
         if isinstance(self._display, _Bar):
@@ -228,7 +244,7 @@ class _Bar:
             self._bar.total = int(values["total"])
         done = int(values.get("done", 0))
         if self._bar.n == 0 < done:
-            # A resumed run begins in the middle: its speed counts from there.
+            # A resumed run starts in the middle; its speed is measured from there.
             self._bar.initial = done
         self._bar.n = done
         self._bar.set_postfix_str(_format(values), refresh=False)
@@ -239,7 +255,7 @@ class _Bar:
 
 
 class _Lines:
-    """A log line every `interval_s` where nobody watches a bar, and one at the end."""
+    """A log line every `interval_s` and one at the end, if there is no terminal for a bar."""
 
     def __init__(self, description: str, unit: str, total: int | None, interval_s: float) -> None:
         self._description = description

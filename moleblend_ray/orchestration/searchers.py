@@ -1,4 +1,4 @@
-"""Searchers and schedulers of Ray Tune by configuration: which values a trial gets, and which trial is stopped early."""
+"""Searchers and schedulers of Ray Tune: which values a trial gets, and which trials are stopped early."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.search import Choice, Dimension, SearchSpace
 
 METRIC: Final = "best_valid_score"
-"""What trials report and are compared by: their best validation score so far."""
+"""Metric that trials report and are compared by: their best validation score so far."""
 
 REDUCTION_FACTOR: Final = 3
-"""ASHA keeps this share (one in three) of the trials at each of its levels."""
+"""ASHA keeps one of this number of trials at each of its levels."""
 
 _SEED_ARGUMENTS: Final = ("seed", "random_state", "random_state_seed")
-"""What searchers call their seed."""
+"""Names that searchers have for their seed."""
 
 _PACKAGES: Final = {
     "ax": "ax-platform",
@@ -42,7 +42,7 @@ _PACKAGES: Final = {
     "nevergrad": "nevergrad",
     "zoopt": "zoopt",
 }
-"""Module of ray.tune.search -> what to install for it."""
+"""Module of ray.tune.search -> package that it needs."""
 
 
 def build_searcher(
@@ -50,8 +50,8 @@ def build_searcher(
 ) -> Searcher:
     """The searcher of the configuration, with its space; ``mode`` is ``max`` or ``min``.
 
-    ConfigError if its class or a package it needs is not there, if it refuses its options, or if it cannot draw
-    from such a space (some know numbers only).
+    Raises ConfigError if its class or a package that it needs is missing, if it refuses its options, or if it cannot
+    draw from this space (some searchers support numbers only).
     """
     options = dict(search.searcher_options)
     if search.searcher in ("optuna", "random"):
@@ -65,7 +65,7 @@ def build_searcher(
     domains = {name: tune_domain(dimension) for name, dimension in dimensions.items()}
     try:
         has_taken = searcher.set_search_properties(METRIC, mode, domains)
-    # Each searcher has its own way to say that it has no such parameters.
+    # Each searcher has its own error for parameters that it does not support.
     except (
         AssertionError,
         AttributeError,
@@ -88,10 +88,11 @@ def build_searcher(
 def build_scheduler(
     search: SearchSpace, mode: str, grace_epochs: int, longest: int
 ) -> TrialScheduler:
-    """The scheduler of the configuration: no trial is stopped in its first ``grace_epochs``, none has over ``longest``.
+    """The scheduler of the configuration. No trial stops in its first ``grace_epochs`` or has more than ``longest``
+    epochs.
 
-    ConfigError as of :func:`build_searcher`, and for population based training, which copies weights between trials
-    by checkpoints that these trials do not write.
+    Raises ConfigError as :func:`build_searcher` does, and for population based training: it copies weights between
+    trials through checkpoints, which these trials do not write.
     """
     options = dict(search.scheduler_options)
     grace = min(grace_epochs, longest)
@@ -105,7 +106,8 @@ def build_scheduler(
         defaults = {"max_t": longest, "grace_period": grace, "reduction_factor": REDUCTION_FACTOR}
     elif name == "median":
         kind = MedianStoppingRule
-        # Without a time slice it would pause trials until there are enough to compare with: they would begin anew.
+        # Otherwise it would pause trials until there are enough to compare with, and they would start from the
+        # beginning.
         defaults = {
             "time_attr": "training_iteration",
             "grace_period": grace,
@@ -124,7 +126,7 @@ def build_scheduler(
 
 
 def optuna_distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    """A dimension in Optuna's terms."""
+    """A dimension as an Optuna distribution."""
     if isinstance(dimension, Choice):
         return optuna.distributions.CategoricalDistribution(dimension.values)
     if dimension.is_integer:
@@ -136,14 +138,14 @@ def optuna_distribution(dimension: Dimension) -> optuna.distributions.BaseDistri
 
 
 def tune_domain(dimension: Dimension) -> Any:
-    """A dimension in Ray Tune's terms, from which its searchers make their own."""
+    """A dimension as a Ray Tune domain, which its searchers convert to their own."""
     if isinstance(dimension, Choice):
         return tune.choice(list(dimension.values))
     if dimension.low == dimension.high:
-        # Some searchers know no range of a single number.
+        # Some searchers do not support a range with a single number.
         return tune.choice([dimension.low])
     if dimension.is_integer:
-        # Its ranges of whole numbers end before the second number.
+        # The second number is not included in its integer ranges.
         draw = tune.lograndint if dimension.is_log else tune.randint
         return draw(int(dimension.low), int(dimension.high) + 1)
     return (tune.loguniform if dimension.is_log else tune.uniform)(dimension.low, dimension.high)
@@ -183,7 +185,7 @@ def _load_class(setting: str, path: str, base: type, advice: str) -> Any:
 
 
 def _built(setting: str, path: str, kind: Any, options: Mapping[str, Any]) -> Any:
-    """An instance of the class; Ray's own say by an assertion that a package is not installed."""
+    """An instance of the class. Ray's own classes raise AssertionError if a package is not installed."""
     try:
         return kind(**options)
     except (AssertionError, ImportError) as error:

@@ -1,20 +1,17 @@
-"""`moleblend status`: how far a command is, from the files it writes. Neither Ray nor torch is needed."""
+"""`moleblend status`: how far a command is, from the files that it writes. Needs neither Ray nor torch."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.describe import json_values, redact
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
@@ -30,6 +27,8 @@ from moleblend_ray.evaluation.status import (
     sweep_status,
     tasks_status,
 )
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.quantities import bytes_text, duration_text
 from moleblend_ray.training.status import CONFIG_NAME, RunStatus, run_status
 
 Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | DataStatus
@@ -50,11 +49,11 @@ _MAX_CHECKPOINTS: Final = 8
 _MAX_SOURCES: Final = 3
 _PROGRESS_WIDTH: Final = 24
 _WAIT_SHARE: Final = 0.1
-"""Share of a step spent waiting for data that is worth a remark."""
+"""Share of a step spent on waiting for data from which on it is highlighted."""
 
 
 def status(config: StatusConfig) -> Status:
-    """How far the command is that writes ``config.run``; DataError if no command does."""
+    """The state of the command that writes ``config.run``. Raises DataError if there is none."""
     uri = with_absolute_paths(config).run
     if has_data_set(uri):
         return data_status(uri)
@@ -69,8 +68,8 @@ def status(config: StatusConfig) -> Status:
     if storage.exists(storage.join(uri, LEADERBOARD_NAME)):
         return tasks_status(uri)
     raise DataError(
-        f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, finetune, "
-        "embed or predict. Of a run give its folder, not that of a checkpoint"
+        f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, "
+        "finetune, embed or predict. For a run give its own folder, not that of a checkpoint"
     )
 
 
@@ -80,17 +79,15 @@ def _document(uri: str) -> Mapping[str, Any] | None:
     except storage.NotFoundError:
         return None
     except StorageError as error:
-        # A path below a file: nothing is there.
+        # A path below a file: there is nothing.
         if isinstance(error.__cause__, NotADirectoryError):
             return None
         raise
     return value if isinstance(value, Mapping) else None
 
 
-def show_status(report: Status, config: StatusConfig) -> RenderableType | str:
-    """Tables for people, or one JSON document."""
-    if config.format == "json":
-        return json.dumps(json_values(to_dict(report)), indent=1, ensure_ascii=False)
+def show_status(report: Status) -> RenderableType:
+    """The report of :func:`status` for a terminal."""
     if isinstance(report, RunStatus):
         return _run(report)
     if isinstance(report, SweepStatus):
@@ -111,7 +108,7 @@ def _run(report: RunStatus) -> RenderableType:
         parts.append(_run_losses(report))
     if report.checkpoints:
         parts.append(_run_checkpoints(report))
-    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts[:-1]), parts[-1])
+    return stacked(*parts)
 
 
 def _run_overview(report: RunStatus) -> Table:
@@ -119,10 +116,10 @@ def _run_overview(report: RunStatus) -> Table:
     table.add_row("progress", _progress(report))
     if report.last_commit is not None and report.age_s is not None:
         written = report.last_commit.partition("+")[0].replace("T", " ")
-        due = f", one is due every {_span(report.expected_interval_s)}"
+        due = f", one is due every {duration_text(report.expected_interval_s)}"
         table.add_row(
             "last commit",
-            f"step {report.step:,}, {_span(report.age_s)} ago ({written} UTC)"
+            f"step {report.step:,}, {duration_text(report.age_s)} ago ({written} UTC)"
             + (due if report.expected_interval_s and report.state != "finished" else ""),
         )
     if report.workers:
@@ -166,7 +163,7 @@ def _progress(report: RunStatus) -> str:
     if report.eta_s is None or report.state not in ("running", "stopped", "stalled"):
         return text
     left = "to go" if report.state == "running" else "to go once it continues"
-    return f"{text}, {_span(report.eta_s)} {left}"
+    return f"{text}, {duration_text(report.eta_s)} {left}"
 
 
 def _speed(report: RunStatus) -> str:
@@ -175,7 +172,7 @@ def _speed(report: RunStatus) -> str:
     if "molecules_per_s" in rates:
         parts.append(f"{rates['molecules_per_s']:,.4g} molecules/s")
     if report.seconds_a_step is not None:
-        parts.append(f"{_span(report.seconds_a_step)} a step")
+        parts.append(f"{duration_text(report.seconds_a_step)} per step")
     if "mfu" in rates:
         parts.append(f"MFU {rates['mfu']:.2f}")
     if "padding_share" in rates:
@@ -202,7 +199,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _run_losses(report: RunStatus) -> Table:
-    table = _headed("loss", "first", "now", "change", "", numbers=(1, 2, 3))
+    table = headed_table("loss", "first", "now", "change", "", numbers=(1, 2, 3))
     for one in report.losses:
         name = one.name.removeprefix("loss_") if one.name != "loss" else "all, weighted"
         change = f"{100 * (one.last / one.first - 1):+.1f} %" if one.first else ""
@@ -216,7 +213,9 @@ def _run_losses(report: RunStatus) -> Table:
 
 
 def _run_checkpoints(report: RunStatus) -> RenderableType:
-    table = _headed("checkpoint", "state", "size", "workers", "written (UTC)", numbers=(0, 2, 3))
+    table = headed_table(
+        "checkpoint", "state", "size", "workers", "written (UTC)", numbers=(0, 2, 3)
+    )
     for one in report.checkpoints[:_MAX_CHECKPOINTS]:
         colour = (
             "green" if one.state == "whole" else "yellow" if one.state == "incomplete" else "red"
@@ -224,7 +223,7 @@ def _run_checkpoints(report: RunStatus) -> RenderableType:
         table.add_row(
             f"{one.step:,}",
             f"[{colour}]{one.state}[/]",
-            _bytes(one.num_bytes) if one.num_bytes else "",
+            bytes_text(one.num_bytes) if one.num_bytes else "",
             str(one.workers or ""),
             one.created.partition("+")[0].replace("T", " "),
         )
@@ -261,17 +260,17 @@ def _sweep(report: SweepStatus) -> RenderableType:
 
 def _tasks(report: TasksStatus) -> RenderableType:
     overview = _overview_table("tasks", report.uri, report.state, report.detail)
-    table = _headed("task", "state", "", numbers=())
+    table = headed_table("task", "state", "", numbers=())
     for task in report.tasks:
         style = _STATE_STYLES.get(task.state, "dim")
         table.add_row(escape(task.name), f"[{style}]{task.state}[/]", escape(task.reason))
-    return Group(Padding(overview, (0, 0, 1, 0)), table)
+    return stacked(overview, table)
 
 
 def _parts(report: PartsStatus) -> RenderableType:
     table = _overview_table(report.kind, report.uri, report.state, report.detail)
     parts = f"of {report.parts:,} parts" if report.parts is not None else "parts"
-    table.add_row("parts", f"{report.parts_done:,} {parts}, {_bytes(report.bytes)}")
+    table.add_row("parts", f"{report.parts_done:,} {parts}, {bytes_text(report.bytes)}")
     if report.molecules is not None:
         rejected = "" if report.rejected is None else f", {report.rejected:,} rows rejected"
         table.add_row("molecules", f"{report.molecules:,}{rejected}")
@@ -284,18 +283,20 @@ def _data_set(report: DataStatus) -> RenderableType:
     table = _overview_table("data set", report.uri, report.state, report.detail)
     about = "about " if report.is_estimate else ""
     if report.chunks_done is not None:
-        table.add_row("chunks", f"{report.chunks_done:,} converted, {_bytes(report.bytes)} written")
+        table.add_row(
+            "chunks", f"{report.chunks_done:,} converted, {bytes_text(report.bytes)} written"
+        )
     table.add_row(
         "rows",
         f"{about}{report.rows_in:,} in = {report.rows_out:,} molecules + {report.rows_quarantined:,} quarantined",
     )
     if report.molecules:
         splits = ", ".join(f"{count:,} {split}" for split, count in report.molecules.items())
-        table.add_row("holds", f"{splits}; {_bytes(report.bytes)}")
+        table.add_row("holds", f"{splits}; {bytes_text(report.bytes)}")
     for index, source in enumerate(report.sources[:_MAX_SOURCES]):
         table.add_row("" if index else "made of", escape(str(redact(source))))
     if report.state != "unfinished":
-        table.add_row("more", "moleblend data tells sizes, elements, labels and quarantined rows")
+        table.add_row("more", "moleblend data shows sizes, elements, labels and quarantined rows")
     return table
 
 
@@ -303,23 +304,9 @@ def _data_set(report: DataStatus) -> RenderableType:
 
 
 def _overview_table(what: str, uri: str, state: str, detail: str) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None, show_header=False)
-    table.add_column(no_wrap=True, style="dim")
-    table.add_column(overflow="fold")
+    table = facts_table()
     table.add_row(what, f"[bold]{escape(str(redact(uri)))}[/]")
     table.add_row("state", f"[{_STATE_STYLES[state]}]{state}[/]: {escape(detail)}")
-    return table
-
-
-def _headed(*names: str, numbers: tuple[int, ...]) -> Table:
-    table = Table(show_edge=False, pad_edge=False, box=None)
-    for index, name in enumerate(names):
-        table.add_column(
-            name,
-            justify="right" if index in numbers else "left",
-            overflow="fold",
-            header_style="bold",
-        )
     return table
 
 
@@ -334,30 +321,5 @@ def _sparkline(values: tuple[float, ...]) -> str:
     )
 
 
-def _span(seconds: float | None) -> str:
-    """A length of time in one or two units."""
-    if seconds is None or not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 1:
-        return f"{1e3 * seconds:.3g} ms"
-    if seconds < 90:
-        return f"{seconds:.3g} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 48:
-        return f"{hours} h {minutes} min"
-    return f"{hours // 24} d {hours % 24} h"
-
-
 def _times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -1,14 +1,14 @@
 """Micro-batches for trainers from a Ray Data pipeline that keeps the exact data order.
 
-Block number ``g * V + v`` holds the micro-batches of ``steps_per_block`` consecutive steps (group g) of
-stream v. Ray hands blocks of equal row count round-robin to the consumers of an equal split when it must
-preserve order, so with W consumers, W a divisor of V, consumer r gets exactly the streams v = r mod W.
-Every block is one row: Ray can neither cut nor join them. Each micro-batch carries its (step, stream,
-index), which :func:`~moleblend_ray.data.transport.step_batches` checks.
+Block number ``g * V + v`` holds the micro-batches of ``steps_per_block`` consecutive steps (group g) of stream v, where
+V is the number of streams. If order must be preserved, Ray deals blocks with equal numbers of rows round-robin to the
+consumers of an equal split. So with W consumers, W a divisor of V, consumer r gets exactly the streams v = r mod W.
+Every block is one row, so Ray can neither split nor join blocks. Each micro-batch has its (step, stream, index), which
+:func:`~moleblend_ray.data.transport.step_batches` checks.
 
-The blocks on their way are counted, so that they keep within ``stream.object_store_gib`` (:mod:`.budget`).
-The plan (which block is which) comes from one lazy read task, so that a run of a million blocks starts as
-fast as one of ten; putting the rows of the plan into the object store costs about 1 ms each.
+The blocks in progress are counted, so that they fit into ``stream.object_store_gib`` (:mod:`.budget`). The plan (which
+block is which) comes from one lazy read task, so a run with a million blocks starts as fast as one with ten. Putting
+the rows of the plan into the object store takes about 1 ms per row.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ from moleblend_ray.orchestration.progress import Reporter
 _PLAN_ROW_BYTES = 24
 
 _STORE_SHARE: Final = 0.3
-"""Of the object store, by default: Ray begins to spill at four fifths, and others use it as well."""
+"""Default share of the object store: Ray begins to spill at four fifths, and others use the store as well."""
 
 
 class _StreamPlan(Datasource):
-    """Rows ``first_step, num_steps, stream``, one a block, group by group."""
+    """Rows ``first_step, num_steps, stream``, one per block, group by group."""
 
     def __init__(
         self, first_step: int, num_groups: int, group_steps: int, num_streams: int
@@ -100,7 +100,7 @@ class _StreamPlan(Datasource):
 
 
 class _BlockBuilder:
-    """The actor: one row of the plan in, one packed block out."""
+    """The actor that turns one row of the plan into one packed block."""
 
     def __init__(
         self, data_uri: str, order: OrderConfig, stream: StreamConfig, *, shared: bool
@@ -111,8 +111,8 @@ class _BlockBuilder:
 
     def __call__(self, plan: pa.Table) -> pa.Table:
         (row,) = plan.to_pylist()
-        # Our own errors travel as data and are raised in the trainer as they are; Ray would keep only their text,
-        # and an error in the actor's constructor would start actor after actor.
+        # Our own errors are sent as data and raised unchanged in the trainer. Ray would keep only their text, and an
+        # error in the constructor would make it start one actor after the other.
         try:
             if self._builder is None:
                 self._builder = MicroBatchBuilder(*self._arguments, shared=self._shared)
@@ -123,7 +123,7 @@ class _BlockBuilder:
             return pack_error(error, row["first_step"], row["stream"])
 
     def __del__(self) -> None:
-        # Ray deletes the instance when it lets the actor go, the only moment to leave what actors share.
+        # Ray deletes the instance when it releases the actor: the only chance to leave the cache that actors share.
         if self._builder is not None:
             self._builder.close()
 
@@ -141,10 +141,11 @@ def stream_dataset(
 ) -> Dataset:
     """The packed blocks of at least ``num_steps`` steps from ``first_step`` on.
 
-    The last group is filled with the steps that would follow, so that all streams have as many blocks; a
-    consumer stops by itself. Split it with ``streaming_split(W, equal=True)`` and no locality hints, or give
-    :func:`stream_data_config` to the trainer. ``reserved_cpus`` of the cluster are not for its actors, which run on
-    nodes with ``labels``; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large for the object store's budget.
+    The last group is filled with the steps that would follow, so that all streams have the same number of blocks; the
+    consumer stops by itself. Split the dataset with ``streaming_split(W, equal=True)`` without locality hints, or give
+    :func:`stream_data_config` to the trainer. Its actors run on nodes with ``labels`` and leave ``reserved_cpus`` of
+    the cluster free; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large
+    for the object store's budget.
     """
     atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
     step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
@@ -153,8 +154,8 @@ def stream_dataset(
     limit = most_blocks(budget, group_steps * step_bytes, order.num_streams)
     num_groups = max(1, -(-num_steps // group_steps))
     plan = _StreamPlan(first_step, num_groups, group_steps, order.num_streams)
-    # No CPU: it sleeps most of the time. Being unlike the actors' request, it also keeps Ray from fusing the
-    # two operators, which would build every block in one task.
+    # No CPU, as this task sleeps most of the time. Since the actors request something else, Ray does not fuse the two
+    # operators, which would build every block in one task.
     rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
     most = max(stream.min_actors, min(most_actors(stream, reserved_cpus, labels), limit))
     dataset: Dataset = rows.map_batches(
@@ -165,14 +166,15 @@ def stream_dataset(
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
         num_cpus=stream.actor_cpus,
-        # Not for the whole data set: the plan's task stays on the driver's node, which outlives those of the actors.
+        # Not for the whole dataset: the task of the plan stays on the node of the driver, which outlives the actors'
+        # nodes.
         **placed(labels),
     )
     context = dataset.context
-    # The trainer's controller makes the data set, on any node; a bar of its own would run across the driver's.
+    # The trainer's controller makes the dataset, on any node. Its progress bar would disturb that of the driver.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Each row becomes a block of its own; by default Ray would join the small rows of the plan.
+    # Each row becomes its own block; by default Ray would join the small rows of the plan.
     context.target_max_block_size = 1
     context.execution_options = _execution_options(stream)
     limit_blocks(context, limit)
@@ -190,7 +192,8 @@ def stream_dataset(
 
 
 def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = None) -> int:
-    """The upper bound of the pool: the configured one, or what the CPUs of the cluster (its nodes with ``labels``) leave."""
+    """Upper bound of the pool: as configured, or as many as the free CPUs of the cluster (its nodes with
+    ``labels``)."""
     if stream.max_actors is not None:
         return stream.max_actors
     cpus = cluster_resources().get("CPU", 0.0) - reserved_cpus
@@ -200,7 +203,7 @@ def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = Non
 
 
 def object_store_budget(stream: StreamConfig) -> int:
-    """Bytes of Ray's object store that blocks on their way may take, over the whole cluster."""
+    """Bytes of Ray's object store, in the whole cluster, for blocks in progress."""
     if stream.object_store_gib is not None:
         return int(stream.object_store_gib * GIB)
     store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
@@ -208,7 +211,7 @@ def object_store_budget(stream: StreamConfig) -> int:
 
 
 def stream_data_config(stream: StreamConfig) -> ray.train.DataConfig:
-    """The trainer's data settings under which each rank gets its streams in order, within the budget."""
+    """Data settings of the trainer with which each rank gets its streams in order, within the budget."""
     return ray.train.DataConfig(
         enable_shard_locality=False, execution_options=_execution_options(stream)
     )
@@ -232,12 +235,12 @@ def shard_step_batches(
     world_size: int,
     first_step: int | None = None,
 ) -> Iterator[StepBatch]:
-    """The steps of one rank, from its share of :func:`stream_dataset`; ``first_step`` None: as the stream begins."""
+    """The steps of one rank from its share of :func:`stream_dataset`; ``first_step`` None: the first of the stream."""
     blocks = shard.iter_batches(
         batch_size=None,  # type: ignore[arg-type]
         batch_format="pyarrow",
-        # Ray's threads hold about 2 + 2 n blocks in advance: here as many as the budget leaves for them. What is built
-        # beyond these waits where it is counted.
+        # With n here, Ray's threads hold about 2 + 2 n blocks in advance: as many as the budget allows. Other finished
+        # blocks wait where they are counted.
         prefetch_batches=int(order.num_streams >= 2 * BLOCKS_IN_ADVANCE * world_size),
     )
     return step_batches(

@@ -1,7 +1,7 @@
-"""What the executor of a pretraining run's stream tells Prometheus (see :mod:`.metrics`).
+"""Metrics of the stream of a pretraining run, from Ray Data's executor (see :mod:`.metrics`).
 
-Ray Data sends the callback's class to each of its processes, the data actors included, which import this module: it must not
-bring torch, which costs each of them seconds and hundreds of megabytes.
+Ray Data sends the class of the callback to all of its processes, including data actors, and they import this module. So
+it must not import torch, which takes each of them seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _RUN_CONFIG_KEY: Final = "moleblend.run"
 
 
 def publish_stream(dataset: Dataset, run: str) -> None:
-    """Let Ray Data's executor of this stream tell of actors and queues, under the label ``run``."""
+    """Let Ray Data's executor of this stream publish metrics of actors and queues, with the label ``run``."""
     dataset.context.set_config(_RUN_CONFIG_KEY, run)
     dataset.context.custom_execution_callback_classes.append(_StreamCallback)
 
 
 class _StreamCallback(ExecutionCallback):
-    """Ray Data's hook: called at every turn of its scheduler, in the process of the executor."""
+    """Ray Data's hook, called in every iteration of its scheduler in the process of the executor."""
 
     def __init__(self) -> None:
         self._publisher: Publisher | None = None
@@ -41,7 +41,7 @@ class _StreamCallback(ExecutionCallback):
         self._totals: dict[str, float] = {}
 
     def before_execution_starts(self, executor: StreamingExecutor) -> None:
-        """Find what builds blocks and what hands them out."""
+        """Find the operators that build blocks and that deliver them."""
         self._publisher = Publisher(run=executor._data_context.get_config(_RUN_CONFIG_KEY))
         assert executor._topology is not None
         *_, self._sink = executor._topology
@@ -50,7 +50,7 @@ class _StreamCallback(ExecutionCallback):
                 self._operator, self._pool = operator, pool
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002 - Ray's signature
-        """Publish once a second; no thread, so that what is gone with the stream is not told of."""
+        """Publish once per second. There is no thread that would publish after the end of the stream."""
         now_s = time.monotonic()
         if self._publisher is None or now_s - self._looked_s < PERIOD_S:
             return
@@ -74,7 +74,7 @@ class _StreamCallback(ExecutionCallback):
         self._count("moleblend_stream_build_seconds_total", operator.metrics.block_generation_time)
 
     def _count(self, name: str, total: float) -> None:
-        """Raise a counter to what Ray Data has counted itself."""
+        """Increase a counter to the number that Ray Data has counted."""
         assert self._publisher is not None
         self._publisher.add(name, max(0.0, total - self._totals.get(name, 0.0)))
         self._totals[name] = total

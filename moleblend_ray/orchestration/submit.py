@@ -1,7 +1,8 @@
-"""Hand a job to a Ray cluster elsewhere, follow it, and end as it ends.
+"""Submit a job to a Ray cluster elsewhere, follow it, and end with its exit status.
 
-Nothing of this machine is needed there: the job gets the sources of this installation (or uses those of the nodes), its inputs
-come from storage, and secrets from the nodes. What continues a run is under its `out`, so the same command submits the next try.
+The job needs nothing else of this machine: it gets the sources of this installation (or uses those of the nodes), its
+inputs from storage, and secrets from the nodes. All that continues a run is under its `out`, so the same command
+submits the next try.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 STOP_WAIT_VARIABLE: Final = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Of the job's environment: seconds that Ray waits between SIGTERM and SIGKILL; 3 without it."""
+"""Environment variable of the job: seconds that Ray waits between SIGTERM and SIGKILL; without it 3."""
 
 EXIT_FAILED, EXIT_STOPPED, EXIT_LEFT = 1, 75, 130
-"""The job failed without a status of its own; it was stopped, and the same command continues it; we left it running."""
+"""The job failed without an exit status; it was stopped, and the same command continues it; it still runs."""
 
 MAX_CODE_BYTES: Final = 16 * 2**20
-"""Of the files sent with a job. Ray takes 512 MiB, keeps them in the head's memory, and copies them to every node."""
+"""Most bytes sent with a job. Ray accepts 512 MiB, keeps them in the memory of the head and copies them to every
+node."""
 
 _REQUEST_S: Final = 60.0
 
@@ -56,15 +58,17 @@ class SubmitSummary:
     status: str
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
     exit_status: int
-    """Of the job's own process; 75 if it was stopped, 130 if it was left running, 1 if it failed before it had a process."""
+    """Exit status of the job's process; 75 if it was stopped, 130 if it still runs, 1 if it failed without a
+    process."""
     seconds: float
     """Wall time of this call."""
 
 
 def submit(config: SubmitConfig, job_config: object = None) -> SubmitSummary:
-    """Submit ``config.job``, whose own configuration is ``job_config``, and follow it; or follow or stop one submitted before.
+    """Submit ``config.job`` with its own configuration ``job_config`` and follow it, or follow or stop a submitted job.
 
-    Raises ConfigError for what the cluster, or the job on it, would refuse; SubmitError if the cluster is out of reach.
+    Raises ConfigError for settings that the cluster or the job would refuse, SubmitError if the cluster is out of
+    reach.
     """
     began_s = time.monotonic()
     if config.job is not None:
@@ -85,9 +89,9 @@ def submit(config: SubmitConfig, job_config: object = None) -> SubmitSummary:
 
 
 def _found(client: JobSubmissionClient, config: SubmitConfig) -> str:
-    """The id of a job that was submitted before; asked to stop, if that is what is wanted."""
+    """The id of a job that was submitted before; ``config.stop`` asks it to stop."""
     submission_id = config.follow or config.stop
-    assert submission_id is not None  # checked by the configuration
+    assert submission_id is not None  # The configuration has checked this.
     details = _asked(client.get_job_info, submission_id)
     if config.stop is not None and details.status in RUNNING:
         _asked(client.stop_job, submission_id)
@@ -97,14 +101,14 @@ def _found(client: JobSubmissionClient, config: SubmitConfig) -> str:
 def _follow(
     client: JobSubmissionClient, config: SubmitConfig, submission_id: str
 ) -> tuple[JobStatus, int]:
-    """The status in which the job ended, or was left, and that of this command."""
+    """The status in which the job ended or was left, and the exit status of this command."""
     follower = Follower(client, submission_id, skip_log=config.stop is not None)
     details = follower.run()
     if follower.has_left:
         _tell_how_to_go_on(client, submission_id)
         return details.status, EXIT_LEFT
     if config.stop is not None and details.status == JobStatus.STOPPED:
-        return details.status, 0  # what was asked for
+        return details.status, 0  # This is what was asked for.
     return details.status, exit_status_of(details)
 
 
@@ -112,7 +116,7 @@ def _follow(
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client, whose requests end: it would wait for ever for a head whose machine is gone."""
+    """Ray's client with a time limit for requests: it would wait forever for a head whose machine is gone."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         options.setdefault("timeout", _REQUEST_S)
@@ -120,18 +124,20 @@ class _Client(JobSubmissionClient):
 
 
 def connect(config: SubmitConfig) -> JobSubmissionClient:
-    """A client of the cluster at the configured address; a ConfigError that says what to do if it lets nobody in."""
+    """A client of the cluster at the configured address. Raises a ConfigError that says what to do if it does not
+    connect."""
     address = _address(config)
     shown = without_credentials(address)
     token = find_token()
     if token and address.startswith("http://") and not _is_loopback(address):
         logger.warning(
-            "%s: the token goes over the network as it is. Better are a port forward, or https://",
+            "%s: the token is sent over the network unencrypted. A port forward or https:// is safer",
             shown,
         )
-    for name in ("dashboard_sdk", "job.sdk"):  # each connection and each upload is a line
+    # These log a line for each connection and each upload.
+    for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
-    # Ray's client sends a token only with RAY_AUTH_MODE=token, which it reads once a process.
+    # Ray's client sends a token only with RAY_AUTH_MODE=token, which it reads once per process.
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         client = _Client(address, headers=headers)
@@ -171,8 +177,8 @@ def _is_loopback(address: str) -> bool:
 
 
 def find_token() -> str | None:
-    """The token where Ray keeps it: RAY_AUTH_TOKEN, the file of RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token; None without
-    one, or with RAY_AUTH_MODE=disabled."""
+    """The token from where Ray keeps it: RAY_AUTH_TOKEN, the file RAY_AUTH_TOKEN_PATH, or ~/.ray/auth_token. None if
+    there is none, or with RAY_AUTH_MODE=disabled."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return None
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
@@ -192,9 +198,9 @@ def find_token() -> str | None:
 def _token_advice(shown: str, *, has_token: bool) -> str:
     if has_token:
         return (
-            f"{shown} refuses the token: it is another cluster's, or was changed. On Kubernetes: "
-            "kubectl get secret NAME -o jsonpath='{.data.auth_token}' | base64 -d; put it into a file only you can read, "
-            "and its path into RAY_AUTH_TOKEN_PATH"
+            f"{shown} refuses the token: it belongs to another cluster, or was changed. On Kubernetes: "
+            "kubectl get secret NAME -o jsonpath='{.data.auth_token}' | base64 -d; put it into a file only you can "
+            "read, and its path into RAY_AUTH_TOKEN_PATH"
         )
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         return f"{shown} asks for a token, and RAY_AUTH_MODE=disabled keeps this side from sending one: unset it"
@@ -205,17 +211,17 @@ def _token_advice(shown: str, *, has_token: bool) -> str:
 
 
 def _asked(call: Callable[[str], T], submission_id: str) -> T:
-    """What the cluster says about a job; a ConfigError if it knows none of this id."""
+    """What the cluster says about a job. Raises ConfigError if it knows no job with this id."""
     try:
         return call(submission_id)
     except RuntimeError as error:
         if "404" in str(error):
             raise ConfigError(
-                f"{submission_id}: the cluster knows no such job. `ray job list` shows those it has; a new cluster knows none "
-                "of the one before"
+                f"{submission_id}: the cluster knows no such job. `ray job list` shows those it has; a new cluster "
+                "knows none of the one before"
             ) from error
         raise SubmitError(
-            f"{submission_id}: the cluster does not say ({first_line(error)})"
+            f"{submission_id}: the cluster answers with an error ({first_line(error)})"
         ) from error
     except OSError as error:
         raise SubmitError(
@@ -227,7 +233,7 @@ def _asked(call: Callable[[str], T], submission_id: str) -> T:
 
 
 def plan(config: SubmitConfig) -> list[str]:
-    """What :func:`submit` would do, line by line; nothing is sent, and nobody asked."""
+    """What :func:`submit` would do, in lines of text; nothing is sent or asked."""
     if config.job is None:
         what = f"follow {config.follow}" if config.follow else f"stop {config.stop}"
         return [f"# dry run: would {what} at {without_credentials(_address(config))}"]
@@ -246,21 +252,21 @@ def plan(config: SubmitConfig) -> list[str]:
 
 
 def entrypoint(config: SubmitConfig) -> str:
-    """The command that the head runs, as a shell reads it."""
+    """The command that the head runs, quoted for a shell."""
     verbose = ["--verbose"] if config.verbose else []
-    command = ["python", "-m", "moleblend_ray.cli", str(config.job), *config.overrides, *verbose]
+    command = ["python", "-m", "moleblend_ray", str(config.job), *config.overrides, *verbose]
     return shlex.join(command)
 
 
 def runtime_env(config: SubmitConfig, code: str | None) -> dict[str, Any]:
-    """Ray's description of the job's environment; ``code``: the folder to send, None for what the nodes have."""
+    """Ray's description of the job's environment; ``code``: the folder to send, or None to use what the nodes have."""
     variables = {STOP_WAIT_VARIABLE: str(config.stop_wait_s), **environment(config, os.environ)}
     return {"env_vars": variables, **({"working_dir": code} if code else {})}
 
 
 @contextlib.contextmanager
 def staged_code(config: SubmitConfig) -> Iterator[str | None]:
-    """A folder with the sources of this installation and nothing else, for the body; None if the nodes' are used."""
+    """For the body, a folder with only the sources of this installation; None if those of the nodes are used."""
     if config.code == "image":
         yield None
         return
@@ -268,7 +274,7 @@ def staged_code(config: SubmitConfig) -> Iterator[str | None]:
         package = Path(moleblend_ray.__file__).parent
         leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*")
         shutil.copytree(package, Path(folder) / package.name, ignore=leave_out)
-        # A checkout has it beside the package, a wheel inside.
+        # In a checkout it is beside the package, in a wheel inside.
         conf = Path(folder) / package.name / "conf"
         if not conf.exists():
             shutil.copytree(config_dir(), conf, ignore=leave_out)
@@ -277,7 +283,7 @@ def staged_code(config: SubmitConfig) -> Iterator[str | None]:
 
 
 def check_size(folder: Path, limit: int = MAX_CODE_BYTES) -> None:
-    """Refuse a folder of files that are too many bytes to send with a job."""
+    """Refuse a folder that is too large to send with a job."""
     sizes = {
         file.relative_to(folder): file.stat().st_size
         for file in folder.rglob("*")
@@ -289,21 +295,21 @@ def check_size(folder: Path, limit: int = MAX_CODE_BYTES) -> None:
     raise ConfigError(
         f"code: the sources are {sum(sizes.values()) / 2**20:.1f} MiB, at most {limit / 2**20:g} are sent. The largest: "
         + ", ".join(f"{file} ({sizes[file] / 2**20:.1f} MiB)" for file in largest)
-        + ". Data belongs into storage; code=image uses what the nodes have installed"
+        + ". Data belongs in storage; code=image uses what is installed on the nodes"
     )
 
 
 class RunName(NamedTuple):
-    """What the submissions of one run have in common."""
+    """What all submissions of one run have in common."""
 
     prefix: str
-    """Of their ids."""
+    """Prefix of their ids."""
     out: str | None
-    """Where the run is; None for a job that writes nothing."""
+    """URI of the run; None for a job that writes nothing."""
 
 
 def run_name(job: str, job_config: object) -> RunName:
-    """The name of the job's run, from what it writes: the same in each try, another for any other place."""
+    """The name of the job's run, derived from its output: the same in each try, different for every other output."""
     out = getattr(job_config, "out", None) or getattr(job_config, "run", None)
     if not isinstance(out, str):
         return RunName(f"{job}-{uuid.uuid4().hex[:8]}", None)
@@ -313,9 +319,10 @@ def run_name(job: str, job_config: object) -> RunName:
 
 
 def next_submission_id(name: RunName, jobs: list[JobDetails]) -> str:
-    """The id of the run's next try: PREFIX-1, PREFIX-2 and so on.
+    """The id of the next try of a run: PREFIX-1, PREFIX-2 and so on.
 
-    Two who submit the same run get the same id, and Ray takes one of them. A ConfigError if a try of it is still at work.
+    If two users submit the same run, both get the same id, and Ray accepts one of them. Raises ConfigError if an
+    earlier try is still running.
     """
     tries = {
         int(found[1]): job
@@ -347,13 +354,13 @@ def _submit(client: JobSubmissionClient, config: SubmitConfig, job_config: objec
                 metadata=metadata,
             )
     except (OSError, RuntimeError) as error:
-        raise SubmitError(f"the cluster did not take the job: {first_line(error)}") from error
+        raise SubmitError(f"the cluster did not accept the job: {first_line(error)}") from error
     logger.info("submitted as %s", submission_id)
     return submission_id
 
 
 def exit_status_of(details: JobDetails) -> int:
-    """What the job's command would have ended with here."""
+    """The exit status that the job's command would have had here."""
     if details.status == JobStatus.STOPPED:
         return EXIT_STOPPED
     if details.status == JobStatus.SUCCEEDED:

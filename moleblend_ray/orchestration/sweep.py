@@ -1,7 +1,7 @@
 """A hyper-parameter search with Ray Tune, judged on validation molecules only.
 
-The trials get training and validation molecules and nothing else: the test part is not in their memory. When
-the search is over, the best configuration is trained with several seeds, and each is scored once on the test part.
+The trials get only training and validation molecules: the test part is not in their memory. After the search the best
+configuration is trained with several seeds, and each is scored once on the test part.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
 from moleblend_ray.evaluation.results import Training, TrialResult
+from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
@@ -55,27 +56,27 @@ from moleblend_ray.orchestration.workers import TrialData, run_trial
 logger = logging.getLogger(__name__)
 
 TUNE_DIR = "tune"
-"""Folder of all about trials within ``out``."""
+"""Folder in ``out`` for everything about trials."""
 
 SEARCH_DIR = "search"
-"""Folder of the search's state within that, whose files are named by Ray Tune."""
+"""Folder in ``TUNE_DIR`` for the state of the search, whose files Ray Tune names."""
 
 _STATE_NAME = re.compile(r"experiment_state-(.+)\.json")
 
 _TUNE_SETTINGS = {
-    # One JSON file a trial is enough; no TensorBoard or CSV beside it.
+    # One JSON file per trial is enough, without TensorBoard or CSV files.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Trials use absolute paths; a changed folder would only break a user's relative imports.
+    # Trials use absolute paths. Another working directory would only break relative imports of a user.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    # Seconds between records of the search's state; what happened since then is in the trials' own records.
+    # Seconds between stored states of the search. What happens in between is in the trials' own records.
     "TUNE_GLOBAL_CHECKPOINT_S": "5",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepSummary:
-    """What a sweep found and where it lies."""
+    """What a sweep found, and where it is."""
 
     out: str
     """Directory of the results."""
@@ -84,29 +85,29 @@ class SweepSummary:
     task: str
     """Name of the task."""
     metric: str
-    """How it is scored."""
+    """Metric of the task."""
     unit: str | None
-    """Of score and labels; None for classification, and where the task names none."""
+    """Unit of score and labels; None for classification, and if the task names none."""
     molecules: int
-    """With labels, all parts together."""
+    """Molecules with labels, all parts together."""
     trials: int
-    """Configurations tried."""
+    """Number of configurations tried."""
     trials_failed: int
-    """Of these, without any score."""
+    """Trials without any score."""
     chosen: dict[str, Scalar]
     """The configuration with the best validation score."""
     valid_score: float
-    """Of the chosen configuration, mean over the final seeds."""
+    """Validation score of the chosen configuration, mean over the final seeds."""
     test_score: float
-    """Mean over the final seeds."""
+    """Test score, mean over the final seeds."""
     test_std: float
-    """Standard deviation over the final seeds."""
+    """Test score, standard deviation over the final seeds."""
     baselines: dict[str, float]
     """Test score of each baseline by its name, mean over seeds."""
     seconds: float
     """Wall time of the command that wrote the results."""
     already_finished: bool
-    """True if an earlier command had written them, and this one did nothing."""
+    """True if an earlier command had written the results and this one did nothing."""
 
 
 def sweep(config: SweepConfig) -> SweepSummary:
@@ -120,7 +121,7 @@ def sweep(config: SweepConfig) -> SweepSummary:
     stored = finished_results(config)
     if stored is not None:
         return _summary(summarise(config.out, stored, already_finished=True), stored)
-    # What cannot search fails now, not after the molecules were prepared.
+    # A searcher that cannot be used fails now, not after the molecules were prepared.
     search_method(config, config.task.resolve())
     with ray_session(config.cluster):
         bench = set_up(config)
@@ -140,12 +141,12 @@ def search_and_train(config: SweepConfig, bench: Bench) -> Training:
 
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
-    """Run the search, or what is left of an interrupted one."""
+    """Run the search, or the rest of an interrupted one."""
     os.environ.update(
         {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
     )
     keep_keys_from_trials()
-    # Tune would print a failed trial's whole traceback; its reason is in the results and in our own log.
+    # Tune would print the traceback of a failed trial; the reason is in the results and in our own log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = bench.experiment
     trainable = tune.with_resources(
@@ -164,15 +165,16 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
         _ProgressCallback.reporter, _ProgressCallback.total = progress.reporter, config.num_trials
         try:
             with warnings.catch_warnings():
-                # A trial that an interrupted command had begun reports its first epochs again.
+                # A trial that an interrupted command had started reports its first epochs again.
                 warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
                 grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
     if len(grid) != config.num_trials:
         raise LostWorkError(
-            f"the search in {storage.join(config.out, TUNE_DIR)} ended after {len(grid)} of {config.num_trials} trials. "
-            f"Delete its folder {SEARCH_DIR} and run the command again: trials that were over are not trained again"
+            f"the search in {storage.join(config.out, TUNE_DIR)} ended after {len(grid)} of {config.num_trials} "
+            f"trials. Delete its folder {SEARCH_DIR} and run the command again: trials that were over are not trained "
+            "again"
         )
     results = (grid[index] for index in range(len(grid)))
     trials = sorted(map(_trial_result, results), key=lambda trial: trial.number)
@@ -183,26 +185,26 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
 
 
 def keep_keys_from_trials() -> None:
-    """Tune would write the object store's keys into the trials' runtime environment, which the dashboard shows; nodes have keys
-    of their own."""
+    """Keep the keys of object storage out of the environment of trials, which the dashboard shows.
+
+    Tune would put them there. The nodes have keys of their own.
+    """
     class_cache.ENV_VARS_TO_PROPAGATE -= {
         name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")
     }
 
 
 def choose(fixed: FinetuneSettings, task: Task, trials: list[TrialResult]) -> FinetuneSettings:
-    """The settings of the trial with the best validation score; the earlier one of equals."""
-    scored = [trial for trial in trials if trial.valid_score is not None]
-    if not scored:
+    """The settings of the trial with the best validation score; of equal trials, the earliest."""
+    if all(trial.valid_score is None for trial in trials):
         errors = "; ".join(dict.fromkeys(trial.error or "no score" for trial in trials))
         raise TrainingError(f"none of {len(trials)} trials has a validation score: {errors}")
-    sign = -1.0 if task.metric.higher_is_better else 1.0
-    best = min(scored, key=lambda trial: (sign * (trial.valid_score or 0.0), trial.number))
+    best = best_candidate(task.metric, sorted(trials, key=lambda trial: trial.number))
     return with_drawn(fixed, best.settings)
 
 
 def _choice_text(trials: list[TrialResult], chosen: FinetuneSettings) -> str:
-    """The settings that the search varied, as they were chosen."""
+    """The chosen values of the settings that the search varied."""
     names = dict.fromkeys(name for trial in trials for name in trial.settings)
     values = ((name, getattr(chosen, name)) for name in names)
     return ", ".join(
@@ -212,10 +214,10 @@ def _choice_text(trials: list[TrialResult], chosen: FinetuneSettings) -> str:
 
 
 def concurrent_trials(config: SweepConfig) -> int:
-    """Trials that run at once: what the cluster's resources hold, at least one.
+    """Number of trials that run at once: as many as the cluster has resources for, but at least one.
 
-    A private cluster counts logical CPUs, of which it may have more than the machine has cores; there, trials
-    beyond the cores would only slow each other down.
+    A private cluster may have more logical CPUs than the machine has cores. There the cores count, as more trials than
+    cores would only slow each other down.
     """
     total = cluster_resources(config.cluster.worker_labels)
     need = worker_resources(config)
@@ -228,8 +230,8 @@ def concurrent_trials(config: SweepConfig) -> int:
 
 
 def search_method(config: SweepConfig, task: Task) -> tuple[Searcher, TrialScheduler]:
-    """Searcher and scheduler of the configuration; a ConfigError if they cannot be used for this task."""
-    # It would tell of each study it begins.
+    """Searcher and scheduler of the configuration. Raises ConfigError if they cannot be used for this task."""
+    # It would log each study that it starts.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     mode = "max" if task.metric.higher_is_better else "min"
     longest = (config.search.epochs or task.epochs)[1]
@@ -244,11 +246,11 @@ def search_method(config: SweepConfig, task: Task) -> tuple[Searcher, TrialSched
 def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     storage_path = storage.join(config.out, TUNE_DIR)
     experiment_path = storage.join(storage_path, SEARCH_DIR)
-    # First: what a stored search needs to be read, this one needs to be made.
+    # First, as restoring a stored search needs the same classes.
     searcher, scheduler = search_method(config, task)
     if _can_continue(experiment_path):
         logger.info("continuing the search in %s", experiment_path)
-        # Failed trials get another chance: what failed them may have been what interrupted the command.
+        # Failed trials are run again: they may have failed for the reason that interrupted the command.
         return tune.Tuner.restore(experiment_path, trainable=trainable, resume_errored=True)
     return tune.Tuner(
         trainable,
@@ -257,7 +259,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
             scheduler=scheduler,
             num_samples=config.num_trials,
             max_concurrent_trials=concurrent_trials(config),
-            # A short trial would spend more time on a new process's imports than on training.
+            # In a new process a short trial would spend more time on imports than on training.
             reuse_actors=True,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -265,7 +267,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
         run_config=tune.RunConfig(
             name=SEARCH_DIR,
             storage_path=storage_path,
-            # A lost node costs a trial its progress, not the sweep; what fails twice is recorded as failed.
+            # If a node is lost, its trials run again. A trial that fails twice is recorded as failed.
             failure_config=tune.FailureConfig(max_failures=1),
             callbacks=[_ProgressCallback(), JsonLoggerCallback()],  # type: ignore[no-untyped-call]
             verbose=0,
@@ -274,10 +276,10 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
 
 
 def _can_continue(experiment_path: str) -> bool:
-    """Whether an interrupted search left a state to continue from; what Tune would take for one is removed.
+    """Whether an interrupted search left a complete state to continue from; incomplete ones are removed.
 
-    Tune writes its settings at the start and the state seconds later, as several files, none of them at one stroke.
-    From settings without a state it would run a single trial and call the search finished.
+    Tune writes its settings at the start, and the state seconds later as several files, none of them atomically. From
+    settings without a state it would run a single trial and call the search finished.
     """
     settings_uri = storage.join(experiment_path, "tuner.pkl")
     if not storage.exists(settings_uri):
@@ -300,7 +302,7 @@ def _can_continue(experiment_path: str) -> bool:
 def _states(experiment_path: str) -> list[tuple[str, str, str]]:
     """The files of each stored state, newest first: trials, searcher, generator of trials.
 
-    Each command that continued the search has a state of its own, named by the time of its start.
+    Each command that continued the search has its own state, named after the time when the command started.
     """
     names = [storage.name_of(file.uri) for file in storage.list_files(experiment_path)]
     starts = [found[1] for name in names if (found := _STATE_NAME.fullmatch(name))]
@@ -315,7 +317,7 @@ def _states(experiment_path: str) -> list[tuple[str, str, str]]:
 
 
 def _is_whole(trials_uri: str, searcher_uri: str, generator_uri: str) -> bool:
-    """Whether the files of a state are whole, and of one moment: they speak of the same trials."""
+    """Whether the files of a state are complete and belong together, that is, contain the same trials."""
     try:
         state = storage.read_json(trials_uri)
         trials = {json.loads(trial)["trial_id"] for trial, _ in state["trial_data"]}
@@ -324,13 +326,13 @@ def _is_whole(trials_uri: str, searcher_uri: str, generator_uri: str) -> bool:
     searcher, generator = _unpickled(searcher_uri), _unpickled(generator_uri)
     if searcher is None or generator is None or generator["counter"] != len(trials):
         return False
-    # Optuna's state tells of which trials it is; others give their number at most, and that is the generator's.
+    # Optuna's state lists its trials. Others have at most a number of trials, which is that of the generator.
     known = searcher.get("_ot_trials") if isinstance(searcher, Mapping) else None
     return known is None or set(known) == trials
 
 
 def _unpickled(uri: str) -> Any:
-    """What a file of Tune holds, which Tune itself would unpickle next; None if it is not there or cut short."""
+    """The content of a file that Tune would unpickle itself; None if the file is missing or incomplete."""
     try:
         return pickle.loads(storage.read_bytes(uri))
     except (storage.NotFoundError, EOFError, pickle.UnpicklingError):
@@ -346,22 +348,22 @@ def _tune_resources(config: SweepConfig) -> tune.PlacementGroupFactory:
 
 
 def _trial_name(trial: Trial) -> str:
-    # Tune's tag starts with a counter from 1, which a restored search keeps.
+    # Tune's tag starts with a counter from 1, which continues in a restored search.
     return f"trial-{int(trial.experiment_tag.split('_', 1)[0]) - 1:04d}"
 
 
 class _ProgressCallback(tune.Callback):
-    """Tells the driver's progress display about finished trials.
+    """Shows finished trials in the progress display of the driver.
 
-    The reporter is a class attribute: Tune pickles its callbacks with the search's state, and the display
-    of an interrupted command must not come back with a restored one.
+    The reporter is a class attribute: Tune pickles its callbacks with the state of the search, and a restored search
+    must not get the display of the interrupted command.
     """
 
     reporter: Reporter | None = None
     total = 0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:  # noqa: ARG002 - Tune's signature
-        """Count the trials that are over."""
+        """Report the number of trials that have ended."""
         if self.reporter is not None:
             over = [trial for trial in trials if trial.status in (Trial.TERMINATED, Trial.ERROR)]
             failed = sum(trial.status == Trial.ERROR for trial in over)

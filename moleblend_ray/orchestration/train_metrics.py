@@ -1,4 +1,4 @@
-"""What the ranks of a pretraining run tell Prometheus (see :mod:`.metrics`)."""
+"""Metrics of the ranks of a pretraining run (see :mod:`.metrics`)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _COUNTERS: Final = (
     "moleblend_checkpoint_save_seconds_total",
     "moleblend_checkpoint_wait_seconds_total",
 )
-"""Those of rank 0, to be seen before anything has happened."""
+"""Counters of rank 0, which appear before anything has happened."""
 
 
 class TrainMetrics:
-    """What one rank of a pretraining run tells; its methods are the plain callables that training takes."""
+    """Publishes the metrics of one rank. Its methods are the callables that training accepts."""
 
     def __init__(self, publisher: Publisher, *, is_first: bool) -> None:
         self._publisher = publisher
@@ -43,7 +43,7 @@ class TrainMetrics:
     def start(
         self, run_uri: str, step: int, *, target_steps: int, workers: int, interval_steps: int
     ) -> None:
-        """Say from where a worker group goes on; rank 0 alone has something to say."""
+        """Publish where a worker group starts. Only rank 0 does so."""
         if not self._is_first:
             return
         if step == 0:
@@ -61,7 +61,7 @@ class TrainMetrics:
         publisher.set("moleblend_checkpoint_timestamp_seconds", _committed_at(run_uri, step))
 
     def on_step(self, record: Record) -> None:
-        """Add the numbers of a step: they are on the host already."""
+        """Add the numbers of a step, which are on the host already."""
         publisher = self._publisher
         step_s = float(record["step_s"])
         publisher.add("moleblend_train_step_seconds_total", step_s)
@@ -72,7 +72,7 @@ class TrainMetrics:
             self._add_means(record, step_s)
 
     def on_save(self, save: Save) -> None:
-        """Tell of a checkpoint that was committed or failed."""
+        """Publish that a checkpoint was committed, or failed."""
         if not self._is_first:
             return
         publisher = self._publisher
@@ -114,7 +114,7 @@ class TrainMetrics:
                 publisher.set("moleblend_train_validation_loss", float(value), head=head)
 
     def _add_means(self, record: Record, step_s: float) -> None:
-        """Means over about a second: single steps of a fast run are noise to whoever looks every 15 s."""
+        """Publish means over about a second: every 15 s the page is read, and single steps of a fast run are noise."""
         for name, value in record.items():
             if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_"):
                 self._add_mean(name, float(value), 1.0)
@@ -146,7 +146,7 @@ def _head(loss: str) -> str:
 
 
 def _committed_at(run_uri: str, step: int) -> float:
-    """When the checkpoint of ``step`` was committed; now, if there is none or its marker cannot be read any more."""
+    """When the checkpoint of ``step`` was committed; the present time if there is none or its marker is unreadable."""
     if step > 0:
         with suppress(MoleBlendError, ValueError):
             return datetime.fromisoformat(read_commit(run_uri, step).created).timestamp()

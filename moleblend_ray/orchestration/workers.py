@@ -1,6 +1,6 @@
-"""What runs in the worker processes of a fine-tuning or a sweep.
+"""Functions that run in the worker processes of fine-tuning and sweeps.
 
-A module of its own with few imports: every worker starts by importing it.
+They have their own module with few imports, as every worker process imports it when it starts.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from moleblend_ray.evaluation.tasks import Task
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialData:
-    """What every trial shares through the object store. It holds no test molecule: a trial cannot look at them."""
+    """Data that all trials share through the object store. It has no test molecules, so a trial cannot see them."""
 
     task: Task
-    """What is asked."""
+    """The task."""
     molecules: LabelledMolecules
-    """Training, then validation molecules."""
+    """Molecules: first those for training, then those for validation."""
     num_train: int
-    """How many of them are the training part."""
+    """Number of molecules for training."""
     start: StartingPoint
     """Weights to start from."""
 
@@ -62,9 +62,9 @@ class TrialData:
 
 
 class TrialRecord:
-    """The epochs of one configuration on storage.
+    """Stores the reported epochs of one configuration.
 
-    Ray Tune saves the state of its search every few seconds: a killed command may have lost a trial's end.
+    Ray Tune saves the state of its search every few seconds, so after a kill the end of a trial may be missing there.
     """
 
     def __init__(self, uri: str, settings: FinetuneSettings, epochs: list[dict[str, Any]]) -> None:
@@ -74,18 +74,18 @@ class TrialRecord:
 
     @classmethod
     def read(cls, folder: str, settings: FinetuneSettings, seed: int) -> TrialRecord:
-        """The record of ``settings`` and ``seed`` in ``folder``, empty if there is none."""
+        """The record for ``settings`` and ``seed`` in ``folder``; empty if there is none."""
         key = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True).encode()
         uri = storage.join(folder, f"{storage.sha256_bytes(key)[:16]}.json")
         return cls(uri, settings, storage.read_json(uri) if storage.exists(uri) else [])
 
     @property
     def is_over(self) -> bool:
-        """Whether the last epoch was reported."""
+        """Whether the last epoch of the trial was reported."""
         return bool(self.epochs) and bool(self.epochs[-1]["over"])
 
     def add(self, epoch: EpochReport) -> None:
-        """Write down and report an epoch that is not there yet."""
+        """Store and report an epoch that is not in the record yet."""
         if epoch.epoch <= len(self.epochs):
             return
         patience = self._settings.patience
@@ -103,10 +103,10 @@ def run_trial(
     cluster: ClusterConfig,
     records: str,
 ) -> None:
-    """One trial of a sweep: ``settings`` with the ``drawn`` values, reported after each epoch.
+    """Run one trial of a sweep: ``settings`` with the ``drawn`` values, with a report after each epoch.
 
-    What an interrupted command had reported of these values, by its files in ``records``, is reported again
-    without training; a trial that was over, or that is stopped there again, is not repeated.
+    Epochs that an interrupted command had reported for these values (its files are in ``records``) are reported again
+    without training. A trial that had ended, or that the scheduler stops during this, is not trained again.
     """
     settings = with_drawn(settings, drawn)
     record = TrialRecord.read(records, settings, seed)
@@ -135,11 +135,11 @@ def train_seed(
 
 
 def reserved_threads(cluster: ClusterConfig) -> int:
-    """Threads that a task may use: one for each CPU it reserved."""
+    """Number of threads that a task may use: one per reserved CPU."""
     return max(1, int(cluster.cpus_per_worker))
 
 
 def use_reserved(cluster: ClusterConfig) -> torch.device:
-    """Keep torch to the CPUs this process reserved, and give the device it may use."""
+    """Limit torch to the CPUs that this process reserved, and return the device that it may use."""
     torch.set_num_threads(reserved_threads(cluster))
     return torch.device("cuda" if cluster.use_gpu else "cpu")

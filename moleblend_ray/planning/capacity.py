@@ -1,71 +1,76 @@
-"""How many molecules a second a cluster trains on, and which resource binds.
+"""How many molecules per second a cluster trains on, and which resource limits it.
 
-Each resource (computing and its exchange of gradients, the thread that feeds a trainer, data actors, Ray's executor,
-storage, networks) could carry so many molecules a second; the run does what the weakest one allows. Computing and exchange
-follow one another in a step, so they are one resource with two parts. On a machine without GPUs everything shares
-the same cores, and the work of the data side lengthens the step.
+Each resource (computing with its exchange of gradients, the thread that feeds a trainer, data actors, Ray's executor,
+storage, networks) can handle a certain number of molecules per second; the run is as fast as the slowest of them.
+Computing and exchange follow one another in a step, so they are one resource with two parts. On a machine without GPUs
+everything shares the same cores, and the work of the data side makes the step longer.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
-from moleblend_ray.data.batch import mean_molecule_bytes
+from moleblend_ray.data.batch import (
+    BLOCK_BYTES,
+    BLOCKS_PER_STREAM,
+    MAX_BLOCK_STEPS,
+    StreamConfig,
+    mean_molecule_bytes,
+)
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.planning.figures import Figure, assumed, computed
-from moleblend_ray.planning.rates import ATOM_SHARES
+from moleblend_ray.planning.rates import ATOM_SHARES, ATOMS_PER_MOLECULE
 from moleblend_ray.planning.settings import NetworkSettings, StorageSettings
 from moleblend_ray.planning.sizes import Exchange, exchange
 from moleblend_ray.training.config import Precision, Strategy
 
 GB: Final = 1e9
 HEADROOM: Final = 1.25
-"""By how much the data side is larger than what trainers take, so that it is not what limits them."""
+"""Capacity of the data side over what the trainers take, so that it does not limit them."""
 MEASURED_BLOCK_MOLECULES: Final = 8192
-"""In a block of the stream whose executor was measured."""
+"""Molecules per block in the stream whose executor was measured."""
 _LARGEST_BLOCK_BYTES: Final = 128 << 20
-"""Larger ones were never tried; nor were those above 12 MiB, but nothing in them should change."""
-_USUAL_BLOCK_BYTES: Final = 12 << 20
-BLOCKS_PER_STREAM: Final = 6
+"""The largest block that a plan proposes. Nothing above 12 MiB was tried, but no difference is expected."""
 _MOST_NODES: Final = 4096
 WINDOWS_IN_WORK: Final = 2
+"""Shuffle windows of which blocks are being built at the same time."""
 _MOST_INTERRUPTED: Final = 0.9
-"""Share of the time; a machine that is interrupted more often is none to train on."""
-DECODED_BYTES: Final = 445 / 14.87
-"""Of an atom in a decoded row group (`relations-2026-11-26.json`, limit_us.decoded_bytes)."""
+"""Largest share of the time that Ray's processes are assumed to interrupt trainers."""
+DECODED_BYTES: Final = 445 / ATOMS_PER_MOLECULE
+"""Bytes per atom in a decoded row group (`relations-2026-11-26.json`, limit_us.decoded_bytes)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataCosts:
-    """CPU microseconds that a molecule costs beside training."""
+    """CPU time per molecule besides training, in microseconds."""
 
     actor_us: Figure
     """In data actors, decoding included."""
     decode_us: Figure
-    """Of that, what each machine that builds blocks of a shuffle window repeats."""
+    """The part of it that every machine repeats that builds blocks of the same shuffle window."""
     executor_us: Figure
     """In Ray Data's executor, with blocks of MEASURED_BLOCK_MOLECULES."""
     trainer_host_us: Figure
-    """In the thread of a trainer that takes and pads molecules."""
+    """In the thread of a trainer that receives and pads molecules."""
     other_us: Figure
     """In Ray's own processes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
-    """A pretraining run and its machines, but for the number of trainers and of CPU nodes."""
+    """A pretraining run and its machines, except the numbers of trainers and of CPU nodes."""
 
     model: ModelConfig
     atom_counts: Mapping[int, float] = field(default_factory=lambda: dict(ATOM_SHARES))
-    """Atoms -> molecules (or shares of them)."""
+    """Number of atoms -> number (or share) of molecules."""
     batch: int
-    """Molecules of one trainer in a step."""
+    """Molecules per trainer and step."""
     step_s: Figure
-    """Seconds that one trainer computes for a step, alone on its device (or core)."""
+    """Seconds that one trainer needs to compute a step, alone on its device (or core)."""
     costs: DataCosts
     network: NetworkSettings = field(default_factory=NetworkSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
@@ -73,25 +78,25 @@ class Setup:
     precision: Precision = "bf16"
     replicas: int = 1
     gpus_per_node: int = 8
-    """0: trainers are processes on the cores of one machine."""
+    """0: the trainers are processes on the cores of one machine."""
     node_cores: int = 32
-    """Of a CPU node; of the one machine where there are no GPUs."""
+    """Cores per CPU node; without GPUs, cores of the one machine."""
     worker_threads: int = 1
-    """Cores that a trainer without GPU computes on."""
+    """Cores per trainer without a GPU."""
     contention: Figure | None = None
-    """Without GPUs: how much longer a trainer computes while all others do; None: not at all."""
+    """Without GPUs: factor by which computing takes longer while all trainers compute; None: 1."""
     exchange_gb_s: Figure | None = None
-    """Without GPUs: what all trainers together send to each other in a second; None: the network's."""
+    """Without GPUs: GB/s that all trainers together send to each other; None: as ``network`` says."""
     message_s: Figure | None = None
-    """Without GPUs: what a collective takes whatever it sends; None: the network's."""
+    """Without GPUs: time per collective, whatever its size; None: as ``network`` says."""
     ray_cores: Figure | None = None
-    """Without GPUs: cores that processes of Ray take whatever the run does; None: none."""
+    """Without GPUs: cores that Ray's own processes use all the time; None: 0."""
     shard_bytes: Figure
-    """Of a molecule in storage."""
+    """Bytes per molecule in storage."""
     steps_per_block: int | None = None
-    """None: as the stream does by default, more where Ray's executor would bind."""
+    """None: as many as the stream takes by default, more where Ray's executor would be the limit."""
     order: OrderConfig = field(default_factory=OrderConfig)
-    """Shuffle window and chunks; batch and streams follow from the plan."""
+    """Shuffle window and chunks. Batch and streams are not taken from it: they follow from the plan."""
 
     @property
     def on_gpu(self) -> bool:
@@ -100,26 +105,31 @@ class Setup:
 
     @property
     def molecule_bytes(self) -> float:
-        """Of a molecule on its way to a trainer."""
+        """Bytes per molecule on the way to a trainer."""
         weights = {atoms: round(1e6 * count) for atoms, count in self.atom_counts.items()}
         return mean_molecule_bytes(weights)
 
     @property
     def mean_atoms(self) -> float:
-        """Of a molecule."""
-        total = sum(self.atom_counts.values())
-        return sum(atoms * count for atoms, count in self.atom_counts.items()) / total
+        """Mean number of atoms per molecule."""
+        return mean_atoms(self.atom_counts)
+
+
+def mean_atoms(atom_counts: Mapping[int, float]) -> float:
+    """Mean number of atoms per molecule, from number of atoms -> number of molecules."""
+    total = sum(atom_counts.values())
+    return sum(atoms * count for atoms, count in atom_counts.items()) / total
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resource:
-    """Something that limits the run."""
+    """Something that may limit the run."""
 
     name: str
     capacity: Figure
-    """Molecules/s that it would carry if nothing else limited."""
+    """Molecules/s that it would allow if nothing else limited the run."""
     use: float
-    """Share of it that the run takes."""
+    """Share of the capacity that the run uses."""
     detail: str
 
 
@@ -130,19 +140,19 @@ class Blocks:
     steps: int
     """`stream.steps_per_block`."""
     molecules: int
-    """In a block."""
+    """Molecules per block."""
     bytes: float
     is_default: bool
-    """Whether the stream would choose so by itself."""
+    """Whether the stream would choose this by default."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Throughput:
-    """What a cluster of a size does."""
+    """What a cluster of some size achieves."""
 
     workers: int
     nodes: int
-    """With trainers."""
+    """Machines with trainers."""
     cpu_nodes: int
     data_actors: int
     rate: Figure
@@ -152,16 +162,16 @@ class Throughput:
     step_s: float
     exchange: Exchange
     exchange_s: float
-    """Of a step, before overlap."""
+    """Seconds per step, before overlap with computing."""
     amplification: float
     """Machines that fetch and decode each row group."""
     blocks: Blocks
     resources: tuple[Resource, ...]
-    """The one that binds first."""
+    """The one that limits first."""
 
 
 def throughput(setup: Setup, workers: int, cpu_nodes: int | None = None) -> Throughput:
-    """Of ``workers`` trainers; ``cpu_nodes`` None: as many as keep them fed."""
+    """The throughput of ``workers`` trainers; ``cpu_nodes`` None: as many as they need."""
     return _on_gpus(setup, workers, cpu_nodes) if setup.on_gpu else _on_cores(setup, workers)
 
 
@@ -177,7 +187,7 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
     trainers = computed(
         molecules / step_s,
         "molecules/s",
-        "molecules of a step over computing and the exchange that is not hidden",
+        "molecules per step, divided by the time of computing and of the exchange that is not hidden",
         setup.step_s,
         *((exchange_s,) if exposed_s else ()),
     )
@@ -191,7 +201,7 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
     inward = computed(
         nodes * network.value / setup.molecule_bytes,
         "molecules/s",
-        f"{setup.molecule_bytes:,.0f} bytes a molecule into the nodes of trainers",
+        f"{setup.molecule_bytes:,.0f} bytes per molecule into the nodes of trainers",
         network,
     )
     wanted = min(trainers.value, feeding.value, inward.value)
@@ -202,15 +212,15 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
     data = _data_resources(setup, workers, blocks, num_cpu_nodes)
     computing = "computing" if setup.step_s.value >= exposed_s else "exchange between trainers"
     capacities = {
-        computing: (trainers, f"{workers} trainers, {1e3 * step_s:,.1f} ms a step"),
-        "feeding threads": (feeding, "taking and padding molecules beside each trainer"),
+        computing: (trainers, f"{workers} trainers, {1e3 * step_s:,.1f} ms per step"),
+        "feeding threads": (feeding, "receive and pad molecules, one in each trainer"),
         "network into trainers": (
             inward,
             f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each",
         ),
         "Ray Data's executor": (
             executor,
-            f"one process for all blocks, of {blocks.molecules:,} molecules",
+            f"one process for all blocks, {blocks.molecules:,} molecules per block",
         ),
         **data,
     }
@@ -219,14 +229,7 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
 
 def _exchange(setup: Setup, workers: int) -> tuple[Exchange, Figure]:
     """Traffic of each trainer, and the seconds it takes."""
-    traffic = exchange(
-        setup.model,
-        workers,
-        strategy=setup.strategy,
-        precision=setup.precision,
-        replicas=setup.replicas,
-        on_gpu=setup.on_gpu,
-    )
+    traffic = _traffic(setup, workers)
     settings = setup.network
     in_node = workers // setup.replicas <= setup.gpus_per_node
     one_node = workers <= setup.gpus_per_node
@@ -238,17 +241,29 @@ def _exchange(setup: Setup, workers: int) -> tuple[Exchange, Figure]:
         + traffic.messages * settings.message_us / 1e6
     )
     network = assumed(within, "GB/s", "network settings", "network between trainers")
-    return traffic, computed(seconds, "s", "bytes over bandwidth, and latencies", network)
+    return traffic, computed(seconds, "s", "bytes divided by bandwidth, plus latencies", network)
+
+
+def _traffic(setup: Setup, workers: int) -> Exchange:
+    return exchange(
+        setup.model,
+        workers,
+        strategy=setup.strategy,
+        precision=setup.precision,
+        replicas=setup.replicas,
+        on_gpu=setup.on_gpu,
+    )
 
 
 def choose_blocks(setup: Setup, rate: float) -> Blocks:
     """Blocks of the stream's own size, or larger ones where its executor would otherwise limit ``rate``."""
     step_bytes = setup.batch * setup.molecule_bytes
-    usual = _power_of_two(_USUAL_BLOCK_BYTES / step_bytes)
+    # With an object store that does not limit the size of blocks.
+    usual = StreamConfig().block_steps(1, step_bytes, BLOCKS_PER_STREAM * BLOCK_BYTES)
     steps = setup.steps_per_block or usual
     if setup.steps_per_block is None:
-        largest = _power_of_two(_LARGEST_BLOCK_BYTES / step_bytes)
-        while steps < largest and _block_rate(setup, steps) < HEADROOM * rate:
+        most = min(MAX_BLOCK_STEPS, _LARGEST_BLOCK_BYTES / step_bytes)
+        while 2 * steps <= most and _block_rate(setup, steps) < HEADROOM * rate:
             steps *= 2
     return Blocks(
         steps=steps,
@@ -258,13 +273,8 @@ def choose_blocks(setup: Setup, rate: float) -> Blocks:
     )
 
 
-def _power_of_two(steps: float) -> int:
-    """As ``StreamConfig.block_steps``: at least 1, at most 64."""
-    return 1 << min(max(1, int(steps)), 64).bit_length() - 1
-
-
 def _block_rate(setup: Setup, steps: int) -> float:
-    # What a block costs the executor does not depend on its size.
+    # The executor's time per block does not depend on the size of the block.
     block_s = setup.costs.executor_us.value * MEASURED_BLOCK_MOLECULES / 1e6
     return steps * setup.batch / block_s
 
@@ -273,19 +283,19 @@ def _executor(setup: Setup, blocks: Blocks) -> Figure:
     inputs = [setup.costs.executor_us]
     if _block_rate(setup, blocks.steps) > 0:
         name = "Ray's executor beyond 38,000 molecules/s"
-        inputs.append(assumed(1.0, "", "cost a block taken as constant", name))
+        inputs.append(assumed(1.0, "", "time per block taken as constant", name))
     return computed(
         _block_rate(setup, blocks.steps),
         "molecules/s",
-        "molecules of a block over the executor's CPU time for one",
+        "molecules per block, divided by the executor's CPU time per block",
         *inputs,
     )
 
 
 def amplification(setup: Setup, workers: int, steps_per_block: int, nodes: int) -> float:
-    """Machines, on average, that fetch and decode the same row group: those that build blocks of its shuffle window.
+    """Mean number of machines that fetch and decode the same row group: those that build blocks of its shuffle window.
 
-    Blocks of one window lie on random machines: of M machines, b blocks meet M (1 - (1 - 1/M)^b) on average.
+    The blocks of a window are built on random machines: b blocks reach M (1 - (1 - 1/M)^b) of M machines on average.
     """
     window, batch = setup.order.shuffle_window, workers * setup.batch
     streams_of_window = max(1.0, workers * min(1.0, window / batch))
@@ -298,7 +308,7 @@ def amplification(setup: Setup, workers: int, steps_per_block: int, nodes: int) 
 def _data_resources(
     setup: Setup, workers: int, blocks: Blocks, nodes: int
 ) -> dict[str, tuple[Figure, str]]:
-    """What ``nodes`` CPU nodes carry, as far as each of their parts goes."""
+    """The capacity of each part of ``nodes`` CPU nodes."""
     costs, times = setup.costs, amplification(setup, workers, blocks.steps, nodes)
     actor_us = costs.actor_us.value + costs.decode_us.value * (times - 1)
     read_bytes = setup.shard_bytes.value * times
@@ -308,7 +318,7 @@ def _data_resources(
     actors = computed(
         cores * 1e6 / actor_us,
         "molecules/s",
-        f"{actor_us:.1f} us a molecule on {cores:,} cores",
+        f"{actor_us:.1f} us per molecule on {cores:,} cores",
         costs.actor_us,
         costs.decode_us,
     )
@@ -319,17 +329,17 @@ def _data_resources(
             computed(
                 from_storage / read_bytes,
                 "molecules/s",
-                f"{read_bytes:,.0f} bytes a molecule, each row group fetched by {times:.1f} machines",
+                f"{read_bytes:,.0f} bytes per molecule, each row group fetched by {times:.1f} machines",
                 storage,
                 setup.shard_bytes,
             ),
-            f"{setup.storage.total_gb_s:g} GB/s in all, {setup.storage.node_gb_s:g} GB/s a machine",
+            f"{setup.storage.total_gb_s:g} GB/s in total, {setup.storage.node_gb_s:g} GB/s per machine",
         ),
         "network out of CPU nodes": (
             computed(
                 nodes * network.value / setup.molecule_bytes,
                 "molecules/s",
-                f"{setup.molecule_bytes:,.0f} bytes a molecule",
+                f"{setup.molecule_bytes:,.0f} bytes per molecule",
                 network,
             ),
             f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each",
@@ -338,7 +348,7 @@ def _data_resources(
 
 
 def _enough_nodes(setup: Setup, workers: int, blocks: Blocks, rate: float) -> int:
-    """Fewest CPU nodes that carry ``rate`` with headroom; where none do, the most that still bring something."""
+    """The fewest CPU nodes for ``rate`` with headroom; if no number is enough, the largest that still brings a gain."""
     best, best_rate = 1, 0.0
     nodes = 1
     while nodes <= _MOST_NODES:
@@ -367,10 +377,10 @@ def _weakest(
     blocks: Blocks,
 ) -> Throughput:
     binding = min(capacities, key=lambda name: capacities[name][0].value)
-    # Where the weakest one stands depends on what was assumed of it, not of those with room to spare.
+    # The rate rests on what was assumed about the weakest resource, not about those with room to spare.
     limit = capacities[binding][0]
     rate = computed(
-        limit.value, "molecules/s", f"what the weakest resource carries: {binding}", limit
+        limit.value, "molecules/s", f"capacity of the weakest resource: {binding}", limit
     )
     resources = [
         Resource(name=name, capacity=figure, use=rate.value / figure.value, detail=detail)
@@ -398,81 +408,108 @@ def _weakest(
 # ---------------------------------------------------------------------------------------- one machine, no GPU
 
 
-def _on_cores(setup: Setup, workers: int) -> Throughput:
-    """Trainers, data actors and Ray share the cores of one machine.
+class _CoreStep(NamedTuple):
+    """What the seconds of a step on shared cores are spent on."""
 
-    A step takes what a trainer computes while the others do, and their exchange; what the data side needs and finds no
-    free core for comes on top, spread over the cores. Ray's standing processes run all the time, in short pieces: where
-    they find no free core they interrupt trainers, and since all wait for the one interrupted, each piece delays all.
+    computing_s: float
+    exchange_s: float
+    crowded_s: float
+    """CPU time of the data side for which no core is free, spread over the cores."""
+    interrupted_s: float
+    """While Ray's own processes interrupt a trainer, for which all others wait."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(self)
+
+
+def _on_cores(setup: Setup, workers: int) -> Throughput:
+    """The throughput of trainers, data actors and Ray on the cores of one machine.
+
+    A step takes the time of computing, while all trainers compute, and of the exchange. CPU time of the data side for
+    which no core is free is added, spread over the cores. Ray's own processes run all the time, for short moments: if
+    no core is free, they interrupt a trainer, and since all trainers wait for that one, each interruption delays all.
     """
-    costs = setup.costs
-    traffic = exchange(
-        setup.model,
-        workers,
-        strategy=setup.strategy,
-        precision=setup.precision,
-        replicas=setup.replicas,
-        on_gpu=False,
-    )
-    busy = workers * setup.worker_threads
-    alone = workers == 1 or setup.contention is None
-    slower = 1.0 if alone or setup.contention is None else setup.contention.value
-    # More trainers than cores wait for each other.
-    compute_s = setup.step_s.value * slower * max(1.0, busy / setup.node_cores)
+    traffic = _traffic(setup, workers)
     exchange_s = _loopback_s(setup, workers, traffic)
-    molecules = workers * setup.batch
-    data_us = sum(
-        figure.value
-        for figure in (costs.actor_us, costs.executor_us, costs.trainer_host_us, costs.other_us)
-    )
-    free_s = max(0.0, setup.node_cores - busy) * (compute_s + exchange_s.value)
-    crowded_s = max(0.0, molecules * data_us / 1e6 - free_s) / setup.node_cores
-    standing = 0.0 if setup.ray_cores is None else setup.ray_cores.value
-    interrupted = min(_MOST_INTERRUPTED, max(0.0, standing - max(0, setup.node_cores - busy)))
-    interrupted_s = compute_s * interrupted / (1.0 - interrupted)
-    step_s = compute_s + exchange_s.value + crowded_s + interrupted_s
-    inputs = [setup.step_s, costs.actor_us, exchange_s]
+    step = _core_step(setup, workers, exchange_s.value)
+    inputs = [setup.step_s, setup.costs.actor_us, exchange_s]
     inputs += [figure for figure in (setup.contention, setup.ray_cores) if figure is not None]
-    blocks = choose_blocks(setup, molecules / step_s)
+    rate = computed(
+        workers * setup.batch / step.total_s,
+        "molecules/s",
+        "molecules per step, divided by the sum of its parts",
+        *inputs,
+    )
+    resources = _core_resources(setup, workers, step, inputs)
+    return Throughput(
+        workers=workers,
+        nodes=1,
+        cpu_nodes=0,
+        data_actors=max(1, math.ceil(rate.value * setup.costs.actor_us.value / 1e6)),
+        rate=rate,
+        binding=resources[0].name,
+        step_s=step.total_s,
+        exchange=traffic,
+        exchange_s=exchange_s.value,
+        amplification=1.0,
+        blocks=choose_blocks(setup, rate.value),
+        resources=resources,
+    )
+
+
+def _core_step(setup: Setup, workers: int, exchange_s: float) -> _CoreStep:
+    cores, busy = setup.node_cores, workers * setup.worker_threads
+    slower = setup.contention.value if setup.contention is not None and workers > 1 else 1.0
+    # If there are more trainers than cores, they wait for each other.
+    computing_s = setup.step_s.value * slower * max(1.0, busy / cores)
+    data_s = workers * setup.batch * _data_us(setup.costs) / 1e6
+    free_s = max(0.0, cores - busy) * (computing_s + exchange_s)
+    standing = 0.0 if setup.ray_cores is None else setup.ray_cores.value
+    interrupted = min(_MOST_INTERRUPTED, max(0.0, standing - max(0, cores - busy)))
+    return _CoreStep(
+        computing_s=computing_s,
+        exchange_s=exchange_s,
+        crowded_s=max(0.0, data_s - free_s) / cores,
+        interrupted_s=computing_s * interrupted / (1.0 - interrupted),
+    )
+
+
+def _data_us(costs: DataCosts) -> float:
+    figures = (costs.actor_us, costs.executor_us, costs.trainer_host_us, costs.other_us)
+    return sum(figure.value for figure in figures)
+
+
+def _core_resources(
+    setup: Setup, workers: int, step: _CoreStep, inputs: Sequence[Figure]
+) -> tuple[Resource, ...]:
+    standing = 0.0 if setup.ray_cores is None else setup.ray_cores.value
     parts = {
-        "computing": (compute_s, f"{workers} trainers with {setup.worker_threads} core(s) each"),
-        "exchange between trainers": (exchange_s.value, "over the machine's own network"),
+        "computing": (
+            step.computing_s,
+            f"{workers} trainers with {setup.worker_threads} core(s) each",
+        ),
+        "exchange between trainers": (step.exchange_s, "over the machine's own network"),
         "data actors and Ray": (
-            crowded_s,
-            f"{data_us:.0f} us a molecule on cores that trainers use",
+            step.crowded_s,
+            f"{_data_us(setup.costs):.0f} us per molecule on cores that trainers use",
         ),
         "interruptions by Ray": (
-            interrupted_s,
-            f"standing processes that take {standing:.2f} cores, on cores that trainers use",
+            step.interrupted_s,
+            f"its own processes take {standing:.2f} cores, on cores that trainers use",
         ),
     }
-    rate = computed(
-        molecules / step_s, "molecules/s", "molecules of a step over its parts", *inputs
-    )
-    resources = tuple(
+    molecules = workers * setup.batch
+    return tuple(
         Resource(
             name=name,
             capacity=computed(
                 molecules / seconds if seconds else math.inf, "molecules/s", detail, *inputs
             ),
-            use=seconds / step_s,
+            use=seconds / step.total_s,
             detail=f"{1e3 * seconds:,.1f} ms of a step: {detail}",
         )
         for name, (seconds, detail) in sorted(parts.items(), key=lambda item: -item[1][0])
-    )
-    return Throughput(
-        workers=workers,
-        nodes=1,
-        cpu_nodes=0,
-        data_actors=max(1, math.ceil(rate.value * costs.actor_us.value / 1e6)),
-        rate=rate,
-        binding=resources[0].name,
-        step_s=step_s,
-        exchange=traffic,
-        exchange_s=exchange_s.value,
-        amplification=1.0,
-        blocks=blocks,
-        resources=resources,
     )
 
 
@@ -488,5 +525,5 @@ def _loopback_s(setup: Setup, workers: int, traffic: Exchange) -> Figure:
     sent = workers * (traffic.within_bytes + traffic.across_bytes)
     seconds = sent / (network.value * GB) + traffic.messages * message.value
     return computed(
-        seconds, "s", "bytes of all trainers over what they reach together", network, message
+        seconds, "s", "bytes of all trainers, divided by their common bandwidth", network, message
     )

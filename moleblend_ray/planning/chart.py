@@ -1,4 +1,4 @@
-"""Hours and cost of pretraining against the number of trainers, with what limits each size."""
+"""A chart of the hours and cost of pretraining for different numbers of trainers, with what limits each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def plan_chart(plan: Plan, workers: int, kind: str) -> bytes:
-    """A PNG; ``kind`` names the trainers ("GPUs")."""
+    """The chart as a PNG; ``kind`` names the trainers ("GPUs")."""
     has_cost = any(point.cost for point in plan.scaling)
     figure = Canvas(figsize=(9.0 if has_cost else 5.0, 4.4), layout="constrained")
     axes = figure.subplots(1, 2 if has_cost else 1, squeeze=False)[0]

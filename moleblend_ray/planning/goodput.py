@@ -1,11 +1,12 @@
 """What failures cost a long run: a simulation of nodes that fail, ways to save, and ways to go on.
 
-**Goodput** is the time that the steps of the run would have taken on all GPUs without a failure, over the time they took.
-Nodes fail independently at a published rate (``RATES``), and now and then several at once (``correlated_share``). A failure
-ends the step; the run goes on from the newest committed checkpoint, on as many workers as before (``fixed``, which waits for
-another node) or on the most that divide ``num_streams`` (``elastic``, which grows when the node is back). Between two
-events everything is computed at once, so a month costs as many operations as it has failures, not steps. The limits of
-the model are in `docs/scale.md`. Everything random follows from the seed.
+**Goodput** is the time that the steps of the run would have taken on all GPUs without failures, divided by the time
+that they took. Nodes fail independently at a published rate (``RATES``), and sometimes several fail at once
+(``correlated_share``). A failure ends the step. The run continues from the newest committed checkpoint, either on as
+many workers as before (``fixed``: it waits for another node) or on the largest number that divides ``num_streams``
+(``elastic``: it grows when the node is back). The time between two events is computed in one operation, so the cost of
+simulating a month depends on the number of failures, not of steps. The limits of the model are in `docs/scale.md`. All
+random numbers follow from the seed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ RATES: Final = {
     # Kokolis et al. again: a job of 1,024 GPUs ran 7.9 hours between failures, of whatever kind.
     "rsc1_jobs": 24 / 7.9 / (1024 / 8),
 }
-"""Failures a day of a node of eight GPUs."""
+"""Failures per day of a node with eight GPUs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,16 +48,16 @@ class Cluster:
     gpus_per_node: int = 8
     failures_per_node_day: float = RATES["rsc1_jobs"]
     node_loss_share: float = 1.0
-    """Failures that take their node away; after the others the run starts again on it."""
+    """Share of the failures after which the node is gone; after the others the run starts again on the same node."""
     replacement_s: float = 10 * MINUTE
-    """From a failure to another node in its place."""
+    """Seconds from a failure until another node takes its place."""
     correlated_share: float = 0.0
-    """Failures that take ``correlated_nodes`` nodes at once (a switch, a power supply)."""
+    """Share of the failures that hit ``correlated_nodes`` nodes at once (a switch, a power supply)."""
     correlated_nodes: int = 4
 
     @property
     def num_gpus(self) -> int:
-        """Of all nodes."""
+        """GPUs of all nodes."""
         return self.num_nodes * self.gpus_per_node
 
     @property
@@ -69,30 +70,31 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saving:
-    """One way to save. Between two saves lie ``interval_s`` seconds of work of the whole cluster."""
+    """One way to save checkpoints, one after every ``interval_s`` seconds of work by the whole cluster."""
 
     interval_s: float
     block_s: float
-    """Time that the step after a checkpoint waits: for the whole save, or for a copy in host memory."""
+    """Seconds that the step after a checkpoint waits, for the whole save or for a copy in host memory."""
     flight_s: float = 0.0
-    """Time after that until the checkpoint is committed, while training goes on. One save at a time: the next one waits."""
+    """Seconds after that until the checkpoint is committed, while training continues. The next save waits for this
+    one."""
     slow_down: float = 0.0
     """Share of the speed that training loses during ``flight_s``."""
 
     @property
     def commit_s(self) -> float:
-        """From the last step in a checkpoint to its marker."""
+        """Seconds from the last step of a checkpoint until its commit marker is written."""
         return self.block_s + self.flight_s
 
     @property
     def cost_s(self) -> float:
-        """Training time that a save costs."""
+        """Seconds of training that one save costs."""
         return self.block_s + self.slow_down * self.flight_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recovery:
-    """From a failure to the first new step, when nodes are there."""
+    """The way from a failure to the first new step, once there are nodes."""
 
     detect_s: float
     restart_s: float
@@ -100,16 +102,16 @@ class Recovery:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workers:
-    """How many GPUs of those that are there may train."""
+    """How many of the available GPUs may train."""
 
     num_streams: int
-    """The number of workers divides it."""
+    """The number of workers must divide this number."""
     elastic: bool = False
-    """Go on with fewer (`cluster.min_workers`)."""
+    """Continue with fewer workers (`cluster.min_workers`)."""
     min_workers: int = 1
 
     def full(self, num_gpus: int) -> int:
-        """Workers while nothing is broken."""
+        """Number of workers when no node is missing."""
         return largest_divisor(self.num_streams, num_gpus)
 
     def on(self, alive_gpus: int, num_gpus: int) -> int:
@@ -121,7 +123,7 @@ class Workers:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """All that a simulated run depends on, but for its seed and length."""
+    """Everything that a simulated run depends on except its seed and its length."""
 
     cluster: Cluster
     saving: Saving
@@ -136,19 +138,19 @@ class Scenario:
 
 @dataclass(kw_only=True, slots=True)
 class Shares:
-    """Where the time of all GPUs went, in seconds; together the length of the run."""
+    """What the time of all GPUs was spent on, in seconds. The parts add up to the length of the run."""
 
     useful: float = 0.0
     redone: float = 0.0
-    """Work behind the newest checkpoint at a failure."""
+    """Work done after the newest checkpoint and lost at a failure."""
     saving: float = 0.0
     recovering: float = 0.0
     waiting: float = 0.0
-    """For nodes."""
+    """Waiting for nodes."""
     fewer: float = 0.0
-    """GPUs that were not there or had no worker while others trained."""
+    """GPUs that were missing, or had no worker, while others trained."""
     failures: int = 0
-    """That ended steps or a start."""
+    """Number of failures that ended a step or a start."""
 
     @property
     def total(self) -> float:
@@ -157,19 +159,19 @@ class Shares:
 
     @property
     def goodput(self) -> float:
-        """Share of the time that was useful."""
+        """Share of the time that was spent on useful work."""
         return self.useful / self.total
 
 
 class Event(Enum):
-    """What ended a stretch of time."""
+    """What ended a period of time."""
 
     DONE = auto()
     FAILURE = auto()
     NODE = auto()
     """A node came back."""
     END = auto()
-    """Of the simulated time."""
+    """The simulated time is over."""
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -180,7 +182,7 @@ def largest_divisor(number: int, limit: int) -> int:
 def progress(saving: Saving, speed: float, elapsed: float) -> tuple[float, float]:
     """Work done and work committed since the run started from a checkpoint ``elapsed`` seconds ago.
 
-    ``speed`` is that of its workers, 1 for the whole cluster. The first save comes after the first interval.
+    ``speed`` is the speed of its workers, 1 for the whole cluster. The first save follows the first interval.
     """
     first = saving.interval_s / speed
     if elapsed < first:
@@ -199,9 +201,9 @@ def progress(saving: Saving, speed: float, elapsed: float) -> tuple[float, float
 
 @dataclass(slots=True)
 class Machines:
-    """The nodes and the clock: time passes until something happens to one of them.
+    """The nodes and the clock, which advances until something happens to a node.
 
-    The draws for the n-th failure depend on the seed alone, so that scenarios meet the same failures.
+    The random numbers for the n-th failure depend on the seed alone, so that all scenarios meet the same failures.
     """
 
     cluster: Cluster
@@ -219,7 +221,8 @@ class Machines:
         self._node_days_left = self._random.expovariate(1.0)
 
     def pass_time(self, seconds: float, used_nodes: int) -> tuple[float, Event]:
-        """Let time pass until it is over or a node of the run (``used_nodes`` of those alive) fails or one returns."""
+        """Advance to the end, or until a node that the run uses (``used_nodes`` of those alive) fails or a node
+        returns."""
         begin = self.now
         while True:
             rate = self.cluster.failures_per_node_day * self.alive / DAY
@@ -239,7 +242,7 @@ class Machines:
             return self.now - begin, Event.END if until == self.end_s else Event.DONE
 
     def _fail(self, used_nodes: int) -> bool:
-        """Take the failing nodes away; whether the run used one of them."""
+        """Remove the failing nodes; returns whether the run used one of them."""
         where, loss, group = (self._random.random() for _ in range(3))
         self._node_days_left = self._random.expovariate(1.0)
         hit = where * self.alive < used_nodes
@@ -254,7 +257,7 @@ class Machines:
 
 
 def simulate(scenario: Scenario, seed: int, end_s: float) -> Shares:
-    """One run of ``end_s`` seconds, all nodes there and trained workers ready at its start."""
+    """Simulate a run of ``end_s`` seconds. At its start all nodes are there and the workers are ready to train."""
     shares = Shares()
     machines = Machines(scenario.cluster, end_s, seed)
     recovery = scenario.recovery
@@ -274,7 +277,7 @@ def _train(scenario: Scenario, machines: Machines, workers: int, shares: Shares)
     cluster, saving = scenario.cluster, scenario.saving
     speed = workers / cluster.num_gpus
     used = math.ceil(workers / cluster.gpus_per_node)
-    elapsed, event = 0.0, Event.NODE  # one may have come back while the workers started
+    elapsed, event = 0.0, Event.NODE  # A node may have come back while the workers started.
     while event is Event.NODE:
         if scenario.on_alive(machines.alive) > workers:
             save_s = saving.commit_s if elapsed else 0.0
@@ -292,13 +295,14 @@ def _train(scenario: Scenario, machines: Machines, workers: int, shares: Shares)
 
 
 def _recover(scenario: Scenario, machines: Machines, shares: Shares, detect_s: float) -> int:
-    """Detect, wait for nodes, start the workers, again if another failure comes between; their number."""
+    """Detect the failure, wait for nodes and start the workers, again if another failure occurs meanwhile; their
+    number."""
     cluster = scenario.cluster
     while machines.now < machines.end_s:
         event = _idle(machines, detect_s, machines.alive, shares, "recovering")
         workers = scenario.on_alive(machines.alive)
         if event is Event.DONE and workers == 0:
-            # Nobody trains, so a further failure only means more nodes to wait for.
+            # Nothing trains, so another failure only means more nodes to wait for.
             shares.waiting += machines.pass_time(math.inf, 0)[0]
             detect_s = 0.0
             continue
@@ -314,7 +318,7 @@ def _recover(scenario: Scenario, machines: Machines, shares: Shares, detect_s: f
 
 
 def _idle(machines: Machines, seconds: float, used: int, shares: Shares, share: str) -> Event:
-    """Let time pass without training; nodes that come back meanwhile are only counted."""
+    """Advance without training; nodes that come back meanwhile are only counted."""
     begin, event = machines.now, Event.NODE
     while event is Event.NODE:
         _, event = machines.pass_time(begin + seconds - machines.now, used)
@@ -323,10 +327,11 @@ def _idle(machines: Machines, seconds: float, used: int, shares: Shares, share: 
 
 
 def expected_goodput(saving: Saving, mtbf_s: float, recovery_s: float) -> float:
-    """Goodput of an endless run whose failures come at random and always find a node, in closed form.
+    """Goodput, in closed form, of an endless run whose failures are random and always find a replacement node.
 
-    With a save that blocks this is Daly's: a segment of work t and save d takes M e^(R/M) (e^((t+d)/M) - 1) on average.
-    In general each start lasts M, makes t of progress for each commit that it lives to see, and costs M e^(R/M) in all.
+    M is the mean time between failures, R the time to recover. With a save that blocks this is Daly's formula: a
+    segment of work t and save d takes M e^(R/M) (e^((t+d)/M) - 1) on average. In general a start lasts M on average,
+    makes progress t for each commit that it reaches, and costs M e^(R/M) in total.
     """
     if math.isinf(mtbf_s):
         return saving.interval_s / _cycle_s(saving)
@@ -341,12 +346,12 @@ def _cycle_s(saving: Saving) -> float:
 
 
 def young_interval_s(saving: Saving, mtbf_s: float) -> float:
-    """Young's optimum, the square root of twice the cost of a save times the mean time between failures."""
+    """Young's optimum: the square root of 2 x (cost of a save) x (mean time between failures)."""
     return math.sqrt(2 * saving.cost_s * mtbf_s)
 
 
 def good_intervals_s(saving: Saving, mtbf_s: float, recovery_s: float) -> tuple[float, float]:
-    """Shortest and longest interval, in steps of 5 %, within half a percent point of the best."""
+    """Shortest and longest interval, in steps of 5 %, whose goodput is within half a percentage point of the best."""
     intervals = [1.05**power for power in range(1, 300)]
     values = {
         seconds: expected_goodput(replace(saving, interval_s=seconds), mtbf_s, recovery_s)
@@ -359,51 +364,53 @@ def good_intervals_s(saving: Saving, mtbf_s: float, recovery_s: float) -> tuple[
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Seconds of saving and starting that a size of model and cluster imply; assumptions, but for those named measured."""
+    """Seconds that saving and starting take for a size of model and cluster: assumptions, except those called
+    measured."""
 
     checkpoint_bytes: int
     num_nodes: int
     gpus_per_node: int = 8
     node_bytes_per_s: float = 1e9
-    """Between storage and one machine."""
+    """Bytes per second between storage and one machine."""
     storage_bytes_per_s: float = 20e9
-    """Between storage and all machines together."""
+    """Bytes per second between storage and all machines together."""
     save_fixed_s: float = 5.0
-    """Agreeing on who writes what, opening files, metrics, the marker."""
+    """Seconds to agree on who writes what, to open files, and to write metrics and the marker."""
     stage_fixed_s: float = 0.1
     stage_bytes_per_s: float = 5e9
-    """From one GPU to host memory."""
+    """Bytes per second from one GPU to host memory."""
     slow_down: float = 0.05
-    """Of training while a save is written behind it."""
+    """Share of the training speed that is lost while a save is written in the background."""
     detect_s: float = 45.0
-    """With the next: 64 s from a lost node to steps on the others were measured (Ray 2.60's defaults, two nodes, a tiny model)."""
+    """Together with the next field: measured were 64 s from the loss of a node to steps on the others (defaults of Ray
+    2.60, two nodes, a tiny model)."""
     start_s: float = 20.0
-    """New processes, imports, process group, first blocks of data."""
+    """Seconds for new processes, imports, the process group and the first blocks of data."""
     compile_s: float = 30.0
-    """`train.compile` and the first launches of kernels."""
+    """Seconds for `train.compile` and the first launches of kernels."""
 
     @property
     def save_s(self) -> float:
-        """Seconds from the copy in host memory to the marker."""
+        """Seconds from the copy in host memory until the marker is written."""
         rate = min(self.num_nodes * self.node_bytes_per_s, self.storage_bytes_per_s)
         return self.save_fixed_s + self.checkpoint_bytes / rate
 
     @property
     def stage_s(self) -> float:
-        """Seconds of the copy to host memory."""
+        """Seconds to copy the state to host memory."""
         # Each rank copies its own shard.
         shard_bytes = self.checkpoint_bytes / (self.gpus_per_node * self.num_nodes)
         return self.stage_fixed_s + shard_bytes / self.stage_bytes_per_s
 
     @property
     def read_s(self) -> float:
-        """The controller checks all of the checkpoint, then each machine fetches all of it."""
+        """Seconds to read a checkpoint: the controller checks all of it, then each machine fetches all of it."""
         alone = self.checkpoint_bytes / self.node_bytes_per_s
         together = self.num_nodes * self.checkpoint_bytes / self.storage_bytes_per_s
         return alone + max(alone, together)
 
     def saving(self, interval_s: float, *, asynchronous: bool) -> Saving:
-        """This way to save, every ``interval_s`` seconds of work."""
+        """Saving in this way every ``interval_s`` seconds of work."""
         if not asynchronous:
             return Saving(interval_s=interval_s, block_s=self.save_s)
         return Saving(
@@ -414,7 +421,7 @@ class Costs:
         )
 
     def recovery(self) -> Recovery:
-        """From a failure to the first new step."""
+        """The times from a failure to the first new step."""
         return Recovery(
             detect_s=self.detect_s, restart_s=self.start_s + self.compile_s + self.read_s
         )

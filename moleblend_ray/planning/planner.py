@@ -1,17 +1,19 @@
-"""From a collection, a model and a number of trainers to hours, machines, bytes and cost: read :func:`make_plan` first."""
+"""Hours, machines, bytes and cost of a collection, a model and a number of trainers: read :func:`make_plan` first."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
+from moleblend_ray.data.batch import BLOCK_BYTES, BLOCKS_PER_STREAM, StreamConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, ForwardFlops, pretraining_flops
 from moleblend_ray.planning.capacity import (
-    BLOCKS_PER_STREAM,
     DECODED_BYTES,
     GB,
     WINDOWS_IN_WORK,
@@ -35,33 +37,39 @@ from moleblend_ray.planning.goodput import (
     simulate,
     young_interval_s,
 )
-from moleblend_ray.planning.settings import FailureSettings, PriceSettings
+from moleblend_ray.planning.settings import FailureSettings, NetworkSettings, PriceSettings
 from moleblend_ray.planning.sizes import TRAINING_BYTES, checkpoint_bytes, model_size
+from moleblend_ray.quantities import duration_text
+from moleblend_ray.training.config import CheckpointConfig
 
+_MOST_RECOVERY: Final = 10.0
+"""Recoveries of more mean times between failures than this leave less than 1 / 20,000 of the time for training."""
 _SEEDS: Final = 20
 _MOST_FAILURES: Final = 2000
-"""Of the simulated runs together, as far as it goes: a month of a thousand GPUs has a hundred."""
+"""Failures that all simulated runs together have at most, about; a month of a thousand GPUs has a hundred."""
 _ELASTIC_STREAMS: Final = 15
-"""Streams for each trainer with which a lost node costs little (docs/scale.md)."""
-_KEPT_CHECKPOINTS: Final = 3
+"""Streams per trainer: with so many, losing a node costs little (docs/scale.md)."""
 _VECTOR_BYTES: Final = 4
 _LARGEST_SCALE: Final = 4096
+_FAILING: Final = assumed(
+    1.0, "", "failure settings", "rate of failures, cost of saving and restarting"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
-    """What is to be done."""
+    """The work to plan."""
 
     molecules: int
-    """Of the collection."""
+    """Molecules in the collection."""
     presentations: int
-    """Molecules that training sees, each as often as it comes."""
+    """Molecules that training sees, repetitions counted."""
     prepare_per_core_s: Figure
-    """Records that a core converts in a second, conformers included if they are made."""
+    """Records that one core converts per second, including conformers if they are made."""
     embed_per_trainer_s: Figure
-    """Vectors that one trainer's device makes in a second."""
+    """Vectors that the device of one trainer makes per second."""
     first_step_s: Figure
-    """From the start of a command to its first step."""
+    """Seconds from the start of the command to its first step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,26 +88,26 @@ class Stage:
     name: str
     hours: Figure
     cost: Figure | None
-    """In the currency of the prices; None if none was given."""
+    """In the currency of the prices; None if no price was given."""
     rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What doubling one thing brings."""
+    """The effect of doubling one thing."""
 
     what: str
     rate: float
-    """Molecules/s over those of the plan."""
+    """Molecules/s, divided by those of the plan."""
     hours: float
-    """Of pretraining over those of the plan."""
+    """Hours of pretraining, divided by those of the plan."""
     cost: float | None
-    """Of pretraining over that of the plan."""
+    """Cost of pretraining, divided by that of the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScalePoint:
-    """Pretraining on another number of trainers, everything else alike and the data side sized anew."""
+    """Pretraining with another number of trainers, with a data side of the right size; all else stays the same."""
 
     workers: int
     cpu_nodes: int
@@ -112,11 +120,11 @@ class ScalePoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """What a collection, a model and a cluster lead to."""
+    """What a collection, a model and a cluster result in."""
 
     title: str
     rate: Figure
-    """Molecules/s of pretraining while it trains."""
+    """Molecules/s of pretraining, without interruptions."""
     binding: str
     stages: tuple[Stage, ...]
     total: tuple[Row, ...]
@@ -124,9 +132,9 @@ class Plan:
     changes: tuple[Change, ...]
     scaling: tuple[ScalePoint, ...]
     settings: Mapping[str, str]
-    """Settings of `moleblend pretrain` that the plan supposes."""
+    """Settings of `moleblend pretrain` that the plan assumes."""
     assumptions: tuple[str, ...]
-    """What the hours rest on that nobody has measured."""
+    """What the hours rest on and was not measured."""
     hints: tuple[str, ...]
     """Other settings that would be faster."""
     warnings: tuple[str, ...]
@@ -145,6 +153,19 @@ class _Reliability:
     mtbf_s: float
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Pretraining:
+    """What pretraining on a cluster takes. Its stage, other sizes and doubled parts are all shown from this."""
+
+    found: Throughput
+    reliability: _Reliability
+    hours: Figure
+    read: Figure
+    """Bytes read from storage."""
+    cost: Figure | None
+    """None if no price was given."""
+
+
 def make_plan(
     title: str,
     job: Job,
@@ -156,14 +177,13 @@ def make_plan(
     prices: PriceSettings | None = None,
     gpu_memory_gb: float | None = None,
 ) -> Plan:
-    """The plan for ``workers`` trainers; ``cpu_nodes`` None: as many as keep them fed."""
+    """The plan for ``workers`` trainers; ``cpu_nodes`` None: as many as they need."""
     failures, prices = failures or FailureSettings(), prices or PriceSettings()
     found = throughput(setup, workers, cpu_nodes)
-    reliability = _reliability(job, setup, found, failures)
-    hours = _pretrain_hours(job, found, reliability)
+    run = _pretraining(job, setup, found, failures, prices)
     stages = (
         _prepare(job, setup, found, prices),
-        _pretrain(job, setup, found, reliability, hours, prices),
+        _pretrain_stage(job, setup, run),
         _embed(job, setup, found, prices),
     )
     return Plan(
@@ -175,16 +195,16 @@ def make_plan(
         resources=found.resources,
         changes=_changes(job, setup, found, cpu_nodes, failures, prices),
         scaling=scaling(job, setup, workers, failures, prices),
-        settings=_settings(setup, found, reliability),
+        settings=_settings(setup, found, run.reliability),
         assumptions=tuple(dict.fromkeys(name for stage in stages for name in stage.hours.rests_on)),
         hints=_hints(setup, found, cpu_nodes),
         warnings=_warnings(job, setup, found, cpu_nodes, gpu_memory_gb),
     )
 
 
-def flops_per_molecule(setup: Setup) -> float:
-    """Operations of a training step for the mean molecule, by the formula behind ``mfu``."""
-    return TRAINING_FACTOR * _mean(pretraining_flops(setup.model), setup.atom_counts)
+def flops_per_molecule(model: ModelConfig, atom_counts: Mapping[int, float]) -> float:
+    """Mean operations per molecule in a training step, by the same formula as ``mfu``."""
+    return TRAINING_FACTOR * _mean(pretraining_flops(model), atom_counts)
 
 
 def _mean(forward: ForwardFlops, atom_counts: Mapping[int, float]) -> float:
@@ -223,10 +243,17 @@ def _reliability(
     mtbf_s = 1 / rate_s if rate_s else math.inf
     saving = costs.saving(1.0, asynchronous=True)
     length_s = job.presentations / found.rate.value
-    # A run shorter than the best interval is saved once, at its end, whatever the interval.
+    # A run that is shorter than the best interval is saved once, at its end.
     interval_s = min(young_interval_s(saving, mtbf_s), max(1.0, length_s))
     saving = dataclasses.replace(saving, interval_s=interval_s)
     recovery_s = recovery.detect_s + recovery.restart_s
+    hopeless = ConfigError(
+        f"failures.per_node_day: {failures.per_node_day:g} failures per day on each of {found.nodes} nodes are one every "
+        f"{mtbf_s:.0f} s, and each costs {recovery_s:.0f} s: such a run does not get on. Expected more reliable nodes, "
+        "or fewer of them"
+    )
+    if recovery_s > _MOST_RECOVERY * mtbf_s:
+        raise hopeless
     good_s = (
         good_intervals_s(saving, mtbf_s, recovery_s)
         if math.isfinite(mtbf_s)
@@ -236,6 +263,8 @@ def _reliability(
     band, elastic = (goodput, goodput), goodput
     if simulated and math.isfinite(mtbf_s):
         goodput, band, elastic = _simulated(found, costs, saving, failures, length_s)
+    if goodput <= 0.0:
+        raise hopeless
     return _Reliability(
         checkpoint_bytes=num_bytes,
         interval_s=interval_s,
@@ -250,14 +279,15 @@ def _reliability(
 def _simulated(
     found: Throughput, costs: Costs, saving: Saving, failures: FailureSettings, length_s: float
 ) -> tuple[float, tuple[float, float], float]:
-    """Goodput of runs of this length that wait for a lost node: mean and 5 to 95 % band; mean of elastic ones."""
+    """Goodput of simulated runs of this length: mean and 5 to 95 % band of those that wait for a lost node, and the
+    mean of elastic ones."""
     cluster = Cluster(
         num_nodes=found.nodes,
         gpus_per_node=costs.gpus_per_node,
         failures_per_node_day=failures.per_node_day,
         replacement_s=failures.replacement_min * MINUTE,
     )
-    # A run ends after its work, not after a time; with the goodput near 1 the difference is small.
+    # A real run ends when its work is done, not at a time; with a goodput near 1 the difference is small.
     end_s = min(max(length_s, HOUR), _MOST_FAILURES / _SEEDS * cluster.mtbf_s)
 
     def goodputs(workers: Workers) -> list[float]:
@@ -274,17 +304,42 @@ def _simulated(
 
 def _pretrain_hours(job: Job, found: Throughput, reliability: _Reliability) -> Figure:
     training_s = job.presentations / found.rate.value / reliability.goodput
-    failing = assumed(
-        1.0, "", "failure settings", "rate of failures, cost of saving and restarting"
-    )
     return computed(
         (training_s + job.first_step_s.value) / HOUR,
         "h",
-        "presentations over rate and goodput, and the start",
+        "presentations divided by rate and goodput, plus the start",
         found.rate,
-        failing,
+        _FAILING,
         job.first_step_s,
     )
+
+
+def _pretraining(
+    job: Job,
+    setup: Setup,
+    found: Throughput,
+    failures: FailureSettings,
+    prices: PriceSettings,
+    *,
+    simulated: bool = True,
+) -> _Pretraining:
+    reliability = _reliability(job, setup, found, failures, simulated=simulated)
+    hours = _pretrain_hours(job, found, reliability)
+    read = computed(
+        job.presentations * setup.shard_bytes.value * found.amplification,
+        "B",
+        f"{setup.shard_bytes.value:,.0f} bytes per molecule, each row group by {found.amplification:.1f} machines",
+        setup.shard_bytes,
+    )
+    cost = _cost(
+        prices,
+        hours,
+        gpu_hours=found.workers * hours.value if setup.on_gpu else 0.0,
+        cpu_node_hours=max(found.cpu_nodes, 0 if setup.on_gpu else 1) * hours.value,
+        stored_bytes=CheckpointConfig().keep_last * reliability.checkpoint_bytes,
+        read_bytes=read.value,
+    )
+    return _Pretraining(found=found, reliability=reliability, hours=hours, read=read, cost=cost)
 
 
 # --------------------------------------------------------------------------------------------------- stages
@@ -294,32 +349,27 @@ def _prepare(job: Job, setup: Setup, found: Throughput, prices: PriceSettings) -
     nodes = max(1, found.cpu_nodes)
     cores = nodes * setup.node_cores
     many = assumed(
-        1.0, "", "tried with two actors", "prepare on more than two cores is as fast on each"
+        1.0, "", "tried with two actors", "prepare is as fast per core on more than two cores"
     )
     rate = computed(
         cores * job.prepare_per_core_s.value,
         "molecules/s",
-        f"{cores:,} cores, an actor each",
+        f"{cores:,} cores, one actor on each",
         job.prepare_per_core_s,
         *((many,) if cores > 2 else ()),
     )
     written = computed(
         job.molecules * setup.shard_bytes.value,
         "B",
-        f"{setup.shard_bytes.value:,.0f} bytes a molecule",
+        f"{setup.shard_bytes.value:,.0f} bytes per molecule",
         setup.shard_bytes,
     )
-    storage = assumed(
-        min(setup.storage.total_gb_s, nodes * setup.storage.node_gb_s) * GB,
-        "B/s",
-        "storage settings",
-        "storage",
-    )
+    storage = _storage(setup, nodes)
     converting_s, writing_s = job.molecules / rate.value, written.value / storage.value
     hours = computed(
         max(converting_s, writing_s) / HOUR,
         "h",
-        "converting, with writing behind it" if converting_s >= writing_s else "writing",
+        "converting; writing takes place meanwhile" if converting_s >= writing_s else "writing",
         rate,
         *((storage,) if writing_s > converting_s else ()),
     )
@@ -331,113 +381,113 @@ def _prepare(job: Job, setup: Setup, found: Throughput, prices: PriceSettings) -
     return Stage(name="prepare", hours=hours, cost=cost, rows=rows)
 
 
-def _pretrain(
-    job: Job,
-    setup: Setup,
-    found: Throughput,
-    reliability: _Reliability,
-    hours: Figure,
-    prices: PriceSettings,
-) -> Stage:
+def _storage(setup: Setup, machines: int) -> Figure:
+    """Bandwidth of storage for this number of machines together."""
+    return assumed(
+        min(setup.storage.total_gb_s, machines * setup.storage.node_gb_s) * GB,
+        "B/s",
+        "storage settings",
+        "storage",
+    )
+
+
+def _pretrain_stage(job: Job, setup: Setup, run: _Pretraining) -> Stage:
+    rows = (
+        *_step_rows(job, setup, run.found),
+        *_data_rows(job, setup, run),
+        *_trainer_rows(setup, run.found),
+        *_reliability_rows(run.reliability),
+    )
+    return Stage(name="pretrain", hours=run.hours, cost=run.cost, rows=rows)
+
+
+def _step_rows(job: Job, setup: Setup, found: Throughput) -> tuple[Row, ...]:
     step_molecules = found.workers * setup.batch
-    read = computed(
-        job.presentations * setup.shard_bytes.value * found.amplification,
-        "B",
-        f"{setup.shard_bytes.value:,.0f} bytes a molecule, each row group by {found.amplification:.1f} machines",
-        setup.shard_bytes,
+    steps = computed(
+        math.ceil(job.presentations / step_molecules),
+        "",
+        f"{step_molecules:,} molecules and {1e3 * found.step_s:,.1f} ms per step",
     )
-    bandwidth = computed(
-        read.value / job.presentations * found.rate.value, "B/s", "bytes over time", found.rate
-    )
-    failing = assumed(
-        1.0, "", "failure settings", "rate of failures, cost of saving and restarting"
-    )
-    store = _object_store(setup, found)
-    low, high = reliability.band
-    rows = [
+    times = f"each molecule {job.presentations / job.molecules:.3g} times"
+    return (
         Row(what="rate", figure=found.rate, remark=f"limited by: {found.binding}"),
-        Row(
-            what="steps",
-            figure=computed(
-                math.ceil(job.presentations / step_molecules),
-                "",
-                f"{step_molecules:,} molecules each, {1e3 * found.step_s:,.1f} ms",
-            ),
-            remark=f"{job.presentations / job.molecules:.3g} times each molecule",
-        ),
-        Row(
-            what="data actors",
-            figure=computed(
-                found.data_actors,
-                "cores",
-                "CPU time a molecule, with a quarter to spare",
-                found.rate,
-            ),
-        ),
-        Row(
-            what="CPU nodes",
-            figure=computed(found.cpu_nodes, "", f"of {setup.node_cores} cores", found.rate)
-            if setup.on_gpu
-            else given(0, "", "everything is on one machine"),
-        ),
-        Row(what="read from storage", figure=read),
+        Row(what="steps", figure=steps, remark=times),
+    )
+
+
+def _data_rows(job: Job, setup: Setup, run: _Pretraining) -> tuple[Row, ...]:
+    found = run.found
+    actors = computed(
+        found.data_actors, "cores", "CPU time per molecule, with a quarter to spare", found.rate
+    )
+    nodes = (
+        computed(found.cpu_nodes, "", f"of {setup.node_cores} cores", found.rate)
+        if setup.on_gpu
+        else given(0, "", "everything is on one machine")
+    )
+    read_per_s = run.read.value / job.presentations * found.rate.value
+    bandwidth = computed(read_per_s, "B/s", "bytes per time", found.rate)
+    blocks = f"{BLOCKS_PER_STREAM} blocks of {found.blocks.bytes / 2**20:.0f} MiB per stream"
+    return (
+        Row(what="data actors", figure=actors),
+        Row(what="CPU nodes", figure=nodes),
+        Row(what="read from storage", figure=run.read),
         Row(what="bandwidth of storage", figure=bandwidth),
         Row(
             what="object store",
-            figure=store,
-            remark=f"over the cluster; {BLOCKS_PER_STREAM} blocks of {found.blocks.bytes / 2**20:.0f} MiB a stream",
+            figure=_object_store(setup, found),
+            remark=f"over the cluster; {blocks}",
         ),
-        Row(
-            what="sent by each trainer in a step",
-            figure=computed(
-                found.exchange.within_bytes + found.exchange.across_bytes,
-                "B",
-                f"{found.exchange.messages} collectives, {1e3 * found.exchange_s:.2f} ms before overlap",
-            ),
-        ),
-        Row(
-            what="state of the model in a trainer",
-            figure=computed(
-                TRAINING_BYTES * model_size(setup.model).parameters / _shards(setup, found.workers),
-                "B",
-                "16 bytes a parameter over shards; activations come on top",
-            ),
-        ),
-        Row(
-            what="checkpoint",
-            figure=computed(
-                reliability.checkpoint_bytes, "B", "12 bytes a parameter and the format's own"
-            ),
-        ),
+    )
+
+
+def _trainer_rows(setup: Setup, found: Throughput) -> tuple[Row, ...]:
+    sent = computed(
+        found.exchange.within_bytes + found.exchange.across_bytes,
+        "B",
+        f"{found.exchange.messages} collectives, {1e3 * found.exchange_s:.2f} ms before overlap",
+    )
+    state = computed(
+        _state_bytes(setup, found),
+        "B",
+        "16 bytes per parameter, divided by shards; activations not included",
+    )
+    return (
+        Row(what="sent by each trainer in a step", figure=sent),
+        Row(what="state of the model in a trainer", figure=state),
+    )
+
+
+def _state_bytes(setup: Setup, found: Throughput) -> float:
+    """Bytes of weights, gradients and moments per trainer."""
+    parameters = model_size(setup.model).parameters
+    return TRAINING_BYTES * parameters / _shards(setup, found.workers)
+
+
+def _reliability_rows(reliability: _Reliability) -> tuple[Row, ...]:
+    checkpoint = computed(
+        reliability.checkpoint_bytes, "B", "12 bytes per parameter, plus the file format"
+    )
+    interval = computed(reliability.interval_s, "s", "by Young's formula", _FAILING)
+    shortest, longest = (duration_text(seconds, "never") for seconds in reliability.good_s)
+    mtbf = computed(reliability.mtbf_s / HOUR, "h", "failures per node, divided by nodes", _FAILING)
+    how = f"mean of {_SEEDS} simulated runs that wait for lost nodes"
+    goodput = computed(100 * reliability.goodput, "%", how, _FAILING)
+    low, high, elastic = (100 * value for value in (*reliability.band, reliability.elastic))
+    return (
+        Row(what="checkpoint", figure=checkpoint),
         Row(
             what="checkpoint interval",
-            figure=computed(reliability.interval_s, "s", "Young", failing),
-            remark=f"{_duration(reliability.good_s[0])} to {_duration(reliability.good_s[1])} are within half a point",
+            figure=interval,
+            remark=f"{shortest} to {longest} cost at most half a percentage point",
         ),
-        Row(
-            what="time between failures",
-            figure=computed(reliability.mtbf_s / HOUR, "h", "failures a node over nodes", failing),
-        ),
+        Row(what="time between failures", figure=mtbf),
         Row(
             what="goodput",
-            figure=computed(
-                100 * reliability.goodput,
-                "%",
-                f"simulated, {_SEEDS} runs that wait for nodes",
-                failing,
-            ),
-            remark=f"{100 * low:.1f} to {100 * high:.1f} % in nine of ten; elastic {100 * reliability.elastic:.1f} %",
+            figure=goodput,
+            remark=f"{low:.1f} to {high:.1f} % in nine of ten runs; {elastic:.1f} % if elastic",
         ),
-    ]
-    cost = _cost(
-        prices,
-        hours,
-        gpu_hours=found.workers * hours.value if setup.on_gpu else 0.0,
-        cpu_node_hours=max(found.cpu_nodes, 0 if setup.on_gpu else 1) * hours.value,
-        stored_bytes=_KEPT_CHECKPOINTS * reliability.checkpoint_bytes,
-        read_bytes=read.value,
     )
-    return Stage(name="pretrain", hours=hours, cost=cost, rows=tuple(rows))
 
 
 def _object_store(setup: Setup, found: Throughput) -> Figure:
@@ -445,7 +495,7 @@ def _object_store(setup: Setup, found: Throughput) -> Figure:
     return computed(
         blocks * found.blocks.bytes,
         "B",
-        f"{setup.molecule_bytes:,.0f} bytes a molecule, and the block of each stream that is trained on",
+        f"{setup.molecule_bytes:,.0f} bytes per molecule, including the block of each stream that is in use",
     )
 
 
@@ -453,20 +503,15 @@ def _embed(job: Job, setup: Setup, found: Throughput, prices: PriceSettings) -> 
     rate = computed(
         found.workers * job.embed_per_trainer_s.value,
         "molecules/s",
-        "a device's vectors, and the reading before them, one after the other",
+        "reading and computing, one after the other",
         job.embed_per_trainer_s,
     )
     written = computed(
         job.molecules * _VECTOR_BYTES * setup.model.dim,
         "B",
-        f"{setup.model.dim} float32 a molecule, before compression",
+        f"{setup.model.dim} float32 per molecule, before compression",
     )
-    storage = assumed(
-        min(setup.storage.total_gb_s, found.nodes * setup.storage.node_gb_s) * GB,
-        "B/s",
-        "storage settings",
-        "storage",
-    )
+    storage = _storage(setup, found.nodes)
     making_s, writing_s = job.molecules / rate.value, written.value / storage.value
     is_making = making_s >= writing_s
     hours = computed(
@@ -537,7 +582,7 @@ def _total(stages: Sequence[Stage], prices: PriceSettings) -> tuple[Row, ...]:
 def scaling(
     job: Job, setup: Setup, workers: int, failures: FailureSettings, prices: PriceSettings
 ) -> tuple[ScalePoint, ...]:
-    """Powers of two up to four times ``workers`` (without GPUs: up to twice), and ``workers`` itself."""
+    """Pretraining with each power of two up to four times ``workers`` (without GPUs: twice), and with ``workers``."""
     most = 4 * workers if setup.on_gpu else 2 * workers
     sizes = {1 << power for power in range(most.bit_length()) if 1 << power <= most}
     sizes = {size for size in sizes if size <= _LARGEST_SCALE} | {workers}
@@ -546,7 +591,7 @@ def scaling(
 
 
 def _fits(setup: Setup, workers: int) -> bool:
-    """Whether nodes are full and the copies of the model equal."""
+    """Whether all nodes are full and all copies of the model have as many trainers."""
     full = not setup.on_gpu or workers <= setup.gpus_per_node or workers % setup.gpus_per_node == 0
     return full and workers % setup.replicas == 0
 
@@ -560,19 +605,26 @@ def _scale_point(
     prices: PriceSettings,
 ) -> ScalePoint:
     found = throughput(setup, workers, cpu_nodes)
-    # The closed form: a figure for each size must not take a simulation each.
-    reliability = _reliability(job, setup, found, failures, simulated=False)
-    hours = _pretrain_hours(job, found, reliability)
-    stage = _pretrain(job, setup, found, reliability, hours, prices)
+    # By the closed form: a simulation for each size would take too long.
+    run = _pretraining(job, setup, found, failures, prices, simulated=False)
     return ScalePoint(
         workers=workers,
         cpu_nodes=found.cpu_nodes,
         molecules_per_s=found.rate.value,
-        hours=hours.value,
-        cost=None if stage.cost is None else stage.cost.value,
-        goodput=reliability.goodput,
+        hours=run.hours.value,
+        cost=None if run.cost is None else run.cost.value,
+        goodput=run.reliability.goodput,
         binding=found.binding,
     )
+
+
+class _Doubled(NamedTuple):
+    """The plan's run with one thing doubled."""
+
+    what: str
+    setup: Setup
+    workers: int
+    cpu_nodes: int | None
 
 
 def _changes(
@@ -583,84 +635,79 @@ def _changes(
     failures: FailureSettings,
     prices: PriceSettings,
 ) -> tuple[Change, ...]:
-    """Each thing doubled by itself; the data side stays as it is in the plan, so that what binds next shows."""
+    """Each thing doubled alone. The data side stays as in the plan, which shows what limits next."""
     fixed_nodes = found.cpu_nodes or None
     base = _scale_point(job, setup, found.workers, fixed_nodes, failures, prices)
 
-    def change(what: str, other: Setup, workers: int, nodes: int | None) -> Change:
-        point = _scale_point(job, other, workers, nodes, failures, prices)
+    def change(doubled: _Doubled) -> Change:
+        point = _scale_point(
+            job, doubled.setup, doubled.workers, doubled.cpu_nodes, failures, prices
+        )
         return Change(
-            what=what,
+            what=doubled.what,
             rate=point.molecules_per_s / base.molecules_per_s,
             hours=point.hours / base.hours,
             cost=None if point.cost is None or not base.cost else point.cost / base.cost,
         )
 
-    faster = dataclasses.replace(
-        setup, step_s=dataclasses.replace(setup.step_s, value=setup.step_s.value / 2)
-    )
-    kind = "GPUs" if setup.on_gpu else "trainers"
-    found_changes = [
-        change(f"{kind}, CPU nodes in step", setup, 2 * found.workers, cpu_nodes),
-        change(f"speed of each {kind[:-1]}", faster, found.workers, fixed_nodes),
-        change(
-            f"molecules of each {kind[:-1]} in a step",
-            dataclasses.replace(
-                setup,
-                batch=2 * setup.batch,
-                step_s=dataclasses.replace(setup.step_s, value=2 * setup.step_s.value),
-            ),
-            found.workers,
-            fixed_nodes,
-        ),
+    doubled = [
+        *_doubled_trainers(setup, found, cpu_nodes),
+        *(_doubled_cluster(setup, found) if setup.on_gpu else _doubled_machine(setup, found)),
     ]
-    if not setup.on_gpu:
-        more = dataclasses.replace(setup, node_cores=2 * setup.node_cores)
-        return (*found_changes, change("cores", more, found.workers, None))
-    network = setup.network
-    faster_network = dataclasses.replace(
+    return tuple(change(one) for one in doubled)
+
+
+def _doubled_trainers(setup: Setup, found: Throughput, cpu_nodes: int | None) -> list[_Doubled]:
+    kind = "GPU" if setup.on_gpu else "trainer"
+    step_s, workers, nodes = setup.step_s, found.workers, found.cpu_nodes or None
+    half, twice = (dataclasses.replace(step_s, value=step_s.value * by) for by in (0.5, 2.0))
+    faster = dataclasses.replace(setup, step_s=half)
+    larger = dataclasses.replace(setup, step_s=twice, batch=2 * setup.batch)
+    return [
+        _Doubled(f"{kind}s, CPU nodes in step", setup, 2 * workers, cpu_nodes),
+        _Doubled(f"speed of each {kind}", faster, workers, nodes),
+        _Doubled(f"molecules of each {kind} in a step", larger, workers, nodes),
+    ]
+
+
+def _doubled_machine(setup: Setup, found: Throughput) -> list[_Doubled]:
+    more = dataclasses.replace(setup, node_cores=2 * setup.node_cores)
+    return [_Doubled("cores", more, found.workers, None)]
+
+
+def _doubled_cluster(setup: Setup, found: Throughput) -> list[_Doubled]:
+    network, storage = setup.network, setup.storage
+    between_trainers = dataclasses.replace(
         network,
         within_node_gb_s=2 * network.within_node_gb_s,
         between_nodes_gb_s=2 * network.between_nodes_gb_s,
     )
-    wider = dataclasses.replace(network, node_gb_s=2 * network.node_gb_s)
-    storage = dataclasses.replace(
-        setup.storage,
-        total_gb_s=2 * setup.storage.total_gb_s,
-        node_gb_s=2 * setup.storage.node_gb_s,
+    of_nodes = dataclasses.replace(network, node_gb_s=2 * network.node_gb_s)
+    faster_storage = dataclasses.replace(
+        storage, total_gb_s=2 * storage.total_gb_s, node_gb_s=2 * storage.node_gb_s
     )
-    others: dict[str, Callable[[], Change]] = {
-        "network between trainers": lambda: change(
-            "network between trainers",
-            dataclasses.replace(setup, network=faster_network),
-            found.workers,
-            fixed_nodes,
-        ),
-        "network of nodes": lambda: change(
-            "network of nodes",
-            dataclasses.replace(setup, network=wider),
-            found.workers,
-            fixed_nodes,
-        ),
-        "storage": lambda: change(
+    longer_blocks = dataclasses.replace(setup, steps_per_block=2 * found.blocks.steps)
+    workers, nodes = found.workers, found.cpu_nodes or None
+
+    def with_network(changed: NetworkSettings) -> Setup:
+        return dataclasses.replace(setup, network=changed)
+
+    return [
+        _Doubled("network between trainers", with_network(between_trainers), workers, nodes),
+        _Doubled("network of nodes", with_network(of_nodes), workers, nodes),
+        _Doubled(
             "bandwidth of storage",
-            dataclasses.replace(setup, storage=storage),
-            found.workers,
-            fixed_nodes,
+            dataclasses.replace(setup, storage=faster_storage),
+            workers,
+            nodes,
         ),
-        "nodes": lambda: change("CPU nodes alone", setup, found.workers, 2 * (fixed_nodes or 1)),
-        "blocks": lambda: change(
-            "molecules of a block (stream.steps_per_block)",
-            dataclasses.replace(setup, steps_per_block=2 * found.blocks.steps),
-            found.workers,
-            fixed_nodes,
-        ),
-    }
-    return (*found_changes, *(make() for make in others.values()))
+        _Doubled("CPU nodes alone", setup, workers, 2 * (nodes or 1)),
+        _Doubled("molecules of a block (stream.steps_per_block)", longer_blocks, workers, nodes),
+    ]
 
 
 def _settings(setup: Setup, found: Throughput, reliability: _Reliability) -> dict[str, str]:
-    """Overrides of `moleblend pretrain`."""
+    """Overrides for `moleblend pretrain`."""
     every = max(1, round(reliability.interval_s / found.step_s))
     settings = {
         "cluster.num_workers": str(found.workers),
@@ -675,10 +722,10 @@ def _settings(setup: Setup, found: Throughput, reliability: _Reliability) -> dic
         "stream.steps_per_block": "" if found.blocks.is_default else str(found.blocks.steps),
     }
     window = setup.order.shuffle_window
-    # Row groups of the windows that blocks in work touch, of which a machine keeps each once.
+    # A machine keeps one copy of each row group of the windows that the blocks in work belong to.
     rows = WINDOWS_IN_WORK * max(window, found.workers * setup.batch * found.blocks.steps)
     cache = rows * DECODED_BYTES * setup.mean_atoms
-    if setup.on_gpu and cache > 512 * 2**20:
+    if setup.on_gpu and cache > StreamConfig().cache_bytes:
         settings["stream.cache_bytes"] = str(math.ceil(cache / 2**28) * 2**28)
     if setup.on_gpu:
         store = _object_store(setup, found).value
@@ -687,7 +734,7 @@ def _settings(setup: Setup, found: Throughput, reliability: _Reliability) -> dic
 
 
 def _hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
-    """Ways to spread the model that the plan finds at least 3 % faster, the best of them."""
+    """The best other way to spread the model over trainers, if it is at least 3 % faster."""
     ways = {"strategy=ddp": dataclasses.replace(setup, strategy="ddp", replicas=1)}
     if setup.on_gpu and found.nodes > 1 and setup.replicas != found.nodes:
         ways[f"fsdp_replicas={found.nodes} (strategy=fsdp)"] = dataclasses.replace(
@@ -703,7 +750,7 @@ def _hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str,
     best = max(rates, key=rates.__getitem__, default="")
     if not best or rates[best] < 1.03 * found.rate.value:
         return ()
-    return (f"{best} would train on {rates[best]:,.0f} molecules/s: less is sent between nodes",)
+    return (f"{best} would train on {rates[best]:,.0f} molecules/s, as less is sent between nodes",)
 
 
 def _two_digits(number: int) -> int:
@@ -719,11 +766,11 @@ def _warnings(
     gpu_memory_gb: float | None,
 ) -> tuple[str, ...]:
     lines = []
-    state = TRAINING_BYTES * model_size(setup.model).parameters / _shards(setup, found.workers)
+    state = _state_bytes(setup, found)
     if gpu_memory_gb is not None and state > 0.7 * gpu_memory_gb * GB:
         lines.append(
-            f"the state of the model takes {state / GB:.0f} GB of a GPU's {gpu_memory_gb:g}, activations not counted: "
-            "use strategy=fsdp, more GPUs or fewer replicas"
+            f"the state of the model takes {state / GB:.0f} GB of the {gpu_memory_gb:g} GB of a GPU, without "
+            "activations: use strategy=fsdp, more GPUs or fewer replicas"
         )
     step_molecules = found.workers * setup.batch
     if step_molecules > job.molecules:
@@ -733,30 +780,21 @@ def _warnings(
     steps = job.presentations / step_molecules
     if steps < 1000:
         lines.append(
-            f"only {math.ceil(steps):,} steps of {step_molecules:,} molecules: so few updates may train badly, whatever "
-            "the rate; lower batch or use fewer trainers"
+            f"only {math.ceil(steps):,} steps of {step_molecules:,} molecules: with so few updates the model may learn "
+            "little; lower batch or use fewer trainers"
         )
     if cpu_nodes is not None and found.binding in ("data actors", "network out of CPU nodes"):
         lines.append(
-            f"cpu_nodes={cpu_nodes} starve the trainers: leave it out to see how many they need"
+            f"with cpu_nodes={cpu_nodes} the trainers wait for data: leave it out to see how many they need"
         )
     if found.amplification > 4:
         lines.append(
-            f"each row group is fetched and decoded by {found.amplification:.0f} machines, as all of them build blocks of "
-            "the same shuffle window: fewer CPU nodes with more cores (cpu_node_cores) read less"
+            f"{found.amplification:.0f} machines fetch and decode the same row group, as all of them build blocks of "
+            "its shuffle window: fewer CPU nodes with more cores (cpu_node_cores) read less"
         )
     if not found.blocks.is_default:
         lines.append(
-            f"blocks of {found.blocks.bytes / 2**20:.0f} MiB instead of 12 keep Ray Data's executor from limiting; such blocks "
-            "were never tried"
+            f"blocks of {found.blocks.bytes / 2**20:.0f} MiB instead of {BLOCK_BYTES >> 20}, so that Ray Data's "
+            "executor does not limit the run; blocks of this size were never tried"
         )
     return tuple(lines)
-
-
-def _duration(seconds: float) -> str:
-    if math.isinf(seconds):
-        return "never"
-    for unit, length in (("d", DAY), ("h", HOUR), ("min", MINUTE)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.3g} {unit}"
-    return f"{seconds:.3g} s"

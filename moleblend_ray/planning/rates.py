@@ -1,7 +1,7 @@
-"""The figures that plans start from, each with the benchmark, date and hardware behind it.
+"""The figures that plans start from, each with its benchmark, date and hardware.
 
-They are in ``rates.json`` beside this file. ``result`` names a file of ``benchmarks/results/``, ``path`` the number in it: a
-test compares the two. Peak rates of GPUs are their vendors': this project has not measured one.
+They are in ``rates.json`` beside this file. ``result`` names a file in ``benchmarks/results/`` and ``path`` the number
+in that file; a test compares the two. Peak rates of GPUs are the vendors' figures; this project has not measured them.
 """
 
 from __future__ import annotations
@@ -28,33 +28,35 @@ HARDWARE: Final = {
     "scaling-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
     "plan-2026-11-27": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
 }
-"""Result, or date of all results of that day -> the machine, as in the file of the result."""
+"""Name of a result, or a date for all results of that day -> the machine, as the file of the result names it."""
 
 ATOM_SHARES: Final = {
     8: 2, 9: 7, 10: 18, 11: 32, 12: 60, 13: 104, 14: 170, 15: 173, 16: 230, 17: 181, 18: 22,
 }  # fmt: skip
-"""Atoms without hydrogens -> molecules of 1,000 of PCQM4Mv2: what the bundled figures are of."""
+"""Atoms without hydrogens -> number of molecules among 1,000 of PCQM4Mv2, for which the bundled figures hold."""
+ATOMS_PER_MOLECULE: Final = 14.87
+"""Mean number of atoms, without hydrogens, in all of PCQM4Mv2."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """What a data sheet says of a GPU."""
+    """A GPU according to its data sheet."""
 
     name: str
     bf16_tflops: float
-    """Dense bfloat16 matrix products."""
+    """10^12 operations per second in dense bfloat16 matrix products."""
     fp32_tflops: float
-    """Float32 outside tensor cores: what ``train.precision=fp32`` uses."""
+    """10^12 operations per second in float32 outside tensor cores, which ``train.precision=fp32`` uses."""
     memory_gb: float
     source: str
 
     def peak(self, precision: Precision) -> float:
-        """Operations a second."""
+        """Operations per second at most."""
         return 1e12 * (self.bf16_tflops if precision == "bf16" else self.fp32_tflops)
 
 
 def bundled(name: str) -> Figure:
-    """The measured figure of that name."""
+    """The measured figure with this name."""
     entry = _document()["figures"][name]
     result = entry["result"].removesuffix(".json")
     date = result[-len("2026-01-01") :]
@@ -67,26 +69,28 @@ def bundled(name: str) -> Figure:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of that short name; a ConfigError that names the known ones otherwise."""
+    """The GPU with this short name. Raises a ConfigError that lists the known names."""
     known = _document()["gpus"]
     if name not in known:
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"gpu: expected one of {', '.join(known)}, found {name!r}{hint} For another one give rate=, the molecules/s "
+            f"gpu: expected one of {', '.join(known)}, found {name!r}{hint} For other GPUs give rate=, the molecules/s "
             "that you measured on it"
         )
     return Gpu(**known[name])
 
 
 _CPU_GFLOP: Final = {"tiny": 0.0526, "mini": 0.1350, "small": 0.3537, "base": 4.2987}
-"""Preset -> operations of a molecule in a training step, in 10^9, of the molecules of the benchmark."""
+"""Preset -> 10^9 operations per molecule in a training step, for the molecules of the benchmark."""
 
 
 def cpu_efficiency(gflop: float) -> Figure:
-    """Operations a second of a core for a model that needs ``gflop`` a molecule, over those for the base preset.
+    """Operations per second of a core, relative to the base preset, for a model with ``gflop`` 10^9 operations per
+    molecule.
 
-    Small matrices use a core badly: between presets the logarithms are interpolated, beyond them the nearest counts.
+    Small matrices use a core badly. Between presets the logarithms are interpolated; beyond them the nearest preset
+    counts.
     """
     times = {name: bundled(f"cpu_{name}_s") for name in _CPU_GFLOP}
     speeds = {name: _CPU_GFLOP[name] / times[name].value for name in _CPU_GFLOP}
@@ -100,7 +104,7 @@ def cpu_efficiency(gflop: float) -> Figure:
 
 
 def figure_entries() -> Mapping[str, Mapping[str, Any]]:
-    """Every bundled figure as it is stored."""
+    """Every bundled figure as it is stored in the file."""
     entries: Mapping[str, Mapping[str, Any]] = _document()["figures"]
     return entries
 

@@ -1,4 +1,4 @@
-"""Sizes that follow from a configuration by formula: parameters, checkpoints, traffic between trainers.
+"""Sizes that formulas give for a configuration: parameters, checkpoints, traffic between trainers.
 
 Shape legend: D width, F feed-forward width, H heads, K kernels, P pair width, L blocks, E elements.
 """
@@ -23,12 +23,12 @@ _TENSORS_OF_A_BLOCK: Final = 12
 _TENSORS_OF_A_PAIR_HEAD: Final = 10
 _OTHER_TENSORS: Final = 27
 _SHARDED_STATES: Final = 3
-"""Tensors that a checkpoint holds for each parameter, each in as many pieces as there are shards: weights, two moments. The count of updates is
-one more, in one piece."""
+"""Tensors that a checkpoint holds per parameter tensor, each in as many pieces as there are shards: the weights and two
+moments. The number of updates is one more tensor, in one piece."""
 _PIECE_BYTES: Final = 1800
-"""What a saved piece of a tensor takes beside its numbers: the archive around it, and its place in the index."""
+"""Bytes that a saved piece of a tensor takes besides its numbers: the archive around it, and its entry in the index."""
 TRAINING_BYTES: Final = 16
-"""A parameter in training: weight, gradient and two moments, float32."""
+"""Bytes per parameter in training: weight, gradient and two moments in float32."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,13 +37,13 @@ class ModelSize:
 
     parameters: int
     layer_parameters: int
-    """Of these, in the blocks, which FSDP gathers twice in a step."""
+    """Parameters of the blocks, which FSDP gathers twice per step."""
     tensors: int
-    """Parameter tensors."""
+    """Number of parameter tensors."""
 
 
 def model_size(config: ModelConfig) -> ModelSize:
-    """Of :class:`~moleblend_ray.model.moleblend.MoleBlendModel`, exactly, without building it."""
+    """The exact size of :class:`~moleblend_ray.model.moleblend.MoleBlendModel`, without building it."""
     D, F, H, K, P = (
         config.dim,
         config.ffn_dim,
@@ -69,10 +69,10 @@ def model_size(config: ModelConfig) -> ModelSize:
 
 
 def checkpoint_bytes(config: ModelConfig, *, shards: int = 1) -> int:
-    """Of all files of a checkpoint that ``shards`` ranks wrote their parts of (1 under ddp).
+    """Bytes of all files of a checkpoint that ``shards`` ranks wrote their parts of (1 under ddp).
 
-    The numbers are exact; what the format adds to each piece of a tensor was measured, and is within 1 %. Tensors with fewer
-    rows than there are ranks have fewer pieces, so with many ranks it is an upper bound.
+    The bytes of the numbers are exact; those that the format adds were measured, and are right within 1 %. Tensors with
+    fewer rows than ranks have fewer pieces, so with many ranks the result is an upper bound.
     """
     size = model_size(config)
     numbers = 4 * (3 * size.parameters + size.tensors + config.num_heads)
@@ -81,14 +81,14 @@ def checkpoint_bytes(config: ModelConfig, *, shards: int = 1) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exchange:
-    """What one worker sends in an optimizer step."""
+    """Bytes that one worker sends per optimizer step."""
 
     within_bytes: float
-    """To the workers that share its copy of the model."""
+    """Bytes to the workers that share its copy of the model."""
     across_bytes: float
-    """To the other copies."""
+    """Bytes to the other copies."""
     messages: int
-    """Collectives that follow one another."""
+    """Collective operations, one after the other."""
 
 
 def exchange(
@@ -100,10 +100,11 @@ def exchange(
     replicas: int = 1,
     on_gpu: bool = True,
 ) -> Exchange:
-    """Traffic of a step: parameters gathered (bfloat16 under bf16 on GPUs), gradients reduced (float32; float64 on CPUs).
+    """Traffic per step: gathered parameters (bfloat16 under bf16 on GPUs) and reduced gradients (float32; float64 on
+    CPUs).
 
-    A gathering or a scattered reduction of n bytes over W workers sends n (W - 1) / W from each; a full reduction is one
-    of each.
+    In an all-gather or a reduce-scatter of n bytes over W workers each worker sends n (W - 1) / W bytes; an all-reduce
+    is one of each.
     """
     size = model_size(config)
     if workers == 1 or strategy == "none":
@@ -119,7 +120,7 @@ def exchange(
     gathered = 2 if precision == "bf16" and on_gpu else 4
     rest = size.parameters - size.layer_parameters
     reduced = 4 if on_gpu else 8
-    # The blocks are gathered again in the backward pass; the rest of the model, always in float32, stays gathered.
+    # The blocks are gathered again in the backward pass. The rest of the model, always in float32, stays gathered.
     within = share * (2 * gathered * size.layer_parameters + 4 * rest + reduced * size.parameters)
     across = 2 * (replicas - 1) / replicas * 4 * size.parameters / shards
     groups = config.num_layers + 1

@@ -1,4 +1,4 @@
-"""Kernels on conformer coordinates of a whole block of molecules, in angstrom."""
+"""Distances and rotations of the coordinates (angstrom) of a block of molecules."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _UNIT: Final = 2.0**-53
 def closest_pair_distances(
     num_atoms: NDArray[np.int32], positions: NDArray[np.float32], position_mask: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
-    """Smallest distance between two atoms with coordinates, (M,) float32; inf where there are fewer than two.
+    """(M,) float32, the smallest distance between two atoms with coordinates; inf if there are fewer than two.
 
-    ``positions`` (A, 3) and ``position_mask`` (A,) are molecule-major. Pairs with a NaN are passed over.
+    ``positions`` (A, 3) and ``position_mask`` (A,) are molecule after molecule. Pairs with a NaN are ignored.
     """
     _check_sizes(num_atoms, positions)
     closest = np.empty(len(num_atoms), np.float32)
@@ -28,7 +28,7 @@ def closest_pair_distances(
 
 
 def random_rotations(keys: NDArray[np.uint64]) -> NDArray[np.float32]:
-    """One uniformly distributed rotation matrix (M, 3, 3) float32 for each 64-bit key."""
+    """(M, 3, 3) float32, one uniformly distributed rotation matrix per 64-bit key."""
     words = np.stack([keyed_hash(keys, word) for word in range(3)])
     u, v, w = (words >> np.uint64(11)).astype(np.float64) * _UNIT
     # Shoemake's uniform unit quaternions, scalar last.
@@ -46,7 +46,7 @@ def random_rotations(keys: NDArray[np.uint64]) -> NDArray[np.float32]:
 def rotate(
     num_atoms: NDArray[np.int32], positions: NDArray[np.float32], rotations: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Each molecule's positions (A, 3) turned by its rotation matrix (M, 3, 3) about the origin."""
+    """The positions (A, 3) of each molecule, rotated about the origin by its matrix in ``rotations`` (M, 3, 3)."""
     _check_sizes(num_atoms, positions)
     turned: NDArray[np.float32] = np.einsum(
         "aij,aj->ai", np.repeat(rotations, num_atoms, axis=0), positions

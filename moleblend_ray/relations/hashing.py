@@ -1,7 +1,7 @@
 """Keyed 64-bit mixing: the counter-based randomness of data order, conformer choice and rotations.
 
-Nothing here keeps state. A draw is a pure function of its key words, so it is the same on any number of
-processes and after any restart.
+There is no state. A draw is a pure function of its key words, so it does not depend on the number of processes or on
+restarts.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ _MULTIPLIER_2: Final = np.uint64(0x94D049BB133111EB)
 
 
 def mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Scramble each 64-bit word by the SplitMix64 finaliser, a bijection of 64-bit words."""
+    """Each 64-bit word scrambled by the finaliser of SplitMix64, which is a bijection."""
     word = (word ^ (word >> np.uint64(30))) * _MULTIPLIER_1
     word = (word ^ (word >> np.uint64(27))) * _MULTIPLIER_2
     return word ^ (word >> np.uint64(31))
 
 
 def keyed_hash(*words: ArrayLike) -> NDArray[np.uint64]:
-    """Hash integer words (broadcast against each other) to one uint64 each.
+    """A uint64 hash of integer words, which are broadcast against each other.
 
-    The position of a word matters: ``keyed_hash(a, b) != keyed_hash(b, a)``.
+    The order of the words matters: ``keyed_hash(a, b) != keyed_hash(b, a)``.
     """
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
-        # Arrays wrap around silently where NumPy scalars would warn of an overflow.
+        # Arrays overflow silently, whereas NumPy scalars would warn.
         bits = np.atleast_1d(np.asarray(word, dtype=np.int64)).astype(np.uint64)
         state = mix((state + _GOLDEN_GAMMA) ^ mix(bits + _GOLDEN_GAMMA))
     return state

@@ -1,25 +1,28 @@
-"""Shortest-path distances and bond codes along the path, for a whole block of molecules at a time.
+"""Shortest-path distances and bond codes along the paths, for all atom pairs of molecules.
 
-The tie rule is the reference's: Floyd-Warshall over intermediate atoms k = 0, 1, ... with strict
-improvement, the path recovered by splitting recursively at the stored k. The kernel below is that algorithm
-with the work left out that cannot change anything. It adds the atoms v = 0, 1, ... one after the other; when
-v is in, its tables hold what Floyd-Warshall holds after round v of all pairs of atoms up to v:
+From Python, :func:`topology` computes them for a block of molecules. The kernel that packs micro-batches calls
+:func:`relate_molecule` molecule by molecule.
 
-* A path to v whose interior atoms are all below v ends with a bond from an earlier neighbour p of v. Its
-  length is ``d(a, p) + 1`` and its largest interior atom ``max(k(a, p), p)``. Floyd-Warshall stores the
-  smallest possible *largest interior atom* over all shortest paths, because it reaches the final distance in
-  the round that first admits all interior atoms of some shortest path. So the row of v is the smallest
-  (length, largest interior atom) over the earlier neighbours p.
-* Round v changes only pairs of earlier atoms whose path runs through two neighbours of v. An atom with one
-  earlier neighbour needs no round: in a molecule, only atoms that close a ring or join two parts do.
-* Every piece of a recovered path is itself the recovered path of its two ends: a better interior for the
-  piece would give a better one for the whole. So a path can be put together from the words of its pieces, and
-  the last atom before v on the way from a is found by splitting (a, v) at k, then (k, v), until a bond is left.
+Ties are broken as in the official code: Floyd-Warshall over intermediate atoms k = 0, 1, ... with strict improvement;
+the path is recovered by splitting recursively at the stored k. The kernel below is this algorithm without the work that
+cannot change the result. It adds the atoms v = 0, 1, ... one after the other. Once v is added, its tables hold what
+Floyd-Warshall holds after round v for all pairs of atoms up to v:
 
-A tree costs O(n^2), each ring closure O(n^2) more; for molecules in the order of a SMILES that is a few steps a
-pair, all on rows that stay in the first-level cache.
+* A path to v whose interior atoms are all below v ends with a bond from an earlier neighbour p of v. Its length is
+  ``d(a, p) + 1`` and its largest interior atom ``max(k(a, p), p)``. Floyd-Warshall stores the smallest possible
+  *largest interior atom* over all shortest paths, because it reaches the final distance in the round that first admits
+  all interior atoms of some shortest path. So the row of v is the smallest (length, largest interior atom) over the
+  earlier neighbours p.
+* Round v only changes pairs of earlier atoms whose path goes through two neighbours of v. An atom with one earlier
+  neighbour needs no round: in a molecule, only atoms that close a ring or join two parts need one.
+* Every piece of a recovered path is itself the recovered path between its ends: a better interior of the piece would
+  give a better interior of the whole path. So a path can be composed from the words of its pieces, and the last atom
+  before v on the path from a is found by splitting (a, v) at k, then (k, v), until a bond is left.
 
-Distances above ``MAX_SPD`` (chains of more than 255 atoms) are stored as ``MAX_SPD``; paths stay exact.
+A tree takes O(n^2) steps, and each ring closure O(n^2) more. For molecules in the order of a SMILES this is a few steps
+per pair, all on rows that stay in the first-level cache.
+
+Distances above ``MAX_SPD`` (chains of more than 255 atoms) are stored as ``MAX_SPD``; their paths stay exact.
 """
 
 from __future__ import annotations
@@ -40,10 +43,10 @@ from moleblend_ray.vocabulary import (
 )
 
 HOP_BITS: Final = 6
-"""Bits of each bond code in a path word; the first hop has the lowest."""
+"""Bits per bond code in a path word; the first hop is in the lowest bits."""
 
 HOP_MASK: Final = (1 << HOP_BITS) - 1
-"""One hop of a path word."""
+"""Mask of the first hop of a path word."""
 
 if NUM_BOND_CODES > HOP_MASK + 1 or HOP_BITS * NUM_HOPS > 30:
     raise RuntimeError("the bond codes of a path do not fit in 30 bits of its word")
@@ -54,48 +57,42 @@ _UNREACHABLE: Final = np.int32(UNREACHABLE)
 _HOP_BITS: Final = np.uint32(HOP_BITS)
 _NUM_HOPS: Final = np.int32(NUM_HOPS)
 _WORD_MASK: Final = np.uint32((1 << (HOP_BITS * NUM_HOPS)) - 1)
-# Above every distance (atom indices are uint16), and twice it is still an int32.
+# Larger than every distance (atom indices are uint16), and the sum of two still fits an int32.
 _FAR: Final = np.int32(1 << 20)
-
-BONDED: Final = -1
-"""Intermediate atom of bonded pairs and of an atom with itself: there is none."""
-
-DISCONNECTED: Final = -2
-"""Intermediate atom of pairs in different fragments."""
 
 
 class Topology(NamedTuple):
-    """Graph relations of all ordered atom pairs; pair (a, b) of a molecule is row ``a * n + b`` of its part."""
+    """Graph relations of the P ordered atom pairs of a block; pair (a, b) of a molecule is its row ``a * n + b``."""
 
     spd: NDArray[np.uint8]
     """(P,) uint8, bonds on the shortest path; 0 on the diagonal, ``UNREACHABLE`` between fragments."""
 
     path_words: NDArray[np.uint32]
-    """(P,) uint32, codes of the first ``NUM_HOPS`` bonds walking from a to b, ``HOP_BITS`` bits each."""
+    """(P,) uint32, codes of the first ``NUM_HOPS`` bonds from a to b, ``HOP_BITS`` bits each."""
 
     @property
     def path_codes(self) -> NDArray[np.uint8]:
-        """(P, NUM_HOPS) uint8, code of the h-th bond walking from a to b; ``NO_HOP`` past the end of the path."""
+        """(P, NUM_HOPS) uint8, code of the h-th bond from a to b; ``NO_HOP`` past the end of the path."""
         return unpack_path_words(self.path_words)
 
 
 class Workspace(NamedTuple):
-    """Scratch of the kernel for molecules of up to n atoms and E bonds."""
+    """Scratch memory of the kernel for molecules of up to n atoms and E bonds."""
 
     starts: NDArray[np.uint32]
-    """(n + 1,) where the bonds of each atom to earlier atoms begin."""
+    """(n + 1,), where in the next two arrays the bonds of each atom to earlier atoms begin."""
     earlier: NDArray[np.uint32]
-    """(E,) the earlier atom of each bond."""
+    """(E,), the earlier atom of each bond."""
     codes: NDArray[np.uint32]
-    """(E,) the code of each bond."""
+    """(E,), the code of each bond."""
     distance: NDArray[np.int32]
-    """(n, n) bonds on the shortest path so far, ``_FAR`` without one."""
+    """(n, n), bonds on the shortest path so far; ``_FAR`` if there is none."""
     middle: NDArray[np.int32]
-    """(n, n) one more than the largest interior atom of that path; 0 without interior."""
+    """(n, n), one plus the largest interior atom of that path; 0 if it has no interior."""
 
 
 def num_pairs(num_atoms: NDArray[np.int32]) -> int:
-    """Ordered atom pairs of molecules with these atom counts: the sum of squares."""
+    """The number of ordered atom pairs of molecules with these atom counts: the sum of squares."""
     counts = num_atoms.astype(np.int64)
     return int(counts @ counts)
 
@@ -107,7 +104,7 @@ def unpack_path_words(words: NDArray[np.uint32]) -> NDArray[np.uint8]:
 
 
 def workspace(num_atoms: NDArray[np.int32], num_bonds: NDArray[np.int32]) -> Workspace:
-    """Scratch that is large enough for each of these molecules."""
+    """Scratch memory that is large enough for each of these molecules."""
     n, bonds = int(num_atoms.max(initial=0)), int(num_bonds.max(initial=0))
     return Workspace(
         starts=np.empty(n + 1, np.uint32),
@@ -126,30 +123,18 @@ def topology(
 ) -> Topology:
     """Distances and paths of every ordered atom pair of M molecules.
 
-    ``num_atoms`` and ``num_bonds`` are (M,), ``bonds`` (E, 2) atom indices within each molecule and
-    ``bond_features`` (E, 3) OGB codes, all molecule-major. A ``DataError`` names the molecule of a bond that
-    cannot be: an atom or a code out of range, an atom bonded with itself, two bonds between two atoms.
+    ``num_atoms`` and ``num_bonds`` are (M,), ``bonds`` (E, 2) atom indices within each molecule, and ``bond_features``
+    (E, 3) OGB codes, all molecule after molecule. A ``DataError`` names the molecule of an impossible bond: an atom or
+    a code is out of range, an atom is bonded to itself, or two atoms have two bonds.
     """
-    found, _ = _topology(num_atoms, num_bonds, bonds, bond_features)
+    check_bond_arrays(num_atoms, num_bonds, bonds, bond_features)
+    pairs = num_pairs(num_atoms)
+    found = Topology(np.empty(pairs, np.uint8), np.empty(pairs, np.uint32))
+    space = workspace(num_atoms, num_bonds)
+    damaged = _block_kernel(num_atoms, num_bonds, bonds, bond_features, *found, space)
+    if damaged >= 0:
+        raise damaged_bonds(int(damaged), num_atoms, num_bonds, bonds, bond_features)
     return found
-
-
-def intermediate_atoms(
-    num_atoms: NDArray[np.int32], num_bonds: NDArray[np.int32], bonds: NDArray[np.uint16]
-) -> NDArray[np.int32]:
-    """The atom at which Floyd-Warshall splits each ordered pair, (P,) int32; else ``BONDED`` or ``DISCONNECTED``."""
-    _, middle = _topology(num_atoms, num_bonds, bonds, np.zeros((len(bonds), 3), np.uint8))
-    return middle
-
-
-def bond_degrees(
-    num_atoms: NDArray[np.int32], num_bonds: NDArray[np.int32], bonds: NDArray[np.uint16]
-) -> NDArray[np.uint8]:
-    """Neighbours of each atom in the kept graph, (A,) uint8, at most 255."""
-    starts = np.cumsum(num_atoms, dtype=np.int64) - num_atoms
-    ends = bonds.astype(np.int64) + np.repeat(starts, num_bonds)[:, None]
-    counts = np.bincount(ends.ravel(), minlength=int(num_atoms.sum()))
-    return np.minimum(counts, 255).astype(np.uint8)
 
 
 def check_bond_arrays(
@@ -158,7 +143,7 @@ def check_bond_arrays(
     bonds: NDArray[np.uint16],
     bond_features: NDArray[np.uint8],
 ) -> None:
-    """Refuse arrays that do not fit each other; the kernels rely on their shapes."""
+    """DataError if the arrays do not match; the kernels rely on their shapes."""
     total = int(num_bonds.sum())
     if (
         len(num_bonds) != len(num_atoms)
@@ -180,7 +165,7 @@ def damaged_bonds(
     bonds: NDArray[np.uint16],
     bond_features: NDArray[np.uint8],
 ) -> DataError:
-    """What is said of the molecule at which a kernel stopped."""
+    """The error for the molecule at which a kernel stopped."""
     begin = int(num_bonds[:molecule].sum())
     own = slice(begin, begin + int(num_bonds[molecule]))
     return DataError(
@@ -191,29 +176,9 @@ def damaged_bonds(
     )
 
 
-def _topology(
-    num_atoms: NDArray[np.int32],
-    num_bonds: NDArray[np.int32],
-    bonds: NDArray[np.uint16],
-    bond_features: NDArray[np.uint8],
-) -> tuple[Topology, NDArray[np.int32]]:
-    """The relations, and the intermediate atom of each pair."""
-    check_bond_arrays(num_atoms, num_bonds, bonds, bond_features)
-    pairs = num_pairs(num_atoms)
-    found = Topology(np.empty(pairs, np.uint8), np.empty(pairs, np.uint32))
-    middle = np.empty(pairs, np.int32)
-    space = workspace(num_atoms, num_bonds)
-    damaged = _block_kernel(num_atoms, num_bonds, bonds, bond_features, *found, middle, space)
-    if damaged >= 0:
-        raise damaged_bonds(int(damaged), num_atoms, num_bonds, bonds, bond_features)
-    return found, middle
-
-
 @njit(cache=True, nogil=True)
-def _block_kernel(  # type: ignore[no-untyped-def]
-    num_atoms, num_bonds, bonds, bond_features, spd, path_words, middle, space
-):
-    """Fill ``spd``, ``path_words`` and ``middle``; the index of the first molecule with a damaged bond, or -1."""
+def _block_kernel(num_atoms, num_bonds, bonds, bond_features, spd, path_words, space):  # type: ignore[no-untyped-def]
+    """Fill ``spd`` and ``path_words``; returns the index of the first molecule with a damaged bond, or -1."""
     pair, bond = 0, 0
     for molecule in range(num_atoms.shape[0]):
         n, bond_end = num_atoms[molecule], bond + num_bonds[molecule]
@@ -227,10 +192,6 @@ def _block_kernel(  # type: ignore[no-untyped-def]
             space,
         ):
             return molecule
-        for a in range(n):
-            for b in range(n):
-                far = space.distance[a, b] >= _FAR
-                middle[pair + a * n + b] = DISCONNECTED if far else space.middle[a, b] - 1
         pair, bond = pair_end, bond_end
     return -1
 
@@ -239,7 +200,7 @@ def _block_kernel(  # type: ignore[no-untyped-def]
 def relate_molecule(n, bonds, bond_features, spd, path_words, space):  # type: ignore[no-untyped-def]
     """Fill ``spd`` (n * n,) and ``path_words`` (n * n,) of one molecule; False if a bond is damaged.
 
-    A kernel for kernels: arrays are not checked, and ``space`` must be large enough.
+    To be called by other kernels: arrays are not checked, and ``space`` must be large enough.
     """
     starts, distance, middle = space.starts, space.distance, space.middle
     if not _bonds_to_earlier(n, bonds, bond_features, starts, space.earlier, space.codes):
@@ -270,7 +231,7 @@ def relate_molecule(n, bonds, bond_features, spd, path_words, space):  # type: i
 
 @njit(cache=True, nogil=True)
 def _bonds_to_earlier(n, bonds, bond_features, starts, earlier, codes):  # type: ignore[no-untyped-def]
-    """Each atom's bonds to earlier atoms, compressed; False if a bond has an atom or a code that cannot be."""
+    """Each atom's bonds to earlier atoms, in compressed form; False if an atom or a code of a bond is impossible."""
     for atom in range(n + 1):
         starts[atom] = 0
     for e in range(bonds.shape[0]):
@@ -302,14 +263,14 @@ def _bonds_to_earlier(n, bonds, bond_features, starts, earlier, codes):  # type:
 
 @njit(cache=True, nogil=True)
 def _joined(first, second, hops):  # type: ignore[no-untyped-def]
-    """The word of a path of ``hops`` bonds with word ``first``, followed by the path with word ``second``."""
-    # From NUM_HOPS bonds on, the second word is shifted out.
+    """The word of a path of ``hops`` bonds with word ``first``, followed by a path with word ``second``."""
+    # After NUM_HOPS bonds, the second word is shifted out.
     return (first | (second << (_HOP_BITS * np.uint32(min(hops, _NUM_HOPS))))) & _WORD_MASK
 
 
 @njit(cache=True, nogil=True)
 def _set_far(v, a, distance, middle, words):  # type: ignore[no-untyped-def]
-    """Atoms v and a are in different parts so far."""
+    """Mark atoms v and a as disconnected so far."""
     distance[v, a] = distance[a, v] = _FAR
     middle[v, a] = middle[a, v] = 0
     words[v, a] = words[a, v] = 0
@@ -317,7 +278,7 @@ def _set_far(v, a, distance, middle, words):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _add_leaf(v, p, code, distance, middle, words):  # type: ignore[no-untyped-def]
-    """Add atom v with the one earlier neighbour p."""
+    """Add atom v, which has one earlier neighbour p."""
     for a in range(v):
         d = distance[p, a]
         if d >= _FAR:
@@ -332,7 +293,7 @@ def _add_leaf(v, p, code, distance, middle, words):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def _add_rows(v, earlier, distance, middle):  # type: ignore[no-untyped-def]
-    """Distances and largest interior atoms from v over its earlier neighbours; False if one stands twice."""
+    """Distances and largest interior atoms from v through its earlier neighbours; False if one occurs twice."""
     for a in range(v):
         distance[v, a] = _FAR
         middle[v, a] = 0
@@ -373,7 +334,7 @@ def _add_words(v, earlier, codes, distance, middle, words):  # type: ignore[no-u
 
 @njit(cache=True, nogil=True)
 def _round(v, distance, middle, words):  # type: ignore[no-untyped-def]
-    """Round v of Floyd-Warshall over all earlier atoms."""
+    """Round v of Floyd-Warshall for all pairs of earlier atoms."""
     for x in range(v):
         to_v = distance[x, v]
         for y in range(x):

@@ -89,7 +89,7 @@ def steps(
             micro
             for stream in range(rank, ORDER.num_streams, world_size)
             for micro in build_micro_batches(
-                concat([molecule(int(i)) for i in order.stream_batch(step, stream)]),
+                concat([molecule(int(i)) for i in order.stream_batches(step, 1, stream)[0]]),
                 step,
                 stream,
                 micro_batch_size,

@@ -8,16 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from relations_support import BONDED, DISCONNECTED, bond_degrees, intermediate_atoms
 
-from moleblend_ray.relations.topology import (
-    BONDED,
-    DISCONNECTED,
-    HOP_MASK,
-    Topology,
-    bond_degrees,
-    intermediate_atoms,
-    topology,
-)
+from moleblend_ray.relations.topology import HOP_MASK, Topology, topology
 from moleblend_ray.vocabulary import MAX_SPD, UNREACHABLE
 
 DEFAULT_FOLDER = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "golden"

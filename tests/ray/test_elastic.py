@@ -24,7 +24,7 @@ from moleblend_ray.orchestration.elastic import (
     GracefulElasticPolicy,
     count_workers,
 )
-from moleblend_ray.orchestration.fixed import StoppableFixedPolicy
+from moleblend_ray.orchestration.fixed_workers import StoppableFixedPolicy
 from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import build_learner, fit

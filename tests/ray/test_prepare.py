@@ -14,7 +14,10 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import ShardReader, load_manifest
 from moleblend_ray.data.shuffle import plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import (
@@ -51,7 +54,7 @@ def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes
         **changes,  # type: ignore[arg-type]
     )
     sources = inspect_sources(find_sources(str(source)), options.columns)
-    begin(str(out), sources, options)
+    claim_output(str(out), sources, options)
     chunks = [
         (chunk, layout)
         for index, layout in enumerate(sources.layouts)
@@ -71,7 +74,7 @@ def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes
             shuffle=options.shuffle, deduplicate=True, memory_bytes=1 << 30,
         )  # fmt: skip
         placed.append(run_unit(exchange, unit))
-    finish(str(out), sources, options, receipts, placed)
+    write_manifest(str(out), sources, options, receipts, placed)
 
 
 def content_of(out: Path) -> dict[str, bytes]:

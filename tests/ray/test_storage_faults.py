@@ -20,8 +20,11 @@ from storage_worker import (
 )
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -45,13 +48,13 @@ def prepare_undisturbed(source: str, out: str) -> None:
         columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=ROW_GROUP_ROWS
     )
     sources = inspect_sources(find_sources(source), options.columns)
-    begin(out, sources, options)
+    claim_output(out, sources, options)
     (layout,) = sources.layouts
     receipts = [
         convert_chunk(chunk, layout, sources.labels, options, out)
         for chunk in read_chunks(layout, 0, options.rows_per_chunk)
     ]
-    finish(out, sources, options, receipts)
+    write_manifest(out, sources, options, receipts)
 
 
 def failing_proxy(kind: str) -> FaultProxy | ProxyProgram:

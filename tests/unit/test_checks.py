@@ -60,5 +60,5 @@ def test_an_empty_location_is_refused(settings: Settings, message: str) -> None:
 
 def test_all_that_is_wrong_is_told_at_once() -> None:
     wrong = Settings(number=-1.0, out="")
-    with pytest.raises(ConfigError, match="number: .*\nout: "):
+    with pytest.raises(ConfigError, match=r"number: .*\nout: "):
         check_all(*at_least(wrong, 0, "number"), *locations(wrong, "out"), (True, "never seen"))

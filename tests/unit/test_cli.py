@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
+import runpy
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +16,18 @@ import moleblend_ray
 from moleblend_ray import cli
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.config.submit import SubmitConfig
 from moleblend_ray.errors import ConfigError, StorageError
+from moleblend_ray.orchestration.submit import SubmitSummary
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 PREPARE = ["prepare", "source=s3://key:secret@bucket/x.csv", "out=runs/data"]
 
 
 @dataclass(frozen=True)
 class Summary:
     rows_in: int
-    reasons: dict[str, int]
+    reasons: dict[str, float]
 
 
 def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,26 +146,101 @@ def test_an_unknown_key_exits_2_and_names_the_nearest(
     assert "did you mean rows_per_chunk?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("job", [name for name, job in cli.JOBS.items() if job.show])
-def test_every_command_that_shows_something_prints_json_by_the_same_setting(
-    job: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("job", list(cli.JOBS))
+def test_every_command_prints_its_summary_as_one_json_object(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cli.JOBS[job].first_key
-    words = [job, f"{first}=x"] if first else [job, "molecules=1e6", "gpus=8"]
-    assert cli.main([*words, "format=json", "--dry-run"]) == 0
-    assert "format: json" in capsys.readouterr().out
-    assert cli.main([*words, "format=xml"]) == 2
+    def work(config: object) -> Summary:
+        print("a line of a library")
+        return Summary(rows_in=7, reasons={"empty_molecule": math.inf})
+
+    stub(monkeypatch, cli.JOBS[job].function, work)
+    assert cli.main([job, *least_arguments(job), "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found == {"rows_in": 7, "reasons": {"empty_molecule": None}}
+    assert "a line of a library" in captured.err
+
+
+@pytest.mark.parametrize("job", [name for name, job in cli.JOBS.items() if job.show])
+def test_the_setting_format_does_the_same_where_there_is_one(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub(monkeypatch, cli.JOBS[job].function, lambda config: Summary(rows_in=7, reasons={}))
+    assert cli.main([job, *least_arguments(job), "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"rows_in": 7, "reasons": {}}
+    assert cli.main([job, *least_arguments(job), "format=xml"]) == 2
     assert "format: expected one of text, json, found 'xml'" in capsys.readouterr().err
-    assert "format" not in cli.JOBS[job].flags
-    assert "json" not in cli.JOBS[job].flags
+
+
+def test_with_json_a_dry_run_prints_the_settings_as_one_object(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([*PREPARE, "--dry-run", "--json"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads(shown)
+    assert found["config"]["rows_per_chunk"] == 8192
+    assert found["paths"]["out"].endswith("/runs/data")
+    assert "secret" not in shown
+
+
+def test_with_json_a_run_stopped_before_its_end_keeps_its_status(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(frozen=True)
+    class Stoppable:
+        finished: bool
+
+    stub_prepare(monkeypatch, lambda config: Stoppable(finished=False))
+    assert cli.main([*PREPARE, "--json"]) == 75
+    assert json.loads(capsys.readouterr().out) == {"finished": False}
+
+
+def test_a_submission_prints_json_of_its_own_and_the_log_elsewhere(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(config: SubmitConfig, job_config: object) -> SubmitSummary:
+        print("the log of the job")
+        assert config.overrides == ("data=s3://b/d", "verify=true")
+        return SubmitSummary(submission_id="data-1", status="FAILED", exit_status=3, seconds=1.0)
+
+    stub(monkeypatch, "moleblend_ray.orchestration.submit:submit", submit)
+    assert cli.main(["submit", "data", "s3://b/d", "--json", "--verify"]) == 3
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["submission_id"] == "data-1"
+    assert "the log of the job" in captured.err
 
 
 def test_an_unknown_option_exits_2_and_says_how_settings_are_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["status", "runs/first", "--json"])
-    assert "--json; settings are KEY=VALUE: moleblend status --help" in capsys.readouterr().err
+        cli.main(["status", "runs/first", "--xml"])
+    assert "--xml; settings are KEY=VALUE: moleblend status --help" in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "moleblend_ray", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, moleblend_ray.__version__)
+    wrong = subprocess.run(
+        [sys.executable, "-m", "moleblend_ray", "pretrian"], capture_output=True, text=True
+    )
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean pretrain?" in wrong.stderr
+
+
+@pytest.mark.parametrize("job", list(cli.JOBS))
+def test_every_command_has_a_script_to_submit(
+    job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = REPOSITORY / "jobs" / f"{job}.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"moleblend {job} ")
 
 
 def test_an_unknown_job_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,12 +253,34 @@ def test_every_exported_name_can_be_imported() -> None:
 
 
 def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
+    stub(monkeypatch, cli.JOBS["prepare"].function, function)
+
+
+def stub(monkeypatch: pytest.MonkeyPatch, reference: str, function: object) -> None:
+    """Let ``function`` take the place of what ``reference`` names."""
     load = cli.load_reference
     monkeypatch.setattr(
-        cli,
-        "load_reference",
-        lambda reference: function if reference.endswith(":prepare") else load(reference),
+        cli, "load_reference", lambda other: function if other == reference else load(other)
     )
+
+
+def least_arguments(job: str) -> list[str]:
+    """Arguments without which the job does not begin."""
+    first = cli.JOBS[job].first_key
+    required = {
+        "download": ["qm9"],
+        "plan": ["molecules=1e6", "gpus=8"],
+        "prepare": ["source=a.csv"],
+        "pretrain": ["data=d"],
+        "finetune": ["task=esol", "task.source=a.csv"],
+        "sweep": ["task=esol", "task.source=a.csv"],
+        "embed": ["checkpoint=c", "source=a.csv"],
+        "predict": ["models=m", "source=a.csv"],
+        "export": ["checkpoint=c"],
+    }
+    writes_nothing = ("data", "checkpoints", "plan", "status")
+    out = [] if job in writes_nothing else ["out=runs/o.parquet"]
+    return [*required.get(job, ["x"] if first else []), *out]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
 """Collections of molecules as users have them: SD files, tables of text or Parquet, archives, published layouts.
 
-Two halves. *Reading* walks a file once and cuts it into chunks of raw records (:func:`read_chunks`), without
-looking at any molecule; it is cheap and sequential, as a compressed text file cannot be split. *Parsing* turns a
-chunk into records with identifiers and labels (:func:`parse_chunk`); it needs nothing but the chunk, so any
-process can do it. A damaged file raises a DataError that names the record where reading stopped.
+There are two steps. *Reading* goes through a file once and cuts it into chunks of raw records (:func:`read_chunks`)
+without looking at the molecules; it is cheap, and sequential because a compressed text file cannot be split. *Parsing*
+turns a chunk into records with identifiers and labels (:func:`parse_chunk`); it needs nothing but the chunk, so any
+process can do it. For a damaged file, a DataError names the record where reading stopped.
 
 Modules: ``records`` (the types), ``files`` (finding them), ``published`` (layouts known by name), ``layouts``
 (columns and labels), ``reading``, ``parsing``; below them ``text``, ``archives``, ``cells`` and ``parquet``.

@@ -1,7 +1,7 @@
-"""Members of tar and zip archives as streams. Nothing is ever unpacked to disk, so no name can lead anywhere.
+"""Members of tar and zip archives as streams. Nothing is unpacked to disk, so names of members cannot do harm.
 
-A member that holds molecules but is a link or a device, is encrypted, expands beyond all proportion or has a
-name outside of the archive is refused with the archive: what is left out silently would be missed too late.
+An archive is rejected if a member that holds molecules is a link or a device, is encrypted, expands out of proportion
+or has a name that leads out of the archive: silently skipping such a member would be noticed too late.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONTAINERS: Final[dict[str, Container]] = {
     ".txz": "tar",
     ".zip": "zip",
 }
-"""Suffix -> kind of archive; ``.tar`` also with a suffix of a compression behind."""
+"""Suffix -> kind of archive; ``.tar`` may be followed by the suffix of a compression."""
 
 _FORMATS: Final[dict[str, Format]] = {
     ".sdf": "sdf",
@@ -41,24 +41,24 @@ _FORMATS: Final[dict[str, Format]] = {
 
 _BLOCK: Final = tarfile.BLOCKSIZE
 _MAX_HEADER_BYTES: Final = 1 << 20
-"""Of an extended header, which holds a path."""
+"""Limit for an extended header, which contains a path."""
 _MAX_EXPANSION: Final = 200
 _EXPANSION_GRACE_BYTES: Final = 256 << 20
 _PEEK_BYTES: Final = 64 << 20
-"""Unpacked bytes looked through for a first member with molecules."""
+"""Decompressed bytes that are searched for a first member with molecules."""
 
 
 class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    """As stored."""
+    """As stored in the archive."""
     blocks: Iterator[bytes]
-    """Its content, to be used before the next member is asked for."""
+    """Its content, which can be read until the next member is asked for."""
 
 
 def container_of(name: str) -> Container | None:
-    """Kind of archive that a file of that name is."""
+    """Kind of archive of a file with this name; None if it is not an archive."""
     lowered = name.lower()
     for suffix in COMPRESSIONS:
         if lowered.endswith(".tar" + suffix):
@@ -67,7 +67,7 @@ def container_of(name: str) -> Container | None:
 
 
 def text_format(name: str) -> Format | None:
-    """Format of a text file of that name, compressed or not."""
+    """Format of a text file, compressed or not, with this name; None if it is unknown."""
     lowered = name.lower()
     for suffix in COMPRESSIONS:
         lowered = lowered.removesuffix(suffix)
@@ -75,9 +75,9 @@ def text_format(name: str) -> Format | None:
 
 
 def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
-    """The texts of a file, decompressed: one of a plain file, of an archive one for each member with molecules.
+    """The decompressed texts of a file: one for a plain file, one per member with molecules for an archive.
 
-    DataError if an archive holds molecules in two formats, or a member that is refused.
+    DataError if an archive holds molecules in two formats, or a member because of which it is rejected.
     """
     if file.container is None:
         yield Member("", decompressed(blocks_of(stream)))
@@ -92,7 +92,7 @@ def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
 
 
 def first_format(uri: str, container: Container, pattern: str, stream: BinaryIO) -> Format | None:
-    """Format of the first member with molecules, None if there is none (in the first 64 MiB of a tar)."""
+    """Format of the first member with molecules; None if there is none (in the first 64 MiB of a tar archive)."""
     members = _molecule_members(uri, container, pattern, stream, limit=_PEEK_BYTES)
     return next((form for _, form, _ in members), None)
 
@@ -140,7 +140,7 @@ def _refused(uri: str, name: str, reason: str) -> DataError:
 
 
 class _Bytes:
-    """Blocks, read by number of bytes."""
+    """An iterator of blocks, read by number of bytes."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
@@ -148,7 +148,7 @@ class _Bytes:
         self.position = 0
 
     def pieces(self, count: int) -> Iterator[bytes]:
-        """The next ``count`` bytes; DamageError if the stream ends before."""
+        """The next ``count`` bytes in pieces; DamageError if the stream ends before."""
         while count:
             piece = self._rest or next(self._blocks, b"")
             if not piece:
@@ -159,16 +159,16 @@ class _Bytes:
             yield piece
 
     def read(self, count: int) -> bytes:
-        """The same at once."""
+        """The next ``count`` bytes."""
         return b"".join(self.pieces(count))
 
     def skip(self, count: int) -> None:
-        """Pass over ``count`` bytes."""
+        """Skip ``count`` bytes."""
         for _ in self.pieces(count):
             pass
 
     def drain(self) -> None:
-        """Read to the end, which lets a decompressor check what it has read."""
+        """Read to the end, so that a decompressor checks its checksum."""
         for _ in self._blocks:
             pass
 
@@ -176,16 +176,16 @@ class _Bytes:
 def _tar_members(
     uri: str, blocks: Iterator[bytes], wanted: Callable[[str], bool], limit: int | None
 ) -> Iterator[Member]:
-    """Members in order, one header in memory at a time.
+    """Members in order, with one header in memory at a time.
 
-    ``tarfile`` reads extended headers of any size and keeps every header; here its parser of a header is used
-    alone.
+    Of ``tarfile`` only the parser of single headers is used: it would read extended headers of any size, and keep all
+    headers in memory.
     """
     stream = _Bytes(blocks)
     extended: dict[str, str] = {}
     while limit is None or stream.position < limit:
         try:
-            # Names that are no UTF-8 are of no interest here but must not end the reading.
+            # A name that is not UTF-8 must not end the reading.
             header = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "utf-8", "surrogateescape")
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             stream.drain()
@@ -207,13 +207,13 @@ def _tar_members(
             if not header.isreg() or header.type == tarfile.GNUTYPE_SPARSE:
                 raise _refused(uri, name, "it is a link, a device or a sparse file")
             yield Member(name, content)
-        for _ in content:  # what its user has left
+        for _ in content:  # what the caller has not read
             pass
         stream.skip(-size % _BLOCK)
 
 
 def _extension(header: tarfile.TarInfo, body: bytes) -> dict[str, str]:
-    """What an extended header says about the next member."""
+    """Path and size of the next member, as far as an extended header states them."""
     if header.type == tarfile.GNUTYPE_LONGNAME:
         return {"path": body.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if header.type == tarfile.GNUTYPE_LONGLINK:
@@ -251,7 +251,7 @@ def _zip_members(uri: str, stream: BinaryIO, wanted: Callable[[str], bool]) -> I
             if not info.is_dir() and wanted(info.filename):
                 _check_name(uri, info.filename)
                 _check_zip_member(uri, info)
-                # Members may share their bytes: each in proportion, all together not.
+                # Members can overlap in the archive, so that each is in proportion but their sum is not.
                 unpacked_bytes += info.file_size
                 if unpacked_bytes > max(_EXPANSION_GRACE_BYTES, _MAX_EXPANSION * packed_bytes):
                     reason = f"all together expand to more than {_MAX_EXPANSION} times the archive"
@@ -276,7 +276,7 @@ def _zip_blocks(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[byt
     try:
         with archive.open(info) as content:
             yield from blocks_of(content)  # type: ignore[arg-type]
-    # zlib.error is no OSError; EOFError: cut off.
+    # zlib.error is not an OSError; EOFError: the archive is cut off.
     except (zipfile.BadZipFile, NotImplementedError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DamageError(
             f"member {info.filename} of the zip archive is corrupt ({error})"

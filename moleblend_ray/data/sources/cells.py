@@ -1,4 +1,4 @@
-"""Cells of tables and properties of SD records: what counts as a number, and how a record's parts are told."""
+"""Cells of tables and properties of SD records: what counts as a number, and the parts of a record."""
 
 from __future__ import annotations
 
@@ -23,30 +23,30 @@ _PROPERTY: Final = re.compile(
 
 
 def number(text: str) -> float | None:
-    """A cell's number, NaN for a missing one, None for what is neither."""
+    """The number in a cell; NaN if it is missing, None if the cell holds something else."""
     try:
         value = float(text)
     except ValueError:
         word = text.strip().lower()
         return math.nan if word in _MISSING else _TRUTH.get(word)
-    # float() also takes "1_000", which no chemist writes and some identifiers look like.
+    # float() also accepts "1_000", which looks like an identifier rather than a number.
     return None if math.isinf(value) or "_" in text else value
 
 
 def is_numeric(cells: Iterable[str]) -> bool:
-    """Whether a sample of a column holds numbers or nothing; true and false alone make no label."""
+    """Whether all cells of a sample hold a number or nothing; true and false do not count as numbers here."""
     return all(number(cell) is not None and cell.strip().lower() not in _TRUTH for cell in cells)
 
 
 def read_labels(
     names: Sequence[str], values: Mapping[str, str]
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Label values (L,), NaN where missing, and the names of those that hold no finite number."""
+    """Label values (L,), NaN where missing, and the names of labels whose cell holds something else than a number."""
     labels = np.full(len(names), np.nan)
     unreadable = []
     for index, name in enumerate(names):
         text = values.get(name, "")
-        # Most cells of a sparse table are empty: nothing more to find out about them.
+        # Most cells of a sparse table are empty: skipping them is faster.
         if text:
             value = number(text)
             if value is None:
@@ -57,12 +57,12 @@ def read_labels(
 
 
 def sd_text(raw: bytes) -> str:
-    """An SD record without its delimiter, lines ended as on Unix."""
+    """An SD record as text, without its ``$$$$`` line and with Unix line ends."""
     return decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
 
 
 def sd_properties(text: str) -> tuple[str, dict[str, str]]:
-    """The molblock of an SD record, and its properties."""
+    """The molblock and the properties of an SD record."""
     end = _MOLBLOCK_END.search(text)
     if end is None:
         return text, {}
@@ -71,7 +71,7 @@ def sd_properties(text: str) -> tuple[str, dict[str, str]]:
 
 
 def smiles_and_name(line: bytes) -> tuple[str, str]:
-    """The two parts of a line of a table of SMILES, the second empty if it has none."""
+    """SMILES and name in a line of a table of SMILES; the name is empty if there is none."""
     first, _, rest = decode(line).strip().partition("\t")
     if not rest:
         first, _, rest = first.partition(" ")

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Final
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.download import RECORD_NAME
-from moleblend_ray.data.shards import MANIFEST_NAME
 from moleblend_ray.data.sources import archives
 from moleblend_ray.data.sources.published import EXCLUSIONS_NAME, associate, pair_in_archive
 from moleblend_ray.data.sources.records import Container, Format, SourceFile
@@ -30,9 +30,9 @@ _PROBE_BYTES: Final = 1 << 16
 
 
 def find_sources(*uris: str) -> list[SourceFile]:
-    """The molecule files of each file, directory (recursively) or glob, in the order given, each's sorted by URI.
+    """The molecule files of each file, directory (recursively) or glob: in the order given, within each sorted by URI.
 
-    ``ARCHIVE!PATTERN`` means those members of an archive whose names match the glob.
+    ``ARCHIVE!PATTERN`` stands for the members of an archive whose names match the glob.
     """
     files: list[SourceFile] = []
     exclusions: list[str] = []
@@ -63,7 +63,7 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
     lists = [info.uri for info in listed if storage.name_of(info.uri) == EXCLUSIONS_NAME]
     beside = (EXCLUSIONS_NAME, RECORD_NAME)
     others = [info for info in listed if storage.name_of(info.uri) not in beside]
-    # A text file is a table only if it is meant: most in a directory are notes.
+    # A .txt file is read only if it is named itself: in a directory it is usually a note.
     is_named = len(listed) == 1
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = list(pool.map(lambda info: _source_file(info, members, is_named=is_named), others))
@@ -81,7 +81,7 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
 
 
 def _without_members(uri: str) -> tuple[str, str]:
-    """``ARCHIVE!PATTERN`` as two; of another URI the pattern is ``*``."""
+    """Archive and pattern of ``ARCHIVE!PATTERN``; another URI and the pattern ``*``."""
     archive, mark, pattern = uri.rpartition("!")
     if mark and archives.container_of(storage.name_of(archive)) and not storage.exists(uri):
         if not pattern:
@@ -91,7 +91,7 @@ def _without_members(uri: str) -> tuple[str, str]:
 
 
 def _is_data_set_manifest(uri: str) -> bool:
-    """Whether a file of that name is ours: many programs call theirs so."""
+    """Whether a file of this name, which other programs use too, is a manifest of ours."""
     try:
         value = storage.read_json(uri)
     except DataError:
@@ -100,7 +100,7 @@ def _is_data_set_manifest(uri: str) -> bool:
 
 
 def _source_file(info: storage.FileInfo, members: str, *, is_named: bool) -> SourceFile | None:
-    """The file as a source, None if it holds no molecules."""
+    """The file as a source; None if it holds no molecules."""
     name = storage.name_of(info.uri).lower()
     container = archives.container_of(name)
     form = _format_of(name, is_named=is_named)
@@ -129,12 +129,12 @@ def _format_of(name: str, *, is_named: bool) -> Format | None:
         for suffix in COMPRESSIONS:
             name = name.removesuffix(suffix)
         return "smi" if name.endswith(".txt") else None
-    # A coordinate file alone is no source: there would be one shard for each of 100,000.
+    # Single .xyz files are not read: 100,000 files would become 100,000 shards.
     return None if form == "xyz" else form
 
 
 def _probe(info: storage.FileInfo) -> tuple[bytes, str]:
-    """How the file begins, and the digest that tells whether it has changed."""
+    """The beginning of the file, and a digest that tells whether the file has changed."""
     head = storage.read_range(info.uri, 0, min(info.size, _PROBE_BYTES)) if info.size else b""
     start = max(0, info.size - _PROBE_BYTES)
     tail = storage.read_range(info.uri, start, info.size - start) if start else b""
@@ -144,7 +144,7 @@ def _probe(info: storage.FileInfo) -> tuple[bytes, str]:
 def _check_compression(info: storage.FileInfo, head: bytes) -> None:
     name = storage.name_of(info.uri).lower()
     stated = next((kind for suffix, kind in COMPRESSIONS.items() if name.endswith(suffix)), None)
-    # Too short to tell is left to the reading.
+    # A file that is too short to tell is checked when it is read.
     if stated and len(head) >= 4 and compression_of(head) not in (stated, *_unsure(stated, head)):
         raise DataError(
             f"{info.uri} is not a {stated} file: it begins with {head[:8]!r}. Rename or repack it."
@@ -157,7 +157,7 @@ def _unsure(stated: str, head: bytes) -> tuple[None, ...]:
 
 
 def _archive(file: SourceFile, container: Container) -> SourceFile | None:
-    """The archive with the format of its members, None if none holds molecules."""
+    """The archive with the format of its members; None if no member holds molecules."""
     names: list[str] | None = None
     with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
         if container == "zip":

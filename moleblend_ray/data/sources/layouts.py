@@ -1,4 +1,4 @@
-"""What the columns of a source mean, from headers, schemas and a first sample of each file."""
+"""The meaning of a source's columns, from headers, schemas and a sample at the beginning of each file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Final
 
 from moleblend_ray.chemistry.molecule import Rejection
@@ -16,7 +15,7 @@ from moleblend_ray.data.sources.cells import is_numeric, sd_properties, sd_text
 from moleblend_ray.data.sources.parquet import has_geometry, is_number_type, parquet_file
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.published import PublishedTable, published_table
-from moleblend_ray.data.sources.reading import Item, open_items, open_records
+from moleblend_ray.data.sources.reading import Item, open_items, open_records, take
 from moleblend_ray.data.sources.records import (
     ColumnConfig,
     Format,
@@ -39,16 +38,16 @@ logger = logging.getLogger(__name__)
 
 _THREADS: Final = 16
 _SAMPLE_RECORDS: Final = 1000
-"""Records looked at to tell numeric columns or properties from others, and whether a geometry fits its table."""
+"""Records from which is decided which columns or properties are numeric, and whether a geometry fits its table."""
 _SAMPLE_BYTES: Final = 64 << 20
-"""The sample ends with the record that makes it so large."""
+"""The sample ends with the record that brings it to this size."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _View:
-    """What one file shows before it is read."""
+    """What is known about one file before it is read."""
 
     file: SourceFile
     columns: tuple[str, ...] = ()
@@ -60,11 +59,11 @@ class _View:
     has_geometry: bool = False
     is_empty: bool = False
     is_whole: bool = True
-    """Whether ``columns`` are all there are (not so for an SD file longer than the sample)."""
+    """Whether ``columns`` is complete; an SD file longer than the sample may have more properties."""
 
 
 def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> SourceSet:
-    """Columns and labels of all files, from headers, schemas and a first sample of each."""
+    """Columns and labels of all files, from headers, schemas and a sample at the beginning of each."""
     with ThreadPoolExecutor(_THREADS) as pool:
         views = list(pool.map(lambda file: _look_at(file, config), files))
     if all(view.is_empty for view in views):
@@ -89,7 +88,7 @@ def _layout(view: _View, labels: tuple[str, ...]) -> SourceLayout:
         smiles_column=view.smiles_column,
         id_column=view.id_column,
         labels=labels,
-        # A property that the sample of an SD file lacks may still come later in it.
+        # A property that is not in the sample of an SD file may come later in the file.
         own_labels=tuple(n for n in labels if n in view.columns or view.file.format == "sdf"),
         has_geometry=view.has_geometry,
     )
@@ -151,7 +150,7 @@ def _smiles_column(
 
 
 def _look_at_smiles(file: SourceFile, config: ColumnConfig) -> _View:
-    """A table of SMILES; with a header of several columns between tabs or commas, it is a table like others."""
+    """A table of SMILES and names; if its header has several columns between tabs or commas, a TSV or CSV file."""
     with open_items(file) as items:
         records = (item.text for item in items)
         sample = _first_records(file, records, _SAMPLE_RECORDS)
@@ -170,7 +169,7 @@ def _look_at_smiles(file: SourceFile, config: ColumnConfig) -> _View:
 
 
 def _delimited(file: SourceFile) -> SourceFile | None:
-    """A plain file as TSV or CSV if its first line is the header of one."""
+    """The file as TSV or CSV if it is a plain one whose first line is such a header; else None."""
     if file.container is not None:
         return None
     with open_records(replace(file, format="tsv")) as records:
@@ -236,7 +235,7 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
     columns = tuple(schema.names)
     with_geometry = has_geometry(file, schema)
     smiles_column: str | None = None
-    # Geometry alone makes a molecule; a SMILES column that was asked for by name must be there all the same.
+    # With geometry no SMILES are needed; but a SMILES column that was asked for by name must exist.
     if not with_geometry or config.smiles_column in columns or config.smiles_column != "smiles":
         smiles_column = _require(file, "smiles_column", config.smiles_column, columns)
     id_column = config.id_column or ("mol_id" if "mol_id" in columns else None)
@@ -264,11 +263,11 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
 
 
 def _check_geometry(layout: SourceLayout) -> None:
-    """Refuse a geometry most of whose first records are of other molecules than the rows of its table."""
+    """DataError if most of the first records of a geometry are of other molecules than the rows of its table."""
     file = layout.file
     assert file.geometry is not None
     with open_items(file) as items:
-        sample = _first_items(file, items)
+        sample = _first_items(file, items, _SAMPLE_RECORDS)
     with_geometry = [item for item in sample if item.geometry is not None]
     mismatches = [
         record
@@ -284,19 +283,15 @@ def _check_geometry(layout: SourceLayout) -> None:
         )
 
 
-def _first_items(file: SourceFile, items: Iterator[Item]) -> list[Item]:
-    """The same of records with their geometries."""
-    found: list[Item] = []
-    num_bytes = 0
-    try:
-        for item in islice(items, _SAMPLE_RECORDS):
-            found.append(item)
-            num_bytes += item.num_bytes
-            if num_bytes >= _SAMPLE_BYTES:
-                break
-    except DamageError as damage:
-        if not found:
-            raise unreadable(file.uri, 0, damage) from damage
+def _first_records(file: SourceFile, records: Iterator[bytes], count: int) -> list[bytes]:
+    return [item.text for item in _first_items(file, map(Item, records), count)]
+
+
+def _first_items(file: SourceFile, items: Iterator[Item], count: int) -> list[Item]:
+    """Up to ``count`` items; later damage is reported, with the number of the record, when the file is read."""
+    found, damage = take(items, count, _SAMPLE_BYTES)
+    if damage is not None and not found:
+        raise unreadable(file.uri, 0, damage) from damage
     return found
 
 
@@ -311,22 +306,6 @@ def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
     return columns
 
 
-def _first_records(file: SourceFile, records: Iterator[bytes], count: int) -> list[bytes]:
-    """Up to ``count`` records; damage further on is left to the reading to report, with the record's number."""
-    found: list[bytes] = []
-    num_bytes = 0
-    try:
-        for record in islice(records, count):
-            found.append(record)
-            num_bytes += len(record)
-            if num_bytes >= _SAMPLE_BYTES:
-                break
-    except DamageError as damage:
-        if not found:
-            raise unreadable(file.uri, 0, damage) from damage
-    return found
-
-
 def _is_at_end(records: Iterator[bytes]) -> bool:
     try:
         return next(records, None) is None
@@ -335,7 +314,7 @@ def _is_at_end(records: Iterator[bytes]) -> bool:
 
 
 def _merge_labels(views: Sequence[_View]) -> tuple[LabelColumn, ...]:
-    """Numeric columns of all files in order of appearance; one that two files give in two units is refused."""
+    """Numeric columns of all files in order of appearance; ConfigError if two files state different units for one."""
     merged: dict[str, tuple[LabelColumn, SourceFile]] = {}
     for view in views:
         for label in view.numeric:
@@ -353,7 +332,7 @@ def _merge_labels(views: Sequence[_View]) -> tuple[LabelColumn, ...]:
 def _chosen_labels(
     names: Sequence[str], views: Sequence[_View], numeric: Sequence[LabelColumn]
 ) -> tuple[LabelColumn, ...]:
-    """The labels asked for; a name that no file can have is refused."""
+    """The labels that were asked for; ConfigError for a name that no file has."""
     units = {label.name: label.unit for label in numeric}
     available = tuple(dict.fromkeys(column for view in views for column in view.columns))
     for name in names:

@@ -1,4 +1,4 @@
-"""Parquet tables: how they are cut into chunks, and their rows as records, with geometry where they have it."""
+"""Parquet tables: cutting them into chunks, and their rows as records, with geometry if they have it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _GEOMETRY_COLUMNS: Final = {
 
 
 def has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
-    """Whether the table has the geometry columns; says so if it has only some, or of another type."""
+    """Whether the table has the geometry columns; logs if some are missing, DataError if one has another type."""
     present = [name for name in _GEOMETRY_COLUMNS if name in schema.names]
     if "positions" not in present:
         return False
@@ -67,26 +67,26 @@ def has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
 
 
 def is_number_type(kind: pa.DataType) -> bool:
-    """Whether values of the type can be labels."""
+    """Whether values of this type can be labels."""
     return bool(
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     )
 
 
 class ParquetPart(NamedTuple):
-    """Rows of a Parquet file that make one chunk."""
+    """The rows of a Parquet file that become one chunk."""
 
     chunk_index: int
     first_row: int
     num_rows: int
     groups: tuple[int, ...]
-    """Row groups to read."""
+    """The row groups to read."""
     skip: int
-    """Rows of the first of them that belong to earlier chunks."""
+    """Rows of the first row group that belong to earlier chunks."""
 
 
 def parquet_parts(file: SourceFile, rows_per_chunk: int) -> list[ParquetPart]:
-    """How a Parquet file is cut: whole row groups are put together, larger ones divided, up to ``rows_per_chunk``."""
+    """The chunks of a Parquet file: small row groups are combined, large ones divided, up to ``rows_per_chunk``."""
     with parquet_file(file) as table:
         sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
     parts: list[ParquetPart] = []
@@ -118,7 +118,7 @@ def parquet_parts(file: SourceFile, rows_per_chunk: int) -> list[ParquetPart]:
 def parquet_chunks(
     layout: SourceLayout, file_index: int, parts: Sequence[ParquetPart]
 ) -> Iterator[RowChunk]:
-    """The chunks of these parts, in order; DataError with the row where a page cannot be read."""
+    """The chunks of these parts, in order; DataError naming the row where a page cannot be read."""
     wanted = [layout.smiles_column, layout.id_column, *layout.own_labels]
     wanted += [*_GEOMETRY_COLUMNS] if layout.has_geometry else []
     columns = [name for name in layout.columns if name in wanted]
@@ -141,9 +141,9 @@ def parquet_chunks(
 
 
 def to_ipc(table: pa.Table) -> bytes:
-    """The table as an Arrow stream, the same bytes for the same rows."""
+    """The table as an Arrow stream; the same rows give the same bytes."""
     sink = pa.BufferOutputStream()
-    # One batch of its own buffers: the bytes depend on the rows alone, not on how they were cut out.
+    # Copied into one batch, so that the bytes do not depend on the table from which the rows were cut.
     table = pa.table(
         [pa.concat_arrays([pa.array([], column.type), *column.chunks]) for column in table.columns],
         schema=table.schema.remove_metadata(),
@@ -155,7 +155,7 @@ def to_ipc(table: pa.Table) -> bytes:
 
 @contextmanager
 def parquet_file(file: SourceFile) -> Iterator[pq.ParquetFile]:
-    """The open file; DataError if it is none."""
+    """The open file; DataError if it is not a Parquet file."""
     with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
         try:
             table = pq.ParquetFile(stream, pre_buffer=True)
@@ -194,7 +194,7 @@ def _strings(table: pa.Table, name: str | None) -> list[str | None]:
 def _label_matrix(
     table: pa.Table, names: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Labels (M, L), NaN where missing, and where a value is there but no finite number."""
+    """Labels (M, L), NaN where missing, and a mask (M, L) of values that are not finite numbers."""
     labels = np.full((table.num_rows, len(names)), np.nan)
     unreadable = np.zeros(labels.shape, dtype=np.bool_)
     for index, name in enumerate(names):
@@ -217,7 +217,7 @@ def _label_matrix(
 def _geometry_rows(
     table: pa.Table, smiles: Sequence[str | None]
 ) -> Callable[[int], GeometryRow | Rejection]:
-    """A function from a row's index to its geometry."""
+    """A function that returns the geometry of a row by its index."""
     lists = {
         name: pa.concat_arrays([pa.array([], kind), *table[name].cast(kind, safe=False).chunks])
         for name, kind in _GEOMETRY_COLUMNS.items()

@@ -49,7 +49,7 @@ def _items(chunk: RowChunk, layout: SourceLayout) -> Iterable[Item]:
 
 
 def parse_items(items: Iterable[Item], layout: SourceLayout, first_row: int) -> Iterator[RawRecord]:
-    """A record for each item, numbered from ``first_row``."""
+    """One record per item, numbered from ``first_row``."""
     parse = {"sdf": _parse_sdf, "smi": _parse_smiles, "xyz": _parse_xyz}.get(
         layout.file.format, _parse_row
     )
@@ -122,7 +122,7 @@ def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
 
 
 def _geometry(raw: bytes, smiles: str | None, mol_id: str) -> MolBlock | Rejection:
-    """The molblock, if it can be of the molecule that its row names."""
+    """The molblock; a rejection if it cannot be of the same molecule as its row."""
     text = sd_text(raw)
     block, _ = sd_properties(text)
     if smiles is not None:

@@ -1,4 +1,4 @@
-"""Published collections that are read as they come: known headers, and files that belong together.
+"""Published collections that can be read as they are: known headers, and files that belong together.
 
 ================  ================================================================================================
 PCQM4Mv2          ``data.csv.gz`` (or ``pcqm4m-v2.zip`` around it) with ``pcqm4m-v2-train.sdf``: the geometry of the
@@ -35,16 +35,16 @@ _DEEPCHEM_TAR: Final = re.compile(r"(gdb[789]|qm[789])\.(tar(\.\w+)?|tgz)\Z", re
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PublishedTable:
-    """What the columns of a table mean that is known by its header."""
+    """The meaning of the columns of a table that is recognised by its header."""
 
     header: tuple[str, ...]
-    """Columns it must have."""
+    """Columns that it has."""
     has_more: bool = False
-    """Whether it may have others."""
+    """Whether it has more columns."""
     smiles_column: str = "smiles"
     id_column: str | None = None
     labels: tuple[str, ...] | None = None
-    """None: every other column of numbers."""
+    """None: all other numeric columns."""
     units: Mapping[str, str] = field(default_factory=dict)
     """Label -> unit."""
 
@@ -100,7 +100,7 @@ PUBLISHED_TABLES: Final = (
 
 
 def published_table(columns: Sequence[str]) -> PublishedTable | None:
-    """The known table with these columns."""
+    """The known table with these columns; None if there is none."""
     present = set(columns)
     for table in PUBLISHED_TABLES:
         known = set(table.header)
@@ -110,9 +110,9 @@ def published_table(columns: Sequence[str]) -> PublishedTable | None:
 
 
 def associate(files: Sequence[SourceFile], exclusions: Sequence[str]) -> list[SourceFile]:
-    """The files with those put together that belong together, in the order of the tables.
+    """The files, with each geometry attached to its table, in the order of the tables.
 
-    ``exclusions`` are the URIs of lists of molecules not to use (``EXCLUSIONS_NAME``).
+    ``exclusions`` are the URIs of lists of molecules that should not be used (``EXCLUSIONS_NAME``).
     """
     found = list(files)
     for geometry in files:
@@ -126,9 +126,9 @@ def associate(files: Sequence[SourceFile], exclusions: Sequence[str]) -> list[So
 
 
 def pair_in_archive(file: SourceFile, names: Sequence[str] | None) -> SourceFile | None:
-    """An archive of ``NAME.sdf`` and ``NAME.sdf.csv`` as a table with geometry; None if it is not one.
+    """An archive of ``NAME.sdf`` and ``NAME.sdf.csv`` as a table with geometry; None if it is not such an archive.
 
-    ``names`` are those of its members where they are known without reading it.
+    ``names`` are the names of its members, None if they cannot be listed without reading the archive.
     """
     if file.members != "*":
         return None
@@ -202,7 +202,7 @@ def _with_exclusions(files: list[SourceFile], exclusions: Sequence[str]) -> list
 
 
 def _is_qm9(file: SourceFile) -> bool:
-    """Whether the list of QM9 speaks of this file."""
+    """Whether QM9's list of exclusions applies to this file."""
     names = storage.name_of(file.uri) + (file.geometry.uri if file.geometry else "")
     return file.format == "xyz" or (
         file.geometry is not None and re.search("gdb9|qm9", names, re.I) is not None
@@ -214,10 +214,10 @@ def _digest(*parts: str) -> str:
 
 
 def read_exclusions(uri: str) -> frozenset[int]:
-    """Numbers (from 1) of the molecules of QM9 whose relaxed geometry has another connectivity than was drawn.
+    """Numbers (from 1) of the QM9 molecules whose relaxed geometry does not have the bonds of the original SMILES.
 
-    The list (``uncharacterized.txt`` of QM9) has a head of text, a line for each molecule that begins with its
-    number, ascending, and a last line with how many they are.
+    The list (``uncharacterized.txt`` of QM9) has introductory text, a line per molecule that begins with its number,
+    in ascending order, and a last line with their count.
     """
     numbers: list[int] = []
     count: int | None = None

@@ -26,15 +26,15 @@ RECORD_SCHEMA: Final = pa.schema(
         pa.field("excluded", pa.bool_(), nullable=False),
     ]
 )
-"""Of a chunk whose records have parts: the text (a row, or an XYZ file), the SD record that belongs to it, and
-whether a published list excludes it."""
+"""Schema of a chunk whose records have several parts: the text (a row, or an XYZ file), the SD record that belongs to
+it, and whether a published list excludes it."""
 
 _QM9_NUMBER: Final = re.compile(rb"\A(?:gdb_(\d+)\b|[^\n]*\n\s*gdb\w*\s+(\d+)\b)")
-"""In the first cell of a row, or in the second line of an XYZ file."""
+"""Number of a QM9 molecule: in the first cell of a row, or in the second line of an XYZ file."""
 
 
 class Item(NamedTuple):
-    """A raw record with what belongs to it."""
+    """A raw record and the parts that belong to it."""
 
     text: bytes
     geometry: bytes | None = None
@@ -42,7 +42,7 @@ class Item(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its parts."""
+        """Bytes of all parts."""
         return len(self.text) + len(self.geometry or b"")
 
 
@@ -52,11 +52,11 @@ def read_chunks(
     rows_per_chunk: int,
     parts: Sequence[ParquetPart] | None = None,
 ) -> Iterator[RowChunk]:
-    """The chunks of a file in order; of a Parquet file, those of ``parts`` only, if given.
+    """The chunks of a file in order; for a Parquet file, only those of ``parts`` if given.
 
-    A text chunk ends after ``rows_per_chunk`` records, or before with the record that makes it 64 MiB: where
-    chunks end depends on the file's content and ``rows_per_chunk`` alone. If the file turns out to be damaged,
-    the complete chunks before come first, then a DataError.
+    A text chunk ends after ``rows_per_chunk`` records, or earlier with the record that brings it to 64 MiB. So where
+    chunks end depends on the file's content and ``rows_per_chunk`` only. If the file is damaged, the complete chunks
+    before the damage are yielded, then a DataError is raised.
     """
     if layout.file.size == 0:
         return
@@ -72,15 +72,8 @@ def _text_chunks(layout: SourceLayout, file_index: int, rows_per_chunk: int) -> 
     chunk_index, first_row = 0, 0
     with open_items(layout.file) as items:
         while True:
-            pending: list[Item] = []
-            num_bytes = 0
-            try:
-                for item in islice(items, rows_per_chunk):
-                    pending.append(item)
-                    num_bytes += item.num_bytes
-                    if num_bytes >= MAX_CHUNK_BYTES:
-                        break
-            except DamageError as damage:
+            pending, damage = take(items, rows_per_chunk, MAX_CHUNK_BYTES)
+            if damage is not None:
                 raise unreadable(layout.file.uri, first_row + len(pending), damage) from damage
             if not pending:
                 return
@@ -94,6 +87,26 @@ def _text_chunks(layout: SourceLayout, file_index: int, rows_per_chunk: int) -> 
             chunk_index, first_row = chunk_index + 1, first_row + len(pending)
 
 
+def take(
+    items: Iterator[Item], max_items: int, max_bytes: int
+) -> tuple[list[Item], DamageError | None]:
+    """The next ``max_items`` items, or fewer up to the one with which they reach ``max_bytes``.
+
+    Where the file is damaged within them, the items before the damage, and the damage.
+    """
+    taken: list[Item] = []
+    num_bytes = 0
+    try:
+        for item in islice(items, max_items):
+            taken.append(item)
+            num_bytes += item.num_bytes
+            if num_bytes >= max_bytes:
+                break
+    except DamageError as damage:
+        return taken, damage
+    return taken, None
+
+
 def _payload(items: Sequence[Item], layout: SourceLayout) -> bytes:
     if layout.is_plain_text:
         return b"".join(item.text for item in items)
@@ -104,7 +117,7 @@ def _payload(items: Sequence[Item], layout: SourceLayout) -> bytes:
 
 @contextmanager
 def open_items(file: SourceFile) -> Iterator[Iterator[Item]]:
-    """The records of a text file without its header; reading them raises DamageError where it is damaged."""
+    """The records of a text file without its header; iterating raises DamageError where the file is damaged."""
     with ExitStack() as stack:
         records = stack.enter_context(open_records(file))
         if file.format in DELIMITERS:
@@ -119,7 +132,10 @@ def open_items(file: SourceFile) -> Iterator[Iterator[Item]]:
 
 @contextmanager
 def open_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
-    """The raw records of a text file (for a table: header first), each with its line end; DamageError if damaged."""
+    """The raw records of a text file, including the header of a table, each with its line end.
+
+    Iterating raises DamageError where the file is damaged.
+    """
     with storage.translate_errors("read", file.uri), storage.open_read(file.uri) as stream:
         yield _records(file, contents(file, stream))
 
@@ -135,11 +151,21 @@ def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
                 records = chain([first], records) if first is not None else records
             elif first is not None and first.rstrip() != header.rstrip():
                 raise DamageError(f"the header of {name} is not that of the files before it")
-        yield from records
+        end = b"$$$$\n" if file.format == "sdf" else b"\n"
+        for record in records:
+            yield record if record.endswith(end) else _with_end(record, file.format)
+
+
+def _with_end(record: bytes, file_format: str) -> bytes:
+    """A member's last record, which may lack its end: the next member's first one must not run into it."""
+    whole = record if record.endswith(b"\n") else record + b"\n"
+    if file_format != "sdf" or whole.rstrip().rpartition(b"\n")[2] == b"$$$$":
+        return whole
+    return whole + b"$$$$\n"
 
 
 def _joined(items: Iterator[Item], geometries: Iterator[bytes], file: SourceFile) -> Iterator[Item]:
-    """Each row with the geometry of the same number, those beyond the last without."""
+    """Each row with the geometry of the same number; rows after the last geometry have none."""
     try:
         for item in items:
             yield item._replace(geometry=next(geometries, None))

@@ -1,4 +1,4 @@
-"""What reading and parsing exchange."""
+"""The types that finding, reading and parsing of sources exchange."""
 
 from __future__ import annotations
 
@@ -12,68 +12,69 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.molecule import Rejection, SourceRecord
 
 Format = Literal["sdf", "csv", "tsv", "smi", "xyz", "parquet"]
-"""``smi``: lines of a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
+"""``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
 
 Container = Literal["tar", "zip"]
 
 EXCERPT_CHARACTERS: Final = 200
+"""Most characters of a record that the quarantine shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColumnConfig:
-    """Which columns (or SD properties) mean what."""
+    """Which columns (or SD properties) hold SMILES, identifiers and labels."""
 
     smiles_column: str = "smiles"
-    """Column with the SMILES in tables."""
+    """Column of a table with the SMILES."""
     id_column: str | None = None
-    """Column or SD property with the molecule's id. None: ``mol_id`` of a Parquet table that has it, the title
-    of an SD record, the name after a SMILES, the id column of a known published table, else file name and row."""
+    """Column or SD property with the molecule's id. None: the title of an SD record, the name after a SMILES, the id
+    column of a known published table, or ``mol_id`` of a Parquet table; where there is none, file name and row."""
     label_columns: tuple[str, ...] | None = None
-    """Columns or SD properties to keep as labels. None: every other numeric one."""
+    """Columns or SD properties to keep as labels. None: all other numeric ones."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceFile:
-    """One file of a source, or the members of one archive that hold molecules, read one after the other."""
+    """One file of a source: a plain file, or the members with molecules of an archive, read one after the other."""
 
     uri: str
     format: Format
-    """Of the records; of an archive, of its members."""
+    """Format of the file, or of the members of the archive."""
     size: int
-    """Bytes, those of ``geometry`` included."""
+    """Bytes, including those of ``geometry``."""
     probe: str
-    """SHA-256 of the first and last 64 KiB and the size: tells whether the file, or one that it is read with, has
-    changed."""
+    """SHA-256 of the first and last 64 KiB and the size, which detects most changes of the file and of those that are
+    read with it."""
     container: Container | None = None
-    """Kind of archive, None for a plain file. Compression by gzip, bzip2, xz or zstd is seen in the content."""
+    """Kind of archive; None for a plain file. (Compression by gzip, bzip2, xz or zstd is detected in the content.)"""
     members: str = "*"
-    """Glob of the members of an archive that are meant."""
+    """Glob that selects members of an archive."""
     geometry: SourceFile | None = None
-    """SD records that belong to the rows of this table, record i to row i; there may be fewer of them."""
+    """SD records that belong to the rows of this table, record i to row i; there may be fewer records than rows."""
     exclusions: str | None = None
-    """URI of the publisher's list of molecules not to use."""
+    """URI of the publisher's list of molecules that should not be used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceLayout:
-    """How to read and parse one file; small, and sent to every process that does."""
+    """How to read and parse one file; small, as it is sent to every process that does so."""
 
     file: SourceFile
     columns: tuple[str, ...]
-    """Columns of a table in order, or the SD properties seen in the sample."""
+    """Columns of a table in order, or the SD properties in the sample."""
     smiles_column: str | None
-    """None where the file needs none: SD files and tables with geometry only."""
+    """None if the file needs none: for SD files, and for tables with geometry but no SMILES."""
     id_column: str | None
     labels: tuple[str, ...]
     """Labels of the whole source, in the order of the shards' columns; this file may lack some."""
     own_labels: tuple[str, ...]
-    """Those that this file has."""
+    """The labels that this file has."""
     has_geometry: bool
-    """A Parquet table with atoms, bonds and positions."""
+    """Whether the file is a Parquet table with atoms, bonds and positions."""
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether a record is one run of bytes as it stands in the file."""
+        """Whether the payload of a chunk is the text of its records, one after the other."""
         file = self.file
         return file.format not in ("parquet", "xyz") and not (file.geometry or file.exclusions)
 
@@ -87,7 +88,7 @@ class LabelColumn(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceSet:
-    """All files of a source with what is known before reading them."""
+    """All files of a source with their layouts and labels."""
 
     layouts: tuple[SourceLayout, ...]
     labels: tuple[LabelColumn, ...]
@@ -105,11 +106,11 @@ class RowChunk:
     """Index of the first record in the file."""
     num_rows: int
     payload: bytes
-    """Records as they stand in the file (without the header) if ``SourceLayout.is_plain_text``, else an Arrow stream:
-    of Parquet rows, or of ``reading.RECORD_SCHEMA``."""
+    """The bytes of the file (without the header) if ``SourceLayout.is_plain_text``, else an Arrow stream of Parquet
+    rows or of ``reading.RECORD_SCHEMA``."""
 
     def digest(self) -> str:
-        """Identity of the raw content."""
+        """Digest of the raw content."""
         return hashlib.blake2b(self.payload, digest_size=16).hexdigest()
 
 
@@ -119,12 +120,12 @@ class RawRecord(NamedTuple):
     row: int
     """Index in the file."""
     mol_id: str | None
-    """None if the record gives none."""
+    """None if the record has none."""
     content: SourceRecord | Rejection
-    """What the molecule is to be made of, or why there is nothing."""
+    """What the molecule is made from, or why the record is rejected."""
     labels: NDArray[np.float64]
-    """(L,) in the order of ``SourceLayout.labels``; NaN where missing."""
+    """(L,), in the order of ``SourceLayout.labels``; NaN where missing."""
     unreadable: tuple[str, ...]
     """Labels whose cell holds something that is not a finite number."""
     excerpt: str
-    """The record's SMILES, or its beginning."""
+    """The record's SMILES, or the beginning of the record."""

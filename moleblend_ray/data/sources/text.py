@@ -1,4 +1,4 @@
-"""Streams of bytes -> raw records: decompression, lines, SD records, rows of tables. Memory stays bounded."""
+"""Streams of bytes -> raw records: decompression, lines, SD records, rows of tables, in bounded memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from moleblend_ray.data.sources.records import Format
 from moleblend_ray.errors import DataError
 
 MAX_RECORD_BYTES: Final = 16 << 20
-# The csv module's own 128 KiB would let one long cell end the job; it becomes a rejected row instead.
+# With the csv module's default of 128 KiB, one long cell would end the job; now it becomes a rejected row.
 csv.field_size_limit(MAX_RECORD_BYTES)
 
 _BLOCK_BYTES: Final = 1 << 20
 _ZSTD_BYTES: Final = 1 << 15
 _MAX_EXPANSION: Final = 200
-"""Molecules in text shrink to between a third and a thirtieth; beyond this, a file is made to fill memory or time."""
+"""Compressed molecules expand 3 to 30 times; a file that expands more than this is made to exhaust memory or time."""
 _EXPANSION_GRACE_BYTES: Final = 256 << 20
 
 _GZIP_MAGIC: Final = b"\x1f\x8b"
@@ -42,7 +42,7 @@ _RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n", re.MULTILINE)
 
 
 class DamageError(Exception):
-    """A text file cannot be read on; the caller knows at which record."""
+    """The rest of a text file cannot be read; the caller knows from which record on."""
 
 
 def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
@@ -51,7 +51,7 @@ def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
 
 
 def compression_of(head: bytes) -> str | None:
-    """Compression of a file that begins so, one of the values of ``COMPRESSIONS``."""
+    """Compression of a file that begins with ``head``: one of the values of ``COMPRESSIONS``, or None."""
     if head.startswith(_GZIP_MAGIC):
         return "gzip"
     if _BZIP2_MAGIC.match(head):
@@ -62,9 +62,9 @@ def compression_of(head: bytes) -> str | None:
 
 
 def decompressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The content of a compressed stream up to the very place where it is damaged; of others, the blocks.
+    """The decompressed content of a stream, up to where it is damaged; the blocks themselves if not compressed.
 
-    DamageError if the stream is corrupt or truncated, or expands like no text does.
+    DamageError if the stream is corrupt or truncated, or expands more than texts of molecules do.
     """
     head = b""
     for block in blocks:
@@ -83,7 +83,7 @@ def decompressed(blocks: Iterator[bytes]) -> Iterator[bytes]:
 def _bounded(
     unpack: Callable[[Iterator[bytes]], Iterator[bytes]], blocks: Iterator[bytes]
 ) -> Iterator[bytes]:
-    """What ``unpack`` makes of the blocks, as long as it is in proportion to them."""
+    """The output of ``unpack``; DamageError if it is out of proportion to the blocks that went in."""
     num_read = num_made = 0
 
     def counted() -> Iterator[bytes]:
@@ -102,9 +102,9 @@ def _bounded(
 
 
 def _unpacked_gzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """A gzip stream of one or more members.
+    """The content of a gzip stream of one or more members.
 
-    ``gzip.GzipFile`` would throw away what it has of a block when the block cannot be completed.
+    ``gzip.GzipFile`` would discard the part of a block before the damage.
     """
     member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     is_open = False
@@ -125,7 +125,7 @@ def _unpacked_gzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _unpacked(name: str, make: Callable[[], Any], blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """A stream of one or more members of a decompressor like those of bz2 and lzma."""
+    """The content of a stream of one or more members, by decompressors with the interface of those in bz2 and lzma."""
     member, is_open = make(), False
     for raw in blocks:
         rest = raw
@@ -146,7 +146,7 @@ def _unpacked(name: str, make: Callable[[], Any], blocks: Iterator[bytes]) -> It
 def _unpacked_zstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
     try:
         stream = pa.CompressedInputStream(pa.PythonFile(_Readable(blocks), mode="r"), "zstd")
-        # A read that meets damage gives nothing: small ones lose little of what comes before it.
+        # A read that meets damage returns nothing, so reads are small: little before the damage is lost.
         while piece := stream.read(_ZSTD_BYTES):
             yield piece
     except (OSError, pa.ArrowException) as error:
@@ -155,7 +155,7 @@ def _unpacked_zstd(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 class _Readable(io.RawIOBase):
-    """Blocks as a file object."""
+    """An iterator of blocks as a file object."""
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
@@ -180,7 +180,7 @@ _UNPACK: Final[dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]]] = {
 
 
 def split_records(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
-    """Raw records of a text, each with its line end; of a table the header first, of ``smi`` without any header."""
+    """Raw records, each with its line end: of a table including the header, of ``smi`` without one."""
     if form == "xyz":
         return _whole(blocks)
     blocks = _with_line_feeds(blocks)
@@ -192,7 +192,7 @@ def split_records(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
 
 
 def _whole(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """All of the text as one record."""
+    """The whole text as one record."""
     content = b""
     for block in blocks:
         content += block
@@ -202,9 +202,9 @@ def _whole(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The blocks; of a file whose lines end in a carriage return alone, with line feeds in their place."""
+    """The blocks; in a file whose lines end in carriage returns alone, these are replaced by line feeds."""
     for first in blocks:
-        # In other files a lone carriage return is content, or a blank line too many.
+        # In other files a lone carriage return is content, or would make additional blank lines.
         if b"\r" in first[:-1] and b"\n" not in first:
             return (block.replace(b"\r", b"\n") for block in chain([first], blocks))
         return chain([first], blocks)
@@ -212,7 +212,7 @@ def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The records of an SD file, each with its ``$$$$``."""
+    """The records of an SD file, each including its ``$$$$`` line."""
     rest = b""
     for block in blocks:
         rest += block
@@ -226,12 +226,12 @@ def sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:
                 f"no $$$$ line within {MAX_RECORD_BYTES >> 20} MiB; is it an SD file?"
             )
     if rest.strip():
-        # The last record of a file may lack its $$$$; if it was cut off, its molblock will say so.
+        # The last record may lack its $$$$ line; if the file was cut off, the parser rejects the molblock.
         yield rest
 
 
 def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines with their ends."""
+    """Lines, each including its line end."""
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
@@ -244,7 +244,7 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def csv_records(blocks: Iterable[bytes], delimiter: str) -> Iterator[bytes]:
-    """The rows of a table; a quoted field may hold line ends. Blank lines between rows are none."""
+    """The rows of a table, in which quoted fields may contain line ends; blank lines between rows are skipped."""
     lines = lines_of(blocks)
     for line in lines:
         if not line.strip(b"\r\n"):
@@ -253,7 +253,7 @@ def csv_records(blocks: Iterable[bytes], delimiter: str) -> Iterator[bytes]:
 
 
 def _whole_row(first: bytes, following: Iterator[bytes], delimiter: str) -> bytes:
-    """The row that begins with ``first``, with as many following lines as the csv module asks for."""
+    """The row that begins with line ``first``, with the following lines that the csv module needs to complete it."""
     taken: list[bytes] = []
 
     def feed() -> Iterator[str]:
@@ -270,7 +270,7 @@ def _whole_row(first: bytes, following: Iterator[bytes], delimiter: str) -> byte
 
 
 def _smiles_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines that are not blank, without a header."""
+    """The lines that are not blank, except a header."""
     is_first = True
     for line in lines_of(blocks):
         if line.strip():
@@ -280,18 +280,18 @@ def _smiles_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def is_smiles_header(line: bytes) -> bool:
-    """Whether a line is the header of a table of SMILES: its first word is no SMILES but says "smiles"."""
+    """Whether a line is the header of a table of SMILES: its first word contains "smiles"."""
     word = line.removeprefix(b"\xef\xbb\xbf").split(None, 1)[:1]
     return bool(word) and b"smiles" in word[0].lower()
 
 
 def decode(raw: bytes) -> str:
-    """Text of UTF-8, whatever else may be in it."""
+    """UTF-8 as text, with replacement characters for what is not UTF-8."""
     return raw.decode("utf-8", "replace")
 
 
 def fields(record: bytes, delimiter: str) -> list[str] | None:
-    """The cells of a row, None if it is none."""
+    """The cells of a row; None if it is not a row of a table."""
     try:
         return next(csv.reader(io.StringIO(decode(record), newline=""), delimiter=delimiter))
     except csv.Error:
@@ -299,7 +299,7 @@ def fields(record: bytes, delimiter: str) -> list[str] | None:
 
 
 def unreadable(uri: str, record: int, error: Exception) -> DataError:
-    """The error for a file that is damaged after so many records."""
+    """The error for a file that is damaged after ``record`` records."""
     reason = " ".join(str(error).split())
     return DataError(
         f"{uri} is damaged after record {record} (counted from 0, the header aside): {reason}. "

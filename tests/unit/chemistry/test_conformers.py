@@ -65,6 +65,7 @@ def test_fragments_of_a_salt_do_not_overlap() -> None:
     smiles = "c1ccccc1.c1ccccc1.[Na+].[Cl-]"
     positions = embed(smiles, count=2)
     fragments = Chem.GetMolFrags(Chem.MolFromSmiles(smiles))
+    assert (len(positions), len(fragments)) == (2, 4)
     for conformer in positions:
         for k, first in enumerate(fragments):
             for second in fragments[k + 1 :]:

@@ -1,4 +1,4 @@
-"""Descriptors are RDKit's own, in its order, and what cannot be computed is said."""
+"""Descriptors are RDKit's own, in its order; those that cannot be computed are NaN."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fast featurizer gives the codes that the written vocabularies give, looked up the slow way."""
+"""The fast featurizer gives the same codes as looking up every value in the published vocabularies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moleblend_ray.chemistry.features import (
 from moleblend_ray.chemistry.samples import make_samples
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 
-# OGB 1.3.6: each list as published, the last entry standing for everything else.
+# OGB 1.3.6: each list as published; the last entry stands for all other values.
 ELEMENTS = [*range(1, 119), "misc"]
 CHIRALITIES = ["CHI_UNSPECIFIED", "CHI_TETRAHEDRAL_CW", "CHI_TETRAHEDRAL_CCW", "CHI_OTHER", "misc"]
 DEGREES = [*range(11), "misc"]
@@ -134,7 +134,9 @@ def test_odd_molecules_get_the_published_codes(smiles: str) -> None:
 
 
 def test_drug_like_molecules_get_the_published_codes() -> None:
-    for sample in make_samples(60, seed=3, num_processes=1):
+    samples = list(make_samples(60, seed=3, num_processes=1))
+    assert len(samples) == 60
+    for sample in samples:
         assert_same_codes(Chem.MolFromSmiles(sample.smiles))
 
 
@@ -184,7 +186,7 @@ def test_undecided_double_bond_stereo_has_its_own_code() -> None:
 
 
 def test_many_molecules_at_once_give_each_its_own_arrays() -> None:
-    # Between known ones, molecules whose binary form has parts that only the getters read.
+    # Some of these molecules have parts in their binary form that only the getters read.
     mols = [
         Chem.MolFromSmiles(text) for text in ("CO", "[CH3:1]O", "c1ccccc1", "*C", "C" * 300, "CN")
     ]

@@ -1,4 +1,4 @@
-"""A child process that is ended at its deadline, replaced after a crash, and never outlives its parent."""
+"""The child process is killed at its deadline, replaced after a crash, and never outlives its parent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moleblend_ray.chemistry.killable import (
     WorkerTimeoutError,
 )
 
-# Answers with what `eval` makes of the request; `sum(range(10**12))` keeps the interpreter to itself for ever.
+# Answers with the result of `eval`; `sum(range(10**12))` blocks the interpreter practically for ever.
 PROGRAM = "import os, signal, time; from moleblend_ray.chemistry.killable import serve; serve(eval)"
 
 
@@ -31,7 +31,7 @@ def worker() -> Iterator[KillableWorker]:
 
 
 def is_running(pid: int) -> bool:
-    """False for a zombie, too."""
+    """Whether the process runs; not so for a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"

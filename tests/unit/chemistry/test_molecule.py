@@ -1,4 +1,4 @@
-"""Every kind of source record, good and bad: a molecule, or a rejection that says why. Never an exception."""
+"""Every kind of source record gives a molecule, or a rejection that says why; never an exception."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_canonical_order_moves_coordinates_and_hydrogens_with_their_atoms() -> N
 
 
 def bond_lengths(molecule: Molecule) -> list[tuple[tuple[int, ...], float]]:
-    """Each bond's elements and length: equal only if coordinates went along with their atoms."""
+    """Elements and length of each bond: equal only if the coordinates stayed with their atoms."""
     elements = molecule.atom_features[:, 0]
     pairs = molecule.positions[0][molecule.bonds]
     lengths = np.linalg.norm(pairs[:, 0] - pairs[:, 1], axis=-1).round(4)
@@ -545,7 +545,7 @@ def test_records_at_once_have_the_outcomes_that_each_has_alone() -> None:
 
 
 def assert_sound(outcome: Outcome) -> None:
-    """What every outcome promises, whatever came in."""
+    """Check what is guaranteed for every outcome, whatever the input."""
     if isinstance(outcome, Rejection):
         assert outcome.detail
         outcome.detail.encode()

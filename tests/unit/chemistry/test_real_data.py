@@ -1,4 +1,4 @@
-"""Claims that only real molecules can support; skipped where they are not beside the project."""
+"""Claims that need real molecules; skipped if these are not beside the project."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_every_pcqm4mv2_row_featurizes_with_its_coordinates(shared_data: Path) -
         assert isinstance(molecule, Molecule)
         assert molecule.conformer_status is ConformerStatus.SOURCE
         assert molecule.position_mask.all()
-        # Heavy atoms come in the source's order, with their own coordinates.
+        # Heavy atoms are in the source's order, with their own coordinates.
         heavy = np.asarray(row.atomic_numbers) > 1
         kept = molecule.atom_features[:, 0] > 0
         expected = np.asarray(row.positions, dtype=np.float32).reshape(-1, 3)[heavy]
@@ -84,7 +84,7 @@ def test_every_pcqm4mv2_row_featurizes_with_its_coordinates(shared_data: Path) -
 
 
 def test_smiles_and_geometry_give_the_same_codes(shared_data: Path) -> None:
-    """But for 4 medium rings, whose double bond is E in the source's SMILES and Z in its geometry (or vice versa)."""
+    """Except for 4 medium rings, whose double bond is E in the source's SMILES and Z in its geometry, or vice versa."""
     rows = geometry_rows(shared_data / "pcqm4mv2_2k.parquet")
     different = [
         row
@@ -125,6 +125,7 @@ def test_heavy_atom_geometry_gives_the_graph_of_the_smiles_and_at_least_its_ster
 def test_sdf_record_and_table_row_of_one_molecule_agree(shared_data: Path) -> None:
     records = sdf_records(shared_data / "cascade_dft8k.sdf.gz", limit=1000)
     rows = geometry_rows(shared_data / "cascade_dft8k.parquet", limit=1000)
+    assert len(rows) == 1000
     for record, row in zip(records, rows, strict=True):
         from_record = molecule_from_molblock(record, CANONICAL)
         from_row = molecule_from_geometry(row, CANONICAL)

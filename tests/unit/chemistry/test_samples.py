@@ -56,6 +56,7 @@ def test_the_class_label_has_both_values_and_marks_sulfonamides(
 def test_processes_change_only_the_speed() -> None:
     alone = list(make_samples(100, seed=5, num_processes=1))
     together = list(make_samples(100, seed=5, num_processes=2))
+    assert len(alone) == 100
     for first, second in zip(alone, together, strict=True):
         assert first.mol_id == second.mol_id
         assert first.smiles == second.smiles
@@ -84,7 +85,7 @@ def test_rows_are_the_molecules_of_their_smiles(table_path: Path) -> None:
         assert sorted(map(tuple, from_row.atom_features[:, columns].tolist())) == sorted(
             map(tuple, from_smiles.atom_features[:, columns].tolist())
         )
-        # Geometry settles stereocentres the SMILES leaves open; the rest agree to the last code.
+        # The geometry decides stereocentres that the SMILES leaves open; all other codes agree.
         num_same += from_row.smiles == from_smiles.smiles
     assert num_same > 20
 

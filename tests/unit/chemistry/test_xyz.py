@@ -1,4 +1,4 @@
-"""Files of QM9: properties with their units, and bonds found again from geometry and SMILES."""
+"""Files of QM9: properties with their units, and bonds derived from geometry and SMILES."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def row_of(record: XyzRecord) -> GeometryRow:
 
 
 def embedded(smiles: str, *, shuffle: bool, label: str | None = None) -> XyzRecord:
-    """An RDKit geometry of the molecule, hydrogens included, its atoms in another order if asked for."""
+    """A geometry of the molecule by RDKit, with hydrogens; with ``shuffle``, its atoms in another order."""
     mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
     assert rdDistGeom.EmbedMolecule(mol, randomSeed=7) == 0
     order = np.arange(mol.GetNumAtoms())
@@ -163,6 +163,7 @@ def test_the_bonds_of_real_molecules_are_found_again(shared_data: Path) -> None:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(shared_data / "qm9.parquet").read_row_group(7).slice(0, 400)
+    assert table.num_rows == 400
     for row in table.to_pylist():
         known = GeometryRow(*(row[name] for name in GeometryRow._fields[:-1]))
         record = XyzRecord(

@@ -1,4 +1,4 @@
-"""Archives and compressed files: streamed, bounded, never unpacked, and refused when they are made to harm."""
+"""Archives and compressed files are streamed in bounded memory and never unpacked; malicious ones are rejected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from moleblend_ray.chemistry.molecule import SmilesText
+from moleblend_ray.chemistry.molecule import MolBlock, SmilesText
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources import (
     ColumnConfig,
@@ -122,6 +122,27 @@ def test_the_members_of_a_zip_are_one_table(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(zipped(FILES))
     assert smiles_and_labels(tmp_path / "set.zip") == [("C", 1.0), ("CC", 2.0), ("CCC", 3.0)]
     assert smiles_and_labels(f"{tmp_path}/set.zip!*/b.csv.gz") == [("CCC", 3.0)]
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_a_member_without_a_line_end_does_not_run_into_the_next(
+    tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes]
+) -> None:
+    path = tmp_path / ("set.tar" if pack is tar else "set.zip")
+    path.write_bytes(pack({"a.csv": b"smiles,y\nC,1\nCC,2", "b.csv": b"smiles,y\nCCC,3"}))
+    assert smiles_and_labels(path) == [("C", 1.0), ("CC", 2.0), ("CCC", 3.0)]
+    for number, tail in enumerate(("\n", "\n$$$$", "\n$$$$\n")):
+        entries = {f"{i}.sdf": (METHANE.format(title=f"m{i}", mu=i)).encode() for i in range(3)}
+        cut = {
+            name: text.removesuffix(b"\n\n$$$$\n") + tail.encode() for name, text in entries.items()
+        }
+        sdf = tmp_path / f"sdf{number}{path.suffix}"
+        sdf.write_bytes(pack(cut))
+        records = records_of(sdf)
+        assert [record.labels[0] for record in records] == [0.0, 1.0, 2.0]
+        blocks = [record.content for record in records]
+        assert all(isinstance(block, MolBlock) for block in blocks)
+        assert [str(block.block).splitlines()[0] for block in blocks] == ["m0", "m1", "m2"]
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -324,7 +345,7 @@ def test_reading_takes_the_memory_of_a_chunk_whatever_the_size_of_the_file(
             tracemalloc.stop()
 
     small, large = peak(30_000), peak(120_000)
-    # 27 MB of text against 7 MB; what grows a little is the window of compressed bytes.
+    # 27 MB of text against 7 MB; only the window of compressed bytes grows a little.
     assert large < 1.25 * small
     assert large < 14 << 20
 

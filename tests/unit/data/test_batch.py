@@ -1,4 +1,4 @@
-"""Micro-batches: cut by size, packed in one buffer, read without copying, checked on arrival."""
+"""Micro-batches: sorted by size, packed into one buffer, read without copying, checked when they arrive."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relations_support import bond_degrees
 from synthetic import random_block
 
 from moleblend_ray.data.batch import (
@@ -23,7 +24,7 @@ from moleblend_ray.data.batch import (
 )
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.relations.topology import bond_degrees, topology
+from moleblend_ray.relations.topology import topology
 
 ARRAYS = [item.name for item in fields(MicroBatch) if item.name not in ("step", "stream", "index")]
 
@@ -51,7 +52,9 @@ def test_micro_batches_ascend_in_size_and_hold_each_molecule_once(
 
 
 def test_micro_batches_carry_the_molecules_and_their_relations(block: MoleculeBlock) -> None:
-    for micro in build_micro_batches(block, 0, 0, 7):
+    micro_batches = build_micro_batches(block, 0, 0, 7)
+    assert sum(map(len, micro_batches)) == 30
+    for micro in micro_batches:
         own = block.take(micro.molecule_ids)
         relations = topology(own.num_atoms, own.num_bonds, own.bonds, own.bond_features)
         assert np.array_equal(micro.num_atoms, own.num_atoms)
@@ -84,6 +87,23 @@ def test_a_molecule_with_damaged_bonds_is_named_before_it_is_packed(block: Molec
         build_steps(dataclasses.replace(block, bonds=bonds), range(3), 0, 4)
     with pytest.raises(DataError, match="bond arrays do not fit"):
         build_steps(dataclasses.replace(block, bonds=bonds[:-1]), range(3), 0, 4)
+
+
+def test_degrees_count_the_neighbours_of_each_atom() -> None:
+    block = random_block(np.random.default_rng(0), 1)
+    molecules = dataclasses.replace(
+        block,
+        molecule_ids=np.arange(3),
+        num_atoms=np.array([1, 2, 3], np.int32),
+        num_bonds=np.array([0, 1, 2], np.int32),
+        atom_features=np.zeros((6, 9), np.uint8),
+        bonds=np.array([[1, 0], [0, 1], [1, 2]], np.uint16),
+        bond_features=np.zeros((3, 3), np.uint8),
+        positions=np.zeros((6, 3), np.float32),
+        position_mask=np.zeros(6, bool),
+    )
+    (micro,) = build_micro_batches(molecules, 0, 0, 3)
+    assert micro.degrees.tolist() == [0, 1, 1, 1, 2, 1]
 
 
 def test_degrees_saturate_at_255() -> None:

@@ -1,4 +1,4 @@
-"""Blocks of molecules: what shard rows become, and how rows are chosen from them."""
+"""Blocks of molecules: made from rows of shards, and rows selected from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from synthetic import random_block, shard_table
 
-from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.block import GraphColumns, MoleculeBlock, block_from_table, gather
 from moleblend_ray.errors import DataError
 
 
@@ -48,8 +48,9 @@ def test_taken_molecules_follow_the_given_order_and_may_repeat(block: MoleculeBl
 
 def test_conformer_draw_is_taken_modulo_the_number_of_conformers(block: MoleculeBlock) -> None:
     conformers = np.array([1, 2, 3] * 4)
-    draw = np.arange(12) + 100
-    found = block_from_table(shard_table(block, conformers), block.molecule_ids, draw)
+    rows, draw = np.arange(12), np.arange(12) + 100
+    columns = GraphColumns.from_table(shard_table(block, conformers))
+    found = gather([columns], np.zeros_like(rows), rows, block.molecule_ids, draw)
     moved = np.repeat(draw % conformers, block.num_atoms)[:, None].astype(np.float32)
     assert np.array_equal(found.positions, block.positions + moved)
     assert np.array_equal(found.position_mask, block.position_mask)

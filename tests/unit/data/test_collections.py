@@ -1,4 +1,4 @@
-"""Published collections, as they are downloaded: joined, labelled with units, checked, and prepared."""
+"""Published collections as they are downloaded: joined, labelled with units, checked and prepared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from rdkit import Chem
 
 from moleblend_ray.chemistry.samples import SampleMolecule, make_samples
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import Manifest
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.sources.published import read_exclusions
@@ -36,7 +39,7 @@ def samples() -> list[SampleMolecule]:
 
 
 def mol_of(sample: SampleMolecule) -> Chem.Mol:
-    """With its conformer."""
+    """The molecule of a sample, with its conformer."""
     mol = Chem.RWMol()
     for number, charge in zip(sample.atomic_numbers, sample.formal_charges, strict=True):
         atom = Chem.Atom(int(number))
@@ -54,7 +57,7 @@ def mol_of(sample: SampleMolecule) -> Chem.Mol:
 
 
 def flat(smiles: str) -> str:
-    """Without stereo, of which a geometry may have more than its SMILES."""
+    """The SMILES without stereo, as a geometry may have more stereo than its SMILES."""
     mol = Chem.MolFromSmiles(smiles)
     Chem.RemoveStereochemistry(mol)
     return Chem.MolToSmiles(mol)
@@ -80,16 +83,16 @@ def tar_of(files: dict[str, bytes], pack: Callable[[bytes], bytes]) -> bytes:
 
 
 def convert(source: Path | str, out: Path, rows_per_chunk: int = 4) -> Manifest:
-    """``prepare`` in this process."""
+    """Run ``prepare`` in this process."""
     options = ConvertOptions(rows_per_chunk=rows_per_chunk, valid_fraction=0.0)
     sources = inspect_sources(find_sources(str(source)), options.columns)
-    begin(str(out), sources, options)
+    claim_output(str(out), sources, options)
     receipts = [
         convert_chunk(chunk, layout, sources.labels, options, str(out))
         for index, layout in enumerate(sources.layouts)
         for chunk in read_chunks(layout, index, rows_per_chunk)
     ]
-    return finish(str(out), sources, options, receipts)
+    return write_manifest(str(out), sources, options, receipts)
 
 
 def molecules(out: Path, manifest: Manifest, split: str = "train") -> pa.Table:
@@ -152,8 +155,13 @@ def test_pcqm4mv2_joins_geometry_with_labels_and_keeps_the_other_rows(
             np.testing.assert_allclose(
                 np.sort(positions), np.sort(samples[index].positions.ravel()), atol=5e-5
             )
-    splits = read_split_file(str(source / "pcqm4m-v2.zip")).counts()
-    assert splits == {"train": NUM_WITH_GEOMETRY, "valid": 1, "test-dev": 1, "test-challenge": 1}
+    splits = read_split_file(str(source / "pcqm4m-v2.zip")).by_row or {}
+    assert {name: len(rows) for name, rows in splits.items()} == {
+        "train": NUM_WITH_GEOMETRY,
+        "valid": 1,
+        "test-dev": 1,
+        "test-challenge": 1,
+    }
 
 
 def test_pcqm4mv2_may_be_unpacked_and_each_file_is_a_source_alone(
@@ -167,7 +175,7 @@ def test_pcqm4mv2_may_be_unpacked_and_each_file_is_a_source_alone(
     both = convert(folder, tmp_path / "both")
     joined = molecules(tmp_path / "both", both)
     expected = molecules(tmp_path / "p", convert(packed, tmp_path / "p"))
-    energies = ["conformer_energies"]  # NaN, which equals nothing
+    energies = ["conformer_energies"]  # NaN, which is not equal to NaN
     assert joined.drop_columns(energies).equals(expected.drop_columns(energies))
     table = convert(packed / "pcqm4m-v2.zip", tmp_path / "table")
     assert (table.counts.rows_in, table.counts.with_coordinates) == (NUM_MOLECULES, 0)
@@ -228,7 +236,7 @@ SMALL = ["C", "CO", "C1CN1", "NC=O", "CC#N", "c1cc[nH]c1", "OCC=O", "C[NH2+]CC([
 
 
 def qm9_files() -> dict[str, bytes]:
-    """Files in the layout of dsgdb9nsd.xyz.tar.bz2, of RDKit geometries and made-up properties."""
+    """Files in the layout of dsgdb9nsd.xyz.tar.bz2, with geometries by RDKit and invented properties."""
     from rdkit.Chem import rdDistGeom
 
     files = {}
@@ -364,8 +372,15 @@ def test_titles_that_are_not_the_ids_of_their_rows_are_refused(
 # --- MoleculeNet ------------------------------------------------------------------------------------
 
 BACE = "mol,CID,Class,Model,pIC50,MW"
-ESOL = "Compound ID,ESOL predicted log solubility in mols per litre,Minimum Degree,Molecular Weight,Number of H-Bond Donors,Number of Rings,Number of Rotatable Bonds,Polar Surface Area,measured log solubility in mols per litre,smiles"
-TOX21 = "NR-AR,NR-AR-LBD,NR-AhR,NR-Aromatase,NR-ER,NR-ER-LBD,NR-PPAR-gamma,SR-ARE,SR-ATAD5,SR-HSE,SR-MMP,SR-p53,mol_id,smiles"
+ESOL = (
+    "Compound ID,ESOL predicted log solubility in mols per litre,Minimum Degree,Molecular Weight,"
+    "Number of H-Bond Donors,Number of Rings,Number of Rotatable Bonds,Polar Surface Area,"
+    "measured log solubility in mols per litre,smiles"
+)
+TOX21 = (
+    "NR-AR,NR-AR-LBD,NR-AhR,NR-Aromatase,NR-ER,NR-ER-LBD,NR-PPAR-gamma,"
+    "SR-ARE,SR-ATAD5,SR-HSE,SR-MMP,SR-p53,mol_id,smiles"
+)
 
 
 @pytest.mark.parametrize(

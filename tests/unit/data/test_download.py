@@ -1,4 +1,4 @@
-"""Downloads: resumed where they broke off, verified before they appear, and never led astray by a server."""
+"""Downloads are resumed where they broke off and verified before they appear; malicious servers do no harm."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS = TransferOptions(timeout_s=0.5, attempts=3, first_wait_s=0.01)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves ``files`` with ranges and ETags; the first requests get what ``surprises`` do instead."""
+    """Serves ``files`` with ranges and ETags; the first requests are answered by ``surprises`` instead."""
 
     daemon_threads = True
 
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[:stop_after])
 
     def start_of(self, content: bytes) -> int | None:
-        """First byte asked for, None for the whole."""
+        """First byte of the requested range; None if the whole file is requested."""
         asked = self.headers.get("Range")
         if asked is None or not self.server.with_ranges:
             return None
@@ -362,7 +362,7 @@ def test_a_server_that_stalls_is_given_up_and_asked_again(
     start_s = time.monotonic()
     fetch(file_of(f"{server.base}/data/set.csv"), tmp_path)
     assert time.monotonic() - start_s < 1.5
-    # What trickled in was rubbish: continued, found wrong, and fetched anew.
+    # What had arrived was wrong: it is continued, found to be wrong, and downloaded again.
     assert len(server.requests) == (2 if slowly is hangs else 3)
     assert (tmp_path / "set.csv").read_bytes() == CONTENT
 

@@ -1,4 +1,4 @@
-"""Files from elsewhere can neither lead out of their folders nor fill the machine; see docs/security.md."""
+"""Files from elsewhere can neither refer to files outside their folders nor fill the machine; see docs/security.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.sources import archives
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.training.commits import COMMIT_FORMAT, COMMIT_NAME, read_commit, step_uri

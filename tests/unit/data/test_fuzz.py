@@ -1,4 +1,4 @@
-"""Whatever stands in a record, the job goes on and every row is accounted for."""
+"""Whatever a record contains, the job continues and every row is accounted for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_getters
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 
@@ -23,16 +26,16 @@ def test_damaged_and_hostile_records_are_all_accounted_for(tmp_path: Path) -> No
     rows = write_sources(source, 2000, seed=1)
     options = ConvertOptions(rows_per_chunk=400)
     sources = inspect_sources(find_sources(str(source)), options.columns)
-    begin(str(out), sources, options)
+    claim_output(str(out), sources, options)
     receipts = [
         convert_chunk(chunk, layout, sources.labels, options, str(out))
         for index, layout in enumerate(sources.layouts)
         for chunk in read_chunks(layout, index, options.rows_per_chunk)
     ]
-    finish(str(out), sources, options, receipts)
+    write_manifest(str(out), sources, options, receipts)
     assert accounting_errors(out, rows) == []
     counts = load_manifest(str(out)).counts
-    # The corpus is worth something: much is still a molecule, and the rest is turned away for many reasons.
+    # The corpus covers much: many records are still molecules, and the others are rejected for many reasons.
     assert counts.rows_out > 150
     assert len(counts.quarantined_by_reason) >= 6
 

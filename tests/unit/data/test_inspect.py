@@ -1,4 +1,4 @@
-"""A look at a prepared data set tells what is in it, and what is wrong with its files."""
+"""Inspecting a prepared data set shows its contents, and what is wrong with its files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,16 @@ from rich.console import Console
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.inspect import DataSetReport, UnfinishedReport, inspect_data_set
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.inspect import show_report
+from moleblend_ray.orchestration.terminal import json_text
 
 TABLE = (
     "smiles,id,y\nCCO,a,1\nc1ccccc1O,b,>10\nC1CC,c,3\n,d,4\nCCN,e,\nC[Si](C)(C)C,f,6\nC1CCCCC,g,7\n"
@@ -39,13 +43,13 @@ def prepare(folder: Path, *, finished: bool) -> str:
         valid_fraction=0.0,
     )
     sources = inspect_sources(find_sources(str(source)), options.columns)
-    begin(out, sources, options)
+    claim_output(out, sources, options)
     (layout,) = sources.layouts
     chunks = list(read_chunks(layout, 0, options.rows_per_chunk))
     done = chunks if finished else chunks[:1]
     receipts = [convert_chunk(chunk, layout, sources.labels, options, out) for chunk in done]
     if finished:
-        finish(out, sources, options, receipts)
+        write_manifest(out, sources, options, receipts)
     return out
 
 
@@ -59,10 +63,7 @@ def shown(uri: str, **settings: object) -> str:
     screen = io.StringIO()
     config = InspectConfig(data=uri, **settings)  # type: ignore[arg-type]
     report = inspect_data_set(uri, verify=config.verify, num_examples=config.examples)
-    found = show_report(report, config)
-    if isinstance(found, str):
-        return found
-    Console(file=screen, width=100).print(found)
+    Console(file=screen, width=100).print(show_report(report))
     return screen.getvalue()
 
 
@@ -153,7 +154,7 @@ def test_the_report_for_people_shows_what_they_look_for(prepared: str) -> None:
     text = shown(prepared)
     for part in (
         "7 rows in = 4 molecules out + 3 quarantined",
-        "atoms a molecule: 3 to 7, mean 4.5",
+        "atoms per molecule: 3 to 7, mean 4.5",
         "Si 25 %",
         "unparsable_smiles",
         "C1CCCCC",
@@ -168,7 +169,7 @@ def test_damage_stands_at_the_end_of_the_report(prepared: str) -> None:
 
 
 def test_json_holds_the_whole_report(prepared: str) -> None:
-    assert json.loads(shown(prepared, format="json")) == json.loads(
+    assert json.loads(json_text(report_of(prepared))) == json.loads(
         json.dumps(to_dict(report_of(prepared)))
     )
 

@@ -1,4 +1,4 @@
-"""Tables shared by the processes of a machine: made once, bounded, whole or not there, gone when nobody uses them."""
+"""Tables shared by the processes of a machine: made once, bounded, never incomplete, removed after the last use."""
 
 from __future__ import annotations
 

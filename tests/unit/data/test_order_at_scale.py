@@ -1,8 +1,8 @@
-"""The data order keeps its promises at 10^11 molecules and 4,096 workers, where no test can list a whole epoch.
+"""The guarantees of the data order hold at 10^11 molecules and 4,096 workers, where no test can list a whole epoch.
 
-What is shown instead: the way from position to molecule can be walked backwards, so no two positions share a molecule and
-no molecule is left out; whole windows are listed and cover whole chunks; small collections are listed to the last row
-with the same code.
+Instead, these tests show that the mapping from position to molecule can be inverted, so that no two positions share a
+molecule and no molecule is left out. They list whole windows, which cover whole chunks, and with the same code all rows
+of small collections.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from moleblend_ray.relations.hashing import keyed_hash
 
 Molecules = NDArray[np.int64]
 
-# Neither chunks nor windows divide it: the last ones are short.
+# Not a multiple of chunks or windows: the last ones are shorter.
 PLANET = 10**11 + 7
 WORKERS = 4096
 EPOCHS = 3
@@ -40,7 +40,7 @@ def planet(num_molecules: int = PLANET, **changes: int) -> DataOrder:
 
 
 def position_of(data: DataOrder, epoch: Molecules, molecule: Molecules) -> Molecules:
-    """Where each molecule stands in the given epoch: the order's two steps undone in turn."""
+    """The position of each molecule in the given epoch: the inverse of the order's two steps."""
     config, total = data.config, data.num_molecules
     chunks = -(-total // config.chunk_rows)
     missing = chunks * config.chunk_rows - total  # rows that the last chunk lacks
@@ -57,7 +57,7 @@ def position_of(data: DataOrder, epoch: Molecules, molecule: Molecules) -> Molec
 
 
 def sampled(total: int, count: int, seed: int) -> Molecules:
-    """Random numbers below ``total``, with both of its ends."""
+    """Random numbers below ``total``, including the smallest and the largest."""
     ends = np.r_[np.arange(3000), total - 3000 + np.arange(3000)]
     return np.unique(np.r_[ends, np.random.default_rng(seed).integers(0, total, count)])
 
@@ -119,11 +119,16 @@ def test_windows_of_a_planet_hold_each_row_of_their_chunks_once() -> None:
         molecules = np.sort(data.molecules_at(PLANET + offsets))
         assert (np.diff(molecules) > 0).all()
         chunks, firsts, counts = np.unique(molecules // rows, return_index=True, return_counts=True)
-        # Rows of one chunk are a run without gaps, and only the two at the window's ends are cut.
+        # The rows of a chunk are consecutive, and only the two chunks at the ends of the window are cut.
         assert np.array_equal(molecules[firsts + counts - 1] - molecules[firsts], counts - 1)
         full = np.where(chunks == last_chunk, PLANET - last_chunk * rows, rows)
         assert (counts != full).sum() <= 2
         assert len(chunks) <= -(-len(offsets) // rows) + 2
+
+
+def steps_per_epoch(data: DataOrder) -> int:
+    """Steps after which every molecule was seen at least once; the last one may reach into the next epoch."""
+    return -(-data.num_molecules // data.config.global_batch_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 60, 1024, 2048, WORKERS])
@@ -132,8 +137,9 @@ def test_workers_share_a_step_evenly_without_overlap(world_size: int, border: bo
     streams = WORKERS if WORKERS % world_size == 0 else 5040
     data = planet(global_batch_size=4 * streams, num_streams=streams)
     step = 2 * PLANET // data.config.global_batch_size if border else 123_456
-    assert (data.epoch(step) != data.epoch(step + 1)) == border
-    batches = [data.stream_batch(step, stream) for stream in range(streams)]
+    size = data.config.global_batch_size
+    assert (step * size // PLANET != (step + 1) * size // PLANET) == border
+    batches = [data.stream_batches(step, 1, stream)[0] for stream in range(streams)]
     ranks = [np.concatenate(batches[rank::world_size]) for rank in range(world_size)]
     assert {len(rank) for rank in ranks} == {data.config.global_batch_size // world_size}
     together = np.concatenate(ranks)
@@ -159,8 +165,8 @@ def test_every_molecule_comes_once_an_epoch_over_all_streams(
     data = planet(
         molecules, global_batch_size=batch, num_streams=streams, shuffle_window=window, chunk_rows=chunk,
     )  # fmt: skip
-    steps = EPOCHS * data.steps_per_epoch
-    # (stream, step, row) -> the global sequence, by what the order promises of positions.
+    steps = EPOCHS * steps_per_epoch(data)
+    # (stream, step, row) -> the global sequence of positions.
     by_stream = np.stack([data.stream_batches(0, steps, stream) for stream in range(streams)])
     sequence = by_stream.transpose(1, 0, 2).reshape(-1)
     whole = len(sequence) // molecules
@@ -177,7 +183,7 @@ def test_epochs_of_a_planet_have_unrelated_orders() -> None:
     orders = np.stack([data.molecules_at(epoch * PLANET + offsets) for epoch in range(5)])
     correlation = np.corrcoef(orders) - np.eye(5)
     assert np.abs(correlation).max() < 5 / np.sqrt(len(offsets))
-    # Of 48 million chunks, 32 make a window; that two epochs begin with a common one is 1 in 50,000.
+    # A window has 32 of 48 million chunks; the chance that two epochs begin with a common chunk is 1 in 50,000.
     begins = [
         set(data.molecules_at(epoch * PLANET + np.arange(65536)) // 2048) for epoch in range(5)
     ]
@@ -211,15 +217,17 @@ def test_a_step_mixes_all_chunks_of_its_window() -> None:
     for step in range(8):
         chunks = np.array([numbers[chunk] for chunk in data.global_batch(step) // 2048])
         counts = np.bincount(chunks, minlength=len(numbers))
-        # Drawn without repeats, so they scatter less than a chi-squared: 256 of each on average.
+        # Drawn without replacement, so the counts, 256 on average, vary less than chi-squared.
         assert np.abs(counts - 256).max() < 5 * np.sqrt(256)
 
 
 def test_no_stream_is_given_a_part_of_the_collection() -> None:
     data = planet()
-    steps = np.random.default_rng(2).integers(0, EPOCHS * data.steps_per_epoch, 400)
+    steps = np.random.default_rng(2).integers(0, EPOCHS * steps_per_epoch(data), 400)
     streams = (0, 1, 2047, 2048, 4095)
-    seen = np.stack([np.concatenate([data.stream_batch(s, v) for s in steps]) for v in streams])
+    seen = np.stack(
+        [np.concatenate([data.stream_batches(s, 1, v)[0] for s in steps]) for v in streams]
+    )
     for molecules in seen:
         # Rows of a step share 32 chunks, so steps and not rows are the independent draws.
         means = molecules.reshape(len(steps), -1).mean(axis=1) / PLANET
@@ -238,9 +246,9 @@ def peak_bytes(data: DataOrder, step: int) -> int:
 
 
 def test_memory_of_a_batch_does_not_grow_with_the_collection() -> None:
-    # The last step of the first epoch each time, so that both hold an epoch's border.
+    # The last step of the first epoch in both cases, so that both contain an epoch border.
     small, large = (planet(total, global_batch_size=2**15) for total in (10**5 + 7, PLANET))
-    peaks = [peak_bytes(data, data.steps_per_epoch - 1) for data in (small, large)]
+    peaks = [peak_bytes(data, steps_per_epoch(data) - 1) for data in (small, large)]
     assert peaks[0] > 8 * 2**15, "the measurement sees NumPy's arrays"
     assert peaks[1] < 1.1 * peaks[0]
     assert peaks[1] < 256 * 2**15

@@ -1,4 +1,4 @@
-"""Writer: chunks become the same files every time, every row is accounted for, and no half work counts."""
+"""Converting chunks gives the same files every time; every row is accounted for, and unfinished work is not used."""
 
 from __future__ import annotations
 
@@ -19,17 +19,13 @@ from moleblend_ray.chemistry import conformers
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data import storage
+from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.block import block_from_table
-from moleblend_ray.data.shard_writer import (
-    ConvertOptions,
-    Receipt,
-    begin,
-    convert_chunk,
-    featurize_chunk,
-    finish,
-    finished_manifest,
-    receipt_uri,
-)
+from moleblend_ray.data.claim import claim_output, finished_manifest
+from moleblend_ray.data.dataset_files import receipt_uri
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.receipts import Receipt
+from moleblend_ray.data.shard_writer import convert_chunk, featurize_chunk
 from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
 from moleblend_ray.data.sources import (
     ColumnConfig,
@@ -69,9 +65,9 @@ def plan(source: Path | str, **options: object) -> tuple[SourceSet, ConvertOptio
 def convert(
     source: Path | str, out: Path | str, converted: list[int] | None = None, **options: object
 ) -> Manifest:
-    """The whole job in this process; ``converted`` takes the chunks that had to be."""
+    """Run the whole job in this process; the chunks that are converted are appended to ``converted``."""
     sources, chosen = plan(source, **options)
-    done = begin(str(out), sources, chosen)
+    done = claim_output(str(out), sources, chosen)
     receipts = []
     for index, layout in enumerate(sources.layouts):
         for chunk in read_chunks(layout, index, chosen.rows_per_chunk):
@@ -81,7 +77,7 @@ def convert(
                 if converted is not None:
                     converted.append(chunk.chunk_index)
             receipts.append(receipt)
-    return finish(str(out), sources, chosen, receipts)
+    return write_manifest(str(out), sources, chosen, receipts)
 
 
 def content_of(out: Path) -> dict[str, bytes]:
@@ -232,13 +228,13 @@ def test_a_chunk_gives_the_same_bytes_each_time_and_in_any_order(tmp_path: Path)
     source = write_source(tmp_path / "in")
     sources, options = plan(source, rows_per_chunk=3)
     convert(source, tmp_path / "a", rows_per_chunk=3)
-    begin(str(tmp_path / "b"), sources, options)
+    claim_output(str(tmp_path / "b"), sources, options)
     chunks = list(read_chunks(sources.layouts[0], 0, 3))
     receipts = [
         convert_chunk(chunk, sources.layouts[0], sources.labels, options, str(tmp_path / "b"))
         for chunk in reversed(chunks)
     ]
-    finish(str(tmp_path / "b"), sources, options, receipts)
+    write_manifest(str(tmp_path / "b"), sources, options, receipts)
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
 
 
@@ -262,9 +258,9 @@ def test_the_split_is_a_property_of_the_molecule(tmp_path: Path) -> None:
 
 
 def convert_first(source: Path, out: Path, num_chunks: int, **options: object) -> None:
-    """What a run that was killed after ``num_chunks`` chunks leaves."""
+    """The files of a run that was killed after ``num_chunks`` chunks."""
     sources, chosen = plan(source, **options)
-    begin(str(out), sources, chosen)
+    claim_output(str(out), sources, chosen)
     for chunk in list(read_chunks(sources.layouts[0], 0, chosen.rows_per_chunk))[:num_chunks]:
         convert_chunk(chunk, sources.layouts[0], sources.labels, chosen, str(out))
 
@@ -273,7 +269,7 @@ def test_an_interrupted_run_keeps_good_chunks_and_ends_with_the_same_bytes(tmp_p
     source, out = write_source(tmp_path / "in"), tmp_path / "out"
     convert(source, tmp_path / "whole", rows_per_chunk=2)
     convert_first(source, out, 3, rows_per_chunk=2)
-    # Damage that a receipt must not cover up: one cut short itself, one whose shard was.
+    # One receipt is cut short, and for another one its shard is: neither may count.
     Path(receipt_uri(str(out), 0, 0)).write_text('{"file_index": 0')
     shard = next(out.glob("*/00000-000002.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -295,7 +291,9 @@ def test_a_source_changed_between_two_runs_keeps_equal_chunks_and_nothing_stale(
     source.write_bytes(gzip.compress("\n".join(["smiles", *repaired]).encode()))
     converted: list[int] = []
     manifest = convert(source, out, converted, **options)
-    assert converted == [2, 3], "the last chunk of the repaired file ends without a line end"
+    assert converted == [2], (
+        "only the chunk with another record; a missing last line end makes no difference"
+    )
     assert manifest.counts.rows_in == 8
     assert manifest == convert(source, tmp_path / "fresh", **options)
     assert content_of(out) == content_of(tmp_path / "fresh")
@@ -341,7 +339,7 @@ def test_a_finished_data_set_that_lost_or_changed_files_is_told(tmp_path: Path) 
     (out / second.path).write_bytes(b"PAR1")
     with pytest.raises(
         DataError,
-        match=rf"{first.path} is missing; {second.path} is of 4 bytes, expected {second.num_bytes}\. "
+        match=rf"{first.path} is missing; {second.path} has 4 bytes instead of {second.num_bytes}\. "
         r"Restore them, or delete",
     ):
         finished_manifest(str(out), files, options)
@@ -374,17 +372,17 @@ def test_an_unfinished_data_set_of_other_settings_is_refused(tmp_path: Path) -> 
     source = write_source(tmp_path / "in")
     out = str(tmp_path / "out")
     sources, options = plan(source)
-    begin(out, sources, options)
+    claim_output(out, sources, options)
     other = dataclasses.replace(options, split_seed=5)
     with pytest.raises(ConfigError, match=r"begun otherwise.*options\.split_seed: there 0, now 5"):
-        begin(out, sources, other)
+        claim_output(out, sources, other)
 
 
 def test_files_of_unknown_origin_are_not_overwritten(tmp_path: Path) -> None:
     source = write_source(tmp_path / "in")
     storage.write_bytes(str(tmp_path / "out/train/mine.parquet"), b"")
     with pytest.raises(ConfigError, match="neither a manifest nor a plan"):
-        begin(str(tmp_path / "out"), *plan(source))
+        claim_output(str(tmp_path / "out"), *plan(source))
 
 
 def test_lost_rows_are_never_accepted(tmp_path: Path) -> None:
@@ -401,7 +399,7 @@ def test_lost_rows_are_never_accepted(tmp_path: Path) -> None:
         )
     receipt = convert_chunk(chunk, sources.layouts[0], sources.labels, options, out)
     with pytest.raises(DataError, match="Rows are lost: 11 read"):
-        finish(out, sources, options, [dataclasses.replace(receipt, rows_in=11)])
+        write_manifest(out, sources, options, [dataclasses.replace(receipt, rows_in=11)])
     assert not storage.exists(out + "/manifest.json")
 
 

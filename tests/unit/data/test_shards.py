@@ -1,4 +1,4 @@
-"""Shards and manifest: the documented schema, random access, and damage that does not pass."""
+"""Shards and manifest: the documented schema, random access, and the detection of damage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moleblend_ray.data import shards, storage
-from moleblend_ray.data.block import MoleculeBlock, block_from_table
+from moleblend_ray.data import dataset_files, shards, storage
+from moleblend_ray.data.block import GraphColumns, MoleculeBlock, gather
 from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import Counts, LabelInfo, Manifest, ShardInfo, ShardReader
 from moleblend_ray.errors import DataError
@@ -88,7 +88,7 @@ def write_dataset(uri: str) -> tuple[Manifest, pa.Table]:
         infos.append(shard_info(path, split, num_rows, content))
         tables.append(table)
     manifest = make_manifest(infos)
-    storage.write_json(storage.join(uri, shards.MANIFEST_NAME), manifest.to_json())
+    storage.write_json(storage.join(uri, dataset_files.MANIFEST_NAME), manifest.to_json())
     return manifest, pa.concat_tables(tables[:3]).combine_chunks()
 
 
@@ -152,12 +152,13 @@ def test_a_block_of_molecules_is_the_block_of_their_rows(tmp_path: Path, cache_b
     reader = ShardReader(
         str(tmp_path), manifest, "train", columns=shards.GRAPH_COLUMNS, cache_bytes=cache_bytes
     )
+    columns = [GraphColumns.from_table(train)]
     rng = np.random.default_rng(0)
     for size in (0, 1, 7, 500):
         positions = rng.integers(0, 265, size)
         draw = rng.integers(0, 5, size)
         found = reader.read_block(positions, draw)
-        expected = block_from_table(train.take(pa.array(positions)), positions, draw)
+        expected = gather(columns, np.zeros_like(positions), positions, positions, draw)
         for item in dataclasses.fields(MoleculeBlock):
             value = getattr(found, item.name)
             assert value.dtype == getattr(expected, item.name).dtype

@@ -1,4 +1,4 @@
-"""Shuffle and deduplication: one order for a seed, every row accounted for, the same bytes after any interruption."""
+"""Shuffle and deduplication: one order per seed, every row accounted for, the same bytes after any interruption."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import count_repeats, finish
-from moleblend_ray.data.plan import ConvertOptions, begin, finished_manifest, remove_work
-from moleblend_ray.data.receipts import Statistics, UnitReceipt, listed, valid_unit_receipts
+from moleblend_ray.data.assembly import count_repeats, write_manifest
+from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
+from moleblend_ray.data.dataset_files import listed
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.receipts import Statistics, UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, ShardReader, load_manifest
 from moleblend_ray.data.shuffle import Exchange, Unit, plan_exchange, run_unit, staged_chunk
@@ -24,21 +26,21 @@ from moleblend_ray.relations.hashing import keyed_hash
 from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
 SMALL = 1
-"""Bytes of memory that leave each chunk a group of its own."""
+"""Bytes of memory with which each chunk becomes a group of its own."""
 LARGE = 1 << 30
 
 
 def prepare(
     source: Path, out: Path, *, memory_bytes: int = LARGE, reverse: bool = False, **changes: Any
 ) -> Manifest:
-    """The whole job in this process, continuing what is there; ``reverse`` takes the units of a pass backwards."""
+    """Run or continue the whole job in this process; with ``reverse``, the units of a pass in reverse order."""
     options = ConvertOptions(**{"rows_per_chunk": 20, "row_group_rows": 8, **changes})
     manifest = finished_manifest(str(out), find_sources(str(source)), options)
     if manifest is not None:
-        remove_work(str(out))
+        remove_work_files(str(out))
         return manifest
     sources = inspect_sources(find_sources(str(source)), options.columns)
-    done = begin(str(out), sources, options)
+    done = claim_output(str(out), sources, options)
     receipts = []
     for index, layout in enumerate(sources.layouts):
         for chunk in read_chunks(layout, index, options.rows_per_chunk):
@@ -58,7 +60,7 @@ def prepare(
         memory_bytes=memory_bytes,
     )
     placed = run_passes(exchange, passes, reverse=reverse)
-    return finish(str(out), sources, options, receipts, placed)
+    return write_manifest(str(out), sources, options, receipts, placed)
 
 
 def run_passes(exchange: Exchange, passes: list[list[Unit]], *, reverse: bool) -> list[UnitReceipt]:
@@ -95,7 +97,7 @@ def alkanes(count: int) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """Two files of 90 and 61 records, one of them no molecule."""
+    """Two files of 90 and 61 records, one of which is not a molecule."""
     folder = tmp_path / "in"
     folder.mkdir()
     lines = [f"{smiles},{row}" for row, smiles in enumerate(alkanes(150))]
@@ -222,11 +224,11 @@ def test_molecules_without_an_inchikey_are_all_kept_and_counted(tmp_path: Path) 
 
 
 class _KilledError(BaseException):
-    """Not to be caught, as a kill is not."""
+    """Like a kill, it cannot be caught as an Exception."""
 
 
 class _Killer:
-    """Lets so many changes of the storage pass, then ends the process that asks for another."""
+    """Allows ``left`` changes of the storage, and ends the process at the next one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None

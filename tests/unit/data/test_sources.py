@@ -1,4 +1,4 @@
-"""Sources: every record is read once, with its id and labels; what cannot be read is named."""
+"""Sources: every record is read once, with its id and labels; errors name what cannot be read."""
 
 from __future__ import annotations
 
@@ -617,6 +617,6 @@ def test_the_sample_of_a_file_with_huge_records_is_bounded(
     ]
     path.write_text("".join(records))
     assert inspected(path).labels == ()
-    # The sample is not all there is: a property that it lacks may be asked for.
+    # A property that is not in the sample may be asked for, as it may come later in the file.
     assert [label.name for label in inspected(path, label_columns=("late",)).labels] == ["late"]
     assert records_of(path, label_columns=("late",))[9].labels.tolist() == [9.0]

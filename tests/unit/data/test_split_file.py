@@ -1,4 +1,4 @@
-"""Split files: every published form gives the same splits, and no file is executed or believed blindly."""
+"""Split files: every published format gives the same splits, and no code in a file is executed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ def by_row(uri: Path | str) -> dict[str, list[int]]:
     assert table.by_id is None
     assert table.by_row is not None
     assert all(rows.dtype == np.int64 for rows in table.by_row.values())
-    assert table.counts() == {name: len(rows) for name, rows in table.by_row.items()}
     return {name: rows.tolist() for name, rows in table.by_row.items()}
 
 
@@ -97,7 +96,6 @@ def test_json_numbers_are_rows_and_texts_are_ids(tmp_path: Path) -> None:
     table = read_split_file(str(tmp_path / "ids.json.gz"))
     assert table.by_row is None
     assert table.by_id == {"a": "train", "b": "train", "c": "test"}
-    assert table.counts() == {"train": 2, "test": 1}
 
 
 def test_npz_and_tables_and_index_files_give_the_same_rows(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Splits: stable by molecule, or exactly those of the source's split file; nothing is put anywhere in silence."""
+"""Splits: the same for the same molecule, or exactly those of the source's split file; nothing is assigned silently."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moleblend_ray.data.assembly import finish
-from moleblend_ray.data.plan import ConvertOptions, begin
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.dataset_files import SPLITS
+from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import SPLITS, Manifest, ShardReader
+from moleblend_ray.data.shards import Manifest, ShardReader
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.splits import UNNAMED, NamedSplits, hashed_splits
 from moleblend_ray.errors import ConfigError, DataError
@@ -24,7 +26,7 @@ TRAIN, VALID, TEST = range(3)
 
 
 def as_before(smiles: list[str], fraction: float, seed: int) -> list[bool]:
-    """The rule of data sets with two splits, in Python's exact arithmetic."""
+    """The rule for data sets with two splits, in exact arithmetic."""
     key = seed.to_bytes(8, "little", signed=True)
     digests = [hashlib.blake2b(text.encode(), digest_size=8, key=key).digest() for text in smiles]
     return [int.from_bytes(digest, "little") < fraction * 2.0**64 for digest in digests]
@@ -75,12 +77,12 @@ def convert(tmp_path: Path, splits: NamedSplits, **options: Any) -> tuple[Manife
         columns=ColumnConfig(id_column="id"), split_file_digest=splits.digest, **options
     )
     sources = inspect_sources(find_sources(str(source)), chosen.columns)
-    begin(str(out), sources, chosen)
+    claim_output(str(out), sources, chosen)
     receipts = [
         convert_chunk(chunk, sources.layouts[0], sources.labels, chosen, str(out), splits)
         for chunk in read_chunks(sources.layouts[0], 0, 2)
     ]
-    return finish(str(out), sources, chosen, receipts), out
+    return write_manifest(str(out), sources, chosen, receipts), out
 
 
 def members(manifest: Manifest, out: Path) -> dict[str, list[str]]:

@@ -1,7 +1,8 @@
-"""Storage: one behaviour on local disk and on an S3 server, clear errors, whole files only."""
+"""Storage: the same behaviour on local disk and on an S3 server, clear errors, no incomplete files."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from moleblend_ray.errors import DataError, StorageError
 
 @pytest.fixture(params=["local", "s3"])
 def base(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty place on each kind of storage."""
+    """An empty directory or prefix on each kind of storage."""
     return str(tmp_path / "base") if request.param == "local" else request.getfixturevalue("s3_uri")
 
 
@@ -61,6 +62,16 @@ def test_upload_download_and_delete(base: str, tmp_path: Path) -> None:
     storage.delete_tree(storage.join(base, "tree"))
     storage.delete_tree(storage.join(base, "tree"))
     assert not storage.exists(storage.join(base, "tree/second"))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run?", "run*"])
+def test_a_name_that_looks_like_a_pattern_deletes_nothing_else(base: str, name: str) -> None:
+    for folder in (name, "run1"):
+        storage.write_bytes(storage.join(base, folder, "sub/shard"), b"x")
+    storage.delete_tree(storage.join(base, name))
+    root = storage.absolute(base)
+    left = [file.uri.removeprefix(root + "/") for file in storage.list_files(base)]
+    assert left == ["run1/sub/shard"]
 
 
 def test_json_is_the_same_bytes_for_equal_values(base: str) -> None:
@@ -128,7 +139,7 @@ def test_unknown_kinds_of_storage_and_empty_uris_are_refused() -> None:
 
 
 def test_a_denied_file_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tests may run as root, whom no mode bits stop.
+    # Tests may run as root, for whom mode bits have no effect.
     def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
@@ -183,6 +194,21 @@ def test_whole_file_systems_and_buckets_are_never_deleted(uri: str, s3_endpoint:
         storage.delete_tree(uri)
 
 
+@pytest.mark.parametrize(
+    ("package", "uri", "message"),
+    [
+        ("gcsfs", "gs://b/x", r"not installed \(pip install 'moleblend-ray\[gcs\]'\)"),
+        ("adlfs", "abfs://b/x", "not installed: Install adlfs"),
+    ],
+)
+def test_storage_whose_software_is_missing_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, package: str, uri: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(StorageError, match=message):
+        storage.read_bytes(uri)
+
+
 def test_joining_uris() -> None:
     assert storage.join("s3://b/p/", "/x/", "y.json") == "s3://b/p/x/y.json"
     assert storage.join("/", "x") == "/x"
@@ -225,5 +251,5 @@ def test_the_client_of_s3_repeats_no_credentials_in_an_error(
 def test_names_are_joined_before_the_query_of_a_web_address(
     uri: str, parts: tuple[str, ...], joined: str
 ) -> None:
-    # A signed link to a file would otherwise answer with that file for whatever is looked for below it.
+    # Otherwise a signed link to a file would return that file for every path below it.
     assert storage.join(uri, *parts) == joined

@@ -1,4 +1,4 @@
-"""Storage behind a proxy that fails: the same bytes, faults that were really given, refusals at once."""
+"""Storage behind a failing proxy: the same bytes, faults that really occurred, no retries of denied requests."""
 
 from __future__ import annotations
 
@@ -51,6 +51,13 @@ def test_a_transient_failure_is_tried_again_and_a_refusal_is_not(
             with pytest.raises(PermissionError):
                 retry.retried("read", "s3://b/k", call)
         assert len(calls) == expected
+
+
+def test_waits_double_up_to_the_longest_and_are_shortened_by_half_at_most() -> None:
+    for num_failures, longest in [(1, 0.2), (2, 0.4), (3, 0.8), (8, 15.0), (100_000, 15.0)]:
+        waits = [retry.backoff_seconds(num_failures, 0.2, 15.0) for _ in range(200)]
+        assert longest / 2 <= min(waits) < 0.6 * longest
+        assert 0.9 * longest < max(waits) <= longest
 
 
 def test_a_budget_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches on their way to a rank: packed as blocks, regrouped into steps, checked on arrival."""
+"""Micro-batches sent to a rank: packed as blocks, regrouped into steps, checked when they arrive."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_micro_batches_built_together_are_packed_without_copying() -> None:
 def stream_blocks(
     num_streams: int, groups: int = 2, group_steps: int = 3, first_step: int = 4
 ) -> list[pa.Table]:
-    """Blocks of the whole stream in order, 6 molecules and 2 micro-batches a (step, stream)."""
+    """Blocks of the whole stream in order, with 6 molecules and 2 micro-batches per (step, stream)."""
     rng = np.random.default_rng(3)
     return [
         pack_block(
@@ -65,7 +65,9 @@ def test_each_rank_gets_every_step_with_its_streams_in_order(world_size: int) ->
 def test_a_step_views_the_memory_of_its_blocks() -> None:
     blocks = stream_blocks(1, groups=1)
     data = np.frombuffer(blocks[0].column("payloads").chunk(0).flatten().buffers()[2], np.uint8)
-    for batch in step_batches(blocks, rank=0, world_size=1, num_streams=1, num_micro=2):
+    steps = list(step_batches(blocks, rank=0, world_size=1, num_streams=1, num_micro=2))
+    assert [len(batch.micro_batches) for batch in steps] == [2, 2, 2]
+    for batch in steps:
         for micro in batch.micro_batches:
             assert np.shares_memory(micro.path_words, data)
             assert np.shares_memory(micro.payload, data)

@@ -16,7 +16,6 @@ from moleblend_ray.chemistry.descriptors import descriptors
 from moleblend_ray.chemistry.fingerprints import ecfp
 from moleblend_ray.evaluation import baselines
 from moleblend_ray.evaluation.baseline_runs import (
-    best_candidate,
     fit_seed,
     fitted_seed,
     tried_settings,
@@ -35,8 +34,7 @@ from moleblend_ray.evaluation.baselines import (
     predict_group,
     validation_scores,
 )
-from moleblend_ray.evaluation.results import Candidate
-from moleblend_ray.evaluation.tasks import Metric, TaskKind, resolve_task
+from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
 
 from .conftest import all_smiles
 
@@ -296,15 +294,6 @@ def test_a_tree_draws_no_more_than_its_share_of_a_large_set(
     # A tree of one molecule predicts its label everywhere: the forest is a mean of labels.
     found = predict(data, BaselineKind.FOREST)
     assert (np.ptp(found, axis=0) < 1e-9).all()
-
-
-def test_the_best_candidate_is_the_first_of_the_best_that_did_not_fail() -> None:
-    candidates = [
-        Candidate(settings={"name": name}, valid_score=value)
-        for name, value in (("a", None), ("b", 0.5), ("c", 0.9), ("d", 0.9), ("e", 0.5))
-    ]
-    assert best_candidate(Metric.ROC_AUC, candidates).settings == {"name": "c"}
-    assert best_candidate(Metric.RMSE, candidates).settings == {"name": "b"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,7 +27,7 @@ from moleblend_ray.evaluation.finetune import (
     predict,
     predict_mean,
 )
-from moleblend_ray.evaluation.layers import depth, freeze_lowest, lr_factors
+from moleblend_ray.evaluation.layerwise_training import depth, freeze_lowest, lr_factors
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     TrainedProperty,

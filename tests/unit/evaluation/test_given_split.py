@@ -9,8 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
-from moleblend_ray.data.shards import SPLITS
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.dataset_files import SPLITS
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
@@ -43,13 +46,13 @@ def prepare(source: str, out: Path, splits: NamedSplits | None = None) -> str:
         columns=ColumnConfig(label_columns=("y",)), rows_per_chunk=4, row_group_rows=2
     )
     sources = inspect_sources(find_sources(source), options.columns)
-    begin(str(out), sources, options)
+    claim_output(str(out), sources, options)
     receipts = [
         convert_chunk(chunk, layout, sources.labels, options, str(out), splits)
         for index, layout in enumerate(sources.layouts)
         for chunk in read_chunks(layout, index, 4)
     ]
-    finish(str(out), sources, options, receipts)
+    write_manifest(str(out), sources, options, receipts)
     return str(out)
 
 

@@ -8,7 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moleblend_ray.data.shard_writer import ConvertOptions, begin, convert_chunk, finish
+from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.dataset import load_labelled
@@ -26,13 +29,13 @@ def prepare(tmp_path: Path) -> Prepare:
         source.write_text(text)
         options = ConvertOptions(columns=ColumnConfig(), rows_per_chunk=3, row_group_rows=2)
         sources = inspect_sources(find_sources(str(source)), options.columns)
-        begin(out, sources, options)
+        claim_output(out, sources, options)
         receipts = [
             convert_chunk(chunk, layout, sources.labels, options, out)
             for index, layout in enumerate(sources.layouts)
             for chunk in read_chunks(layout, index, 3)
         ]
-        finish(out, sources, options, receipts)
+        write_manifest(out, sources, options, receipts)
         return out
 
     return run

@@ -12,7 +12,7 @@ import torch
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.block import GraphColumns, gather
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.ensemble import Member
 from moleblend_ray.evaluation.finetune import predict
@@ -108,7 +108,8 @@ def numbers(table: pa.Table, statistic: str) -> np.ndarray:
 def by_hand(member: Member, table: pa.Table, conformer: int) -> np.ndarray:
     """(M, 2) predictions from one conformer of each molecule, by the loop that fine-tuning uses."""
     rows = np.arange(table.num_rows)
-    block = block_from_table(table, rows, np.full(table.num_rows, conformer))
+    columns, group = GraphColumns.from_table(table), np.zeros_like(rows)
+    block = gather([columns], group, rows, rows, np.full_like(rows, conformer))
     outputs = predict(member.saved.model, block, rows, 4, CPU)
     return member.saved.trained.readout(outputs)
 

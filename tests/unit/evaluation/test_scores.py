@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import mean_absolute_error, mean_squared_error, roc_auc_score
 
-from moleblend_ray.errors import DataError
-from moleblend_ray.evaluation.scores import is_better, score, worst_score
+from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.evaluation.results import Candidate
+from moleblend_ray.evaluation.scores import best_candidate, is_better, score, worst_score
 from moleblend_ray.evaluation.tasks import Metric
 
 
@@ -72,3 +73,18 @@ def test_any_score_beats_the_worst_one_and_equal_scores_beat_nothing(metric: Met
     assert is_better(metric, 0.5, worst_score(metric))
     assert not is_better(metric, 0.5, 0.5)
     assert is_better(metric, 0.6, 0.5) == (metric is Metric.ROC_AUC)
+
+
+def test_the_best_candidate_is_the_first_of_the_best_that_did_not_fail() -> None:
+    candidates = [
+        Candidate(settings={"name": name}, valid_score=value)
+        for name, value in (("a", None), ("b", 0.5), ("c", 0.9), ("d", 0.9), ("e", 0.5))
+    ]
+    assert best_candidate(Metric.ROC_AUC, candidates).settings == {"name": "c"}
+    assert best_candidate(Metric.RMSE, candidates).settings == {"name": "b"}
+
+
+def test_candidates_that_all_failed_have_no_best_one() -> None:
+    failed = [Candidate(settings={}, valid_score=None)] * 2
+    with pytest.raises(TrainingError, match="none of 2 candidates has a validation score"):
+        best_candidate(Metric.MAE, failed)

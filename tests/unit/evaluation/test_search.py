@@ -101,7 +101,7 @@ def test_a_space_is_read_from_a_plain_configuration_and_written_back() -> None:
         ({"choices": {"readout": ("token", "token")}}, "readout: expected distinct values"),
         ({"choices": {"readout": ()}}, "readout: expected distinct values, found \\[\\]"),
         ({"choices": {"patience": ("few",)}}, "patience: expected a whole number, found 'few'"),
-        ({"choices": {"patience": (0, 3)}}, "choices: patience: expected >= 1, found 0"),
+        ({"choices": {"patience": (0, 3)}}, "choices: patience: expected at least 1, found 0"),
         (
             {"choices": {"patience": (2, 3)}, "ranges": {"patience": (2.0, 3.0)}},
             "choices: patience is in ranges too",

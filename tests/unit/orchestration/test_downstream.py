@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
@@ -16,9 +19,12 @@ from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.orchestration import downstream
 from moleblend_ray.orchestration.downstream import (
+    LostWorkError,
     check_finished,
     claim,
+    collect,
     finished_results,
     question,
     starting_point,
@@ -27,6 +33,39 @@ from moleblend_ray.orchestration.downstream import (
 QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
 IDENTITY = {"config": QUESTION, "data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb"}
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+
+
+class Tasks:
+    """Stands in for Ray: the first of the tasks ends with an error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        self.cancelled: list[str] = []
+        shown = SimpleNamespace(reporter=lambda values: None)
+        monkeypatch.setattr(downstream, "Progress", lambda *_, **__: nullcontext(shown))
+        monkeypatch.setattr(ray, "wait", lambda waiting, num_returns: (waiting[:1], waiting[1:]))
+        monkeypatch.setattr(ray, "get", self.fail)
+        monkeypatch.setattr(ray, "cancel", lambda task, force: self.cancelled.append(task))
+        self.error = error
+
+    def fail(self, task: str) -> None:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ray.exceptions.WorkerCrashedError(), LostWorkError),
+        (ray.exceptions.RayTaskError("f", "traceback", ValueError("oops")), ValueError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_what_still_runs_is_stopped_whatever_ended_the_rest(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, raised: type[BaseException]
+) -> None:
+    tasks = Tasks(monkeypatch, error)
+    with pytest.raises(raised):
+        collect({"a": 0, "b": 1, "c": 2}, "seeds")
+    assert tasks.cancelled == ["b", "c"]
 
 
 def inputs(**changes: str) -> Mapping[str, str | None]:

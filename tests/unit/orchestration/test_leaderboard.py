@@ -52,7 +52,7 @@ def test_models_of_several_runs_stand_side_by_side_under_the_shortest_names(tmp_
         first / "esol"
     )
     assert not list(first.glob("leaderboard*"))
-    with pytest.raises(DataError, match="is of results elsewhere"):
+    with pytest.raises(DataError, match="is a leaderboard of results in other directories"):
         leaderboard(LeaderboardConfig(run=str(out)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
@@ -17,6 +18,17 @@ def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
     assert local.logical_cpus(cluster) == 60 + 3 + 1
     assert local.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
     assert local.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+
+
+def test_gpus_that_nobody_asked_for_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(local, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    with caplog.at_level(logging.WARNING):
+        local.warn_of_unused_gpus(ClusterConfig(use_gpu=True))
+        assert caplog.messages == []
+        local.warn_of_unused_gpus(ClusterConfig())
+    assert "2 GPUs and this job uses none: add cluster=gpu" in caplog.messages[0]
 
 
 def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:

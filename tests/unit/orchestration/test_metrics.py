@@ -184,6 +184,7 @@ def test_numbers_that_are_none_do_not_reach_the_page() -> None:
     told = TrainMetrics(publisher, is_first=True)
     told.on_step(record(0, loss=math.nan, grad_norm=math.inf))
     publisher.publish()
+    assert page.of("moleblend_train_steps_total", run="a") == 1
     assert all(math.isfinite(value) for value in page.values.values())
     assert page.of("moleblend_train_gradient_norm", run="a") is None
 

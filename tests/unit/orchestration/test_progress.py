@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -28,6 +29,43 @@ def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
         ray.get(work.remote(shown.reporter))
     assert "rank 1: odd molecule 5" in caplog.messages
     assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
+
+
+def test_records_are_kept_until_the_driver_has_them() -> None:
+    board = progress._Board()
+    for number in range(3):
+        board.log(30, "moleblend_ray", f"warning {number}", {})
+    assert len(board.read(0).records) == 3
+    # That answer was lost: the driver asks again, and what came meanwhile is there as well.
+    board.log(30, "moleblend_ray", "warning 3", {})
+    assert [record[2] for record in board.read(0).records] == [f"warning {n}" for n in range(4)]
+    board.log(30, "moleblend_ray", "warning 4", {})
+    assert [record[2] for record in board.read(4).records] == ["warning 4"]
+    assert board.read(5).records == []
+    # A board that was started anew has seen nothing of the first five.
+    anew = progress._Board()
+    anew.log(30, "moleblend_ray", "warning 5", {})
+    assert [record[2] for record in anew.read(5).records] == ["warning 5"]
+    assert anew.read(6).records == []
+
+
+def test_secrets_of_a_node_do_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_SECRET_KEY", "wJalrXUtnFEMIbPx")
+    sent: list[tuple[object, ...]] = []
+    board = SimpleNamespace(log=SimpleNamespace(remote=lambda *record: sent.append(record)))
+    forwarder = progress._Forwarder(board, "rank 0: ", logging.WARNING)
+    monkeypatch.delenv("SOME_SECRET_KEY")
+    try:
+        raise ValueError("key wJalrXUtnFEMIbPx refused")
+    except ValueError as error:
+        caught = (ValueError, error, error.__traceback__)
+    record = logging.LogRecord(
+        "moleblend_ray", 30, __file__, 1, "with %s", ("wJalrXUtnFEMIbPx",), caught
+    )
+    forwarder.emit(record)
+    assert "rank 0: with ***" in sent[0]
+    assert "ValueError" in str(sent)
+    assert "wJalr" not in str(sent)
 
 
 class Board:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,9 +12,9 @@ import pytest
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.shards import Manifest
-from moleblend_ray.errors import CheckpointError
-from moleblend_ray.model.config import BlendConfig, ModelConfig
-from moleblend_ray.orchestration.pretrain import run_identity
+from moleblend_ray.errors import CheckpointError, DataError
+from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
+from moleblend_ray.orchestration.pretrain import _require_coordinates, run_identity
 from moleblend_ray.training.commits import require_same_run
 
 CONFIG = PretrainConfig(data="data", out="run")
@@ -22,6 +23,29 @@ CONFIG = PretrainConfig(data="data", out="run")
 def identity(**changes: Any) -> dict[str, Any]:
     manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1)
     return run_identity(dataclasses.replace(CONFIG, **changes), cast("Manifest", manifest))
+
+
+def counts(rows_out: int, with_coordinates: int) -> Manifest:
+    found = SimpleNamespace(rows_out=rows_out, with_coordinates=with_coordinates)
+    return cast("Manifest", SimpleNamespace(counts=found))
+
+
+def test_a_run_without_any_coordinates_must_be_asked_for() -> None:
+    with pytest.raises(
+        DataError,
+        match=r"none of the 9 molecules of data has coordinates.*generate=true.*loss\.denoise_weight=0",
+    ):
+        _require_coordinates(CONFIG, counts(9, 0))
+    flat = LossConfig(denoise_weight=0.0, direction_weight=0.0)
+    _require_coordinates(dataclasses.replace(CONFIG, loss=flat), counts(9, 0))
+
+
+def test_few_coordinates_are_told_and_most_are_not(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        _require_coordinates(CONFIG, counts(10, 6))
+        assert caplog.messages == []
+        _require_coordinates(CONFIG, counts(10, 4))
+    assert caplog.messages[0].startswith("6 of 10 molecules of data have no coordinates")
 
 
 def test_where_a_run_is_computed_may_change() -> None:

@@ -16,26 +16,26 @@ from rich.console import Console
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.receipts import Receipt, Statistics, part_name
-from moleblend_ray.data.shards import MANIFEST_NAME, load_manifest
+from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
+from moleblend_ray.data.receipts import Receipt, Statistics
+from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation import status as names
 from moleblend_ray.orchestration.status import show_status, status
+from moleblend_ray.orchestration.terminal import json_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from synthetic import write_dataset
 
 
 def shown(run: Path | str) -> str:
-    config = StatusConfig(run=str(run))
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(show_status(status(config), config))
+    console.print(show_status(status(StatusConfig(run=str(run)))))
     return console.export_text()
 
 
 def document(run: Path | str) -> Any:
-    config = StatusConfig(run=str(run), format="json")
-    return json.loads(str(show_status(status(config), config)))
+    return json.loads(json_text(status(StatusConfig(run=str(run)))))
 
 
 def pretraining(folder: Path, **train: Any) -> Path:
@@ -90,13 +90,13 @@ def test_a_pretraining_run_is_shown_in_words(tmp_path: Path) -> None:
     assert "stalled: the next checkpoint is overdue" in text
     assert "1,000 of 4,000 steps (25 %), 25 min to go once it continues" in text
     assert (
-        "512 molecules/s, 500 ms a step, MFU 0.40, 10 % padding, 20.0 % of the time waiting for data"
+        "512 molecules/s, 500 ms per step, MFU 0.40, 10 % padding, 20.0 % of the time waiting for data"
         in text
     )
     assert "1,234 MiB" in text
     assert "↘ falling" in text
     assert "1,000  whole" in text
-    assert "one is due every 8 min" in text
+    assert "one is due every 8 min 20 s" in text
 
 
 def test_its_document_is_complete_and_hides_credentials(tmp_path: Path) -> None:

@@ -57,7 +57,8 @@ class Away(Exception):
 
 
 class Cluster:
-    """Ray's client, as far as it is used to follow: each stream brings what the script says, from the log's beginning."""
+    """Ray's client, as far as it is used to follow: each stream brings what the script says, from the log's
+    beginning."""
 
     def __init__(
         self,
@@ -287,7 +288,7 @@ def test_a_job_that_writes_nothing_has_a_new_name_each_time() -> None:
 def test_the_command_reaches_the_job_as_it_was_typed() -> None:
     overrides = ("out=s3://b/a b", "cluster.data_labels={role: data}", "x='quoted $HOME'")
     config = SubmitConfig(job="pretrain", overrides=overrides)
-    command = entrypoint(config).removeprefix("python -m moleblend_ray.cli ")
+    command = entrypoint(config).removeprefix("python -m moleblend_ray ")
     shell = f"{shlex.quote(sys.executable)} -c 'import sys, json; print(json.dumps(sys.argv[1:]))' {command}"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == ["pretrain", *overrides]
@@ -299,7 +300,7 @@ def test_debug_messages_are_asked_of_the_job_as_well(
     words = ["submit", "data", "s3://b/d", "--address", "http://127.0.0.1:9", "--dry-run"]
     for option in ("--verbose", "-v"):
         assert cli.main([*words, option]) == 0
-        command = "python -m moleblend_ray.cli data data=s3://b/d --verbose\n"
+        command = "python -m moleblend_ray data data=s3://b/d --verbose\n"
         assert command in capsys.readouterr().out
     assert cli.main(words) == 0
     assert "--verbose" not in capsys.readouterr().out
@@ -419,7 +420,7 @@ class Refusing:
     ("environment", "message"),
     [
         ({}, r"asks for a token, and there is none here: set RAY_AUTH_TOKEN_PATH"),
-        ({"RAY_AUTH_TOKEN": "hunter2"}, r"refuses the token: it is another cluster's"),
+        ({"RAY_AUTH_TOKEN": "hunter2"}, r"refuses the token: it belongs to another cluster"),
         ({"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "x"}, "RAY_AUTH_MODE=disabled keeps"),
     ],
 )
@@ -453,7 +454,7 @@ def test_a_token_over_an_open_network_is_warned_of(
         caplog.clear()
         with pytest.raises(ConfigError):
             connect(SubmitConfig(job="data", address=address))
-        assert ("the token goes over the network as it is" in caplog.text) is is_warned
+        assert ("the token is sent over the network unencrypted" in caplog.text) is is_warned
         assert "hunter2" not in caplog.text
 
 
@@ -499,7 +500,7 @@ def test_a_dry_run_shows_the_job_and_what_would_be_sent(
     assert cli.main([*words, "--env", "A=1", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "verify: true" in shown
-    assert "python -m moleblend_ray.cli data data=s3://b/d verify=true" in shown
+    assert "python -m moleblend_ray data data=s3://b/d verify=true" in shown
     assert "environment variables: A, RAY_JOB_STOP_WAIT_TIME_S" in shown
     assert "nothing was sent" in shown
 

@@ -23,6 +23,7 @@ from moleblend_ray.orchestration.plan import (
     plan,
     show_plan,
 )
+from moleblend_ray.orchestration.terminal import json_text
 from moleblend_ray.planning.capacity import Setup, amplification, throughput
 from moleblend_ray.planning.figures import Basis, measured
 from moleblend_ray.planning.planner import Plan, flops_per_molecule
@@ -48,6 +49,14 @@ def recorded(name: str) -> Any:
     if not file.is_file():
         pytest.skip("the benchmark results are not part of this installation")
     return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("rate", [20, 50])
+def test_a_cluster_that_fails_faster_than_it_starts_is_refused(rate: int) -> None:
+    with pytest.raises(
+        ConfigError, match=r"failures.per_node_day: .*one every \d+ s, and each costs \d+ s"
+    ):
+        planned("molecules=1e9", "gpus=8192", f"failures.per_node_day={rate}")
 
 
 # ------------------------------------------------------------------------------------- against measured runs
@@ -82,7 +91,8 @@ def test_two_measured_workers_are_predicted_from_one_within_20_percent(run: Any)
 
 
 def test_a_step_under_fsdp_follows_from_single_processes_and_the_exchange_of_ddp() -> None:
-    """benchmarks/scaling.py: one worker alone, two independent ones, bytes and time of DDP -> two workers under FSDP2."""
+    """benchmarks/scaling.py: one worker alone, two independent ones, bytes and time of DDP -> two workers under
+    FSDP2."""
     result = recorded("scaling-2026-11-26.json")["result"]
     ddp, fsdp = result["ddp"], result["fsdp"]
     sent_gb = ddp["sent_mib"] * 2**20 / 1e9
@@ -119,9 +129,12 @@ def test_processes_of_ray_delay_trainers_only_where_no_core_is_free() -> None:
 def test_a_gpu_does_what_the_page_on_performance_tells() -> None:
     found = throughput(setup_of("gpus=1", "gpu=h200"), 1)
     assert found.rate.value == pytest.approx(39_400, rel=0.02)
-    assert flops_per_molecule(setup_of("gpus=1")) == pytest.approx(4.3e9, rel=0.01)
+    setup = setup_of("gpus=1")
+    assert flops_per_molecule(setup.model, setup.atom_counts) == pytest.approx(4.3e9, rel=0.01)
     replicas = throughput(setup_of("gpus=64", "fsdp_replicas=8", "network.message_us=0"), 64)
-    assert replicas.rate.value == pytest.approx(2.3e6, rel=0.1) or replicas.binding != "computing"
+    # The page says 2.3 to 2.5 million for 64 GPUs, communication included.
+    assert replicas.binding == "computing"
+    assert 2.3e6 < replicas.rate.value < 2.5e6
 
 
 # ---------------------------------------------------------------------------------------- resources that bind
@@ -152,7 +165,7 @@ def test_the_scarce_resource_binds(overrides: tuple[str, ...], binding: str) -> 
     assert found.binding == binding
     assert max(resource.use for resource in found.resources) == found.resources[0].use
     assert found.resources[0].name == binding
-    if found.resources[0].capacity.unit and "gpus" in overrides[0]:
+    if "gpus" in overrides[0]:
         assert found.resources[0].use == pytest.approx(1.0)
         assert all(resource.use <= 1 + 1e-9 for resource in found.resources)
 
@@ -168,7 +181,7 @@ def test_doubling_what_binds_brings_most_and_what_is_idle_nothing() -> None:
     changes = {change.what: change for change in starved.changes}
     assert changes["CPU nodes alone"].rate > 1.4
     assert changes["speed of each GPU"].rate == pytest.approx(1.0)
-    assert any("cpu_nodes=1 starve" in line for line in starved.warnings)
+    assert any("with cpu_nodes=1 the trainers wait for data" in line for line in starved.warnings)
 
 
 def test_the_data_side_is_sized_with_room_to_spare() -> None:
@@ -281,7 +294,7 @@ def test_every_row_of_the_tables_says_its_basis() -> None:
 
     chosen = config("molecules=1e9", "gpus=64", "prices.gpu_hour=2")
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(show_plan(plan(chosen), chosen))
+    console.print(show_plan(plan(chosen)))
     text = console.export_text()
     lines = text.splitlines()
     for row in ("steps", "goodput", "checkpoint interval", "read from storage", "data actors"):
@@ -305,13 +318,11 @@ def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
 
 
 def test_it_is_written_and_drawn(tmp_path: Path) -> None:
-    chosen = config(
-        "molecules=1e8", "gpus=8", f"out={tmp_path}/plan", "prices.gpu_hour=2", "format=json"
-    )
-    report = plan(chosen)
-    shown = json.loads(str(show_plan(report, chosen)))
+    report = plan(config("molecules=1e8", "gpus=8", f"out={tmp_path}/plan", "prices.gpu_hour=2"))
     stored = json.loads((tmp_path / "plan" / PLAN_NAME).read_text())
-    assert stored == shown
+    assert stored == json.loads(json_text(report))
+    assert stored["config"]["gpus"] == 8
+    assert stored["written"] == [f"{tmp_path}/plan/{name}" for name in (PLAN_NAME, CHART_NAME)]
     assert stored["plan"]["stages"][1]["hours"]["basis"] == "computed"
     assert (tmp_path / "plan" / CHART_NAME).read_bytes().startswith(b"\x89PNG")
     assert [point["workers"] for point in stored["plan"]["scaling"]] == [1, 2, 4, 8, 16, 32]

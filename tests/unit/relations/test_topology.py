@@ -8,24 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from relations_support import BONDED, DISCONNECTED, intermediate_atoms
 from synthetic import random_bonds
 
 from moleblend_ray.errors import DataError
-from moleblend_ray.relations.topology import (
-    BONDED,
-    DISCONNECTED,
-    Topology,
-    bond_degrees,
-    intermediate_atoms,
-    topology,
-)
+from moleblend_ray.relations.topology import Topology, topology
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, MAX_SPD, NO_HOP, NUM_HOPS, UNREACHABLE
 
 FAR = 10**6
 
 
 def floyd_warshall(n: int, bonds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The reference's rule, word by word: k ascending, strict improvement."""
+    """The algorithm of the official code: ascending k, strict improvement."""
     distance = np.full((n, n), FAR)
     middle = np.full((n, n), DISCONNECTED)
     for a, b in bonds.tolist():
@@ -129,7 +123,7 @@ def test_every_graph_of_up_to_six_numbered_atoms_equals_plain_floyd_warshall(n: 
         distance[better] = through[better]
         middle[better] = k
 
-    # A code of its own for each bond tells paths apart.
+    # Every bond has a different code, which distinguishes paths.
     kinds = np.arange(len(pairs))
     features = np.stack([kinds // 12, kinds // 2 % 6, kinds % 2], axis=1).astype(np.uint8)
     code = np.zeros((n, n), int)
@@ -225,7 +219,7 @@ def test_distance_of_a_500_atom_chain_saturates_below_unreachable() -> None:
     assert spd[0, 253] == 253
     assert spd[0, 254] == spd[0, 255] == spd[0, 499] == MAX_SPD
     assert MAX_SPD < UNREACHABLE
-    # The hops stay those of the true path, however long it is.
+    # The hops are those of the true path, however long it is.
     codes = found.path_codes.reshape(n, n, 5)
     assert np.array_equal(codes[0, 499], codes[0, 5])
 
@@ -238,15 +232,6 @@ def test_paths_over_20_bonds_keep_their_first_hops_and_distance() -> None:
     assert found.spd.reshape(n, n)[0, 23] == 23
     assert found.path_codes.reshape(n, n, 5)[0, 23].tolist() == code[:5].tolist()
     assert found.path_codes.reshape(n, n, 5)[23, 0].tolist() == code[-1:-6:-1].tolist()
-
-
-def test_degrees_count_neighbours_of_each_molecule() -> None:
-    degrees = bond_degrees(
-        np.array([1, 3, 2], np.int32),
-        np.array([0, 2, 1], np.int32),
-        np.array([[0, 1], [1, 2], [1, 0]], np.uint16),
-    )
-    assert degrees.tolist() == [0, 1, 2, 1, 1, 1]
 
 
 def test_empty_block_gives_empty_relations() -> None:

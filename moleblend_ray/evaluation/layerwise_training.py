@@ -1,4 +1,4 @@
-"""Which parameters of a property model learn, and how fast: layer-wise learning rates and frozen blocks.
+"""Which parameters of a property model are trained, and how fast: layer-wise learning rates, frozen and fresh blocks.
 
 Layer-wise decay: Howard and Ruder, "Universal Language Model Fine-tuning for Text Classification", ACL 2018.
 """
@@ -17,7 +17,8 @@ _BLOCK: Final = re.compile(r"encoder\.layers\.(\d+)\.")
 
 
 def depth(name: str, num_blocks: int) -> int:
-    """0 for a parameter of the embeddings, 1 to ``num_blocks`` for the blocks from below, then the head."""
+    """Depth of a parameter: 0 in the embeddings, 1 to ``num_blocks`` in the blocks from the lowest on, then the
+    head."""
     if name.startswith("head."):
         return num_blocks + 1
     found = _BLOCK.match(name)
@@ -25,7 +26,7 @@ def depth(name: str, num_blocks: int) -> int:
 
 
 def lr_factors(model: PropertyModel, settings: FinetuneSettings) -> Callable[[str], float] | None:
-    """Factor of ``settings.learning_rate`` for each parameter's name; None if it is 1 for all."""
+    """Factor of ``settings.learning_rate`` for the name of each parameter; None if it is 1 for all."""
     head = (settings.head_learning_rate or settings.learning_rate) / settings.learning_rate
     if settings.layer_decay == 1.0 and head == 1.0:
         return None
@@ -39,7 +40,8 @@ def lr_factors(model: PropertyModel, settings: FinetuneSettings) -> Callable[[st
 
 
 def renew_highest(model: PropertyModel, num_blocks: int) -> None:
-    """Draw the highest ``num_blocks`` blocks anew, as for pretraining; ConfigError if the model has fewer."""
+    """Draw new weights for the highest ``num_blocks`` blocks, as for pretraining. ConfigError if the model has
+    fewer."""
     most = model.config.num_layers
     if num_blocks > most:
         raise ConfigError(
@@ -50,7 +52,7 @@ def renew_highest(model: PropertyModel, num_blocks: int) -> None:
 
 
 def freeze_lowest(model: PropertyModel, num_blocks: int | None) -> None:
-    """Take the embeddings and the lowest ``num_blocks`` blocks out of training; None takes nothing.
+    """Do not train the embeddings and the lowest ``num_blocks`` blocks; None: train everything.
 
     Raises ConfigError if the model has fewer blocks.
     """

@@ -13,7 +13,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.orchestration.downstream import question
-from moleblend_ray.orchestration.many import _run_tasks, _task_configs, finetune_tasks
+from moleblend_ray.orchestration.task_groups import _run_tasks, _task_configs, finetune_tasks
 
 RESULTS = {
     "task": {"name": "esol", "metric": "rmse", "higher_is_better": False, "unit": "log10(mol/L)"},
@@ -96,7 +96,13 @@ def test_finished_tasks_need_no_cluster_and_make_the_leaderboard_again(tmp_path:
 
 @pytest.mark.ray
 @pytest.mark.parametrize(
-    "error", [DataError("no labels"), TrainingError("no labels"), RuntimeError("no labels")]
+    "error",
+    [
+        DataError("no labels"),
+        TrainingError("no labels"),
+        RuntimeError("no labels"),
+        ValueError("no labels"),
+    ],
 )
 def test_a_task_that_fails_is_recorded_the_next_one_is_done_and_the_end_names_it(
     tmp_path: Path, ray_cluster: None, error: Exception

@@ -1,7 +1,7 @@
-"""Many tasks in one command: each is fine-tuned or swept in a folder of its own, and a leaderboard shows them together.
+"""Several tasks in one command: each is fine-tuned or swept in its own folder, and a leaderboard shows them together.
 
-A task's folder is what a command for that task alone would write, so it is continued, and left alone when finished,
-in the same way. Tasks follow one another on one Ray session; one that fails does not stop the others.
+The folder of a task is what a command for this task alone would write. So it is continued, or left alone when finished,
+in the same way. The tasks follow one another in one Ray session; a task that fails does not stop the others.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ray.exceptions import RayError
-
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.given_split import rows_of_column
 from moleblend_ray.evaluation.leaderboard import Leaderboard, Status, TaskRow, rows_of_states
@@ -44,27 +42,27 @@ logger = logging.getLogger(__name__)
 C = TypeVar("C", bound=PropertyConfig)
 
 SHARED_ROWS_PER_CHUNK = 2048
-"""Rows per task when preparing molecules that several tasks share: such sets (QM9) are larger than others."""
+"""Rows per Ray task when preparing molecules that several tasks share: such sets (QM9) are larger than others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksSummary:
-    """What a command for several tasks found and where it lies."""
+    """What a command for several tasks found, and where it is."""
 
     out: str
-    """Directory of the leaderboard; each task's results are in a folder of its name."""
+    """Directory of the leaderboard; the results of each task are in a folder with its name."""
     leaderboard: str
     """URI of ``leaderboard.html``."""
     tasks: int
-    """Tasks asked for."""
+    """Number of tasks asked for."""
     tasks_finished: int
-    """With results."""
+    """Tasks with results."""
     tasks_absent: int
-    """Left out, as the source does not hold them."""
+    """Tasks left out, as the source does not hold them."""
     wins: dict[str, int]
     """Model -> tasks on which it has the best mean test score."""
     mean_rank: dict[str, float]
-    """Model -> its mean rank over the tasks, 1 the best."""
+    """Model -> its mean rank over the tasks; 1 is the best."""
     seconds: float
     """Wall time of this command."""
     already_finished: bool
@@ -85,8 +83,8 @@ def sweep_tasks(config: SweepConfig) -> TasksSummary:
     """:func:`sweep` of each task that ``config.task.name`` stands for, in ``<out>/<task>``, and a leaderboard.
 
     Repeating the command continues where it was interrupted, tries failed tasks again, and repeats nothing that is
-    finished. ConfigError or DataError before anything is done if settings or files are missing or not those of what
-    is in ``out``; TrainingError after all others are done, naming the tasks that failed.
+    finished. Before any work it raises ConfigError or DataError if settings or files are missing, or differ from those
+    of ``out``. After all tasks it raises TrainingError that names the tasks that failed, if any.
     """
     for task in config.task.tasks().values():
         search_method(config, task)
@@ -123,7 +121,7 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
 
 
 def _find_sources(config: PropertyConfig) -> TaskSources:
-    """The molecules of each task; a ConfigError that names all that are missing, unless they may be."""
+    """The molecules of each task. Raises a ConfigError that names all missing ones, unless they may be missing."""
     if storage.exists(storage.join(config.out, IDENTITY_NAME)):
         raise ConfigError(
             f"out: {config.out} holds the results of a single task; expected a directory for several. Give another"
@@ -146,7 +144,7 @@ def _first_state(name: str, config: PropertyConfig, sources: TaskSources) -> Tas
 
 
 def _task_configs(config: C, sources: TaskSources) -> dict[str, C]:
-    """The configuration of each task by itself: its name, its molecules, its folder."""
+    """The configuration of each single task: its name, its molecules, its folder."""
     shared = _shared_sources(sources)
     configs = {}
     for name, source in sources.found.items():
@@ -164,7 +162,7 @@ def _task_configs(config: C, sources: TaskSources) -> dict[str, C]:
 
 
 def _check_questions(out: str, configs: Mapping[str, PropertyConfig]) -> None:
-    """Refuse an ``out`` with results of other settings as a whole, before a leaderboard of errors replaces theirs."""
+    """Refuse an ``out`` with results of other settings before its leaderboard is replaced by one with errors only."""
     for name, config in configs.items():
         if storage.exists(storage.join(out, name, IDENTITY_NAME)):
             check_finished(config.out, question(config), dict)
@@ -175,11 +173,13 @@ def _error_of(run: Callable[[C], Any], config: C) -> str | None:
     try:
         run(config)
     except CheckpointError:
-        # The same checkpoint is that of every other task.
+        # All tasks have the same checkpoint.
         raise
-    # Beside our own errors those of torch (no memory left, ...), which a night of other tasks should survive.
-    except (MoleBlendError, RayError, RuntimeError) as error:
+    # Whatever it is (memory, a singular matrix, an error of Ray Tune): the other tasks should still be done.
+    except Exception as error:
         cause = getattr(error, "cause", None) or error
+        if not isinstance(cause, MoleBlendError):
+            logger.warning("task %s failed", config.task.name, exc_info=error)
         return " ".join(str(cause).split()) or type(cause).__name__
     return None
 
@@ -209,7 +209,7 @@ def _write_board(out: str, states: Mapping[str, TaskRow]) -> Leaderboard:
 
 
 def _shared_sources(sources: TaskSources) -> list[str]:
-    """Raw sources of more than one task, which are prepared once."""
+    """Raw sources that several tasks have in common; they are prepared once."""
     counts = Counter(sources.found.values())
     return [
         source
@@ -224,14 +224,14 @@ def _shared_data(out: str, source: str) -> str:
 
 
 def _shared_split(config: PropertyConfig, source: str) -> str | None:
-    """URI of the split file that the split column is turned into, as prepared molecules keep no such column."""
+    """URI of the split file that is made from the split column, as prepared molecules have no such column."""
     if config.task.split_column is None:
         return None
     return f"{_shared_data(config.out, source)}.split.json"
 
 
 def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:
-    """Prepare (or check, or complete) what several tasks share, with every numeric column as a label."""
+    """Prepare, check or complete the molecules that several tasks share, with every numeric column as a label."""
     for source in _shared_sources(sources):
         split = _shared_split(config, source)
         if split is not None and config.task.split_column is not None:

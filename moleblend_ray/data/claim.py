@@ -1,0 +1,144 @@
+"""The claim on an output directory: it holds one data set, made of stated sources with stated options.
+
+The plan is the claim, and is written before anything else. It names settings and source files, not the content of
+the files: where a damaged file was replaced, the chunks that did not change are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import (
+    MANIFEST_NAME,
+    PLAN_NAME,
+    QUARANTINE_DIR,
+    RECEIPTS_DIR,
+    SPLITS,
+    STAGED_DIR,
+    listed,
+    listed_shards,
+    wrong_files,
+)
+from moleblend_ray.data.differences import differences
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.receipts import Receipt, valid_receipts
+from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, SourceInfo, load_manifest
+from moleblend_ray.data.sources import SourceFile, SourceSet
+from moleblend_ray.errors import ConfigError, DataError, without_credentials
+from moleblend_ray.vocabulary import FEATURIZER_VERSION
+
+
+def finished_manifest(
+    out: str, files: Sequence[SourceFile], options: ConvertOptions
+) -> Manifest | None:
+    """The manifest of ``out``, None if it is not finished; ConfigError if sources or options were others."""
+    if not storage.exists(storage.join(out, MANIFEST_NAME)):
+        return None
+    manifest = load_manifest(out)
+    made_of = [_identity(source) for source in manifest.sources]
+    wanted = [_identity(file) for file in files]
+    # A setting that the manifest lacks was introduced later: its default is what the data set was made with.
+    there = _filled(manifest.options, ConvertOptions().to_json())
+    problems = _changes(there, options.to_json())
+    if manifest.featurizer_version != FEATURIZER_VERSION:
+        problems.append(
+            f"featurizer version: there {manifest.featurizer_version}, now {FEATURIZER_VERSION}"
+        )
+    if made_of != wanted:
+        problems.append(f"sources: there {_shown(made_of)}; now {_shown(wanted)}")
+    if problems:
+        raise ConfigError(
+            f"out: {out} holds a data set prepared otherwise. {'; '.join(problems)}. "
+            "Give another `out`, or delete this one to prepare it anew."
+        )
+    _check_shards(out, manifest)
+    return manifest
+
+
+def claim_output(
+    out: str, sources: SourceSet, options: ConvertOptions
+) -> dict[tuple[int, int], Receipt]:
+    """Claim ``out`` for a data set of these sources and options, or continue one that an earlier run has begun.
+
+    Returns the receipts of the chunks that are finished, by file and chunk. ConfigError if ``out`` belongs to another
+    data set.
+    """
+    plan = {
+        "format_version": FORMAT_VERSION,
+        "featurizer_version": FEATURIZER_VERSION,
+        "options": options.to_json(),
+        "sources": [without_credentials(layout.file.uri) for layout in sources.layouts],
+    }
+    uri = storage.join(out, PLAN_NAME)
+    present = listed(out)
+    if uri in present:
+        _check_plan(out, storage.read_json(uri), plan)
+    elif _has_shards(out, present):
+        raise ConfigError(
+            f"out: {out} holds shards of which neither a manifest nor a plan tells anything. "
+            "Give another `out`, or delete this one."
+        )
+    else:
+        storage.write_json(uri, plan)
+    return valid_receipts(out, present)
+
+
+def _has_shards(out: str, present: Iterable[str]) -> bool:
+    # Only directly below `out`, which may itself lie in a folder named "test".
+    places = tuple(storage.join(out, split) + "/" for split in (*SPLITS, QUARANTINE_DIR))
+    return any(uri.startswith(places) for uri in present)
+
+
+def remove_work_files(out: str) -> None:
+    """Delete what only an unfinished data set needs: the plan, receipts and staged molecules."""
+    for directory in (STAGED_DIR, RECEIPTS_DIR):
+        storage.delete_tree(storage.join(out, directory))
+
+
+def _check_shards(out: str, manifest: Manifest) -> None:
+    """DataError if a file of a finished data set is missing or has another size."""
+    wrong = wrong_files(out, manifest.shards, listed_shards(out))
+    if wrong:
+        shown = [f"{path} {reason}" for path, reason in wrong.items()]
+        more = f" and {len(shown) - 3} more" if len(shown) > 3 else ""
+        raise DataError(
+            f"{out} was prepared, but since then {len(shown)} of its {len(manifest.shards)} files changed: "
+            f"{'; '.join(shown[:3])}{more}. Restore them, or delete all of {out} and prepare it again."
+        )
+
+
+def _identity(source: SourceFile | SourceInfo) -> tuple[str, int, str]:
+    # Another signature or password in the URI does not make another file.
+    return (without_credentials(source.uri), source.size, source.probe)
+
+
+def _shown(identities: Sequence[tuple[str, int, str]]) -> str:
+    texts = [f"{uri} ({size} bytes, probe {probe[:8]})" for uri, size, probe in identities[:3]]
+    more = f" and {len(identities) - 3} more" if len(identities) > 3 else ""
+    return ", ".join(texts) + more
+
+
+def _check_plan(out: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changes = _changes(_filled(there, {"options": ConvertOptions().to_json()}), now)
+    if changes:
+        raise ConfigError(
+            f"out: {out} holds an unfinished data set begun otherwise. {'; '.join(changes)}. "
+            "Give another `out`, the former settings to finish it, or delete it."
+        )
+
+
+def _changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key}: there {old!r}, now {new!r}" for key, (old, new) in differences(there, now).items()
+    ]
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the defaults of the settings that they lack, at every depth."""
+    filled = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+            filled[key] = _filled(filled[key], default)
+    return filled

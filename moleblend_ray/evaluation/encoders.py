@@ -1,0 +1,32 @@
+"""Encoders that were trained, by the URI of whatever holds one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.property_model import (
+    SavedProperty,
+    is_property_model,
+    load_property_model,
+)
+from moleblend_ray.evaluation.results import weights_fingerprint
+from moleblend_ray.training.export import load_model
+
+
+class LoadedEncoder(NamedTuple):
+    """The encoder of a checkpoint, with its property head if it has a trained one."""
+
+    start: StartingPoint
+    """The encoder's architecture, weights and fingerprint."""
+    fine_tuned: SavedProperty | None
+    """The whole model, if it is fine-tuned."""
+
+
+def load_encoder(checkpoint: str) -> LoadedEncoder:
+    """Load an encoder from a pretraining run, one of its checkpoints, an exported model or a fine-tuned model."""
+    fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
+    model = load_model(checkpoint) if fine_tuned is None else fine_tuned.model
+    state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
+    start = StartingPoint(model=model.config, encoder=state, fingerprint=weights_fingerprint(state))
+    return LoadedEncoder(start, fine_tuned)

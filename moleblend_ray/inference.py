@@ -1,0 +1,176 @@
+"""SMILES to vectors and predictions in this process, for notebooks and services.
+
+:func:`moleblend_ray.embed` and :func:`moleblend_ray.predict` do the same for whole libraries, on Ray: both ways featurize alike and run the
+same code, so a molecule gets the same numbers (up to rounding: what shares a batch with it differs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.molecule import SmilesText
+from moleblend_ray.data.shard_writer import Featurized, featurize_records
+from moleblend_ray.data.sources.records import RawRecord
+from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.embedding import Embedder
+from moleblend_ray.evaluation.encoders import load_encoder
+from moleblend_ray.evaluation.ensemble import load_members
+from moleblend_ray.evaluation.prediction import Predictor
+
+_NO_LABELS: Final = np.empty(0)
+
+_NAMED: Final = 5
+"""Molecules that an error names; the others it counts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoleculeEncoder:
+    """A pretrained or fine-tuned encoder that takes SMILES."""
+
+    embedder: Embedder
+    """The model and where it runs."""
+
+    @classmethod
+    def from_pretrained(
+        cls, uri: str, *, device: str | torch.device = "cpu", batch_size: int = 64
+    ) -> MoleculeEncoder:
+        """The encoder of a pretraining run, one of its checkpoints, an exported model, a file of official parameters (.pt, .npz) or
+        a fine-tuned model, by path or URI.
+
+        ``batch_size`` molecules are computed at once. A CheckpointError if ``uri`` holds no model.
+        """
+        start, fine_tuned = load_encoder(uri)
+        embedder = Embedder.build(
+            start,
+            fine_tuned,
+            uri=uri,
+            fingerprint=start.fingerprint or "",
+            batch_size=batch_size,
+            device=torch.device(device),
+        )
+        return cls(embedder=embedder)
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector (D)."""
+        return self.embedder.model.config.dim
+
+    def encode(
+        self,
+        smiles: Sequence[str],
+        *,
+        conformers: bool = True,
+        invalid: Literal["raise", "nan"] = "raise",
+        max_atoms: int = 256,
+    ) -> NDArray[np.float32]:
+        """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M,).
+
+        ``conformers`` generates 3D coordinates (ETKDGv3, MMFF94; the same ones each time); without them, and where they cannot be made,
+        the encoder sees 2D relations alone. ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms
+        (hydrogens apart): ``raise`` a DataError that names it, or give it a row of ``nan``.
+        """
+        found = _featurize(smiles, int(conformers), max_atoms)
+        rejected = found.quarantine.to_pylist()
+        if rejected and invalid == "raise":
+            raise DataError(_problem(rejected, smiles))
+        vectors = np.full((len(smiles), self.dim), np.nan, dtype=np.float32)
+        if len(found.molecules):
+            part = self.embedder.part(found.molecules)
+            flat = part["embedding"].combine_chunks().flatten().to_numpy()
+            vectors[part["source_row"].to_numpy()] = flat.reshape(-1, self.dim)
+        return vectors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PropertyPredictor:
+    """One fine-tuned model, or several that answer the same question, which take SMILES."""
+
+    predictor: Predictor
+    """The models and how they are asked."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        models: str | Sequence[str],
+        *,
+        conformers: int = 1,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
+    ) -> PropertyPredictor:
+        """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
+
+        Predictions are means over models and ``conformers``; ``batch_size`` conformers are computed at once. A CheckpointError if there
+        is no model, a ConfigError if two answer different questions.
+        """
+        given = (models,) if isinstance(models, str) else tuple(models)
+        predictor = Predictor.build(
+            load_members(given),
+            conformers=conformers,
+            threshold=None,
+            batch_size=batch_size,
+            device=torch.device(device),
+        )
+        return cls(predictor=predictor)
+
+    def predict(self, smiles: Sequence[str], *, max_atoms: int = 256) -> pa.Table:
+        """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
+
+        ``smiles`` is as given; ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
+        writes: ``prediction:NAME`` in the property's unit or as a probability, ``std:NAME`` over models, ``conformer_std:NAME`` over several
+        conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
+        """
+        found = _featurize(smiles, self.predictor.conformers, max_atoms)
+        part = self.predictor.part(found.molecules)
+        row_of = np.full(len(smiles), -1, dtype=np.int64)
+        row_of[part["source_row"].to_numpy()] = np.arange(len(part))
+        rows = pa.array(row_of, mask=row_of < 0)
+        answers = part.drop_columns(["mol_id", "source_row", "smiles"]).take(rows)
+        reasons: list[str | None] = [None] * len(smiles)
+        for row in found.quarantine.to_pylist():
+            reasons[row["source_row"]] = f"{row['reason']}: {row['detail']}"
+        given = pa.table(
+            {"smiles": pa.array(smiles, pa.string()), "rejected": pa.array(reasons, pa.string())}
+        )
+        for name, column in zip(answers.column_names, answers.columns, strict=True):
+            given = given.append_column(answers.schema.field(name), column)
+        return given
+
+
+def _featurize(smiles: Sequence[str], conformers: int, max_atoms: int) -> Featurized:
+    """The molecules as rows of a shard, and those that were turned away; ``source_row`` is the place in ``smiles``."""
+    if isinstance(smiles, str):
+        raise DataError(f"expected a list of SMILES, found one text: [{smiles!r}]")
+    records = [
+        RawRecord(
+            row=row,
+            mol_id=None,
+            content=SmilesText(text),
+            labels=_NO_LABELS,
+            unreadable=(),
+            excerpt=str(text),
+        )
+        for row, text in enumerate(smiles)
+    ]
+    settings = ConformerConfig(generate=conformers > 0, count=max(1, conformers))
+    config = FeaturizeConfig(max_atoms=max_atoms, conformers=settings)
+    return featurize_records(records, "smiles", (), config)
+
+
+def _problem(rejected: Sequence[dict[str, object]], smiles: Sequence[str]) -> str:
+    named = "; ".join(
+        f"{row['source_row']}: {smiles[int(str(row['source_row']))]!r} ({row['reason']}: {row['detail']})"
+        for row in rejected[:_NAMED]
+    )
+    more = f" and {len(rejected) - _NAMED} more" if len(rejected) > _NAMED else ""
+    return (
+        f"{len(rejected)} of {len(smiles)} SMILES are no molecules for this encoder: {named}{more}. Leave them out, or take "
+        'rows of nan for them with invalid="nan"'
+    )

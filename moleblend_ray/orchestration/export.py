@@ -1,0 +1,34 @@
+"""`moleblend export`: the model of a checkpoint as safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.tools import ExportConfig
+from moleblend_ray.model.hub import save_pretrained
+from moleblend_ray.training.export import load_model
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSummary:
+    """What :func:`export` wrote."""
+
+    parameters: int
+    """Parameters of the model, heads included."""
+    layers: int
+    """Transformer blocks of its encoder."""
+    dim: int
+    """Length of its embeddings."""
+
+
+def export(config: ExportConfig) -> ExportSummary:
+    """Write the model of a run, a checkpoint or a file of official parameters as safetensors."""
+    config = with_absolute_paths(config)
+    model = load_model(config.checkpoint)
+    save_pretrained(model, config.out)
+    return ExportSummary(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=model.config.num_layers,
+        dim=model.config.dim,
+    )

@@ -1,0 +1,35 @@
+"""`moleblend samples`: the project's own sample molecules."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from moleblend_ray.chemistry.samples import write_samples
+from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.tools import SamplesConfig
+from moleblend_ray.data import storage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplesSummary:
+    """What :func:`samples` wrote."""
+
+    molecules: int
+    """Distinct molecules in the file."""
+    bytes: int
+    """Size of the file."""
+
+
+def samples(config: SamplesConfig) -> SamplesSummary:
+    """Write the sample collection; a local file that holds it already is kept."""
+    config = with_absolute_paths(config)
+    if "://" not in config.out:
+        rows = write_samples(config.out, config.num_molecules, config.seed)
+        return SamplesSummary(molecules=rows, bytes=storage.size(config.out))
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "samples.parquet"
+        rows = write_samples(local, config.num_molecules, config.seed)
+        storage.upload(str(local), config.out)
+    return SamplesSummary(molecules=rows, bytes=storage.size(config.out))

@@ -1,0 +1,38 @@
+"""A sweep ends with the settings of the trial that was best on validation."""
+
+from __future__ import annotations
+
+import pytest
+
+from moleblend_ray.errors import TrainingError
+from moleblend_ray.evaluation.results import TrialResult
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import TASKS
+from moleblend_ray.orchestration.sweep import choose
+
+FIXED = FinetuneSettings(clip_norm=7.0)
+
+
+def trial(number: int, score: float | None, error: str | None = None) -> TrialResult:
+    return TrialResult(
+        number=number,
+        status="finished" if error is None else "failed",
+        settings={"batch_size": 2**number},
+        valid_score=score,
+        epochs=1,
+        seconds=1.0,
+        error=error,
+    )
+
+
+def test_the_best_trial_is_chosen_by_the_metric_and_the_earlier_one_of_equals() -> None:
+    trials = [trial(3, 0.9), trial(1, 0.9), trial(2, 0.4), trial(4, 0.4), trial(0, None, "killed")]
+    assert choose(FIXED, TASKS["bbbp"], trials).batch_size == 2**1
+    assert choose(FIXED, TASKS["esol"], trials).batch_size == 2**2
+    assert choose(FIXED, TASKS["esol"], trials).clip_norm == 7.0
+
+
+def test_a_search_without_any_score_says_why_its_trials_failed() -> None:
+    trials = [trial(0, None, "out of memory"), trial(1, None, "out of memory"), trial(2, None)]
+    with pytest.raises(TrainingError, match=r"none of 3 trials .*: out of memory; no score$"):
+        choose(FIXED, TASKS["esol"], trials)

@@ -1,0 +1,122 @@
+"""What commands print: amounts in words, tables, JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console, RenderableType
+
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, json_text, stacked
+from moleblend_ray.quantities import bytes_text, duration_text, number_text
+
+
+def lines_of(shown: RenderableType, width: int = 60) -> list[str]:
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(shown)
+    return [line.rstrip() for line in console.export_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_540_000, "1.54 MB"),
+        (19e9, "19 GB"),
+        (2.5e12, "2.5 TB"),
+        (7e18, "7e+03 PB"),
+    ],
+)
+def test_bytes_have_a_decimal_unit(count: float, text: str) -> None:
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12.3 ms"),
+        (1, "1 s"),
+        (89.94, "89.9 s"),
+        (90, "1 min 30 s"),
+        (500, "8 min 20 s"),
+        (540, "9 min"),
+        (599.9, "10 min"),
+        (1500, "25 min"),
+        (90 * 60, "1 h 30 min"),
+        (7200, "2 h"),
+        (12_000, "3 h 20 min"),
+        (48 * 3600, "2 d"),
+        (75 * 3600, "3 d 3 h"),
+    ],
+)
+def test_lengths_of_time_have_one_or_two_units(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_a_length_of_time_that_is_not_known_or_endless_is_said_in_words() -> None:
+    assert [duration_text(None), duration_text(math.inf)] == ["unknown"] * 2
+    assert duration_text(math.inf, "never") == "never"
+
+
+def test_no_length_of_time_is_shown_as_longer_than_a_longer_one() -> None:
+    factors = {"ms": 1e-3, "s": 1, "min": 60, "h": 3600, "d": 86_400}
+
+    def read(text: str) -> float:
+        words = text.split()
+        return sum(
+            float(number) * factors[unit]
+            for number, unit in zip(words[::2], words[1::2], strict=True)
+        )
+
+    times = [1.01**power for power in range(-500, 1500)]
+    shown = [read(duration_text(seconds)) for seconds in times]
+    assert shown == sorted(shown)
+    assert shown == pytest.approx(times, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.01234, "0.0123"),
+        (999, "999"),
+        (1234.5, "1,234"),
+        (2_340_000, "2.34 million"),
+        (5e9, "5 billion"),
+        (math.inf, "no limit"),
+    ],
+)
+def test_numbers_have_three_digits_or_whole_thousands(value: float, text: str) -> None:
+    assert number_text(value) == text
+
+
+def test_tables_align_numbers_and_fold_what_is_too_long() -> None:
+    table = headed_table("name", "count", numbers=(1,), title="atoms")
+    table.add_row("C", "7")
+    table.add_row("Si", "1,234")
+    assert lines_of(table) == ["atoms", "name  count", "C         7", "Si    1,234"]
+    facts = facts_table()
+    facts.add_row("run", "s3://bucket/" + 12 * "x")
+    assert lines_of(facts, width=20) == ["run  s3://bucket/xxx", "     xxxxxxxxx"]
+
+
+def test_parts_are_below_each_other_with_one_line_between() -> None:
+    assert lines_of(stacked("a", "b")) == ["a", "", "b"]
+    assert lines_of(stacked("a")) == ["a"]
+
+
+@dataclass(frozen=True)
+class _Report:
+    uri: str
+    eta_s: float
+
+
+def test_json_hides_secrets_and_has_no_number_that_is_not_finite() -> None:
+    found = json_text(_Report(uri="s3://user:secret@bucket/x", eta_s=math.inf))
+    assert json.loads(found) == {"uri": "s3://***@bucket/x", "eta_s": None}
+    assert json.loads(json_text({"path": ["ä"]})) == {"path": ["ä"]}
+    assert "ä" in json_text({"path": "ä"})

@@ -1,0 +1,119 @@
+"""SMILES in, numbers out, in this process: order, what cannot be read, and agreement with a model that is asked directly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import moleblend_ray as mb
+from moleblend_ray.errors import CheckpointError, DataError
+from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
+from moleblend_ray.evaluation.property_model import (
+    Standardisation,
+    TrainedProperty,
+    save_property_model,
+)
+from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+
+TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+SMILES = ["CCO", "c1ccccc1O", "C", "CC(=O)Oc1ccccc1C(=O)O", "CCO"]
+SOLUBILITY = TrainedProperty(
+    task="esol",
+    kind=TaskKind.REGRESSION,
+    columns=("y",),
+    unit="log(mol/L)",
+    standardisation=Standardisation(mean=np.array([-3.0]), std=np.array([2.0])),
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> mb.MoleculeEncoder:
+    torch.manual_seed(0)
+    uri = str(tmp_path_factory.mktemp("encoder"))
+    MoleBlendModel(TINY).save_pretrained(uri)
+    return mb.MoleculeEncoder.from_pretrained(uri)
+
+
+def fine_tuned(folder: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    save_property_model(PropertyModel(MoleBlendModel(TINY), 1), SOLUBILITY, str(folder))
+    save_domain(ApplicabilityDomain.of(["CCO", "CCN", "CCC"]), str(folder))
+    return str(folder)
+
+
+def test_each_molecule_has_a_vector_in_its_place(encoder: mb.MoleculeEncoder) -> None:
+    vectors = encoder.encode(SMILES)
+    assert vectors.shape == (5, encoder.dim)
+    assert vectors.dtype == np.float32
+    assert np.isfinite(vectors).all()
+    np.testing.assert_array_equal(vectors[0], vectors[4])
+    alone = np.concatenate([encoder.encode([smiles]) for smiles in SMILES])
+    np.testing.assert_allclose(vectors, alone, rtol=1e-4, atol=1e-5)
+    assert encoder.encode([]).shape == (0, encoder.dim)
+
+
+def test_without_conformers_other_relations_are_seen(encoder: mb.MoleculeEncoder) -> None:
+    both = [encoder.encode(SMILES, conformers=made) for made in (True, False)]
+    assert not np.allclose(both[0][:2], both[1][:2])
+    # The same coordinates each time.
+    np.testing.assert_array_equal(encoder.encode(SMILES), both[0])
+
+
+def test_what_cannot_be_read_is_named_or_a_row_of_nan(encoder: mb.MoleculeEncoder) -> None:
+    given = ["CCO", "C1CC", "", "CCN"]
+    with pytest.raises(DataError, match=r"2 of 4 SMILES.* 1: 'C1CC' \(unparsable_smiles: .* 2: ''"):
+        encoder.encode(given)
+    vectors = encoder.encode(given, invalid="nan")
+    assert np.isnan(vectors).all(1).tolist() == [False, True, True, False]
+    np.testing.assert_allclose(
+        vectors[[0, 3]], encoder.encode(["CCO", "CCN"]), rtol=1e-4, atol=1e-5
+    )
+    assert np.isnan(encoder.encode(["", "("], invalid="nan")).all()
+    with pytest.raises(DataError, match=r"1 of 1 SMILES.*too_many_atoms"):
+        encoder.encode(["CCCC"], max_atoms=3)
+    with pytest.raises(DataError, match=r"expected a list of SMILES, found one text"):
+        encoder.encode("CCO")
+
+
+def test_an_ensemble_predicts_in_the_unit_with_its_spread(tmp_path: Path) -> None:
+    uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    table = mb.PropertyPredictor.from_pretrained(uris).predict(["CCO", "C1CC", "CCCl"])
+    assert table["smiles"].to_pylist() == ["CCO", "C1CC", "CCCl"]
+    rejected = table["rejected"].to_pylist()
+    assert rejected[0] is rejected[2] is None
+    assert rejected[1].startswith("unparsable_smiles: ")
+    single = [
+        mb.PropertyPredictor.from_pretrained(uri)
+        .predict(["CCO", "CCCl"])["prediction:y"]
+        .to_numpy()
+        for uri in uris
+    ]
+    mean, spread = (table[f"{name}:y"].to_pylist() for name in ("prediction", "std"))
+    assert mean[1] is spread[1] is None
+    np.testing.assert_allclose([mean[0], mean[2]], np.mean(single, axis=0), rtol=1e-5)
+    np.testing.assert_allclose([spread[0], spread[2]], np.std(single, axis=0, ddof=1), rtol=1e-4)
+    assert table["similarity"].to_pylist()[:2] == [1.0, None]
+    assert table["in_domain"].to_pylist()[0] is True
+    assert table.schema.field("prediction:y").metadata == {b"unit": b"log(mol/L)"}
+    assert table.schema.field("similarity").type == pa.float64()
+
+
+def test_a_vector_of_a_fine_tuned_model_is_its_encoders(tmp_path: Path) -> None:
+    encoder = mb.MoleculeEncoder.from_pretrained(fine_tuned(tmp_path / "a", 0))
+    torch.manual_seed(0)
+    expected = PropertyModel(MoleBlendModel(TINY), 1).eval()
+    for name, value in encoder.embedder.model.encoder.state_dict().items():
+        torch.testing.assert_close(value, expected.encoder.state_dict()[name])
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="names no model"):
+        mb.MoleculeEncoder.from_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="neither the folder of a fine-tuned model"):
+        mb.PropertyPredictor.from_pretrained(str(tmp_path))
