@@ -119,7 +119,7 @@ def convert_chunk(
         file_index=chunk.file_index,
         chunk_index=chunk.chunk_index,
         first_row=chunk.first_row,
-        digest=chunk.digest(),
+        digest=chunk.digest(layout),
         rows_in=chunk.num_rows,
         files=tuple(files),
         quarantined_by_reason=dict(Counter(quarantine["reason"].to_pylist())),

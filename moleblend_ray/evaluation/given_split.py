@@ -12,9 +12,16 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
+from moleblend_ray.data.sources.layouts import delimited_form
 from moleblend_ray.data.sources.parquet import parquet_file
 from moleblend_ray.data.sources.reading import open_items, open_records
-from moleblend_ray.data.sources.text import DELIMITERS, DamageError, fields, unreadable
+from moleblend_ray.data.sources.text import (
+    DELIMITERS,
+    DamageError,
+    fields,
+    unreadable,
+    without_empty_end,
+)
 from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
@@ -49,15 +56,16 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
             f"task.split_column: rows are those of one file, but {source} has {len(files)} ({names}, ...). "
             "Give task.split_file with ids, or one file"
         )
+    file = delimited_form(files[0])
     rows: dict[str, list[int]] = defaultdict(list)
     num_rows = 0
     try:
-        for word in map(str.strip, _cells(files[0], column)):
+        for word in map(str.strip, _cells(file, column)):
             if word:
                 rows[word].append(num_rows)
             num_rows += 1
     except DamageError as damage:
-        raise unreadable(files[0].uri, num_rows, damage) from damage
+        raise unreadable(file.uri, num_rows, damage) from damage
     if not rows:
         raise DataError(
             f"task.split_column: column {column!r} of {source} is empty; expected train, valid or test"
@@ -89,8 +97,8 @@ def _table_cells(file: SourceFile, column: str) -> Iterator[str]:
     index = columns.index(column)
     with open_items(file) as items:
         for item in items:
-            cells = fields(item.text, delimiter)
-            yield cells[index] if cells and len(cells) == len(columns) else ""
+            cells = without_empty_end(fields(item.text, delimiter) or [], len(columns))
+            yield cells[index] if len(cells) == len(columns) else ""
 
 
 def _parquet_cells(file: SourceFile, column: str) -> Iterator[str]:

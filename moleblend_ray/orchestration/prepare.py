@@ -473,7 +473,7 @@ def _read(
     """A table of one row per chunk. Damage becomes the last row; the chunks before it still count."""
     try:
         for chunk in read_chunks(layout, file_index, rows_per_chunk, parts):
-            is_done = digests.get(chunk.chunk_index) == chunk.digest()
+            is_done = digests.get(chunk.chunk_index) == chunk.digest(layout)
             yield _row(
                 _CHUNK_SCHEMA,
                 file_index=file_index,

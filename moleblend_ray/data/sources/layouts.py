@@ -108,7 +108,22 @@ def _look_at(file: SourceFile, config: ColumnConfig) -> _View:
     return _look_at_table(file, config)
 
 
+def delimited_form(file: SourceFile) -> SourceFile:
+    """The file as a table with the delimiter of its header, if its ending left that open (CSV, lines of SMILES)."""
+    if file.format == "smi":
+        return _delimited(file) or file
+    if file.format == "csv":
+        with open_records(file) as records:
+            header = _first_records(file, records, 1)
+        # A quoted name may contain the other character.
+        by_comma, by_semicolon = (fields(header[0], mark) if header else None for mark in ",;")
+        if len(by_comma or ()) <= 1 < len(by_semicolon or ()):
+            return replace(file, format="semicolon")
+    return file
+
+
 def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
+    file = delimited_form(file)
     with open_records(file) as records:
         header = _first_records(file, records, 1)
         if not header:
@@ -150,7 +165,7 @@ def _smiles_column(
 
 
 def _look_at_smiles(file: SourceFile, config: ColumnConfig) -> _View:
-    """A table of SMILES and names; if its header has several columns between tabs or commas, a TSV or CSV file."""
+    """A table of SMILES and names; if its header has several columns between tabs, commas or semicolons, such a table."""
     with open_items(file) as items:
         records = (item.text for item in items)
         sample = _first_records(file, records, _SAMPLE_RECORDS)
@@ -169,12 +184,16 @@ def _look_at_smiles(file: SourceFile, config: ColumnConfig) -> _View:
 
 
 def _delimited(file: SourceFile) -> SourceFile | None:
-    """The file as TSV or CSV if it is a plain one whose first line is such a header; else None."""
+    """The file as a table if it is a plain one whose first line is such a header; else None."""
     if file.container is not None:
         return None
     with open_records(replace(file, format="tsv")) as records:
         first = _first_records(file, records, 1)
-    forms: tuple[tuple[Format, bytes], ...] = (("tsv", b"\t"), ("csv", b","))
+    forms: tuple[tuple[Format, bytes], ...] = (
+        ("tsv", b"\t"),
+        ("csv", b","),
+        ("semicolon", b";"),
+    )
     for form, delimiter in forms:
         cells = [cell.strip().lower() for cell in first[0].split(delimiter)] if first else []
         # "smiles<TAB>name" is the header of a plain table of SMILES.

@@ -27,6 +27,7 @@ from moleblend_ray.data.sources.text import (
     fields,
     lines_of,
     sd_records,
+    without_empty_end,
 )
 
 
@@ -101,8 +102,7 @@ def _rejected(row: int, rejection: Rejection, text: str, layout: SourceLayout) -
 def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     cells = fields(item.text, DELIMITERS[layout.file.format])
     found = "no readable row" if cells is None else f"{len(cells)} fields"
-    while cells and len(cells) > len(layout.columns) and not cells[-1].strip():
-        cells.pop()
+    cells = cells and without_empty_end(cells, len(layout.columns))
     if cells is None or len(cells) != len(layout.columns):
         detail = f"{found} where the header has {len(layout.columns)}"
         rejection = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.molecule import Rejection, SourceRecord
 
-Format = Literal["sdf", "csv", "tsv", "smi", "xyz", "parquet"]
-"""``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
+Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
+"""``semicolon``: CSV as spreadsheets write it where the comma is the decimal sign. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
 
 Container = Literal["tar", "zip"]
 
@@ -109,9 +110,21 @@ class RowChunk:
     """The bytes of the file (without the header) if ``SourceLayout.is_plain_text``, else an Arrow stream of Parquet
     rows or of ``reading.RECORD_SCHEMA``."""
 
-    def digest(self) -> str:
-        """Digest of the raw content."""
-        return hashlib.blake2b(self.payload, digest_size=16).hexdigest()
+    def digest(self, layout: SourceLayout) -> str:
+        """Digest of all that decides what is made of the chunk: its bytes, its place in the file, and how they are read."""
+        read_as = (
+            self.first_row,
+            self.num_rows,
+            layout.columns,
+            layout.smiles_column,
+            layout.id_column,
+            layout.labels,
+            layout.own_labels,
+            layout.has_geometry,
+        )
+        content = hashlib.blake2b(json.dumps(read_as).encode(), digest_size=16)
+        content.update(self.payload)
+        return content.hexdigest()
 
 
 class RawRecord(NamedTuple):

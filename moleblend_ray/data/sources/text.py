@@ -36,7 +36,7 @@ _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
 COMPRESSIONS: Final = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 """Suffix -> compression."""
 
-DELIMITERS: Final[dict[str, str]] = {"csv": ",", "tsv": "\t"}
+DELIMITERS: Final[dict[str, str]] = {"csv": ",", "tsv": "\t", "semicolon": ";"}
 
 _RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n", re.MULTILINE)
 
@@ -296,6 +296,13 @@ def fields(record: bytes, delimiter: str) -> list[str] | None:
         return next(csv.reader(io.StringIO(decode(record), newline=""), delimiter=delimiter))
     except csv.Error:
         return None
+
+
+def without_empty_end(cells: list[str], num_columns: int) -> list[str]:
+    """The cells of a row without empty ones that exceed the columns, as a delimiter at the end of the line makes them."""
+    while len(cells) > num_columns and not cells[-1].strip():
+        cells = cells[:-1]
+    return cells
 
 
 def unreadable(uri: str, record: int, error: Exception) -> DataError:

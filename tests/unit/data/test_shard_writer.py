@@ -72,7 +72,7 @@ def convert(
     for index, layout in enumerate(sources.layouts):
         for chunk in read_chunks(layout, index, chosen.rows_per_chunk):
             receipt = done.get((index, chunk.chunk_index))
-            if receipt is None or receipt.digest != chunk.digest():
+            if receipt is None or receipt.digest != chunk.digest(layout):
                 receipt = convert_chunk(chunk, layout, sources.labels, chosen, str(out))
                 if converted is not None:
                     converted.append(chunk.chunk_index)
@@ -295,6 +295,31 @@ def test_a_source_changed_between_two_runs_keeps_equal_chunks_and_nothing_stale(
         "only the chunk with another record; a missing last line end makes no difference"
     )
     assert manifest.counts.rows_in == 8
+    assert manifest == convert(source, tmp_path / "fresh", **options)
+    assert content_of(out) == content_of(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # The same records under another header.
+        (
+            "smiles,a,b\nC,1,2\nCC,3,4\nCCC,5,6\nCCCC,7,8\n",
+            "smiles,b,a\nC,1,2\nCC,3,4\nCCC,5,6\nCCCC,7,8\n",
+        ),
+        # A label that only later records have.
+        ("smiles,a\nC,1\nCC,3\nCCC,5\nCCCC,7\n", "smiles,c\nC,1\nCC,3\nCCC,5\nCCCC,7\n"),
+    ],
+)
+def test_chunks_that_are_read_in_another_way_are_converted_again(
+    tmp_path: Path, before: str, after: str
+) -> None:
+    source, out = tmp_path / "in.csv", tmp_path / "out"
+    options = {"rows_per_chunk": 2, "valid_fraction": 0.0}
+    source.write_text(before)
+    convert_first(source, out, 1, **options)
+    source.write_text(after)
+    manifest = convert(source, out, **options)
     assert manifest == convert(source, tmp_path / "fresh", **options)
     assert content_of(out) == content_of(tmp_path / "fresh")
 

@@ -45,7 +45,7 @@ def prepare(
     for index, layout in enumerate(sources.layouts):
         for chunk in read_chunks(layout, index, options.rows_per_chunk):
             receipt = done.get((index, chunk.chunk_index))
-            if receipt is None or receipt.digest != chunk.digest():
+            if receipt is None or receipt.digest != chunk.digest(layout):
                 receipt = convert_chunk(chunk, layout, sources.labels, options, str(out))
             receipts.append(receipt)
     exchange, passes = plan_exchange(

@@ -98,6 +98,19 @@ def test_tab_separated_and_compressed_tables(tmp_path: Path, name: str) -> None:
     assert [record.labels.tolist() for record in records] == [[1.0], [2.0]]
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz", "table.smi", "table.txt"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_a_table_with_semicolons_is_read_as_one(tmp_path: Path, name: str, quote: str) -> None:
+    rows = [("Smiles", "ChEMBL ID", "pIC50"), ("CCO", "a, one", "5.5"), ("CCN", "b", "6")]
+    text = "".join(";".join(f"{quote}{cell}{quote}" for cell in row) + "\r\n" for row in rows)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    records = records_of(path, smiles_column="Smiles", id_column="ChEMBL ID")
+    assert smiles_of(records) == ["CCO", "CCN"]
+    assert [record.mol_id for record in records] == ["a, one", "b"]
+    assert [record.labels.tolist() for record in records] == [[5.5], [6.0]]
+
+
 def test_explicit_label_columns_keep_their_order_and_take_true_and_false(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("smiles,a,b,c\nC,1,True,x\nC,2,False,3\n")
@@ -544,7 +557,7 @@ def test_chunks_end_by_rows_or_bytes_and_their_digest_is_of_content(
     chunks = list(read_chunks(layout, 0, 4))
     assert [chunk.num_rows for chunk in chunks] == [4, 3, 2, 1]
     assert [chunk.first_row for chunk in chunks] == [0, 4, 7, 9]
-    assert len({chunk.digest() for chunk in chunks}) == 4
+    assert len({chunk.digest(layout) for chunk in chunks}) == 4
 
 
 def test_a_source_in_s3_is_read_like_a_local_one(s3_uri: str, tmp_path: Path) -> None:

@@ -40,6 +40,29 @@ def write_csv(folder: Path, rows: Sequence[tuple[str, str, str]] = ROWS) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "delimiter", "end"),
+    [
+        ("trailing.csv", ",", ","),
+        ("semicolons.csv", ";", ""),
+        ("table.smi", ",", ""),
+        ("table.txt", "\t", ""),
+    ],
+)
+def test_the_column_is_found_in_every_table_that_molecules_are_read_from(
+    tmp_path: Path, name: str, delimiter: str, end: str
+) -> None:
+    lines = [delimiter.join(row) for row in (("smiles", "y", "part"), *ROWS)]
+    path = tmp_path / name
+    path.write_text(lines[0] + "\n" + "".join(f"{line}{end}\n" for line in lines[1:]))
+    assert {word: rows.tolist() for word, rows in rows_of_column(str(path), "part").items()} == {
+        "train": [0, 3, 5],
+        "validation": [1],
+        "test": [2],
+        "Test": [4],
+    }
+
+
 def prepare(source: str, out: Path, splits: NamedSplits | None = None) -> str:
     """In this process; the dataset's folder."""
     options = ConvertOptions(
