@@ -8,10 +8,11 @@ import difflib
 import importlib
 import logging
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -148,12 +149,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(job_help(options.job))
             return 0
         with console_logging(verbose=options.verbose):
-            run = (
-                partial(submit_job, verbose=options.verbose)
-                if options.job == SUBMIT
-                else partial(run_job, options.job)
-            )
-            return run(options.overrides, dry_run=options.dry_run, as_json=options.as_json)
+            wanted = {"dry_run": options.dry_run, "as_json": options.as_json}
+            if options.job == SUBMIT:
+                return submit_job(options.overrides, verbose=options.verbose, **wanted)
+            with _exit_on_sigterm():
+                return run_job(options.job, options.overrides, **wanted)
     except MoleBlendError as error:
         # The text of an error from a Ray task contains the remote traceback; its cause is the plain error.
         cause = getattr(error, "cause", None) or error
@@ -162,6 +162,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell(errors, f"moleblend {options.job}", "interrupted; the same command continues")
         return EXIT_INTERRUPTED
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        _tell(errors, f"moleblend {options.job}", "stopped by SIGTERM; the same command continues")
+        return EXIT_UNFINISHED
+
+
+@contextlib.contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the body by an exception, so that a cluster that was started is stopped. Ray's handler, which replaces this
+    one while Ray runs, does the same; `pretrain` has one that commits the current step first."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        sys.exit(number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _tell(errors: Console, who: str, what: str) -> None:

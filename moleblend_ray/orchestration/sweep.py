@@ -121,6 +121,7 @@ def sweep(config: SweepConfig) -> SweepSummary:
     stored = finished_results(config)
     if stored is not None:
         return _summary(summarise(config.out, stored, already_finished=True), stored)
+    warn_of_searched(config)
     # A searcher that cannot be used fails now, not after the molecules were prepared.
     search_method(config, config.task.resolve())
     with ray_session(config.cluster):
@@ -129,6 +130,20 @@ def sweep(config: SweepConfig) -> SweepSummary:
         baselines = run_baselines(config, bench, config.final_seeds, search_and_train)
         results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
     return _summary(summarise(config.out, results, already_finished=False), results)
+
+
+def warn_of_searched(config: SweepConfig) -> None:
+    """Name the settings of `finetune` that were given, but which the search varies."""
+    usual = FinetuneSettings()
+    given = {
+        name: getattr(config.finetune, name)
+        for name in config.search.dimensions(config.task.resolve().epochs)
+        if getattr(config.finetune, name) != getattr(usual, name)
+    }
+    for name, value in given.items():
+        logger.warning(
+            "finetune.%s=%s has no effect: the search varies it (search.%s)", name, value, name
+        )
 
 
 def search_and_train(config: SweepConfig, bench: Bench) -> Training:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -305,3 +308,24 @@ def test_looking_at_a_place_without_data_is_an_error_of_one_line(
 ) -> None:
     assert cli.main(["data", "--verify", str(tmp_path)]) == cli.EXIT_ERROR
     assert "not a prepared data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", ["prepare", "sweep"])
+def test_sigterm_ends_every_job_by_status_75_and_leaves_its_handler_behind(
+    job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = []
+
+    def work(config: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            closed.append(config)  # as a cluster that was started is
+
+    stub(monkeypatch, cli.JOBS[job].function, work)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main([job, *least_arguments(job)]) == 75
+    assert len(closed) == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err

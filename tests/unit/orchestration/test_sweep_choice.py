@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+
 import pytest
 
+from moleblend_ray.config.downstream import SweepConfig, TaskConfig
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.results import TrialResult
+from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import TASKS
-from moleblend_ray.orchestration.sweep import choose
+from moleblend_ray.orchestration.sweep import choose, warn_of_searched
 
 FIXED = FinetuneSettings(clip_norm=7.0)
 
@@ -36,3 +41,21 @@ def test_a_search_without_any_score_says_why_its_trials_failed() -> None:
     trials = [trial(0, None, "out of memory"), trial(1, None, "out of memory"), trial(2, None)]
     with pytest.raises(TrainingError, match=r"none of 3 trials .*: out of memory; no score$"):
         choose(FIXED, TASKS["esol"], trials)
+
+
+def test_a_setting_that_the_search_varies_is_named_if_it_was_given(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    task = TaskConfig(name="esol", source="a.csv")
+    given = FinetuneSettings(epochs=3, patience=2, learning_rate=5e-4)
+    config = SweepConfig(task=task, out="b", finetune=given)
+    with caplog.at_level(logging.WARNING):
+        warn_of_searched(config)
+        assert [message.split("=")[0] for message in caplog.messages] == [
+            "finetune.learning_rate",
+            "finetune.epochs",
+        ]
+        caplog.clear()
+        fixed = SearchSpace(learning_rate=None, epochs=(3, 3))
+        warn_of_searched(dataclasses.replace(config, search=fixed, finetune=FinetuneSettings()))
+    assert caplog.messages == []
