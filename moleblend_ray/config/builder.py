@@ -19,15 +19,27 @@ from moleblend_ray.errors import ConfigError
 
 T = TypeVar("T")
 
+Choices = Callable[[str], Sequence[str]]
+"""Key path of a section -> names that choose it as a whole."""
+
 Origin = Callable[[str], str | None]
 """Key path -> where its value was written ("conf/pretrain.yaml", "the command line"), None if unknown."""
 
 _INVALID = object()
 
 
-def build(cls: type[T], values: Mapping[str, Any], *, origin: Origin | None = None) -> T:
-    """An instance of the dataclass `cls` from plain `values`; a ConfigError naming every problem otherwise."""
-    builder = _Builder(origin or (lambda _: None))
+def build(
+    cls: type[T],
+    values: Mapping[str, Any],
+    *,
+    origin: Origin | None = None,
+    choices: Choices | None = None,
+) -> T:
+    """An instance of the dataclass `cls` from plain `values`; a ConfigError naming every problem otherwise.
+
+    Messages say where a value comes from by `origin`, and which names a missing section has by `choices`.
+    """
+    builder = _Builder(origin or (lambda _: None), choices or (lambda _: ()))
     config = builder.dataclass(cls, values, "")
     if builder.problems:
         raise ConfigError(_join_problems(cls.__name__, builder.problems))
@@ -98,9 +110,10 @@ def type_name(annotation: Any) -> str:
 class _Builder:
     """One pass over a value tree; `problems` holds a line for each thing that is wrong in it."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, choices: Choices) -> None:
         self.problems: list[str] = []
         self._origin = origin
+        self._choices = choices
 
     def dataclass(self, cls: type, values: object, path: str) -> Any:
         if not isinstance(values, Mapping):
@@ -118,12 +131,24 @@ class _Builder:
         for field in dataclasses.fields(cls):
             if field.init and field.name not in values and _is_required(field):
                 where = _child(path, field.name)
-                expected = type_name(annotations[field.name])
+                expected = self._expected(annotations[field.name], where)
                 self.problems.append(f"{where}: required, but not given; expected {expected}")
         if len(self.problems) > before:
             self._check_the_rest(cls, arguments, path)
             return _INVALID
         return self._construct(cls, arguments, path)
+
+    def _expected(self, annotation: Any, path: str) -> str:
+        """What to give for a setting that is missing; for a section, the choices it has and its own required keys."""
+        section = nested_dataclass(annotation)
+        if section is None:
+            return type_name(annotation)
+        keys = [f"{path}.{f.name}=..." for f in dataclasses.fields(section) if _is_required(f)]
+        choices = self._choices(path)
+        by_name = f"{path}=NAME of {', '.join(choices)}; " if choices else ""
+        return (
+            f"{by_name}{'or ' if choices else ''}{' '.join(keys) or f'settings {path}.KEY=VALUE'}"
+        )
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
         options = _options(annotation)
@@ -272,6 +297,8 @@ def _scalar(annotation: type, value: object) -> Any:
         return next((member for member in annotation if value in (member, member.value)), _INVALID)
     if annotation is float and type(value) is int:
         return float(value)
+    if annotation is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
+        return int(value)  # 1e4, which YAML and hydra read as a float
     # bool is a subclass of int, but `num_layers: true` is a mistake.
     return value if type(value) is annotation else _INVALID
 

@@ -48,7 +48,7 @@ def compose(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             composed = hydra_compose(config_name=job, overrides=prepared)
             values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{job}: {_first_lines(error)}") from error
+        raise ConfigError(f"{job}: {_unreadable(prepared) or _first_lines(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{job}: expected a mapping in conf/{job}.yaml")
     return {str(key): value for key, value in values.items()}
@@ -56,7 +56,12 @@ def compose(job: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def load_config(cls: type[T], job: str, overrides: Sequence[str] = ()) -> T:
     """The configuration of `job` as the dataclass `cls`; errors name the file that set the value."""
-    return build(cls, compose(job, overrides), origin=lambda path: _origin(job, overrides, path))
+    return build(
+        cls,
+        compose(job, overrides),
+        origin=lambda path: _origin(job, overrides, path),
+        choices=group_choices,
+    )
 
 
 def model_preset(name: ModelPreset) -> ModelConfig:
@@ -175,6 +180,20 @@ def _paths(values: Any, prefix: str) -> Iterator[str]:
 def _read_yaml(file: Path) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.load(file))
     return {str(key): value for key, value in values.items()} if isinstance(values, dict) else {}
+
+
+def _unreadable(overrides: Sequence[str]) -> str | None:
+    """Why the first override that hydra's grammar does not take cannot be read; None if it takes all."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            return (
+                f"{override.lstrip('+')} cannot be read: a bracket, brace or quote is missing, or it needs quotes (lists are KEY=[a,b], "
+                "in quotes for the shell)"
+            )
+    return None
 
 
 def _first_lines(error: Exception) -> str:

@@ -56,6 +56,12 @@ def test_nested_mappings_become_nested_dataclasses_with_their_defaults() -> None
     assert type(built.inner.rate) is float
 
 
+def test_a_whole_number_may_be_written_as_1e4() -> None:
+    built = build(Outer, {"name": "a", "count": 1e4})
+    assert built.count == 10_000
+    assert type(built.count) is int
+
+
 @pytest.mark.parametrize(("value", "built"), [("a", "a"), (["a", "b"], ("a", "b")), ([], ())])
 def test_a_setting_may_be_one_text_or_several(value: object, built: object) -> None:
     config = build(Outer, {"name": "n", "place": value})

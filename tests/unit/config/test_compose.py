@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from moleblend_ray.config.compose import compose, load_config
+from moleblend_ray.config.downstream import FinetuneConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.errors import ConfigError
 
@@ -85,6 +86,21 @@ def test_a_group_of_another_job_is_refused() -> None:
 def test_an_unknown_job_lists_the_jobs() -> None:
     with pytest.raises(ConfigError, match="unknown job 'prepar'"):
         compose("prepar")
+
+
+def test_a_missing_section_names_its_choices_and_its_required_keys() -> None:
+    with pytest.raises(
+        ConfigError, match=r"task=NAME of bace, bbbp.*; or task\.name=\.\.\. task\.source="
+    ):
+        load_config(FinetuneConfig, "finetune", ["out=runs/x"])
+
+
+@pytest.mark.parametrize("value", ["[a.csv", "{a: 1", "[a,'b]"])
+def test_a_bracket_that_is_never_closed_is_told_in_plain_words(value: str) -> None:
+    with pytest.raises(ConfigError, match="a bracket, brace or quote is missing") as caught:
+        compose("prepare", [f"source={value}"])
+    assert value in str(caught.value)
+    assert "grammar" not in str(caught.value)
 
 
 def test_an_override_without_a_value_is_refused() -> None:
