@@ -56,10 +56,3 @@ class CheckpointError(MoleBlendError):
 
 class TrainingError(MoleBlendError):
     """Training cannot go on: a gap in the data order, a non-finite loss, a lost worker group."""
-
-
-def check_all(*checks: tuple[bool, str]) -> None:
-    """Raise one ConfigError with the message of every (condition, message) whose condition is false."""
-    problems = [message for holds, message in checks if not holds]
-    if problems:
-        raise ConfigError("\n".join(problems))

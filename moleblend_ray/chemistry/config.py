@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import above, at_least, check_all, within
 
 ATOM_LIMIT = 65_535
 """Most atoms of a molecule, as bonds store atom indices as uint16."""
@@ -39,21 +39,9 @@ class ConformerConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            (1 <= self.count <= 255, f"count: expected 1 to 255, found {self.count}"),
-            (self.timeout_s > 0, f"timeout_s: expected > 0 seconds, found {self.timeout_s}"),
-            (
-                self.prune_rms_angstrom is None or self.prune_rms_angstrom > 0,
-                f"prune_rms_angstrom: expected > 0 angstrom or null, found {self.prune_rms_angstrom}",
-            ),
-            (
-                self.energy_window_kcal_mol is None or self.energy_window_kcal_mol > 0,
-                "energy_window_kcal_mol: expected > 0 kcal/mol or null, "
-                f"found {self.energy_window_kcal_mol}",
-            ),
-            (
-                self.mmff_max_iterations >= 0,
-                f"mmff_max_iterations: expected >= 0, found {self.mmff_max_iterations}",
-            ),
+            *within(self, 1, 255, "count"),
+            *above(self, 0, "timeout_s", "prune_rms_angstrom", "energy_window_kcal_mol"),
+            *at_least(self, 0, "mmff_max_iterations"),
         )
 
 
@@ -80,9 +68,4 @@ class FeaturizeConfig:
     """How to make coordinates for records that have none."""
 
     def __post_init__(self) -> None:
-        check_all(
-            (
-                1 <= self.max_atoms <= ATOM_LIMIT,
-                f"max_atoms: expected 1 to {ATOM_LIMIT}, found {self.max_atoms}",
-            )
-        )
+        check_all(*within(self, 1, ATOM_LIMIT, "max_atoms"))

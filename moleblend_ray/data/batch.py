@@ -49,8 +49,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from moleblend_ray.checks import above, at_least, check_all
 from moleblend_ray.data.block import BOND_ENDS, NUM_ATOM_FEATURES, NUM_AXES, MoleculeBlock
-from moleblend_ray.errors import DataError, check_all
+from moleblend_ray.errors import DataError
 from moleblend_ray.relations.topology import (
     check_bond_arrays,
     damaged_bonds,
@@ -182,26 +183,12 @@ class StreamConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that make no stream."""
         check_all(
-            *(
-                (
-                    getattr(self, name) >= 1,
-                    f"{name}: expected at least 1, found {getattr(self, name)}",
-                )
-                for name in ("micro_batch_size", "min_actors", "cache_bytes")
-            ),
-            (
-                self.steps_per_block is None or self.steps_per_block >= 1,
-                f"steps_per_block: expected null or at least 1, found {self.steps_per_block}",
-            ),
+            *at_least(self, 1, "micro_batch_size", "min_actors", "cache_bytes", "steps_per_block"),
             (
                 self.max_actors is None or self.max_actors >= self.min_actors,
                 f"max_actors: expected null or at least min_actors ({self.min_actors}), found {self.max_actors}",
             ),
-            (
-                self.object_store_gib is None or self.object_store_gib > 0,
-                f"object_store_gib: expected null or more than 0, found {self.object_store_gib}",
-            ),
-            (self.actor_cpus > 0, f"actor_cpus: expected more than 0, found {self.actor_cpus}"),
+            *above(self, 0, "object_store_gib", "actor_cpus"),
         )
 
     def block_steps(self, num_streams: int, step_bytes: float, budget: int) -> int:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
+from moleblend_ray.checks import above, at_least, check_all
 from moleblend_ray.data import storage
 from moleblend_ray.data.retry import TRANSIENT_STATUS, backoff_seconds
 from moleblend_ray.errors import (
@@ -33,7 +34,6 @@ from moleblend_ray.errors import (
     DataError,
     MoleBlendError,
     StorageError,
-    check_all,
     without_credentials,
 )
 
@@ -82,7 +82,7 @@ class RemoteFile:
             ),
             (bool(self.urls), "urls: expected at least one"),
             (not bad, f"urls: expected {', '.join(_SCHEMES)} URLs, found {bad}"),
-            (self.bytes is None or self.bytes > 0, f"bytes: expected > 0, found {self.bytes}"),
+            *above(self, 0, "bytes"),
             (_is_hex(self.md5, 32), f"md5: expected 32 hexadecimal digits, found {self.md5!r}"),
             (
                 _is_hex(self.sha256, 64),
@@ -129,9 +129,9 @@ class TransferOptions:
 
     def __post_init__(self) -> None:
         check_all(
-            (self.timeout_s > 0, f"timeout_s: expected > 0, found {self.timeout_s}"),
-            (self.attempts >= 1, f"attempts: expected >= 1, found {self.attempts}"),
-            (self.first_wait_s >= 0, f"first_wait_s: expected >= 0, found {self.first_wait_s}"),
+            *above(self, 0, "timeout_s"),
+            *at_least(self, 1, "attempts"),
+            *at_least(self, 0, "first_wait_s"),
         )
 
 

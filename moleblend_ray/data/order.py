@@ -22,7 +22,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from moleblend_ray.errors import ConfigError, DataError, check_all
+from moleblend_ray.checks import at_least, check_all
+from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash, mix
 
 MAX_MOLECULES: Final = 10**12
@@ -59,13 +60,7 @@ class OrderConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that make no order."""
         check_all(
-            *(
-                (
-                    getattr(self, name) >= 1,
-                    f"{name}: expected at least 1, found {getattr(self, name)}",
-                )
-                for name in ("global_batch_size", "num_streams", "shuffle_window", "chunk_rows")
-            ),
+            *at_least(self, 1, "global_batch_size", "num_streams", "shuffle_window", "chunk_rows"),
             (
                 -(2**63) <= self.seed < 2**63,
                 f"seed: expected -2**63 to 2**63 - 1, found {self.seed}",

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from moleblend_ray.errors import check_all
+from moleblend_ray.checks import at_least, below_one, check_all
 
 PAPER_EDGE_VOCAB: Final = (4, 3, 2)
 """Bond types, stereo codes and conjugation codes that the paper's edge classes cover."""
@@ -65,24 +65,10 @@ class ModelConfig:
         sizes = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kernels", "pair_dim")
         rates = ("dropout", "attention_dropout", "activation_dropout", "drop_path")
         check_all(
-            *(
-                (
-                    getattr(self, name) >= least,
-                    f"{name}: expected at least {least}, found {getattr(self, name)}",
-                )
-                for name, least in (
-                    *((name, 1) for name in sizes),
-                    ("num_spd_classes", 2),
-                    ("environment_bins", 0),
-                )
-            ),
-            *(
-                (
-                    0.0 <= getattr(self, name) < 1.0,
-                    f"{name}: expected at least 0 and below 1, found {getattr(self, name)}",
-                )
-                for name in rates
-            ),
+            *at_least(self, 1, *sizes),
+            *at_least(self, 2, "num_spd_classes"),
+            *at_least(self, 0, "environment_bins"),
+            *below_one(self, *rates),
             (
                 self.num_heads < 1 or self.dim % self.num_heads == 0,
                 f"num_heads: expected a divisor of dim = {self.dim}, found {self.num_heads}",
@@ -128,10 +114,7 @@ class BlendConfig:
             _distribution("pair_probabilities", self.pair_probabilities, 3),
             _distribution("atom_probabilities", self.atom_probabilities, 2),
             _distribution("view_probabilities", self.view_probabilities, 4),
-            (
-                self.noise_std_angstrom >= 0.0,
-                f"noise_std_angstrom: expected at least 0, found {self.noise_std_angstrom}",
-            ),
+            *at_least(self, 0, "noise_std_angstrom"),
         )
 
 
@@ -161,15 +144,8 @@ class LossConfig:
     noise cannot be predicted: the prediction is a constant near 0, where the gradient of a cosine is huge."""
 
     def __post_init__(self) -> None:
-        check_all(
-            *(
-                (
-                    getattr(self, name) >= 0.0,
-                    f"{name}: expected at least 0, found {getattr(self, name)}",
-                )
-                for name in (*(f"{loss}_weight" for loss in LOSS_NAMES), "visible_pair_weight")
-            )
-        )
+        weights = (f"{loss}_weight" for loss in LOSS_NAMES)
+        check_all(*at_least(self, 0, *weights, "visible_pair_weight"))
 
     def weight(self, name: str) -> float:
         """Weight of the loss ``name``, one of LOSS_NAMES."""
@@ -200,10 +176,7 @@ class ReadoutConfig:
                 self.readout in ("token", "mean", "token+mean", "sum"),
                 f"readout: expected token, mean, token+mean or sum, found {self.readout!r}",
             ),
-            (
-                0.0 <= self.dropout < 1.0,
-                f"dropout: expected at least 0 and below 1, found {self.dropout}",
-            ),
+            *below_one(self, "dropout"),
         )
 
 

@@ -8,8 +8,9 @@ from typing import Literal
 
 import pytest
 
+from moleblend_ray.checks import check_all
 from moleblend_ray.config.builder import build, to_dict, type_name
-from moleblend_ray.errors import ConfigError, check_all
+from moleblend_ray.errors import ConfigError
 
 
 class Colour(StrEnum):
