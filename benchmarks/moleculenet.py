@@ -47,6 +47,7 @@ from moleblend_ray.config.downstream import BaselineConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
+from moleblend_ray.evaluation.baselines import FeatureKind
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,
     load_labelled,
@@ -231,7 +232,7 @@ def run(what: Run) -> dict[str, Any]:
     torch.set_num_threads(what.threads)
     molecules, split = task_data(what.data, what.splits, what.task)
     if what.arm in BASELINES:
-        found = fit_baseline(molecules, split, what.task, what.arm, what.seed, what.threads)
+        found = fit_baseline(what, molecules, split)
         return {**found, "device": device_name("cpu")}
     start = starting_point(what.checkpoint)
     if what.arm == SCRATCH:
@@ -249,17 +250,16 @@ def run(what: Run) -> dict[str, Any]:
     return {**scores._asdict(), "device": device_name(what.device)}
 
 
-def fit_baseline(
-    molecules: LabelledMolecules, split: Split, task: Task, name: str, seed: int, threads: int
-) -> dict[str, Any]:
+def fit_baseline(what: Run, molecules: LabelledMolecules, split: Split) -> dict[str, Any]:
     """Of the grid what validation prefers, then its test score."""
-    from moleblend_ray.evaluation import baseline_runs, baselines  # need RDKit
+    from moleblend_ray.evaluation import baselines
     from moleblend_ray.evaluation.results import Candidate
 
-    kind, grid = baselines.BaselineKind(name), BaselineConfig()
+    kind, grid = baselines.BaselineKind(what.arm), BaselineConfig()
+    task, seed, threads = what.task, what.seed, what.threads
     data = baselines.BaselineData(
         task=task,
-        features=baseline_runs.compute_features(kind.features, molecules.smiles),
+        features=features_of(kind.features, what.data, what.splits, task),
         labels=molecules.labels,
         columns=molecules.columns,
         **split._asdict(),
@@ -297,6 +297,14 @@ def task_data(data: str, splits: str, task: Task) -> tuple[LabelledMolecules, Sp
             "write it again (--write-splits)"
         )
     return molecules, found.split
+
+
+@functools.lru_cache(maxsize=2)
+def features_of(kind: FeatureKind, data: str, splits: str, task: Task) -> Any:
+    """What a baseline knows of a task's molecules; its runs in one process share it, as it can take longer than they do."""
+    from moleblend_ray.evaluation.baseline_runs import compute_features  # needs RDKit
+
+    return compute_features(kind, task_data(data, splits, task)[0].smiles)
 
 
 @functools.lru_cache(maxsize=1)
