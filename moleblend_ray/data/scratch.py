@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Final
 
 logger = logging.getLogger(__name__)
 
-_PREFIX: Final = "moleblend-scratch-"
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 _SETTLED_S: Final = 60.0
 """Age from which an unlocked folder counts as left behind, as a folder is locked a moment after it is made."""
@@ -45,12 +46,12 @@ def scratch_folder(purpose: str, *, token: str | None = None) -> Iterator[Path]:
 
 def scratch_path(purpose: str, token: str) -> Path:
     """The path at which :func:`scratch_folder` makes its folder."""
-    return Path(tempfile.gettempdir()) / f"{_PREFIX}{purpose}-{token}"
+    return Path(tempfile.gettempdir()) / f"{_prefix()}{purpose}-{token}"
 
 
 def remove_abandoned() -> None:
     """Remove this user's scratch folders that no process of this machine holds."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
         with contextlib.suppress(OSError):  # removed by another process, or in use
             stat = folder.lstat()
             if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < _SETTLED_S:
@@ -58,6 +59,17 @@ def remove_abandoned() -> None:
             with _locked(folder):
                 shutil.rmtree(folder)
                 logger.info("removed %s, which a killed process left behind", folder)
+
+
+@functools.cache
+def _prefix() -> str:
+    """Of the folders of this machine: a lock says nothing to other machines that share the file system. The containers of one
+    machine share its kernel, and so its locks."""
+    try:
+        machine = _BOOT_ID.read_text().replace("-", "")[:12]
+    except OSError:  # not Linux
+        machine = f"{uuid.getnode():x}"
+    return f"moleblend-scratch-{machine.strip()}-"
 
 
 @contextlib.contextmanager

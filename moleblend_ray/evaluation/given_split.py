@@ -56,7 +56,7 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
             f"task.split_column: rows are those of one file, but {source} has {len(files)} ({names}, ...). "
             "Give task.split_file with ids, or one file"
         )
-    file = delimited_form(files[0])
+    file = delimited_form(files[0], column)
     rows: dict[str, list[int]] = defaultdict(list)
     num_rows = 0
     try:

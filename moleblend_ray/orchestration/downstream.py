@@ -150,8 +150,10 @@ def check_cluster(config: PropertyConfig) -> None:
     if cluster.use_gpu:
         need["GPU"] = config.gpus_per_worker
     require_resources(need, "one training", cluster.worker_labels)
-    paths = {"task.source": config.task.source, "out": config.out, "checkpoint": config.checkpoint}
-    require_shared_paths({name: uri for name, uri in paths.items() if uri is not None})
+    # The checkpoint and prepared molecules are read by this process alone, and sent to the others.
+    source = config.task.source
+    is_prepared = storage.exists(storage.join(source, MANIFEST_NAME))
+    require_shared_paths({"out": config.out, **({} if is_prepared else {"task.source": source})})
     warn_of_unused_gpus(cluster)
 
 

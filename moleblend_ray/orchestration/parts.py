@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
+from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.shards import (
@@ -172,7 +173,8 @@ def _check_cluster(job: PartsJob) -> None:
     require_labels("worker_labels", cluster.worker_labels)
     need = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if cluster.use_gpu else {})}
     require_resources(need, f"one actor of {job.name}", cluster.worker_labels)
-    require_shared_paths({"source": config.source, "out": config.out})
+    # All of them: every actor reads the model by itself.
+    require_shared_paths(path_settings(config))
     warn_of_unused_gpus(cluster)
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +38,8 @@ class Snapshot(NamedTuple):
     """Number of events so far, by name."""
     records: list[tuple[int, str, str, dict[str, Any]]]
     """(level, logger name, message, :func:`.logs.origin_of`) of every record that the driver has not confirmed."""
+    board: str
+    """Random name of the board; another one after it was lost with its node and started anew."""
 
 
 class _Board:
@@ -47,6 +50,7 @@ class _Board:
         self._counts: dict[str, int] = {}
         self._records: list[tuple[int, str, str, dict[str, Any]]] = []
         self._confirmed = 0
+        self._name = uuid.uuid4().hex
 
     def update(self, values: Values) -> None:
         self._values.update(values)
@@ -57,14 +61,12 @@ class _Board:
     def log(self, level: int, name: str, message: str, origin: dict[str, Any]) -> None:
         self._records.append((level, name, message, origin))
 
-    def read(self, confirmed: int) -> Snapshot:
-        """``confirmed`` is the number of records that the driver has; only these are dropped, as an answer may be lost."""
-        known = confirmed - self._confirmed
-        # After a restart of this actor, the driver has seen records that these here do not continue.
-        if 0 <= known <= len(self._records):
-            del self._records[:known]
-        self._confirmed = confirmed
-        return Snapshot(dict(self._values), dict(self._counts), list(self._records))
+    def read(self, board: str, confirmed: int) -> Snapshot:
+        """The driver has ``confirmed`` records of ``board``. Only these are dropped, as an answer may be lost."""
+        if board == self._name:
+            del self._records[: confirmed - self._confirmed]
+            self._confirmed = confirmed
+        return Snapshot(dict(self._values), dict(self._counts), list(self._records), self._name)
 
 
 class Reporter:
@@ -184,7 +186,7 @@ class Progress:
             else _Lines(description, unit, total, log_interval_s)
         )
         self._poll_interval_s = 0.5 if is_terminal else 1.0
-        self._records_seen = 0
+        self._seen = ("", 0)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -214,13 +216,13 @@ class Progress:
         # Short work may end before the process of the board has started, so the last look waits for it.
         timeout_s = 30.0 if is_last else 5.0
         try:
-            snapshot: Snapshot = ray.get(
-                self._board.read.remote(self._records_seen), timeout=timeout_s
-            )
+            snapshot: Snapshot = ray.get(self._board.read.remote(*self._seen), timeout=timeout_s)
         except (ray.exceptions.RayError, TimeoutError):
             # The cluster is busy or ends. This is only a display; the work itself raises errors.
             return
-        self._records_seen += len(snapshot.records)
+        board, seen = self._seen
+        before = seen if board == snapshot.board else 0
+        self._seen = (snapshot.board, before + len(snapshot.records))
         for level, name, message, origin in snapshot.records:
             # As an argument, as a message may contain characters that have a meaning in a format string.
             logging.getLogger(name).log(level, "%s", message, extra={"origin": origin})

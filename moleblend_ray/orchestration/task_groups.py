@@ -29,6 +29,7 @@ from moleblend_ray.evaluation.sources import TaskSources, task_sources
 from moleblend_ray.orchestration.downstream import (
     DATA_DIR,
     IDENTITY_NAME,
+    check_cluster,
     check_finished,
     prepare_molecules,
     question,
@@ -107,6 +108,8 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     # A session takes seconds to start; finished tasks only look at files.
     session = ray_session(config.cluster)
     with contextlib.nullcontext() if finished_before == set(configs) else session:
+        if finished_before != set(configs):
+            check_cluster(config)
         board = _write_board(config.out, states)
         _prepare_shared(config, sources)
         for number, (name, task_config) in enumerate(configs.items(), start=1):

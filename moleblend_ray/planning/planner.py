@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -229,6 +230,10 @@ def _costs(setup: Setup, found: Throughput, num_bytes: int) -> Costs:
     )
 
 
+class HopelessClusterError(ConfigError):
+    """The cluster fails faster than a run can start."""
+
+
 def _shards(setup: Setup, workers: int) -> int:
     return workers // setup.replicas if setup.strategy == "fsdp" else 1
 
@@ -247,7 +252,7 @@ def _reliability(
     interval_s = min(young_interval_s(saving, mtbf_s), max(1.0, length_s))
     saving = dataclasses.replace(saving, interval_s=interval_s)
     recovery_s = recovery.detect_s + recovery.restart_s
-    hopeless = ConfigError(
+    hopeless = HopelessClusterError(
         f"failures.per_node_day: {failures.per_node_day:g} failures per day on each of {found.nodes} nodes are one every "
         f"{mtbf_s:.0f} s, and each costs {recovery_s:.0f} s: such a run does not get on. Expected more reliable nodes, "
         "or fewer of them"
@@ -587,7 +592,12 @@ def scaling(
     sizes = {1 << power for power in range(most.bit_length()) if 1 << power <= most}
     sizes = {size for size in sizes if size <= _LARGEST_SCALE} | {workers}
     usable = [size for size in sorted(sizes) if _fits(setup, size)]
-    return tuple(_scale_point(job, setup, size, None, failures, prices) for size in usable)
+    found = []
+    for size in usable:
+        # Of larger clusters than the planned one some may fail faster than they start.
+        with contextlib.suppress(HopelessClusterError):
+            found.append(_scale_point(job, setup, size, None, failures, prices))
+    return tuple(found)
 
 
 def _fits(setup: Setup, workers: int) -> bool:
@@ -654,7 +664,11 @@ def _changes(
         *_doubled_trainers(setup, found, cpu_nodes),
         *(_doubled_cluster(setup, found) if setup.on_gpu else _doubled_machine(setup, found)),
     ]
-    return tuple(change(one) for one in doubled)
+    changes = []
+    for one in doubled:
+        with contextlib.suppress(HopelessClusterError):
+            changes.append(change(one))
+    return tuple(changes)
 
 
 def _doubled_trainers(setup: Setup, found: Throughput, cpu_nodes: int | None) -> list[_Doubled]:

@@ -94,14 +94,18 @@ def rehearse(settings: Rehearsal) -> Found:
             context.Process(target=_work, args=(settings, rank, barrier, folder, results))
             for rank in range(settings.workers)
         ]
-        for process in processes:
-            process.start()
-        found = [_next_result(results, processes) for _ in processes]
-        problems = [result for result in found if isinstance(result, str)]
-        for process in processes:
-            if problems:
-                process.kill()  # it may wait for one that is gone
-            process.join()
+        found: list[Any] = ["no result"]
+        try:
+            for process in processes:
+                process.start()
+            found = [_next_result(results, processes) for _ in processes]
+        finally:
+            problems = [result for result in found if isinstance(result, str)]
+            for process in processes:
+                if problems and process.pid is not None:
+                    process.kill()  # it may wait for one that is gone
+                if process.pid is not None:
+                    process.join()
     if problems:
         # One fails first; the others only find it gone.
         own = [

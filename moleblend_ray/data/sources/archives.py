@@ -83,10 +83,11 @@ def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
         yield Member("", decompressed(blocks_of(stream)))
         return
     for name, form, blocks in _molecule_members(file.uri, file.container, file.members, stream):
-        if form != file.format:
+        expected = "csv" if file.format == "semicolon" else file.format
+        if form != expected:
             raise DataError(
-                f"{file.uri} holds {file.format} files and with {name} {form} files; expected one kind. "
-                f"Choose some by ARCHIVE!PATTERN, such as {file.uri}!*.{file.format}."
+                f"{file.uri} holds {expected} files and with {name} {form} files; expected one kind. "
+                f"Choose some by ARCHIVE!PATTERN, such as {file.uri}!*.{expected}."
             )
         yield Member(name, decompressed(blocks))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,8 @@ from moleblend_ray.data.sources.text import (
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
 
 logger = logging.getLogger(__name__)
+
+_DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+")
 
 _THREADS: Final = 16
 _SAMPLE_RECORDS: Final = 1000
@@ -108,22 +111,28 @@ def _look_at(file: SourceFile, config: ColumnConfig) -> _View:
     return _look_at_table(file, config)
 
 
-def delimited_form(file: SourceFile) -> SourceFile:
-    """The file as a table with the delimiter of its header, if its ending left that open (CSV, lines of SMILES)."""
+def delimited_form(file: SourceFile, column: str) -> SourceFile:
+    """The file as a table with the delimiter of its header, if its ending left that open (CSV, lines of SMILES).
+
+    ``column`` is one that is looked for: a name may contain the other delimiter.
+    """
     if file.format == "smi":
         return _delimited(file) or file
     if file.format == "csv":
         with open_records(file) as records:
             header = _first_records(file, records, 1)
-        # A quoted name may contain the other character.
-        by_comma, by_semicolon = (fields(header[0], mark) if header else None for mark in ",;")
-        if len(by_comma or ()) <= 1 < len(by_semicolon or ()):
+        by_comma, by_semicolon = (
+            [cell.strip() for cell in fields(header[0], mark) or ()] if header else []
+            for mark in ",;"
+        )
+        has_more = len(by_comma) <= 1 < len(by_semicolon)
+        if column not in by_comma and (has_more or column in by_semicolon):
             return replace(file, format="semicolon")
     return file
 
 
 def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
-    file = delimited_form(file)
+    file = delimited_form(file, config.smiles_column)
     with open_records(file) as records:
         header = _first_records(file, records, 1)
         if not header:
@@ -139,6 +148,8 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
     rows = [cells for cells in parsed if cells and len(cells) == len(columns)]
     others = [index for index, name in enumerate(columns) if name not in (smiles_column, id_column)]
     numeric = [columns[i] for i in others if rows and is_numeric(row[i] for row in rows)]
+    if file.format == "semicolon":
+        _warn_of_decimal_commas(file, columns, rows)
     if known.labels is not None:
         numeric = [name for name in known.labels if name in columns]
     return _View(
@@ -150,6 +161,23 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
         units=dict(known.units),
         is_empty=not sample,
     )
+
+
+def _warn_of_decimal_commas(
+    file: SourceFile, columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """Name the columns that look like numbers with a comma: 1,500 may be 1.5 or 1500, so they are not read as numbers."""
+    found = [
+        name
+        for index, name in enumerate(columns)
+        if any(_DECIMAL_COMMA.fullmatch(row[index].strip()) for row in rows)
+    ]
+    if found:
+        logger.warning(
+            "%s: columns %s hold numbers with commas, which are not read: write decimal points",
+            without_credentials(file.uri),
+            ", ".join(found),
+        )
 
 
 def _smiles_column(

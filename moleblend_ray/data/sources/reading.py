@@ -159,7 +159,7 @@ def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
 def _with_end(record: bytes, file_format: str) -> bytes:
     """A member's last record, which may lack its end: the next member's first one must not run into it."""
     whole = record if record.endswith(b"\n") else record + b"\n"
-    if file_format != "sdf" or whole.rstrip().rpartition(b"\n")[2] == b"$$$$":
+    if file_format != "sdf" or whole.rstrip().rpartition(b"\n")[2].startswith(b"$$$$"):
         return whole
     return whole + b"$$$$\n"
 

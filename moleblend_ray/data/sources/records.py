@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.molecule import Rejection, SourceRecord
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
-"""``semicolon``: CSV as spreadsheets write it where the comma is the decimal sign. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
+"""``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
 
 Container = Literal["tar", "zip"]
 

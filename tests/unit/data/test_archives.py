@@ -145,6 +145,15 @@ def test_a_member_without_a_line_end_does_not_run_into_the_next(
         assert [str(block.block).splitlines()[0] for block in blocks] == ["m0", "m1", "m2"]
 
 
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_tables_with_semicolons_may_be_in_archives(
+    tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes]
+) -> None:
+    path = tmp_path / ("set.tar" if pack is tar else "set.zip")
+    path.write_bytes(pack({"a.csv": b"smiles;y\nC;1\n", "b.csv": b"smiles;y\nCC;2\n"}))
+    assert smiles_and_labels(path) == [("C", 1.0), ("CC", 2.0)]
+
+
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_names_are_read_from_extended_headers(tmp_path: Path, form: int) -> None:
     name = "/".join(["folder" * 10] * 5) + "/a.smi"

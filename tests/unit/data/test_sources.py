@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,6 +110,38 @@ def test_a_table_with_semicolons_is_read_as_one(tmp_path: Path, name: str, quote
     assert smiles_of(records) == ["CCO", "CCN"]
     assert [record.mol_id for record in records] == ["a, one", "b"]
     assert [record.labels.tolist() for record in records] == [[5.5], [6.0]]
+
+
+@pytest.mark.parametrize(
+    ("header", "column", "row", "expected"),
+    [
+        ('smiles;y;"IC50, nM"', "smiles", "CCO;1;2", "CCO"),
+        ("SMILES (canonical; RDKit)", "SMILES (canonical; RDKit)", "CCO", "CCO"),
+        ('"a;b",smiles', "smiles", "1,CCO", "CCO"),
+    ],
+)
+def test_the_column_that_is_looked_for_says_which_delimiter_is_meant(
+    tmp_path: Path, header: str, column: str, row: str, expected: str
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"{header}\n{row}\n")
+    assert smiles_of(records_of(path, smiles_column=column)) == [expected]
+
+
+def test_numbers_with_commas_are_told_and_not_guessed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("smiles;y;z\nC;1,500;2\nCC;;3\n")
+    with caplog.at_level(logging.WARNING):
+        assert [label.name for label in inspected(path).labels] == ["z"]
+    assert "columns y hold numbers with commas" in caplog.text
+
+
+def test_a_delimiter_line_of_an_sd_file_may_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "x.sdf"
+    path.write_text("".join(sd_record(f"m{i}").replace("$$$$", "$$$$ 1") for i in range(3)))
+    assert len(records_of(path)) == 3
 
 
 def test_explicit_label_columns_keep_their_order_and_take_true_and_false(tmp_path: Path) -> None:

@@ -35,18 +35,21 @@ def test_records_are_kept_until_the_driver_has_them() -> None:
     board = progress._Board()
     for number in range(3):
         board.log(30, "moleblend_ray", f"warning {number}", {})
-    assert len(board.read(0).records) == 3
+    assert len(board.read("", 0).records) == 3
     # That answer was lost: the driver asks again, and what came meanwhile is there as well.
     board.log(30, "moleblend_ray", "warning 3", {})
-    assert [record[2] for record in board.read(0).records] == [f"warning {n}" for n in range(4)]
+    first = board.read("", 0)
+    assert [record[2] for record in first.records] == [f"warning {n}" for n in range(4)]
     board.log(30, "moleblend_ray", "warning 4", {})
-    assert [record[2] for record in board.read(4).records] == ["warning 4"]
-    assert board.read(5).records == []
-    # A board that was started anew has seen nothing of the first five.
+    assert [record[2] for record in board.read(first.board, 4).records] == ["warning 4"]
+    assert board.read(first.board, 5).records == []
+    # A board that was started anew has seen nothing of these, however many it has by now.
     anew = progress._Board()
-    anew.log(30, "moleblend_ray", "warning 5", {})
-    assert [record[2] for record in anew.read(5).records] == ["warning 5"]
-    assert anew.read(6).records == []
+    for number in range(5, 15):
+        anew.log(30, "moleblend_ray", f"warning {number}", {})
+    found = anew.read(first.board, 5)
+    assert [record[2] for record in found.records] == [f"warning {n}" for n in range(5, 15)]
+    assert anew.read(found.board, 10).records == []
 
 
 def test_secrets_of_a_node_do_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,12 @@ def recorded(name: str) -> Any:
     return json.loads(file.read_text())
 
 
+def test_a_plan_leaves_out_larger_clusters_that_would_fail_too_fast() -> None:
+    found = planned("molecules=1e9", "gpus=64", "failures.per_node_day=200")
+    assert 64 in [point.workers for point in found.scaling]
+    assert max(point.workers for point in found.scaling) < 8192
+
+
 @pytest.mark.parametrize("rate", [20, 50])
 def test_a_cluster_that_fails_faster_than_it_starts_is_refused(rate: int) -> None:
     with pytest.raises(
