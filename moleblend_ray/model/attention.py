@@ -81,8 +81,9 @@ def _packed(
     to_qkv: nn.Linear,
     probability: float,
 ) -> Tensor:
-    products = F.linear(tokens, to_qkv.weight)
-    return attend_packed(products, to_qkv.bias, shared, batch, seed, probability)
+    # The matrix product adds the bias at no cost; only its gradient comes from the attention kernel, which has it at hand.
+    qkv = F.linear(tokens, to_qkv.weight, to_qkv.bias.detach())
+    return attend_packed(qkv, to_qkv.bias, shared, batch, seed, probability)
 
 
 class HeadRows(NamedTuple):
@@ -264,9 +265,9 @@ def attend_packed(
     seed: Tensor,
     dropout_probability: float = 0.0,
 ) -> Tensor:
-    """The same as :func:`attend_padded` of ``qkv`` (S, 3 * D) plus ``linear_bias`` (3 * D,), by Triton kernels.
+    """The same as :func:`attend_padded` of ``qkv`` (S, 3 * D), by Triton kernels.
 
-    Nothing is padded or copied to another layout. ``seed`` (1,) int64 decides what dropout removes.
+    ``linear_bias`` (3 * D,) is a detached part of ``qkv`` and gets its gradient here. Nothing is padded or copied to another layout. ``seed`` (1,) int64 decides what dropout removes.
     """
     output: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
         qkv, linear_bias, shared.values, shared, batch, seed, dropout_probability
@@ -288,21 +289,21 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         from moleblend_ray.model.attention_kernels import attention_forward
 
-        ctx.save_for_backward(qkv, linear_bias, bias, batch.graph_token, batch.num_atoms, seed)
+        ctx.save_for_backward(qkv, bias, batch.graph_token, batch.num_atoms, seed)
+        ctx.linear_bias_dtype = linear_bias.dtype
         ctx.shared, ctx.dropout_probability = shared, dropout_probability
         ctx.groups = batch.size_groups
         molecules = batch.graph_token, batch.num_atoms, batch.size_groups
-        return attention_forward(qkv, linear_bias, bias, *molecules, seed, dropout_probability)
+        return attention_forward(qkv, bias, *molecules, seed, dropout_probability)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.attention_kernels import attention_backward
 
-        qkv, linear_bias, bias, first_token, num_atoms, seed = ctx.saved_tensors
+        qkv, bias, first_token, num_atoms, seed = ctx.saved_tensors
         grad_qkv, grad_linear_bias = attention_backward(
             grad_output.contiguous(),
             qkv,
-            linear_bias,
             bias,
             first_token,
             num_atoms,
@@ -311,4 +312,4 @@ class _PackedAttention(torch.autograd.Function):
             ctx.dropout_probability,
             ctx.shared.accumulator(),
         )
-        return grad_qkv, grad_linear_bias.to(linear_bias.dtype), None, None, None, None, None
+        return grad_qkv, grad_linear_bias.to(ctx.linear_bias_dtype), None, None, None, None, None

@@ -2,8 +2,8 @@
 
 A molecule's tokens fit one tile, so nothing is summed in parts. Queries, keys and values are read from the packed
 output of their linear map, and their gradients are written in the same layout. Scores and weights never reach memory.
-All blocks add the gradient of the pair bias to one tensor in turn. The bias of the linear map (``linear_bias``) is
-added in the kernel, too, and its gradient summed there over each molecule.
+All blocks add the gradient of the pair bias to one tensor in turn. The backward pass also sums the gradient of the
+linear map's bias over each molecule, which saves a pass over the gradient of its output.
 
 Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
 """
@@ -33,7 +33,6 @@ _SMALLEST_TILE = 16
 @on_its_device
 def attention_forward(
     qkv: Tensor,
-    linear_bias: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
@@ -41,7 +40,7 @@ def attention_forward(
     seed: Tensor,
     dropout_probability: float,
 ) -> Tensor:
-    """(S, D) attention of ``qkv`` (S, 3 * D) plus ``linear_bias`` (3 * D,) with ``bias`` (B, H, T, T), all contiguous.
+    """(S, D) attention of ``qkv`` (S, 3 * D) with ``bias`` (B, H, T, T), both contiguous.
 
     ``first_token`` and ``num_atoms`` (B,) int64: the ``num_atoms`` + 1 rows of a molecule begin at its ``first_token``.
     ``groups`` cover all molecules. ``seed`` (1,) int64 on the device decides what dropout removes.
@@ -50,7 +49,7 @@ def attention_forward(
     for group in groups:
         grid, constants = _launch(qkv, bias, group, dropout_probability)
         _forward[grid](
-            qkv, linear_bias, bias, first_token, num_atoms, seed, output,
+            qkv, bias, first_token, num_atoms, seed, output,
             group.first, bias.shape[2], dropout_probability, **constants,
         )  # fmt: skip
     return output
@@ -60,7 +59,6 @@ def attention_forward(
 def attention_backward(
     grad_output: Tensor,
     qkv: Tensor,
-    linear_bias: Tensor,
     bias: Tensor,
     first_token: Tensor,
     num_atoms: Tensor,
@@ -69,7 +67,7 @@ def attention_backward(
     dropout_probability: float,
     grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``qkv`` (S, 3 * D) and, in float32, of ``linear_bias`` (3 * D,), from that of the output (S, D).
+    """Gradients of ``qkv`` (S, 3 * D) and, in float32, of a bias (3 * D,) in it, from that of the output (S, D).
 
     The gradient of the bias is added to ``grad_bias`` (B, H, T, T) float32.
     """
@@ -80,8 +78,8 @@ def attention_backward(
     for group in groups:
         grid, constants = _launch(qkv, bias, group, dropout_probability)
         _backward[grid](
-            grad_output, qkv, linear_bias, bias, first_token, num_atoms, seed,
-            grad_qkv, grad_linear_bias_parts, grad_bias, group.first, bias.shape[2], dropout_probability, **constants,
+            grad_output, qkv, bias, first_token, num_atoms, seed, grad_qkv, grad_linear_bias_parts, grad_bias,
+            group.first, bias.shape[2], dropout_probability, **constants,
         )  # fmt: skip
     return grad_qkv, grad_linear_bias_parts.sum(0)
 
@@ -124,25 +122,15 @@ def _places(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _load_three(  # type: ignore[no-untyped-def]
-    qkv, linear_bias, packed, head, feature, held, NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr
+    qkv, packed, head, feature, held, NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr
 ):
-    """Queries, keys and values (TILE, WIDTH_TILE), undefined where not ``held``, and the index of the queries."""
+    """Queries, keys and values (TILE, WIDTH_TILE), 0 where not ``held``, and the index of the queries."""
     width = NUM_HEADS * HEAD_WIDTH
-    head_columns = head * HEAD_WIDTH + feature
-    at = packed * (3 * width) + head_columns
-    inside = feature < HEAD_WIDTH
-    query = _load_sum(qkv + at, linear_bias + head_columns, held, inside)
-    key = _load_sum(qkv + at + width, linear_bias + head_columns + width, held, inside)
-    value = _load_sum(qkv + at + 2 * width, linear_bias + head_columns + 2 * width, held, inside)
+    at = packed * (3 * width) + head * HEAD_WIDTH + feature
+    query = tl.load(qkv + at, mask=held, other=0.0)
+    key = tl.load(qkv + at + width, mask=held, other=0.0)
+    value = tl.load(qkv + at + 2 * width, mask=held, other=0.0)
     return query, key, value, at
-
-
-@triton.jit
-def _load_sum(product, linear_bias, held, inside):  # type: ignore[no-untyped-def]
-    """The output of a linear map: its matrix product plus its bias, in the type of the product."""
-    values = tl.load(product, mask=held, other=0.0)
-    bias = tl.load(linear_bias, mask=inside, other=0.0)
-    return (values.to(tl.float32) + bias.to(tl.float32)).to(values.dtype)
 
 
 @triton.jit
@@ -161,7 +149,6 @@ def _weights(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["first_molecule"])
 def _forward(  # type: ignore[no-untyped-def]
     qkv,
-    linear_bias,
     bias,
     first_token,
     num_atoms,
@@ -182,9 +169,7 @@ def _forward(  # type: ignore[no-untyped-def]
     )
     square = number.to(tl.int64) * T * T
     held = (row < tokens) & (feature < HEAD_WIDTH)
-    query, key, value, _ = _load_three(
-        qkv, linear_bias, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH
-    )
+    query, key, value, _ = _load_three(qkv, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH)
     weight = _weights(
         query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
     )
@@ -200,7 +185,6 @@ def _forward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     grad_output,
     qkv,
-    linear_bias,
     bias,
     first_token,
     num_atoms,
@@ -223,9 +207,7 @@ def _backward(  # type: ignore[no-untyped-def]
     )
     square = number.to(tl.int64) * T * T
     held = (row < tokens) & (feature < HEAD_WIDTH)
-    query, key, value, at = _load_three(
-        qkv, linear_bias, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH
-    )
+    query, key, value, at = _load_three(qkv, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH)
     scale = HEAD_WIDTH**-0.5
     weight = _weights(query, key, bias + square, place, tokens, row, column, scale, PRECISION)
 
@@ -257,5 +239,6 @@ def _backward(  # type: ignore[no-untyped-def]
     to = grad_linear_bias_parts + molecule.to(tl.int64) * (3 * width) + head * HEAD_WIDTH + feature
     inside = feature < HEAD_WIDTH
     tl.store(to, tl.sum(grad_query, 0)[None, :], mask=inside)
-    tl.store(to + width, tl.sum(grad_key, 0)[None, :], mask=inside)
+    # Softmax ignores what a bias of the keys adds to all scores of a row.
+    tl.store(to + width, tl.zeros((1, WIDTH_TILE), tl.float32), mask=inside)
     tl.store(to + 2 * width, tl.sum(grad_value, 0)[None, :], mask=inside)

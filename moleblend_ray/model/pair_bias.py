@@ -18,6 +18,16 @@ from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.precision import at_least_float32
 
 
+def pair_bias_kernel_fits(geometry: Tensor) -> bool:
+    """True if the Triton kernels can compute the bias from ``geometry`` (B, N, N, H)."""
+    if not kernels_fit(geometry):
+        return False
+    # Needs Triton, which CPU builds of PyTorch lack.
+    from moleblend_ray.model.pair_bias_kernels import MAX_HEADS
+
+    return geometry.shape[-1] <= MAX_HEADS
+
+
 def attention_bias(
     batch: MoleculeBatch, blend: Blend | None, topology: TopologyBias, geometry: Tensor
 ) -> Tensor:
@@ -26,7 +36,7 @@ def attention_bias(
     For atom pairs it is the sum of ``geometry`` (B, N, N, H) and the biases of ``topology``, each where ``blend`` shows
     it (None: everywhere); for the graph token's links it is the virtual distance.
     """
-    if kernels_fit(geometry):
+    if pair_bias_kernel_fits(geometry):
         output: Tensor = _PairBias.apply(  # type: ignore[no-untyped-call]
             topology.spd.weight,
             topology.hop_table(batch.path_codes.shape[-1]),

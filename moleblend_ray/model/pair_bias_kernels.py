@@ -19,7 +19,10 @@ from moleblend_ray.model.blending import Relation
 from moleblend_ray.model.fused import on_its_device
 from moleblend_ray.vocabulary import NUM_BOND_CODES, NUM_HOPS
 
-__all__ = ["pair_bias_backward", "pair_bias_forward"]
+__all__ = ["MAX_HEADS", "pair_bias_backward", "pair_bias_forward"]
+
+MAX_HEADS = 64
+"""Most heads for which the sums of a program fit the shared memory of a multiprocessor."""
 
 _PROGRAMS = 528
 """Programs that share the rows of all molecules in the backward pass (an H100 has 132 multiprocessors). Each sums the
@@ -28,9 +31,14 @@ gradients over its rows; PyTorch adds these sums."""
 _COLUMNS, _COLUMNS_BACKWARD = 32, 16
 """Pairs of a row that a program holds in registers at once, forward and backward."""
 
+_WARPS_BACKWARD = 16
+"""Fewer leave a multiprocessor with so few threads that it waits for memory."""
+
 _SMALLEST_TILE = 16
 """Smallest side of a tensor-core matrix product."""
 
+# The kernels below are not compiled anew for other alignments of the batch's tensors, which lie in one buffer: they are read byte
+# by byte.
 _SPD: tl.constexpr = tl.constexpr(1 << Relation.SPD)
 _EDGE: tl.constexpr = tl.constexpr(1 << Relation.EDGE)
 _GEOMETRY: tl.constexpr = tl.constexpr(1 << Relation.GEOMETRY)
@@ -89,9 +97,10 @@ def pair_bias_backward(
     constants = {
         **_constants(H, shown),
         "COLUMNS": _COLUMNS_BACKWARD,
-        # By default Triton multiplies float32 numbers as tf32, with 10 bits of mantissa.
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
-        "num_warps": 8 if H <= 32 else 16,
+        # By default Triton multiplies float32 numbers as tf32, with 10 bits of mantissa. The marks, 0 and 1, lose nothing
+        # by that, so that three products make up for the other factor.
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "num_warps": _WARPS_BACKWARD,
     }
     relations = spd if shown is None else shown, num_atoms
     _distances_backward[(programs,)](
@@ -147,7 +156,10 @@ def _relations(  # type: ignore[no-untyped-def]
     return pair, distance, length, visible, real
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T"],
+    do_not_specialize_on_alignment=["spd", "path_codes", "shown", "num_atoms"],
+)
 def _pair_bias(  # type: ignore[no-untyped-def]
     spd, path_codes, shown, num_atoms, spd_table, hop_table, geometry, virtual, blended, T,
     NUM_HEADS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, HOPS: tl.constexpr,
@@ -195,7 +207,10 @@ def _upstream(  # type: ignore[no-untyped-def]
     return tl.load(grad_blended + at, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "rows"],
+    do_not_specialize_on_alignment=["spd", "shown", "num_atoms"],
+)
 def _distances_backward(  # type: ignore[no-untyped-def]
     grad_blended, spd, shown, num_atoms, grad_geometry, grad_virtual_parts, grad_table_parts, rows, T,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
@@ -241,7 +256,10 @@ def _distances_backward(  # type: ignore[no-untyped-def]
     tl.store(to, tl.sum(grad_virtual, 0)[None, :], mask=head < NUM_HEADS)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["T", "rows"],
+    do_not_specialize_on_alignment=["spd", "path_codes", "shown", "num_atoms"],
+)
 def _hops_backward(  # type: ignore[no-untyped-def]
     grad_blended, spd, path_codes, shown, num_atoms, grad_table_parts, rows, T,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
@@ -256,8 +274,10 @@ def _hops_backward(  # type: ignore[no-untyped-def]
     while number < rows:
         molecule, row = number // T, number % T
         atoms = tl.load(num_atoms + molecule).to(tl.int32)
+        # Links and padding have no path.
+        end = tl.where((row > 0) & (row <= atoms), atoms + 1, 0)
         first = 0
-        while first < T:
+        while first < end:
             place = first + tl.arange(0, COLUMNS)
             column = place[:, None]
             upstream = _upstream(grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS)

@@ -59,7 +59,7 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
         first, second = (
             attend_padded(part + linear_bias, bias, batch)
             if shared is None
-            else attend_packed(part, linear_bias, shared, batch, no_seed())
+            else attend_packed(part + linear_bias.detach(), linear_bias, shared, batch, no_seed())
             for part in (qkv, 2.0 * qkv)
         )
         # The bias has another reader, as the denoising head is.
@@ -70,6 +70,29 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
         assert ours is not None
         assert expected is not None
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.gpu  # Triton's interpreter does not multiply bfloat16
+def test_in_bfloat16_the_rounding_is_all_that_differs() -> None:
+    batch = zoo.batch(SMALL, device=DEVICE)
+    width = 96
+    upstream = torch.randn(len(batch.token_index), width, device=DEVICE)
+    found = []
+    for packed in (True, False):
+        qkv, linear_bias, bias = inputs(batch, 4, width)
+        given = qkv.bfloat16()
+        if packed:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                shared = SharedBias(bias)
+            output = attend_packed(given, linear_bias.bfloat16(), shared, batch, no_seed())
+            assert output.dtype == torch.bfloat16
+        else:
+            output = attend_padded(given.float(), bias.bfloat16().float(), batch)
+        (output.float() * upstream).sum().backward()
+        found.append((output.detach().float(), qkv.grad, bias.grad))
+    for ours, expected in zip(*found, strict=True):
+        assert ours is not None
+        torch.testing.assert_close(ours, expected, rtol=3e-2, atol=3e-2)
 
 
 def test_a_second_backward_pass_begins_anew() -> None:

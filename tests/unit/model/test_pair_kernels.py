@@ -63,17 +63,20 @@ def test_gaussians_of_known_pairs_their_sums_and_gradients(
 
 
 @pytest.mark.parametrize(
-    ("blend", "heads"),
+    ("blend", "heads", "dtype"),
     [
-        (None, 4),
-        (BlendConfig(), 24),
-        (BlendConfig(view_probabilities=(0.4, 0.2, 0.2, 0.2)), 4),
+        (None, 4, torch.float32),
+        (BlendConfig(), 24, torch.float32),
+        (BlendConfig(view_probabilities=(0.4, 0.2, 0.2, 0.2)), 4, torch.float32),
+        # On a GPU other instructions multiply here than in float32.
+        (BlendConfig(per_batch=True), 32, torch.bfloat16),
     ],
 )
 def test_the_bias_of_pairs_and_its_gradients(
     by_kernels: Callable[[bool], None],
     blend: BlendConfig | None,
     heads: int,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
@@ -85,7 +88,7 @@ def test_the_bias_of_pairs_and_its_gradients(
     molecules = [zoo.single_atom(), zoo.chain(17), zoo.ring(6, tail=2), zoo.salt()]
     batch = zoo.batch(molecules, device=DEVICE)
     shown = None if blend is None else draw_blend(batch, blend, 3)
-    geometry = torch.randn(*batch.spd.shape, heads, device=DEVICE, requires_grad=True)
+    geometry = torch.randn(*batch.spd.shape, heads, device=DEVICE, dtype=dtype, requires_grad=True)
     real = torch.arange(batch.max_atoms + 1, device=DEVICE) <= batch.num_atoms[:, None]
     real = (real[:, None, :, None] & real[:, None, None, :]).expand(-1, heads, -1, -1)
     upstream = torch.randn(real.shape, device=DEVICE)
@@ -98,8 +101,10 @@ def test_the_bias_of_pairs_and_its_gradients(
         loss = torch.where(real, bias * upstream, 0.0).sum()
         found.append([bias[real], *gradients_of(loss, [geometry, *topology.parameters()])])
     assert len(found[0]) == 6
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+        assert ours.dtype == expected.dtype
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_cross_entropy_leaves_out_what_has_no_target_even_if_it_is_infinite(
