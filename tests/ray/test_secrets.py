@@ -113,6 +113,9 @@ def test_from_molecules_to_embeddings_nothing_is_written_down(
     if log_format == "text":
         small = ["num_layers=1", "dim=16", "ffn_dim=16", "num_heads=2", "num_kernels=4"]
         settings = [
+            # No coordinates: that must be asked for.
+            "loss.denoise_weight=0",
+            "loss.direction_weight=0",
             *(f"model.{setting}" for setting in [*small, "pair_dim=2"]),
             "order.global_batch_size=8",
             "order.num_streams=2",
