@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import io
 from typing import Any
 
@@ -14,9 +15,9 @@ class PartialFile(io.RawIOBase):
         self._size = size
         self._position = 0
 
+    @abc.abstractmethod
     def _range(self, start: int, end: int) -> bytes:
         """Bytes ``[start, end)``, where 0 <= start < end <= size."""
-        raise NotImplementedError
 
     def readable(self) -> bool:
         """Yes."""

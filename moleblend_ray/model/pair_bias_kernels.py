@@ -37,8 +37,6 @@ _WARPS_BACKWARD = 16
 _SMALLEST_TILE = 16
 """Smallest side of a tensor-core matrix product."""
 
-# The kernels below are not compiled anew for other alignments of the batch's tensors, which lie in one buffer: they are read byte
-# by byte.
 _SPD: tl.constexpr = tl.constexpr(1 << Relation.SPD)
 _EDGE: tl.constexpr = tl.constexpr(1 << Relation.EDGE)
 _GEOMETRY: tl.constexpr = tl.constexpr(1 << Relation.GEOMETRY)
@@ -156,6 +154,8 @@ def _relations(  # type: ignore[no-untyped-def]
     return pair, distance, length, visible, real
 
 
+# These tensors of a batch lie in one buffer, so their alignment changes with its sizes. They are read byte by byte:
+# a kernel compiled anew for another alignment would be no faster.
 @triton.jit(
     do_not_specialize=["T"],
     do_not_specialize_on_alignment=["spd", "path_codes", "shown", "num_atoms"],

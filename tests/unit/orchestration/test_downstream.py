@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -12,9 +13,10 @@ import pytest
 import ray
 import torch
 
+from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
-from moleblend_ray.errors import ConfigError, StorageError
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
@@ -22,17 +24,82 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import downstream
 from moleblend_ray.orchestration.downstream import (
     LostWorkError,
+    check_cluster,
     check_finished,
     claim,
     collect,
     finished_results,
     question,
+    set_up,
     starting_point,
 )
 
 QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
 IDENTITY = {"config": QUESTION, "data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb"}
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What a cluster is asked for, in order; it has everything."""
+    asked: list[object] = []
+    monkeypatch.setattr(downstream, "require_labels", lambda name, labels: None)
+    monkeypatch.setattr(downstream, "require_resources", lambda need, *_: asked.append(need))
+    monkeypatch.setattr(downstream, "require_shared_paths", lambda paths: asked.append(set(paths)))
+    monkeypatch.setattr(downstream, "warn_of_unused_gpus", asked.append)
+    return asked
+
+
+def finetuning(folder: Path, **changes: object) -> FinetuneConfig:
+    source = folder / "esol.csv"
+    source.write_text("smiles,y,part\nCCO,1,train\n")
+    task = TaskConfig(name="esol", source=str(source), **changes)
+    return FinetuneConfig(task=task, out=str(folder / "out"), checkpoint=str(folder / "encoder"))
+
+
+def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
+    tmp_path: Path, checks: list[object]
+) -> None:
+    config = finetuning(tmp_path)
+    check_cluster(config)
+    # The checkpoint is read by this process alone.
+    assert checks[:2] == [{"CPU": 1.0}, {"out", "task.source"}]
+    checks.clear()
+    cluster = ClusterConfig(use_gpu=True, cpus_per_worker=2.0)
+    check_cluster(dataclasses.replace(config, cluster=cluster, gpus_per_worker=0.25))
+    assert checks[0] == {"CPU": 2.0, "GPU": 0.25}
+    assert checks[2] == cluster
+    checks.clear()
+    (tmp_path / "manifest.json").write_text("{}")
+    prepared = dataclasses.replace(config.task, source=str(tmp_path))
+    check_cluster(dataclasses.replace(config, task=prepared))
+    assert checks[1] == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({}, CheckpointError, "names no model"),
+        ({"split_column": "prat"}, DataError, "has no column 'prat'"),
+        ({"split_file": "/no/such/splits.csv"}, StorageError, "splits.csv"),
+    ],
+)
+def test_what_can_be_wrong_without_molecules_is_found_before_they_are_prepared(
+    tmp_path: Path,
+    checks: list[object],
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
+    error: type[Exception],
+    message: str,
+) -> None:
+    prepared: list[object] = []
+    monkeypatch.setattr(downstream, "prepare_task", prepared.append)
+    config = finetuning(tmp_path, **changes)
+    if changes:
+        config = dataclasses.replace(config, checkpoint=None)
+    with pytest.raises(error, match=message):
+        set_up(config)
+    assert prepared == []
 
 
 class Tasks:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.config.downstream import EmbedConfig
+from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.options import ConvertOptions
@@ -23,8 +23,10 @@ from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.orchestration import parts
 from moleblend_ray.orchestration.embed import embed_job
 from moleblend_ray.orchestration.parts import PartWriter
+from moleblend_ray.orchestration.predict import predict_job
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 
@@ -107,6 +109,25 @@ def test_no_flipped_bit_of_the_data_is_taken_for_a_part(tmp_path: Path, manifest
             reused += 1
             assert pq.read_table(pa.BufferReader(found)).equals(expected)
     assert reused < (len(content) - 4) // 7 // 2
+
+
+def test_every_path_that_an_actor_opens_must_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(parts, "require_labels", lambda name, labels: None)
+    monkeypatch.setattr(parts, "require_resources", lambda need, *_: asked.append(need))
+    monkeypatch.setattr(parts, "require_shared_paths", lambda paths: asked.append(set(paths)))
+    monkeypatch.setattr(parts, "warn_of_unused_gpus", lambda cluster: None)
+    cluster = ClusterConfig(use_gpu=True)
+    one = EmbedConfig(checkpoint="/m", source="/a.csv", out="/o", cluster=cluster)
+    parts._check_cluster(embed_job(one))
+    several = PredictConfig(models=("/m", "/n"), source="/a.csv", out="/o")
+    parts._check_cluster(predict_job(several))
+    assert asked == [
+        {"CPU": 1.0, "GPU": 1.0},
+        {"checkpoint", "source", "out"},
+        {"CPU": 1.0},
+        {"models[0]", "models[1]", "source", "out"},
+    ]
 
 
 def test_a_model_that_is_not_there_is_the_error_of_the_part_not_of_the_writer(
