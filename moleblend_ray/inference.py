@@ -159,8 +159,7 @@ def _featurize(smiles: Sequence[str], conformers: int, max_atoms: int) -> Featur
         )
         for row, text in enumerate(smiles)
     ]
-    settings = ConformerConfig(generate=conformers > 0, count=max(1, conformers))
-    config = FeaturizeConfig(max_atoms=max_atoms, conformers=settings)
+    config = FeaturizeConfig(max_atoms=max_atoms, conformers=ConformerConfig.of_count(conformers))
     return featurize_records(records, "smiles", (), config)
 
 

@@ -37,6 +37,12 @@ class ConformerConfig:
     """What to do with a molecule that could not be embedded: keep it, with status ``failed`` and no coordinates, or
     reject it."""
 
+    @classmethod
+    def of_count(cls, count: int) -> ConformerConfig:
+        """Settings for ``count`` conformers of each molecule without coordinates, 0 for none; the time limit grows with it."""
+        most = max(1, count)
+        return cls(generate=count > 0, count=most, timeout_s=most * cls().timeout_s)
+
     def __post_init__(self) -> None:
         check_all(
             *within(self, 1, 255, "count"),

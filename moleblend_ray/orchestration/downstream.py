@@ -192,7 +192,7 @@ def prepare_molecules(
             label_columns=label_columns,
             featurize=FeaturizeConfig(
                 max_atoms=molecules.max_atoms,
-                conformers=_conformers(int(molecules.conformers)),
+                conformers=ConformerConfig.of_count(int(molecules.conformers)),
             ),
             rows_per_chunk=rows_per_chunk,
             valid_fraction=0.0,
@@ -204,13 +204,6 @@ def prepare_molecules(
         wants_coordinates=bool(molecules.conformers),
     )
     return out
-
-
-def _conformers(count: int) -> ConformerConfig:
-    """Settings for ``count`` conformers per molecule without coordinates; the time limit grows with the number."""
-    usual = ConformerConfig()
-    most = max(1, count)
-    return ConformerConfig(generate=count > 0, count=most, timeout_s=usual.timeout_s * most)
 
 
 def named_splits(task: TaskConfig) -> NamedSplits | None:

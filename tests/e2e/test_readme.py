@@ -6,6 +6,8 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -36,4 +38,11 @@ def test_python_example_of_the_readme_runs_as_printed(
     assert (prepared.rows_in, prepared.rows_quarantined) == (61, 1)
     assert run.steps == 10
     assert vectors.embeddings == 60
-    assert names["encoder"].encode(["CCO"]).shape == (1, vectors.dim)
+    # In this process the same numbers as on the cluster.
+    part = pq.read_table(sorted(Path(vectors.out).rglob("part-*.parquet"))[0])
+    with open("molecules.csv", newline="") as stream:
+        smiles = [row["smiles"] for row in csv.DictReader(stream)]
+    asked = [smiles[row] for row in part["source_row"].to_pylist()]
+    expected = np.array(part["embedding"].to_pylist(), dtype=np.float32)
+    assert expected.shape == (len(asked), vectors.dim)
+    np.testing.assert_allclose(names["encoder"].encode(asked), expected, rtol=1e-3, atol=1e-4)

@@ -36,3 +36,14 @@ def test_a_setting_out_of_range_is_named_with_what_was_found(
 def test_the_configuration_does_not_load_rdkit() -> None:
     code = "import sys; import moleblend_ray.chemistry.config; sys.exit('rdkit' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("count", "generate", "stored", "timeout_s"),
+    [(0, False, 1, 3), (1, True, 1, 3), (5, True, 5, 15)],
+)
+def test_more_conformers_have_more_time(
+    count: int, generate: bool, stored: int, timeout_s: float
+) -> None:
+    config = ConformerConfig.of_count(count)
+    assert (config.generate, config.count, config.timeout_s) == (generate, stored, timeout_s)
