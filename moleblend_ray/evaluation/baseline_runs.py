@@ -31,7 +31,7 @@ from moleblend_ray.evaluation.results import (
     read_seed_result,
     write_seed_result,
 )
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.scores import other_scores, score
 
 BASELINES_DIR = "baselines"
 """Folder in ``out`` for the results of these steps."""
@@ -80,11 +80,10 @@ def fit_seed(
     began = time.monotonic()
     rows = np.concatenate([data.valid, data.test])
     (predictions,) = predict_group(data, kind, [settings], rows, seed, num_jobs)
-    first = len(data.valid)
-    valid, test = (
-        score(data.task.metric, outputs, data.labels[part], data.columns)
-        for outputs, part in ((predictions[:first], data.valid), (predictions[first:], data.test))
-    )
+    first, metric, columns = len(data.valid), data.task.metric, data.columns
+    valid = score(metric, predictions[:first], data.labels[data.valid], columns)
+    outcome = metric, predictions[first:], data.labels[data.test], columns
+    test = score(*outcome)
     found = SeedResult(
         seed=seed,
         valid_score=valid.value,
@@ -95,6 +94,7 @@ def fit_seed(
         best_epoch=0,
         seconds=time.monotonic() - began,
         model=None,
+        test_others=other_scores(*outcome),
     )
     write_seed_result(_seed_uri(out, kind, seed), settings, found)
     return found

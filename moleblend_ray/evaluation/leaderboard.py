@@ -13,6 +13,7 @@ import numpy as np
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.results import RESULTS_NAME, Spread
+from moleblend_ray.evaluation.tasks import Metric
 
 LEADERBOARD_NAME = "leaderboard"
 """Name of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html`` without ending."""
@@ -60,9 +61,9 @@ class TaskRow:
     reason: str = ""
     """Why there are none, for a task that failed or is absent."""
     metric: str = ""
-    """``roc_auc``, ``rmse`` or ``mae``; empty without scores, like all fields below."""
+    """Value of a :class:`Metric`; empty without scores, like all fields below."""
     unit: str = ""
-    """Unit of the scores; empty for classes and plain numbers."""
+    """Unit of the scores; empty for plain numbers."""
     higher_is_better: bool = False
     """Whether a larger score is better."""
     molecules: int = 0
@@ -198,7 +199,7 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         name=task["name"],
         status=Status.FINISHED,
         metric=task["metric"],
-        unit="" if task["metric"] == "roc_auc" else task["unit"] or "",
+        unit=(task["unit"] or "") if Metric(task["metric"]).is_error else "",
         higher_is_better=task["higher_is_better"],
         molecules=data["molecules"],
         split=data["split"]["kind"],

@@ -16,12 +16,12 @@ from sklearn.metrics import roc_curve
 
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.tasks import Metric
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "report.md"
 
-_METRIC_NAMES = {"roc_auc": "ROC-AUC", "rmse": "RMSE", "mae": "MAE"}
 _MAX_TRIAL_ROWS = 50
 
 
@@ -59,6 +59,7 @@ def _text(
         *_score_rows(task, results["final"], results["baselines"]),
         "",
         *_comparison(task, results["final"], results["baselines"]),
+        *_other_scores(task, (results["final"], *results["baselines"])),
         f"![test molecules](figures/{figures[0]})",
         "",
         "## Molecules",
@@ -117,6 +118,32 @@ def _comparison(
     return [
         f"On the test molecules {final['name']} is {abs(gain):.4f} {verdict} in {_metric_name(task)} than {best['name']}, "
         "the best of the baselines by validation.",
+        "",
+    ]
+
+
+def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the other metrics say of the test part; nothing was chosen by them."""
+    metrics = list(
+        dict.fromkeys(name for entry in entries for name in entry.get("test_others", {}))
+    )
+    if not metrics:
+        return []
+    rows = []
+    for entry in entries:
+        others = entry.get("test_others", {})
+        cells = [
+            f"{others[name]['mean']:.4f} ± {others[name]['std']:.4f}" if name in others else ""
+            for name in metrics
+        ]
+        rows.append(f"| {' | '.join([entry['name'], *cells])} |")
+    heads = [_metric_name({**task, "metric": name}) for name in metrics]
+    return [
+        "Other scores of the same test predictions, by which nothing was chosen:",
+        "",
+        f"| model | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 1) + "|",
+        *rows,
         "",
     ]
 
@@ -199,8 +226,9 @@ def _short(value: object) -> str:
 
 
 def _metric_name(task: Mapping[str, Any]) -> str:
-    name = _METRIC_NAMES[task["metric"]]
-    return f"{name} in {task['unit']}" if task["unit"] and task["metric"] != "roc_auc" else name
+    metric = Metric(task["metric"])
+    unit = f" in {task['unit']}" if task["unit"] and metric.is_error else ""
+    return f"{metric.shown_name}{unit}"
 
 
 def _test_figure(

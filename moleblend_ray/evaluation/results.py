@@ -72,6 +72,9 @@ class SeedResult:
     """Running time."""
     model: str | None
     """Folder of the trained model within ``out``; None for a baseline that is not stored."""
+    test_others: Mapping[str, float] = field(default_factory=dict)
+    """Scores on the test molecules by the other metrics of this type of labels (a value of `Metric` -> score). Nothing is
+    chosen by them."""
 
 
 def write_seed_result(uri: str, settings: Mapping[str, Any], found: SeedResult) -> None:
@@ -161,6 +164,11 @@ def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
         "name": name,
         "valid": dataclasses.asdict(Spread.of([seed.valid_score for seed in seeds])),
         "test": dataclasses.asdict(Spread.of([seed.test_score for seed in seeds])),
+        "test_others": {
+            name: dataclasses.asdict(Spread.of([seed.test_others[name] for seed in seeds]))
+            for name in seeds[0].test_others
+            if all(name in seed.test_others for seed in seeds)
+        },
         "seeds": [dataclasses.asdict(seed) for seed in seeds],
     }
 

@@ -25,7 +25,7 @@ from moleblend_ray.evaluation.finetune import (
 )
 from moleblend_ray.evaluation.property_model import save_property_model
 from moleblend_ray.evaluation.results import SeedResult, read_seed_result, write_seed_result
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.scores import other_scores, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 
@@ -68,9 +68,13 @@ def train_and_test(
         device=device,
     )
     predictions = _predictions(result, experiment, settings, device)
-    test = score(
-        task.metric, predictions[split.test], molecules.labels[split.test], molecules.columns
+    outcome = (
+        task.metric,
+        predictions[split.test],
+        molecules.labels[split.test],
+        molecules.columns,
     )
+    test = score(*outcome)
     path = model_path(seed)
     folder = storage.join(out, path)
     # A result of other settings must not be beside a model of these.
@@ -89,6 +93,7 @@ def train_and_test(
         best_epoch=last.best_epoch,
         seconds=time.monotonic() - began,
         model=path,
+        test_others=other_scores(*outcome),
     )
     # Last: with this file the folder is complete, and a repeated command does not train the seed again.
     write_seed_result(_result_uri(out, seed), dataclasses.asdict(settings), found)

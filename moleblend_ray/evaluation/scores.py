@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError, TrainingError
-from moleblend_ray.evaluation.tasks import Metric
+from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +25,7 @@ class Score:
     columns: Mapping[str, float]
     """Score of each scored column."""
     columns_left_out: tuple[str, ...]
-    """Columns that could not be scored: no label, or (ROC-AUC) labels of one class only."""
+    """Columns that could not be scored: no label, or (but for errors) labels that are all equal."""
 
 
 def score(
@@ -35,7 +36,8 @@ def score(
 ) -> Score:
     """Score (M, T) predictions against (M, T) labels; NaN labels are ignored, unscorable columns are named.
 
-    For ROC-AUC, predictions may be any monotone score, such as a logit.
+    For classes, predictions may be any monotone score, such as a logit. Raises DataError if a prediction is not
+    finite, or if no column can be scored.
     """
     if not np.isfinite(predictions).all():
         raise DataError(
@@ -61,38 +63,103 @@ def score(
     )
 
 
+def other_scores(
+    metric: Metric,
+    predictions: NDArray[np.floating],
+    labels: NDArray[np.floating],
+    columns: Sequence[str],
+) -> dict[str, float]:
+    """Values of the other metrics for the same type of labels, of those that these labels allow; as :func:`score`."""
+    found = {}
+    for other in metrics_of(metric.kind):
+        if other is not metric:
+            # Labels that are all equal have errors, but no correlation.
+            with contextlib.suppress(DataError):
+                found[other.value] = score(other, predictions, labels, columns).value
+    return found
+
+
 def _column_score(
     metric: Metric, predictions: NDArray[np.floating], labels: NDArray[np.floating]
 ) -> float | None:
-    if len(labels) == 0:
+    if len(labels) == 0 or (not metric.is_error and labels.min() == labels.max()):
         return None
-    if metric is Metric.ROC_AUC:
-        if labels.min() == labels.max():
-            return None
-        return roc_auc(labels, predictions)
-    errors = predictions.astype(np.float64) - labels
-    if metric is Metric.RMSE:
-        return float(np.sqrt(np.mean(errors**2)))
-    return float(np.mean(np.abs(errors)))
+    return _FORMULAS[metric](labels.astype(np.float64), predictions.astype(np.float64))
 
 
-def roc_auc(labels: NDArray[np.floating], predictions: NDArray[np.floating]) -> float:
+# scikit-learn and SciPy have all of these, but every worker of a sweep would spend seconds on their import.
+
+
+def roc_auc(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
     """Probability that a random positive ranks above a random negative, ties counting half.
 
-    Labels (K,) are 0 and 1, both present. (scikit-learn has this as well, but every worker of a sweep would spend
-    seconds on its import.)
+    Labels (K,) are 0 and 1, both present.
     """
-    _, inverse, counts = np.unique(predictions, return_inverse=True, return_counts=True)
-    midranks = np.cumsum(counts) - (counts - 1) / 2
     positive = labels == 1
     num_positive = int(positive.sum())
-    rank_sum = float(midranks[inverse][positive].sum())
+    rank_sum = float(_midranks(predictions)[positive].sum())
     pairs = num_positive * (len(labels) - num_positive)
     return (rank_sum - num_positive * (num_positive + 1) / 2) / pairs
 
 
+def average_precision(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
+    """Mean over the positives of the precision among all molecules that rank at least as high, without interpolation
+    (Davis & Goadrich, ICML 2006, on why not). Labels (K,) are 0 and 1, both present."""
+    values, inverse = np.unique(-predictions, return_inverse=True)
+    positives = np.bincount(inverse, weights=labels, minlength=len(values))
+    molecules = np.bincount(inverse, minlength=len(values))
+    precision = np.cumsum(positives) / np.cumsum(molecules)
+    return float(precision @ positives / positives.sum())
+
+
+def r2(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
+    """1 - residual / total sum of squares of (K,) labels that are not all equal."""
+    residual = np.sum((predictions - labels) ** 2)
+    return float(1.0 - residual / np.sum((labels - labels.mean()) ** 2))
+
+
+def spearman(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
+    """Pearson's correlation of the ranks, equal values sharing their mean rank; 0 if all predictions are equal.
+
+    Labels (K,) are not all equal.
+    """
+    ranks, predicted = _midranks(labels), _midranks(predictions)
+    ranks, predicted = ranks - ranks.mean(), predicted - predicted.mean()
+    norm = np.sqrt((ranks @ ranks) * (predicted @ predicted))
+    return float(ranks @ predicted / norm) if norm > 0 else 0.0
+
+
+def _rmse(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
+    return float(np.sqrt(np.mean((predictions - labels) ** 2)))
+
+
+def _mae(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
+    return float(np.mean(np.abs(predictions - labels)))
+
+
+def _midranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(K,) ranks from 1, equal values sharing their mean rank."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
+_FORMULAS: Final[Mapping[Metric, Callable[[NDArray[np.float64], NDArray[np.float64]], float]]] = {
+    Metric.ROC_AUC: roc_auc,
+    Metric.PR_AUC: average_precision,
+    Metric.RMSE: _rmse,
+    Metric.MAE: _mae,
+    Metric.R2: r2,
+    Metric.SPEARMAN: spearman,
+}
+
+
 def _needs(metric: Metric) -> str:
-    return "labels of both classes" if metric is Metric.ROC_AUC else "a label"
+    if metric.is_error:
+        return "a label"
+    return (
+        "labels of both classes" if metric.kind is TaskKind.CLASSIFICATION else "labels that differ"
+    )
 
 
 def is_better(metric: Metric, candidate: float, best: float) -> bool:

@@ -30,20 +30,57 @@ class Metric(StrEnum):
 
     ROC_AUC = "roc_auc"
     """Area under the ROC curve, averaged over the columns that have both classes."""
+    PR_AUC = "pr_auc"
+    """Average precision (area under the precision-recall curve by steps), averaged over the columns that have both
+    classes. A random order scores the share of positives."""
     RMSE = "rmse"
     """Root mean square error in the task's units, averaged over columns."""
     MAE = "mae"
     """Mean absolute error in the task's units, averaged over columns."""
+    R2 = "r2"
+    """Coefficient of determination, averaged over the columns whose labels differ. The mean of the scored labels as
+    prediction scores 0."""
+    SPEARMAN = "spearman"
+    """Spearman's rank correlation, averaged over the columns whose labels differ."""
+
+    @property
+    def kind(self) -> TaskKind:
+        """Type of the labels that it scores."""
+        return (
+            TaskKind.CLASSIFICATION
+            if self in (Metric.ROC_AUC, Metric.PR_AUC)
+            else TaskKind.REGRESSION
+        )
+
+    @property
+    def is_error(self) -> bool:
+        """Whether it is in the task's units, and a smaller one is better."""
+        return self in (Metric.RMSE, Metric.MAE)
 
     @property
     def higher_is_better(self) -> bool:
         """Whether a larger score is better."""
-        return self is Metric.ROC_AUC
+        return not self.is_error
 
     @property
     def shown_name(self) -> str:
         """Name in tables."""
-        return {"roc_auc": "ROC-AUC", "rmse": "RMSE", "mae": "MAE"}[self.value]
+        return _SHOWN_NAMES[self]
+
+
+_SHOWN_NAMES: Final = {
+    Metric.ROC_AUC: "ROC-AUC",
+    Metric.PR_AUC: "PR-AUC",
+    Metric.RMSE: "RMSE",
+    Metric.MAE: "MAE",
+    Metric.R2: "R²",
+    Metric.SPEARMAN: "Spearman's rho",
+}
+
+
+def metrics_of(kind: TaskKind) -> tuple[Metric, ...]:
+    """The metrics that score labels of this type."""
+    return tuple(metric for metric in Metric if metric.kind is kind)
 
 
 class SplitKind(StrEnum):
@@ -84,10 +121,11 @@ class Task:
     """Other names under which its table is published, without ending and in lower case."""
 
     def __post_init__(self) -> None:
-        if (self.kind is TaskKind.CLASSIFICATION) != (self.metric is Metric.ROC_AUC):
+        if self.metric.kind is not self.kind:
+            fitting = ", ".join(metric.value for metric in metrics_of(self.kind))
             raise ConfigError(
-                f"task {self.name!r}: metric {self.metric.value} does not fit {self.kind.value}; "
-                "classification is scored by roc_auc, regression by rmse or mae"
+                f"task {self.name!r}: metric {self.metric.value} does not fit {self.kind.value}, which is scored by "
+                f"one of {fitting}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moleblend_ray.evaluation.results import (
 LABELS = np.array([[0.0], [1.0], [2.0]])
 
 
-def seeds(valid: float, *tests: float) -> list[SeedResult]:
+def seeds(valid: float, *tests: float, others: Sequence[float] = ()) -> list[SeedResult]:
     return [
         SeedResult(
             seed=seed,
@@ -33,6 +34,7 @@ def seeds(valid: float, *tests: float) -> list[SeedResult]:
             best_epoch=1,
             seconds=1.0,
             model=None,
+            test_others={"mae": others[seed], "r2": others[seed] / 2} if others else {},
         )
         for seed, test in enumerate(tests)
     ]
@@ -117,6 +119,16 @@ def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) 
     assert "0.6000 better in ROC-AUC than RDKit descriptors + linear model, the best" in text
     text = report_of(tmp_path, results_of(baselines=[baseline(BaselineKind.FOREST, 0.1, 0.2)]))
     assert "fine-tuned is 0.5000 worse" in text
+
+
+def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
+    assert "Other scores" not in report_of(tmp_path, results_of())
+    final = seeds_entry("MoleBLEND, fine-tuned", seeds(0.5, 0.6, 0.8, others=(0.25, 0.75)))
+    text = report_of(tmp_path, results_of(final=final))
+    assert "| model | MAE in eV | R² |" in text
+    assert "| MoleBLEND, fine-tuned | 0.5000 ± 0.3536 | 0.2500 ± 0.1768 |" in text
+    # Results of before had only the score by which everything was chosen.
+    assert "| ECFP4 + random forest |  |  |" in text
 
 
 def test_the_chosen_settings_of_each_baseline_are_shown(tmp_path: Path) -> None:

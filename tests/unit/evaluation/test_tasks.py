@@ -65,9 +65,18 @@ def test_qm8_has_four_quantities_by_four_methods_named_as_moleculenet_reads_them
     assert (TASKS["qm7"].columns, TASKS["qm7"].unit) == (("u0_atom",), "kcal/mol")
 
 
-def test_classification_is_scored_by_roc_auc_and_regression_by_an_error() -> None:
+def test_published_tasks_are_scored_by_roc_auc_or_by_an_error() -> None:
     for task in TASKS.values():
         assert (task.metric is Metric.ROC_AUC) == (task.kind is TaskKind.CLASSIFICATION)
+        assert task.metric is Metric.ROC_AUC or task.metric.is_error
+
+
+def test_a_metric_of_other_labels_is_refused_with_those_that_fit() -> None:
+    with pytest.raises(ConfigError, match="scored by one of rmse, mae, r2, spearman"):
+        resolve_task("esol", metric=Metric.PR_AUC)
+    with pytest.raises(ConfigError, match="scored by one of roc_auc, pr_auc"):
+        resolve_task("bbbp", metric=Metric.R2)
+    assert resolve_task("muv", metric=Metric.PR_AUC).metric is Metric.PR_AUC
 
 
 @pytest.mark.shared_data
