@@ -13,7 +13,7 @@ shown (2d, 3d or 2d+3d). The seed is that of weights, blends, data order and fin
 
 ``DIR/<arm>-<seed>.json`` holds each result; the command again runs what is missing or failed. ``--workers`` processes share the
 work, on a GPU they share it, too. ``DIR/ablations.md`` is the table: mean and 95 % confidence interval (Student) over seeds, and
-the paired difference to ``default``. Needs neither Ray nor RDKit. Prints one JSON line last; ends with status 1 if a run failed.
+the difference to ``default`` with an interval from the scatter in all pretrained arms. Needs neither Ray nor RDKit. Prints one JSON line last; ends with status 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from evidence import difference, finetune_and_score, interval
+from evidence import as_json, difference, finetune_and_score, interval, pooled_half_width
 from moleculenet import SETTINGS, SPLIT_SEED, settings_of
 from shared_work import Job, run_jobs, share_cores
 from train_step import preset
@@ -158,7 +158,7 @@ def main() -> None:
         "failed": failed,
         "seconds": round(time.monotonic() - began, 1),
     }
-    print(json.dumps(line))
+    print(json.dumps(line, allow_nan=False))
     sys.exit(1 if failed else 0)
 
 
@@ -315,39 +315,62 @@ def table(
     by_arm: dict[str, dict[int, Mapping[str, float]]] = {}
     for result in results:
         by_arm.setdefault(result["arm"], {})[result["seed"]] = result["test"]
+    rows: list[dict[str, Any]] = [{"arm": name} for name in by_arm]
+    for measure in measures:
+        scores = {
+            name: {seed: found[measure.name] for seed, found in by_seed.items()}
+            for name, by_seed in by_arm.items()
+        }
+        for row in rows:
+            row[measure.name] = compare(row["arm"], scores)
     heads = [
-        f"{name} {task.metric.value}{f' ({task.unit})' if task.unit else ''}"
+        f"{name} {task.metric.shown_name}{f' ({task.unit})' if task.unit else ''}"
         for name, task in ((measure.name, measure.task) for measure in measures)
     ]
     lines = [
         f"Preset `{arguments.preset}`, {arguments.steps:,} steps of {arguments.batch} molecules; {arguments.labels:,} labels; "
-        f"seeds {arguments.seeds}. Mean ± half width of the 95 % confidence interval; in brackets the difference to `{DEFAULT}`, "
-        "paired by seed.",
+        f"seeds {arguments.seeds}. Mean ± half width of the 95 % confidence interval; in brackets the difference to `{DEFAULT}` "
+        "with its interval, from the scatter in all pretrained arms (of `scratch`: paired by seed). Bold: outside it.",
         "",
         f"| arm | what it is | {' | '.join(heads)} |",
         "|---" * (len(heads) + 2) + "|",
     ]
-    rows = []
-    for name, by_seed in by_arm.items():
-        cells: list[str] = []
-        row: dict[str, Any] = {"arm": name}
-        for measure in measures:
-            values = {seed: scores[measure.name] for seed, scores in by_seed.items()}
-            base = {seed: scores[measure.name] for seed, scores in by_arm.get(DEFAULT, {}).items()}
-            mean, half = interval(list(values.values()))
-            change, half_change = difference(values, base)
-            cell = f"{mean:.5g} ± {half:.2g}"
-            cells.append(cell if name == DEFAULT else f"{cell} ({change:+.2g} ± {half_change:.2g})")
-            row[measure.name] = {
-                "values": list(values.values()),
-                "mean": mean,
-                "half_width_95": half,
-                "difference": change,
-                "difference_half_width_95": half_change,
-            }
-        rows.append(row)
+    for row in rows:
+        name = row["arm"]
+        cells = [shown(row[measure.name], is_default=name == DEFAULT) for measure in measures]
         lines.append(f"| {name} | {ARMS[name].says} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""]), rows
+
+
+def compare(name: str, scores: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    """An arm on one task, and its difference to the default arm, given all arms' scores by seed."""
+    values, base = scores[name], scores.get(DEFAULT, {})
+    change = difference(values, base)
+    if name != SCRATCH:
+        # Without pretraining seeds scatter more: it does not belong to what is pooled.
+        pretrained = [by_seed for arm, by_seed in scores.items() if arm != SCRATCH]
+        change = change._replace(half_width=pooled_half_width(pretrained))
+    return {
+        "by_seed": dict(values),
+        **as_json(interval(list(values.values()))),
+        "difference": as_json(change),
+    }
+
+
+def shown(found: Mapping[str, Any], *, is_default: bool) -> str:
+    """A cell of the table."""
+    cell = plus_minus(found, ".5g")
+    change = found["difference"]
+    if is_default or change["mean"] is None:
+        return cell
+    half = change["half_width_95"]
+    text = f"({plus_minus(change, '+.2g')})"
+    return f"{cell} {f'**{text}**' if half is not None and abs(change['mean']) > half else text}"
+
+
+def plus_minus(found: Mapping[str, Any], style: str) -> str:
+    half = found["half_width_95"]
+    return f"{found['mean']:{style}}" + ("" if half is None else f" ± {half:.2g}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -105,3 +105,31 @@ def interval(values: Sequence[float]) -> Interval:
 def difference(values: Mapping[int, float], base: Mapping[int, float]) -> Interval:
     """Of ``values`` less ``base``, paired by seed; seeds that one of them lacks are left out."""
     return interval([value - base[seed] for seed, value in values.items() if seed in base])
+
+
+def pooled_half_width(arms: Sequence[Mapping[int, float]]) -> float:
+    """Half the width of the 95 % confidence interval of a difference of two arms' means, from the scatter in all arms.
+
+    Each value is its arm's mean, plus a shift of its seed, plus noise of one variance in all arms (two-way analysis of
+    variance). The noise has (arms - 1)(seeds - 1) degrees of freedom: 26 with 14 arms and 3 seeds, of which two arms alone
+    have 2. Seeds that an arm lacks are left out. NaN of fewer than two arms or seeds.
+    """
+    seeds = sorted(set[int]().union(*arms).intersection(*arms)) if arms else []
+    if len(arms) < 2 or len(seeds) < 2:
+        return math.nan
+    from scipy.stats import t
+
+    values = np.array([[arm[seed] for seed in seeds] for arm in arms])
+    shifts = values - values.mean(axis=1, keepdims=True)
+    noise = shifts - shifts.mean(axis=0)
+    freedom = (len(arms) - 1) * (len(seeds) - 1)
+    variance = float((noise**2).sum()) / freedom
+    return float(t.ppf(0.975, freedom)) * math.sqrt(2 * variance / len(seeds))
+
+
+def as_json(found: Interval) -> dict[str, float | None]:
+    """For JSON, which has no NaN."""
+    return {
+        "mean": None if math.isnan(found.mean) else found.mean,
+        "half_width_95": None if math.isnan(found.half_width) else found.half_width,
+    }

@@ -38,7 +38,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from evidence import Interval, difference, finetune_and_score, interval, pretrained
+from evidence import as_json, difference, finetune_and_score, interval, pretrained
 from shared_work import Job, run_jobs, share_cores
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
@@ -410,21 +410,13 @@ def table_rows(documents: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for task, by_arm in found.items():
         row: dict[str, Any] = {"task": task, "metric": metrics[task]}
         for arm, by_seed in by_arm.items():
-            row[arm] = {"by_seed": by_seed, **spread(interval(list(by_seed.values())))}
+            row[arm] = {"by_seed": by_seed, **as_json(interval(list(by_seed.values())))}
         gain = difference(by_arm.get(PRETRAINED, {}), by_arm.get(SCRATCH, {}))
-        row["difference"] = spread(gain)
+        row["difference"] = as_json(gain)
         row["better"] = better(Metric(metrics[task]), gain.mean)
         row["beyond_interval"] = abs(gain.mean) > gain.half_width
         rows.append(row)
     return rows
-
-
-def spread(found: Interval) -> dict[str, float | None]:
-    """For JSON, which has no NaN."""
-    return {
-        "mean": None if math.isnan(found.mean) else found.mean,
-        "half_width_95": None if math.isnan(found.half_width) else found.half_width,
-    }
 
 
 def better(metric: Metric, gain: float) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
@@ -147,6 +148,60 @@ def test_intervals_are_students_and_differences_paired_by_seed(
     assert math.isnan(evidence.interval([]).mean)
     change = evidence.difference({0: 1.0, 1: 5.0, 2: 9.0}, {1: 4.0, 0: 3.0})
     assert change.mean == pytest.approx((-2.0 + 1.0) / 2)
+
+
+def test_the_pooled_interval_is_that_of_a_least_squares_fit_of_arms_and_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    evidence = module("evidence", monkeypatch)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(5, 3)) + 10 * rng.normal(size=(5, 1)) + 100 * rng.normal(size=3)
+    arms = [dict(enumerate(row)) for row in values]
+    # One indicator for each arm, one for each seed but the first.
+    design = np.hstack([np.repeat(np.eye(5), 3, axis=0), np.tile(np.eye(3)[:, 1:], (5, 1))])
+    _, (residual,), rank, _ = np.linalg.lstsq(design, values.ravel(), rcond=None)
+    contrast = np.zeros(7)
+    contrast[0], contrast[1] = 1, -1
+    freedom = 15 - rank
+    spread = contrast @ np.linalg.inv(design.T @ design) @ contrast * residual / freedom
+    expected = 2.306004 * math.sqrt(spread)  # Student's t, 8 degrees of freedom
+    assert evidence.pooled_half_width(arms) == pytest.approx(expected, rel=1e-6)
+    unfinished = [*arms[:4], {0: values[4, 0], 2: values[4, 2]}]
+    both = [{seed: arm[seed] for seed in (0, 2)} for arm in arms]
+    assert evidence.pooled_half_width(unfinished) == evidence.pooled_half_width(both)
+    assert math.isnan(evidence.pooled_half_width(arms[:1]))
+    assert math.isnan(evidence.pooled_half_width([{0: 1.0}, {0: 2.0}]))
+
+
+def test_the_table_of_ablations_marks_what_is_outside_its_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ablations = module("ablations", monkeypatch)
+    tests = {
+        "default": (1.0, 1.2, 1.1),
+        "both": (0.51, 0.69, 0.6),
+        "distance": (1.01, 1.19, 1.1),
+        "scratch": (1.5, 2.5, 2.0),
+    }
+    results = [
+        {"arm": arm, "seed": seed, "test": {"qm9_gap": value}}
+        for arm, values in tests.items()
+        for seed, value in enumerate(values)
+    ]
+    options = argparse.Namespace(tasks="qm9_gap", epochs=2, finetune_lr=1e-3)
+    settings = argparse.Namespace(preset="mini", steps=10, batch=4, labels=5, seeds="0,1,2")
+    text, rows = ablations.table(results, ablations.measures_of(options), settings)
+    cells = {
+        row["arm"]: line.split(" | ")[-1]
+        for row, line in zip(rows, text.splitlines()[4:], strict=True)
+    }
+    assert cells["default"] == "1.1 ± 0.25 |"
+    assert "**(-0.5 ± 0.01" in cells["both"]
+    assert "**" not in cells["distance"]
+    assert cells["scratch"] == "2 ± 1.2 (+0.9 ± 0.99) |"
+    json.dumps(rows, allow_nan=False)
+    (alone,) = ablations.table(results[:1], ablations.measures_of(options), settings)[1]
+    assert alone["qm9_gap"]["half_width_95"] is None
 
 
 def result(task: str, metric: str, arm: str, seed: int, test: float | None) -> dict[str, Any]:
