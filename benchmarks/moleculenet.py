@@ -10,7 +10,7 @@ alpha, and adds the tasks qm9_gap and qm9_alpha. Scaffolds need RDKit, training 
 split (its own kind, seed 0) to ``DIR/splits/TASK.npz`` with the fingerprint of its dataset; the second command reads these, and
 refuses splits of other data. QM9 has a random split with 1,000 training and 500 validation labels. The arms forest, boosting and
 descriptors are the baselines of `moleblend finetune` on the same splits, with the settings that validation prefers of each
-grid; they need RDKit.
+grid; they need RDKit, and no checkpoint.
 
 Both arms have the same settings (``SETTINGS``, changed by ``key=value`` with the names of `FinetuneSettings`), splits and seeds. Of
 each run the epoch is chosen on validation; the test part is scored once, with the weights of that epoch. Each (task,
@@ -111,7 +111,8 @@ class Run:
     arm: str
     seed: int
     settings: FinetuneSettings
-    checkpoint: str
+    checkpoint: str | None
+    """None for baselines alone."""
     device: str
     threads: int
 
@@ -149,7 +150,7 @@ def evaluate(arguments: argparse.Namespace) -> bool:
     began = time.monotonic()
     out = Path(arguments.out)
     threads = share_cores(arguments.threads, arguments.workers)
-    start = pretrained(arguments.checkpoint)
+    start = pretrained(arguments.checkpoint) if arguments.checkpoint else None
     jobs = plan(arguments, start, threads)
     progress = functools.partial(print_progress, len(jobs))
     documents = run_jobs(jobs, run, out, workers=arguments.workers, report=progress)
@@ -160,7 +161,7 @@ def evaluate(arguments: argparse.Namespace) -> bool:
     print(text)
     line = {
         "benchmark": "moleculenet",
-        "checkpoint": start.fingerprint,
+        "checkpoint": start.fingerprint if start else None,
         "devices": devices,
         "precision": arguments.precision,
         "seeds": arguments.seeds,
@@ -176,7 +177,7 @@ def evaluate(arguments: argparse.Namespace) -> bool:
     return not line["failed"]
 
 
-def plan(arguments: argparse.Namespace, start: StartingPoint, threads: int) -> list[Job]:
+def plan(arguments: argparse.Namespace, start: StartingPoint | None, threads: int) -> list[Job]:
     """Every run; raises before the first of them if settings are wrong, or a dataset or its split is not there."""
     jobs = []
     for name in arguments.tasks:
@@ -197,13 +198,8 @@ def plan(arguments: argparse.Namespace, start: StartingPoint, threads: int) -> l
                     device=arguments.device,
                     threads=threads,
                 )
-                encoder = {
-                    "checkpoint": start.fingerprint if arm == PRETRAINED else None,
-                    "model": dataclasses.asdict(start.model),
-                    "settings": dataclasses.asdict(settings),
-                }
                 identity = {
-                    **(encoder if arm in ARMS else {}),
+                    **(encoder_identity(arm, start, settings) if start and arm in ARMS else {}),
                     "split_hash": split.hash,
                     "split_sizes": split.sizes,
                     "data_fingerprint": fingerprint,
@@ -217,6 +213,14 @@ def plan(arguments: argparse.Namespace, start: StartingPoint, threads: int) -> l
                 )
                 jobs.append(job)
     return jobs
+
+
+def encoder_identity(arm: str, start: StartingPoint, settings: FinetuneSettings) -> dict[str, Any]:
+    return {
+        "checkpoint": start.fingerprint if arm == PRETRAINED else None,
+        "model": dataclasses.asdict(start.model),
+        "settings": dataclasses.asdict(settings),
+    }
 
 
 def settings_of(name: str, precision: str, changes: Mapping[str, Any]) -> FinetuneSettings:
@@ -234,6 +238,7 @@ def run(what: Run) -> dict[str, Any]:
     if what.arm in BASELINES:
         found = fit_baseline(what, molecules, split)
         return {**found, "device": device_name("cpu")}
+    assert what.checkpoint is not None, "arguments without it are refused"
     start = starting_point(what.checkpoint)
     if what.arm == SCRATCH:
         start = StartingPoint(model=start.model, encoder=None, fingerprint=None)
@@ -440,15 +445,16 @@ def wins(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
 def markdown(
     rows: Sequence[Mapping[str, Any]],
     jobs: Sequence[Job],
-    start: StartingPoint,
+    start: StartingPoint | None,
     devices: Sequence[str],
     arguments: argparse.Namespace,
 ) -> str:
     """The table of scores, and that of settings."""
     counts = wins(rows)
     others = [name for name in BASELINES if any(name in row for row in rows)]
+    checkpoint = f"`{start.fingerprint[:16]}`" if start and start.fingerprint else "none"
     lines = [
-        f"Checkpoint `{(start.fingerprint or '')[:16]}`, computed on {' and '.join(devices)} in {arguments.precision}; "
+        f"Checkpoint {checkpoint}, computed on {' and '.join(devices)} in {arguments.precision}; "
         f"seeds {', '.join(map(str, arguments.seeds))}. Test score: mean ± half width of the 95 % confidence interval over seeds "
         f"(Student); difference: pretrained less scratch, paired by seed; in bold: its interval leaves out 0.",
         "",
@@ -557,8 +563,10 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         setattr(arguments, option, [name for name in known if name in given])
     if not arguments.qm9 and (needing := set(arguments.tasks) & set(QM9_TASKS)):
         parser.error(f"--tasks: {', '.join(sorted(needing))} needs --qm9")
-    if not arguments.write_splits and not (arguments.checkpoint and arguments.out):
-        parser.error("--checkpoint and --out are needed (or --write-splits)")
+    if not arguments.write_splits and not arguments.out:
+        parser.error("--out is needed (or --write-splits)")
+    if not (arguments.write_splits or arguments.checkpoint) and set(arguments.arms) & set(ARMS):
+        parser.error(f"--checkpoint is needed: {' and '.join(ARMS)} are its model")
     if arguments.workers < 1:
         parser.error(f"--workers: expected >= 1, found {arguments.workers}")
     try:

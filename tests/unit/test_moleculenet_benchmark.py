@@ -139,6 +139,17 @@ def test_settings_are_those_of_the_table_with_changes(moleculenet: Any) -> None:
         moleculenet.changed_settings(["epochs"])
 
 
+def test_only_baselines_need_no_checkpoint(
+    moleculenet: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", "DATA", "--out", "OUT", "--tasks", "esol"]
+    found = moleculenet.parse_arguments([*words, "--arms", "descriptors,forest"])
+    assert (found.arms, found.checkpoint) == (["forest", "descriptors"], None)
+    with pytest.raises(SystemExit):
+        moleculenet.parse_arguments([*words, "--arms", "descriptors,scratch"])
+    assert "--checkpoint is needed" in capsys.readouterr().err
+
+
 def test_intervals_are_students_and_differences_paired_by_seed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
