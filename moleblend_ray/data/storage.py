@@ -217,11 +217,13 @@ def write_json(uri: str, value: Any) -> None:
 def list_files(uri: str) -> list[FileInfo]:
     """The files of a directory (recursively) or of a glob, or the file itself; sorted by URI.
 
-    Hidden files (whose name begins with a dot) are left out. A URI with ``*``, ``?`` or ``[`` that exists literally is
+    Hidden files are left out: those whose name begins with a dot, or the name of a folder between. A URI with ``*``, ``?`` or ``[`` that exists literally is
     that file or directory, not a pattern.
     """
     filesystem, path = _resolve(uri)
+    folder = path
     if _GLOB_CHARACTERS & set(path) and not exists(uri):
+        folder = path[: min(map(path.index, _GLOB_CHARACTERS & set(path)))].rpartition("/")[0]
         with translate_errors("list", uri):
             found = _call("list", uri, filesystem.glob, path, detail=True)
     else:
@@ -237,7 +239,7 @@ def list_files(uri: str) -> list[FileInfo]:
         # Some clients of object stores represent a folder by an empty object "prefix/".
         if info["type"] != "directory"
         and not name.endswith("/")
-        and (name == path or not name_of(name).startswith("."))
+        and not any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
     )
     return sorted(files)
 

@@ -13,7 +13,12 @@ from typing import Final
 from moleblend_ray.chemistry.molecule import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
 from moleblend_ray.data.sources.cells import is_numeric, sd_properties, sd_text
-from moleblend_ray.data.sources.parquet import has_geometry, is_number_type, parquet_file
+from moleblend_ray.data.sources.parquet import (
+    has_geometry,
+    is_label_type,
+    is_number_type,
+    parquet_file,
+)
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.published import PublishedTable, published_table
 from moleblend_ray.data.sources.reading import Item, open_items, open_records, take
@@ -44,6 +49,8 @@ _SAMPLE_RECORDS: Final = 1000
 """Records from which is decided which columns or properties are numeric, and whether a geometry fits its table."""
 _SAMPLE_BYTES: Final = 64 << 20
 """The sample ends with the record that brings it to this size."""
+_PANDAS_INDEX: Final = re.compile(r"__index_level_\d+__")
+"""What pandas calls row numbers that it writes as a column."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
@@ -146,7 +153,12 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
         _require(file, "id_column", id_column, columns)
     parsed = (fields(record, DELIMITERS[file.format]) for record in sample)
     rows = [cells for cells in parsed if cells and len(cells) == len(columns)]
-    others = [index for index, name in enumerate(columns) if name not in (smiles_column, id_column)]
+    # A column without a name holds row numbers, or nothing but what follows a last delimiter.
+    others = [
+        index
+        for index, name in enumerate(columns)
+        if name and name not in (smiles_column, id_column)
+    ]
     numeric = [columns[i] for i in others if rows and is_numeric(row[i] for row in rows)]
     if file.format == "semicolon":
         _warn_of_decimal_commas(file, columns, rows)
@@ -280,6 +292,13 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
     with parquet_file(file) as table:
         schema, num_rows = table.schema_arrow, table.metadata.num_rows
     columns = tuple(schema.names)
+    _require_distinct(file, columns)
+    for name in config.label_columns or ():
+        if name in columns and not is_label_type(schema.field(name).type):
+            raise ConfigError(
+                f"label_columns: {name!r} of {file.uri} is {schema.field(name).type}; expected numbers, true and false, "
+                "or texts of them."
+            )
     with_geometry = has_geometry(file, schema)
     smiles_column: str | None = None
     # With geometry no SMILES are needed; but a SMILES column that was asked for by name must exist.
@@ -295,7 +314,11 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
     }
     used = {smiles_column, id_column, *_COUNT_COLUMNS}
     numeric = [
-        field.name for field in schema if field.name not in used and is_number_type(field.type)
+        field.name
+        for field in schema
+        if field.name not in used
+        and is_number_type(field.type)
+        and not _PANDAS_INDEX.fullmatch(field.name)
     ]
     return _View(
         file=file,
@@ -345,12 +368,14 @@ def _first_items(file: SourceFile, items: Iterator[Item], count: int) -> list[It
 def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
     cells = fields(record.removeprefix(b"\xef\xbb\xbf"), DELIMITERS[file.format]) or []
     columns = tuple(cell.strip() for cell in cells)
+    _require_distinct(file, columns)
+    return columns
+
+
+def _require_distinct(file: SourceFile, columns: Sequence[str]) -> None:
     repeated = sorted({name for name in columns if columns.count(name) > 1 and name})
     if repeated:
-        raise DataError(
-            f"{file.uri}: the header has columns {repeated} more than once. Rename them."
-        )
-    return columns
+        raise DataError(f"{file.uri} has columns {repeated} more than once. Rename them.")
 
 
 def _is_at_end(records: Iterator[bytes]) -> bool:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from moleblend_ray.data.sources.records import (
     SourceFile,
     SourceLayout,
 )
+from moleblend_ray.data.sources.text import decode
 from moleblend_ray.data.sources.text import unreadable as damaged
 from moleblend_ray.errors import DataError, without_credentials
 
@@ -37,6 +38,16 @@ _GEOMETRY_COLUMNS: Final = {
     "bond_end": pa.list_(pa.int32()),
     "bond_order": pa.list_(pa.int32()),
 }
+
+
+_TEXT_TYPES: Final = (
+    pa.string(),
+    pa.large_string(),
+    pa.string_view(),
+    pa.binary(),
+    pa.large_binary(),
+    pa.binary_view(),
+)
 
 
 def has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
@@ -71,6 +82,26 @@ def is_number_type(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
     )
+
+
+def is_label_type(kind: pa.DataType) -> bool:
+    """Whether a column of this type can be asked for as a label: numbers, truth values, or texts of them."""
+    kind = _plain_type(kind)
+    return (
+        is_number_type(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_null(kind)
+        or _is_text_type(kind)
+    )
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
+
+
+def _is_text_type(kind: pa.DataType) -> bool:
+    # Some writers do not say of a column of bytes that it is text.
+    return kind in _TEXT_TYPES
 
 
 class ParquetPart(NamedTuple):
@@ -188,7 +219,19 @@ def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
 def _strings(table: pa.Table, name: str | None) -> list[str | None]:
     if name is None or name not in table.column_names:
         return [None] * table.num_rows
-    return [str(value).strip() if value is not None else None for value in table[name].to_pylist()]
+    return [
+        None if value is None else _text(value).strip() for value in _plain(table[name]).to_pylist()
+    ]
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column without a dictionary, and texts as bytes: what is not UTF-8 would be an error in Arrow."""
+    column = column.cast(_plain_type(column.type))
+    return column.cast(pa.large_binary()) if _is_text_type(column.type) else column
+
+
+def _text(value: Any) -> str:
+    return decode(value) if isinstance(value, bytes) else str(value)
 
 
 def _label_matrix(
@@ -200,11 +243,11 @@ def _label_matrix(
     for index, name in enumerate(names):
         if name not in table.column_names:
             continue
-        column = table[name]
+        column = _plain(table[name])
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
-        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-            numbers = [number(text or "") for text in column.to_pylist()]
+        if pa.types.is_large_binary(column.type):
+            numbers = [number(decode(text or b"")) for text in column.to_pylist()]
             unreadable[:, index] = [value is None for value in numbers]
             labels[:, index] = [math.nan if value is None else value for value in numbers]
             continue

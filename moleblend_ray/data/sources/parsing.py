@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,8 @@ from moleblend_ray.data.sources.text import (
     sd_records,
     without_empty_end,
 )
+
+_NO_ROW: Final = "not a row: a quote is not closed, or a carriage return stands outside quotes"
 
 
 def parse_chunk(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
@@ -77,6 +80,10 @@ def _parse_sdf(row: int, item: Item, layout: SourceLayout) -> RawRecord:
 
 def _parse_smiles(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     smiles, name = smiles_and_name(item.text)
+    if "\r" in smiles or "\r" in name:
+        detail = "a carriage return within the line: several lines, perhaps"
+        rejection = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
+        return _rejected(row, rejection, decode(item.text), layout)
     nothing = np.full(len(layout.labels), np.nan)
     excerpt = smiles[:EXCERPT_CHARACTERS]
     return RawRecord(row, name or None, SmilesText(smiles), nothing, (), excerpt)
@@ -101,10 +108,11 @@ def _rejected(row: int, rejection: Rejection, text: str, layout: SourceLayout) -
 
 def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     cells = fields(item.text, DELIMITERS[layout.file.format])
-    found = "no readable row" if cells is None else f"{len(cells)} fields"
     cells = cells and without_empty_end(cells, len(layout.columns))
     if cells is None or len(cells) != len(layout.columns):
-        detail = f"{found} where the header has {len(layout.columns)}"
+        detail = _NO_ROW
+        if cells is not None:
+            detail = f"{len(cells)} fields where the header has {len(layout.columns)}"
         rejection = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
         return _rejected(row, rejection, decode(item.text), layout)
     by_name = dict(zip(layout.columns, cells, strict=True))

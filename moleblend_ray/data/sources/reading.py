@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,19 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.sources.archives import Member, contents
 from moleblend_ray.data.sources.parquet import ParquetPart, parquet_chunks, parquet_parts, to_ipc
 from moleblend_ray.data.sources.published import read_exclusions
-from moleblend_ray.data.sources.records import RowChunk, SourceFile, SourceLayout
-from moleblend_ray.data.sources.text import DELIMITERS, DamageError, split_records, unreadable
+from moleblend_ray.data.sources.records import (
+    EXCERPT_CHARACTERS,
+    RowChunk,
+    SourceFile,
+    SourceLayout,
+)
+from moleblend_ray.data.sources.text import (
+    DELIMITERS,
+    DamageError,
+    decode,
+    split_records,
+    unreadable,
+)
 
 MAX_CHUNK_BYTES: Final = 64 << 20
 
@@ -149,11 +161,22 @@ def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
             if header is None:
                 header = first
                 records = chain([first], records) if first is not None else records
-            elif first is not None and first.rstrip() != header.rstrip():
-                raise DamageError(f"the header of {name} is not that of the files before it")
+            elif first is not None and _bare(first) != _bare(header):
+                raise DamageError(
+                    f"the header of {name} is not that of the files before it: {_shown(first)} and not {_shown(header)}"
+                )
         end = b"$$$$\n" if file.format == "sdf" else b"\n"
         for record in records:
             yield record if record.endswith(end) else _with_end(record, file.format)
+
+
+def _bare(header: bytes) -> bytes:
+    """Without line end and byte order mark: files of one archive may come from several programs."""
+    return header.removeprefix(codecs.BOM_UTF8).rstrip()
+
+
+def _shown(header: bytes) -> str:
+    return repr(decode(_bare(header))[:EXCERPT_CHARACTERS])
 
 
 def _with_end(record: bytes, file_format: str) -> bytes:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, BinaryIO, Final
@@ -19,7 +21,7 @@ from moleblend_ray.data.sources.records import Format
 from moleblend_ray.errors import DataError
 
 MAX_RECORD_BYTES: Final = 16 << 20
-# With the csv module's default of 128 KiB, one long cell would end the job; now it becomes a rejected row.
+# With the csv module's default of 128 KiB, a long cell would make its row unreadable.
 csv.field_size_limit(MAX_RECORD_BYTES)
 
 _BLOCK_BYTES: Final = 1 << 20
@@ -223,7 +225,8 @@ def sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:
         rest = rest[start:]
         if len(rest) > MAX_RECORD_BYTES:
             raise DamageError(
-                f"no $$$$ line within {MAX_RECORD_BYTES >> 20} MiB; is it an SD file?"
+                f"no $$$$ line within {MAX_RECORD_BYTES >> 20} MiB, the most that an SD record may have. If it is an SD "
+                "file, remove what is so large from that record (an image, perhaps)"
             )
     if rest.strip():
         # The last record may lack its $$$$ line; if the file was cut off, the parser rejects the molblock.
@@ -244,29 +247,63 @@ def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def csv_records(blocks: Iterable[bytes], delimiter: str) -> Iterator[bytes]:
-    """The rows of a table, in which quoted fields may contain line ends; blank lines between rows are skipped."""
-    lines = lines_of(blocks)
+    """The rows of a table, in which quoted fields may contain line ends; blank lines between rows are skipped.
+
+    The rows of a part that ends with a row are the same as in the whole: a chunk is divided once more when it is parsed.
+    """
+    lines = _Lines(lines_of(blocks))
     for line in lines:
         if not line.strip(b"\r\n"):
             continue
         yield _whole_row(line, lines, delimiter) if b'"' in line else line
 
 
-def _whole_row(first: bytes, following: Iterator[bytes], delimiter: str) -> bytes:
-    """The row that begins with line ``first``, with the following lines that the csv module needs to complete it."""
+class _Lines(Iterator[bytes]):
+    """Lines, of which the last ones may be given back."""
+
+    def __init__(self, lines: Iterator[bytes]) -> None:
+        self._lines = lines
+        self._returned: deque[bytes] = deque()
+
+    def __next__(self) -> bytes:
+        return self._returned.popleft() if self._returned else next(self._lines)
+
+    def give_back(self, lines: Iterable[bytes]) -> None:
+        """These come next, in this order."""
+        self._returned.extendleft(reversed(list(lines)))
+
+
+def _whole_row(first: bytes, following: _Lines, delimiter: str) -> bytes:
+    """The row that begins with line ``first``, with the lines that its quoted fields go on over.
+
+    If these lines are no row (a stray quote ends in the middle of another row's cell, or is never closed), ``first``
+    alone: whoever parses it finds that it is not one.
+    """
     taken: list[bytes] = []
+    is_open = False
 
     def feed() -> Iterator[str]:
+        nonlocal is_open
         for line in chain([first], following):
             taken.append(line)
             yield decode(line)
-        raise DamageError("a quoted field is not closed")
+        is_open = True
 
-    try:
+    with contextlib.suppress(csv.Error):
         next(csv.reader(feed(), delimiter=delimiter))
-    except csv.Error as error:
-        raise DamageError(f"a row cannot be told from the next ({error})") from error
-    return b"".join(taken)
+        if not is_open and (len(taken) == 1 or _is_strict(taken, delimiter)):
+            return b"".join(taken)
+    following.give_back(taken[1:])
+    return first
+
+
+def _is_strict(lines: Sequence[bytes], delimiter: str) -> bool:
+    """Whether these lines are a row whose quotes are where they belong."""
+    try:
+        next(csv.reader(map(decode, lines), delimiter=delimiter, strict=True))
+    except csv.Error:
+        return False
+    return True
 
 
 def _smiles_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
@@ -291,11 +328,15 @@ def decode(raw: bytes) -> str:
 
 
 def fields(record: bytes, delimiter: str) -> list[str] | None:
-    """The cells of a row; None if it is not a row of a table."""
+    """The cells of a row; None if a quote is not closed, or if a carriage return stands outside quotes."""
+    # As one line: split at a carriage return, all after it would be lost. The reader asks for a second one only within
+    # quotes.
+    reader = csv.reader((decode(record), ""), delimiter=delimiter)
     try:
-        return next(csv.reader(io.StringIO(decode(record), newline=""), delimiter=delimiter))
+        cells = next(reader)
     except csv.Error:
         return None
+    return cells if reader.line_num == 1 else None
 
 
 def without_empty_end(cells: list[str], num_columns: int) -> list[str]:

@@ -223,11 +223,19 @@ def test_a_corrupt_member_of_a_zip_is_told(tmp_path: Path) -> None:
         records_of(tmp_path / "b.zip")
 
 
+def test_a_byte_order_mark_and_line_ends_make_no_other_header(tmp_path: Path) -> None:
+    members = {"a.csv": b"\xef\xbb\xbfsmiles,y\r\nC,1\r\n", "b.csv": b"smiles,y\nCC,2\n"}
+    (tmp_path / "a.zip").write_bytes(zipped(members))
+    assert [record.labels.tolist() for record in records_of(tmp_path / "a.zip")] == [[1], [2]]
+
+
 def test_files_with_other_headers_are_not_put_together(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(
         tar({"a.csv": b"smiles,y\nC,1\n", "b.csv": b"y,smiles\n2,C\n"})
     )
-    with pytest.raises(DataError, match=r"damaged after record 1.*header of b\.csv is not that of"):
+    with pytest.raises(
+        DataError, match=r"damaged after record 1.*header of b\.csv .*: 'y,smiles'.*'smiles,y'"
+    ):
         records_of(tmp_path / "a.tar")
 
 

@@ -194,12 +194,54 @@ def test_a_column_named_twice_is_refused(tmp_path: Path) -> None:
         inspected(path)
 
 
-def test_a_quote_that_is_never_closed_is_damage_with_its_record(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 3, 10])
+@pytest.mark.parametrize(
+    ("bad", "kept"),
+    [
+        (['"CCC,x,3'], ["C", "CC", "CCCC"]),  # never closed
+        (['CCC,"5-foo,3', "CN,a,4", 'CO,"bar,5'], ["C", "CC", "CN", "CCCC"]),  # another row's cell
+        (['CCC,"x"\ry,3'], ["C", "CC", "CCCC"]),
+        (["CCC,x,3\rCN,x,3\rCO,x,3"], ["C", "CC", "CCCC"]),  # lines of another system
+    ],
+)
+def test_a_row_with_a_stray_quote_or_carriage_return_costs_no_other(
+    tmp_path: Path, bad: list[str], kept: list[str], rows_per_chunk: int
+) -> None:
     path = tmp_path / "t.csv"
-    path.write_text('smiles,y\nC,1\nCC,2\n"CCC,3\nCCCC,4\n')
-    (layout,) = inspected(path).layouts
-    with pytest.raises(DataError, match=r"t\.csv is damaged after record 2.*not closed"):
-        list(read_chunks(layout, 0, 10))
+    lines = ["smiles,name,y", 'C,"a, b",1', 'CC,"two\nlines",2', *bad, "CCCC,x,4"]
+    path.write_bytes("\n".join(lines).encode() + b"\n")
+    records = records_of(path, rows_per_chunk)
+    assert smiles_of(records) == kept
+    rejected = [record for record in records if isinstance(record.content, Rejection)]
+    assert len(rejected) == len(records) - len(kept) > 0
+    for record in rejected:
+        assert isinstance(record.content, Rejection)
+        assert record.content.code == "invalid_record"
+        assert "a quote is not closed, or a carriage return" in record.content.detail
+
+
+@given(st.text(st.sampled_from('a,"\n\r'), max_size=40), st.integers(1, 4))
+def test_rows_are_divided_alike_in_a_file_and_in_its_chunks_and_keep_every_line(
+    content: str, rows_per_chunk: int
+) -> None:
+    raw = content.encode()
+    rows = list(text.csv_records([raw], ","))
+    for first in range(0, len(rows), rows_per_chunk):
+        chunk = rows[first : first + rows_per_chunk]
+        assert list(text.csv_records([b"".join(chunk)], ",")) == chunk
+    lines = [line for line in raw.split(b"\n") if line.strip(b"\r")]
+    found = [line for row in rows for line in row.split(b"\n") if line.strip(b"\r")]
+    assert found == lines
+
+
+def test_columns_without_a_name_are_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "index.csv").write_text(",smiles,y\n0,C,1\n1,CC,2\n")
+    (tmp_path / "end.csv").write_text("smiles,y,\nC,1,\nCC,2,\n")
+    table = pa.table({"smiles": ["C", "CC"], "y": [1.0, 2.0], "__index_level_0__": [4, 7]})
+    pq.write_table(table, tmp_path / "index.parquet")
+    for name in ("index.csv", "end.csv", "index.parquet"):
+        assert [label.name for label in inspected(tmp_path / name).labels] == ["y"]
+        assert [record.labels.tolist() for record in records_of(tmp_path / name)] == [[1], [2]]
 
 
 cells = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=8)
@@ -273,7 +315,7 @@ def test_a_file_without_delimiters_is_not_read_to_its_end(
     monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "m.sdf"
     path.write_bytes(b"not an SD file\n" * 300_000)
-    with pytest.raises(DataError, match=r"m\.sdf is damaged after record 0.*is it an SD file"):
+    with pytest.raises(DataError, match=r"m\.sdf is damaged after record 0.*no \$\$\$\$ line within 1 MiB"):
         inspected(path)
 
 
@@ -323,6 +365,41 @@ def test_a_geometry_table_gives_rows_ids_and_labels_with_units(tmp_path: Path) -
     assert (list(row.atomic_numbers), list(row.bond_order), row.smiles) == ([6, 8], [2], "C=O")
     chosen = inspected(tmp_path / "g.parquet", label_columns=("done", "homo"))
     assert [tuple(label) for label in chosen.labels] == [("done", None), ("homo", "hartree")]
+
+
+TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+
+
+@pytest.mark.parametrize("kind", [*TEXT_TYPES, pa.dictionary(pa.int8(), pa.string())], ids=str)
+def test_text_of_any_type_is_read_as_in_other_tables(tmp_path: Path, kind: pa.DataType) -> None:
+    columns = {"smiles": ["C", "CC", None], "mol_id": ["a", " b ", "c"], "y": ["1.5", "n.d.", None]}
+    table = pa.table({name: pa.array(values).cast(kind) for name, values in columns.items()})
+    pq.write_table(table, tmp_path / "t.parquet")
+    records = records_of(tmp_path / "t.parquet", label_columns=("y",))
+    assert smiles_of(records) == ["C", "CC", ""]
+    assert [record.mol_id for record in records] == ["a", "b", "c"]
+    np.testing.assert_array_equal([record.labels[0] for record in records], [1.5, np.nan, np.nan])
+    assert [record.unreadable for record in records] == [(), ("y",), ()]
+
+
+def test_bytes_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
+    names = pa.array([b"caf\xe9", b"b"]).cast(pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"smiles": ["C", "CC"], "mol_id": names}), tmp_path / "t.parquet")
+    assert [record.mol_id for record in records_of(tmp_path / "t.parquet")] == ["caf\ufffd", "b"]
+
+
+def test_parquet_columns_that_cannot_be_labels_or_are_there_twice_are_refused(
+    tmp_path: Path,
+) -> None:
+    pq.write_table(pa.table({"smiles": ["C"], "y": [[1.0]]}), tmp_path / "list.parquet")
+    with pytest.raises(
+        ConfigError, match=r"label_columns: 'y' of .*list\.parquet is list<.*numbers"
+    ):
+        inspected(tmp_path / "list.parquet", label_columns=("y",))
+    twice = pa.table([["C"], [1.0], [2.0]], names=["smiles", "y", "y"])
+    pq.write_table(twice, tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match=r"\['y'\] more than once"):
+        inspected(tmp_path / "twice.parquet")
 
 
 def test_other_list_types_and_sliced_chunks_give_the_same_rows(tmp_path: Path) -> None:
@@ -631,6 +708,14 @@ def test_a_table_of_smiles_needs_no_header(
     assert smiles_of(records) == smiles
     assert [record.mol_id for record in records] == names
     assert [record.row for record in records] == list(range(len(smiles)))
+
+
+def test_several_lines_in_one_of_a_table_of_smiles_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "t.smi").write_bytes(b"C a\r\nN c\rNC d\rNCC e\r\nCC b\n")
+    first, bad, last = records_of(tmp_path / "t.smi")
+    assert smiles_of([first, last]) == ["C", "CC"]
+    assert isinstance(bad.content, Rejection)
+    assert "carriage return" in bad.content.detail
 
 
 @pytest.mark.parametrize("delimiter", ["\t", ","])

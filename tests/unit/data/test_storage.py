@@ -168,7 +168,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(
 def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / ".part").write_bytes(b"")
     (tmp_path / "seen").write_bytes(b"")
-    assert [storage.name_of(file.uri) for file in storage.list_files(str(tmp_path))] == ["seen"]
+    copy = tmp_path / ".ipynb_checkpoints" / "below" / "seen"
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(b"")
+    for listed in (str(tmp_path), f"{tmp_path}/", f"{tmp_path}/*", f"{tmp_path}/**"):
+        assert [storage.name_of(file.uri) for file in storage.list_files(listed)] == ["seen"]
+    # What was asked for by its name is not hidden.
+    for listed in (copy, copy.parent, copy.parent.parent, copy.parent / "s*"):
+        (found,) = storage.list_files(str(listed))
+        assert found.uri.endswith(".ipynb_checkpoints/below/seen")
 
 
 def test_folder_objects_of_an_object_store_are_not_listed(s3_uri: str) -> None:
