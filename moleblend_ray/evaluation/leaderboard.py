@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -270,39 +270,48 @@ def is_elsewhere(folder: str) -> bool:
 
 
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
-    """Several leaderboards, each with its own label, as one: fine-tuned models side by side, baselines once.
+    """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
-    Scores are in the same row only if task, metric, unit and split are the same. Raises ConfigError for a single board.
+    Scores are in the same row only if task, metric, unit and split are the same. A baseline that has other scores in
+    another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
+    ConfigError for a single board.
     """
     if len(boards) < 2:
         raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
-    merged: dict[tuple[str, ...], TaskRow] = {}
+    by_question: dict[tuple[str, ...], dict[str, TaskRow]] = {}
     for label, board in boards.items():
         for row in board.rows:
-            row = _labelled(row, label)
-            key = (row.name, row.metric, row.unit, row.split_hash, row.reason)
-            there = merged.get(key)
-            merged[key] = row if there is None else _joined(there, row)
-    order = list(dict.fromkeys(key[0] for key in merged))
-    rows = sorted(merged.values(), key=lambda row: order.index(row.name))
+            reason = f"{label}: {row.reason}" if row.reason else ""
+            key = (row.name, row.metric, row.unit, row.split_hash, reason)
+            by_question.setdefault(key, {})[label] = dataclasses.replace(row, reason=reason)
+    unequal = set[str]().union(
+        *(_unequal_baselines(rows.values()) for rows in by_question.values())
+    )
+    order = list(dict.fromkeys(key[0] for key in by_question))
+    rows = sorted(
+        (_joined(rows, unequal) for rows in by_question.values()),
+        key=lambda row: order.index(row.name),
+    )
     return Leaderboard(title=" and ".join(boards), rows=tuple(rows))
 
 
-def _labelled(row: TaskRow, label: str) -> TaskRow:
-    models = tuple(
-        model if model.is_baseline else dataclasses.replace(model, name=f"{model.name} ({label})")
-        for model in row.models
-    )
-    reason = f"{label}: {row.reason}" if row.reason else ""
-    return dataclasses.replace(row, models=models, reason=reason)
+def _unequal_baselines(rows: Iterable[TaskRow]) -> set[str]:
+    """Names of baselines with other scores in one of these rows than in another."""
+    found: dict[str, ModelScore] = {}
+    baselines = [model for row in rows for model in row.models if model.is_baseline]
+    return {model.name for model in baselines if found.setdefault(model.name, model) != model}
 
 
-def _joined(row: TaskRow, other: TaskRow) -> TaskRow:
-    names = {model.name for model in row.models}
-    models = [*row.models, *(model for model in other.models if model.name not in names)]
-    return dataclasses.replace(
-        row, models=tuple(sorted(models, key=lambda model: model.is_baseline))
-    )
+def _joined(rows: Mapping[str, TaskRow], labelled: Collection[str]) -> TaskRow:
+    """The models of all rows, by the labels of their boards, in one row; baselines that are not ``labelled`` once."""
+    models: dict[str, ModelScore] = {}
+    for label, row in rows.items():
+        for model in row.models:
+            is_shared = model.is_baseline and model.name not in labelled
+            name = model.name if is_shared else f"{model.name} ({label})"
+            models.setdefault(name, dataclasses.replace(model, name=name))
+    ordered = sorted(models.values(), key=lambda model: model.is_baseline)
+    return dataclasses.replace(next(iter(rows.values())), models=tuple(ordered))
 
 
 def _model_score(entry: Mapping[str, Any], *, is_baseline: bool) -> ModelScore:

@@ -8,10 +8,10 @@ import enum
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from moleblend_ray.checks import Check, check_all
 from moleblend_ray.errors import ConfigError
@@ -124,6 +124,18 @@ class SearchSpace:
             found[name] = Choice(values=tuple(plain_value(name, value) for value in values))
         return found
 
+    def without(self, names: Collection[str]) -> SearchSpace:
+        """The same space, in which these settings of ``ranges`` and ``choices`` are not varied."""
+        options = dict(self.searcher_options)
+        if points := options.get("points_to_evaluate"):
+            options["points_to_evaluate"] = [_left_of(point, names) for point in points]
+        return dataclasses.replace(
+            self,
+            ranges=_left_of(self.ranges, names),
+            choices=_left_of(self.choices, names),
+            searcher_options=options,
+        )
+
     def _range_problems(self) -> list[str]:
         problems = []
         for name, (low, high) in self.ranges.items():
@@ -148,6 +160,13 @@ class SearchSpace:
                 problem = next(filter(None, (_value_problem(name, v) for v in values)), None)
             problems += [problem] if problem else []
         return problems
+
+
+V = TypeVar("V")
+
+
+def _left_of(values: Mapping[str, V], names: Collection[str]) -> dict[str, V]:
+    return {name: value for name, value in values.items() if name not in names}
 
 
 def with_drawn(settings: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:

@@ -16,7 +16,7 @@ import ray
 from numpy.typing import NDArray
 
 from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.downstream import PropertyConfig
+from moleblend_ray.config.downstream import PropertyConfig, SweepConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.baseline_runs import (
@@ -48,6 +48,9 @@ from moleblend_ray.orchestration.workers import reserved_threads
 logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=PropertyConfig)
+
+_OF_PRETRAINED_BLOCKS = {"frozen_blocks": None, "fresh_blocks": 0}
+"""Settings without meaning for an encoder from scratch, and what it has: frozen blocks would keep random weights."""
 
 SCRATCH_DIR = "scratch"
 """Folder in ``out`` for the search and the models of the encoder without pretraining."""
@@ -93,9 +96,11 @@ def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]
         out=storage.join(config.out, SCRATCH_DIR),
         checkpoint=None,
         model=start.model,
-        # Frozen blocks would keep their random weights.
-        finetune=dataclasses.replace(config.finetune, frozen_blocks=None, fresh_blocks=0),
+        finetune=dataclasses.replace(config.finetune, **_OF_PRETRAINED_BLOCKS),
     )
+    if isinstance(scratch, SweepConfig):
+        search = scratch.search.without(_OF_PRETRAINED_BLOCKS)
+        scratch = dataclasses.replace(scratch, search=search)
     found = train(
         scratch, dataclasses.replace(bench, experiment=experiment, shared=ray.put(experiment))
     )

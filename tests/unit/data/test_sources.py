@@ -315,7 +315,9 @@ def test_a_file_without_delimiters_is_not_read_to_its_end(
     monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     path = tmp_path / "m.sdf"
     path.write_bytes(b"not an SD file\n" * 300_000)
-    with pytest.raises(DataError, match=r"m\.sdf is damaged after record 0.*no \$\$\$\$ line within 1 MiB"):
+    with pytest.raises(
+        DataError, match=r"m\.sdf is damaged after record 0.*no \$\$\$\$ line within 1 MiB"
+    ):
         inspected(path)
 
 

@@ -302,6 +302,28 @@ def test_results_without_a_leaderboard_are_found_in_folders_or_in_the_directory_
         read_leaderboard(str(tmp_path / "empty"))
 
 
+def test_equal_baselines_are_shown_once_and_others_with_the_label_of_their_board() -> None:
+    scratch = "MoleBLEND, from scratch"
+
+    def board_of(model: float, own: float) -> Leaderboard:
+        entries = entry(FOREST, [0.6], [0.6]), entry(scratch, [own], [own])
+        row = row_of_results(results("bbbp", "roc_auc", [model], *entries), "bbbp")
+        return Leaderboard(title="b", rows=(row,))
+
+    (row,) = compare({"mini": board_of(0.70, 0.65), "base": board_of(0.72, 0.74)}).rows
+    assert {model.name: model.test.mean for model in row.models} == {
+        f"{MODEL} (mini)": 0.70,
+        f"{MODEL} (base)": 0.72,
+        FOREST: 0.6,
+        f"{scratch} (mini)": 0.65,
+        f"{scratch} (base)": 0.74,
+    }
+    assert row.best == (f"{scratch} (base)",)
+    gain = row.gain(row.models[1])
+    assert gain is not None
+    assert gain[0] == pytest.approx(-2.7, abs=0.01)
+
+
 def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None:
     other_split = results("bbbp", "roc_auc", [0.9], split_hash="00" * 8)
     better = results("esol", "rmse", [0.5], entry(FOREST, [9.0], [9.0]))
@@ -315,10 +337,10 @@ def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None
     assert [row.name for row in found.rows] == ["esol", "bbbp", "bbbp", "muv", "hiv", "bace"]
     esol = found.rows[0]
     assert [model.name for model in esol.models] == [
-        f"{MODEL} (old)", f"{MODEL} (new)", FOREST, MEAN,
+        f"{MODEL} (old)", f"{MODEL} (new)", f"{FOREST} (old)", MEAN, f"{FOREST} (new)",
     ]  # fmt: skip
     assert esol.best == (f"{MODEL} (new)",)
-    assert [model.test.mean for model in esol.models if model.name == FOREST] == [1.25]
+    assert [model.test.mean for model in esol.models if FOREST in model.name] == [1.25, 9.0]
     assert {row.split_hash for row in found.rows[1:3]} == {"5f" * 8, "00" * 8}
     with pytest.raises(ConfigError, match="found 1"):
         compare({"old": board()})

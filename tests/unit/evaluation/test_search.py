@@ -73,6 +73,21 @@ def test_choices_of_every_kind_become_plain_values_and_settings_again() -> None:
             assert getattr(with_drawn(FinetuneSettings(), {name: value}), name) == value
 
 
+def test_a_space_without_some_settings_draws_the_others_alike() -> None:
+    points = [{"learning_rate": 1e-5, "frozen_blocks": 2}]
+    space = SearchSpace(
+        ranges={"layer_decay": (0.5, 1.0)},
+        choices={"frozen_blocks": (2, 4), "readout": ("token", "mean")},
+        searcher_options={"points_to_evaluate": points},
+    )
+    found = space.without(["frozen_blocks", "fresh_blocks"])
+    expected = space.dimensions(EPOCHS)
+    del expected["frozen_blocks"]
+    assert found.dimensions(EPOCHS) == expected
+    assert found.searcher_options == {"points_to_evaluate": [{"learning_rate": 1e-5}]}
+    assert points == [{"learning_rate": 1e-5, "frozen_blocks": 2}]
+
+
 def test_a_space_is_read_from_a_plain_configuration_and_written_back() -> None:
     values = {
         "ranges": {"layer_decay": [0.5, 1], "patience": [2, 8]},

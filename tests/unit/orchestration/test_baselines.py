@@ -1,0 +1,47 @@
+"""The encoder from scratch is trained like the model, but for what only pretrained blocks have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moleblend_ray.config.downstream import SweepConfig, TaskConfig
+from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.results import Training
+from moleblend_ray.evaluation.runs import Experiment
+from moleblend_ray.evaluation.search import SearchSpace
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import resolve_task
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.orchestration import baselines
+from moleblend_ray.orchestration.downstream import Bench
+
+
+def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.put", lambda value: value)
+    unused: Any = None
+    start = StartingPoint(model=ModelConfig(num_layers=4), encoder={}, fingerprint="f")
+    task = resolve_task("esol")
+    experiment = Experiment(task=task, molecules=unused, split=unused, start=start)
+    bench = Bench(data_uri="d", experiment=experiment, shared=experiment, split_hash="h")
+    config = SweepConfig(
+        task=TaskConfig(name="esol", source="esol.csv"),
+        checkpoint="run",
+        out="out",
+        finetune=FinetuneSettings(frozen_blocks=2, fresh_blocks=1),
+        search=SearchSpace(choices={"frozen_blocks": (2, 4), "readout": ("token", "mean")}),
+    )
+    asked: list[SweepConfig] = []
+
+    def train(config: SweepConfig, bench: Bench) -> Training:
+        assert bench.experiment.start.encoder is None
+        asked.append(config)
+        return Training(chosen=config.finetune, final=())
+
+    found = baselines._from_scratch(config, bench, train)
+    (scratch,) = asked
+    assert (scratch.finetune.frozen_blocks, scratch.finetune.fresh_blocks) == (None, 0)
+    assert set(scratch.search.choices) == {"readout"}
+    assert (scratch.out, scratch.model) == ("out/scratch", start.model)
+    assert found.chosen["frozen_blocks"] is None
