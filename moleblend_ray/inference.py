@@ -6,20 +6,22 @@ same code, so a molecule gets the same numbers (up to rounding: what shares a ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.checks import check_all
+from moleblend_ray.chemistry.config import MAX_CONFORMERS, ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import SmilesText
 from moleblend_ray.data.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
-from moleblend_ray.errors import DataError
+from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import load_members
@@ -40,21 +42,29 @@ class MoleculeEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, uri: str, *, device: str | torch.device = "cpu", batch_size: int = 64
+        cls,
+        uri: str | os.PathLike[str],
+        *,
+        device: str | torch.device = "cpu",
+        batch_size: int = 64,
     ) -> MoleculeEncoder:
         """The encoder of a pretraining run, one of its checkpoints, an exported model, a file of official parameters (.pt, .npz) or
         a fine-tuned model, by path or URI.
 
-        ``batch_size`` molecules are computed at once. A CheckpointError if ``uri`` holds no model.
+        ``batch_size`` molecules are computed at once. A CheckpointError if ``uri`` holds no model, a ConfigError for a device that is
+        not there or another wrong argument.
         """
-        start, fine_tuned = load_encoder(uri)
+        check_all((batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"))
+        place = _usable(device)
+        name = os.fspath(uri)
+        start, fine_tuned = load_encoder(name)
         embedder = Embedder.build(
             start,
             fine_tuned,
-            uri=uri,
+            uri=name,
             fingerprint=start.fingerprint or "",
             batch_size=batch_size,
-            device=torch.device(device),
+            device=place,
         )
         return cls(embedder=embedder)
 
@@ -65,23 +75,27 @@ class MoleculeEncoder:
 
     def encode(
         self,
-        smiles: Sequence[str],
+        smiles: Iterable[str | None],
         *,
         conformers: bool = True,
         invalid: Literal["raise", "nan"] = "raise",
         max_atoms: int = 256,
     ) -> NDArray[np.float32]:
-        """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M,).
+        """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M texts: a list, an array, a column of a table).
 
         ``conformers`` generates 3D coordinates (ETKDGv3, MMFF94; the same ones each time); without them, and where they cannot be made,
         the encoder sees 2D relations alone. ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms
-        (hydrogens apart): ``raise`` a DataError that names it, or give it a row of ``nan``.
+        (hydrogens apart), or is missing: ``raise`` a DataError that names it, or give it a row of ``nan``.
         """
-        found = _featurize(smiles, int(conformers), max_atoms)
+        check_all(
+            (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}")
+        )
+        given = _listed(smiles)
+        found = _featurize(given, int(bool(conformers)), max_atoms)
         rejected = found.quarantine.to_pylist()
         if rejected and invalid == "raise":
-            raise DataError(_problem(rejected, smiles))
-        vectors = np.full((len(smiles), self.dim), np.nan, dtype=np.float32)
+            raise DataError(_problem(rejected, given))
+        vectors = np.full((len(given), self.dim), np.nan, dtype=np.float32)
         if len(found.molecules):
             part = self.embedder.part(found.molecules)
             flat = part["embedding"].combine_chunks().flatten().to_numpy()
@@ -99,7 +113,7 @@ class PropertyPredictor:
     @classmethod
     def from_pretrained(
         cls,
-        models: str | Sequence[str],
+        models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         conformers: int = 1,
         device: str | torch.device = "cpu",
@@ -108,46 +122,73 @@ class PropertyPredictor:
         """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
 
         Predictions are means over models and ``conformers``; ``batch_size`` conformers are computed at once. A CheckpointError if there
-        is no model, a ConfigError if two answer different questions.
+        is no model, a ConfigError if two answer different questions, for a device that is not there or another wrong argument.
         """
-        given = (models,) if isinstance(models, str) else tuple(models)
+        given = (models,) if isinstance(models, str | os.PathLike) else tuple(models)
+        check_all(
+            (len(given) > 0, "models: expected a path or URI, or several, found none"),
+            (
+                0 <= conformers <= MAX_CONFORMERS,
+                f"conformers: expected 0 to {MAX_CONFORMERS}, found {conformers}",
+            ),
+            (batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"),
+        )
+        place = _usable(device)
         predictor = Predictor.build(
-            load_members(given),
+            load_members(tuple(map(os.fspath, given))),
             conformers=conformers,
             threshold=None,
             batch_size=batch_size,
-            device=torch.device(device),
+            device=place,
         )
         return cls(predictor=predictor)
 
-    def predict(self, smiles: Sequence[str], *, max_atoms: int = 256) -> pa.Table:
+    def predict(self, smiles: Iterable[str | None], *, max_atoms: int = 256) -> pa.Table:
         """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
 
-        ``smiles`` is as given; ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
+        ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``std:NAME`` over models, ``conformer_std:NAME`` over several
         conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         """
-        found = _featurize(smiles, self.predictor.conformers, max_atoms)
+        asked = _listed(smiles)
+        found = _featurize(asked, self.predictor.conformers, max_atoms)
         part = self.predictor.part(found.molecules)
-        row_of = np.full(len(smiles), -1, dtype=np.int64)
+        row_of = np.full(len(asked), -1, dtype=np.int64)
         row_of[part["source_row"].to_numpy()] = np.arange(len(part))
         rows = pa.array(row_of, mask=row_of < 0)
         answers = part.drop_columns(["mol_id", "source_row", "smiles"]).take(rows)
-        reasons: list[str | None] = [None] * len(smiles)
+        reasons: list[str | None] = [None] * len(asked)
         for row in found.quarantine.to_pylist():
             reasons[row["source_row"]] = f"{row['reason']}: {row['detail']}"
-        given = pa.table(
-            {"smiles": pa.array(smiles, pa.string()), "rejected": pa.array(reasons, pa.string())}
+        texts = [text if isinstance(text, str) else None for text in asked]
+        table = pa.table(
+            {"smiles": pa.array(texts, pa.string()), "rejected": pa.array(reasons, pa.string())}
         )
         for name, column in zip(answers.column_names, answers.columns, strict=True):
-            given = given.append_column(answers.schema.field(name), column)
-        return given
+            table = table.append_column(answers.schema.field(name), column)
+        return table
 
 
-def _featurize(smiles: Sequence[str], conformers: int, max_atoms: int) -> Featurized:
-    """The molecules as rows of a shard, and those that were turned away; ``source_row`` is the place in ``smiles``."""
+def _usable(device: str | torch.device) -> torch.device:
+    """The device; ConfigError if PyTorch cannot compute on it."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"device: {str(device)!r} cannot be used here: {reason}") from error
+    return found
+
+
+def _listed(smiles: Iterable[Any]) -> list[Any]:
+    """SMILES by their place, whatever index a data frame has; what is missing is whatever the container holds for it."""
     if isinstance(smiles, str):
         raise DataError(f"expected a list of SMILES, found one text: [{smiles!r}]")
+    return [item.as_py() if isinstance(item, pa.Scalar) else item for item in smiles]
+
+
+def _featurize(smiles: Sequence[Any], conformers: int, max_atoms: int) -> Featurized:
+    """The molecules as rows of a shard, and those that were turned away; ``source_row`` is the place in ``smiles``."""
     records = [
         RawRecord(
             row=row,
@@ -163,7 +204,7 @@ def _featurize(smiles: Sequence[str], conformers: int, max_atoms: int) -> Featur
     return featurize_records(records, "smiles", (), config)
 
 
-def _problem(rejected: Sequence[dict[str, object]], smiles: Sequence[str]) -> str:
+def _problem(rejected: Sequence[dict[str, object]], smiles: Sequence[Any]) -> str:
     named = "; ".join(
         f"{row['source_row']}: {smiles[int(str(row['source_row']))]!r} ({row['reason']}: {row['detail']})"
         for row in rejected[:_NAMED]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from moleblend_ray.checks import above, at_least, check_all, within
 
 ATOM_LIMIT = 65_535
 """Most atoms of a molecule, as bonds store atom indices as uint16."""
+
+
+MAX_CONFORMERS: Final = 255
+"""Conformers of one molecule at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +49,7 @@ class ConformerConfig:
 
     def __post_init__(self) -> None:
         check_all(
-            *within(self, 1, 255, "count"),
+            *within(self, 1, MAX_CONFORMERS, "count"),
             *above(self, 0, "timeout_s", "prune_rms_angstrom", "energy_window_kcal_mol"),
             *at_least(self, 0, "mmff_max_iterations"),
         )

@@ -50,6 +50,8 @@ class RejectionCode(StrEnum):
     """Several fragments while ``FeaturizeConfig.salts`` is "reject"."""
     NON_FINITE_COORDINATES = "non_finite_coordinates"
     """A coordinate is NaN or infinite."""
+    IMPLAUSIBLE_COORDINATES = "implausible_coordinates"
+    """An atom is farther than 10^6 angstrom from the origin."""
     NO_COORDINATES = "no_coordinates"
     """No coordinates while ``FeaturizeConfig.require_coordinates`` is on."""
     OVERLAPPING_ATOMS = "overlapping_atoms"
@@ -470,19 +472,24 @@ def _positions_of(row: GeometryRow) -> NDArray[np.float64] | None:
     return positions if _has_positions(positions) else None
 
 
-_FLOAT32_MAX: Final = float(np.finfo(np.float32).max)
+_FARTHEST: Final = 1e6
+"""Largest coordinate in angstrom: the squares of distances must stay finite in single precision, with digits to spare."""
 
 
 def _has_positions(positions: NDArray[np.float64]) -> bool:
     """Whether these are real coordinates; several atoms that are all in the origin come from a file without any."""
     extent = float(np.abs(positions).max()) if len(positions) else 0.0
-    if 0.0 < extent <= _FLOAT32_MAX:  # the usual case, with a single pass over the array
+    if 0.0 < extent <= _FARTHEST:  # the usual case, with a single pass over the array
         return True
-    finite = np.abs(positions) <= _FLOAT32_MAX  # they are stored as float32
-    if not finite.all():
-        atom = int(np.argmin(finite.all(axis=1)))
+    plausible = np.abs(positions) <= _FARTHEST
+    if not plausible.all():
+        atom = int(np.argmin(plausible.all(axis=1)))
+        is_finite = bool(np.isfinite(positions[atom]).all())
         raise _RejectedError(
-            RejectionCode.NON_FINITE_COORDINATES, f"atom {atom} is at {positions[atom].tolist()}"
+            RejectionCode.IMPLAUSIBLE_COORDINATES
+            if is_finite
+            else RejectionCode.NON_FINITE_COORDINATES,
+            f"atom {atom} is at {positions[atom].tolist()}",
         )
     return len(positions) == 1 or bool(positions.any())
 

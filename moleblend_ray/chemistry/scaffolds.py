@@ -7,6 +7,7 @@ not seen. As they give quite different test sets, each result names its variant 
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 ScaffoldVariant = Literal["deepchem", "chemprop-balanced"]
 
@@ -28,7 +31,10 @@ class Split(NamedTuple):
 
 
 def murcko_scaffold(smiles: str) -> str:
-    """SMILES, without stereo, of the ring systems and the linkers between them; empty for a molecule without rings."""
+    """SMILES, without stereo, of the ring systems and the linkers between them; empty for a molecule without rings.
+
+    Raises DataError if RDKit cannot read the molecule or finds no scaffold of it.
+    """
     # Imported here, as machines that only train use splits too, but have no RDKit.
     from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
@@ -36,12 +42,13 @@ def murcko_scaffold(smiles: str) -> str:
     with rdBase.BlockLogs():
         mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
         if mol is None:
-            raise DataError(
-                f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read; "
-                "leave rejected molecules out before splitting"
-            )
-        scaffold = MurckoScaffold.GetScaffoldForMol(mol)  # type: ignore[no-untyped-call]
-        return Chem.MolToSmiles(scaffold, isomericSmiles=False)
+            raise DataError(f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read")
+        try:
+            scaffold = MurckoScaffold.GetScaffoldForMol(mol)  # type: ignore[no-untyped-call]
+            return Chem.MolToSmiles(scaffold, isomericSmiles=False)
+        except Exception as error:  # RDKit raises various classes, such as AtomValenceException
+            reason = " ".join(str(error).split())
+            raise DataError(f"no scaffold of {smiles!r}: {reason}") from error
 
 
 def scaffold_split(
@@ -57,12 +64,28 @@ def scaffold_split(
     goes to train if that stays within its share, else to valid likewise, else to test. Nothing is random: ``seed`` is
     not used. ``chemprop-balanced``: scaffolds larger than half of valid or test come first, in random order, then all
     others in random order, so that every part contains rare and common scaffolds.
+
+    A molecule of which RDKit finds no scaffold (some with metals; it also writes a few SMILES that it cannot read) counts
+    as a scaffold of its own, with a warning.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ConfigError(f"fractions must be shares that sum to 1, found {fractions}")
     groups: dict[str, list[int]] = {}
+    problems: list[DataError] = []
     for index, text in enumerate(smiles):
-        groups.setdefault(murcko_scaffold(text), []).append(index)
+        try:
+            scaffold = murcko_scaffold(text)
+        except DataError as error:
+            problems.append(error)
+            scaffold = text
+        groups.setdefault(scaffold, []).append(index)
+    if problems:
+        logger.warning(
+            "%d of %d molecules count as scaffolds of their own: %s",
+            len(problems),
+            len(smiles),
+            problems[0],
+        )
     if variant == "deepchem":
         ordered = sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
         return _deal(ordered, len(smiles) * fractions[0], len(smiles) * sum(fractions[:2]))

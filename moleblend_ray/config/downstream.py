@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
+from moleblend_ray.chemistry.config import MAX_CONFORMERS
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
@@ -70,7 +71,7 @@ class TaskConfig:
         of_one_task = ("columns", "kind", "unit", "split_file") if self.is_group else ()
         check_all(
             *locations(self, "source", "split_file"),
-            *within(self, 0, 255, "conformers"),
+            *within(self, 0, MAX_CONFORMERS, "conformers"),
             *at_least(self, 1, "train_molecules", "valid_molecules"),
             (
                 not (self.split_column and self.split_file),
@@ -289,7 +290,7 @@ class PredictConfig(LibraryConfig):
         check_all(
             *locations(self, "models"),
             *self._library_checks(),
-            *within(self, 0, 255, "conformers"),
+            *within(self, 0, MAX_CONFORMERS, "conformers"),
             *within(self, 0, 1, "applicability"),
         )
 

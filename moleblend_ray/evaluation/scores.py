@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
@@ -12,6 +13,11 @@ from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of
+
+logger = logging.getLogger(__name__)
+
+_NAMED: Final = 5
+"""Columns that a message names; the others it counts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +69,32 @@ def score(
     )
 
 
+def require_scorable(
+    metric: Metric, labels: NDArray[np.floating], columns: Sequence[str], part: str
+) -> None:
+    """Raise DataError if (M, T) ``labels`` of a ``part`` of the molecules allow no score; log columns that will have none."""
+    cannot = [
+        column
+        for column, values in zip(columns, labels.T, strict=True)
+        if not _is_scorable(metric, values[~np.isnan(values)])
+    ]
+    if len(cannot) == len(columns):
+        raise DataError(
+            f"{metric.value} cannot be computed on the {len(labels)} molecules of the {part} part: none of the "
+            f"{len(columns)} label columns has {_needs(metric)} there; use more molecules, another split or another metric"
+        )
+    if cannot:
+        shown = ", ".join(cannot[:_NAMED]) + (" ..." if len(cannot) > _NAMED else "")
+        logger.info(
+            "%d of %d columns have no %s in the %s part: %s",
+            len(cannot),
+            len(columns),
+            metric.value,
+            part,
+            shown,
+        )
+
+
 def other_scores(
     metric: Metric,
     predictions: NDArray[np.floating],
@@ -82,9 +114,13 @@ def other_scores(
 def _column_score(
     metric: Metric, predictions: NDArray[np.floating], labels: NDArray[np.floating]
 ) -> float | None:
-    if len(labels) == 0 or (not metric.is_error and labels.min() == labels.max()):
+    if not _is_scorable(metric, labels):
         return None
     return _FORMULAS[metric](labels.astype(np.float64), predictions.astype(np.float64))
+
+
+def _is_scorable(metric: Metric, known: NDArray[np.floating]) -> bool:
+    return len(known) > 0 and (metric.is_error or known.min() < known.max())
 
 
 # scikit-learn and SciPy have all of these, but every worker of a sweep would spend seconds on their import.

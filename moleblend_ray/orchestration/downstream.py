@@ -56,6 +56,7 @@ from moleblend_ray.evaluation.runs import (
     finished_seed,
     read_test_predictions,
 )
+from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind
 from moleblend_ray.orchestration.local import (
@@ -114,6 +115,9 @@ def set_up(config: PropertyConfig) -> Bench:
         train=config.task.train_molecules,
         valid=config.task.valid_molecules,
     )
+    # Found after training otherwise.
+    for part, rows in (("validation", split.valid), ("test", split.test)):
+        require_scorable(task.metric, molecules.labels[rows], molecules.columns, part)
     identity = {
         "config": question(config),
         "data_fingerprint": molecules.fingerprint,

@@ -111,7 +111,9 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
         if finished_before != set(configs):
             check_cluster(config)
         board = _write_board(config.out, states)
-        _prepare_shared(config, sources)
+        # What is finished needs its molecules no more: nothing is prepared again for it.
+        if finished_before != set(configs) or _is_shared_prepared(config, sources):
+            _prepare_shared(config, sources)
         for number, (name, task_config) in enumerate(configs.items(), start=1):
             logger.info("task %d of %d: %s", number, len(configs), name)
             error = _error_of(run, task_config)
@@ -231,6 +233,13 @@ def _shared_split(config: PropertyConfig, source: str) -> str | None:
     if config.task.split_column is None:
         return None
     return f"{_shared_data(config.out, source)}.split.json"
+
+
+def _is_shared_prepared(config: PropertyConfig, sources: TaskSources) -> bool:
+    return all(
+        storage.exists(storage.join(_shared_data(config.out, source), MANIFEST_NAME))
+        for source in _shared_sources(sources)
+    )
 
 
 def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:

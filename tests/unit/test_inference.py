@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import moleblend_ray as mb
-from moleblend_ray.errors import CheckpointError, DataError
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
@@ -110,6 +110,51 @@ def test_a_vector_of_a_fine_tuned_model_is_its_encoders(tmp_path: Path) -> None:
     expected = PropertyModel(MoleBlendModel(TINY), 1).eval()
     for name, value in encoder.embedder.model.encoder.state_dict().items():
         torch.testing.assert_close(value, expected.encoder.state_dict()[name])
+
+
+def test_columns_of_tables_are_taken_by_place_with_their_gaps(
+    tmp_path: Path, encoder: mb.MoleculeEncoder
+) -> None:
+    pd = pytest.importorskip("pandas")
+    expected = encoder.encode(["CCO", "C"])
+    filtered = pd.Series(["CCO", "C"], index=[1, 0])
+    for given in (filtered, pa.array(["CCO", "C"]), np.array(["CCO", "C"]), iter(["CCO", "C"])):
+        np.testing.assert_array_equal(encoder.encode(given), expected)
+    with pytest.raises(DataError, match=r"1: 'C1CC' \(unparsable_smiles"):
+        encoder.encode(pd.Series(["CCO", "C1CC"], index=[1, 0]))
+    predictor = mb.PropertyPredictor.from_pretrained(Path(fine_tuned(tmp_path / "m", 0)))
+    for gap in (None, float("nan"), pd.NA):
+        table = predictor.predict(["CCO", gap, "C"])
+        assert table["smiles"].to_pylist() == ["CCO", None, "C"]
+        (reason,) = table["rejected"].drop_null().to_pylist()
+        assert reason.startswith("missing_smiles")
+        assert table["prediction:y"].null_count == 1
+
+
+def test_wrong_arguments_are_named(tmp_path: Path, encoder: mb.MoleculeEncoder) -> None:
+    model = fine_tuned(tmp_path / "m", 0)
+    for options, told in (
+        ({"models": []}, "models: expected a path"),
+        ({"batch_size": 0}, "batch_size: expected at least 1"),
+        ({"conformers": -1}, "conformers: expected 0 to 255, found -1"),
+        ({"conformers": 300}, "conformers: expected 0 to 255, found 300"),
+        ({"device": "gpu"}, "device: 'gpu' cannot be used"),
+        ({"device": "meta:3x"}, "device: "),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            mb.PropertyPredictor.from_pretrained(**{"models": model, **options})
+    with pytest.raises(ConfigError, match="batch_size: expected at least 1"):
+        mb.MoleculeEncoder.from_pretrained(model, batch_size=-1)
+    with pytest.raises(ConfigError, match="invalid: expected raise or nan, found 'NaN'"):
+        encoder.encode(["C1CC"], invalid="NaN")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="max_atoms"):
+        encoder.encode(["C"], max_atoms=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="device: 'cuda' cannot be used here"):
+        mb.MoleculeEncoder.from_pretrained(fine_tuned(tmp_path / "m", 0), device="cuda")
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -319,11 +319,18 @@ def test_a_nearly_flat_record_marked_3d_with_an_open_double_bond_has_coordinates
     assert molecule.smiles == "C/N=N/C"
 
 
-def test_coordinates_beyond_single_precision_are_not_finite() -> None:
+def test_coordinates_that_no_molecule_has_are_rejected_with_the_atom() -> None:
     block = molblock([atom_line("C", 0, 0, 1), atom_line("C", 0, 0, 2)])
     assert accepted(molecule_from_molblock(block, CONFIG)).num_conformers == 1
-    row = row_of(embedded("C"), positions=[1e39] + [1.0] * 14)
-    assert rejected(molecule_from_geometry(row, CONFIG)) is RejectionCode.NON_FINITE_COORDINATES
+    far = row_of(embedded("C"), positions=[1e5] + [1.0] * 14)
+    assert accepted(molecule_from_geometry(far, CONFIG)).num_conformers == 1
+    # The squares of such distances are infinite in single precision.
+    for value in (-1e20, 1e39):
+        row = row_of(embedded("C"), positions=[1.0] * 4 + [value] + [1.0] * 10)
+        outcome = molecule_from_geometry(row, CONFIG)
+        assert rejected(outcome) is RejectionCode.IMPLAUSIBLE_COORDINATES
+        assert isinstance(outcome, Rejection)
+        assert outcome.detail.startswith("atom 1 is at [1.0, ")
 
 
 def test_an_atom_that_loses_its_hydrogens_loses_a_chirality_they_gave() -> None:

@@ -178,9 +178,25 @@ def test_split_hash_changes_when_one_molecule_changes_sides() -> None:
 
 def test_unreadable_smiles_and_bad_fractions_are_named() -> None:
     with pytest.raises(DataError, match="c1cc"):
-        scaffold_split(["CC", "c1cc"])
+        murcko_scaffold("c1cc")
     with pytest.raises(ConfigError, match=r"\(0\.8, 0\.3, 0\.1\)"):
         scaffold_split(["CC"], (0.8, 0.3, 0.1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_molecule_without_a_scaffold_is_one_of_its_own_and_told(
+    variant: ScaffoldVariant, caplog: pytest.LogCaptureFixture
+) -> None:
+    # RDKit writes the first one but cannot read it, and finds an impossible valence in the scaffold of the second.
+    odd = ["[c-]1p[cH][Al][te]1", "O=C1C=CC=CC2=[O][Al]O12"]
+    smiles = [*molecules(), *odd]
+    split = scaffold_split(smiles, variant=variant)
+    assert sorted(np.concatenate(split)) == list(range(len(smiles)))
+    assert (
+        "2 of 102 molecules count as scaffolds of their own: no scaffold of '[c-]1p" in caplog.text
+    )
+    with pytest.raises(DataError, match="valence"):
+        murcko_scaffold(odd[1])
 
 
 def test_splitting_nothing_gives_three_empty_parts() -> None:

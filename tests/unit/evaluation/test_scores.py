@@ -21,6 +21,7 @@ from moleblend_ray.evaluation.scores import (
     best_candidate,
     is_better,
     other_scores,
+    require_scorable,
     score,
     worst_score,
 )
@@ -97,6 +98,19 @@ def test_no_scorable_column_is_an_error_that_says_what_is_needed(
 ) -> None:
     with pytest.raises(DataError, match=needs):
         score(metric, np.zeros((3, 1)), np.ones((3, 1)), ("y",))
+
+
+@pytest.mark.parametrize("metric", [metric for metric in Metric if not metric.is_error])
+def test_labels_that_allow_no_score_are_found_without_predictions(
+    metric: Metric, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = np.array([[0.0, 1.0, np.nan], [1.0, 1.0, np.nan]])
+    with caplog.at_level("INFO"):
+        require_scorable(metric, labels, ("both", "one", "none"), "test")
+    assert f"2 of 3 columns have no {metric.value} in the test part: one, none" in caplog.text
+    with pytest.raises(DataError, match="2 molecules of the validation part: none of the 2 label"):
+        require_scorable(metric, labels[:, 1:], ("one", "none"), "validation")
+    require_scorable(Metric.MAE, labels[:, 1:], ("one", "none"), "test")
 
 
 def test_the_other_scores_are_those_of_the_same_type_of_labels_that_can_be_computed() -> None:

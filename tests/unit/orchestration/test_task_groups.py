@@ -12,6 +12,7 @@ from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.sources import task_sources
+from moleblend_ray.orchestration import task_groups
 from moleblend_ray.orchestration.downstream import question
 from moleblend_ray.orchestration.task_groups import _run_tasks, _task_configs, finetune_tasks
 
@@ -92,6 +93,26 @@ def test_finished_tasks_need_no_cluster_and_make_the_leaderboard_again(tmp_path:
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert "1.5000 ± 0.0000" in text
     assert "- freesolv: absent: " in text
+
+
+def test_nothing_is_prepared_again_for_tasks_that_are_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "qm9.csv")
+    config = config_for(tmp_path, "qm9_gap", "qm9_mu")
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    for one in _task_configs(config, sources).values():
+        finish(one)
+    prepared: list[str] = []
+    monkeypatch.setattr(
+        task_groups, "prepare_molecules", lambda task, out, **options: prepared.append(out)
+    )
+    assert _run_tasks(config, lambda _: None).already_finished
+    assert prepared == []
+    # Where the molecules are still there, the command says if their source is another one now.
+    storage.write_json(str(tmp_path / "out/data/qm9/manifest.json"), {})
+    assert _run_tasks(config, lambda _: None).already_finished
+    assert prepared == [str(tmp_path / "out/data/qm9")]
 
 
 @pytest.mark.ray
