@@ -6,6 +6,7 @@ A condition is a pair (holds, message). :func:`check_all` tells all that fail at
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,12 +23,12 @@ def check_all(*checks: Check) -> None:
 
 
 def at_least(config: object, least: float, *names: str) -> Iterator[Check]:
-    """The fields ``names`` of a dataclass are numbers of ``least`` or more."""
+    """The fields ``names`` of a dataclass are finite numbers of ``least`` or more."""
     return _each(config, names, lambda value: value >= least, f"at least {least:g}")
 
 
 def above(config: object, bound: float, *names: str) -> Iterator[Check]:
-    """The fields are numbers greater than ``bound``."""
+    """The fields are finite numbers greater than ``bound``."""
     return _each(config, names, lambda value: value > bound, f"more than {bound:g}")
 
 
@@ -56,7 +57,12 @@ def _each(
     config: object, names: tuple[str, ...], holds: Callable[[Any], bool], expected: str
 ) -> Iterator[Check]:
     for name, value, null in _values(config, names):
-        yield holds(value), f"{name}: expected {null}{expected}, found {value}"
+        # JSON, in which a run stores its settings, has no infinity.
+        finite = "a finite number of " if value == math.inf else ""
+        yield (
+            holds(value) and value != math.inf,
+            f"{name}: expected {null}{finite}{expected}, found {value}",
+        )
 
 
 def _values(config: object, names: tuple[str, ...]) -> Iterator[tuple[str, Any, str]]:

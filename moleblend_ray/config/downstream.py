@@ -74,6 +74,10 @@ class TaskConfig:
             *within(self, 0, MAX_CONFORMERS, "conformers"),
             *at_least(self, 1, "train_molecules", "valid_molecules"),
             (
+                len(set(self.columns)) == len(self.columns),
+                f"columns: expected each once, found {list(self.columns)}",
+            ),
+            (
                 not (self.split_column and self.split_file),
                 "split_file: expected either it or split_column, found both",
             ),

@@ -105,10 +105,10 @@ class TaskRow:
     def gain(self, model: ModelScore) -> tuple[float, float] | None:
         """How much better the model is, in percent of the reference's mean test score, and the deviation over seeds.
 
-        None if there is no baseline, or if its score is 0.
+        None if there is no baseline, if its score is 0, or for a metric whose percentages mean nothing.
         """
         reference = self.reference
-        if reference is None or reference.test.mean == 0:
+        if reference is None or reference.test.mean == 0 or not Metric(self.metric).is_ratio:
             return None
         difference = model.test.mean - reference.test.mean
         sign = 1.0 if self.higher_is_better else -1.0

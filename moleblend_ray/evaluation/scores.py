@@ -42,11 +42,11 @@ def score(
 ) -> Score:
     """Score (M, T) predictions against (M, T) labels; NaN labels are ignored, unscorable columns are named.
 
-    For classes, predictions may be any monotone score, such as a logit. Raises DataError if a prediction is not
-    finite, or if no column can be scored.
+    For classes, predictions may be any monotone score, such as a logit. Raises TrainingError if a prediction is not
+    finite, DataError if no column can be scored.
     """
     if not np.isfinite(predictions).all():
-        raise DataError(
+        raise TrainingError(
             f"{int((~np.isfinite(predictions)).sum())} of {predictions.size} predictions are not finite; "
             "the model diverged: lower the learning rate"
         )

@@ -58,6 +58,11 @@ class Metric(StrEnum):
         return self in (Metric.RMSE, Metric.MAE)
 
     @property
+    def is_ratio(self) -> bool:
+        """Whether a difference can be told in percent: correlations have no zero that means "nothing left to gain"."""
+        return self not in (Metric.R2, Metric.SPEARMAN)
+
+    @property
     def higher_is_better(self) -> bool:
         """Whether a larger score is better."""
         return not self.is_error

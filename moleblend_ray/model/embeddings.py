@@ -5,7 +5,7 @@ Shape legend: B molecules, N atoms (padded), A real atoms packed, H heads, D wid
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ MIN_GAUSSIAN_WIDTH = 1e-2
 
 class AtomEmbedding(nn.Module):
     """Sum of the nine category embeddings of an atom, its degree embedding, and the graph token."""
+
+    embedding_tables: ClassVar[tuple[str, ...]] = ("graph_token",)
+    """Parameters that are looked up by a code, beside those in modules of embeddings: weight decay leaves them out."""
 
     offsets: Tensor
 
@@ -135,6 +138,8 @@ class TopologyBias(nn.Module):
 
 class GaussianDistance(nn.Module):
     """K Gaussian kernels of a distance, which is first scaled and shifted for the pair of elements."""
+
+    embedding_tables: ClassVar[tuple[str, ...]] = ("scale", "shift")
 
     def __init__(self, num_kernels: int) -> None:
         super().__init__()

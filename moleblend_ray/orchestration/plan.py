@@ -304,10 +304,12 @@ def _cpu_times(
                 "",
                 "a step while all workers train, divided by a step of one alone",
             ),
-            exchange_gb_s=_now(
-                found.sent_bytes_per_s / 1e9, "GB/s", "messages of the model's size"
-            ),
-            message_s=_now(found.message_s, "s", "an all-reduce of one number"),
+            exchange_gb_s=None
+            if found.sent_bytes_per_s is None
+            else _now(found.sent_bytes_per_s / 1e9, "GB/s", "messages of the model's size"),
+            message_s=None
+            if found.message_s is None
+            else _now(found.message_s, "s", "an all-reduce of one number"),
             ray_cores=bundled("ray_cores"),
         )
     alone, independent = bundled("cpu_step_s"), bundled("cpu_independent_step_s")

@@ -15,7 +15,7 @@ import logging
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -38,13 +38,14 @@ from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import (
+    CheckpointError,
     DataError,
     MoleBlendError,
     StorageError,
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.model.config import BlendConfig
+from moleblend_ray.model.config import BlendConfig, ModelConfig
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.elastic import ElasticTrainer
 from moleblend_ray.orchestration.fixed_workers import FixedTrainer
@@ -173,7 +174,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     if finished is not None and finished.steps >= config.train.num_steps:
         logger.info("%s is finished (%d steps): nothing to do", config.out, finished.steps)
         return finished
-    commit = _open_run(config, manifest)
+    commit = _open_run(config, manifest, finished)
     resumed_from = commit.step if commit else 0
     if finished is not None:
         storage.delete(storage.join(config.out, FINISHED_NAME))
@@ -184,7 +185,8 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
         result = _train_on_workers(config, manifest, resumed_from)
     summary = _summarize(config, manifest, result, resumed_from, time.monotonic() - began_s)
     if summary.finished:
-        storage.write_json(storage.join(config.out, FINISHED_NAME), redact(asdict(summary)))
+        document = {**asdict(summary), "identity": run_identity(config, manifest)}
+        storage.write_json(storage.join(config.out, FINISHED_NAME), redact(document))
     return summary
 
 
@@ -209,15 +211,26 @@ def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _open_run(config: PretrainConfig, manifest: Manifest) -> Commit | None:
-    """Check that the configuration may continue the run in ``out``, store it there, and return the newest commit."""
+def _open_run(
+    config: PretrainConfig, manifest: Manifest, finished: PretrainSummary | None = None
+) -> Commit | None:
+    """Check that the configuration may continue the run in ``out``, store it there, and return the newest commit.
+
+    ``finished``: the summary of a run that is to be longer now.
+    """
     if manifest.num_molecules("train") == 0:
         raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
     _require_coordinates(config, manifest)
     identity = run_identity(config, manifest)
     commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
-        require_same_run(commit.identity, identity, config.out)
+        _require_same_run(commit.identity, identity, config.out)
+    elif finished is not None:
+        # From step 0 it would replace the metrics and the exported model of the run.
+        raise CheckpointError(
+            f"{config.out} is finished ({finished.steps} steps) and has no checkpoints any more: it cannot go on to "
+            f"{config.train.num_steps} steps. Put its newest checkpoint back, or start a new run under another `out`."
+        )
     elif storage.exists(storage.join(config.out, CONFIG_NAME)):
         logger.info("%s was started before but committed nothing: starting anew", config.out)
     document = {
@@ -262,18 +275,42 @@ def _read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummar
     if not storage.exists(uri):
         return None
     try:
-        summary = PretrainSummary(**storage.read_json(uri))
-    except TypeError as error:
+        stored = dict(storage.read_json(uri))
+        identity = stored.pop("identity", None)
+        summary = PretrainSummary(**stored)
+    except (TypeError, ValueError) as error:
         raise DataError(f"{uri} is not the summary of a run: {error}") from error
-    wanted = run_identity(config, manifest)
-    steps = committed_steps(config.out)
-    if steps:
-        require_same_run(read_commit(config.out, steps[0]).identity, wanted, config.out)
-    else:  # The checkpoints were deleted; what is left names the data.
-        stored = {"data_fingerprint": summary.data_fingerprint}
-        require_same_run(stored, {name: wanted[name] for name in stored}, config.out)
+    if identity is None:  # an earlier version wrote it
+        identity = _committed_identity(config.out)
+    if identity is None:  # and the checkpoints were deleted
+        identity = {"data_fingerprint": summary.data_fingerprint}
+    _require_same_run(identity, run_identity(config, manifest), config.out)
     # The stored URIs have no credentials, and the folder may have been moved.
     return replace(summary, out=config.out, export=export_uri(config.out))
+
+
+def _committed_identity(run_uri: str) -> Mapping[str, Any] | None:
+    """The settings that the newest readable marker holds; None without one."""
+    for step in committed_steps(run_uri):
+        with contextlib.suppress(CheckpointError):
+            return read_commit(run_uri, step).identity
+    return None
+
+
+def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
+    """As :func:`require_same_run`; both with the settings that :func:`run_identity` leaves out."""
+    require_same_run(_with_later_settings(stored), _with_later_settings(wanted), run_uri)
+
+
+def _with_later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {
+        "blend": {"view_probabilities": to_dict(BlendConfig())["view_probabilities"]},
+        "model": {"environment_bins": ModelConfig().environment_bins},
+    }
+    complete = {
+        name: {**values, **identity[name]} for name, values in defaults.items() if name in identity
+    }
+    return {**identity, **complete}
 
 
 def _summarize(

@@ -165,7 +165,7 @@ def fit(
     """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
 
     ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
-    gets the record of every ``log_every``-th step, ``on_step`` (on every rank) of each; all of them are committed with the checkpoints, and kept in memory no
+    gets the record of every ``log_every``-th step and of each validation, ``on_step`` (on every rank) of each; all of them are committed with the checkpoints, and kept in memory no
     longer. ``checkpoints`` is closed at the end. ``data_wait_s`` of a record is the time in which no step was ready on the
     device. A stop commits what was done and returns. ``while_waiting`` is told each second for how long the next step has not
     been there, and may raise. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
@@ -199,11 +199,16 @@ def fit(
                 after_step()
             done = step + 1
             is_last = done == num_steps
-            if validate is not None and not stop and (is_last or _is_due(done, learner)):
+            # A stop is urgent; but after the last step no later command makes up for the validation.
+            is_validated = validate is not None and (
+                is_last or (_is_due(done, learner) and not stop)
+            )
+            if validate is not None and is_validated:
                 record |= validate()
             if on_step is not None:
                 on_step(record)
-            if report is not None and (is_last or stop or done % learner.train.log_every == 0):
+            is_told = is_last or stop or is_validated or done % learner.train.log_every == 0
+            if report is not None and is_told:
                 report(record)
             if checkpoints is not None:
                 uncommitted.append(record)

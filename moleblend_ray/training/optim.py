@@ -198,19 +198,22 @@ def _parameter_groups(
 def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Trainable parameters that decay (matrices), and those that do not (biases, norms, embeddings)."""
     embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters(recurse=False)
+        id(parameter) for module in model.modules() for parameter in _embedding_tables(module)
     }
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_embedding = id(parameter) in embeddings or "embedding" in name.rsplit(".", 1)[-1]
-        (kept if parameter.ndim < 2 or is_embedding else decayed).append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and id(parameter) not in embeddings
+            (decayed if decays else kept).append(parameter)
     return decayed, kept
+
+
+def _embedding_tables(module: nn.Module) -> list[nn.Parameter]:
+    """The module's own parameters whose rows stand for codes; 0 is no neutral value of, say, the scale of distances."""
+    if isinstance(module, nn.Embedding):
+        return [module.weight]
+    return [getattr(module, name) for name in getattr(module, "embedding_tables", ())]
 
 
 def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:

@@ -74,10 +74,10 @@ class Found:
     """A step of one worker while the others wait."""
     contention: float
     """How much longer the slowest takes while all train, none knowing of the others, each on other molecules."""
-    message_s: float
-    """A collective that sends next to nothing."""
-    sent_bytes_per_s: float
-    """What all workers together send in a second, in messages of the model's size, their latency taken off."""
+    message_s: float | None
+    """A collective that sends next to nothing; None with one worker, which has nobody to send to."""
+    sent_bytes_per_s: float | None
+    """What all workers together send in a second, in messages of the model's size, their latency taken off; likewise."""
     actor_us: float
     """CPU microseconds to fetch, relate and pack a molecule."""
     trainer_host_us: float
@@ -133,15 +133,18 @@ def _summary(settings: Rehearsal, by_rank: Sequence[dict[str, list[float]]]) -> 
     alone = _by_round(by_rank[0]["alone"], settings.steps)
     times = zip(*(rank["independent"] for rank in by_rank), strict=True)
     slowest = _by_round([max(step) for step in times], settings.steps)
-    message_s = statistics.median(by_rank[0]["message"])
-    large_s = statistics.median(by_rank[0]["large"])
-    # A gathering of n bytes from each sends n to each of the others.
-    sent = settings.workers * (settings.workers - 1) * _sent_bytes(settings)
+    message_s = sent_bytes_per_s = None
+    if settings.workers > 1:
+        message_s = statistics.median(by_rank[0]["message"])
+        large_s = statistics.median(by_rank[0]["large"])
+        # A gathering of n bytes from each sends n to each of the others.
+        sent = settings.workers * (settings.workers - 1) * _sent_bytes(settings)
+        sent_bytes_per_s = sent / max(large_s - message_s, 0.05 * large_s)
     return Found(
         step_s=statistics.median(alone),
         contention=statistics.median(both / one for both, one in zip(slowest, alone, strict=True)),
         message_s=message_s,
-        sent_bytes_per_s=sent / max(large_s - message_s, 0.05 * large_s),
+        sent_bytes_per_s=sent_bytes_per_s,
         actor_us=by_rank[0]["actor_us"][0],
         trainer_host_us=by_rank[0]["trainer_host_us"][0],
     )

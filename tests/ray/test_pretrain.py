@@ -354,9 +354,8 @@ def test_a_run_is_not_continued_as_another_one(data: str, tmp_path: Path) -> Non
         assert part in str(caught.value)
 
 
-def test_a_finished_run_is_reported_only_under_its_own_settings(data: str, tmp_path: Path) -> None:
-    config = settings(data, str(tmp_path))
-    finished = PretrainSummary(
+def finished_summary(data: str) -> PretrainSummary:
+    return PretrainSummary(
         out="where it was before",
         finished=True,
         steps=NUM_STEPS,
@@ -370,7 +369,14 @@ def test_a_finished_run_is_reported_only_under_its_own_settings(data: str, tmp_p
         data_fingerprint=load_manifest(data).fingerprint,
         export="export",
     )
-    storage.write_json(str(tmp_path / "FINISHED.json"), asdict(finished))
+
+
+def test_a_finished_run_is_reported_only_under_its_own_settings(data: str, tmp_path: Path) -> None:
+    config = settings(data, str(tmp_path))
+    # As an earlier version wrote it: without the settings of the run.
+    storage.write_json(str(tmp_path / "FINISHED.json"), asdict(finished_summary(data)))
+    damaged = tmp_path / "checkpoints/step-00000099/COMMIT.json"
+    storage.write_bytes(str(damaged), b'{"format"')
     write_marker(tmp_path, run_identity(config, load_manifest(data)))
     assert pretrain(config).out == str(tmp_path)
     longer = replace(config.train, num_steps=2 * NUM_STEPS)
@@ -378,6 +384,29 @@ def test_a_finished_run_is_reported_only_under_its_own_settings(data: str, tmp_p
         with pytest.raises(CheckpointError, match="seed: the run has 5, the configuration asks"):
             pretrain(replace(config, seed=6, train=train))
         assert (tmp_path / "FINISHED.json").is_file()
+
+
+def test_a_finished_run_without_checkpoints_is_neither_another_one_nor_begun_anew(
+    data: str, tmp_path: Path
+) -> None:
+    config = settings(data, str(tmp_path))
+    storage.write_json(
+        str(tmp_path / "FINISHED.json"),
+        {
+            **asdict(finished_summary(data)),
+            "identity": run_identity(config, load_manifest(data)),
+        },
+    )
+    storage.write_bytes(str(tmp_path / "metrics/steps-00000000-00000008.jsonl"), b"{}\n")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert pretrain(config).steps == NUM_STEPS
+    longer = replace(config, train=replace(config.train, num_steps=2 * NUM_STEPS))
+    with pytest.raises(CheckpointError, match=r"finished .* has no checkpoints any more"):
+        pretrain(longer)
+    with pytest.raises(CheckpointError, match="seed: the run has 5, the configuration asks for 6"):
+        pretrain(replace(config, seed=6))
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert after == before
 
 
 SECRET = "s3://key:hunter2@bucket/folder?X-Amz-Signature=hunter2"

@@ -38,6 +38,12 @@ def test_a_number_outside_is_named_with_what_was_expected_and_found(
             assert str(caught.value) == message
 
 
+def test_infinity_is_refused_as_no_file_of_a_run_could_hold_it() -> None:
+    for check in (at_least, above):
+        with pytest.raises(ConfigError, match=r"number: expected a finite number of .*, found inf"):
+            check_all(*check(Settings(number=math.inf), 0, "number"))
+
+
 def test_null_passes_where_a_field_may_be_null_and_the_message_says_so() -> None:
     check_all(*at_least(Settings(), 1, "perhaps"))
     with pytest.raises(ConfigError, match="perhaps: expected null or at least 1, found 0"):

@@ -302,6 +302,12 @@ def test_results_without_a_leaderboard_are_found_in_folders_or_in_the_directory_
         read_leaderboard(str(tmp_path / "empty"))
 
 
+def test_a_gain_in_percent_is_given_where_it_means_something() -> None:
+    for metric, has_gain in (("roc_auc", True), ("mae", True), ("r2", False), ("spearman", False)):
+        row = row_of_results(results("own", metric, [0.5], entry(FOREST, [0.1], [0.01])), "own")
+        assert (row.gain(row.models[0]) is not None) == has_gain
+
+
 def test_equal_baselines_are_shown_once_and_others_with_the_label_of_their_board() -> None:
     scratch = "MoleBLEND, from scratch"
 

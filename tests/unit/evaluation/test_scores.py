@@ -125,7 +125,7 @@ def test_the_other_scores_are_those_of_the_same_type_of_labels_that_can_be_compu
 
 
 def test_predictions_that_are_not_finite_are_an_error() -> None:
-    with pytest.raises(DataError, match="1 of 2 predictions are not finite"):
+    with pytest.raises(TrainingError, match="1 of 2 predictions are not finite"):
         score(Metric.MAE, np.array([[np.nan], [0.0]]), np.zeros((2, 1)), ("y",))
 
 

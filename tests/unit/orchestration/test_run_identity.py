@@ -14,8 +14,11 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.shards import Manifest
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
-from moleblend_ray.orchestration.pretrain import _require_coordinates, run_identity
-from moleblend_ray.training.commits import require_same_run
+from moleblend_ray.orchestration.pretrain import (
+    _require_coordinates,
+    _require_same_run,
+    run_identity,
+)
 
 CONFIG = PretrainConfig(data="data", out="run")
 
@@ -49,7 +52,7 @@ def test_few_coordinates_are_told_and_most_are_not(caplog: pytest.LogCaptureFixt
 
 
 def test_where_a_run_is_computed_may_change() -> None:
-    require_same_run(identity(), identity(cluster=ClusterConfig(num_workers=4)), "run")
+    _require_same_run(identity(), identity(cluster=ClusterConfig(num_workers=4)), "run")
 
 
 def test_runs_from_before_a_choice_existed_are_those_without_it() -> None:
@@ -57,11 +60,15 @@ def test_runs_from_before_a_choice_existed_are_those_without_it() -> None:
     assert "view_probabilities" not in before["blend"]
     assert "environment_bins" not in before["model"]
     blended = BlendConfig(view_probabilities=(1.0, 0.0, 0.0, 0.0))
-    require_same_run(before, identity(blend=blended), "run")
-    shown = BlendConfig(view_probabilities=(0.0, 0.0, 0.0, 1.0))
-    with pytest.raises(
-        CheckpointError, match=r"blend\.view_probabilities: the run has None.*asks for"
+    _require_same_run(before, identity(blend=blended), "run")
+    blend = identity(blend=BlendConfig(view_probabilities=(0.0, 0.0, 0.0, 1.0)))
+    model = identity(model=ModelConfig(environment_bins=512))
+    usual, shown = r"\[1\.0, 0\.0, 0\.0, 0\.0\]", r"\[0\.0, 0\.0, 0\.0, 1\.0\]"
+    for one, other, told in (
+        (before, blend, rf"blend\.view_probabilities: the run has {usual}, .* asks for {shown}"),
+        (blend, before, rf"blend\.view_probabilities: the run has {shown}, .* asks for {usual}"),
+        (before, model, r"model\.environment_bins: the run has 0, .* asks for 512"),
+        (model, before, r"model\.environment_bins: the run has 512, .* asks for 0"),
     ):
-        require_same_run(before, identity(blend=shown), "run")
-    with pytest.raises(CheckpointError, match=r"model\.environment_bins: the run has None.*512"):
-        require_same_run(before, identity(model=ModelConfig(environment_bins=512)), "run")
+        with pytest.raises(CheckpointError, match=told):
+            _require_same_run(one, other, "run")

@@ -295,6 +295,21 @@ def test_this_machines_own_figures_rest_on_no_assumption_of_speed() -> None:
     assert result.rate.value < 2 * 64 / (0.2 * 1.1)
 
 
+def test_one_worker_on_this_machine_sends_nothing() -> None:
+    found = Found(
+        step_s=0.2,
+        contention=1.0,
+        message_s=None,
+        sent_bytes_per_s=None,
+        actor_us=12.0,
+        trainer_host_us=5.0,
+    )
+    setup = build_setup(config("molecules=1e6", "cpu_workers=1", "model=tiny"), None, found)
+    result = throughput(setup, 1)
+    assert result.rate.rests_on == ()
+    assert result.rate.value == pytest.approx(64 / 0.2, rel=0.05)
+
+
 def test_every_row_of_the_tables_says_its_basis() -> None:
     from rich.console import Console
 

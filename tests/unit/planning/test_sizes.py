@@ -35,6 +35,7 @@ ODD = ModelConfig(
     edge_other_class=False,
     direction_head=False,
     distance_head=True,
+    environment_bins=6,
 )
 
 

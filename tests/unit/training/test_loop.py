@@ -29,7 +29,7 @@ from moleblend_ray.training.loop import (
     molecules_checksum,
     train_step,
 )
-from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.metrics import Record, read_records
 from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.saving import CheckpointWriter
 
@@ -194,6 +194,33 @@ def test_validation_joins_the_record_of_its_step() -> None:
         validate=lambda: {"valid_loss": 1.5},
     )
     assert [r["step"] for r in records if "valid_loss" in r] == [1, 3, 4]
+
+
+def test_every_validation_is_reported_whatever_the_interval_of_reports() -> None:
+    records = toy.records(
+        toy.learner(num_steps=7, validate_every=3, log_every=4),
+        toy.steps(),
+        validate=lambda: {"valid_loss": 1.5},
+    )
+    assert [r["step"] for r in records] == [2, 3, 5, 6]
+    assert ["valid_loss" in r for r in records] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("asked_at", "stopped", "validated"), [(1, True, []), (3, False, [1, 3])])
+def test_a_stop_leaves_out_a_validation_but_not_the_last_one(
+    asked_at: int, stopped: bool, validated: list[int]
+) -> None:
+    answers = iter(step == asked_at for step in range(4))
+    records: list[Record] = []
+    result = fit(
+        toy.learner(num_steps=4, validate_every=2),
+        toy.steps(),
+        validate=lambda: {"valid_loss": 1.5},
+        should_stop=lambda: next(answers),
+        report=records.append,
+    )
+    assert (result.step, result.stopped) == (asked_at + 1, stopped)
+    assert [record["step"] for record in records if "valid_loss" in record] == validated
 
 
 def test_dropout_differs_between_micro_batches_and_repeats_with_its_key() -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.optim import (
     build_optimizer,
@@ -61,6 +63,22 @@ def test_only_matrices_decay() -> None:
         "norm.weight",
         "norm.bias",
         "linear.bias",
+    }
+
+
+def test_what_is_looked_up_by_a_code_does_not_decay() -> None:
+    config = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
+    model = PropertyModel(MoleBlendModel(config), 1)
+    _, kept = split_by_decay(model)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].removeprefix("encoder.") for p in kept if p.ndim >= 2} == {
+        "atoms.categories.weight",
+        "atoms.degree.weight",
+        "atoms.graph_token",
+        "topology.spd.weight",
+        "topology.bonds.weight",
+        "geometry.gaussian.scale",
+        "geometry.gaussian.shift",
     }
 
 

@@ -90,6 +90,14 @@ def test_rounds_are_compared_within_themselves() -> None:
     assert found.sent_bytes_per_s == pytest.approx(2 * 10_000 / 2e-3)
 
 
+def test_one_worker_sends_nothing() -> None:
+    rank = {"message": [0.0], "large": [0.0], "actor_us": [12.0], "trainer_host_us": [5.0]}
+    times = {"alone": [2.0, 2.0], "independent": [2.0, 2.0]}
+    found = _summary(replace(SETTINGS, workers=1), [{**rank, **times}])
+    assert (found.step_s, found.contention) == (2.0, 1.0)
+    assert (found.message_s, found.sent_bytes_per_s) == (None, None)
+
+
 def test_each_step_waits_for_its_own_slowest_worker() -> None:
     """Two workers that are slow in turn make every step slow; the median of a round leaves out what came once."""
     rank = {"message": [1e-3], "large": [3e-3], "actor_us": [12.0], "trainer_host_us": [5.0]}
