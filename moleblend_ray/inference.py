@@ -135,7 +135,7 @@ class PropertyPredictor:
         )
         place = _usable(device)
         predictor = Predictor.build(
-            load_members(tuple(map(os.fspath, given))),
+            load_members(tuple(os.fspath(uri) for uri in given)),
             conformers=conformers,
             threshold=None,
             batch_size=batch_size,

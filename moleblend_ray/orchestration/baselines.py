@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=PropertyConfig)
 
-_OF_PRETRAINED_BLOCKS = {"frozen_blocks": None, "fresh_blocks": 0}
+_OF_PRETRAINED_BLOCKS: dict[str, Any] = {"frozen_blocks": None, "fresh_blocks": 0}
 """Settings without meaning for an encoder from scratch, and what it has: frozen blocks would keep random weights."""
 
 SCRATCH_DIR = "scratch"

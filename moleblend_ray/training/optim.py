@@ -209,7 +209,7 @@ def split_by_decay(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parame
     return decayed, kept
 
 
-def _embedding_tables(module: nn.Module) -> list[nn.Parameter]:
+def _embedding_tables(module: nn.Module) -> list[Tensor]:
     """The module's own parameters whose rows stand for codes; 0 is no neutral value of, say, the scale of distances."""
     if isinstance(module, nn.Embedding):
         return [module.weight]
