@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -348,8 +349,13 @@ def compare(name: str, scores: Mapping[str, Mapping[int, float]]) -> dict[str, A
     change = difference(values, base)
     if name != SCRATCH:
         # Without pretraining seeds scatter more: it does not belong to what is pooled.
-        pretrained = [by_seed for arm, by_seed in scores.items() if arm != SCRATCH]
-        change = change._replace(half_width=pooled_half_width(pretrained))
+        complete = {
+            arm: by_seed
+            for arm, by_seed in scores.items()
+            if arm != SCRATCH and base.keys() <= by_seed.keys()
+        }
+        half = pooled_half_width(list(complete.values())) if name in complete else math.nan
+        change = change._replace(half_width=half)
     return {
         "by_seed": dict(values),
         **as_json(interval(list(values.values()))),

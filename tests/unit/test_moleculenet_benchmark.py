@@ -211,6 +211,13 @@ def test_the_table_of_ablations_marks_what_is_outside_its_interval(
     assert "**" not in cells["distance"]
     assert cells["scratch"] == "2 ± 1.2 (+0.9 ± 0.99) |"
     json.dumps(rows, allow_nan=False)
+    # An arm with one seed so far takes nothing from the others' interval, and has none.
+    unfinished = {"arm": "rotation", "seed": 0, "test": {"qm9_gap": 1.3}}
+    *same, last = ablations.table([*results, unfinished], ablations.measures_of(options), settings)[
+        1
+    ]
+    assert same == rows
+    assert last["qm9_gap"]["difference"] == {"mean": pytest.approx(0.3), "half_width_95": None}
     (alone,) = ablations.table(results[:1], ablations.measures_of(options), settings)[1]
     assert alone["qm9_gap"]["half_width_95"] is None
 
