@@ -12,10 +12,24 @@ from typing import Final
 
 HIDDEN: Final = "***"
 
-_USER: Final = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)[^/@\s]+@", re.I)
+SECRET_NAME: Final = re.compile(
+    r"secret|token|passw|pwd|passphrase|(?:^|_|pg)pass$|credential|signature|cookie|connection_?string"
+    r"|(?:^|_|api|access|account|private)key(?:$|_)|auth(?!or)|authoriz",
+    re.I,
+)
+"""Names of environment variables whose values are nobody else's business."""
+
+_USER: Final = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
+    # Up to the last @, as parsers of URLs do: a password may hold others.
+    r"(?:[^/\s]+@"
+    # Keys with slashes that nobody quoted; a number up to the first slash is a port.
+    r"|[^/\s:@]+:(?!\d+/)[^\s@,\"'<>]+@)",
+    re.I,
+)
 _PARAMETER: Final = re.compile(
     # What a presigned URI carries: the secret, and what differs each time the same file is signed again.
-    r"(?P<name>[?&](?:[^=&\s]*(?:secret|token|password|credential|signature|key)[^=&\s]*"
+    r"(?P<name>[?&#;](?:[^=&\s]*(?:secret|token|passw|pwd|credential|signature|key|auth(?!or))[^=&\s]*"
     r"|x-(?:amz|goog)-[^=&\s]*|expires|sig|s[etpv]))="
     # A sentence may go on after the URI.
     r"[^&\s\"'<>]+?(?=[.,:;)\]}]*(?:[&\s\"'<>]|\Z))",

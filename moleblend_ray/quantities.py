@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import math
 
+_THOUSAND = 999.5
+"""From here on, three significant digits are written as 1e+03."""
+
 
 def bytes_text(count: float) -> str:
     """A number of bytes with a decimal unit: 1,500,000 is "1.5 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
+        if count < _THOUSAND:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} PB"
+    return f"{_three_digits(count)} PB"
 
 
 def duration_text(seconds: float | None, otherwise: str = "unknown") -> str:
     """A length of time in one or two units: 12,000 s is "3 h 20 min"; ``otherwise`` if it is None or infinite."""
     if seconds is None or not math.isfinite(seconds):
         return otherwise
-    if seconds < 1:
+    if seconds < _THOUSAND / 1000:
         return f"{1e3 * seconds:.3g} ms"
     if seconds < 90:
         return f"{seconds:.3g} s"
@@ -42,6 +45,11 @@ def number_text(value: float) -> str:
     """A number with three significant digits, or in whole thousands: 2,340,000 is "2.34 million"."""
     if not math.isfinite(value):
         return "no limit"
-    if value >= 1e6:
-        return f"{value / 1e6:.3g} million" if value < 1e9 else f"{value / 1e9:.3g} billion"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    if value >= _THOUSAND * 1e6:
+        return f"{_three_digits(value / 1e9)} billion"
+    return f"{value / 1e6:.3g} million" if value >= 999_999.5 else _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
+    """Three significant digits, or all of a larger whole number."""
+    return f"{value:,.0f}" if value >= _THOUSAND else f"{value:.3g}"

@@ -19,7 +19,7 @@ from moleblend_ray.errors import ConfigError
 
 HOME: Final = "/home/ray/moleblend-ray"
 """Where infra/docker/Dockerfile puts jobs/."""
-_SHELL: Final = re.compile(r"[$`'\"\\;&|<>()*?~#!]")
+_SHELL: Final = re.compile(r"[$`'\"\\;&|<>(){}*?~#!]")
 """Characters with a meaning in a shell. The operator writes the entrypoint into a script of the submitter, and Ray passes it to
 a shell on the head node: both would need quoting."""
 

@@ -26,4 +26,4 @@ class DownloadConfig:
     """Timeouts and attempts."""
 
     def __post_init__(self) -> None:
-        check_all(*locations(self, "out"))
+        check_all(*locations(self, "out", "spool"))

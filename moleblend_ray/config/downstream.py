@@ -221,7 +221,7 @@ class LeaderboardConfig:
     def __post_init__(self) -> None:
         runs = (self.run, *self.against)
         check_all(
-            *locations(self, "run"),
+            *locations(self, "run", "out"),
             ("" not in self.against, "against: expected paths or URIs, found an empty string"),
             (
                 len(set(runs)) == len(runs),

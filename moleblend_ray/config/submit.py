@@ -22,12 +22,7 @@ from moleblend_ray.checks import at_least, check_all
 from moleblend_ray.config.builder import field_types
 from moleblend_ray.config.describe import describe, redact
 from moleblend_ray.config.paths import path_settings
-from moleblend_ray.errors import ConfigError, without_credentials
-
-SECRET_NAME: Final = re.compile(
-    r"secret|token|passw|passphrase|credential|api_?key|access_?key|private_?key|auth|cookie", re.I
-)
-"""Names of environment variables whose values are nobody else's business."""
+from moleblend_ray.errors import SECRET_NAME, ConfigError, without_credentials
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SCRATCH: Final = ("dir", "spool")

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moleblend_ray.errors import HIDDEN, ConfigError, without_credentials
+from moleblend_ray.errors import HIDDEN, SECRET_NAME, ConfigError, without_credentials
 
 PACKAGE: Final = "moleblend_ray"
 FORMAT_VARIABLE: Final = "MOLEBLEND_LOG_FORMAT"
@@ -25,10 +25,8 @@ LogFormat = Literal["text", "json"]
 
 _FIELDS: Final = ("run", "rank", "step")
 """Fields of a JSON line, if known, besides time, level, logger, message and exception."""
-_SECRET_VARIABLE: Final = re.compile(
-    r"(?:secret|token|password|passwd|credential|api_?key|access_?key|signature)(?!.*(?:path|file|dir)$)",
-    re.I,
-)
+_PLACE: Final = re.compile(r"(?:path|file|dir|sock)$", re.I)
+"""Names of variables that say where a secret lies, which is none."""
 _SHORTEST_SECRET: Final = 8
 """Shortest value that is hidden: shorter ones (``true``) occur in many lines that contain no secret."""
 _MAX_NAME: Final = 128
@@ -78,7 +76,9 @@ class Redactor:
         secrets = {
             value
             for name, value in (os.environ if environment is None else environment).items()
-            if len(value) >= _SHORTEST_SECRET and _SECRET_VARIABLE.search(name)
+            if len(value) >= _SHORTEST_SECRET
+            and SECRET_NAME.search(name)
+            and not _PLACE.search(name)
         }
         # Longest first, as one may be the beginning of another.
         alternatives = "|".join(

@@ -53,7 +53,9 @@ METRICS: Final[Mapping[str, Metric]] = {
         "gauge", STAGE, "When this command began the stage, seconds since 1970."
     ),
     "moleblend_job_progress_timestamp_seconds": Metric(
-        "gauge", STAGE, "When the number of units done last changed, seconds since 1970."
+        "gauge",
+        STAGE,
+        "When the units done, or the pieces of a shuffle, last changed, seconds since 1970.",
     ),
     # prepare, from its driver.
     "moleblend_prepare_rows_total": Metric("counter", RUN, "Source records converted."),
@@ -241,7 +243,7 @@ class JobMetrics:
         """``run``: name (:func:`.logs.run_name`) of what is written; ``stage``: name of the work in the progress
         display."""
         self.publisher = Publisher(run=run, stage=stage)
-        self._done = -1.0
+        self._position: tuple[float | int | str | None, ...] = ()
         self._counts: dict[str, int] = {}
 
     def __enter__(self) -> Self:
@@ -256,9 +258,10 @@ class JobMetrics:
 
     def show(self, values: Mapping[str, float | int | str], counts: Mapping[str, int]) -> None:
         """Publish what the progress display shows: the newest ``values``, and ``counts`` of events so far."""
-        done = float(values.get("done", 0))
-        if done != self._done:
-            self._done = done
+        # A shuffle moves pieces for hours while the number of rows stays.
+        position = tuple(values.get(name) for name in ("done", "pass", "pieces"))
+        if position != self._position:
+            self._position = position
             self.publisher.set("moleblend_job_progress_timestamp_seconds", time.time())
         for metric, name in (
             ("moleblend_job_done_units", "done"),

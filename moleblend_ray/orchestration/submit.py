@@ -313,7 +313,8 @@ def run_name(job: str, job_config: object) -> RunName:
     out = getattr(job_config, "out", None) or getattr(job_config, "run", None)
     if not isinstance(out, str):
         return RunName(f"{job}-{uuid.uuid4().hex[:8]}", None)
-    last = re.sub(r"[^A-Za-z0-9]+", "-", out.rstrip("/").rpartition("/")[2]).strip("-")[:30]
+    out = out.rstrip("/")  # with and without it is the same place
+    last = re.sub(r"[^A-Za-z0-9]+", "-", out.rpartition("/")[2]).strip("-")[:30]
     digest = hashlib.sha256(f"{job} {out}".encode()).hexdigest()[:8]
     return RunName(f"{job}-{last or 'run'}-{digest}", without_credentials(out))
 

@@ -196,7 +196,7 @@ def make_plan(
         resources=found.resources,
         changes=_changes(job, setup, found, cpu_nodes, failures, prices),
         scaling=scaling(job, setup, workers, failures, prices),
-        settings=_settings(setup, found, run.reliability),
+        settings=_settings(job, setup, found, run.reliability),
         assumptions=tuple(dict.fromkeys(name for stage in stages for name in stage.hours.rests_on)),
         hints=_hints(setup, found, cpu_nodes),
         warnings=_warnings(job, setup, found, cpu_nodes, gpu_memory_gb),
@@ -406,10 +406,14 @@ def _pretrain_stage(job: Job, setup: Setup, run: _Pretraining) -> Stage:
     return Stage(name="pretrain", hours=run.hours, cost=run.cost, rows=rows)
 
 
+def _num_steps(job: Job, setup: Setup, found: Throughput) -> int:
+    return math.ceil(job.presentations / (found.workers * setup.batch))
+
+
 def _step_rows(job: Job, setup: Setup, found: Throughput) -> tuple[Row, ...]:
     step_molecules = found.workers * setup.batch
     steps = computed(
-        math.ceil(job.presentations / step_molecules),
+        _num_steps(job, setup, found),
         "",
         f"{step_molecules:,} molecules and {1e3 * found.step_s:,.1f} ms per step",
     )
@@ -720,7 +724,9 @@ def _doubled_cluster(setup: Setup, found: Throughput) -> list[_Doubled]:
     ]
 
 
-def _settings(setup: Setup, found: Throughput, reliability: _Reliability) -> dict[str, str]:
+def _settings(
+    job: Job, setup: Setup, found: Throughput, reliability: _Reliability
+) -> dict[str, str]:
     """Overrides for `moleblend pretrain`."""
     every = max(1, round(reliability.interval_s / found.step_s))
     settings = {
@@ -728,6 +734,7 @@ def _settings(setup: Setup, found: Throughput, reliability: _Reliability) -> dic
         "cluster.use_gpu": "true" if setup.on_gpu else "",
         "order.global_batch_size": str(found.workers * setup.batch),
         "order.num_streams": str(found.workers),
+        "train.num_steps": str(_num_steps(job, setup, found)),
         "train.strategy": setup.strategy if setup.strategy != "fsdp" else "",
         "train.fsdp_replicas": str(setup.replicas) if setup.replicas > 1 else "",
         "train.precision": setup.precision if setup.precision != "fp32" else "",

@@ -265,6 +265,7 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "relative script": ("gpu", lambda e: arguments(e, "/home/ray/moleblend-ray/", ""), r"spec\.entrypoint: expected python /home/ray/moleblend-ray/jobs/JOB\.py, found python jobs/pretrain\.py"),
     "misspelt setting": ("gpu", lambda e: arguments(e, "stream.max_actors", "stream.max_actor"), r"its arguments are refused: .*stream\.max_actor\b"),
     "setting out of range": ("gpu", lambda e: arguments(e, "cluster.num_workers=4", "cluster.num_workers=3"), r"its arguments are refused: .*cluster\.num_workers"),
+    "shell braces": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "s3://BUCKET/data search.choices={readout:[token,sum]}"), r"'\{' means something to the two shells"),
     "shell variable": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "$BUCKET/data"), r"'\$' means something to the two shells"),
     "job of another name": ("gpu", lambda e: arguments(e, "jobs/pretrain.py", "jobs/embed.py"), r"app\.kubernetes\.io/component: expected 'embed', the job, found 'pretrain'"),
     "local path": ("gpu", lambda e: arguments(e, "out=s3://BUCKET/", "out=/BUCKET/"), r"out=/BUCKET/runs/base-1/pretrain: expected a URI"),

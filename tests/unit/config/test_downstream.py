@@ -155,6 +155,8 @@ def test_a_comparison_needs_a_place_and_distinct_directories() -> None:
     for out in (None, "a", "b"):
         with pytest.raises(ConfigError, match="out: expected a directory of its own"):
             LeaderboardConfig(run="a", against=("b",), out=out)
+    with pytest.raises(ConfigError, match="out: expected null or a path or URI, found an empty"):
+        LeaderboardConfig(run="a", out="")
     with pytest.raises(ConfigError, match="against: expected distinct directories"):
         LeaderboardConfig(run="a", against=("a",), out="c")
 

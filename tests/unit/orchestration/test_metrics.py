@@ -232,6 +232,23 @@ def test_progress_is_when_something_was_done_not_when_it_was_looked_at(
     assert page.of("moleblend_job_progress_timestamp_seconds", **where) == 1600.0
 
 
+def test_the_pieces_of_a_shuffle_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, now = Page(), [1000.0]
+    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    told = job(page)
+    for second, shown in (
+        (1000, ("place", "1/9")),
+        (1100, ("place", "2/9")),
+        (1200, ("sort", "2/9")),
+        (1300, ("sort", "2/9")),
+    ):
+        now[0] = float(second)
+        told.show({"done": 3, "pass": shown[0], "pieces": shown[1]}, {})
+    told.publisher.publish()
+    where = {"run": "a", "stage": "pretrain"}
+    assert page.of("moleblend_job_progress_timestamp_seconds", **where) == 1200.0
+
+
 @pytest.mark.parametrize(
     ("counts", "starts", "recoveries"),
     [

@@ -264,6 +264,8 @@ def test_tries_of_a_run_are_counted_and_runs_told_apart() -> None:
     name = run_name("pretrain", pretraining("s3://key:hunter2@bucket/runs/first try/"))
     assert name.prefix.startswith("pretrain-first-try-")
     assert "hunter2" not in str(name)
+    # The same place, so the same run, which must not be written twice.
+    assert run_name("pretrain", pretraining("s3://key:hunter2@bucket/runs/first try")) == name
     other = run_name("pretrain", pretraining("s3://bucket/other/first try"))
     assert other.prefix != name.prefix
     over = [

@@ -29,7 +29,7 @@ def lines_of(shown: RenderableType, width: int = 60) -> list[str]:
         (1_540_000, "1.54 MB"),
         (19e9, "19 GB"),
         (2.5e12, "2.5 TB"),
-        (7e18, "7e+03 PB"),
+        (7e18, "7,000 PB"),
     ],
 )
 def test_bytes_have_a_decimal_unit(count: float, text: str) -> None:
@@ -92,6 +92,15 @@ def test_no_length_of_time_is_shown_as_longer_than_a_longer_one() -> None:
 )
 def test_numbers_have_three_digits_or_whole_thousands(value: float, text: str) -> None:
     assert number_text(value) == text
+
+
+def test_what_is_just_below_a_unit_is_written_without_exponent() -> None:
+    for power in range(-1, 8):
+        amount = 0.9997 * 1000.0**power
+        assert "e+" not in bytes_text(amount) + number_text(amount) + duration_text(amount)
+    assert [bytes_text(999_700), bytes_text(999.7e15)] == ["1 MB", "1,000 PB"]
+    assert [number_text(999_700), number_text(999.7e6)] == ["999,700", "1 billion"]
+    assert duration_text(0.9997) == "1 s"
 
 
 def test_tables_align_numbers_and_fold_what_is_too_long() -> None:

@@ -331,11 +331,17 @@ def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
         ("gpus=64",),
         ("gpus=8", "model=large", "fsdp_replicas=2"),
         ("cpu_workers=2", "model=tiny"),
+        ("gpus=8", "steps=1000"),
     ):
-        settings = planned("molecules=1e9", *overrides).settings
+        found = planned("molecules=1e9", *overrides)
+        settings = found.settings
         words = [f"{name}={value}" for name, value in settings.items()]
         run = load_config(PretrainConfig, "pretrain", ["data=d", "out=o", *words])
         assert run.order.global_batch_size % run.cluster.num_workers == 0
+        # As long as the hours that the plan tells.
+        (steps,) = (row for row in found.stages[1].rows if row.what == "steps")
+        assert steps.figure is not None
+        assert run.train.num_steps == steps.figure.value
 
 
 def test_it_is_written_and_drawn(tmp_path: Path) -> None:
