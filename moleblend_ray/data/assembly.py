@@ -55,6 +55,7 @@ def write_manifest(
     ``placed`` are the receipts of an exchange, in its order; the shards are then those of the exchange.
     """
     ordered = sorted(receipts, key=lambda receipt: (receipt.file_index, receipt.chunk_index))
+    _require_every_chunk(ordered)
     units: list[Receipt | UnitReceipt] = [*ordered, *placed]
     statistics = sum_statistics(unit.statistics for unit in units)
     unreadable: Counter[str] = Counter()
@@ -91,9 +92,30 @@ def write_manifest(
     for uri in listed_shards(out):
         if uri not in named:
             storage.delete(uri)  # of a chunk that is no longer in the source, which has changed
+    for folder in (*SPLITS, QUARANTINE_DIR):
+        storage.delete_temporaries(storage.join(out, folder))
     storage.write_json(storage.join(out, MANIFEST_NAME), manifest.to_json())
     remove_work_files(out)
     return manifest
+
+
+def _require_every_chunk(ordered: Sequence[Receipt]) -> None:
+    """DataError if between the first and last chunk of a file one is missing, or is there twice."""
+    expected = (-1, 0, 0)
+    for receipt in ordered:
+        if receipt.file_index != expected[0]:
+            expected = (receipt.file_index, 0, 0)
+        found = (receipt.file_index, receipt.chunk_index, receipt.first_row)
+        if found != expected:
+            raise DataError(
+                f"Rows are lost: of source file {expected[0]}, chunk {expected[1]} should begin at row {expected[2]}, found "
+                f"chunk {found[1]} at row {found[2]}. Run the same command again; please report it if it happens twice."
+            )
+        expected = (
+            receipt.file_index,
+            receipt.chunk_index + 1,
+            receipt.first_row + receipt.rows_in,
+        )
 
 
 def _source_infos(sources: SourceSet, receipts: Sequence[Receipt]) -> tuple[SourceInfo, ...]:

@@ -239,7 +239,7 @@ def _fetch(file: RemoteFile, job: _Job) -> FetchedFile:
 
 def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Digests:
     """Complete the partial file from ``url``; DataError if it is not the published file."""
-    while True:
+    for is_last in (False, True):
         is_continued = _transfer(url, partial, file, job)
         digests = _digests(_file_blocks(partial))
         mismatch = _mismatch(file, digests, _recorded(file, job))
@@ -247,9 +247,10 @@ def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Diges
             return digests
         # The two parts may be of different versions of the file: start over.
         _discard(partial)
-        if not is_continued:
-            raise DataError(f"{without_credentials(url)} is not what was published: {mismatch}.")
+        if is_last or not is_continued:
+            break
         logger.info("%s: what was continued does not fit; it is fetched anew", file.name)
+    raise DataError(f"{without_credentials(url)} is not what was published: {mismatch}.")
 
 
 def _check_present(file: RemoteFile, target: str, job: _Job) -> FetchedFile:

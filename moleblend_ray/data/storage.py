@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -52,6 +52,8 @@ _PART_BYTES: Final = 16 << 20
 _PARALLEL_PARTS: Final = 4
 """Parts that are uploaded at the same time, which bounds the memory of an upload to 64 MiB."""
 
+_TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
+"""Names of local files before they get the names they are written for."""
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 
 _RANGED: Final = frozenset({"s3", "s3a", "gs", "gcs"})
@@ -231,6 +233,8 @@ def list_files(uri: str) -> list[FileInfo]:
             info = _call("list", uri, filesystem.info, path)
             if info["type"] == "directory":
                 found = _call("list", uri, filesystem.find, path, detail=True)
+                if is_local(uri):
+                    found = _with_linked_folders(filesystem, found, (os.path.realpath(path),))
             else:
                 found = {path: info}
     files = (
@@ -242,6 +246,29 @@ def list_files(uri: str) -> list[FileInfo]:
         and not any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
     )
     return sorted(files)
+
+
+def _with_linked_folders(
+    filesystem: Any, found: Mapping[str, Any], within: tuple[str, ...]
+) -> dict[str, Any]:
+    """``found`` with what lies in folders that are symbolic links, in place of the links, which fsspec lists as files.
+
+    ``within``: the real folders that are being listed.
+    """
+    whole: dict[str, Any] = {}
+    for name, info in found.items():
+        if not (os.path.islink(name) and os.path.isdir(name)):
+            whole[name] = info
+            continue
+        real = os.path.realpath(name)
+        if any(folder == real or folder.startswith(real + "/") for folder in within):
+            raise StorageError(f"Cannot list {name}: it is a link to a folder in which it lies.")
+        below = {
+            os.path.join(name, os.path.relpath(path, real)): below_info
+            for path, below_info in filesystem.find(real, detail=True).items()
+        }
+        whole |= _with_linked_folders(filesystem, below, (*within, real))
+    return whole
 
 
 def delete(uri: str) -> None:
@@ -420,6 +447,18 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
 def _with_protocol(asked: str, path: str) -> str:
     """A path that a backend found as a URI: plain if local, otherwise with the protocol of ``asked``."""
     return path if is_local(asked) else f"{_protocol(asked)}://{path.split('://', 1)[-1]}"
+
+
+def delete_temporaries(uri: str) -> None:
+    """Delete what writers that were killed left in a local folder; object stores have no such files.
+
+    Nobody may be writing there.
+    """
+    if is_local(uri):
+        folder = local_path(uri)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -269,7 +269,8 @@ class CheckpointWriter:
                 with quiet_alone(), _without_crc32():
                     save_shards(
                         state,
-                        storage_writer=FileSystemWriter(local, sync_files=False),
+                        # In a local run these are the checkpoint: they must be on disk before its marker is.
+                        storage_writer=FileSystemWriter(local, sync_files=storage.is_local(folder)),
                         process_group=self._group,
                         no_dist=self._group is None,
                     )

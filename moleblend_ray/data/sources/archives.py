@@ -44,8 +44,6 @@ _MAX_HEADER_BYTES: Final = 1 << 20
 """Limit for an extended header, which contains a path."""
 _MAX_EXPANSION: Final = 200
 _EXPANSION_GRACE_BYTES: Final = 256 << 20
-_PEEK_BYTES: Final = 64 << 20
-"""Decompressed bytes that are searched for a first member with molecules."""
 
 
 class Member(NamedTuple):
@@ -93,8 +91,8 @@ def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
 
 
 def first_format(uri: str, container: Container, pattern: str, stream: BinaryIO) -> Format | None:
-    """Format of the first member with molecules; None if there is none (in the first 64 MiB of a tar archive)."""
-    members = _molecule_members(uri, container, pattern, stream, limit=_PEEK_BYTES)
+    """Format of the first member with molecules; None if there is none, for which a tar archive is read to its end."""
+    members = _molecule_members(uri, container, pattern, stream)
     return next((form for _, form, _ in members), None)
 
 
@@ -105,14 +103,14 @@ def zip_names(uri: str, stream: BinaryIO) -> list[str]:
 
 
 def _molecule_members(
-    uri: str, container: Container, pattern: str, stream: BinaryIO, limit: int | None = None
+    uri: str, container: Container, pattern: str, stream: BinaryIO
 ) -> Iterator[tuple[str, Format, Iterator[bytes]]]:
     def wanted(name: str) -> bool:
         is_hidden = any(part.startswith((".", "__MACOSX")) for part in _parts(name))
         return text_format(name) is not None and not is_hidden and fnmatchcase(name, pattern)
 
     if container == "tar":
-        members = _tar_members(uri, decompressed(blocks_of(stream)), wanted, limit)
+        members = _tar_members(uri, decompressed(blocks_of(stream)), wanted)
     else:
         members = _zip_members(uri, stream, wanted)
     for name, blocks in members:
@@ -146,7 +144,6 @@ class _Bytes:
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
         self._rest = b""
-        self.position = 0
 
     def pieces(self, count: int) -> Iterator[bytes]:
         """The next ``count`` bytes in pieces; DamageError if the stream ends before."""
@@ -156,7 +153,6 @@ class _Bytes:
                 raise DamageError("the tar archive is truncated")
             piece, self._rest = piece[:count], piece[count:]
             count -= len(piece)
-            self.position += len(piece)
             yield piece
 
     def read(self, count: int) -> bytes:
@@ -175,7 +171,7 @@ class _Bytes:
 
 
 def _tar_members(
-    uri: str, blocks: Iterator[bytes], wanted: Callable[[str], bool], limit: int | None
+    uri: str, blocks: Iterator[bytes], wanted: Callable[[str], bool]
 ) -> Iterator[Member]:
     """Members in order, with one header in memory at a time.
 
@@ -184,7 +180,7 @@ def _tar_members(
     """
     stream = _Bytes(blocks)
     extended: dict[str, str] = {}
-    while limit is None or stream.position < limit:
+    while True:
         try:
             # A name that is not UTF-8 must not end the reading.
             header = tarfile.TarInfo.frombuf(stream.read(_BLOCK), "utf-8", "surrogateescape")

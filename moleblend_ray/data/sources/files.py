@@ -26,6 +26,8 @@ _EXPECTED: Final = (
 )
 _PARQUET: Final = (".parquet", ".pq")
 _THREADS: Final = 16
+_NAMED: Final = 3
+"""Files that a message names; the others it counts."""
 _PROBE_BYTES: Final = 1 << 16
 
 
@@ -64,7 +66,7 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
     beside = (EXCLUSIONS_NAME, RECORD_NAME)
     others = [info for info in listed if storage.name_of(info.uri) not in beside]
     # A .txt file is read only if it is named itself: in a directory it is usually a note.
-    is_named = len(listed) == 1
+    is_named = [info.uri for info in listed] == [storage.absolute(base)]
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = list(pool.map(lambda info: _source_file(info, members, is_named=is_named), others))
     files = [file for file in looked if file is not None]
@@ -72,10 +74,17 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
         found = ", ".join(storage.name_of(info.uri) for info in listed[:5]) or "no files"
         raise DataError(f"No molecules at {uri}: found {found}; expected {_EXPECTED}.")
     if len(files) < len(others):
+        left_out = [
+            storage.name_of(info.uri)
+            for info, file in zip(others, looked, strict=True)
+            if file is None
+        ]
         logger.warning(
-            "%s: %d files of other kinds are left out",
+            "%s: %d files of other kinds are left out: %s%s",
             without_credentials(uri),
-            len(others) - len(files),
+            len(left_out),
+            ", ".join(left_out[:_NAMED]),
+            " ..." if len(left_out) > _NAMED else "",
         )
     return files, lists
 
@@ -107,6 +116,9 @@ def _source_file(info: storage.FileInfo, members: str, *, is_named: bool) -> Sou
     if container is None and form is None:
         return None
     head, probe = _probe(info)
+    if members != "*":
+        # Other members of an archive are other molecules.
+        probe = hashlib.sha256(f"{probe}!{members}".encode()).hexdigest()
     file = SourceFile(
         uri=info.uri,
         format=form or "sdf",

@@ -115,11 +115,18 @@ def associate(files: Sequence[SourceFile], exclusions: Sequence[str]) -> list[So
     ``exclusions`` are the URIs of lists of molecules that should not be used (``EXCLUSIONS_NAME``).
     """
     found = list(files)
+    geometries: dict[SourceFile, SourceFile] = {}
     for geometry in files:
         if geometry.format != "sdf" or geometry.geometry is not None:
             continue
         table = _table_of(geometry, files)
         if table is not None:
+            other = geometries.setdefault(table, geometry)
+            if other is not geometry:
+                raise ConfigError(
+                    f"source: {other.uri} and {geometry.uri} both look like the geometry of {table.uri}; expected one. "
+                    "Leave the other out."
+                )
             found.remove(geometry)
             found[found.index(table)] = _joined(table, geometry)
     return _with_exclusions(found, exclusions)

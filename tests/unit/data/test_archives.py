@@ -247,13 +247,28 @@ def test_molecules_in_two_formats_must_be_chosen_from(tmp_path: Path) -> None:
     assert [record.mol_id for record in records_of(f"{tmp_path}/a.tar!*.sdf")] == ["m"]
 
 
+def test_other_members_of_an_archive_are_another_source(tmp_path: Path) -> None:
+    content = zipped({"train/x.smi": b"C\nCC\n", "test/y.smi": b"CCC\n"})
+    (tmp_path / "a.zip").write_bytes(content)
+    patterns = ("", "!train/*", "!test/*", "!train/*")
+    probes = [find_sources(f"{tmp_path}/a.zip{pattern}")[0].probe for pattern in patterns]
+    assert probes[1] == probes[3]
+    assert len(set(probes)) == 3
+
+
+def test_molecules_may_come_late_in_a_tar_archive(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({"paper.pdf": bytes(65 << 20), "m.smi": b"C\nCC\n"}))
+    (tmp_path / "b.smi").write_text("CCC\n")
+    assert len(records_of(tmp_path)) == 3
+
+
 def test_an_archive_without_molecules_is_left_out_or_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"notes.md": b"x"}))
     (tmp_path / "b.smi").write_text("C\n")
     assert len(records_of(tmp_path)) == 1
-    assert "1 files of other kinds are left out" in caplog.text
+    assert "1 files of other kinds are left out: a.tar" in caplog.text
     with pytest.raises(DataError, match=r"found a\.tar; expected"):
         records_of(tmp_path / "a.tar")
     with pytest.raises(ConfigError, match="expected a pattern"):

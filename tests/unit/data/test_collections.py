@@ -186,6 +186,17 @@ def test_pcqm4mv2_may_be_unpacked_and_each_file_is_a_source_alone(
         find_sources(str(folder))
 
 
+def test_a_geometry_that_is_there_twice_is_told(
+    tmp_path: Path, samples: list[SampleMolecule]
+) -> None:
+    source = write_pcqm(tmp_path, samples, sdf(samples[:NUM_WITH_GEOMETRY]))
+    (source / "pcqm4m-v2-train.sdf").write_bytes(sdf(samples[:NUM_WITH_GEOMETRY]))
+    with pytest.raises(
+        ConfigError, match=r"train\.sdf and .*train\.sdf\.tar\.gz both look like the geometry of"
+    ):
+        find_sources(str(source))
+
+
 def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
     tmp_path: Path, samples: list[SampleMolecule]
 ) -> None:

@@ -276,6 +276,16 @@ def test_two_versions_put_together_are_noticed_and_fetched_anew(
     assert (tmp_path / "set.csv").read_bytes() == CONTENT
 
 
+def test_wrong_content_that_breaks_each_time_is_not_fetched_for_ever(
+    server: Server, tmp_path: Path
+) -> None:
+    server.files["/data/set.csv"] = CONTENT[::-1]
+    server.surprises = [breaks_after(1_000_000), Handler.serve] * 5
+    with pytest.raises(DataError, match="is not what was published"):
+        fetch(file_of(f"{server.base}/data/set.csv"), tmp_path)
+    assert server.ranges() == [None, "bytes=1000000-"] * 2
+
+
 def test_without_checksum_and_validator_nothing_is_continued(
     server: Server, tmp_path: Path
 ) -> None:

@@ -53,6 +53,30 @@ def prepare(folder: Path, *, finished: bool) -> str:
     return out
 
 
+def test_a_chunk_that_is_missing_or_there_twice_is_no_data_set(tmp_path: Path) -> None:
+    source, out = tmp_path / "table.csv", str(tmp_path / "out")
+    source.write_text(TABLE)
+    options = ConvertOptions(
+        columns=ColumnConfig(id_column="id", label_columns=("y",)), rows_per_chunk=2
+    )
+    sources = inspect_sources(find_sources(str(source)), options.columns)
+    (layout,) = sources.layouts
+    receipts = [
+        convert_chunk(chunk, layout, sources.labels, options, out)
+        for chunk in read_chunks(layout, 0, options.rows_per_chunk)
+    ]
+    before = sorted((tmp_path / "out").rglob("*.parquet"))
+    for wrong, told in (
+        ([receipts[0], *receipts[2:]], r"chunk 1 should begin at row 2, found chunk 2 at row 4"),
+        ([receipts[0], *receipts], r"chunk 1 should begin at row 2, found chunk 0 at row 0"),
+        (receipts[1:], r"chunk 0 should begin at row 0, found chunk 1 at row 2"),
+    ):
+        with pytest.raises(DataError, match=f"Rows are lost: .*{told}"):
+            write_manifest(out, sources, options, wrong)
+        assert sorted((tmp_path / "out").rglob("*.parquet")) == before
+    assert write_manifest(out, sources, options, receipts).counts.rows_in == 7
+
+
 def report_of(uri: str, **options: object) -> DataSetReport:
     report = inspect_data_set(uri, **options)  # type: ignore[arg-type]
     assert isinstance(report, DataSetReport)

@@ -179,6 +179,33 @@ def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
         assert found.uri.endswith(".ipynb_checkpoints/below/seen")
 
 
+def test_files_in_linked_folders_are_listed_and_loops_are_told(tmp_path: Path) -> None:
+    real, far = tmp_path / "real", tmp_path / "far"
+    for file in (real / "a", far / "deep" / "b", far / ".hidden" / "c"):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"xy")
+    (real / "more").symlink_to("../far")
+    (real / "same").symlink_to(far / "deep")
+    found = storage.list_files(str(real))
+    assert [(file.uri.removeprefix(f"{real}/"), file.size) for file in found] == [
+        ("a", 2),
+        ("more/deep/b", 2),
+        ("same/b", 2),
+    ]
+    (far / "deep" / "back").symlink_to(real)
+    with pytest.raises(StorageError, match=r"back: it is a link to a folder in which it lies"):
+        storage.list_files(str(real))
+
+
+def test_what_killed_writers_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    names = {".a.parquet.0123abcd", ".notes", "a.parquet", ".a.parquet.lock", "b.0123abcd"}
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    storage.delete_temporaries(str(tmp_path))
+    storage.delete_temporaries(str(tmp_path / "not there"))
+    assert {path.name for path in tmp_path.iterdir()} == names - {".a.parquet.0123abcd"}
+
+
 def test_folder_objects_of_an_object_store_are_not_listed(s3_uri: str) -> None:
     import s3fs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import uuid
 from collections.abc import Callable
@@ -102,6 +103,32 @@ def test_training_goes_on_while_the_state_of_the_commit_is_written(
     restore_training_state(other.model, other.optimizer, str(tmp_path), 2, Ranks())
     for name, value in training_state(other.model, other.optimizer).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_shards_are_on_disk_before_the_marker_that_vouches_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(file: Any) -> None:
+        descriptor = file if isinstance(file, int) else file.fileno()
+        done.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(file)
+
+    def rename(source: Any, target: Any) -> None:
+        done.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", rename)
+    learner = toy.learner()
+    with writer(tmp_path, asynchronous=False) as checkpoints:
+        checkpoints.commit(2, training_state(learner.model, learner.optimizer), [])
+    marker = done.index("COMMIT.json")
+    shards = {path.name for path in tmp_path.rglob("*.distcp")}
+    assert shards
+    assert shards <= set(done[:marker])
 
 
 def test_a_synchronous_commit_returns_with_its_marker(tmp_path: Path) -> None:
