@@ -13,8 +13,9 @@ from typing import Final
 HIDDEN: Final = "***"
 
 SECRET_NAME: Final = re.compile(
-    r"secret|token|passw|pwd|passphrase|(?:^|_|pg)pass$|credential|signature|cookie|connection_?string"
-    r"|(?:^|_|api|access|account|private)key(?:$|_)|auth(?!or)|authoriz",
+    # Not PWD and OLDPWD, which are folders.
+    r"secret|token|passw|_pwd$|passphrase|(?:^|_|pg)pass$|credential|signature|cookie|connection_?string"
+    r"|(?:api|access|account|private)_?key|(?:^|_)keys?$|auth(?!or)|authoriz",
     re.I,
 )
 """Names of environment variables whose values are nobody else's business."""
@@ -22,9 +23,9 @@ SECRET_NAME: Final = re.compile(
 _USER: Final = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)"
     # Up to the last @, as parsers of URLs do: a password may hold others.
-    r"(?:[^/\s]+@"
+    r"(?:[^/\s\"'<>]+@"
     # Keys with slashes that nobody quoted; a number up to the first slash is a port.
-    r"|[^/\s:@]+:(?!\d+/)[^\s@,\"'<>]+@)",
+    r"|[^/\s:@\[]+:(?!\d+/)[^\s,\"'<>]+@)",
     re.I,
 )
 _PARAMETER: Final = re.compile(

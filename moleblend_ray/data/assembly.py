@@ -129,6 +129,7 @@ def _source_infos(sources: SourceSet, receipts: Sequence[Receipt]) -> tuple[Sour
             size=layout.file.size,
             probe=layout.file.probe,
             rows=rows[index],
+            members=layout.file.members,
         )
         for index, layout in enumerate(sources.layouts)
     )

@@ -39,6 +39,11 @@ def finished_manifest(
     manifest = load_manifest(out)
     made_of = [_identity(source) for source in manifest.sources]
     wanted = [_identity(file) for file in files]
+    for index, (source, file) in enumerate(zip(manifest.sources, files, strict=False)):
+        if source.members not in (None, file.members):
+            there, here = f"!{source.members}", f"!{file.members}"
+            made_of[index] = (made_of[index][0] + there, *made_of[index][1:])
+            wanted[index] = (wanted[index][0] + here, *wanted[index][1:])
     # A setting that the manifest lacks was introduced later: its default is what the data set was made with.
     there = _filled(manifest.options, ConvertOptions().to_json())
     problems = _changes(there, options.to_json())

@@ -135,6 +135,8 @@ class SourceInfo:
     """SHA-256 of the file's first and last 64 KiB and its size, which detects most changes without reading the file."""
     rows: int
     """Records read from it."""
+    members: str | None = None
+    """Pattern of the members of an archive that were read; None in manifests of before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -42,6 +43,8 @@ _S3_ENVIRONMENT: Final = (
     "MOLEBLEND_STORAGE_TIMEOUT_S",
 )
 """Settings that an S3 client reads only when it is created: with other values, another client is needed."""
+
+logger = logging.getLogger(__name__)
 
 _READ_AHEAD_BYTES: Final = 8 << 20
 """Bytes that one request of a streamed read fetches from remote storage."""
@@ -223,9 +226,10 @@ def list_files(uri: str) -> list[FileInfo]:
     that file or directory, not a pattern.
     """
     filesystem, path = _resolve(uri)
-    folder = path
+    folder, hides = path, True
     if _GLOB_CHARACTERS & set(path) and not exists(uri):
         folder = path[: min(map(path.index, _GLOB_CHARACTERS & set(path)))].rpartition("/")[0]
+        hides = not _is_hidden(path.removeprefix(folder))  # a pattern may ask for them
         with translate_errors("list", uri):
             found = _call("list", uri, filesystem.glob, path, detail=True)
     else:
@@ -234,7 +238,7 @@ def list_files(uri: str) -> list[FileInfo]:
             if info["type"] == "directory":
                 found = _call("list", uri, filesystem.find, path, detail=True)
                 if is_local(uri):
-                    found = _with_linked_folders(filesystem, found, (os.path.realpath(path),))
+                    found = _with_linked_folders(filesystem, found, [os.path.realpath(path)])
             else:
                 found = {path: info}
     files = (
@@ -243,31 +247,42 @@ def list_files(uri: str) -> list[FileInfo]:
         # Some clients of object stores represent a folder by an empty object "prefix/".
         if info["type"] != "directory"
         and not name.endswith("/")
-        and not any(part.startswith(".") for part in name.removeprefix(folder).split("/"))
+        and not (hides and _is_hidden(name.removeprefix(folder)))
     )
     return sorted(files)
 
 
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
+
+
 def _with_linked_folders(
-    filesystem: Any, found: Mapping[str, Any], within: tuple[str, ...]
+    filesystem: Any, found: Mapping[str, Any], listed: list[str]
 ) -> dict[str, Any]:
     """``found`` with what lies in folders that are symbolic links, in place of the links, which fsspec lists as files.
 
-    ``within``: the real folders that are being listed.
+    ``listed``: the real folders that are in it. A link into one of them adds nothing; one to a folder around them is not
+    followed, with a warning.
     """
-    whole: dict[str, Any] = {}
-    for name, info in found.items():
-        if not (os.path.islink(name) and os.path.isdir(name)):
-            whole[name] = info
+    links = {
+        name: os.path.realpath(name)
+        for name in found
+        if os.path.islink(name) and os.path.isdir(name)
+    }
+    whole = {name: info for name, info in found.items() if name not in links}
+    # Outer folders first, so that each file is listed once.
+    for name, real in sorted(links.items(), key=lambda link: (len(link[1]), link)):
+        if any(f"{real}/".startswith(f"{folder}/") for folder in listed):
             continue
-        real = os.path.realpath(name)
-        if any(folder == real or folder.startswith(real + "/") for folder in within):
-            raise StorageError(f"Cannot list {name}: it is a link to a folder in which it lies.")
+        if any(folder.startswith(f"{real}/") for folder in listed):
+            logger.warning("%s links to a folder around it: not followed", name)
+            continue
+        listed.append(real)
         below = {
-            os.path.join(name, os.path.relpath(path, real)): below_info
-            for path, below_info in filesystem.find(real, detail=True).items()
+            os.path.join(name, os.path.relpath(path, real)): info
+            for path, info in filesystem.find(real, detail=True).items()
         }
-        whole |= _with_linked_folders(filesystem, below, (*within, real))
+        whole |= _with_linked_folders(filesystem, below, listed)
     return whole
 
 

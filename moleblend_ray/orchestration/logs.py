@@ -25,8 +25,8 @@ LogFormat = Literal["text", "json"]
 
 _FIELDS: Final = ("run", "rank", "step")
 """Fields of a JSON line, if known, besides time, level, logger, message and exception."""
-_PLACE: Final = re.compile(r"(?:path|file|dir|sock)$", re.I)
-"""Names of variables that say where a secret lies, which is none."""
+_PLACE: Final = re.compile(r"(?:path|file|dir|sock|domain|name)$", re.I)
+"""Names of variables that say where a secret lies or what it is called, which is none."""
 _SHORTEST_SECRET: Final = 8
 """Shortest value that is hidden: shorter ones (``true``) occur in many lines that contain no secret."""
 _MAX_NAME: Final = 128

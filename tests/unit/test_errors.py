@@ -20,6 +20,9 @@ from moleblend_ray.orchestration.logs import Redactor
         ("https://u:P@ss@h/x is", "https://***@h/x is"),
         ("https://u:P@s@h/x,https://v:q@i/y", "https://***@h/x,https://***@i/y"),
         ("s3://AKIA:SEC/R+ET@bucket/p", "s3://***@bucket/p"),
+        ("s3://k:a/b@c@host/x", "s3://***@host/x"),
+        ("http://[::1]:8265/a@b", "http://[::1]:8265/a@b"),
+        ('["https://a.com","me@x.org"]', '["https://a.com","me@x.org"]'),
         ("https://h/a?auth=x&author=y&pwd=z", "https://h/a?auth=***&author=y&pwd=***"),
         ("https://h/a#access_token=x", "https://h/a#access_token=***"),
         ("Cannot read https://h/a?sig=x%2F: gone.", "Cannot read https://h/a?sig=***: gone."),
@@ -57,6 +60,10 @@ def test_an_error_hides_credentials_also_after_a_journey_between_processes() -> 
         "NETRC_AUTH",
         "AUTHORIZATION",
         "WANDB_API_KEY",
+        "OPENAI_API_KEYS",
+        "AWS_ACCESSKEYID",
+        "API_KEY2",
+        "DB_PWD",
     ],
 )
 def test_a_variable_that_holds_a_secret_is_neither_sent_nor_shown(name: str) -> None:
@@ -65,7 +72,9 @@ def test_a_variable_that_holds_a_secret_is_neither_sent_nor_shown(name: str) -> 
     assert Redactor({name: "abcdefgh12"})("it is abcdefgh12") == "it is ***"
 
 
-@pytest.mark.parametrize("name", ["KEYBOARD", "MONKEY", "AUTHOR", "COMPASS", "OMP_NUM_THREADS"])
+@pytest.mark.parametrize(
+    "name", ["KEYBOARD", "MONKEY", "AUTHOR", "COMPASS", "PWD", "OLDPWD", "S3_KEY_PREFIX"]
+)
 def test_other_variables_are_no_secrets(name: str) -> None:
     SubmitConfig(job="data", env=(f"{name}=x",))
     assert Redactor({name: "abcdefgh12"})("it is abcdefgh12") == "it is abcdefgh12"

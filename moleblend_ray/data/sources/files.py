@@ -66,11 +66,11 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
     beside = (EXCLUSIONS_NAME, RECORD_NAME)
     others = [info for info in listed if storage.name_of(info.uri) not in beside]
     # A .txt file is read only if it is named itself: in a directory it is usually a note.
-    is_named = [info.uri for info in listed] == [storage.absolute(base)]
+    is_named = _without_compression(storage.name_of(base)).endswith(".txt")
     with ThreadPoolExecutor(_THREADS) as pool:
         looked = list(pool.map(lambda info: _source_file(info, members, is_named=is_named), others))
     files = [file for file in looked if file is not None]
-    if not files and not (lists and is_named):
+    if not files and not (lists and len(listed) == 1):
         found = ", ".join(storage.name_of(info.uri) for info in listed[:5]) or "no files"
         raise DataError(f"No molecules at {uri}: found {found}; expected {_EXPECTED}.")
     if len(files) < len(others):
@@ -116,9 +116,6 @@ def _source_file(info: storage.FileInfo, members: str, *, is_named: bool) -> Sou
     if container is None and form is None:
         return None
     head, probe = _probe(info)
-    if members != "*":
-        # Other members of an archive are other molecules.
-        probe = hashlib.sha256(f"{probe}!{members}".encode()).hexdigest()
     file = SourceFile(
         uri=info.uri,
         format=form or "sdf",
@@ -138,11 +135,16 @@ def _format_of(name: str, *, is_named: bool) -> Format | None:
         return "parquet"
     form = archives.text_format(name)
     if form is None and is_named:
-        for suffix in COMPRESSIONS:
-            name = name.removesuffix(suffix)
-        return "smi" if name.endswith(".txt") else None
+        return "smi" if _without_compression(name).endswith(".txt") else None
     # Single .xyz files are not read: 100,000 files would become 100,000 shards.
     return None if form == "xyz" else form
+
+
+def _without_compression(name: str) -> str:
+    name = name.lower()
+    for suffix in COMPRESSIONS:
+        name = name.removesuffix(suffix)
+    return name
 
 
 def _probe(info: storage.FileInfo) -> tuple[bytes, str]:

@@ -247,15 +247,6 @@ def test_molecules_in_two_formats_must_be_chosen_from(tmp_path: Path) -> None:
     assert [record.mol_id for record in records_of(f"{tmp_path}/a.tar!*.sdf")] == ["m"]
 
 
-def test_other_members_of_an_archive_are_another_source(tmp_path: Path) -> None:
-    content = zipped({"train/x.smi": b"C\nCC\n", "test/y.smi": b"CCC\n"})
-    (tmp_path / "a.zip").write_bytes(content)
-    patterns = ("", "!train/*", "!test/*", "!train/*")
-    probes = [find_sources(f"{tmp_path}/a.zip{pattern}")[0].probe for pattern in patterns]
-    assert probes[1] == probes[3]
-    assert len(set(probes)) == 3
-
-
 def test_molecules_may_come_late_in_a_tar_archive(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar({"paper.pdf": bytes(65 << 20), "m.smi": b"C\nCC\n"}))
     (tmp_path / "b.smi").write_text("CCC\n")

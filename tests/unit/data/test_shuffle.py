@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, ShardReader, load_manifest
 from moleblend_ray.data.shuffle import Exchange, Unit, plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
-from moleblend_ray.errors import DataError
+from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash
 from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
@@ -61,6 +63,23 @@ def prepare(
     )
     placed = run_passes(exchange, passes, reverse=reverse)
     return write_manifest(str(out), sources, options, receipts, placed)
+
+
+def test_other_members_of_an_archive_are_another_source(tmp_path: Path) -> None:
+    archive, out = tmp_path / "a.zip", tmp_path / "out"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("train/x.smi", "C\nCC\n")
+        file.writestr("test/y.smi", "CCC\n")
+    train = prepare(Path(f"{archive}!train/*"), out, shuffle=True)
+    assert prepare(Path(f"{archive}!train/*"), out, shuffle=True) == train
+    with pytest.raises(ConfigError, match=r"there .*a\.zip!train/\* .*; now .*a\.zip!test/\* "):
+        prepare(Path(f"{archive}!test/*"), out, shuffle=True)
+    # Data sets of earlier versions do not say which members they were made of.
+    manifest = out / "manifest.json"
+    value = json.loads(manifest.read_text())
+    del value["sources"][0]["members"]
+    manifest.write_text(json.dumps(value))
+    assert prepare(Path(f"{archive}!train/*"), out, shuffle=True).counts == train.counts
 
 
 def run_passes(exchange: Exchange, passes: list[list[Unit]], *, reverse: bool) -> list[UnitReceipt]:
