@@ -37,13 +37,10 @@ def finished_manifest(
     if not storage.exists(storage.join(out, MANIFEST_NAME)):
         return None
     manifest = load_manifest(out)
-    made_of = [_identity(source) for source in manifest.sources]
-    wanted = [_identity(file) for file in files]
-    for index, (source, file) in enumerate(zip(manifest.sources, files, strict=False)):
-        if source.members not in (None, file.members):
-            there, here = f"!{source.members}", f"!{file.members}"
-            made_of[index] = (made_of[index][0] + there, *made_of[index][1:])
-            wanted[index] = (wanted[index][0] + here, *wanted[index][1:])
+    # Manifests of before do not say which members of an archive were read.
+    tells_members = all(source.members is not None for source in manifest.sources)
+    made_of = [_identity(source, with_members=tells_members) for source in manifest.sources]
+    wanted = [_identity(file, with_members=tells_members) for file in files]
     # A setting that the manifest lacks was introduced later: its default is what the data set was made with.
     there = _filled(manifest.options, ConvertOptions().to_json())
     problems = _changes(there, options.to_json())
@@ -114,9 +111,10 @@ def _check_shards(out: str, manifest: Manifest) -> None:
         )
 
 
-def _identity(source: SourceFile | SourceInfo) -> tuple[str, int, str]:
-    # Another signature or password in the URI does not make another file.
-    return (without_credentials(source.uri), source.size, source.probe)
+def _identity(source: SourceFile | SourceInfo, *, with_members: bool) -> tuple[str, int, str]:
+    # Another signature or password in the URI does not make another file; other members of an archive do.
+    some = f"!{source.members}" if with_members and source.members != "*" else ""
+    return (without_credentials(source.uri) + some, source.size, source.probe)
 
 
 def _shown(identities: Sequence[tuple[str, int, str]]) -> str:
