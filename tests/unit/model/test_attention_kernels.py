@@ -178,4 +178,4 @@ def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.Monke
     for recompute in (False, True):
         model.encoder.recompute_blocks(enabled=recompute)
         for ours, theirs in zip(gradients(), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
