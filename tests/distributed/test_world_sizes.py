@@ -70,7 +70,7 @@ def assert_same_steps(found: list[dict[str, Any]], expected: list[dict[str, Any]
     for ours, theirs in zip(found, expected, strict=True):
         for name in COMPARED:
             # Updates divide by small moments: rounding grows from step to step, most in the gradient.
-            rel = 1e-4 if name == "grad_norm" else 1e-5
+            rel = 2e-5 if name == "grad_norm" else 1e-5
             assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-5), (
                 ours["step"],
                 name,
