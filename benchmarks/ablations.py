@@ -55,7 +55,7 @@ from moleblend_ray.evaluation.tasks import SplitKind, Task, resolve_task
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import build_learner, fit
+from moleblend_ray.training.loop import Hooks, build_learner, fit
 from moleblend_ray.training.metrics import Record
 
 SCRATCH: Final = "scratch"
@@ -246,7 +246,7 @@ def pretrain(
     )
     order = OrderConfig(global_batch_size=arguments.batch, num_streams=1, seed=seed)
     records: list[Record] = []
-    fit(learner, batches(order, stream, arguments), report=records.append)
+    fit(learner, batches(order, stream, arguments), hooks=Hooks(report=records.append))
     late = records[-max(1, len(records) // 10) :]
     names = [name for name in late[0] if name.startswith("loss")]
     losses = {name: float(np.mean([float(record[name]) for record in late])) for name in names}

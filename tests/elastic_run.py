@@ -42,7 +42,8 @@ from moleblend_ray.training.config import (
     TrackingConfig,
     TrainConfig,
 )
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
+from moleblend_ray.training.metrics import Record
 
 NUM_STEPS = 100
 EVERY = 5
@@ -93,13 +94,13 @@ def train_with_pauses(arguments: dict[str, Any]) -> Any:
     """In place of the workers' function; Ray sends them what `__main__` defines."""
     over = hurry_file(arguments["settings"].config.out)
 
-    def slowly(*arguments: Any, on_step: Callable[..., None], **settings: Any) -> Any:
-        def then(*record: Any) -> None:
-            on_step(*record)
+    def slowly(*arguments: Any, hooks: Hooks, **settings: Any) -> Any:
+        def then(record: Record) -> None:
+            hooks.on_step(record)
             if not over.exists():
                 time.sleep(PAUSE_S)
 
-        return fit(*arguments, on_step=then, **settings)
+        return fit(*arguments, hooks=replace(hooks, on_step=then), **settings)
 
     with mock.patch.object(pretraining, "fit", slowly):
         return _train_worker(arguments)

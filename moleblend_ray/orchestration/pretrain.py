@@ -84,7 +84,7 @@ from moleblend_ray.training.commits import (
 )
 from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from_ranks
 from moleblend_ray.training.export import export_run, export_uri
-from moleblend_ray.training.loop import FitResult, Learner, build_learner, fit
+from moleblend_ray.training.loop import FitResult, Hooks, Learner, build_learner, fit, ignore
 from moleblend_ray.training.metrics import (
     Record,
     drop_records_from,
@@ -580,8 +580,7 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | N
     )
     coming = _in_background(steps)
     learner = _build_learner(config, ranks)
-    while_waiting = None if should_stop is None else should_stop.end_wait
-    first = _when_there(coming, while_waiting)
+    first = _when_there(coming, ignore if should_stop is None else should_stop.end_wait)
     is_new_try = first.step > settings.start_step
     if ranks.is_first and is_new_try:
         # A warning, which the user sees: time was lost, and perhaps workers.
@@ -600,18 +599,33 @@ def _fit_rank(settings: _WorkerSettings, ranks: Ranks, should_stop: StopPoll | N
                 learner,
                 chain([first], steps),
                 start_step=first.step,
+                skipped_before=_skipped_before(config, first.step, ranks),
                 checkpoints=checkpoints,
                 validate=validate,
-                report=partial(_report, settings, tracker) if ranks.is_first else None,
-                should_stop=should_stop,
-                while_waiting=while_waiting,
-                after_step=after_step,
-                on_step=partial(_tell_step, metrics),
-                on_anomaly=partial(_tell_anomaly, config.out, metrics) if ranks.is_first else None,
-                skipped_before=_skipped_before(config, first.step, ranks),
+                hooks=_hooks(settings, metrics, tracker, after_step, should_stop),
             )
     finally:
         tracker.finish()
+
+
+def _hooks(
+    settings: _WorkerSettings,
+    metrics: TrainMetrics,
+    tracker: Tracker,
+    after_step: Callable[[], None],
+    should_stop: StopPoll | None,
+) -> Hooks:
+    """``should_stop`` is None on all ranks but the first, which alone reports and is asked to stop."""
+    hooks = Hooks(after_step=after_step, on_step=partial(_tell_step, metrics))
+    if should_stop is None:
+        return hooks
+    return replace(
+        hooks,
+        report=partial(_report, settings, tracker),
+        on_anomaly=partial(_tell_anomaly, settings.config.out, metrics),
+        should_stop=should_stop,
+        while_waiting=should_stop.end_wait,
+    )
 
 
 def _in_background(steps: Iterator[StepBatch]) -> Future[StepBatch]:
@@ -674,24 +688,21 @@ def _checkpoint_writer(
 
 def _tracing(
     config: PretrainConfig, step: int, ranks: Ranks
-) -> contextlib.AbstractContextManager[Callable[[], None] | None]:
-    """Profile the body if ``train.profile`` asks for it; gives what to call after each step, or None."""
+) -> contextlib.AbstractContextManager[Callable[[], None]]:
+    """Profile the body if ``train.profile`` asks for it; gives what to call after each step."""
     if config.train.profile and ranks.is_first:
         return trace_steps(config.out, step, ranks.device)
-    return contextlib.nullcontext()
+    return contextlib.nullcontext(ignore)
 
 
-def _when_there(
-    coming: Future[StepBatch], while_waiting: Callable[[float], None] | None
-) -> StepBatch:
+def _when_there(coming: Future[StepBatch], while_waiting: Callable[[float], None]) -> StepBatch:
     """The first step. Each second until it is there ``while_waiting`` gets the seconds waited so far, and may raise."""
     began_s = time.monotonic()
     while True:
         done, _ = wait([coming], timeout=1.0)
         if done:
             return coming.result()
-        if while_waiting is not None:
-            while_waiting(time.monotonic() - began_s)
+        while_waiting(time.monotonic() - began_s)
 
 
 def _skipped_before(config: PretrainConfig, step: int, ranks: Ranks) -> int:

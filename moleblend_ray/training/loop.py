@@ -93,6 +93,33 @@ class FitResult:
     """True if a stop was asked for before the last step."""
 
 
+def ignore(*_: object) -> None:
+    """What a hook does that is not given."""
+
+
+def never() -> bool:
+    """Ask for no stop."""
+    return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """What :func:`fit` calls on the rank that gives them. Ranks may differ in their hooks."""
+
+    report: Callable[[Record], None] = ignore
+    """With the record of every ``log_every``-th step, of each validation and of the last step."""
+    on_step: Callable[[Record], None] = ignore
+    """With the record of every step."""
+    after_step: Callable[[], None] = ignore
+    """After each update, before it is validated or reported."""
+    on_anomaly: Callable[[Anomaly], None] = ignore
+    """With steps whose numbers are bad."""
+    should_stop: Callable[[], bool] = never
+    """Before each step; True on any rank makes this step the last of all ranks."""
+    while_waiting: Callable[[float], None] = ignore
+    """Each second while no step is ready, with the seconds so far; what it raises ends the run."""
+
+
 class PretrainingObjective(nn.Module):
     """The model with its losses: one module, so that FSDP and DDP see plain tensors come out."""
 
@@ -152,51 +179,39 @@ def fit(
     steps: Iterator[StepBatch],
     *,
     start_step: int = 0,
+    skipped_before: int = 0,
     checkpoints: CheckpointWriter | None = None,
     validate: Callable[[], Record] | None = None,
-    report: Callable[[Record], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
-    while_waiting: Callable[[float], None] | None = None,
-    after_step: Callable[[], None] | None = None,
-    on_step: Callable[[Record], None] | None = None,
-    on_anomaly: Callable[[Anomaly], None] | None = None,
-    skipped_before: int = 0,
+    hooks: Hooks = Hooks(),
 ) -> FitResult:
-    """Train from ``start_step`` to the end of the run, or until ``should_stop`` says so on any rank.
+    """Train from ``start_step`` to the end of the run, or until a stop is asked for on any rank, which is committed too.
 
-    ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings; ``report``
-    gets the record of every ``log_every``-th step and of each validation, ``on_step`` (on every rank) of each; all of them are committed with the checkpoints, and kept in memory no
-    longer. ``checkpoints`` is closed at the end. ``data_wait_s`` of a record is the time in which no step was ready on the
-    device. A stop commits what was done and returns. ``while_waiting`` is told each second for how long the next step has not
-    been there, and may raise. ``on_anomaly`` hears of steps whose numbers are bad (on every rank); ``skipped_before`` steps count as
-    skipped already.
+    ``steps`` yields this rank's share of each global batch. All ranks call this with the same settings. Records are
+    committed with the checkpoints, and kept in memory no longer; ``checkpoints`` is closed at the end. ``data_wait_s`` of
+    a record is the time in which no step was ready on the device. ``skipped_before`` steps count as skipped already.
     """
     num_steps = learner.train.num_steps
     uncommitted: list[Record] = []
     learner.objective.train()
-    watch = _Watch(learner, on_anomaly, skipped_before)
+    watch = _Watch(learner, hooks.on_anomaly, skipped_before)
     meter = Meter.of_device(learner.ranks.device, learner.train.precision, learner.ranks.world_size)
-    wanted = islice(steps, num_steps - start_step)
-    with (
-        checkpoints or contextlib.nullcontext(),
-        DevicePrefetch(
-            wanted,
-            learner.ranks.device,
-            learner.train.prefetch_steps,
-            while_waiting=while_waiting,
-        ) as ahead,
-    ):
+    ahead = DevicePrefetch(
+        islice(steps, num_steps - start_step),
+        learner.ranks.device,
+        learner.train.prefetch_steps,
+        while_waiting=hooks.while_waiting,
+    )
+    with checkpoints or contextlib.nullcontext(), ahead:
         for step in range(start_step, num_steps):
             began_s = time.perf_counter()
             batch = _next_step(ahead, step, num_steps)
             data_wait_s = time.perf_counter() - began_s
-            record, stop = watch.train_step(batch, should_stop is not None and should_stop())
+            record, stop = watch.train_step(batch, hooks.should_stop())
             step_s = time.perf_counter() - began_s
             record |= {"step_s": step_s, "data_wait_s": data_wait_s, **meter.rates(record, step_s)}
             if learner.train.compile:
                 record["compiled_graphs"] = compiled_graphs()
-            if after_step is not None:
-                after_step()
+            hooks.after_step()
             done = step + 1
             is_last = done == num_steps
             # A stop is urgent; but after the last step no later command makes up for the validation.
@@ -205,11 +220,9 @@ def fit(
             )
             if validate is not None and is_validated:
                 record |= validate()
-            if on_step is not None:
-                on_step(record)
-            is_told = is_last or stop or is_validated or done % learner.train.log_every == 0
-            if report is not None and is_told:
-                report(record)
+            hooks.on_step(record)
+            if is_last or stop or is_validated or done % learner.train.log_every == 0:
+                hooks.report(record)
             if checkpoints is not None:
                 uncommitted.append(record)
                 if is_last or stop or checkpoints.is_due(done):
@@ -225,9 +238,7 @@ def fit(
 class _Watch:
     """Runs steps, leaves bad ones out if the settings say so, and tells of those and of losses out of line."""
 
-    def __init__(
-        self, learner: Learner, tell: Callable[[Anomaly], None] | None, skipped: int
-    ) -> None:
+    def __init__(self, learner: Learner, tell: Callable[[Anomaly], None], skipped: int) -> None:
         self._learner = learner
         self._tell = tell
         self._skipped = skipped
@@ -275,8 +286,7 @@ class _Watch:
     def _report(self, anomaly: Anomaly) -> None:
         if self._learner.ranks.is_first:
             logger.warning("%s", anomaly.detail)
-        if self._tell is not None:
-            self._tell(anomaly)
+        self._tell(anomaly)
 
 
 def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tuple[Record, bool]:

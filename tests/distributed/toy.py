@@ -19,7 +19,7 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, build_learner, fit
+from moleblend_ray.training.loop import Hooks, Learner, build_learner, fit
 from moleblend_ray.training.metrics import Record
 
 NUM_MOLECULES = 50
@@ -123,5 +123,5 @@ def learner(
 def records(learner: Learner, steps: Iterator[StepBatch], **options: Any) -> list[Record]:
     """Train, and collect the record of every step."""
     found: list[Record] = []
-    fit(learner, steps, report=found.append, **options)
+    fit(learner, steps, **options, hooks=Hooks(report=found.append))
     return found

@@ -22,7 +22,7 @@ from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks, current_ranks
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.validation import build_validation
@@ -73,9 +73,11 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         start_step=start,
         checkpoints=writer,
         validate=validate,
-        report=records.append,
-        # Only the last rank asks: all must follow.
-        should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
+        hooks=Hooks(
+            report=records.append,
+            # Only the last rank asks: all must follow.
+            should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
+        ),
     )
     return {"step": result.step, "stopped": result.stopped, "records": records}
 
@@ -106,6 +108,8 @@ def main(plan: Path) -> None:
         dist.init_process_group("gloo")
     ranks = current_ranks(use_gpu=False)
     for task in json.loads(plan.read_text()):
+        # The type of parameters, and so of everything computed from them.
+        torch.set_default_dtype(getattr(torch, task.get("dtype", "float32")))
         try:
             outcome = run(task, ranks)
         except MoleBlendError as error:

@@ -27,7 +27,7 @@ from moleblend_ray.orchestration.elastic import (
 from moleblend_ray.orchestration.fixed_workers import StoppableFixedPolicy
 from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import build_learner, fit
+from moleblend_ray.training.loop import Hooks, build_learner, fit
 from moleblend_ray.training.metrics import Record, read_records
 
 TIMEOUT_S = 400
@@ -49,7 +49,7 @@ def undisturbed(data: str, num_steps: int) -> list[Record]:
         data, config.order, config.stream, first_step=0, num_steps=config.train.num_steps
     )
     records: list[Record] = []
-    fit(learner, iter(steps), report=records.append)
+    fit(learner, iter(steps), hooks=Hooks(report=records.append))
     return records[:num_steps]
 
 

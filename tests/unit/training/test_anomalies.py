@@ -23,7 +23,7 @@ from moleblend_ray.training.anomalies import (
     write_anomaly,
 )
 from moleblend_ray.training.config import TrainConfig
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record, last_record, write_records
 
 
@@ -46,9 +46,8 @@ def run(
     fit(
         learner,
         poisoned(bad_steps),
-        report=records.append,
-        on_anomaly=anomalies.append,
         skipped_before=skipped_before,
+        hooks=Hooks(report=records.append, on_anomaly=anomalies.append),
     )
     return records, anomalies, learner.model.state_dict()
 
@@ -68,7 +67,7 @@ def test_a_skipped_step_is_counted_named_and_leaves_the_model_as_it_was() -> Non
     _, _, skipped = run((4,), on_non_finite="skip")
     learner = toy.learner(num_steps=5)
     stop_after_four = iter([False, False, False, True])
-    fit(learner, toy.steps(), should_stop=lambda: next(stop_after_four))
+    fit(learner, toy.steps(), hooks=Hooks(should_stop=lambda: next(stop_after_four)))
     for name, value in learner.model.state_dict().items():
         assert torch.equal(value, skipped[name]), name
 
@@ -95,7 +94,7 @@ def test_more_skipped_steps_than_allowed_end_the_run_those_before_a_restart_incl
 def test_a_run_that_stops_there_tells_of_the_step_first() -> None:
     told: list[Anomaly] = []
     with pytest.raises(NotFiniteError, match=r"train\.on_non_finite=skip") as caught:
-        fit(toy.learner(num_steps=5), poisoned((2,)), on_anomaly=told.append)
+        fit(toy.learner(num_steps=5), poisoned((2,)), hooks=Hooks(on_anomaly=told.append))
     assert told == [caught.value.anomaly]
     again = pickle.loads(pickle.dumps(caught.value))
     assert (str(again), again.anomaly, again.stop) == (str(caught.value), told[0], False)
@@ -104,7 +103,7 @@ def test_a_run_that_stops_there_tells_of_the_step_first() -> None:
 def test_a_stop_that_was_asked_for_at_a_skipped_step_is_kept() -> None:
     learner = toy.learner(num_steps=5, on_non_finite="skip")
     answers = iter([False, True])
-    result = fit(learner, poisoned((1,)), should_stop=lambda: next(answers))
+    result = fit(learner, poisoned((1,)), hooks=Hooks(should_stop=lambda: next(answers)))
     assert (result.step, result.stopped) == (2, True)
 
 

@@ -33,7 +33,7 @@ from moleblend_ray.training.commits import (
 )
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, fit
+from moleblend_ray.training.loop import Hooks, Learner, fit
 from moleblend_ray.training.metrics import read_records
 from moleblend_ray.training.saving import AnotherWriterError, CheckpointWriter
 
@@ -173,7 +173,9 @@ def test_a_continued_run_is_the_uninterrupted_one(tmp_path: Path, model: Any) ->
     half = str(tmp_path / "half")
     first = toy.learner(num_steps=6, model=model)
     answers = iter([False, False, True])
-    fit(first, toy.steps(), checkpoints=writer(half), should_stop=lambda: next(answers))
+    fit(
+        first, toy.steps(), checkpoints=writer(half), hooks=Hooks(should_stop=lambda: next(answers))
+    )
     second = toy.learner(num_steps=6, model=model)
     restore_training_state(second.model, second.optimizer, half, 3, Ranks())
     continued = toy.records(
@@ -218,7 +220,7 @@ def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart
             start_step=start,
             checkpoints=writer(run, start=start, **kept),
             validate=lambda: {"valid_loss": losses[next(steps)]},
-            should_stop=lambda: next(polls) == stop_before - 1,
+            hooks=Hooks(should_stop=lambda: next(polls) == stop_before - 1),
         )
 
     train_on(0, 5)

@@ -23,12 +23,7 @@ from moleblend_ray.training import loop
 from moleblend_ray.training.anomalies import NotFiniteError
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import (
-    dropout_seed,
-    fit,
-    molecules_checksum,
-    train_step,
-)
+from moleblend_ray.training.loop import Hooks, dropout_seed, fit, molecules_checksum, train_step
 from moleblend_ray.training.metrics import Record, read_records
 from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.saving import CheckpointWriter
@@ -139,7 +134,9 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
 
 def test_a_stop_ends_after_the_current_step() -> None:
     answers = iter([False, False, True])
-    result = fit(toy.learner(num_steps=8), toy.steps(), should_stop=lambda: next(answers))
+    result = fit(
+        toy.learner(num_steps=8), toy.steps(), hooks=Hooks(should_stop=lambda: next(answers))
+    )
     assert (result.step, result.stopped) == (3, True)
 
 
@@ -182,7 +179,7 @@ def test_reports_come_at_their_interval_and_at_the_end() -> None:
     fit(
         toy.learner(num_steps=7, log_every=3),
         toy.steps(),
-        report=lambda record: reported.append(int(record["step"])),
+        hooks=Hooks(report=lambda record: reported.append(int(record["step"]))),
     )
     assert reported == [2, 5, 6]
 
@@ -216,8 +213,7 @@ def test_a_stop_leaves_out_a_validation_but_not_the_last_one(
         toy.learner(num_steps=4, validate_every=2),
         toy.steps(),
         validate=lambda: {"valid_loss": 1.5},
-        should_stop=lambda: next(answers),
-        report=records.append,
+        hooks=Hooks(should_stop=lambda: next(answers), report=records.append),
     )
     assert (result.step, result.stopped) == (asked_at + 1, stopped)
     assert [record["step"] for record in records if "valid_loss" in record] == validated

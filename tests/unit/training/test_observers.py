@@ -13,7 +13,7 @@ from moleblend_ray.training import saving
 from moleblend_ray.training.commits import CommittedFile
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.saving import CheckpointWriter, Save
 
@@ -22,7 +22,7 @@ def test_every_step_is_told_whatever_the_interval_of_reports(tmp_path: Path) -> 
     steps: list[Record] = []
     reports: list[Record] = []
     learner = toy.learner(num_steps=6, log_every=4)
-    fit(learner, toy.steps(), on_step=steps.append, report=reports.append)
+    fit(learner, toy.steps(), hooks=Hooks(on_step=steps.append, report=reports.append))
     assert [record["step"] for record in steps] == list(range(6))
     assert [record["step"] for record in reports] == [3, 5]
     assert all(record["step_s"] >= record["data_wait_s"] >= 0 for record in steps)

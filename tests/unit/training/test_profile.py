@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.profile import SKIPPED_STEPS, TRACED_STEPS, trace_steps
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def train(folder: Path, num_steps: int, start: int = 0) -> list[str]:
             toy.learner(num_steps=num_steps),
             toy.steps(start=start),
             start_step=start,
-            after_step=after_step,
+            hooks=Hooks(after_step=after_step),
         )
     return sorted(file.name for file in folder.rglob("*") if file.is_file())
 

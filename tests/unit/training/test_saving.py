@@ -21,7 +21,7 @@ from moleblend_ray.training.checkpoint import restore_training_state, training_s
 from moleblend_ray.training.commits import CommittedFile, committed_steps, latest_committed
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, fit
+from moleblend_ray.training.loop import Hooks, Learner, fit
 from moleblend_ray.training.metrics import read_records
 from moleblend_ray.training.saving import CheckpointWriter
 
@@ -211,7 +211,7 @@ def test_one_failing_save_too_many_ends_training(
             toy.learner(num_steps=20),
             toy.steps(),
             checkpoints=writer(tmp_path, max_failed_saves=2, asynchronous=asynchronous),
-            report=lambda record: reported.append(int(record["step"])),
+            hooks=Hooks(report=lambda record: reported.append(int(record["step"]))),
         )
     assert committed_steps(str(tmp_path)) == [2]
     # Saves of 4, 6 and 8 fail; behind the steps, the third failure is seen when step 10 is due.

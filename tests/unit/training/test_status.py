@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from datetime import UTC, datetime, timedelta
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.training.commits import COMMIT_NAME, FINISHED_NAME, committed_steps, read_commit
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import fit
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import write_records
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.status import RunStatus, run_status
@@ -49,14 +50,14 @@ def train(run: Path, *, start: int = 0, stop_at: int | None = None) -> None:
         config_fingerprint="f",
         start_step=start,
     )
-    asked = iter([False] * (stop_at or 10**6) + [True] * 10**6)
+    asked = repeat(False) if stop_at is None else chain([False] * stop_at, repeat(True))
     fit(
         toy.learner(num_steps=NUM_STEPS, validate_every=10),
         toy.steps(start=start),
         start_step=start,
         checkpoints=writer,
         validate=lambda: {"valid_loss": 1.5},
-        should_stop=(lambda: next(asked)) if stop_at is not None else None,
+        hooks=Hooks(should_stop=lambda: next(asked)),
     )
     storage.write_json(str(run / "config.json"), document())
 
