@@ -451,6 +451,7 @@ def markdown(
 ) -> str:
     """The table of scores, and that of settings."""
     counts = wins(rows)
+    compared = [row for row in rows if row["difference"]["mean"] is not None]
     others = [name for name in BASELINES if any(name in row for row in rows)]
     checkpoint = f"`{start.fingerprint[:16]}`" if start and start.fingerprint else "none"
     lines = [
@@ -480,8 +481,9 @@ def markdown(
     lines += [
         "",
         *(
-            f"- {arm}: better on {counts[arm]['better']} of {len(rows)} tasks, beyond the interval on {counts[arm]['beyond_interval']}"
+            f"- {arm}: better on {counts[arm]['better']} of {len(compared)} tasks, beyond the interval on {counts[arm]['beyond_interval']}"
             for arm in ARMS
+            if compared
         ),
         "",
         "| task | split | train / valid / test | epochs | batch | learning rate | relations | readout |",
