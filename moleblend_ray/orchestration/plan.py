@@ -28,7 +28,8 @@ from moleblend_ray.model.flops import TRAINING_FACTOR
 from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
 from moleblend_ray.planning.capacity import DataCosts, Setup, mean_atoms
 from moleblend_ray.planning.figures import Basis, Figure, assumed, computed, given, measured
-from moleblend_ray.planning.planner import Job, Plan, Stage, flops_per_molecule, make_plan
+from moleblend_ray.planning.plan import Job, Plan, Premises, Stage
+from moleblend_ray.planning.planner import flops_per_molecule, make_plan
 from moleblend_ray.planning.rates import (
     ATOM_SHARES,
     ATOMS_PER_MOLECULE,
@@ -86,12 +87,9 @@ def plan(config: PlanConfig) -> PlanReport:
     kind = f"GPUs ({gpu(config.gpu).name})" if config.gpus else "CPU workers"
     result = make_plan(
         f"{job.molecules:,} molecules, {model_size(config.model).parameters:,} parameters, {workers} {kind}",
-        job,
-        setup,
+        Premises(job=job, setup=setup, failures=config.failures, prices=config.prices),
         workers,
         cpu_nodes=config.cpu_nodes,
-        failures=config.failures,
-        prices=config.prices,
         gpu_memory_gb=gpu(config.gpu).memory_gb if config.gpus else None,
     )
     if config.out is None:

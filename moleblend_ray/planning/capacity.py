@@ -103,6 +103,10 @@ class Setup:
         """Whether trainers have GPUs."""
         return self.gpus_per_node > 0
 
+    def shards(self, workers: int) -> int:
+        """Parts that the state of the model is divided into among ``workers`` trainers."""
+        return workers // self.replicas if self.strategy == "fsdp" else 1
+
     @property
     def molecule_bytes(self) -> float:
         """Bytes per molecule on the way to a trainer."""

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from moleblend_ray.planning.planner import Plan, ScalePoint
+from moleblend_ray.planning.plan import Plan, ScalePoint
 
 _COLOURS: Final = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")

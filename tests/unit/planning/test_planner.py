@@ -26,7 +26,8 @@ from moleblend_ray.orchestration.plan import (
 from moleblend_ray.orchestration.terminal import json_text
 from moleblend_ray.planning.capacity import Setup, amplification, throughput
 from moleblend_ray.planning.figures import Basis, measured
-from moleblend_ray.planning.planner import Plan, flops_per_molecule
+from moleblend_ray.planning.plan import Plan
+from moleblend_ray.planning.planner import flops_per_molecule
 from moleblend_ray.training.rehearsal import Found
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
