@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
@@ -137,29 +137,28 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
     files = record_files(uri)
     records = _tail(files, 2 * _WINDOW)
     step = newest.step if newest else 0
-    num_steps = _get(config, "train", "num_steps")
     seconds = _seconds_a_step(commits, records)
-    every = _get(config, "checkpoint", "every_steps")
-    interval_s = every * seconds if every and seconds else None
-    age_s = _age_s(newest, now or datetime.now(UTC))
-    state, detail = _state(
-        finished, checkpoints, step, num_steps, every, interval_s, age_s, has_commit=bool(newest)
+    schedule = _Schedule(
+        num_steps=_get(config, "train", "num_steps"),
+        every_steps=_get(config, "checkpoint", "every_steps"),
+        seconds_a_step=seconds,
     )
+    age_s = _age_s(newest, now or datetime.now(UTC))
     if finished is not None:
         step = max(step, int(finished.get("steps", step)))
-    left = None if num_steps is None else max(0, num_steps - step)
+    state = _state(checkpoints, schedule, step, age_s, is_finished=finished is not None)
     window = records[-_WINDOW:]
     return RunStatus(
         kind="pretrain",
         uri=uri,
-        state=state,
-        detail=detail,
+        state=state.name,
+        detail=state.detail,
         step=step,
-        num_steps=num_steps,
+        num_steps=schedule.num_steps,
         last_commit=newest.created if newest else None,
         age_s=age_s,
-        expected_interval_s=interval_s,
-        eta_s=None if left is None or seconds is None or state == "finished" else left * seconds,
+        expected_interval_s=schedule.interval_s,
+        eta_s=None if finished is not None else schedule.seconds_after(step),
         seconds_a_step=seconds,
         workers=newest.world_size if newest else None,
         window=len(window),
@@ -176,43 +175,75 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
     )
 
 
+class _Schedule(NamedTuple):
+    """What a run has to do and how fast it is; None where that is not known."""
+
+    num_steps: int | None
+    every_steps: int | None
+    """Steps from one checkpoint to the next."""
+    seconds_a_step: float | None
+
+    @property
+    def interval_s(self) -> float | None:
+        """Seconds from one checkpoint to the next."""
+        if not self.every_steps or not self.seconds_a_step:
+            return None
+        return self.every_steps * self.seconds_a_step
+
+    def seconds_after(self, step: int) -> float | None:
+        """What the steps after ``step`` take."""
+        if self.num_steps is None or self.seconds_a_step is None:
+            return None
+        return max(0, self.num_steps - step) * self.seconds_a_step
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint after ``step`` is part of the schedule, so that no stop was needed for it."""
+        return not self.every_steps or step % self.every_steps == 0 or step == self.num_steps
+
+
+class _State(NamedTuple):
+    name: str
+    """As in :class:`RunStatus`."""
+    detail: str
+    """What that is taken from."""
+
+
 def _state(
-    finished: Mapping[str, Any] | None,
     checkpoints: Sequence[CheckpointStatus],
+    schedule: _Schedule,
     step: int,
-    num_steps: int | None,
-    every: int | None,
-    interval_s: float | None,
     age_s: float | None,
     *,
-    has_commit: bool,
-) -> tuple[str, str]:
-    if finished is not None:
-        return "finished", f"its summary ({FINISHED_NAME}) is there"
-    marked = [one for one in checkpoints if one.state != "incomplete"]
-    if marked and not has_commit:
-        states = {one.state for one in marked}
-        what = "of a newer version" if states == {"newer"} else "damaged"
-        return "damaged", f"all its checkpoints are {what}: its command cannot continue"
-    if not has_commit or age_s is None:
-        return (
-            "started",
-            "nothing is committed yet: its command is at its first steps, or has ended",
+    is_finished: bool,
+) -> _State:
+    """The state of a run that committed ``step`` ``age_s`` ago; None: no whole checkpoint is there."""
+    if is_finished:
+        return _State("finished", f"its summary ({FINISHED_NAME}) is there")
+    if age_s is None:
+        return _state_without_commit(checkpoints)
+    interval_s = schedule.interval_s
+    if interval_s is not None and age_s <= _OVERDUE_INTERVALS * interval_s + _OVERDUE_S:
+        return _State(
+            "running", f"the newest checkpoint is not older than {_OVERDUE_INTERVALS:g} intervals"
         )
-    limit_s = _OVERDUE_INTERVALS * (interval_s or 0.0) + _OVERDUE_S
-    if interval_s is not None and age_s <= limit_s:
-        return (
-            "running",
-            f"the newest checkpoint is not older than {_OVERDUE_INTERVALS:g} intervals",
-        )
-    if every and step % every and step != num_steps:
-        return (
+    if not schedule.is_due(step):
+        return _State(
             "stopped",
             f"step {step:,} was committed between two checkpoints, as a stop that is asked for does: the same command continues",
         )
-    return (
+    return _State(
         "stalled",
         "the next checkpoint is overdue: killed, hanging, or waiting for machines; the same command continues",
+    )
+
+
+def _state_without_commit(checkpoints: Sequence[CheckpointStatus]) -> _State:
+    unusable = {one.state for one in checkpoints if one.state != "incomplete"}
+    if unusable:
+        what = "of a newer version" if unusable == {"newer"} else "damaged"
+        return _State("damaged", f"all its checkpoints are {what}: its command cannot continue")
+    return _State(
+        "started", "nothing is committed yet: its command is at its first steps, or has ended"
     )
 
 
@@ -338,26 +369,27 @@ def _curve(files: Sequence[RecordFile]) -> tuple[float, ...]:
 
 
 def _rates(window: Sequence[Record]) -> dict[str, float]:
+    """The figures of ``RunStatus.rates``, of those whose records have them."""
     if not window:
         return {}
+    total_s = sum(record.get("step_s", 0.0) for record in window)
     found = {}
-    for name in ("molecules_per_s", "atoms_per_s"):
+    for amount in ("molecules", "atoms"):
         # Of the whole window, not the mean of rates: slow steps weigh what they took.
-        amount = name.removesuffix("_per_s")
         if all(amount in record and "step_s" in record for record in window):
-            total_s = sum(record["step_s"] for record in window)
-            found[name] = sum(record[amount] for record in window) / total_s if total_s else 0.0
+            sum_of_amounts = sum(record[amount] for record in window)
+            found[f"{amount}_per_s"] = sum_of_amounts / total_s if total_s else 0.0
     for name in ("mfu", "padding_share"):
         values = [record[name] for record in window if name in record]
         if values:
             found[name] = statistics.fmean(values)
     waits = [record["data_wait_s"] for record in window if "data_wait_s" in record]
-    total_s = sum(record.get("step_s", 0.0) for record in window)
     if waits and total_s:
         found["data_wait_share"] = sum(waits) / total_s
+    newest = window[-1]
     for name in ("peak_memory_mib", "learning_rate", "grad_norm"):
-        if name in window[-1]:
-            found[name] = window[-1][name]
+        if name in newest:
+            found[name] = newest[name]
     return {name: float(value) for name, value in found.items()}
 
 
