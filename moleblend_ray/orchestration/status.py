@@ -29,7 +29,8 @@ from moleblend_ray.evaluation.status import (
 )
 from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
 from moleblend_ray.quantities import bytes_text, duration_text
-from moleblend_ray.training.status import CONFIG_NAME, RunStatus, run_status
+from moleblend_ray.training.commits import CONFIG_NAME
+from moleblend_ray.training.status import RunStatus, run_status
 
 Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | DataStatus
 

@@ -31,6 +31,7 @@ from moleblend_ray.training.config import CheckpointConfig
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME: Final = "config.json"
 COMMIT_NAME: Final = "COMMIT.json"
 FINISHED_NAME: Final = "FINISHED.json"
 COMMIT_FORMAT: Final = 1

@@ -39,8 +39,6 @@ from moleblend_ray.training.metrics import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME: Final = "config.json"
-
 _TAIL_BYTES: Final = 256 << 10
 _HEAD_BYTES: Final = 64 << 10
 _LAST_LINE_BYTES: Final = 4 << 10

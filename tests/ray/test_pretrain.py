@@ -25,17 +25,14 @@ from moleblend_ray.data.shards import fingerprint, load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module
-from moleblend_ray.orchestration.pretrain import (
-    PretrainSummary,
-    WorkersLostError,
-    _open_run,
-    _Outcome,
+from moleblend_ray.orchestration import pretrain_worker
+from moleblend_ray.orchestration.pretrain import WorkersLostError, _train_until_done, pretrain
+from moleblend_ray.orchestration.pretrain_worker import (
+    WorkerOutcome,
+    WorkerSettings,
     _start_tracker,
-    _train_until_done,
-    _WorkerSettings,
-    pretrain,
-    run_identity,
 )
+from moleblend_ray.orchestration.run_folder import PretrainSummary, open_run, run_identity
 from moleblend_ray.training.commits import committed_steps, step_uri
 from moleblend_ray.training.config import (
     CheckpointConfig,
@@ -260,8 +257,8 @@ class NoReporter:
         assert name == "planned_restarts"
 
 
-def outcome(step: int, stopped_by: Any = "") -> _Outcome:
-    return _Outcome(step=step, world_size=2, stopped_by=stopped_by)
+def outcome(step: int, stopped_by: Any = "") -> WorkerOutcome:
+    return WorkerOutcome(step=step, world_size=2, stopped_by=stopped_by)
 
 
 def test_lost_workers_end_a_run_only_if_it_gets_nowhere(
@@ -414,14 +411,14 @@ SECRET = "s3://key:hunter2@bucket/folder?X-Amz-Signature=hunter2"
 
 def test_the_configuration_in_the_run_s_folder_has_no_secrets(data: str, tmp_path: Path) -> None:
     config = replace(settings(data, str(tmp_path)), tracking=TrackingConfig(dir=SECRET))
-    _open_run(config, load_manifest(data))
+    open_run(config, load_manifest(data))
     text = (tmp_path / "config.json").read_text()
     assert "bucket/folder" in text
     assert "hunter2" not in text
 
 
-def worker_settings(data: str, out: str) -> _WorkerSettings:
-    return _WorkerSettings(
+def worker_settings(data: str, out: str) -> WorkerSettings:
+    return WorkerSettings(
         config=settings(data, out),
         manifest=load_manifest(data),
         start_step=0,
@@ -437,7 +434,7 @@ def test_the_tracker_gets_no_secrets(data: str, monkeypatch: pytest.MonkeyPatch)
         given.append(str(arguments))
         return NoTracker()
 
-    monkeypatch.setattr(pretrain_module, "start_tracker", take)
+    monkeypatch.setattr(pretrain_worker, "start_tracker", take)
     _start_tracker(worker_settings(data, SECRET), Ranks(), is_new_try=False)
     assert "bucket/folder" in given[0]
     assert "hunter2" not in given[0]
@@ -449,7 +446,7 @@ def test_a_tracker_that_does_not_start_ends_a_new_command_but_no_new_try(
     def refuse(*_: object) -> NoTracker:
         raise TrackerError("no key")
 
-    monkeypatch.setattr(pretrain_module, "start_tracker", refuse)
+    monkeypatch.setattr(pretrain_worker, "start_tracker", refuse)
     with pytest.raises(ConfigError, match="no key"):
         _start_tracker(worker_settings(data, "run"), Ranks(), is_new_try=False)
     _start_tracker(worker_settings(data, "run"), Ranks(), is_new_try=True)

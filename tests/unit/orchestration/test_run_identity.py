@@ -14,7 +14,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.shards import Manifest
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
-from moleblend_ray.orchestration.pretrain import (
+from moleblend_ray.orchestration.run_folder import (
     _require_coordinates,
     _require_same_run,
     run_identity,

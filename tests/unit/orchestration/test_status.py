@@ -256,8 +256,7 @@ def test_neither_ray_nor_torch_is_imported() -> None:
 def test_names_of_files_are_those_that_commands_write() -> None:
     from moleblend_ray.evaluation.leaderboard import LEADERBOARD_NAME
     from moleblend_ray.evaluation.results import RESULTS_NAME
-    from moleblend_ray.orchestration import embed, parts, predict, pretrain
-    from moleblend_ray.training import status as training
+    from moleblend_ray.orchestration import embed, parts, predict
 
     assert f"{LEADERBOARD_NAME}.json" == names.LEADERBOARD_NAME
     assert RESULTS_NAME == names.RESULTS_NAME
@@ -266,5 +265,4 @@ def test_names_of_files_are_those_that_commands_write() -> None:
         "PredictConfig": predict.SUMMARY_NAME,
     }
     assert set(names.PREPARED_DIRS.values()) == {parts.DATA_DIR}
-    assert training.CONFIG_NAME == pretrain.CONFIG_NAME
     assert MANIFEST_NAME == "manifest.json"

@@ -1,0 +1,187 @@
+"""The folder of a pretraining run: whose run it is, where it stands, and whether a command may continue it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from moleblend_ray.config.builder import to_dict
+from moleblend_ray.config.describe import redact
+from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.shards import Manifest
+from moleblend_ray.errors import CheckpointError, DataError, without_credentials
+from moleblend_ray.model.config import BlendConfig, ModelConfig
+from moleblend_ray.training.checkpoint import library_versions
+from moleblend_ray.training.commits import (
+    CONFIG_NAME,
+    FINISHED_NAME,
+    Commit,
+    committed_steps,
+    latest_committed,
+    read_commit,
+    require_same_run,
+)
+from moleblend_ray.training.export import export_uri
+
+logger = logging.getLogger(__name__)
+
+_FEW_PLACED: Final = 0.5
+"""Share of molecules with coordinates below which a run says that it has few."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainSummary:
+    """What a call of `pretrain` did or found."""
+
+    out: str
+    """URI of the run."""
+    finished: bool
+    """False if a stop was asked for before the last step; the same command continues."""
+    steps: int
+    """Steps committed since the start of the run."""
+    resumed_from: int
+    """Committed step at which this call started; 0 for a new run."""
+    world_size: int
+    """Number of workers at the end of this call."""
+    molecules: int
+    """Molecules seen in all steps, repetitions counted."""
+    loss_first: dict[str, float]
+    """Mean losses of the first tenth of the steps (at most 50): "loss" is the optimised loss, "loss_<head>" that of a
+    head."""
+    loss_last: dict[str, float]
+    """The same for the last tenth."""
+    molecules_per_s: float
+    """Molecules seen per second of step time, over all steps."""
+    seconds: float
+    """Wall time of this call."""
+    data_fingerprint: str
+    """Fingerprint of the prepared dataset."""
+    export: str | None
+    """Folder with model.safetensors and config.json; None while unfinished."""
+
+
+def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
+    """The settings of a run that must not change between its checkpoints."""
+    settings = to_dict(config)
+    # Runs of earlier versions do not have these settings.
+    if config.blend.view_probabilities == BlendConfig().view_probabilities:
+        del settings["blend"]["view_probabilities"]
+    if not config.model.environment_head:
+        del settings["model"]["environment_bins"]
+    return {
+        "data_fingerprint": manifest.fingerprint,
+        # Part of the fingerprint; named here as well, to show why data that were prepared again are different.
+        "featurizer_version": manifest.featurizer_version,
+        "seed": config.seed,
+        "random_rotation": config.stream.random_rotation,
+        **{name: settings[name] for name in ("order", "model", "blend")},
+    }
+
+
+def open_run(
+    config: PretrainConfig, manifest: Manifest, finished: PretrainSummary | None = None
+) -> Commit | None:
+    """Check that the configuration may continue the run in ``out``, store it there, and return the newest commit.
+
+    ``finished``: the summary of a run that is to be longer now.
+    """
+    if manifest.num_molecules("train") == 0:
+        raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
+    _require_coordinates(config, manifest)
+    identity = run_identity(config, manifest)
+    commit = latest_committed(config.out, verify_content=True)
+    if commit is not None:
+        _require_same_run(commit.identity, identity, config.out)
+    elif finished is not None:
+        # From step 0 it would replace the metrics and the exported model of the run.
+        raise CheckpointError(
+            f"{config.out} is finished ({finished.steps} steps) and has no checkpoints any more: it cannot go on to "
+            f"{config.train.num_steps} steps. Put its newest checkpoint back, or start a new run under another `out`."
+        )
+    elif storage.exists(storage.join(config.out, CONFIG_NAME)):
+        logger.info("%s was started before but committed nothing: starting anew", config.out)
+    document = {
+        "config": redact(to_dict(config)),
+        "data_fingerprint": manifest.fingerprint,
+        "versions": library_versions(),
+    }
+    storage.write_json(storage.join(config.out, CONFIG_NAME), document)
+    return commit
+
+
+def _require_coordinates(config: PretrainConfig, manifest: Manifest) -> None:
+    """Refuse 3D losses on molecules that all lack coordinates; say so if many do."""
+    total, placed = manifest.counts.rows_out, manifest.counts.with_coordinates
+    losses = [name for name in ("denoise", "direction", "distance") if config.loss.weight(name) > 0]
+    remedy = "prepare them with featurize.conformers.generate=true"
+    if not placed and losses:
+        zero = " ".join(f"loss.{name}_weight=0" for name in losses)
+        raise DataError(
+            f"none of the {total} molecules of {config.data} has coordinates: nothing would teach the encoder 3D relations. "
+            f"Use sources with coordinates or {remedy}. To pretrain on 2D relations alone, say so: {zero}"
+        )
+    if placed < _FEW_PLACED * total:
+        logger.warning(
+            "%d of %d molecules of %s have no coordinates and teach 2D relations only; %s",
+            total - placed,
+            total,
+            without_credentials(config.data),
+            remedy,
+        )
+
+
+def config_fingerprint(config: PretrainConfig) -> str:
+    """SHA-256 of the whole configuration, in hexadecimal."""
+    # Without credentials: a URI with a new signature is the same configuration.
+    text = json.dumps(redact(to_dict(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary | None:
+    """The stored summary of a finished run, if ``config`` describes that run."""
+    uri = storage.join(config.out, FINISHED_NAME)
+    if not storage.exists(uri):
+        return None
+    try:
+        stored = dict(storage.read_json(uri))
+        identity = stored.pop("identity", None)
+        summary = PretrainSummary(**stored)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{uri} is not the summary of a run: {error}") from error
+    if identity is None:  # an earlier version wrote it
+        identity = _committed_identity(config.out)
+    if identity is None:  # and the checkpoints were deleted
+        identity = {"data_fingerprint": summary.data_fingerprint}
+    _require_same_run(identity, run_identity(config, manifest), config.out)
+    # The stored URIs have no credentials, and the folder may have been moved.
+    return replace(summary, out=config.out, export=export_uri(config.out))
+
+
+def _committed_identity(run_uri: str) -> Mapping[str, Any] | None:
+    """The settings that the newest readable marker holds; None without one."""
+    for step in committed_steps(run_uri):
+        with contextlib.suppress(CheckpointError):
+            return read_commit(run_uri, step).identity
+    return None
+
+
+def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
+    """As :func:`require_same_run`; both with the settings that :func:`run_identity` leaves out."""
+    require_same_run(_with_later_settings(stored), _with_later_settings(wanted), run_uri)
+
+
+def _with_later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {
+        "blend": {"view_probabilities": to_dict(BlendConfig())["view_probabilities"]},
+        "model": {"environment_bins": ModelConfig().environment_bins},
+    }
+    complete = {
+        name: {**values, **identity[name]} for name, values in defaults.items() if name in identity
+    }
+    return {**identity, **complete}
