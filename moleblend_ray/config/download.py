@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.checks import check_all, locations
-from moleblend_ray.data.download import Collection, TransferOptions
+from moleblend_ray.data.download import Collection
+from moleblend_ray.data.transfer import TransferOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,27 +8,26 @@ Nothing is executed or unpacked: archives are read as they are.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
-import http.client
 import json
 import logging
 import os
 import re
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from email.message import Message
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Final, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any, Final, NamedTuple
 
-from moleblend_ray.checks import above, at_least, check_all
+from moleblend_ray.checks import above, check_all
 from moleblend_ray.data import storage
-from moleblend_ray.data.retry import TRANSIENT_STATUS, backoff_seconds
+from moleblend_ray.data.transfer import (
+    BLOCK_BYTES,
+    SCHEMES,
+    Report,
+    Transfer,
+    TransferOptions,
+    scheme_of,
+)
 from moleblend_ray.errors import (
     ConfigError,
     DataError,
@@ -42,20 +41,7 @@ logger = logging.getLogger(__name__)
 RECORD_NAME: Final = "download.json"
 """File in the output with the origin, size and checksum of each file, the licence and the citation."""
 
-_SCHEMES: Final = ("http", "https", "file", "s3", "gs")
-_WEB: Final = ("http", "https")
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_BLOCK_BYTES: Final = 1 << 20
-_MAX_REDIRECTS: Final = 5
-_MIN_BYTES_PER_SECOND: Final = 64
-"""A server that sends less than this for ``timeout_s`` has stalled."""
-_LONGEST_WAIT_S: Final = 60.0
-"""Longest wait between two attempts, unless the server asks for more."""
-_LONGEST_ASKED_WAIT_S: Final = 120.0
-"""Longest wait that a server can ask for."""
-
-Report = Callable[[str, int, int | None], None]
-"""Called with the name of the file, its bytes so far, and its total bytes or None."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,14 +60,14 @@ class RemoteFile:
     """Published SHA-256 in hexadecimal; null if there is none."""
 
     def __post_init__(self) -> None:
-        bad = [url for url in self.urls if _scheme(url) not in _SCHEMES]
+        bad = [url for url in self.urls if scheme_of(url) not in SCHEMES]
         check_all(
             (
                 _NAME.fullmatch(self.name) is not None and self.name != RECORD_NAME,
                 f"name: expected a plain file name, found {self.name!r}",
             ),
             (bool(self.urls), "urls: expected at least one"),
-            (not bad, f"urls: expected {', '.join(_SCHEMES)} URLs, found {bad}"),
+            (not bad, f"urls: expected {', '.join(SCHEMES)} URLs, found {bad}"),
             *above(self, 0, "bytes"),
             (_is_hex(self.md5, 32), f"md5: expected 32 hexadecimal digits, found {self.md5!r}"),
             (
@@ -116,25 +102,6 @@ class Collection:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransferOptions:
-    """Timeouts and retries of downloads."""
-
-    timeout_s: float = 60.0
-    """Seconds without a response, or with almost no data, after which a connection is closed and a new one made."""
-    attempts: int = 8
-    """Attempts in a row without new data after which a source is given up."""
-    first_wait_s: float = 1.0
-    """Seconds before the second attempt; doubled for each further one, up to a minute, and partly random."""
-
-    def __post_init__(self) -> None:
-        check_all(
-            *above(self, 0, "timeout_s"),
-            *at_least(self, 1, "attempts"),
-            *at_least(self, 0, "first_wait_s"),
-        )
-
-
 class FetchedFile(NamedTuple):
     """A verified file of the collection in the output."""
 
@@ -150,7 +117,7 @@ class FetchedFile(NamedTuple):
     """Bytes downloaded by this call, 0 if the file was there."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
     """One call of :func:`download_collection`."""
 
@@ -160,9 +127,8 @@ class _Job:
     options: TransferOptions
     spool: str | None
     report: Report
-    record: dict[str, Any] = field(default_factory=dict)
-    transferred: int = 0
-    """Bytes downloaded so far."""
+    record: Mapping[str, Mapping[str, Any]]
+    """File name -> what earlier calls recorded of it."""
 
 
 def download_collection(
@@ -181,9 +147,9 @@ def download_collection(
     is not what was published; StorageError if no source can be reached.
     """
     for mirror in mirrors:
-        if _scheme(mirror) not in _SCHEMES:
+        if scheme_of(mirror) not in SCHEMES:
             raise ConfigError(
-                f"mirrors: expected {', '.join(_SCHEMES)} URLs of directories, found {mirror!r}"
+                f"mirrors: expected {', '.join(SCHEMES)} URLs of directories, found {mirror!r}"
             )
     job = _Job(
         collection=collection,
@@ -208,27 +174,34 @@ def _fetch(file: RemoteFile, job: _Job) -> FetchedFile:
     target = storage.join(job.out, file.name)
     if storage.exists(target):
         return _check_present(file, target, job)
-    partial = _partial_path(file, job)
-    before = job.transferred
+    transfer = Transfer(
+        name=file.name,
+        partial=_partial_path(file, job),
+        num_bytes=file.bytes,
+        has_checksum=file.md5 is not None or file.sha256 is not None,
+        options=job.options,
+        report=job.report,
+    )
+    recorded = _recorded(file, job)
     problems: list[MoleBlendError] = []
-    with storage.translate_errors("write", str(partial)):
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(partial):
+    with storage.translate_errors("write", str(transfer.partial)):
+        transfer.partial.parent.mkdir(parents=True, exist_ok=True)
+        with transfer.lock():
             for url in _sources(file, job):
                 try:
-                    digests = _from_source(url, partial, file, job)
+                    digests = _from_source(url, transfer, file, recorded)
                 except (StorageError, DataError) as error:
                     logger.warning("%s", error)
                     problems.append(error)
                     continue
-                _publish(partial, target)
+                _publish(transfer, target)
                 return FetchedFile(
                     name=file.name,
                     url=without_credentials(url),
                     bytes=digests.bytes,
                     sha256=digests.sha256,
-                    verified_by=_basis(file, _recorded(file, job)),
-                    transferred=job.transferred - before,
+                    verified_by=_basis(file, recorded),
+                    transferred=transfer.received,
                 )
     kind = (
         DataError if any(isinstance(problem, DataError) for problem in problems) else StorageError
@@ -237,16 +210,16 @@ def _fetch(file: RemoteFile, job: _Job) -> FetchedFile:
     raise kind(f"{file.name} of {job.collection.name} was not had from any source:\n  {reasons}")
 
 
-def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Digests:
+def _from_source(url: str, transfer: Transfer, file: RemoteFile, recorded: str | None) -> _Digests:
     """Complete the partial file from ``url``; DataError if it is not the published file."""
     for is_last in (False, True):
-        is_continued = _transfer(url, partial, file, job)
-        digests = _digests(_file_blocks(partial))
-        mismatch = _mismatch(file, digests, _recorded(file, job))
+        is_continued = transfer.run(url)
+        digests = _digests(_file_blocks(transfer.partial))
+        mismatch = _mismatch(file, digests, recorded)
         if mismatch is None:
             return digests
         # The two parts may be of different versions of the file: start over.
-        _discard(partial)
+        transfer.discard()
         if is_last or not is_continued:
             break
         logger.info("%s: what was continued does not fit; it is fetched anew", file.name)
@@ -256,7 +229,7 @@ def _from_source(url: str, partial: Path, file: RemoteFile, job: _Job) -> _Diges
 def _check_present(file: RemoteFile, target: str, job: _Job) -> FetchedFile:
     """Verify a file that is there already; it is never replaced."""
     with storage.translate_errors("read", target), storage.open_read(target) as stream:
-        digests = _digests(iter(lambda: stream.read(_BLOCK_BYTES), b""))
+        digests = _digests(iter(lambda: stream.read(BLOCK_BYTES), b""))
     recorded = _recorded(file, job)
     mismatch = _mismatch(file, digests, recorded)
     if mismatch is not None:
@@ -280,37 +253,15 @@ def _partial_path(file: RemoteFile, job: _Job) -> Path:
     return spool / key / f"{file.name}.part"
 
 
-@contextlib.contextmanager
-def _locked(partial: Path) -> Iterator[None]:
-    """Lock the partial file: two processes that write it would mix their bytes."""
-    lock = partial.with_name(partial.name + ".lock")
-    with open(lock, "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StorageError(
-                f"{partial} is being written by another download. Wait for it, or stop it."
-            ) from error
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-def _publish(partial: Path, target: str) -> None:
+def _publish(transfer: Transfer, target: str) -> None:
     """Give the verified file its name in the output, atomically."""
     if storage.is_local(target):
-        with open(partial, "rb") as handle:
+        with open(transfer.partial, "rb") as handle:
             os.fsync(handle.fileno())
-        os.replace(partial, storage.absolute(target))
+        os.replace(transfer.partial, storage.absolute(target))
     else:
-        storage.upload(partial, target)
-    _discard(partial)
-
-
-def _discard(partial: Path) -> None:
-    partial.unlink(missing_ok=True)
-    _state_path(partial).unlink(missing_ok=True)
+        storage.upload(transfer.partial, target)
+    transfer.discard()
 
 
 # -- checksums --------------------------------------------------------------------------------------------
@@ -334,7 +285,7 @@ def _digests(blocks: Iterator[bytes]) -> _Digests:
 
 def _file_blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as handle:
-        while block := handle.read(_BLOCK_BYTES):
+        while block := handle.read(BLOCK_BYTES):
             yield block
 
 
@@ -416,256 +367,6 @@ def _write_record(job: _Job, fetched: list[FetchedFile]) -> None:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
     if not storage.exists(uri) or storage.read_bytes(uri) != text:
         storage.write_bytes(uri, text)
-
-
-# -- transfer -----------------------------------------------------------------------------------------------
-
-
-class _RetriedError(Exception):
-    """An attempt failed, but the next one may succeed."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-        """How long the server asks to wait."""
-
-
-def _transfer(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
-    """Complete the partial file; StorageError if that is not possible from ``url``.
-
-    Returns whether the partial file existed and was continued.
-    """
-    options = job.options
-    shown = without_credentials(url)
-    failures = 0
-    while True:
-        before = partial.stat().st_size if partial.exists() else 0
-        try:
-            return _attempt(url, partial, file, job)
-        except _RetriedError as error:
-            now = partial.stat().st_size if partial.exists() else 0
-            failures = 1 if now > before else failures + 1
-            if failures >= options.attempts:
-                raise StorageError(
-                    f"Cannot download {shown}: {error}; given up after {failures} attempts that brought "
-                    "nothing new. What was fetched is kept: the same command continues."
-                ) from error
-            wait_s = max(
-                backoff_seconds(failures, options.first_wait_s, _LONGEST_WAIT_S),
-                min(error.wait_s or 0.0, _LONGEST_ASKED_WAIT_S),
-            )
-            logger.info("%s: %s at byte %d; trying again in %.1f s", shown, error, now, wait_s)
-            time.sleep(wait_s)
-
-
-def _attempt(url: str, partial: Path, file: RemoteFile, job: _Job) -> bool:
-    """Make one request; returns whether it continued an existing partial file."""
-    offset, validator = _resumable(url, partial, file)
-    if file.bytes is not None and offset == file.bytes:
-        return True  # complete, but interrupted before it was verified
-    source = _open_web if _scheme(url) in _WEB else _open_storage
-    with source(url, offset, validator, job.options.timeout_s) as answer:
-        if answer.is_complete:
-            return True
-        if file.bytes is not None and answer.total not in (None, file.bytes):
-            raise StorageError(
-                f"Cannot download {without_credentials(url)}: it has {answer.total} bytes, expected "
-                f"{file.bytes}. It is another file or another version."
-            )
-        state = {"url": without_credentials(url), "validator": answer.validator}
-        _state_path(partial).write_text(json.dumps(state))
-        with open(partial, "ab" if answer.offset else "wb") as handle:
-            _copy(answer, handle, file, job)
-        return answer.offset > 0
-
-
-def _copy(answer: _Answer, handle: IO[bytes], file: RemoteFile, job: _Job) -> None:
-    """Write the body to the partial file; ``_RetriedError`` if it ends early or is far too slow."""
-    position = answer.offset
-    limit = file.bytes if file.bytes is not None else answer.total
-    window_s, window_bytes = time.monotonic(), 0
-    while True:
-        try:
-            block = answer.read(_BLOCK_BYTES)
-        except (OSError, http.client.HTTPException) as error:
-            raise _RetriedError(f"the connection broke ({_reason(error)})") from error
-        if not block:
-            break
-        position += len(block)
-        window_bytes += len(block)
-        job.transferred += len(block)
-        if limit is not None and position > limit:
-            raise StorageError(
-                f"Cannot download {file.name}: the server sends more than the {limit} bytes it should have."
-            )
-        handle.write(block)
-        job.report(file.name, position, limit)
-        elapsed_s = time.monotonic() - window_s
-        if elapsed_s >= job.options.timeout_s:
-            if window_bytes < _MIN_BYTES_PER_SECOND * elapsed_s:
-                raise _RetriedError(f"only {window_bytes} bytes came in {elapsed_s:.0f} s")
-            window_s, window_bytes = time.monotonic(), 0
-    if answer.total is not None and position < answer.total:
-        raise _RetriedError(f"the transfer ended at byte {position} of {answer.total}")
-
-
-def _state_path(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
-
-
-def _resumable(url: str, partial: Path, file: RemoteFile) -> tuple[int, str | None]:
-    """Where to continue, and the validator (ETag or date) of the partial file; (0, None) to start over."""
-    if not partial.exists():
-        return 0, None
-    offset = partial.stat().st_size
-    state: Any = None
-    with contextlib.suppress(OSError, ValueError):
-        state = json.loads(_state_path(partial).read_text())
-    if not isinstance(state, dict) or (file.bytes is not None and offset > file.bytes):
-        return 0, None
-    is_same_url = state.get("url") == without_credentials(url)
-    validator = state.get("validator") if is_same_url else None
-    # Without a validator, only a published checksum can tell whether both parts belong to the same version.
-    is_checked = file.md5 is not None or file.sha256 is not None
-    if isinstance(validator, str) or is_checked:
-        return offset, validator if isinstance(validator, str) else None
-    return 0, None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Answer:
-    """A response whose body can be read."""
-
-    read: Callable[[int], bytes]
-    offset: int
-    """Position of its first byte in the file."""
-    total: int | None
-    """Bytes of the whole file."""
-    validator: str | None
-    """For ``If-Range`` in the next attempt: a strong ETag, or the date of the last change."""
-    is_complete: bool = False
-    """Whether the partial file was complete already."""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows a few redirects, only to http and https, and never from https to http."""
-
-    max_redirections = _MAX_REDIRECTS
-    max_repeats = 1
-
-    def redirect_request(
-        self,
-        req: urllib.request.Request,
-        fp: IO[bytes],
-        code: int,
-        msg: str,
-        headers: Message,
-        newurl: str,
-    ) -> urllib.request.Request | None:
-        target = _scheme(newurl)
-        if target not in _WEB or (_scheme(req.full_url) == "https" and target == "http"):
-            raise StorageError(
-                f"Cannot download {without_credentials(req.full_url)}: refused to follow it to "
-                f"{without_credentials(newurl)}."
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
-
-
-@contextlib.contextmanager
-def _open_web(url: str, offset: int, validator: str | None, timeout_s: float) -> Iterator[_Answer]:
-    headers = {"User-Agent": "moleblend-ray", "Accept-Encoding": "identity"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-        if validator is not None:
-            headers["If-Range"] = validator
-    opener = urllib.request.build_opener(_Redirects)
-    request = urllib.request.Request(url, headers=headers)
-    try:
-        response = opener.open(request, timeout=timeout_s)
-    except urllib.error.HTTPError as error:
-        with error:
-            yield _after_status(url, error, offset)
-            return
-    except (OSError, http.client.HTTPException) as error:
-        raise _RetriedError(f"no answer ({_reason(error)})") from error
-    with response:
-        yield _answer(url, response, offset)
-
-
-def _answer(url: str, response: Any, offset: int) -> _Answer:
-    headers: Message = response.headers
-    encoding = headers.get("Content-Encoding", "identity")
-    if encoding != "identity":
-        raise StorageError(
-            f"Cannot download {without_credentials(url)}: the server sends it in encoding {encoding}."
-        )
-    start, total = 0, _integer(headers.get("Content-Length"))
-    if response.status == 206:
-        match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", headers.get("Content-Range", ""))
-        if match is None or int(match[1]) != offset:
-            raise StorageError(
-                f"Cannot download {without_credentials(url)}: asked for bytes from {offset}, the server "
-                f"answers {headers.get('Content-Range')!r}."
-            )
-        start, total = offset, _integer(match[2])
-    etag = headers.get("ETag")
-    # A weak ETag does not guarantee identical bytes.
-    strong = etag if etag and not etag.startswith("W/") else None
-    return _Answer(
-        read=response.read1,
-        offset=start,
-        total=total,
-        validator=strong or headers.get("Last-Modified"),
-    )
-
-
-def _after_status(url: str, error: urllib.error.HTTPError, offset: int) -> _Answer:
-    """The answer for an error status: raises, except if the partial file is complete or too long."""
-    if error.code == 416 and offset:
-        match = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
-        if match is not None and int(match[1]) == offset:
-            return _Answer(
-                read=lambda _: b"", offset=offset, total=offset, validator=None, is_complete=True
-            )
-        return _Answer(read=_too_short, offset=0, total=None, validator=None)
-    reason = f"HTTP {error.code} {error.reason}"
-    if error.code in TRANSIENT_STATUS:
-        wait = _integer(error.headers.get("Retry-After"))
-        raise _RetriedError(reason, None if wait is None else float(wait)) from error
-    raise StorageError(f"Cannot download {without_credentials(url)}: {reason}.") from error
-
-
-def _too_short(_: int) -> bytes:
-    # The partial file has been truncated, so the next attempt starts over.
-    raise OSError("the file is shorter than what was fetched of it before")
-
-
-@contextlib.contextmanager
-def _open_storage(
-    url: str,
-    offset: int,
-    validator: str | None,
-    timeout_s: float,  # noqa: ARG001 - the storage layer has its own
-) -> Iterator[_Answer]:
-    """A file in a directory or an object store, where the validator is its size."""
-    size = storage.size(url)
-    start = offset if validator in (None, str(size)) and offset <= size else 0
-    with storage.translate_errors("read", url), storage.open_read(url) as stream:
-        stream.seek(start)
-        yield _Answer(read=stream.read, offset=start, total=size, validator=str(size))
-
-
-def _scheme(url: str) -> str:
-    return urlsplit(url).scheme.lower()
-
-
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "reason", None) or error
-    return " ".join(str(cause).split()) or type(cause).__name__
-
-
-def _integer(text: str | None) -> int | None:
-    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _is_hex(text: str | None, length: int) -> bool:

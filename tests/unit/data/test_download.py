@@ -20,9 +20,9 @@ from moleblend_ray.data.download import (
     Collection,
     FetchedFile,
     RemoteFile,
-    TransferOptions,
     download_collection,
 )
+from moleblend_ray.data.transfer import TransferOptions
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, StorageError
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)
