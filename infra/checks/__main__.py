@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from infra.checks import house, jobs, operator, schema
-from infra.checks.model import REPOSITORY, Bundle, Problem, cluster_of, pods_of, whole
+from infra.checks.model import REPOSITORY, Bundle, Problem, cluster_of, pods_of, section, whole
 from infra.checks.quantity import amount, text
 from infra.checks.render import RenderError, identity, render
 
@@ -78,7 +78,7 @@ def _totals(bundle: Bundle) -> None:
         _, cluster = cluster_of(manifest) or ("", {})
         autoscales = bool(cluster.get("enableInTreeAutoscaling"))
         # The operator adds the autoscaler to the head pod.
-        extra = [cluster.get("autoscalerOptions") or {}] if autoscales else []
+        extra = [section(cluster, "autoscalerOptions")] if autoscales else []
         sums: dict[str, Decimal] = {}
         for pods in pods_of(manifest):
             most = whole(pods.group, "maxReplicas" if autoscales else "replicas")
@@ -92,7 +92,7 @@ def _totals(bundle: Bundle) -> None:
 
 def _requests(containers: Iterable[Mapping[str, Any]]) -> Iterable[tuple[str, Decimal]]:
     for container in containers:
-        for name, value in ((container.get("resources") or {}).get("requests") or {}).items():
+        for name, value in section(container, "resources", "requests").items():
             yield name, amount(value) or Decimal(0)
 
 

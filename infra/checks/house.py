@@ -19,7 +19,9 @@ from infra.checks.model import (
     Pods,
     Problem,
     cluster_of,
+    entries,
     pods_of,
+    section,
     whole,
     worker_groups,
 )
@@ -109,13 +111,13 @@ def _one_image(manifest: Manifest) -> Iterator[Problem]:
 
 
 def _rights(pods: Pods) -> Iterator[Problem]:
-    spec, security = pods.spec, pods.spec.get("securityContext") or {}
+    spec, security = pods.spec, section(pods.spec, "securityContext")
     if security.get("runAsNonRoot") is not True or security.get("runAsUser") in (None, 0):
         yield Problem(
             f"{pods.where}.spec.securityContext",
             "expected runAsNonRoot: true and a runAsUser that is not 0",
         )
-    if (security.get("seccompProfile") or {}).get("type") != "RuntimeDefault":
+    if section(security, "seccompProfile").get("type") != "RuntimeDefault":
         yield Problem(
             f"{pods.where}.spec.securityContext.seccompProfile", "expected type: RuntimeDefault"
         )
@@ -125,7 +127,7 @@ def _rights(pods: Pods) -> Iterator[Problem]:
                 f"{pods.where}.spec.{key}",
                 "expected it unset: the pod would see others of its node",
             )
-    for index, volume in enumerate(spec.get("volumes") or []):
+    for index, volume in enumerate(entries(spec, "volumes")):
         if "hostPath" in volume:
             yield Problem(
                 f"{pods.where}.spec.volumes[{index}]", "hostPath: expected no file of the node"
@@ -136,28 +138,31 @@ def _rights(pods: Pods) -> Iterator[Problem]:
             "expected false: only the head talks to the API server",
         )
     for where, container in pods.containers:
-        own = container.get("securityContext") or {}
-        if own.get("privileged") or own.get("allowPrivilegeEscalation") is not False:
-            yield Problem(
-                f"{where}.securityContext",
-                "expected allowPrivilegeEscalation: false, not privileged",
-            )
-        if (own.get("capabilities") or {}).get("drop") != ["ALL"] or (
-            own.get("capabilities") or {}
-        ).get("add"):
-            yield Problem(
-                f"{where}.securityContext.capabilities", "expected drop: [ALL] and none added"
-            )
-        if own.get("readOnlyRootFilesystem") is not True:
-            yield Problem(
-                f"{where}.securityContext.readOnlyRootFilesystem", "expected true: files go to /tmp"
-            )
+        yield from _container_rights(where, container)
+
+
+def _container_rights(where: str, container: Mapping[str, Any]) -> Iterator[Problem]:
+    own = section(container, "securityContext")
+    if own.get("privileged") or own.get("allowPrivilegeEscalation") is not False:
+        yield Problem(
+            f"{where}.securityContext",
+            "expected allowPrivilegeEscalation: false, not privileged",
+        )
+    capabilities = section(own, "capabilities")
+    if capabilities.get("drop") != ["ALL"] or capabilities.get("add"):
+        yield Problem(
+            f"{where}.securityContext.capabilities", "expected drop: [ALL] and none added"
+        )
+    if own.get("readOnlyRootFilesystem") is not True:
+        yield Problem(
+            f"{where}.securityContext.readOnlyRootFilesystem", "expected true: files go to /tmp"
+        )
 
 
 def _resources(pods: Pods) -> Iterator[Problem]:
     for where, container in pods.containers:
-        resources = container.get("resources") or {}
-        requests, limits = resources.get("requests") or {}, resources.get("limits") or {}
+        resources = section(container, "resources")
+        requests, limits = section(resources, "requests"), section(resources, "limits")
         gpus = [name for name in {**requests, **limits} if name.endswith("/gpu")]
         for name in (*_RESOURCES, *gpus):
             asked, most = amount(requests.get(name)), amount(limits.get(name))
@@ -189,28 +194,19 @@ def _storage(pods: Pods) -> Iterator[Problem]:
     if pods.role not in ("head", "worker") or not pods.containers:
         return
     where, container = pods.containers[0]
-    limits = (container.get("resources") or {}).get("limits") or {}
+    limits = section(container, "resources", "limits")
     volumes = {
-        volume.get("name"): volume.get("emptyDir") for volume in pods.spec.get("volumes") or []
+        volume.get("name"): volume.get("emptyDir") for volume in entries(pods.spec, "volumes")
     }
     mounted = {
         mount.get("mountPath"): volumes.get(mount.get("name"))
-        for mount in container.get("volumeMounts") or []
+        for mount in entries(container, "volumeMounts")
     }
-    shared, scratch = mounted.get("/dev/shm") or {}, mounted.get("/tmp") or {}
-    size, memory = amount(shared.get("sizeLimit")), amount(limits.get("memory"))
-    if shared.get("medium") != "Memory" or size is None:
-        yield Problem(
-            f"{where}.volumeMounts",
-            "/dev/shm: expected an emptyDir with medium Memory and a sizeLimit",
-        )
-    elif memory is not None and size > memory / 2:
-        yield Problem(
-            f"{pods.where}.spec.volumes",
-            f"/dev/shm: expected at most half of the memory limit, which it counts against, found {text(size)} of {text(memory)}",
-        )
-    yield from _object_store(pods, size)
-    disk, room = amount(scratch.get("sizeLimit")), amount(limits.get("ephemeral-storage"))
+    shared = section(mounted, "/dev/shm")
+    yield from _shared_memory(pods, shared, amount(limits.get("memory")))
+    yield from _object_store(pods, amount(shared.get("sizeLimit")))
+    disk = amount(section(mounted, "/tmp").get("sizeLimit"))
+    room = amount(limits.get("ephemeral-storage"))
     if disk is None:
         yield Problem(
             f"{where}.volumeMounts",
@@ -223,9 +219,26 @@ def _storage(pods: Pods) -> Iterator[Problem]:
         )
 
 
+def _shared_memory(
+    pods: Pods, shared: Mapping[str, Any], memory: Decimal | None
+) -> Iterator[Problem]:
+    where, _ = pods.containers[0]
+    size = amount(shared.get("sizeLimit"))
+    if shared.get("medium") != "Memory" or size is None:
+        yield Problem(
+            f"{where}.volumeMounts",
+            "/dev/shm: expected an emptyDir with medium Memory and a sizeLimit",
+        )
+    elif memory is not None and size > memory / 2:
+        yield Problem(
+            f"{pods.where}.spec.volumes",
+            f"/dev/shm: expected at most half of the memory limit, which it counts against, found {text(size)} of {text(memory)}",
+        )
+
+
 def _object_store(pods: Pods, shared: Decimal | None) -> Iterator[Problem]:
     place = f"{pods.where.removesuffix('.template')}.rayStartParams.object-store-memory"
-    store = str((pods.group.get("rayStartParams") or {}).get("object-store-memory", ""))
+    store = str(section(pods.group, "rayStartParams").get("object-store-memory", ""))
     if not store.isdigit():
         yield Problem(
             place,
@@ -246,16 +259,16 @@ def _references(bundle: Bundle, pods: Pods) -> Iterator[Problem]:
             f"{pods.where}.spec.serviceAccountName",
             f"expected an account of these manifests, found {account!r}",
         )
-    for volume in spec.get("volumes") or []:
-        claim = (volume.get("persistentVolumeClaim") or {}).get("claimName")
+    for volume in entries(spec, "volumes"):
+        claim = section(volume, "persistentVolumeClaim").get("claimName")
         if claim is not None and claim not in bundle.names("PersistentVolumeClaim"):
             yield Problem(
                 f"{pods.where}.spec.volumes",
                 f"no PersistentVolumeClaim {claim!r} in these manifests",
             )
-    named = {volume.get("name") for volume in spec.get("volumes") or []}
+    named = {volume.get("name") for volume in entries(spec, "volumes")}
     for where, container in pods.containers:
-        for mount in container.get("volumeMounts") or []:
+        for mount in entries(container, "volumeMounts"):
             if mount.get("name") not in named:
                 yield Problem(
                     f"{where}.volumeMounts", f"no volume {mount.get('name')!r} in this pod"
@@ -271,13 +284,13 @@ def _references(bundle: Bundle, pods: Pods) -> Iterator[Problem]:
 
 def _sources(container: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Secrets and ConfigMaps that the container's variables come from."""
-    for source in container.get("envFrom") or []:
+    for source in entries(container, "envFrom"):
         for key, kind in (("secretRef", "Secret"), ("configMapRef", "ConfigMap")):
             if key in source:
                 yield kind, str(source[key].get("name"))
-    for entry in container.get("env") or []:
+    for entry in entries(container, "env"):
         for key, kind in (("secretKeyRef", "Secret"), ("configMapKeyRef", "ConfigMap")):
-            if key in (entry.get("valueFrom") or {}):
+            if key in section(entry, "valueFrom"):
                 yield kind, str(entry["valueFrom"][key].get("name"))
 
 
@@ -287,7 +300,7 @@ def _labels(pods: Pods) -> Iterator[Problem]:
             f"{pods.where}.metadata.labels",
             f"expected {PART_OF}: moleblend, by which the network policies select",
         )
-    component = (pods.owner["metadata"].get("labels") or {}).get(COMPONENT)
+    component = section(pods.owner["metadata"], "labels").get(COMPONENT)
     if pods.labels.get(COMPONENT) != component:
         yield Problem(
             f"{pods.where}.metadata.labels",
@@ -296,7 +309,7 @@ def _labels(pods: Pods) -> Iterator[Problem]:
 
 
 def _selectable(manifest: Manifest) -> Iterator[Problem]:
-    if COMPONENT not in (manifest["metadata"].get("labels") or {}):
+    if COMPONENT not in section(manifest["metadata"], "labels"):
         yield Problem(
             f"{identity(manifest)} metadata.labels",
             f"expected {COMPONENT}: a job's name, or shared: `kubectl apply -l` passes over what has none",
@@ -308,42 +321,47 @@ def _cluster(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
     if found is None:
         return
     where, cluster = found
-    head = cluster.get("headGroupSpec") or {}
+    head = section(cluster, "headGroupSpec")
     if cluster.get("rayVersion") != pinned("ray"):
         yield Problem(
             f"{where}.rayVersion",
             f"expected {pinned('ray')} as in constraints.txt, found {cluster.get('rayVersion')!r}",
         )
-    if (cluster.get("authOptions") or {}).get("mode") != "token":
+    if section(cluster, "authOptions").get("mode") != "token":
         yield Problem(
             f"{where}.authOptions.mode",
             "expected token: without it whoever reaches the head runs code",
         )
-    if (head.get("rayStartParams") or {}).get("num-cpus") != "0":
+    if section(head, "rayStartParams").get("num-cpus") != "0":
         yield Problem(
             f"{where}.headGroupSpec.rayStartParams.num-cpus",
             'expected "0": work on the head can end the whole run',
         )
     if (
         cluster.get("enableInTreeAutoscaling")
-        and (cluster.get("autoscalerOptions") or {}).get("version") != "v2"
+        and section(cluster, "autoscalerOptions").get("version") != "v2"
     ):
         yield Problem(f"{where}.autoscalerOptions.version", "expected v2")
+    yield from _head(f"{where}.headGroupSpec", head)
+    yield from _disruption_budget(bundle, manifest)
+
+
+def _head(where: str, head: Mapping[str, Any]) -> Iterator[Problem]:
     if head.get("serviceType", "ClusterIP") != "ClusterIP" or head.get("enableIngress"):
         yield Problem(
-            f"{where}.headGroupSpec",
+            where,
             "expected serviceType ClusterIP and no ingress: the dashboard runs what it is sent",
         )
-    taints = [
-        entry.get("key")
-        for entry in ((head.get("template") or {}).get("spec") or {}).get("tolerations") or []
-    ]
+    taints = [entry.get("key") for entry in entries(head, "template", "spec", "tolerations")]
     if set(taints) & set(_SPOT_TAINTS):
         yield Problem(
-            f"{where}.headGroupSpec.template.spec.tolerations",
+            f"{where}.template.spec.tolerations",
             "expected no spot node for the head: its loss ends the run",
         )
-    component = (manifest["metadata"].get("labels") or {}).get(COMPONENT)
+
+
+def _disruption_budget(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
+    component = section(manifest["metadata"], "labels").get(COMPONENT)
     labels = {PART_OF: "moleblend", COMPONENT: component, "ray.io/node-type": "head"}
     budgets = [
         found
@@ -363,14 +381,14 @@ def _ends(manifest: Manifest) -> Iterator[Problem]:
     for key in ("backoffLimit", "preRunningDeadlineSeconds"):
         if key not in spec:
             yield Problem(f"{where}.{key}", "expected a number")
-    if not spec.get("shutdownAfterJobFinishes") and not (spec.get("deletionStrategy") or {}).get(
+    if not spec.get("shutdownAfterJobFinishes") and not section(spec, "deletionStrategy").get(
         "deletionRules"
     ):
         yield Problem(
             where,
             "expected shutdownAfterJobFinishes or deletionRules: the cluster would stay for ever",
         )
-    cluster = spec.get("rayClusterSpec") or {}
+    cluster = section(spec, "rayClusterSpec")
     gpus = any("/gpu" in json.dumps(group) for group in worker_groups(cluster))
     if "deletionStrategy" in spec and gpus:
         yield Problem(
@@ -386,7 +404,7 @@ def _graces(manifest: Manifest) -> Iterator[Problem]:
         loaded = yaml.safe_load(spec.get("runtimeEnvYAML") or "")
     except yaml.YAMLError:
         return  # another rule reports this
-    variables = (loaded.get("env_vars") or {}) if isinstance(loaded, dict) else {}
+    variables = section(loaded, "env_vars") if isinstance(loaded, dict) else {}
     wait = amount(variables.get(STOP_WAIT, ""))
     if wait is None:
         yield Problem(
@@ -403,19 +421,25 @@ def _graces(manifest: Manifest) -> Iterator[Problem]:
                 f"{pods.where}.spec.terminationGracePeriodSeconds",
                 f"expected at least {wait + _AFTER_STOP_S} ({STOP_WAIT} and {_AFTER_STOP_S} s to end Ray), found {grace}",
             )
-        for place, container in pods.containers[:1]:
-            hook = ((container.get("lifecycle") or {}).get("preStop") or {}).get("exec") or {}
-            command = [str(word) for word in hook.get("command") or []]
-            if command[1:4] != ["/opt/moleblend/leave.py", pods.role, "--seconds"]:
-                yield Problem(
-                    f"{place}.lifecycle.preStop",
-                    f"expected leave.py {pods.role} --seconds N, found {command}",
-                )
-            elif (amount(command[4]) or 0) > grace - _AFTER_STOP_S:
-                yield Problem(
-                    f"{place}.lifecycle.preStop",
-                    f"expected at most {grace - _AFTER_STOP_S} seconds within the grace period of {grace}, found {command[4]}",
-                )
+        yield from _leave_hook(pods, grace - _AFTER_STOP_S)
+
+
+def _leave_hook(pods: Pods, most_s: int) -> Iterator[Problem]:
+    """The hook of the first container, which has Ray, that waits up to ``most_s`` seconds for the work to be committed."""
+    for place, container in pods.containers[:1]:
+        command = [
+            str(word) for word in entries(container, "lifecycle", "preStop", "exec", "command")
+        ]
+        if command[1:4] != ["/opt/moleblend/leave.py", pods.role, "--seconds"]:
+            yield Problem(
+                f"{place}.lifecycle.preStop",
+                f"expected leave.py {pods.role} --seconds N, found {command}",
+            )
+        elif (amount(command[4]) or 0) > most_s:
+            yield Problem(
+                f"{place}.lifecycle.preStop",
+                f"expected at most {most_s} seconds within the grace period of {most_s + _AFTER_STOP_S}, found {command[4]}",
+            )
 
 
 def _secrets(manifest: Manifest) -> Iterator[Problem]:
@@ -436,7 +460,7 @@ def _secrets(manifest: Manifest) -> Iterator[Problem]:
                 f"{where} {path}",
                 f"variable {node['name']} with a value (not shown): refer to a Secret",
             )
-    text_of = (manifest.get("spec") or {}).get("runtimeEnvYAML")
+    text_of = section(manifest, "spec").get("runtimeEnvYAML")
     if text_of and re.search(
         r"^\s*\w*(secret|token|passw|access_key)\w*\s*:", text_of, re.I | re.M
     ):
@@ -460,11 +484,11 @@ def _exposure(manifest: Manifest) -> Iterator[Problem]:
     kind, where = manifest.get("kind"), identity(manifest)
     if kind in _EXPOSING:
         yield Problem(where, "opens a way from outside: use kubectl port-forward")
-    if kind == "Service" and (manifest.get("spec") or {}).get("type", "ClusterIP") != "ClusterIP":
+    if kind == "Service" and section(manifest, "spec").get("type", "ClusterIP") != "ClusterIP":
         yield Problem(f"{where} spec.type", "expected ClusterIP: use kubectl port-forward")
     if kind == "NetworkPolicy":
-        for index, rule in enumerate(manifest["spec"].get("ingress") or []):
-            sources = rule.get("from") or []
+        for index, rule in enumerate(entries(manifest["spec"], "ingress")):
+            sources = entries(rule, "from")
             if not sources or any("ipBlock" in source or source == {} for source in sources):
                 yield Problem(
                     f"{where} spec.ingress[{index}]",
@@ -480,7 +504,7 @@ def _exposure(manifest: Manifest) -> Iterator[Problem]:
 def _network(bundle: Bundle) -> Iterator[Problem]:
     """Every pod must be selected by a policy that denies everything it does not name."""
     selectors = [
-        found["spec"].get("podSelector", {}).get("matchLabels") or {}
+        section(found["spec"], "podSelector", "matchLabels")
         for found in bundle.of_kind("NetworkPolicy")
         if "Ingress" in found["spec"].get("policyTypes", ["Ingress"])
     ]

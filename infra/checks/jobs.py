@@ -9,7 +9,16 @@ from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 from infra.checks.house import COMPONENT
-from infra.checks.model import REPOSITORY, Bundle, Problem, cluster_of, whole, worker_groups
+from infra.checks.model import (
+    REPOSITORY,
+    Bundle,
+    Problem,
+    cluster_of,
+    entries,
+    section,
+    whole,
+    worker_groups,
+)
 from infra.checks.quantity import amount
 from infra.checks.render import Manifest, identity
 from moleblend_ray.cli import JOBS, load_reference
@@ -67,7 +76,7 @@ def _job(manifest: Manifest) -> Iterator[Problem]:
     if name not in JOBS or not (REPOSITORY / "jobs" / f"{name}.py").is_file():
         yield Problem(where, f"no job {name!r}: jobs/ has no such script")
         return
-    component = (manifest["metadata"].get("labels") or {}).get(COMPONENT)
+    component = section(manifest["metadata"], "labels").get(COMPONENT)
     if component != name:
         yield Problem(
             f"{identity(manifest)} metadata.labels",
@@ -177,13 +186,13 @@ def _cache_fits(where: str, cluster: Mapping[str, Any], config: Any) -> Iterator
     for index, group in enumerate(worker_groups(cluster)):
         if not _carries(group, config.cluster.data_labels):
             continue
-        volumes = ((group.get("template") or {}).get("spec") or {}).get("volumes") or []
+        volumes = entries(group, "template", "spec", "volumes")
         shared: Mapping[str, Any] = next(
-            (v["emptyDir"] for v in volumes if (v.get("emptyDir") or {}).get("medium") == "Memory"),
+            (v["emptyDir"] for v in volumes if section(v, "emptyDir").get("medium") == "Memory"),
             {},
         )
         size = amount(shared.get("sizeLimit"))
-        store = amount((group.get("rayStartParams") or {}).get("object-store-memory"))
+        store = amount(section(group, "rayStartParams").get("object-store-memory"))
         if size is not None and store is not None and store + config.stream.cache_bytes > size:
             yield Problem(
                 f"{where}.workerGroupSpecs[{index}]",
@@ -192,7 +201,7 @@ def _cache_fits(where: str, cluster: Mapping[str, Any], config: Any) -> Iterator
 
 
 def _carries(group: Mapping[str, Any], labels: Mapping[str, str] | None) -> bool:
-    return dict(labels or {}).items() <= dict(group.get("labels") or {}).items()
+    return dict(labels or {}).items() <= section(group, "labels").items()
 
 
 def _room(cluster: Mapping[str, Any], labels: Mapping[str, str] | None) -> Room | None:
@@ -200,8 +209,8 @@ def _room(cluster: Mapping[str, Any], labels: Mapping[str, str] | None) -> Room 
     for group in worker_groups(cluster):
         if not _carries(group, labels):
             continue
-        containers = ((group.get("template") or {}).get("spec") or {}).get("containers") or [{}]
-        limits = (containers[0].get("resources") or {}).get("limits") or {}
+        containers = entries(group, "template", "spec", "containers") or [{}]
+        limits = section(containers[0], "resources", "limits")
         gpus = sum(
             (amount(value) or Decimal(0) for key, value in limits.items() if key.endswith("/gpu")),
             Decimal(0),

@@ -39,19 +39,19 @@ class Pods(NamedTuple):
     @property
     def spec(self) -> Mapping[str, Any]:
         """The pod's specification."""
-        return dict(self.template.get("spec") or {})
+        return section(self.template, "spec")
 
     @property
     def labels(self) -> Mapping[str, str]:
         """Labels of the pod."""
-        return dict((self.template.get("metadata") or {}).get("labels") or {})
+        return section(self.template, "metadata", "labels")
 
     @property
     def containers(self) -> list[tuple[str, Mapping[str, Any]]]:
         """Each container and its place."""
         return [
             (f"{self.where}.spec.containers[{index}]", container)
-            for index, container in enumerate(self.spec.get("containers") or [])
+            for index, container in enumerate(entries(self.spec, "containers"))
         ]
 
 
@@ -80,6 +80,18 @@ class Bundle:
             yield from pods_of(found)
 
 
+def section(node: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The mapping at a path of keys; an empty one if a part of the path is missing or null."""
+    for key in keys:
+        node = node.get(key) or {}
+    return node
+
+
+def entries(node: Mapping[str, Any], *keys: str) -> list[Any]:
+    """The list at a path of keys; an empty one if a part of the path is missing or null."""
+    return list(section(node, *keys[:-1]).get(keys[-1]) or [])
+
+
 def whole(node: Mapping[str, Any], key: str, default: int = 0) -> int:
     """A whole number of a manifest; ``default`` if it is missing or no number, which another rule reports."""
     value = node.get(key, default)
@@ -88,7 +100,7 @@ def whole(node: Mapping[str, Any], key: str, default: int = 0) -> int:
 
 def cluster_of(manifest: Manifest) -> tuple[str, Mapping[str, Any]] | None:
     """The specification of the cluster in a RayJob or RayCluster, and its place."""
-    spec = manifest.get("spec") or {}
+    spec = section(manifest, "spec")
     if manifest.get("kind") == "RayCluster":
         return f"{identity(manifest)} spec", spec
     if manifest.get("kind") == "RayJob" and spec.get("rayClusterSpec"):
@@ -98,7 +110,7 @@ def cluster_of(manifest: Manifest) -> tuple[str, Mapping[str, Any]] | None:
 
 def worker_groups(cluster: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The worker groups of a cluster."""
-    return list(cluster.get("workerGroupSpecs") or [])
+    return entries(cluster, "workerGroupSpecs")
 
 
 def pods_of(manifest: Manifest) -> Iterator[Pods]:
@@ -106,18 +118,18 @@ def pods_of(manifest: Manifest) -> Iterator[Pods]:
     found = cluster_of(manifest)
     if found is not None:
         where, cluster = found
-        head = cluster.get("headGroupSpec") or {}
+        head = section(cluster, "headGroupSpec")
         yield Pods(
-            manifest, f"{where}.headGroupSpec.template", "head", head.get("template") or {}, head
+            manifest, f"{where}.headGroupSpec.template", "head", section(head, "template"), head
         )
         for index, group in enumerate(worker_groups(cluster)):
             place = f"{where}.workerGroupSpecs[{index}].template"
-            yield Pods(manifest, place, "worker", group.get("template") or {}, group)
-    spec = manifest.get("spec") or {}
+            yield Pods(manifest, place, "worker", section(group, "template"), group)
+    spec = section(manifest, "spec")
     if manifest.get("kind") == "RayJob" and "submitterPodTemplate" in spec:
         where = f"{identity(manifest)} spec.submitterPodTemplate"
         yield Pods(manifest, where, "submitter", spec["submitterPodTemplate"], {})
     if manifest.get("kind") in ("Job", "Deployment", "StatefulSet", "DaemonSet"):
         yield Pods(
-            manifest, f"{identity(manifest)} spec.template", "job", spec.get("template") or {}, {}
+            manifest, f"{identity(manifest)} spec.template", "job", section(spec, "template"), {}
         )

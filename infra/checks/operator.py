@@ -13,11 +13,18 @@ from typing import Any, Final
 
 import yaml  # type: ignore[import-untyped]
 
-from infra.checks.model import Bundle, Problem, cluster_of, whole, worker_groups
+from infra.checks.model import Bundle, Problem, cluster_of, entries, section, whole, worker_groups
 from infra.checks.render import Manifest, identity
 
 _MODES: Final = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 _MANAGERS: Final = ("ray.io/kuberay-operator", "kueue.x-k8s.io/multikueue")
+_LEAST: Final = {
+    "activeDeadlineSeconds": 1,
+    "preRunningDeadlineSeconds": 1,
+    "backoffLimit": 0,
+    "ttlSecondsAfterFinished": 0,
+}
+"""Whole numbers of a job, and the smallest that each may be."""
 _NAME: Final = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 _LONGEST_NAME: Final = {"RayJob": 47, "RayCluster": 53}
 _DELETION_ORDER: Final = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
@@ -48,7 +55,7 @@ def problems(bundle: Bundle) -> Iterator[Problem]:
             yield from _authentication(manifest, where, cluster)
             yield from _fault_tolerance(manifest, where, cluster)
             yield from _newer_fields(where, cluster)
-        if QUEUE_LABEL in (manifest["metadata"].get("labels") or {}):
+        if QUEUE_LABEL in section(manifest["metadata"], "labels"):
             yield from _queue(manifest)
 
 
@@ -84,12 +91,7 @@ def _job(manifest: Manifest) -> Iterator[Problem]:
         for key in ("clusterSelector", "submitterPodTemplate", "submitterConfig"):
             if key in spec:
                 yield Problem(f"{where}.{key}", "not supported with submissionMode SidecarMode")
-    for key, least in (
-        ("activeDeadlineSeconds", 1),
-        ("preRunningDeadlineSeconds", 1),
-        ("backoffLimit", 0),
-        ("ttlSecondsAfterFinished", 0),
-    ):
+    for key, least in _LEAST.items():
         yield from _is_whole(where, spec, key)
         if whole(spec, key, least) < least:
             yield Problem(f"{where}.{key}", f"expected >= {least}, found {spec[key]}")
@@ -110,7 +112,7 @@ def _runtime_environment(where: str, text: str) -> Iterator[Problem]:
     if not isinstance(loaded, dict):
         yield Problem(f"{where}.runtimeEnvYAML", f"expected a mapping, found {text!r}")
         return
-    for name, value in (loaded.get("env_vars") or {}).items():
+    for name, value in section(loaded, "env_vars").items():
         if not isinstance(value, str):
             yield Problem(
                 f"{where}.runtimeEnvYAML env_vars.{name}",
@@ -128,7 +130,7 @@ def _deletion(where: str, spec: Mapping[str, Any]) -> Iterator[Problem]:
     if strategy is None:
         return
     place = f"{where}.deletionStrategy"
-    rules = strategy.get("deletionRules") or []
+    rules = entries(strategy, "deletionRules")
     old = [key for key in ("onSuccess", "onFailure") if key in strategy]
     if not rules and len(old) != 2:
         yield Problem(place, "expected deletionRules, or both onSuccess and onFailure")
@@ -136,7 +138,7 @@ def _deletion(where: str, spec: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(place, f"expected either deletionRules or {' and '.join(old)}, found both")
     if rules and shutdown:
         yield Problem(place, "deletionRules and shutdownAfterJobFinishes exclude each other")
-    cluster = spec.get("rayClusterSpec") or {}
+    cluster = section(spec, "rayClusterSpec")
     yield from _deletion_rules(f"{place}.deletionRules", rules, spec, cluster)
 
 
@@ -145,7 +147,7 @@ def _deletion_rules(
 ) -> Iterator[Problem]:
     seen: dict[tuple[str, str], dict[str, int]] = {}
     for index, rule in enumerate(rules):
-        condition, policy = rule.get("condition") or {}, rule.get("policy", "")
+        condition, policy = section(rule, "condition"), rule.get("policy", "")
         states = [key for key in ("jobStatus", "jobDeploymentStatus") if key in condition]
         if len(states) != 1:
             yield Problem(
@@ -177,13 +179,13 @@ def _deletion_rules(
 
 
 def _groups(where: str, cluster: Mapping[str, Any]) -> Iterator[Problem]:
-    head = cluster.get("headGroupSpec") or {}
+    head = section(cluster, "headGroupSpec")
     named = [("headGroupSpec", head)] + [
         (f"workerGroupSpecs[{index}]", group) for index, group in enumerate(worker_groups(cluster))
     ]
     for place, group in named:
-        params = group.get("rayStartParams") or {}
-        if not ((group.get("template") or {}).get("spec") or {}).get("containers"):
+        params = section(group, "rayStartParams")
+        if not section(group, "template", "spec").get("containers"):
             yield Problem(f"{where}.{place}", "expected a container")
         if group.get("resources") and set(params) & set(_RESOURCE_PARAMS):
             yield Problem(
@@ -225,13 +227,13 @@ def _is_whole(place: str, node: Mapping[str, Any], key: str) -> Iterator[Problem
 
 def _autoscaler(where: str, cluster: Mapping[str, Any]) -> Iterator[Problem]:
     is_on = bool(cluster.get("enableInTreeAutoscaling"))
-    options = cluster.get("autoscalerOptions") or {}
+    options = section(cluster, "autoscalerOptions")
     is_v2 = is_on and options.get("version") == "v2"
-    head = ((cluster.get("headGroupSpec") or {}).get("template") or {}).get("spec") or {}
+    head = section(cluster, "headGroupSpec", "template", "spec")
     switch = any(
         entry.get("name") == _V2_SWITCH
-        for container in (head.get("containers") or [])[:1]
-        for entry in container.get("env") or []
+        for container in entries(head, "containers")[:1]
+        for entry in entries(container, "env")
     )
     if switch and (not is_on or "version" in options):
         yield Problem(
@@ -246,30 +248,35 @@ def _autoscaler(where: str, cluster: Mapping[str, Any]) -> Iterator[Problem]:
             "expected Never with autoscaler v2",
         )
     for index, group in enumerate(worker_groups(cluster)):
-        place = f"{where}.workerGroupSpecs[{index}]"
-        spec = (group.get("template") or {}).get("spec") or {}
-        if is_v2 and spec.get("restartPolicy", "Never") != "Never":
+        yield from _autoscaled_group(
+            f"{where}.workerGroupSpecs[{index}]", group, is_on=is_on, is_v2=is_v2
+        )
+
+
+def _autoscaled_group(
+    place: str, group: Mapping[str, Any], *, is_on: bool, is_v2: bool
+) -> Iterator[Problem]:
+    spec = section(group, "template", "spec")
+    if is_v2 and spec.get("restartPolicy", "Never") != "Never":
+        yield Problem(f"{place}.template.spec.restartPolicy", "expected Never with autoscaler v2")
+    if is_on and group.get("suspend"):
+        yield Problem(f"{place}.suspend", "a group cannot be suspended with the autoscaler on")
+    for key in ("idleTimeoutSeconds", "priority"):
+        if group.get(key) and not is_v2:
             yield Problem(
-                f"{place}.template.spec.restartPolicy", "expected Never with autoscaler v2"
+                f"{place}.{key}",
+                "expected enableInTreeAutoscaling: true and autoscaler version v2 with it",
             )
-        if is_on and group.get("suspend"):
-            yield Problem(f"{place}.suspend", "a group cannot be suspended with the autoscaler on")
-        for key in ("idleTimeoutSeconds", "priority"):
-            if group.get(key) and not is_v2:
-                yield Problem(
-                    f"{place}.{key}",
-                    "expected enableInTreeAutoscaling: true and autoscaler version v2 with it",
-                )
-        if whole(group, "idleTimeoutSeconds") < 0:
-            yield Problem(
-                f"{place}.idleTimeoutSeconds", f"expected >= 0, found {group['idleTimeoutSeconds']}"
-            )
+    if whole(group, "idleTimeoutSeconds") < 0:
+        yield Problem(
+            f"{place}.idleTimeoutSeconds", f"expected >= 0, found {group['idleTimeoutSeconds']}"
+        )
 
 
 def _authentication(
     manifest: Manifest, where: str, cluster: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    options = cluster.get("authOptions") or {}
+    options = section(cluster, "authOptions")
     if options.get("enableK8sTokenAuth"):
         if manifest["kind"] == "RayJob":
             yield Problem(f"{where}.authOptions.enableK8sTokenAuth", "not supported in a RayJob")
@@ -291,15 +298,15 @@ def _authentication(
 def _fault_tolerance(
     manifest: Manifest, where: str, cluster: Mapping[str, Any]
 ) -> Iterator[Problem]:
-    head = cluster.get("headGroupSpec") or {}
-    containers = ((head.get("template") or {}).get("spec") or {}).get("containers") or []
-    variables = {entry.get("name") for found in containers[:1] for entry in found.get("env") or []}
+    head = section(cluster, "headGroupSpec")
+    containers = entries(head, "template", "spec", "containers")
+    variables = {entry.get("name") for found in containers[:1] for entry in entries(found, "env")}
     if "gcsFaultToleranceOptions" in cluster:
         for name in sorted({"RAY_REDIS_ADDRESS", "REDIS_PASSWORD"} & variables):
             yield Problem(
                 f"{where}.headGroupSpec", f"{name}: expected it in gcsFaultToleranceOptions only"
             )
-        if "ray.io/ft-enabled" in (manifest["metadata"].get("annotations") or {}):
+        if "ray.io/ft-enabled" in section(manifest["metadata"], "annotations"):
             yield Problem(
                 f"{identity(manifest)} metadata.annotations",
                 "ray.io/ft-enabled beside gcsFaultToleranceOptions",
