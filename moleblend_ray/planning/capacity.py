@@ -59,6 +59,10 @@ class DataCosts:
     other_us: Figure
     """In Ray's own processes."""
 
+    def actor_us_of(self, amplification: float) -> float:
+        """CPU time in data actors if ``amplification`` machines decode each row group."""
+        return self.actor_us.value + self.decode_us.value * (amplification - 1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setup:
@@ -182,14 +186,66 @@ def throughput(setup: Setup, workers: int, cpu_nodes: int | None = None) -> Thro
 # ------------------------------------------------------------------------------------------------- with GPUs
 
 
+class _Capacity(NamedTuple):
+    """What a part of the cluster could handle if nothing else limited the run."""
+
+    figure: Figure
+    """Molecules/s."""
+    detail: str
+
+
 def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
+    nodes = math.ceil(workers / setup.gpus_per_node)
     traffic, exchange_s = _exchange(setup, workers)
+    training = _training_capacities(setup, workers, nodes, exchange_s)
+    wanted = min(capacity.figure.value for capacity in training.values())
+    blocks = choose_blocks(setup, wanted)
+    executor = _executor(setup, blocks)
+    wanted = min(wanted, executor.figure.value)
+    num_cpu_nodes = cpu_nodes or _enough_nodes(setup, workers, blocks, wanted)
+    data = _data_capacities(setup, workers, blocks, num_cpu_nodes)
+    capacities = {**training, "Ray Data's executor": executor, **data}
+    binding = min(capacities, key=lambda name: capacities[name].figure.value)
+    # The rate rests on what was assumed about the weakest resource, not about those with room to spare.
+    limit = capacities[binding].figure
+    rate = computed(
+        limit.value, "molecules/s", f"capacity of the weakest resource: {binding}", limit
+    )
+    times = amplification(setup, workers, blocks.steps, num_cpu_nodes)
+    actor_us = setup.costs.actor_us_of(times)
+    return Throughput(
+        workers=workers,
+        nodes=nodes,
+        cpu_nodes=num_cpu_nodes,
+        data_actors=max(1, math.ceil(HEADROOM * rate.value * actor_us / 1e6)),
+        rate=rate,
+        binding=binding,
+        step_s=workers * setup.batch / rate.value,
+        exchange=traffic,
+        exchange_s=exchange_s.value,
+        amplification=times,
+        blocks=blocks,
+        resources=_by_use(capacities, rate),
+    )
+
+
+def _by_use(capacities: Mapping[str, _Capacity], rate: Figure) -> tuple[Resource, ...]:
+    resources = [
+        Resource(name=name, capacity=figure, use=rate.value / figure.value, detail=detail)
+        for name, (figure, detail) in capacities.items()
+    ]
+    return tuple(sorted(resources, key=lambda resource: -resource.use))
+
+
+def _training_capacities(
+    setup: Setup, workers: int, nodes: int, exchange_s: Figure
+) -> dict[str, _Capacity]:
+    """The capacity of each part of ``nodes`` machines with trainers."""
     exposed_s = (1 - setup.network.overlap) * exchange_s.value
-    molecules = workers * setup.batch
     step_s = setup.step_s.value + exposed_s
     network = _network(setup)
     trainers = computed(
-        molecules / step_s,
+        workers * setup.batch / step_s,
         "molecules/s",
         "molecules per step, divided by the time of computing and of the exchange that is not hidden",
         setup.step_s,
@@ -201,34 +257,20 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
         "one thread in each trainer",
         setup.costs.trainer_host_us,
     )
-    nodes = math.ceil(workers / setup.gpus_per_node)
     inward = computed(
         nodes * network.value / setup.molecule_bytes,
         "molecules/s",
         f"{setup.molecule_bytes:,.0f} bytes per molecule into the nodes of trainers",
         network,
     )
-    wanted = min(trainers.value, feeding.value, inward.value)
-    blocks = choose_blocks(setup, wanted)
-    executor = _executor(setup, blocks)
-    wanted = min(wanted, executor.value)
-    num_cpu_nodes = cpu_nodes or _enough_nodes(setup, workers, blocks, wanted)
-    data = _data_resources(setup, workers, blocks, num_cpu_nodes)
     computing = "computing" if setup.step_s.value >= exposed_s else "exchange between trainers"
-    capacities = {
-        computing: (trainers, f"{workers} trainers, {1e3 * step_s:,.1f} ms per step"),
-        "feeding threads": (feeding, "receive and pad molecules, one in each trainer"),
-        "network into trainers": (
-            inward,
-            f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each",
+    return {
+        computing: _Capacity(trainers, f"{workers} trainers, {1e3 * step_s:,.1f} ms per step"),
+        "feeding threads": _Capacity(feeding, "receive and pad molecules, one in each trainer"),
+        "network into trainers": _Capacity(
+            inward, f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each"
         ),
-        "Ray Data's executor": (
-            executor,
-            f"one process for all blocks, {blocks.molecules:,} molecules per block",
-        ),
-        **data,
     }
-    return _weakest(setup, workers, nodes, num_cpu_nodes, capacities, traffic, exchange_s, blocks)
 
 
 def _exchange(setup: Setup, workers: int) -> tuple[Exchange, Figure]:
@@ -283,16 +325,19 @@ def _block_rate(setup: Setup, steps: int) -> float:
     return steps * setup.batch / block_s
 
 
-def _executor(setup: Setup, blocks: Blocks) -> Figure:
+def _executor(setup: Setup, blocks: Blocks) -> _Capacity:
     inputs = [setup.costs.executor_us]
     if _block_rate(setup, blocks.steps) > 0:
         name = "Ray's executor beyond 38,000 molecules/s"
         inputs.append(assumed(1.0, "", "time per block taken as constant", name))
-    return computed(
+    figure = computed(
         _block_rate(setup, blocks.steps),
         "molecules/s",
         "molecules per block, divided by the executor's CPU time per block",
         *inputs,
+    )
+    return _Capacity(
+        figure, f"one process for all blocks, {blocks.molecules:,} molecules per block"
     )
 
 
@@ -309,12 +354,12 @@ def amplification(setup: Setup, workers: int, steps_per_block: int, nodes: int) 
     return met
 
 
-def _data_resources(
+def _data_capacities(
     setup: Setup, workers: int, blocks: Blocks, nodes: int
-) -> dict[str, tuple[Figure, str]]:
+) -> dict[str, _Capacity]:
     """The capacity of each part of ``nodes`` CPU nodes."""
     costs, times = setup.costs, amplification(setup, workers, blocks.steps, nodes)
-    actor_us = costs.actor_us.value + costs.decode_us.value * (times - 1)
+    actor_us = costs.actor_us_of(times)
     read_bytes = setup.shard_bytes.value * times
     cores = nodes * setup.node_cores
     network = _network(setup)
@@ -326,27 +371,27 @@ def _data_resources(
         costs.actor_us,
         costs.decode_us,
     )
-    from_storage = min(setup.storage.total_gb_s, nodes * setup.storage.node_gb_s) * GB
+    reading = computed(
+        min(setup.storage.total_gb_s, nodes * setup.storage.node_gb_s) * GB / read_bytes,
+        "molecules/s",
+        f"{read_bytes:,.0f} bytes per molecule, each row group fetched by {times:.1f} machines",
+        storage,
+        setup.shard_bytes,
+    )
+    outward = computed(
+        nodes * network.value / setup.molecule_bytes,
+        "molecules/s",
+        f"{setup.molecule_bytes:,.0f} bytes per molecule",
+        network,
+    )
     return {
-        "data actors": (actors, f"{nodes} nodes of {setup.node_cores} cores"),
-        "storage": (
-            computed(
-                from_storage / read_bytes,
-                "molecules/s",
-                f"{read_bytes:,.0f} bytes per molecule, each row group fetched by {times:.1f} machines",
-                storage,
-                setup.shard_bytes,
-            ),
+        "data actors": _Capacity(actors, f"{nodes} nodes of {setup.node_cores} cores"),
+        "storage": _Capacity(
+            reading,
             f"{setup.storage.total_gb_s:g} GB/s in total, {setup.storage.node_gb_s:g} GB/s per machine",
         ),
-        "network out of CPU nodes": (
-            computed(
-                nodes * network.value / setup.molecule_bytes,
-                "molecules/s",
-                f"{setup.molecule_bytes:,.0f} bytes per molecule",
-                network,
-            ),
-            f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each",
+        "network out of CPU nodes": _Capacity(
+            outward, f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each"
         ),
     }
 
@@ -356,8 +401,8 @@ def _enough_nodes(setup: Setup, workers: int, blocks: Blocks, rate: float) -> in
     best, best_rate = 1, 0.0
     nodes = 1
     while nodes <= _MOST_NODES:
-        data = _data_resources(setup, workers, blocks, nodes)
-        carried = min(figure.value for figure, _ in data.values())
+        data = _data_capacities(setup, workers, blocks, nodes)
+        carried = min(capacity.figure.value for capacity in data.values())
         if carried >= HEADROOM * rate:
             return nodes
         if carried > 1.02 * best_rate:
@@ -368,45 +413,6 @@ def _enough_nodes(setup: Setup, workers: int, blocks: Blocks, rate: float) -> in
 
 def _network(setup: Setup) -> Figure:
     return assumed(setup.network.node_gb_s * GB, "B/s", "network settings", "network of nodes")
-
-
-def _weakest(
-    setup: Setup,
-    workers: int,
-    nodes: int,
-    cpu_nodes: int,
-    capacities: Mapping[str, tuple[Figure, str]],
-    traffic: Exchange,
-    exchange_s: Figure,
-    blocks: Blocks,
-) -> Throughput:
-    binding = min(capacities, key=lambda name: capacities[name][0].value)
-    # The rate rests on what was assumed about the weakest resource, not about those with room to spare.
-    limit = capacities[binding][0]
-    rate = computed(
-        limit.value, "molecules/s", f"capacity of the weakest resource: {binding}", limit
-    )
-    resources = [
-        Resource(name=name, capacity=figure, use=rate.value / figure.value, detail=detail)
-        for name, (figure, detail) in capacities.items()
-    ]
-    times = amplification(setup, workers, blocks.steps, cpu_nodes)
-    costs = setup.costs
-    actor_us = costs.actor_us.value + costs.decode_us.value * (times - 1)
-    return Throughput(
-        workers=workers,
-        nodes=nodes,
-        cpu_nodes=cpu_nodes,
-        data_actors=max(1, math.ceil(HEADROOM * rate.value * actor_us / 1e6)),
-        rate=rate,
-        binding=binding,
-        step_s=workers * setup.batch / rate.value,
-        exchange=traffic,
-        exchange_s=exchange_s.value,
-        amplification=times,
-        blocks=blocks,
-        resources=tuple(sorted(resources, key=lambda resource: -resource.use)),
-    )
 
 
 # ---------------------------------------------------------------------------------------- one machine, no GPU
