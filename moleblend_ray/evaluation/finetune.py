@@ -28,7 +28,7 @@ from moleblend_ray.evaluation.layerwise_training import freeze_lowest, lr_factor
 from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import Task, TaskKind
+from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
@@ -47,6 +47,9 @@ _REGRESSION_LOSSES: Final = {
     "l1": F.l1_loss,
     "huber": F.smooth_l1_loss,
 }
+
+_Loss = Callable[[Tensor, Tensor], Tensor]
+"""Outputs and targets, (B, T) both -> sum over the known labels."""
 
 PREDICTION_CHUNK = 1024
 """Molecules whose relation matrices are in memory at once while predicting."""
@@ -180,42 +183,39 @@ def finetune_once(
     trained = TrainedProperty.of(task, molecules.columns, standardisation)
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
     model.to(device)
-    trainer = _Trainer(molecules, targets, train, model, task, settings, seed, device)
+    trainer = _Trainer(
+        molecules=molecules,
+        targets=targets,
+        train=train,
+        model=model,
+        loss=_loss_function(task, settings, molecules.labels[train], device),
+        settings=settings,
+        seed=seed,
+        device=device,
+    )
+    micro_batch_size = predict_micro_batch_size or settings.micro_batch_size
     history: list[EpochReport] = []
-    best, best_epoch, best_state = worst_score(task.metric), 0, model.state_dict()
+    best = _BestEpoch(model, task.metric)
     for epoch in range(1, settings.epochs + 1):
         train_loss = trainer.run_epoch(epoch - 1)
-        predictions = predict_mean(
-            model,
-            trained,
-            molecules,
-            valid,
-            predict_micro_batch_size or settings.micro_batch_size,
-            device,
-        )
-        valid_score = score(
-            task.metric, predictions, molecules.labels[valid], molecules.columns
-        ).value
-        if is_better(task.metric, valid_score, best):
-            best, best_epoch = valid_score, epoch
-            best_state = {
-                name: value.detach().cpu().clone() for name, value in model.state_dict().items()
-            }
+        predictions = predict_mean(model, trained, molecules, valid, micro_batch_size, device)
+        found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
+        best.offer(epoch, found.value)
         history.append(
             EpochReport(
                 epoch=epoch,
                 train_loss=train_loss,
-                valid_score=valid_score,
-                best_valid_score=best,
-                best_epoch=best_epoch,
+                valid_score=found.value,
+                best_valid_score=best.score,
+                best_epoch=best.epoch,
                 seconds=time.monotonic() - started,
             )
         )
         if report is not None:
             report(history[-1])
-        if epoch - best_epoch >= settings.patience:
+        if epoch - best.epoch >= settings.patience:
             break
-    model.load_state_dict(best_state)
+    best.restore()
     return FinetuneResult(model=model.cpu().eval(), trained=trained, history=tuple(history))
 
 
@@ -241,16 +241,54 @@ def _scale_labels(
     return standardisation
 
 
+def _loss_function(
+    task: Task, settings: FinetuneSettings, labels: NDArray[np.float64], device: torch.device
+) -> _Loss:
+    """:func:`masked_loss` as the settings ask for it; ``labels`` (M, T) are those of the training part."""
+    weights = None
+    if task.kind is TaskKind.CLASSIFICATION and settings.class_weights == "balanced":
+        weights = torch.from_numpy(positive_weights(labels).astype(np.float32)).to(device)
+    return functools.partial(
+        masked_loss, task.kind, positive_weight=weights, regression_loss=settings.regression_loss
+    )
+
+
+class _BestEpoch:
+    """The epoch with the best validation score so far, and its weights."""
+
+    def __init__(self, model: PropertyModel, metric: Metric) -> None:
+        self.epoch = 0
+        self.score = worst_score(metric)
+        self._model = model
+        self._metric = metric
+        # Not a copy: if no epoch has a score, the weights of the last one stay.
+        self._state = model.state_dict()
+
+    def offer(self, epoch: int, score: float) -> None:
+        """Keep the present weights of the model if ``score`` is better than that of all earlier epochs."""
+        if is_better(self._metric, score, self.score):
+            self.epoch, self.score = epoch, score
+            self._state = {
+                name: value.detach().cpu().clone()
+                for name, value in self._model.state_dict().items()
+            }
+
+    def restore(self) -> None:
+        """Give the model the weights of the best epoch."""
+        self._model.load_state_dict(self._state)
+
+
 class _Trainer:
     """The optimizer steps of one run."""
 
     def __init__(
         self,
+        *,
         molecules: LabelledMolecules,
         targets: Tensor,
         train: NDArray[np.int64],
         model: PropertyModel,
-        task: Task,
+        loss: _Loss,
         settings: FinetuneSettings,
         seed: int,
         device: torch.device,
@@ -259,6 +297,7 @@ class _Trainer:
         self._targets = targets
         self._train = train
         self._model = model
+        self._loss = loss
         self._settings = settings
         self._seed = seed
         self._device = device
@@ -275,16 +314,6 @@ class _Trainer:
         self._parameters = [
             parameter for parameter in model.parameters() if parameter.requires_grad
         ]
-        weights = None
-        if task.kind is TaskKind.CLASSIFICATION and settings.class_weights == "balanced":
-            found = positive_weights(molecules.labels[train])
-            weights = torch.from_numpy(found.astype(np.float32)).to(device)
-        self._loss = functools.partial(
-            masked_loss,
-            task.kind,
-            positive_weight=weights,
-            regression_loss=settings.regression_loss,
-        )
         # Other code in this process may have drawn random numbers; dropout must depend on the seed only.
         torch.manual_seed(seed)
 
