@@ -14,13 +14,14 @@ the rows of the plan into the object store takes about 1 ms per row.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 import pyarrow as pa
 import ray.data
 import ray.train
 from ray.data import (
     ActorPoolStrategy,
+    DataContext,
     DataIterator,
     Dataset,
     ExecutionOptions,
@@ -147,17 +148,14 @@ def stream_dataset(
     the cluster free; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large
     for the object store's budget.
     """
-    atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
-    step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
-    budget = object_store_budget(stream)
-    group_steps = min(stream.block_steps(order.num_streams, step_bytes, budget), max(1, num_steps))
-    limit = most_blocks(budget, group_steps * step_bytes, order.num_streams)
-    num_groups = max(1, -(-num_steps // group_steps))
-    plan = _StreamPlan(first_step, num_groups, group_steps, order.num_streams)
+    groups = _groups_of(data_uri, order, stream, num_steps)
+    plan = _StreamPlan(first_step, groups.num_groups, groups.num_steps, order.num_streams)
     # No CPU, as this task sleeps most of the time. Since the actors request something else, Ray does not fuse the two
     # operators, which would build every block in one task.
     rows = ray.data.read_datasource(plan, override_num_blocks=1, num_cpus=0)
-    most = max(stream.min_actors, min(most_actors(stream, reserved_cpus, labels), limit))
+    most = max(
+        stream.min_actors, min(most_actors(stream, reserved_cpus, labels), groups.block_limit)
+    )
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),
@@ -170,25 +168,52 @@ def stream_dataset(
         # nodes.
         **placed(labels),
     )
-    context = dataset.context
+    _configure(dataset.context, stream, groups.block_limit)
+    if most > stream.min_actors:
+        bounds = PoolBounds(
+            fewest=stream.min_actors,
+            most=most,
+            molecules_per_block=groups.num_steps * order.stream_batch_size,
+            reporter=reporter,
+        )
+        dataset.context.set_config(POOL_CONFIG_KEY, bounds)
+        dataset.context.custom_execution_callback_classes.append(PoolSizer)
+    return dataset
+
+
+class _Groups(NamedTuple):
+    """How the steps of a run are cut into groups: one group is one block of every stream."""
+
+    num_groups: int
+    num_steps: int
+    """Steps of each group."""
+    block_limit: int
+    """Blocks that may be in progress, so that they fit into the object store's budget."""
+
+
+def _groups_of(data_uri: str, order: OrderConfig, stream: StreamConfig, num_steps: int) -> _Groups:
+    """Groups for at least ``num_steps`` steps; ConfigError if their blocks are too large for the budget."""
+    atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
+    step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
+    budget = object_store_budget(stream)
+    group_steps = min(stream.block_steps(order.num_streams, step_bytes, budget), max(1, num_steps))
+    return _Groups(
+        num_groups=max(1, -(-num_steps // group_steps)),
+        num_steps=group_steps,
+        block_limit=most_blocks(budget, group_steps * step_bytes, order.num_streams),
+    )
+
+
+def _configure(context: DataContext, stream: StreamConfig, block_limit: int) -> None:
+    """Settings with which Ray Data keeps blocks whole, in order, and at most ``block_limit`` of them in progress."""
     # The trainer's controller makes the dataset, on any node. Its progress bar would disturb that of the driver.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Each row becomes its own block; by default Ray would join the small rows of the plan.
     context.target_max_block_size = 1
     context.execution_options = _execution_options(stream)
-    limit_blocks(context, limit)
+    limit_blocks(context, block_limit)
     pause_between_looks(context)
-    if most > stream.min_actors:
-        bounds = PoolBounds(
-            fewest=stream.min_actors,
-            most=most,
-            molecules_per_block=group_steps * order.stream_batch_size,
-            reporter=reporter,
-        )
-        context.set_config(POOL_CONFIG_KEY, bounds)
-        context.custom_execution_callback_classes.append(PoolSizer)
-    return dataset
 
 
 def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = None) -> int:
