@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moleblend_ray.data.order import DataOrder, OrderConfig, permute, unpermute
+from moleblend_ray.data.order import MAX_MOLECULES, DataOrder, OrderConfig, permute, unpermute
 from moleblend_ray.errors import ConfigError, DataError
 
 
@@ -82,12 +82,18 @@ def test_consecutive_steps_of_a_stream_equal_its_single_steps() -> None:
 def test_the_order_never_changes_between_versions() -> None:
     data = order(10_000, chunk_rows=100, shuffle_window=1000)
     assert data.global_batch(12_345).tolist() == PINNED_BATCH
+    # The default window is a power of four, the whole domain of a Feistel network.
+    assert order(300_000).global_batch(12_345).tolist() == PINNED_BATCH_OF_DEFAULTS
 
 
 # fmt: off
 PINNED_BATCH = [
     6793, 6710, 6283, 8946, 6035, 4822, 6289, 6206,
     6690, 5997, 8983, 2333, 5984, 5905, 2364, 6091,
+]
+PINNED_BATCH_OF_DEFAULTS = [
+    256526, 63299, 47903, 283139, 181136, 157531, 120190, 155742,
+    149560, 275609, 38155, 256817, 276021, 89820, 120118, 283030,
 ]
 # fmt: on
 
@@ -141,8 +147,11 @@ def test_settings_that_make_no_order_are_refused_naming_the_field() -> None:
     for seed in (-(2**63) - 1, 2**63, 2**64):
         with pytest.raises(ConfigError, match=f"seed: expected .* found {seed}"):
             OrderConfig(seed=seed)
-    order(10, seed=2**63 - 1).global_batch(0)
-    with pytest.raises(DataError, match="found 0"):
-        DataOrder(0, OrderConfig())
-    with pytest.raises(ConfigError, match="stream 4 does not exist"):
-        order(10).stream_batches(0, 1, 4)
+    for seed in (-(2**63), 2**63 - 1):
+        order(10, seed=seed).global_batch(0)
+    for num_molecules in (0, MAX_MOLECULES + 1):
+        with pytest.raises(DataError, match=f"found {num_molecules}"):
+            DataOrder(num_molecules, OrderConfig())
+    for stream in (-1, 4):
+        with pytest.raises(ConfigError, match=f"stream {stream} does not exist"):
+            order(10).stream_batches(0, 1, stream)
