@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import dataclasses
-
 import molecule_zoo as zoo
 import numpy as np
 import pytest
 import torch
 
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.model import blending
 from moleblend_ray.model.blending import (
     AtomFeature,
     BlendConfig,
@@ -58,6 +57,32 @@ def test_choices_of_a_pair_and_of_its_mirror_are_independent() -> None:
     assert same.float().mean().item() == pytest.approx(0.04 + 0.04 + 0.36, abs=0.025)
 
 
+def test_choices_of_pairs_that_share_an_atom_are_independent() -> None:
+    choice = draw_blend(big_batch(), BlendConfig(), seed=5).pair_choice
+    for same in (choice[:, 1:] == choice[:, :-1], choice[:, :, 1:] == choice[:, :, :-1]):
+        assert same.float().mean().item() == pytest.approx(0.04 + 0.04 + 0.36, abs=0.025)
+
+
+def test_draws_for_different_purposes_are_independent() -> None:
+    """With one number for two purposes, atoms that show their 3D feature would, say, have less noise."""
+    batch = zoo.batch([zoo.single_atom(seed=k) for k in range(2000)])
+    config = BlendConfig(
+        pair_probabilities=(0.5, 0.0, 0.5),
+        atom_probabilities=(0.5, 0.5),
+        view_probabilities=(0.5, 0.5, 0.0, 0.0),
+    )
+    blend = draw_blend(batch, config, seed=5)
+    radius = blend.noise[:, 0, :2].norm(dim=-1)
+    draws = (
+        blend.pair_choice[:, 0, 0] == Relation.GEOMETRY,
+        blend.atom_choice[:, 0] == AtomFeature.GEOMETRY,
+        blend.view == View.TOPOLOGY,
+        radius > radius.median(),
+    )
+    # Five standard errors of a correlation.
+    np.testing.assert_allclose(np.corrcoef(torch.stack(draws)), np.eye(4), atol=0.11)
+
+
 def test_noise_is_standard_normal_times_its_size() -> None:
     noise = (
         draw_blend(big_batch(), BlendConfig(noise_std_angstrom=0.5), seed=1).noise.double() / 0.5
@@ -65,8 +90,10 @@ def test_noise_is_standard_normal_times_its_size() -> None:
     assert noise.mean().item() == pytest.approx(0.0, abs=0.08)
     assert noise.std().item() == pytest.approx(1.0, abs=0.06)
     assert (noise**4).mean().item() == pytest.approx(3.0, abs=0.6)
-    correlation = np.corrcoef(noise.flatten(0, 1).T.numpy())
-    np.testing.assert_allclose(correlation, np.eye(3), atol=0.15)
+    axes = noise.flatten(0, 1).T.numpy()
+    # Of the squares too: axes may share a radius and still be uncorrelated.
+    for values in (axes, axes**2):
+        np.testing.assert_allclose(np.corrcoef(values), np.eye(3), atol=0.15)
 
 
 def test_draws_depend_on_molecule_step_and_seed_but_not_on_the_batch() -> None:
@@ -139,11 +166,22 @@ def test_impossible_probabilities_are_refused(change) -> None:
         BlendConfig(**change)
 
 
-def test_probabilities_may_miss_one_by_rounding() -> None:
-    config = BlendConfig(pair_probabilities=(0.1, 0.2, 0.7), atom_probabilities=(1 / 3, 2 / 3))
-    nearly = dataclasses.replace(config, pair_probabilities=(0.5, 0.4999999, 0.0))
-    choice = draw_blend(big_batch(), nearly, 0).pair_choice
-    assert (choice != Relation.GEOMETRY).all()
+def test_what_has_probability_0_is_not_drawn_though_rounding_left_the_sum_below_1(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    largest = torch.tensor((1 << 32) - 1)
+    monkeypatch.setattr(
+        blending, "philox", lambda counter, seed: (largest.expand_as(sum(counter)),) * 4
+    )
+    config = BlendConfig(
+        pair_probabilities=(0.5, 0.4999999, 0.0),
+        atom_probabilities=(0.9999999, 0.0),
+        view_probabilities=(0.5, 0.4999999, 0.0, 0.0),
+    )
+    blend = draw_blend(big_batch(2), config, seed=0)
+    assert (blend.pair_choice == Relation.EDGE).all()
+    assert (blend.atom_choice == AtomFeature.DEGREE).all()
+    assert (blend.view == View.TOPOLOGY).all()
 
 
 @pytest.mark.parametrize(
