@@ -17,6 +17,7 @@ from moleblend_ray.model.losses import (
     IGNORE,
     count_other_bonds,
     edge_targets,
+    has_direction,
     loss_counts,
     loss_means,
     pretraining_loss_sums,
@@ -125,8 +126,27 @@ def test_one_atom_molecules_do_not_blow_up_the_gradient_of_a_new_model() -> None
 def test_distance_is_an_absolute_error_in_angstrom() -> None:
     molecule = zoo.chain(2).moved(np.array([[0, 0, 0], [0, 3, 4]]))
     batch = zoo.batch([molecule])
-    output = dataclasses.replace(nothing_predicted(batch), distance=torch.full((1, 2, 2), 4.0))
-    assert means(output, batch, full_blend(batch))["distance"] == pytest.approx(1.0)
+    output = dataclasses.replace(nothing_predicted(batch), distance=torch.full((1, 2, 2), 3.0))
+    assert means(output, batch, full_blend(batch))["distance"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", ["direction", "noise"])
+def test_a_prediction_without_a_target_has_no_influence_even_if_it_is_infinite(name: str) -> None:
+    batch = zoo.batch([zoo.chain(2), zoo.chain(4).without_positions([3])])
+    blend = full_blend(batch)
+    known = batch.position_mask if name == "noise" else has_direction(batch)
+    shape = getattr(nothing_predicted(batch), name).shape
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = []
+    for hidden in (0.0, math.inf):
+        given = drawn.masked_fill(~known[..., None], hidden).requires_grad_()
+        output = dataclasses.replace(nothing_predicted(batch), **{name: given})
+        loss = pretraining_loss_sums(output, batch, blend, LossConfig())[
+            "denoise" if name == "noise" else name
+        ]
+        found.append((loss, *torch.autograd.grad(loss, given)))
+    for expected, ours in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_spd_classes_merge_long_paths_and_ignore_self_and_unreachable() -> None:
@@ -139,7 +159,7 @@ def test_spd_classes_merge_long_paths_and_ignore_self_and_unreachable() -> None:
 
 def test_edge_classes_follow_the_paper_and_other_bonds_have_their_own() -> None:
     molecule = zoo.chain(4)
-    molecule.bond_features[:] = [(1, 2, 1), (4, 0, 0), (0, 5, 0)]
+    molecule.bond_features[:] = [(1, 2, 1), (4, 2, 1), (0, 3, 0)]
     batch = zoo.batch([molecule])
     assert edge_targets(batch, LossConfig())[0, 0, 3].tolist() == [11, 24, 24, IGNORE, IGNORE]
     paper = edge_targets(batch, LossConfig(ignore_other_bonds=True))
@@ -171,6 +191,38 @@ def test_visible_pairs_can_weigh_less() -> None:
         expected = (weight * wrong + 5 * flat) / (weight + 5)
         found = means(output, batch, blend, LossConfig(visible_pair_weight=weight))["spd"]
         assert found == pytest.approx(expected)
+
+
+def test_a_pair_weighs_less_in_the_losses_of_the_relation_that_it_shows_alone() -> None:
+    batch = zoo.batch([zoo.chain(3)])
+    blend = full_blend(batch)
+    blend.pair_choice[0] = torch.tensor([[2, 0, 1], [2, 2, 0], [1, 2, 2]])
+    x_axis = torch.tensor([1.0, 0.0, 0.0]).expand(1, 3, 3, 3)
+    output = dataclasses.replace(nothing_predicted(batch), direction=x_axis)
+    config = LossConfig(visible_pair_weight=0.25)
+    sums = pretraining_loss_sums(output, batch, blend, config)
+    counts = dict(zip(LOSS_NAMES, loss_counts(batch, blend, config).tolist(), strict=True))
+
+    places = batch.positions[0].numpy()
+    found = dict.fromkeys(("spd", "edge", "direction", "distance"), 0.0)
+    divisor = 0.0
+    for a, b in ((0, 1), (1, 0), (1, 2), (2, 1), (0, 2), (2, 0)):
+        spd, edge, geometry = (
+            0.25 if blend.pair_choice[0, a, b] == relation else 1.0 for relation in range(3)
+        )
+        step = places[b] - places[a]
+        length = float(np.linalg.norm(step))
+        found["spd"] += spd
+        found["edge"] += edge * abs(a - b)  # bonds of a path
+        found["direction"] += geometry * (1.0 - step[0] / length)
+        found["distance"] += geometry * length
+        divisor += geometry
+    assert (counts["spd"], counts["edge"]) == (found["spd"], found["edge"])
+    assert sums["spd"].item() == pytest.approx(math.log(11) * found["spd"])
+    assert sums["edge"].item() == pytest.approx(math.log(25) * found["edge"])
+    for name in ("direction", "distance"):
+        assert sums[name].item() == pytest.approx(found[name] / divisor, rel=1e-5)
+        assert counts[name] == 1
 
 
 def test_direction_and_distance_count_no_molecule_whose_pairs_weigh_nothing() -> None:
