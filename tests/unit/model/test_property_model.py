@@ -77,15 +77,23 @@ def test_the_relations_seen_are_the_ones_asked_for() -> None:
     molecule = zoo.ring(8, seed=4)
     stretched = molecule.moved(molecule.positions * 1.5)
     other_bonds = dataclasses.replace(molecule, bond_features=(molecule.bond_features + 1) % 2)
+    # Other paths and degrees of the same atoms in the same places.
+    opened = dataclasses.replace(
+        molecule, bonds=molecule.bonds[:-1], bond_features=molecule.bond_features[:-1]
+    )
     changes = {
         relations: [
             not np.allclose(outputs(model, molecule), outputs(model, changed), atol=1e-4)
-            for changed in (stretched, other_bonds)
+            for changed in (stretched, other_bonds, opened)
         ]
         for relations in ("2d+3d", "2d", "3d")
         for model in [property_model(relations=relations)]
     }
-    assert changes == {"2d+3d": [True, True], "2d": [False, True], "3d": [True, False]}
+    assert changes == {
+        "2d+3d": [True, True, True],
+        "2d": [False, True, True],
+        "3d": [True, False, False],
+    }
 
 
 def test_without_coordinates_2d_is_what_all_relations_give() -> None:
