@@ -124,14 +124,22 @@ def test_the_other_scores_are_those_of_the_same_type_of_labels_that_can_be_compu
     assert equal == {"mae": 1.0}
 
 
-def test_predictions_that_are_not_finite_are_an_error() -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_predictions_that_are_not_finite_are_an_error(value: float) -> None:
     with pytest.raises(TrainingError, match="1 of 2 predictions are not finite"):
-        score(Metric.MAE, np.array([[np.nan], [0.0]]), np.zeros((2, 1)), ("y",))
+        score(Metric.MAE, np.array([[value], [0.0]]), np.zeros((2, 1)), ("y",))
+
+
+@pytest.mark.parametrize("metric", [Metric.RMSE, Metric.MAE])
+def test_one_label_is_enough_for_an_error(metric: Metric) -> None:
+    labels = np.array([[2.0], [np.nan]])
+    assert score(metric, np.array([[5.0], [9.0]]), labels, ("y",)).value == 3.0
 
 
 @pytest.mark.parametrize("metric", list(Metric))
 def test_any_score_beats_the_worst_one_and_equal_scores_beat_nothing(metric: Metric) -> None:
-    assert is_better(metric, 0.5, worst_score(metric))
+    # R2 has no lower bound.
+    assert is_better(metric, 1e30 if metric.is_error else -1e30, worst_score(metric))
     assert not is_better(metric, 0.5, 0.5)
     assert is_better(metric, 0.6, 0.5) != metric.is_error
 
