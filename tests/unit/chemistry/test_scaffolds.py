@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import gzip
 import random
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -14,6 +15,7 @@ from rdkit.Chem.Scaffolds.MurckoScaffold import MurckoScaffoldSmiles
 
 from moleblend_ray.chemistry.scaffolds import (
     ScaffoldVariant,
+    Split,
     murcko_scaffold,
     scaffold_split,
     split_hash,
@@ -44,7 +46,12 @@ def second_scaffolds(smiles: Sequence[str]) -> list[str]:
     return [MurckoScaffoldSmiles(smiles=text, includeChirality=False) for text in smiles]
 
 
-def second_split(scaffolds: Sequence[str], variant: ScaffoldVariant, seed: int) -> list[set[int]]:
+def second_split(
+    scaffolds: Sequence[str],
+    variant: ScaffoldVariant,
+    seed: int,
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+) -> list[set[int]]:
     """A second implementation of both rules on the molecules' scaffolds, as each package states its own."""
     rows = sorted(range(len(scaffolds)), key=lambda row: (scaffolds[row], row))
     members = {name: list(group) for name, group in groupby(rows, key=scaffolds.__getitem__)}
@@ -54,9 +61,9 @@ def second_split(scaffolds: Sequence[str], variant: ScaffoldVariant, seed: int) 
         # Stable sorts from the least to the most important key.
         order.sort(key=lambda name: -members[name][0])
         order.sort(key=lambda name: -len(members[name]))
-        limits = [0.8 * total, 0.9 * total, total]
+        limits = [fractions[0] * total, (fractions[0] + fractions[1]) * total, total]
     else:
-        limits = [0.8 * total, 0.1 * total, 0.1 * total]
+        limits = [share * total for share in fractions]
         common = [name for name in order if 2 * len(members[name]) > min(limits[1:])]
         rare = [name for name in order if name not in set(common)]
         generator = random.Random(seed)
@@ -96,13 +103,14 @@ def test_real_files_are_split_as_by_a_second_implementation_and_share_no_scaffol
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.1), (0.75, 0.05, 0.2), (0.75, 0.2, 0.05)])
 def test_made_up_molecules_are_split_as_by_a_second_implementation(
-    variant: ScaffoldVariant,
+    variant: ScaffoldVariant, fractions: tuple[float, float, float]
 ) -> None:
     for smiles in (molecules(), many_scaffolds()):
         for seed in range(5):
-            split = scaffold_split(smiles, variant=variant, seed=seed)
-            expected = second_split(second_scaffolds(smiles), variant, seed)
+            split = scaffold_split(smiles, fractions, variant=variant, seed=seed)
+            expected = second_split(second_scaffolds(smiles), variant, seed, fractions)
             assert [set(part.tolist()) for part in split] == expected
 
 
@@ -176,19 +184,34 @@ def test_split_hash_changes_when_one_molecule_changes_sides() -> None:
     assert split_hash(moved) != split_hash(split)
 
 
+def test_split_hash_never_changes_between_versions_and_tells_where_a_part_ends() -> None:
+    train, valid, test = (np.array(part) for part in ([0, 1, 4], [2], [3]))
+    assert split_hash(Split(train, valid, test)) == "b6a49a3fc4ea0b09"
+    assert split_hash(Split(train[:2], np.array([4, 2]), test)) != "b6a49a3fc4ea0b09"
+
+
 def test_unreadable_smiles_and_bad_fractions_are_named() -> None:
     with pytest.raises(DataError, match="c1cc"):
         murcko_scaffold("c1cc")
-    with pytest.raises(ConfigError, match=r"\(0\.8, 0\.3, 0\.1\)"):
-        scaffold_split(["CC"], (0.8, 0.3, 0.1))
+    for fractions in ((0.8, 0.3, 0.1), (0.8, 0.1, 0.0), (1.2, -0.1, -0.1)):
+        with pytest.raises(ConfigError, match=re.escape(str(fractions))):
+            scaffold_split(["CC"], fractions)
+
+
+# RDKit writes the first one but cannot read it, and finds an impossible valence in the scaffold of the second.
+WITHOUT_SCAFFOLD = ["[c-]1p[cH][Al][te]1", "O=C1C=CC=CC2=[O][Al]O12"]
+
+
+def test_molecules_without_a_scaffold_are_not_kept_together_with_chains_or_each_other() -> None:
+    split = scaffold_split(["CC", "CCC", *WITHOUT_SCAFFOLD], (0.5, 0.25, 0.25))
+    assert [part.tolist() for part in split] == [[0, 1], [3], [2]]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_molecule_without_a_scaffold_is_one_of_its_own_and_told(
     variant: ScaffoldVariant, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # RDKit writes the first one but cannot read it, and finds an impossible valence in the scaffold of the second.
-    odd = ["[c-]1p[cH][Al][te]1", "O=C1C=CC=CC2=[O][Al]O12"]
+    odd = WITHOUT_SCAFFOLD
     smiles = [*molecules(), *odd]
     split = scaffold_split(smiles, variant=variant)
     assert sorted(np.concatenate(split)) == list(range(len(smiles)))

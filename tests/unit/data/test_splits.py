@@ -43,11 +43,12 @@ def test_valid_is_as_ever_and_test_has_its_share_beside_it(
 
 
 def test_a_split_file_decides_by_row_or_by_id() -> None:
-    rows = {"train": np.array([0, 3]), "validation": np.array([1]), "test-dev": np.array([4])}
+    rows = {"Train ": np.array([0, 3]), "validation": np.array([1]), "test-dev": np.array([4])}
     splits = NamedSplits(rows, None, "s.json")
     assert splits.names_rows
-    found = splits.codes(np.array([4, 0, 2, 1, 99]), [""] * 5)
-    assert found.tolist() == [TEST, TRAIN, UNNAMED, VALID, UNNAMED]
+    # Behind the last row that is named: the next one, and one far away.
+    found = splits.codes(np.array([4, 0, 2, 1, 5, 99]), [""] * 6)
+    assert found.tolist() == [TEST, TRAIN, UNNAMED, VALID, UNNAMED, UNNAMED]
     by_id = NamedSplits(None, {"a": "test-challenge", "b": "dev"}, "s.csv")
     assert not by_id.names_rows
     assert by_id.codes(np.arange(3), ["b", "x", "a"]).tolist() == [VALID, UNNAMED, TEST]
@@ -63,9 +64,15 @@ def test_equal_splits_have_equal_digests() -> None:
     assert ids.digest != NamedSplits(None, {"a": "train", "b": "train"}, "c").digest
 
 
+def test_two_names_of_one_split_may_share_a_row() -> None:
+    splits = NamedSplits({"test": np.array([0, 1]), "test-dev": np.array([1])}, None, "s.json")
+    assert splits.codes(np.arange(2), [""] * 2).tolist() == [TEST, TEST]
+
+
 def test_unknown_names_and_contradictions_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"s\.json has a split 'fold1'; expected train, valid"):
-        NamedSplits({"fold1": np.array([0])}, None, "s.json")
+    for name in ("fold1", "tested"):
+        with pytest.raises(ConfigError, match=rf"s\.json has a split '{name}'; expected train"):
+            NamedSplits({name: np.array([0])}, None, "s.json")
     with pytest.raises(DataError, match=r"puts row 3 into 'test' and into another split"):
         NamedSplits({"train": np.array([1, 3]), "test": np.array([3])}, None, "s.json")
 
