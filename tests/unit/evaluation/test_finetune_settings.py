@@ -154,6 +154,16 @@ def test_learning_rates_fall_from_block_to_block(pretrained: StartingPoint) -> N
             rates.setdefault(depth(names[parameter], 2), set()).add(round(group["lr"], 12))
     assert rates == {0: {1.25e-5}, 1: {2.5e-5}, 2: {5e-5}, 3: {1e-3}}
 
+    def decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        return {
+            names[parameter]: group["weight_decay"]
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+
+    assert decays(optimizer) == decays(build_optimizer(model, OptimConfig(weight_decay=0.1)))
+    assert decays(optimizer)["encoder.layers.0.attention.qkv.weight"] == 0.1
+
 
 def test_equal_rates_keep_the_two_usual_groups(pretrained: StartingPoint) -> None:
     model = build_model(pretrained, 1, QUICK, 0)
