@@ -93,12 +93,18 @@ def test_all_but_the_coordinate_frame_heads_do_not_notice_a_rotation(model: Mole
 
 
 def test_float32_agrees_with_float64_after_a_rotation() -> None:
-    torch.manual_seed(0)
-    exact = MoleBlendModel(CONFIG).eval()
+    exact = MoleBlendModel(CONFIG).double().eval()
+    zoo.spread_weights(exact)
+    rounded = MoleBlendModel(CONFIG).eval()
+    rounded.load_state_dict(exact.state_dict())
     batch = zoo.batch([zoo.ring(6, tail=3)])
     turn = torch.from_numpy(zoo.rotation(1)).float()
     turned = dataclasses.replace(batch, positions=batch.positions @ turn.T)
-    torch.testing.assert_close(exact.embed(batch), exact.embed(turned), rtol=1e-4, atol=1e-4)
+    stretched = dataclasses.replace(batch, positions=batch.positions * 1.01)
+    expected = exact.embed(zoo.in_double(batch)).float()
+    torch.testing.assert_close(rounded.embed(turned), expected, rtol=1e-5, atol=1e-5)
+    # Other distances would show.
+    assert (rounded.embed(stretched) - expected).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moleblend_ray.config.compose import load_config
@@ -204,10 +205,11 @@ def test_machines_that_share_windows_fetch_row_groups_again() -> None:
     setup = setup_of("gpus=64")
     assert amplification(setup, 64, 8, 1) == 1.0
     values = [amplification(setup, 64, 8, nodes) for nodes in (2, 4, 16, 64, 1000)]
-    assert values == sorted(values)
-    assert all(
-        value <= min(nodes, 64) for value, nodes in zip(values, (2, 4, 16, 64, 1000), strict=True)
-    )
+    # Each of the 64 blocks of a window is built on a random machine.
+    for nodes, value in zip((2, 4, 16, 64, 1000), values, strict=True):
+        drawn = np.sort(np.random.default_rng(0).integers(0, nodes, (1000, 64)), axis=1)
+        met = 1 + (np.diff(drawn, axis=1) > 0).sum(axis=1)
+        assert value == pytest.approx(met.mean(), rel=0.01)
     # A step smaller than a window: one block of one stream covers many of them less often.
     assert amplification(setup, 1, 64, 16) < 2
 
