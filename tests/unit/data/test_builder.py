@@ -88,6 +88,40 @@ def test_conformers_are_drawn_anew_each_step_and_only_by_key(
     ]
 
 
+def test_conformers_of_molecules_and_of_steps_are_drawn_independently(
+    dataset: tuple[str, MoleculeBlock],
+) -> None:
+    uri, molecules = dataset
+    builder = MicroBatchBuilder(uri, ORDER, STREAM)
+    first_atom = np.cumsum(molecules.num_atoms) - molecules.num_atoms
+    ids = np.arange(500)
+    shifts = [
+        builder._read(ids, np.full(500, step)).positions - molecules.positions for step in range(60)
+    ]
+    drawn = np.round([shift[first_atom, 0] for shift in shifts]).astype(int)
+    of_three = drawn[:, drawn.max(axis=0) == 2]
+    assert of_three.shape[1] > 100
+    for number in range(3):
+        # Shares over the molecules of a step, and over the steps of a molecule.
+        assert np.abs((of_three == number).mean(axis=1) - 1 / 3).max() < 0.2
+        assert np.abs((of_three == number).mean(axis=0) - 1 / 3).max() < 0.33
+
+
+def test_each_molecule_is_turned_otherwise_in_each_step_and_never_mirrored(tmp_path: Path) -> None:
+    molecules = write_dataset(str(tmp_path), 60)
+    order = OrderConfig(global_batch_size=60, num_streams=1)
+    stream = StreamConfig(micro_batch_size=1, random_rotation=True)
+    rotations = []
+    for batch in local_step_batches(str(tmp_path), order, stream, first_step=0, num_steps=3):
+        for micro in batch.micro_batches:
+            if micro.num_atoms[0] >= 4:
+                own = molecules.take(micro.molecule_ids)
+                rotations.append(np.linalg.lstsq(own.positions, micro.positions)[0])
+    assert len(rotations) > 3 * 40
+    np.testing.assert_allclose(np.linalg.det(rotations), 1.0, atol=1e-3)
+    assert len(np.unique(np.round(rotations, 3), axis=0)) == len(rotations)
+
+
 def test_random_rotation_keeps_each_molecules_distances_and_changes_its_frame(
     tmp_path: Path,
 ) -> None:
