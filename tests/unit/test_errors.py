@@ -34,6 +34,14 @@ from moleblend_ray.orchestration.logs import Redactor
             "https://h/a?X-Amz-Date=1&X-Amz-Credential=AKIA/1&id=7&Expires=3, https://h/b",
             "https://h/a?X-Amz-Date=***&X-Amz-Credential=***&id=7&Expires=***, https://h/b",
         ),
+        (
+            "gs://h/a?X-Goog-Date=1&X-Goog-Algorithm=2",
+            "gs://h/a?X-Goog-Date=***&X-Goog-Algorithm=***",
+        ),
+        (
+            "https://a.blob.core.windows.net/x?sv=1&st=2&se=3&sp=r&sr=c&sig=y",
+            "https://a.blob.core.windows.net/x?sv=***&st=***&se=***&sp=***&sr=c&sig=***",
+        ),
     ],
 )
 def test_credentials_are_hidden_and_nothing_else(text: str, shown: str) -> None:
@@ -64,6 +72,9 @@ def test_an_error_hides_credentials_also_after_a_journey_between_processes() -> 
         "AWS_ACCESSKEYID",
         "API_KEY2",
         "DB_PWD",
+        "GCP_CREDENTIALS",
+        "URL_SIGNATURE",
+        "session_cookie",
     ],
 )
 def test_a_variable_that_holds_a_secret_is_neither_sent_nor_shown(name: str) -> None:

@@ -80,6 +80,9 @@ def test_json_is_the_same_bytes_for_equal_values(base: str) -> None:
     storage.write_json(two, {"a": "Ångström", "b": [1, 2.5]})
     assert storage.read_bytes(one) == storage.read_bytes(two)
     assert storage.read_json(one) == {"a": "Ångström", "b": [1, 2.5]}
+    # Other programs read no NaN.
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        storage.write_json(two, {"a": float("nan")})
     storage.write_bytes(two, b'{"a": ')
     with pytest.raises(DataError, match=r"2\.json is not a JSON document"):
         storage.read_json(two)
@@ -99,6 +102,13 @@ def test_a_missing_file_is_named(base: str, read: object) -> None:
     uri = storage.join(base, "not-there.csv")
     with pytest.raises(storage.NotFoundError, match=r"not-there\.csv: it does not exist"):
         read(uri).read() if read is storage.open_read else read(uri)  # type: ignore[operator]
+
+
+def test_files_and_directories_are_not_mixed_up(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    assert not storage.exists(str(tmp_path / "file" / "below"))
+    with pytest.raises(StorageError, match="is a directory, where a file is expected"):
+        storage.size(str(tmp_path))
 
 
 def test_a_missing_bucket_is_named(s3_uri: str) -> None:
@@ -223,6 +233,9 @@ def test_folder_objects_of_an_object_store_are_not_listed(s3_uri: str) -> None:
     client = s3fs.S3FileSystem(use_listings_cache=False)
     client.call_s3("put_object", Bucket=bucket, Key=f"{key}/folder/", Body=b"")
     assert [info.uri for info in storage.list_files(s3_uri)] == [f"{s3_uri}/folder/a.csv"]
+    # Nothing is remembered of a folder to which others write.
+    client.call_s3("put_object", Bucket=bucket, Key=f"{key}/folder/b.csv", Body=b"")
+    assert len(storage.list_files(s3_uri)) == 2
 
 
 def test_a_name_with_glob_characters_that_exists_is_that_file(tmp_path: Path) -> None:

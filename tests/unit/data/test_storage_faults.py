@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+from aiohttp import ClientConnectionError, ClientResponseError
+from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 from fault_proxy import FaultProxy
 
 from moleblend_ray.data import retry, storage
@@ -60,7 +64,92 @@ def test_waits_double_up_to_the_longest_and_are_shortened_by_half_at_most() -> N
         assert 0.9 * longest < max(waits) <= longest
 
 
-def test_a_budget_that_is_no_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(retry.RETRY_VARIABLE, "soon")
-    with pytest.raises(ConfigError, match="MOLEBLEND_STORAGE_RETRY_S is 'soon'"):
-        retry.retry_seconds()
+def test_the_last_error_is_raised_before_a_wait_beyond_the_budget(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    monkeypatch.setattr(retry, "time", clock)
+    monkeypatch.setenv(retry.RETRY_VARIABLE, "100")
+    errors: list[ConnectionResetError] = []
+
+    def call() -> None:
+        errors.append(ConnectionResetError())
+        raise errors[-1]
+
+    with pytest.raises(ConnectionResetError) as caught:
+        retry.retried("read", "s3://key:hunter2@bucket/k", call)
+    assert caught.value is errors[-1]
+    # Waits are at most 15 s.
+    assert 85 <= now[0] <= 100
+    assert len(caplog.messages) == len(errors) - 1
+    assert caplog.messages[0].startswith("Cannot read s3://***@bucket/k (ConnectionResetError)")
+
+
+def s3_failure(code: str, status: int) -> Exception:
+    """As s3fs raises it: an error of its own, caused by that of botocore."""
+    answer = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    failure = OSError(5, "Input/output error")
+    failure.__cause__ = ClientError(answer, "GetObject")
+    return failure
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        # What some servers answer with a status of their own.
+        *((s3_failure(code, 400), True) for code in ("RequestTimeout", "Throttling", "SlowDown")),
+        (s3_failure("NoSuchUpload", 404), True),
+        (s3_failure("OperationAborted", 409), True),
+        *((s3_failure("?", status), True) for status in (429, 500, 502, 503, 504)),
+        (s3_failure("NoSuchKey", 404), False),
+        (s3_failure("AccessDenied", 403), False),
+        (s3_failure("InvalidAccessKeyId", 403), False),
+        (ClientResponseError(Mock(), (), status=503), True),
+        (ClientResponseError(Mock(), (), status=404), False),
+        (ClientConnectionError(), True),
+        (IncompleteReadError(actual_bytes=1, expected_bytes=2), True),
+        (ReadTimeoutError(endpoint_url="x"), True),
+        (TimeoutError(), True),
+        (retry.ShortReadError(), True),
+        (FileNotFoundError(), False),
+        (OSError(28, "No space left on device"), False),
+        (ValueError(), False),
+    ],
+    ids=repr,
+)
+def test_what_may_succeed_later_is_told_from_what_may_not(error: Exception, expected: bool) -> None:
+    assert retry.is_transient(error) == expected
+
+
+def test_a_range_that_came_short_is_fetched_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    content = bytes(range(100))
+    cuts = iter([7, 0, 0])
+
+    def cat_file(path: str, start: int, end: int) -> bytes:
+        return content[start : end - next(cuts)]
+
+    monkeypatch.setattr(storage, "size", lambda uri: 100)
+    monkeypatch.setattr(storage, "_resolve", lambda uri: (Mock(cat_file=cat_file), "x"))
+    with storage.open_read("s3://bucket/x") as stream:
+        assert stream.read() == content
+    assert next(cuts, None) == 0, "one range was fetched twice"
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "inf", "nan"])
+def test_a_budget_that_is_no_number_of_seconds_is_refused(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    for variable, read in (
+        (retry.RETRY_VARIABLE, retry.retry_seconds),
+        (retry.TIMEOUT_VARIABLE, retry.timeout_seconds),
+    ):
+        monkeypatch.setenv(variable, "7")
+        assert read() == 7.0
+        monkeypatch.setenv(variable, text)
+        with pytest.raises(ConfigError, match=f"{variable} is '{text}'"):
+            read()
+        monkeypatch.delenv(variable)
