@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from moleblend_ray.checks import check_all
-from moleblend_ray.config.builder import build, to_dict, type_name
+from moleblend_ray.config.builder import build, run_checks, to_dict, type_name
 from moleblend_ray.errors import ConfigError
 
 
@@ -43,6 +43,7 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
     maybe: Inner | None = None
     place: str | tuple[str, ...] = ""
+    names: tuple[str, ...] = ()
 
 
 def problems_of(values: dict[str, object]) -> list[str]:
@@ -98,6 +99,13 @@ def test_optional_values_may_be_null_or_a_section() -> None:
     [
         ({"count": 1.5}, "count: expected int, found 1.5 (float)"),
         ({"count": True}, "count: expected int, found True (bool)"),
+        ({"count": 1e300}, "count: expected int, found 1e+300 (float)"),
+        ({"limit": True}, "limit: expected float or null, found True (bool)"),
+        (
+            {"names": "ab"},
+            "names: expected list of str, found 'ab' (str) (write a list: names=[a,b])",
+        ),
+        ({"pair": [1.0, 2.0, 3.0]}, "pair: expected list [float, float], found [1.0, 2.0, 3.0]"),
         ({"flag": 1}, "flag: expected bool, found 1 (int)"),
         ({"limit": "2"}, "limit: expected float or null, found '2' (str)"),
         ({"count": None}, "count: expected int, found null"),
@@ -158,6 +166,17 @@ def test_all_problems_are_told_at_once_even_those_a_section_finds_itself() -> No
 def test_the_place_a_value_came_from_is_named() -> None:
     with pytest.raises(ConfigError, match=r"found 'x' \(str\), from conf/job.yaml"):
         build(Outer, {"name": "a", "count": "x"}, origin=lambda path: f"conf/{'job'}.yaml")
+    values = {"name": "a", "inner": {"rate": -1}}
+    with pytest.raises(ConfigError, match=r"inner\.rate: .* found -1\.0, from inner\.rate in job"):
+        build(Outer, values, origin=lambda path: f"{path} in job")
+
+
+def test_the_messages_of_all_checks_are_raised_together() -> None:
+    def fails(message: str) -> None:
+        raise ConfigError(message)
+
+    with pytest.raises(ConfigError, match=r"^one\ntwo$"):
+        run_checks(lambda: fails("one"), lambda: None, lambda: fails("two"))
 
 
 def test_type_names_read_as_words() -> None:

@@ -112,9 +112,48 @@ def test_a_stop_on_request_is_told_from_a_killed_run(tmp_path: Path) -> None:
     assert look(run, timedelta(hours=3)).state == "stopped"
     # Just after it the workers may be starting anew elsewhere.
     assert look(run, timedelta(seconds=5)).state == "running"
+    # A run that was killed at its last step, before its summary, was not asked to stop.
+    assert look(run, timedelta(hours=3), num_steps=8).state == "stalled"
+
+
+def rewrite_marker(run: Path, step: int, **changes: Any) -> None:
+    marker = run / "checkpoints" / f"step-{step:08d}" / COMMIT_NAME
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), **changes}))
+
+
+def test_markers_of_one_worker_group_tell_the_time_of_a_step_and_when_the_next_is_overdue(
+    run: Path,
+) -> None:
+    unfinished(run)
+    rewrite_marker(run, 20, created="2026-01-01T00:00:00+00:00")
+    rewrite_marker(run, 25, created="2026-01-01T01:00:00+00:00")
+    found = look(run, timedelta(minutes=119))
+    assert (found.seconds_a_step, found.expected_interval_s) == (720.0, 3600.0)
+    assert found.state == "running"
+    # Twice the interval, and three minutes for a start.
+    assert look(run, timedelta(minutes=122)).state == "running"
+    assert look(run, timedelta(minutes=124)).state == "stalled"
+    rewrite_marker(run, 25, attempt="another group")
+    by_records = look(run).seconds_a_step
+    assert by_records is not None
+    assert by_records < 60
+
+
+def test_a_marker_of_a_clock_that_is_ahead_is_no_older_than_now(run: Path) -> None:
+    assert look(run, timedelta(minutes=-5)).age_s == 0.0
+
+
+def test_checkpoints_of_a_newer_version_are_not_called_damaged(run: Path) -> None:
+    for step in (20, 25, 30):
+        rewrite_marker(run, step, format=99)
+    found = run_status(str(run), document())
+    assert {one.state for one in found.checkpoints} == {"newer"}
+    assert found.state == "damaged"
+    assert "of a newer version" in found.detail
 
 
 def test_a_finished_run_says_so_however_old_it_is(run: Path) -> None:
+    unfinished(run)
     storage.write_json(str(run / FINISHED_NAME), {"steps": NUM_STEPS, "finished": True})
     found = look(run, timedelta(days=400))
     assert (found.state, found.step, found.eta_s) == ("finished", NUM_STEPS, None)
@@ -161,7 +200,19 @@ def test_numbers_of_the_last_steps_are_means_over_them(run: Path) -> None:
         name for name in lines[-1] if name.startswith("loss")
     }
     assert found.validation == ((10, 1.5), (20, 1.5), (30, 1.5))
-    assert found.worker_groups == 1
+    assert (found.worker_groups, found.workers) == (1, 1)
+    for name in ("learning_rate", "grad_norm", "peak_memory_mib"):
+        assert found.rates[name] == lines[-1][name]
+    newest = run / "checkpoints" / "step-00000030"
+    assert found.checkpoints[0].num_bytes == sum(
+        file.stat().st_size for file in newest.iterdir() if file.name != COMMIT_NAME
+    )
+
+
+def test_the_newest_count_of_skipped_steps_is_shown(tmp_path: Path) -> None:
+    lines = [{**line, "skipped_steps": line["step"] // 4} for line in records(0, 10, 0.0)]
+    write_records(str(tmp_path), lines, 0, 10)
+    assert look(tmp_path).skipped_steps == 2
 
 
 def test_a_second_worker_group_is_seen(run: Path) -> None:
