@@ -25,7 +25,7 @@ from moleblend_ray.data.claim import claim_output, finished_manifest
 from moleblend_ray.data.dataset_files import receipt_uri
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
-from moleblend_ray.data.shard_writer import convert_chunk, featurize_chunk
+from moleblend_ray.data.shard_writer import _closest_distances, convert_chunk, featurize_chunk
 from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
 from moleblend_ray.data.sources import (
     ColumnConfig,
@@ -222,6 +222,26 @@ def test_bad_geometry_in_an_sd_file(tmp_path: Path) -> None:
     required = FeaturizeConfig(require_coordinates=True)
     manifest = convert(source, tmp_path / "3d", featurize=required)
     assert manifest.counts.quarantined_by_reason["no_coordinates"] == 2
+
+
+def test_unreadable_labels_are_those_of_molecules_in_shards(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("smiles,y\nC,1\nCC,high\nC1CC,high\n")
+    columns = ColumnConfig(label_columns=("y",))
+    manifest = convert(tmp_path / "in.csv", tmp_path / "out", columns=columns)
+    assert [(label.count, label.num_unreadable) for label in manifest.labels] == [(1, 1)]
+
+
+def test_one_conformer_with_overlapping_atoms_is_enough() -> None:
+    two = FeaturizeConfig(conformers=ConformerConfig(generate=True, count=2))
+    molecule = molecule_from_smiles("CCO", two)
+    assert isinstance(molecule, Molecule)
+    assert molecule.num_conformers == 2
+    broken = molecule.positions.copy()
+    broken[0, 1] = broken[0, 0] + 0.1
+    other = dataclasses.replace(molecule, positions=broken)
+    whole, overlapping = _closest_distances([molecule, other])
+    assert whole > 0.9
+    assert overlapping == pytest.approx(0.1 * 3**0.5, rel=1e-3)
 
 
 def test_a_chunk_gives_the_same_bytes_each_time_and_in_any_order(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import count_repeats, write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
@@ -21,7 +22,14 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, ShardReader, load_manifest
-from moleblend_ray.data.shuffle import Exchange, Unit, plan_exchange, run_unit, staged_chunk
+from moleblend_ray.data.shuffle import (
+    Exchange,
+    StagedChunk,
+    Unit,
+    plan_exchange,
+    run_unit,
+    staged_chunk,
+)
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash
@@ -139,7 +147,32 @@ def test_the_order_is_that_of_a_keyed_hash_of_each_record_s_place(
         file_index = [int(row["label:y"] >= 90) for row in rows]
         keys = keyed_hash(5, file_index, [row["source_row"] for row in rows])
         assert (np.diff(keys.astype(object)) > 0).all()
-    assert 3 <= len(manifest.shards_of("train")) <= 4
+    # 150 molecules, 40 or fewer to a shard on average.
+    assert len(manifest.shards_of("train")) == 4
+
+
+def test_shards_of_large_molecules_have_fewer_rows(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_BUCKET_BYTES", 2048)
+    manifest = prepare(source, tmp_path / "out", shuffle=True, valid_fraction=0.0)
+    assert len(manifest.shards_of("train")) > 10
+
+
+def test_groups_fit_into_memory_with_the_copies_that_their_work_makes() -> None:
+    def group_sizes(memory_bytes: int) -> list[list[int]]:
+        chunks = [StagedChunk(0, i, 10 * i, 10, size, "") for i, size in enumerate((5, 5, 4, 9, 1))]
+        exchange, (runs, *_) = plan_exchange(
+            "out", ["a.csv"], [], reversed(chunks),
+            row_group_rows=8, rows_per_shard=8, shuffle=True, deduplicate=False,
+            memory_bytes=memory_bytes,
+        )  # fmt: skip
+        assert exchange.group_starts == tuple(unit.chunks[0].first_row for unit in runs)
+        return [[chunk.memory_bytes for chunk in unit.chunks] for unit in runs]
+
+    assert group_sizes(4 * 10) == [[5, 5], [4], [9, 1]]
+    assert group_sizes(4 * 14) == [[5, 5, 4], [9, 1]]
+    assert group_sizes(1) == [[5], [5], [4], [9], [1]]
 
 
 @pytest.mark.parametrize(
@@ -162,9 +195,13 @@ def test_memory_and_the_order_of_the_work_change_no_byte(
     }
 
 
-def test_another_seed_is_another_order_of_the_same_molecules(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("deduplicate", ["none", "inchikey"])
+def test_another_seed_is_another_order_of_the_same_molecules(
+    source: Path, tmp_path: Path, deduplicate: str
+) -> None:
     for seed in (0, 1):
-        prepare(source, tmp_path / str(seed), shuffle=True, shuffle_seed=seed)
+        out = tmp_path / str(seed)
+        prepare(source, out, shuffle=True, shuffle_seed=seed, deduplicate=deduplicate)
     one, other = ([row["smiles"] for row in rows_of(tmp_path / str(seed))] for seed in (0, 1))
     assert one != other
     assert sorted(one) == sorted(other)
@@ -210,12 +247,15 @@ def test_of_equal_molecules_one_with_coordinates_then_the_first_is_kept(
     duplicates = [row for row in quarantine_of(tmp_path / "out") if row["reason"] == "duplicate"]
     found = {(Path(row["source_uri"]).name, row["source_row"]): row for row in duplicates}
     assert set(found) == {("a.parquet", 0), ("a.parquet", 3), ("b.csv", 0), ("b.csv", 1)}
-    first = found["a.parquet", 0]
-    assert first["mol_id"] == "a-0"
-    assert first["excerpt"] == "CO"
-    assert first["detail"].startswith(
-        "InChIKey OKKJLVBELUTLKV-UHFFFAOYSA-N is kept as a-2, row 2 of"
-    )
+    methanol, methane = "OKKJLVBELUTLKV-UHFFFAOYSA-N", "VNWKTOKETHGBQD-UHFFFAOYSA-N"
+    for place, mol_id, excerpt, kept_as in (
+        (("a.parquet", 0), "a-0", "CO", f"InChIKey {methanol} is kept as a-2, row 2 of"),
+        (("a.parquet", 3), "a-3", "CO", f"InChIKey {methanol} is kept as a-2, row 2 of"),
+        (("b.csv", 0), "b_0", "CO", f"InChIKey {methanol} is kept as a-2, row 2 of"),
+        (("b.csv", 1), "b_1", "C", f"InChIKey {methane} is kept as a-1, row 1 of"),
+    ):
+        assert (found[place]["mol_id"], found[place]["excerpt"]) == (mol_id, excerpt)
+        assert found[place]["detail"] == f"{kept_as} {folder}/a.parquet"
     counts = manifest.counts
     assert counts.rows_in == 10 == counts.rows_out + counts.rows_quarantined
     assert counts.quarantined_by_reason == {
@@ -226,9 +266,19 @@ def test_of_equal_molecules_one_with_coordinates_then_the_first_is_kept(
     assert counts.elements == {"C": 2, "N": 1, "O": 1}
 
 
-def test_molecules_without_an_inchikey_are_all_kept_and_counted(tmp_path: Path) -> None:
-    from moleblend_ray.chemistry.config import FeaturizeConfig
+def test_coordinates_of_the_source_count_more_than_those_made_here(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.csv").write_text("smiles\nCO\nCC\nCC\n")
+    write_geometry(folder / "b.parquet", ["CO"], [True])
+    made = FeaturizeConfig(conformers=ConformerConfig(generate=True))
+    settings = {"deduplicate": "inchikey", "featurize": made, "valid_fraction": 0.0}
+    manifest = prepare(folder, tmp_path / "out", **settings)
+    assert [row["mol_id"] for row in rows_of(tmp_path / "out")] == ["a_1", "b-0"]
+    assert manifest.counts.with_coordinates == 2
 
+
+def test_molecules_without_an_inchikey_are_all_kept_and_counted(tmp_path: Path) -> None:
     (tmp_path / "in.csv").write_text("smiles\n*C\nC*\nCC\nCC\n")
     manifest = prepare(
         tmp_path / "in.csv",
