@@ -156,6 +156,18 @@ def test_losses_that_stand_still_make_no_spike_of_a_small_rise() -> None:
     assert detector.update(2.11) is not None
 
 
+def test_a_loss_far_below_the_last_ones_is_no_spike_and_the_deviation_is_that_of_their_noise() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    detector = SpikeDetector(10.0)
+    for loss in 3.0 + 0.1 * rng.normal(size=200):
+        assert detector.update(loss) is None
+    assert detector.update(0.5) is None
+    assert detector.update(3.0 + 0.1 * 8) is None
+    assert detector.update(3.0 + 0.1 * 12) is not None
+
+
 def test_a_count_once_begun_stays_in_the_records_of_a_run_that_no_longer_skips() -> None:
     records, _, _ = run((), skipped_before=2)
     assert {record["skipped_steps"] for record in records} == {2}

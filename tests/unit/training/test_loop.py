@@ -25,6 +25,7 @@ from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, dropout_seed, fit, molecules_checksum, train_step
 from moleblend_ray.training.metrics import Record, read_records
+from moleblend_ray.training.optim import learning_rate
 from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.saving import CheckpointWriter
 
@@ -74,6 +75,18 @@ def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+def test_an_update_follows_the_clipped_gradient_at_the_recorded_rate() -> None:
+    learner = toy.learner(num_steps=6)
+    learner = replace(learner, optim=replace(learner.optim, clip_norm=0.01))
+    record, _ = train_step(learner, on_cpu(next(toy.steps())))
+    assert record["grad_norm"] > 1
+    # Adam's first moment is a tenth of the first gradient.
+    moments = [state["exp_avg"].norm() for state in learner.optimizer.state.values()]
+    assert torch.stack(moments).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)
+    assert {group["lr"] for group in learner.optimizer.param_groups} == {record["learning_rate"]}
+    assert record["learning_rate"] == learning_rate(0, learner.optim, 6)
+
+
 def test_records_say_what_a_step_saw() -> None:
     order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
     learner = toy.learner(num_steps=2)
@@ -92,7 +105,11 @@ def test_records_say_what_a_step_saw() -> None:
         assert (
             record["molecules_checksum"] == molecules_checksum(ids) != molecules_checksum(ids + 1)
         )
-        assert 0 <= record["padding_share"] < 1
+        slots = sum(
+            len(micro) * micro.num_atoms.max()
+            for micro in next(toy.steps(start=int(record["step"]))).micro_batches
+        )
+        assert record["padding_share"] == pytest.approx(1 - num_atoms.sum() / slots)
         assert 0 <= record["data_wait_s"] <= record["step_s"]
 
 
@@ -127,7 +144,7 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     with pytest.raises(NotFiniteError) as caught:
         train_step(learner, on_cpu(batch))
-    assert str(micro.molecule_ids.tolist()) in str(caught.value)
+    assert f"molecule ids {[micro.molecule_ids.tolist()]}" in str(caught.value)
     for name, value in learner.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
@@ -229,12 +246,17 @@ def test_dropout_differs_between_micro_batches_and_repeats_with_its_key() -> Non
 
 
 def test_ignored_bonds_are_counted() -> None:
-    learner = toy.learner(model=replace(toy.MODEL, edge_other_class=False))
-    batch = next(toy.steps())
-    learner = replace(learner, loss=LossConfig(ignore_other_bonds=True))
-    learner.objective.loss = learner.loss
-    record, _ = train_step(learner, on_cpu(batch))
+    learner = toy.learner(
+        model=replace(toy.MODEL, edge_other_class=False), loss=LossConfig(ignore_other_bonds=True)
+    )
+    record, _ = train_step(learner, on_cpu(next(toy.steps())))
     assert record["other_bonds"] == 0
+    block = toy.concat([toy.molecule(i) for i in range(8)])
+    block.bond_features[:, 0] = 4  # a type of bond that the paper does not have
+    step = on_cpu(StepBatch(step=1, micro_batches=tuple(build_micro_batches(block, 1, 0, 3))))
+    record, _ = train_step(learner, step)
+    hops = sum(int(part.spd[part.pair_mask].clamp(max=5).sum()) for part in step.molecules)
+    assert record["other_bonds"] == hops > 0
 
 
 def test_several_workers_without_a_strategy_are_refused() -> None:

@@ -49,6 +49,23 @@ def test_the_losses_are_the_same_each_time_and_for_any_micro_batch(
     assert large() == pytest.approx(first, rel=1e-5)
 
 
+def test_the_molecules_are_the_first_of_the_valid_split(dataset: tuple[str, Manifest]) -> None:
+    uri, manifest = dataset
+
+    def losses(manifest: Manifest, molecules: int) -> dict[str, float]:
+        learner = toy.learner(validation_molecules=molecules)
+        validate = build_validation(uri, manifest, learner, micro_batch_size=7)
+        assert validate is not None
+        return validate()
+
+    everything = losses(manifest, 2048)
+    assert losses(manifest, 20) == everything
+    assert losses(replace(manifest, shards=manifest.shards_of("valid")), 2048) == everything
+    first = losses(manifest, 7)
+    assert first["valid_loss"] != pytest.approx(everything["valid_loss"], rel=1e-4)
+    assert losses(manifest, 8) != first
+
+
 def test_it_leaves_the_model_in_training_without_gradients(dataset: tuple[str, Manifest]) -> None:
     learner = toy.learner()
     validate = build_validation(*dataset, learner, micro_batch_size=8)
