@@ -87,6 +87,17 @@ def test_a_marker_names_every_file_with_size_and_checksum(trained: Path) -> None
         assert (file.num_bytes, file.sha256) == (len(content), storage.sha256_bytes(content))
     assert commit.world_size == 1
     assert commit.versions["torch"] == torch.__version__
+    assert (commit.identity["data_fingerprint"], commit.config_fingerprint) == ("toy", "f")
+
+
+def test_each_record_is_on_file_once_in_the_file_of_its_checkpoint(trained: Path) -> None:
+    lines = {
+        file.name: [json.loads(line)["step"] for line in file.read_text().splitlines()]
+        for file in (trained / "metrics").iterdir()
+    }
+    assert lines == {
+        f"steps-{first:08d}-{first + 2:08d}.jsonl": [first, first + 1] for first in (0, 2, 4)
+    }
 
 
 def test_the_newest_whole_checkpoint_is_found(trained: Path) -> None:
@@ -106,7 +117,7 @@ def test_shards_without_a_marker_are_not_believed(run: Path) -> None:
     assert commit.step == 4
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "altered", "marker"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "altered", "marker"])
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
     run: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -117,6 +128,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
         victim.unlink()
     elif damage == "cut":
         victim.write_bytes(content[:-10])
+    elif damage == "longer":
+        victim.write_bytes(content + b"\0")
     elif damage == "altered":
         middle = len(content) // 2
         victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
@@ -124,7 +137,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_is_used(
         (victim.parent / COMMIT_NAME).write_text("{ half a mark")
         expected = COMMIT_NAME
     with caplog.at_level(logging.WARNING):
-        commit = latest_committed(str(run), verify_content=True)
+        # Sizes alone show all but an altered byte.
+        commit = latest_committed(str(run), verify_content=damage == "altered")
     assert commit is not None
     assert commit.step == 4
     assert expected in caplog.text
@@ -336,10 +350,21 @@ def test_what_is_newer_than_the_start_is_abandoned(run: Path) -> None:
     assert committed_steps(str(run)) == [4, 2]
 
 
-def test_an_index_that_would_run_code_is_refused(run: Path) -> None:
+@pytest.mark.parametrize("name", ["../outside", "folder/file", "/tmp/file", "..", ""])
+def test_a_marker_that_names_files_elsewhere_is_refused(run: Path, name: str) -> None:
+    marker = shard(run, 6).parent / COMMIT_NAME
+    value = json.loads(marker.read_text())
+    value["files"][0]["name"] = name
+    marker.write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match="is no file name"):
+        read_commit(str(run), 6)
+
+
+@pytest.mark.parametrize("called", [print, torch.nn.Linear, torch.hub.load, pickle.loads])
+def test_an_index_that_would_run_code_is_refused(run: Path, called: Any) -> None:
     class Evil:
         def __reduce__(self) -> Any:
-            return (print, ("code ran",))
+            return (called, (1, 1))
 
     index = shard(run, 6).parent / ".metadata"
     index.write_bytes(pickle.dumps(Evil()))
@@ -359,6 +384,8 @@ def test_another_run_is_refused_with_both_values_named() -> None:
     stored = {"data_fingerprint": "aaa", "order": {"global_batch_size": 256, "num_streams": 4}}
     wanted = {"data_fingerprint": "bbb", "order": {"global_batch_size": 512, "num_streams": 4}}
     require_same_run(stored, stored, "run")
+    # A marker comes from JSON, where tuples are lists.
+    require_same_run({"blend": {"pair": [0.2, 0.8]}}, {"blend": {"pair": (0.2, 0.8)}}, "run")
     with pytest.raises(CheckpointError) as caught:
         require_same_run(stored, wanted, "s3://bucket/run")
     message = str(caught.value)

@@ -219,6 +219,20 @@ def test_one_failing_save_too_many_ends_training(
 
 
 @both_ways
+def test_failures_count_in_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    failing = ("step-00000002", "step-00000006", "step-00000010")
+    fail_saves(monkeypatch, lambda folder: folder.endswith(failing), StorageError("gone"))
+    fit(
+        toy.learner(num_steps=12),
+        toy.steps(),
+        checkpoints=writer(tmp_path, max_failed_saves=1, asynchronous=asynchronous),
+    )
+    assert committed_steps(str(tmp_path)) == [12, 8, 4]
+
+
+@both_ways
 def test_the_last_save_must_not_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
