@@ -38,7 +38,7 @@ from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind, resolve_task
 from moleblend_ray.model.moleblend import HYDROGEN, PropertyModel
 from moleblend_ray.training.config import OptimConfig
-from moleblend_ray.training.optim import build_optimizer, set_learning_rate
+from moleblend_ray.training.optim import build_optimizer, gradient_norm, set_learning_rate
 
 from .conftest import MakeLabelled, all_smiles
 
@@ -140,6 +140,87 @@ def test_the_head_trains_alone_while_it_warms_up_and_all_does_afterwards(
     result = train(molecules, pretrained, longer)
     assert result.history[-1].best_epoch > 2
     assert changed(result.model, pretrained) == {0, 1, 2, 3}
+
+
+def test_the_head_warms_up_for_exactly_the_epochs_asked_for(
+    molecules: LabelledMolecules, pretrained: StartingPoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune, "is_better", lambda *_: True)  # the last epoch is the best
+    for epochs, expected in ((2, {3}), (3, {0, 1, 2, 3})):
+        settings = dataclasses.replace(QUICK, head_warmup_epochs=2, epochs=epochs)
+        assert changed(train(molecules, pretrained, settings).model, pretrained) == expected
+
+
+def test_the_settings_of_the_optimizer_reach_it(
+    molecules: LabelledMolecules, pretrained: StartingPoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    clipped: list[float] = []
+    decays: set[float] = set()
+
+    def build(model, config, lr_factor):
+        optimizer = build_optimizer(model, config, lr_factor)
+        decays.update(group["weight_decay"] for group in optimizer.param_groups)
+        step = optimizer.step
+
+        def noted_step() -> None:
+            rates.append(optimizer.param_groups[0]["lr"])
+            clipped.append(float(gradient_norm(list(model.parameters()))))
+            step()
+
+        monkeypatch.setattr(optimizer, "step", noted_step)
+        return optimizer
+
+    monkeypatch.setattr(finetune, "build_optimizer", build)
+    settings = FinetuneSettings(
+        learning_rate=1e-2, batch_size=6, epochs=2, warmup_fraction=0.5, weight_decay=0.03,
+        clip_norm=1e-3,
+    )  # fmt: skip
+    train(molecules, pretrained, settings)
+    # 36 training molecules make 12 steps, of which 6 warm up to the peak and 6 fall along a cosine.
+    cosine = [0.5 * (1 + np.cos(np.pi * step / 6)) for step in range(6)]
+    assert rates == pytest.approx(
+        [1e-2 * step / 6 for step in range(1, 7)] + [1e-2 * c for c in cosine]
+    )
+    assert clipped == pytest.approx([1e-3] * 12, rel=1e-3)
+    assert decays == {0.03, 0.0}
+
+
+def test_dropout_acts_in_every_epoch(
+    molecules: LabelledMolecules, pretrained: StartingPoint
+) -> None:
+    settings = dataclasses.replace(QUICK, learning_rate=1e-9, head_dropout=0.5, epochs=3)
+    losses = [report.train_loss for report in train(molecules, pretrained, settings).history]
+    # The weights hardly move, so other masks make the difference.
+    assert abs(losses[1] - losses[2]) > 1e-6
+
+
+def test_labels_of_the_validation_part_change_nothing_that_is_fitted(
+    molecules: LabelledMolecules, pretrained: StartingPoint
+) -> None:
+    rows = np.arange(len(molecules))
+    labels = molecules.labels.copy()
+    labels[rows % 4 == 0] += 100.0
+    for reference in (False, True):
+        settings = dataclasses.replace(QUICK, epochs=1, atom_reference=reference)
+        one, other = (
+            train(data, pretrained, settings)
+            for data in (molecules, dataclasses.replace(molecules, labels=labels))
+        )
+        assert one.trained.standardisation.mean == other.trained.standardisation.mean
+        assert one.trained.standardisation.std == other.trained.standardisation.std
+        for name, value in one.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_batches_without_any_label_are_passed_over(
+    molecules: LabelledMolecules, pretrained: StartingPoint
+) -> None:
+    labels = molecules.labels.copy()
+    labels[1::2] = np.nan  # training molecules
+    settings = dataclasses.replace(QUICK, batch_size=1, epochs=1)
+    (report,) = train(dataclasses.replace(molecules, labels=labels), pretrained, settings).history
+    assert np.isfinite(report.train_loss)
 
 
 def test_learning_rates_fall_from_block_to_block(pretrained: StartingPoint) -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import dataclasses
+
 import molecule_zoo as zoo
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.heads import DenoisingHead, PairHead
+from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
 
 CONFIG = ModelConfig(
     num_layers=1, dim=12, ffn_dim=12, num_heads=3, num_kernels=4, pair_dim=6, attention_dropout=0.0
@@ -74,3 +76,37 @@ def test_denoising_head_equals_the_attention_over_displaced_values() -> None:
         strict=True,
     ):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_attention_of_the_denoising_head_is_dropped_in_training_alone() -> None:
+    batch = zoo.batch([zoo.ring(6)])
+    head = drawn(DenoisingHead(dataclasses.replace(CONFIG, attention_dropout=0.5)))
+    atoms = torch.randn(6, 12, dtype=torch.float64)
+    bias = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
+    displacement = torch.randn(1, 6, 6, 3, dtype=torch.float64)
+    one, other = (head(atoms, bias, displacement, batch) for _ in range(2))
+    assert not torch.equal(one, other)
+    head.eval()
+    one, other = (head(atoms, bias, displacement, batch) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_the_property_head_drops_its_inputs_and_its_hidden_values_in_training_alone() -> None:
+    torch.manual_seed(0)
+    head = PropertyHead(64, 1, dropout=0.25)
+    features = torch.randn(500, 64, requires_grad=True)
+    with torch.no_grad():
+        for linear in (head.hidden, head.out):
+            linear.weight.fill_(1 / 64)
+            linear.bias.fill_(1.0)
+    # An input that was dropped has no gradient.
+    (gradient,) = torch.autograd.grad(head(features).sum(), features)
+    assert abs((gradient == 0).float().mean().item() - 0.25) < 0.02
+    # All hidden values are equal, so outputs show how many of them are left.
+    with torch.no_grad():
+        head.hidden.weight.zero_()
+        left = (head(features) - 1.0) / F.gelu(torch.tensor(1.0)) * 0.75
+        assert abs(left.mean().item() - 0.75) < 0.01
+        assert left.std().item() > 0.03
+        head.eval()
+        assert head(features).std().item() < 1e-6
