@@ -68,8 +68,8 @@ _ADVICE: Final = {
     "ExpiredToken": "the session token has expired. Get new temporary credentials and start again.",
     "InvalidToken": "the session token is not valid. Correct or unset AWS_SESSION_TOKEN.",
     "RequestTimeTooSkewed": "this machine's clock differs from the server's. Set it (NTP).",
-    "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_DEFAULT_REGION to its region.",
-    "PermanentRedirect": "the bucket is in another region. Set AWS_DEFAULT_REGION to its region.",
+    "AuthorizationHeaderMalformed": "the bucket is in another region. Set AWS_REGION or AWS_DEFAULT_REGION to its region.",
+    "PermanentRedirect": "the bucket is in another region. Set AWS_REGION or AWS_DEFAULT_REGION to its region.",
 }
 """S3 error code -> what it means and what to do."""
 
@@ -443,6 +443,10 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
             "use_listings_cache": False,
             "config_kwargs": {"connect_timeout": 10, "read_timeout": timeout_seconds()},
         }
+        region = os.environ.get("AWS_REGION")
+        # The client itself reads AWS_DEFAULT_REGION only; without a region it signs for us-east-1.
+        if region and not os.environ.get("AWS_DEFAULT_REGION"):
+            options["client_kwargs"] = {"region_name": region}
     elif protocol in {"gs", "gcs"}:
         options["use_listings_cache"] = False
     try:

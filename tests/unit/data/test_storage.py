@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -139,6 +142,52 @@ def test_an_unreachable_server_is_told_with_the_variable_to_check(
     monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
     with pytest.raises(StorageError, match=r"cannot be reached.*AWS_ENDPOINT_URL"):
         storage.read_bytes("s3://bucket/x")
+
+
+class _Signatures(BaseHTTPRequestHandler):
+    """Notes for which region each request was signed, and finds nothing."""
+
+    regions: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        credential = self.headers["Authorization"].partition("Credential=")[2]
+        self.regions.append(credential.split("/")[2])
+        self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "region"),
+    [
+        ({}, "us-east-1"),
+        ({"AWS_REGION": "eu-central-1"}, "eu-central-1"),
+        ({"AWS_DEFAULT_REGION": "eu-north-1"}, "eu-north-1"),
+        ({"AWS_REGION": "eu-central-1", "AWS_DEFAULT_REGION": "eu-north-1"}, "eu-north-1"),
+    ],
+)
+def test_requests_are_signed_for_the_region_of_the_environment(
+    variables: dict[str, str], region: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The Secret of the cluster manifests has AWS_REGION, which botocore does not read.
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    _Signatures.regions.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Signatures) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(storage.NotFoundError):
+            storage.read_bytes("s3://bucket/x")
+        server.shutdown()
+    assert set(_Signatures.regions) == {region}
 
 
 def test_unknown_kinds_of_storage_and_empty_uris_are_refused() -> None:
