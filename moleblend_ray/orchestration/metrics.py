@@ -245,6 +245,8 @@ class JobMetrics:
         self.publisher = Publisher(run=run, stage=stage)
         self._position: tuple[float | int | str | None, ...] = ()
         self._counts: dict[str, int] = {}
+        self._expected_starts = 1
+        """Starts of the workers that are no recovery and have not been seen yet: the first, and planned restarts."""
 
     def __enter__(self) -> Self:
         self.publisher.set("moleblend_job_start_timestamp_seconds", time.time())
@@ -275,17 +277,19 @@ class JobMetrics:
     def _count_starts(self, counts: Mapping[str, int]) -> None:
         if not counts:
             return
-        starts = counts.get("worker_groups", 0)
-        # The first start is no recovery, nor are planned restarts.
-        recoveries = max(0, starts - 1 - counts.get("planned_restarts", 0))
-        for metric, count in (
-            ("moleblend_train_worker_group_starts_total", starts),
-            ("moleblend_train_recoveries_total", recoveries),
-        ):
-            known = self._counts.get(metric, 0)
-            # Lower than before: the actor that counts was lost and started again at 0.
-            self.publisher.add(metric, count - known if count >= known else 0)
-            self._counts[metric] = count
+        starts = self._new_events(counts, "worker_groups")
+        # Kept from look to look: a restart is planned seconds before the workers start.
+        self._expected_starts += self._new_events(counts, "planned_restarts")
+        recoveries = max(0, starts - self._expected_starts)
+        self._expected_starts = max(0, self._expected_starts - starts)
+        self.publisher.add("moleblend_train_worker_group_starts_total", starts)
+        self.publisher.add("moleblend_train_recoveries_total", recoveries)
+
+    def _new_events(self, counts: Mapping[str, int], name: str) -> int:
+        """Events since the last look. Lower than before: the actor that counts was lost and started again at 0."""
+        count = counts.get(name, 0)
+        before, self._counts[name] = self._counts.get(name, 0), count
+        return max(0, count - before)
 
     def count_rows(self, rows: int, quarantined_by_reason: Mapping[str, int]) -> None:
         """Records that ``prepare`` has converted, and those of them that were rejected."""

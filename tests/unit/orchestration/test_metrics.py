@@ -256,6 +256,19 @@ def test_the_pieces_of_a_shuffle_are_progress(monkeypatch: pytest.MonkeyPatch) -
         ([{"worker_groups": 1}], 1, 0),
         ([{"worker_groups": 1}, {"worker_groups": 3}], 3, 2),
         ([{"worker_groups": 3, "planned_restarts": 2}], 3, 0),
+        # A failure, then two drained nodes: a restart is seen as planned before the workers start.
+        (
+            [
+                {"worker_groups": 1},
+                {"worker_groups": 2},
+                {"worker_groups": 2, "planned_restarts": 1},
+                {"worker_groups": 3, "planned_restarts": 1},
+                {"worker_groups": 3, "planned_restarts": 2},
+                {"worker_groups": 4, "planned_restarts": 2},
+            ],
+            4,
+            1,
+        ),
         # The actor that counts was lost with its node.
         ([{"worker_groups": 3}, {"worker_groups": 1}, {"worker_groups": 2}], 4, 3),
     ],
