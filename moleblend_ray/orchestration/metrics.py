@@ -121,7 +121,7 @@ METRICS: Final[Mapping[str, Metric]] = {
     "moleblend_checkpoint_timestamp_seconds": Metric(
         "gauge",
         RUN,
-        "When the newest checkpoint was committed (or training began, while there is none), seconds since 1970.",
+        "When the newest checkpoint was committed (or this command began, if later; or training, without one), seconds since 1970.",
     ),
     "moleblend_checkpoint_size_bytes": Metric("gauge", RUN, "Size of the newest checkpoint."),
     # pretrain, from every rank.

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import tempfile
 import time
+import time
 import uuid
 from dataclasses import asdict, replace
 from functools import partial
@@ -142,6 +143,7 @@ def _summarize(
 
 
 def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: int) -> WorkerOutcome:
+    began = time.time()
     stream = config.stream
     data_cpus = (stream.max_actors or stream.min_actors) * stream.actor_cpus
     with (
@@ -158,6 +160,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
             config=config,
             manifest=manifest,
             start_step=start_step,
+            began=began,
             reporter=progress.reporter,
             stop_flag=stop_flag,
         )

@@ -69,6 +69,8 @@ class WorkerSettings:
     manifest: Manifest
     start_step: int
     """Step at which this command started; a worker group that starts at a later step is a new try."""
+    began: float
+    """When this command began, seconds since 1970."""
     reporter: Reporter
     stop_flag: StopFlag
     """Through it a stop is asked for."""
@@ -111,7 +113,7 @@ def _fit_rank(settings: WorkerSettings, ranks: Ranks, should_stop: StopPoll | No
         logger.warning("continuing at step %d with %d workers", first.step, ranks.world_size)
     _restore(config, learner, first.step, ranks)
     publisher = Publisher(run=logs.run_name(config.out), rank=str(ranks.rank))
-    metrics = _start_metrics(config, publisher, first.step, ranks)
+    metrics = _start_metrics(settings, publisher, first.step, ranks)
     checkpoints = _checkpoint_writer(settings, ranks, first.step, metrics)
     validate = build_validation(
         config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
@@ -182,12 +184,14 @@ def _restore(config: PretrainConfig, learner: Learner, step: int, ranks: Ranks) 
 
 
 def _start_metrics(
-    config: PretrainConfig, publisher: Publisher, step: int, ranks: Ranks
+    settings: WorkerSettings, publisher: Publisher, step: int, ranks: Ranks
 ) -> TrainMetrics:
+    config = settings.config
     metrics = TrainMetrics(publisher, is_first=ranks.is_first)
     metrics.start(
         config.out,
         step,
+        began=settings.began,
         target_steps=config.train.num_steps,
         workers=ranks.world_size,
         interval_steps=config.checkpoint.every_steps,

@@ -41,9 +41,19 @@ class TrainMetrics:
         self._skipped = -1
 
     def start(
-        self, run_uri: str, step: int, *, target_steps: int, workers: int, interval_steps: int
+        self,
+        run_uri: str,
+        step: int,
+        *,
+        began: float,
+        target_steps: int,
+        workers: int,
+        interval_steps: int,
     ) -> None:
-        """Publish where a worker group starts. Only rank 0 does so."""
+        """Publish where a worker group starts. Only rank 0 does so.
+
+        ``began``: when this command began, seconds since 1970.
+        """
         if not self._is_first:
             return
         if step == 0:
@@ -58,7 +68,7 @@ class TrainMetrics:
         publisher.set("moleblend_train_workers", workers)
         publisher.set("moleblend_checkpoint_interval_steps", interval_steps)
         publisher.set("moleblend_checkpoint_step", step)
-        publisher.set("moleblend_checkpoint_timestamp_seconds", _committed_at(run_uri, step))
+        publisher.set("moleblend_checkpoint_timestamp_seconds", _safe_since(run_uri, step, began))
 
     def on_step(self, record: Record) -> None:
         """Add the numbers of a step, which are on the host already."""
@@ -145,9 +155,11 @@ def _head(loss: str) -> str:
     return loss.removeprefix(TOTAL_LOSS).removeprefix("_") or "total"
 
 
-def _committed_at(run_uri: str, step: int) -> float:
-    """When the checkpoint of ``step`` was committed; the present time if there is none or its marker is unreadable."""
+def _safe_since(run_uri: str, step: int, began: float) -> float:
+    """When the checkpoint of ``step`` was committed, or this command ``began`` if that was later: a run that was stopped
+    for a day has not a day of work to lose. The present time if there is none or its marker is unreadable."""
     if step > 0:
         with suppress(MoleBlendError, ValueError):
-            return datetime.fromisoformat(read_commit(run_uri, step).created).timestamp()
+            committed = datetime.fromisoformat(read_commit(run_uri, step).created).timestamp()
+            return max(committed, began)
     return time.time()

@@ -422,6 +422,7 @@ def worker_settings(data: str, out: str) -> WorkerSettings:
         config=settings(data, out),
         manifest=load_manifest(data),
         start_step=0,
+        began=0.0,
         reporter=NoReporter(),  # type: ignore[arg-type]
         stop_flag=None,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 import time
+from datetime import datetime
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +78,7 @@ def test_counters_add_up_and_are_seen_before_anything_happens() -> None:
     page = Page()
     publisher = Publisher(record=page, run="a", rank="0")
     told = TrainMetrics(publisher, is_first=True)
-    told.start("runs/a", 0, target_steps=100, workers=2, interval_steps=10)
+    told.start("runs/a", 0, began=0.0, target_steps=100, workers=2, interval_steps=10)
     publisher.publish()
     assert page.of("moleblend_train_steps_total", run="a") == 0.0
     assert page.of("moleblend_checkpoint_failures_total", run="a") == 0.0
@@ -133,7 +135,7 @@ def test_validation_skipped_steps_saves_and_anomalies_are_told() -> None:
     page = Page()
     publisher = Publisher(record=page, run="a", rank="0")
     told = TrainMetrics(publisher, is_first=True)
-    told.start("runs/a", 0, target_steps=9, workers=1, interval_steps=2)
+    told.start("runs/a", 0, began=0.0, target_steps=9, workers=1, interval_steps=2)
     told.on_step(record(0, skipped_steps=1, valid_loss=1.5, valid_loss_edge=0.5))
     told.on_step(record(1, skipped_steps=3))
     told.on_save(Save(step=2, is_committed=True, num_bytes=10, seconds=4.0, waited_s=1.0))
@@ -152,11 +154,40 @@ def test_validation_skipped_steps_saves_and_anomalies_are_told() -> None:
     assert page.of("moleblend_train_anomalies_total", run="a", reason="spike") == 1
 
 
+@pytest.mark.parametrize(
+    ("committed", "began", "since"),
+    [
+        # A restart within a command: the work since the checkpoint would be lost again.
+        ("2026-01-02T10:00:00+00:00", "2026-01-02T08:00:00+00:00", "2026-01-02T10:00:00+00:00"),
+        # A run that waited in a queue for a day has nothing to lose, and nobody is to be woken.
+        ("2026-01-02T10:00:00+00:00", "2026-01-03T09:00:00+00:00", "2026-01-03T09:00:00+00:00"),
+    ],
+)
+def test_the_time_between_two_commands_is_no_work_at_risk(
+    committed: str, began: str, since: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = SimpleNamespace(created=committed)
+    monkeypatch.setattr(train_metrics, "read_commit", lambda *_: commit)
+    page = Page()
+    publisher = Publisher(record=page, run="a", rank="0")
+    TrainMetrics(publisher, is_first=True).start(
+        "runs/a",
+        40,
+        began=datetime.fromisoformat(began).timestamp(),
+        target_steps=90,
+        workers=1,
+        interval_steps=20,
+    )
+    publisher.publish()
+    found = page.of("moleblend_checkpoint_timestamp_seconds", run="a")
+    assert found == datetime.fromisoformat(since).timestamp()
+
+
 def test_steps_skipped_before_a_restart_are_not_counted_again() -> None:
     page = Page()
     publisher = Publisher(record=page, run="a", rank="0")
     told = TrainMetrics(publisher, is_first=True)
-    told.start("nowhere/a", 50, target_steps=90, workers=1, interval_steps=2)
+    told.start("nowhere/a", 50, began=0.0, target_steps=90, workers=1, interval_steps=2)
     told.on_step(record(50, skipped_steps=7))
     told.on_step(record(51, skipped_steps=8))
     publisher.publish()
@@ -167,7 +198,7 @@ def test_other_ranks_tell_of_their_own_time_and_memory_only() -> None:
     page = Page()
     publisher = Publisher(record=page, run="a", rank="3")
     told = TrainMetrics(publisher, is_first=False)
-    told.start("runs/a", 0, target_steps=9, workers=4, interval_steps=2)
+    told.start("runs/a", 0, began=0.0, target_steps=9, workers=4, interval_steps=2)
     told.on_step(record(0))
     told.on_save(Save(step=2, is_committed=True))
     publisher.publish()
