@@ -174,8 +174,8 @@ class StreamConfig:
 
     object_store_gib: float | None = None
     """Most memory of Ray's object store, in GiB over the whole cluster, for micro-batches that wait for training,
-    besides one block per stream that is being trained on; null: three tenths of the store. Building pauses while it is
-    full."""
+    besides one block per stream that is being trained on; null: three tenths of the stores of the nodes that build them.
+    Building pauses while it is full."""
 
     random_rotation: bool = False
     """Rotate each conformer at random, differently in each step, keyed by (seed, step, molecule id)."""

@@ -15,7 +15,6 @@ import hashlib
 import logging
 import tempfile
 import time
-import time
 import uuid
 from dataclasses import asdict, replace
 from functools import partial
@@ -236,7 +235,7 @@ def _new_trainer(
         "scaling_config": ray.train.ScalingConfig(**scaling),
         # A callable is evaluated at each start of a worker group, so the stream begins at the newest checkpoint.
         "datasets": {"train": partial(_stream_from_newest, config, settings.reporter)},
-        "dataset_config": stream_data_config(config.stream),
+        "dataset_config": stream_data_config(config.stream, cluster.data_labels),
         "run_config": ray.train.RunConfig(
             # A new name each time, or Ray would restore its own state of an earlier run.
             name=f"pretrain-{uuid.uuid4().hex[:12]}",

@@ -13,8 +13,8 @@ the rows of the plan into the object store takes about 1 ms per row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import ray.data
@@ -48,7 +48,7 @@ from moleblend_ray.orchestration.budget import (
     pause_between_looks,
 )
 from moleblend_ray.orchestration.local import GIB
-from moleblend_ray.orchestration.placement import Labels, cluster_resources, placed
+from moleblend_ray.orchestration.placement import Labels, cluster_resources, live_nodes, placed
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
 
@@ -148,7 +148,8 @@ def stream_dataset(
     the cluster free; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large
     for the object store's budget.
     """
-    groups = _groups_of(data_uri, order, stream, num_steps)
+    budget = object_store_budget(stream, labels)
+    groups = _groups_of(data_uri, order, stream, num_steps, budget)
     plan = _StreamPlan(first_step, groups.num_groups, groups.num_steps, order.num_streams)
     # No CPU, as this task sleeps most of the time. Since the actors request something else, Ray does not fuse the two
     # operators, which would build every block in one task.
@@ -168,7 +169,7 @@ def stream_dataset(
         # nodes.
         **placed(labels),
     )
-    _configure(dataset.context, stream, groups.block_limit)
+    _configure(dataset.context, budget, groups.block_limit)
     if most > stream.min_actors:
         bounds = PoolBounds(
             fewest=stream.min_actors,
@@ -191,11 +192,12 @@ class _Groups(NamedTuple):
     """Blocks that may be in progress, so that they fit into the object store's budget."""
 
 
-def _groups_of(data_uri: str, order: OrderConfig, stream: StreamConfig, num_steps: int) -> _Groups:
-    """Groups for at least ``num_steps`` steps; ConfigError if their blocks are too large for the budget."""
+def _groups_of(
+    data_uri: str, order: OrderConfig, stream: StreamConfig, num_steps: int, budget: int
+) -> _Groups:
+    """Groups for at least ``num_steps`` steps; ConfigError if their blocks are too large for ``budget`` bytes."""
     atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
     step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
-    budget = object_store_budget(stream)
     group_steps = min(stream.block_steps(order.num_streams, step_bytes, budget), max(1, num_steps))
     return _Groups(
         num_groups=max(1, -(-num_steps // group_steps)),
@@ -204,14 +206,15 @@ def _groups_of(data_uri: str, order: OrderConfig, stream: StreamConfig, num_step
     )
 
 
-def _configure(context: DataContext, stream: StreamConfig, block_limit: int) -> None:
-    """Settings with which Ray Data keeps blocks whole, in order, and at most ``block_limit`` of them in progress."""
+def _configure(context: DataContext, budget: int, block_limit: int) -> None:
+    """Settings with which Ray Data keeps blocks whole, in order, and of those in progress at most ``block_limit`` and
+    ``budget`` bytes."""
     # The trainer's controller makes the dataset, on any node. Its progress bar would disturb that of the driver.
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Each row becomes its own block; by default Ray would join the small rows of the plan.
     context.target_max_block_size = 1
-    context.execution_options = _execution_options(stream)
+    context.execution_options = _execution_options(budget)
     limit_blocks(context, block_limit)
     pause_between_looks(context)
 
@@ -227,27 +230,37 @@ def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = Non
     return max(stream.min_actors, int(cpus // stream.actor_cpus))
 
 
-def object_store_budget(stream: StreamConfig) -> int:
-    """Bytes of Ray's object store, in the whole cluster, for blocks in progress."""
+def object_store_budget(stream: StreamConfig, labels: Labels = None) -> int:
+    """Bytes of Ray's object stores for blocks in progress, as configured or a share of where they lie.
+
+    A block stays in the store of the node that built it until its trainer releases it. So with ``labels`` the stores of
+    the other nodes hold none of them, however large they are.
+    """
     if stream.object_store_gib is not None:
         return int(stream.object_store_gib * GIB)
-    store = ray.cluster_resources().get("object_store_memory", 0.0)  # type: ignore[no-untyped-call]
-    return int(store * _STORE_SHARE)
+    stores = [_store_bytes(node) for node in live_nodes(labels)]
+    if not stores:
+        # An autoscaler will add one, of unknown size.
+        stores = [min(map(_store_bytes, live_nodes()), default=0.0)]
+    return int(sum(stores) * _STORE_SHARE)
 
 
-def stream_data_config(stream: StreamConfig) -> ray.train.DataConfig:
+def _store_bytes(node: Mapping[str, Any]) -> float:
+    return float(node["Resources"].get("object_store_memory", 0.0))
+
+
+def stream_data_config(stream: StreamConfig, labels: Labels = None) -> ray.train.DataConfig:
     """Data settings of the trainer with which each rank gets its streams in order, within the budget."""
     return ray.train.DataConfig(
-        enable_shard_locality=False, execution_options=_execution_options(stream)
+        enable_shard_locality=False,
+        execution_options=_execution_options(object_store_budget(stream, labels)),
     )
 
 
-def _execution_options(stream: StreamConfig) -> ExecutionOptions:
+def _execution_options(budget: int) -> ExecutionOptions:
     return ExecutionOptions(
         preserve_order=True,
-        resource_limits=ExecutionResources.for_limits(
-            object_store_memory=object_store_budget(stream)
-        ),
+        resource_limits=ExecutionResources.for_limits(object_store_memory=budget),
     )
 
 

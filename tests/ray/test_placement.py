@@ -18,7 +18,7 @@ from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration import local
 from moleblend_ray.orchestration.elastic import GracefulElasticPolicy
-from moleblend_ray.orchestration.stream import most_actors
+from moleblend_ray.orchestration.stream import most_actors, object_store_budget
 
 TIMEOUT_S = 300
 DATA, TRAIN = placement_run.DATA, placement_run.TRAIN
@@ -52,12 +52,14 @@ def test_workers_and_data_actors_ask_for_nodes_of_their_own_and_stay_on_them(
     assert actors["TrainController"] == actors["SplitCoordinator"] == ["head"]
 
 
-def node(cpus: float, labels: dict[str, str] | None, *, gpus: float = 0.0) -> dict[str, Any]:
+def node(
+    cpus: float, labels: dict[str, str] | None, *, gpus: float = 0.0, store: float = 0.0
+) -> dict[str, Any]:
     return {
         "Alive": True,
         "NodeID": f"{cpus}-{gpus}",
         "Labels": {"ray.io/node-id": "0", **(labels or {})},
-        "Resources": {"CPU": cpus, "GPU": gpus},
+        "Resources": {"CPU": cpus, "GPU": gpus, "object_store_memory": store},
     }
 
 
@@ -117,6 +119,26 @@ def test_data_actors_grow_into_the_nodes_they_may_use(
     cluster_of(node(8, TRAIN, gpus=4), node(4, DATA))
     stream = StreamConfig(min_actors=1, actor_cpus=1.0)
     assert most_actors(stream, reserved, labels) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (None, 0.3 * 22),
+        # Not the 16 of the nodes of workers: blocks wait where they were built.
+        (DATA, 0.3 * 4),
+        # As if the node that an autoscaler will add were the smallest that is there.
+        ({"no": "node"}, 0.3 * 2),
+    ],
+)
+def test_blocks_take_a_share_of_the_stores_in_which_they_wait(
+    cluster_of: Any, labels: dict[str, str] | None, expected: float
+) -> None:
+    train = [node(8, TRAIN, gpus=4, store=8 * local.GIB)] * 2
+    cluster_of(node(0, None, store=2 * local.GIB), node(4, DATA, store=4 * local.GIB), *train)
+    budget = object_store_budget(StreamConfig(), labels)
+    assert budget / local.GIB == pytest.approx(expected)
+    assert object_store_budget(StreamConfig(object_store_gib=5.0), labels) == 5 * local.GIB
 
 
 @pytest.mark.parametrize(
