@@ -85,7 +85,8 @@ def problems(bundle: Bundle) -> Iterator[Problem]:
 
 
 def _images(pods: Pods) -> Iterator[Problem]:
-    for where, container in pods.containers:
+    preparing = {where for where, _ in pods.init_containers}
+    for where, container in pods.containers + pods.init_containers:
         image = str(container.get("image", ""))
         tag = image.rpartition("/")[2].partition("@")[0].partition(":")[2]
         if tag in ("", "latest") and "@sha256:" not in image:
@@ -93,7 +94,7 @@ def _images(pods: Pods) -> Iterator[Problem]:
                 f"{where}.image",
                 f"expected a fixed tag or digest, found {image!r}: a retry may get another image",
             )
-        elif tag and not tag.startswith(package_version()):
+        elif tag and where not in preparing and not tag.startswith(package_version()):
             yield Problem(
                 f"{where}.image", f"expected a tag of version {package_version()}, found {tag!r}"
             )
@@ -137,8 +138,12 @@ def _rights(pods: Pods) -> Iterator[Problem]:
             f"{pods.where}.spec.automountServiceAccountToken",
             "expected false: only the head talks to the API server",
         )
-    for where, container in pods.containers:
+    for where, container in pods.containers + pods.init_containers:
         yield from _container_rights(where, container)
+        if section(container, "securityContext").get("readOnlyRootFilesystem") is not True:
+            yield Problem(
+                f"{where}.securityContext.readOnlyRootFilesystem", "expected true: files go to /tmp"
+            )
 
 
 def _container_rights(where: str, container: Mapping[str, Any]) -> Iterator[Problem]:
@@ -153,14 +158,16 @@ def _container_rights(where: str, container: Mapping[str, Any]) -> Iterator[Prob
         yield Problem(
             f"{where}.securityContext.capabilities", "expected drop: [ALL] and none added"
         )
-    if own.get("readOnlyRootFilesystem") is not True:
-        yield Problem(
-            f"{where}.securityContext.readOnlyRootFilesystem", "expected true: files go to /tmp"
-        )
+    # What a container says of itself replaces what its pod says.
+    if own.get("runAsUser") == 0 or own.get("runAsNonRoot") is False:
+        yield Problem(f"{where}.securityContext", "expected no root: the pod says who it runs as")
+    if section(own, "seccompProfile").get("type", "RuntimeDefault") != "RuntimeDefault":
+        yield Problem(f"{where}.securityContext.seccompProfile", "expected that of the pod")
 
 
 def _resources(pods: Pods) -> Iterator[Problem]:
-    for where, container in pods.containers:
+    preparing = {where for where, _ in pods.init_containers}
+    for where, container in pods.containers + pods.init_containers:
         resources = section(container, "resources")
         requests, limits = section(resources, "requests"), section(resources, "limits")
         gpus = [name for name in {**requests, **limits} if name.endswith("/gpu")]
@@ -182,7 +189,8 @@ def _resources(pods: Pods) -> Iterator[Problem]:
                     f"{name}: expected the request to be the limit, found {requests[name]} and {limits[name]}",
                 )
         cpus = amount(limits.get("cpu"))
-        if pods.role == "worker" and cpus is not None and cpus != int(cpus):
+        is_counted = pods.role == "worker" and where not in preparing
+        if is_counted and cpus is not None and cpus != int(cpus):
             yield Problem(
                 f"{where}.resources",
                 f"cpu: expected a whole number as limit, found {limits['cpu']}: Ray counts it as more",
@@ -267,7 +275,7 @@ def _references(bundle: Bundle, pods: Pods) -> Iterator[Problem]:
                 f"no PersistentVolumeClaim {claim!r} in these manifests",
             )
     named = {volume.get("name") for volume in entries(spec, "volumes")}
-    for where, container in pods.containers:
+    for where, container in pods.containers + pods.init_containers:
         for mount in entries(container, "volumeMounts"):
             if mount.get("name") not in named:
                 yield Problem(
@@ -342,6 +350,11 @@ def _cluster(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
         and section(cluster, "autoscalerOptions").get("version") != "v2"
     ):
         yield Problem(f"{where}.autoscalerOptions.version", "expected v2")
+    if cluster.get("enableInTreeAutoscaling"):
+        # The operator makes a container of the head pod from it: a namespace that refuses one, refuses the pod.
+        yield from _container_rights(
+            f"{where}.autoscalerOptions", section(cluster, "autoscalerOptions")
+        )
     yield from _head(f"{where}.headGroupSpec", head)
     yield from _disruption_budget(bundle, manifest)
 

@@ -48,10 +48,18 @@ class Pods(NamedTuple):
 
     @property
     def containers(self) -> list[tuple[str, Mapping[str, Any]]]:
-        """Each container and its place."""
+        """Each container that runs all the time, Ray's first, and its place."""
+        return self._listed("containers")
+
+    @property
+    def init_containers(self) -> list[tuple[str, Mapping[str, Any]]]:
+        """Each container that runs before these, and its place."""
+        return self._listed("initContainers")
+
+    def _listed(self, key: str) -> list[tuple[str, Mapping[str, Any]]]:
         return [
-            (f"{self.where}.spec.containers[{index}]", container)
-            for index, container in enumerate(entries(self.spec, "containers"))
+            (f"{self.where}.spec.{key}[{index}]", container)
+            for index, container in enumerate(entries(self.spec, key))
         ]
 
 

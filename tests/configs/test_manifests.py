@@ -148,6 +148,11 @@ def environment(edit: Edit, name: str, value: str) -> None:
     edit.trainer["env"].append({"name": name, "value": value})
 
 
+def first(edit: Edit, **container: Any) -> None:
+    """A container that runs before those of a training pod."""
+    edit.train_pod["initContainers"] = [{"name": "first", **container}]
+
+
 def ingress(edit: Edit) -> dict[str, Any]:
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -229,6 +234,12 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "network of the node": ("gpu", lambda e: e.train_pod.update(hostNetwork=True), r"hostNetwork: expected it unset"),
     "files of the node": ("gpu", lambda e: e.train_pod["volumes"].append({"name": "x", "hostPath": {"path": "/"}}), r"hostPath: expected no file of the node"),
     "token on a worker": ("gpu", lambda e: e.train_pod.update(automountServiceAccountToken=True), r"automountServiceAccountToken: expected false"),
+    "root in one container": ("gpu", lambda e: e.trainer["securityContext"].update(runAsUser=0, runAsNonRoot=False), r"containers\[0\]\.securityContext: expected no root"),
+    "seccomp switched off in one container": ("gpu", lambda e: e.trainer["securityContext"].update(seccompProfile={"type": "Unconfined"}), r"seccompProfile: expected that of the pod"),
+    "privileged container before the others": ("gpu", lambda e: first(e, image="busybox:1.36", securityContext={"privileged": True}), r"initContainers\[0\]\.securityContext: expected allowPrivilegeEscalation: false"),
+    "moving image before the others": ("gpu", lambda e: first(e, image="busybox"), r"initContainers\[0\]\.image: expected a fixed tag or digest, found 'busybox'"),
+    "container before the others without limits": ("gpu", lambda e: first(e, image="busybox:1.36"), r"initContainers\[0\]\.resources: memory: expected a request and a limit"),
+    "autoscaler with all rights": ("gpu", lambda e: e.cluster["autoscalerOptions"].pop("securityContext"), r"autoscalerOptions\.securityContext: expected allowPrivilegeEscalation: false"),
     "unknown account": ("gpu", lambda e: e.train_pod.update(serviceAccountName="default"), r"serviceAccountName: expected an account of these manifests, found 'default'"),
     # Secrets.
     "unknown secret": ("gpu", lambda e: e.trainer["envFrom"].append({"secretRef": {"name": "mine"}}), r"Secret 'mine': neither among these manifests"),
