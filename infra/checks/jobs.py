@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shlex
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from pathlib import PurePosixPath
 from typing import Any, Final, NamedTuple
 
 from infra.checks.house import COMPONENT
 from infra.checks.model import (
     REPOSITORY,
     Bundle,
+    Pods,
     Problem,
     cluster_of,
     entries,
+    pods_of,
     section,
     whole,
     worker_groups,
@@ -31,6 +35,9 @@ HOME: Final = "/home/ray/moleblend-ray"
 _SHELL: Final = re.compile(r"[$`'\"\\;&|<>(){}*?~#!]")
 """Characters with a meaning in a shell. The operator writes the entrypoint into a script of the submitter, and Ray passes it to
 a shell on the head node: both would need quoting."""
+
+_SHARED_VOLUMES: Final = frozenset({"persistentVolumeClaim", "nfs", "csi"})
+"""Kinds of volumes that several pods may have in common."""
 
 
 class Room(NamedTuple):
@@ -100,12 +107,31 @@ def _paths(manifest: Manifest, name: str, config: Any) -> Iterator[Problem]:
             yield Problem(
                 where, f"{key}={path}: expected a URI: each pod would look on a disk of its own"
             )
+        elif path.startswith("file://"):
+            for pods in pods_of(manifest):
+                if pods.role in ("head", "worker") and not _shares(pods, path):
+                    yield Problem(
+                        f"{pods.where}.spec.containers[0].volumeMounts",
+                        f"{key}={path}: expected a shared volume there: each pod would use a disk of its own, which is deleted with it",
+                    )
     run = manifest["metadata"]["name"].removeprefix(f"moleblend-{name}-")
     # A retry on a new cluster finds its work only by `out`; two runs with the same `out` would be one run.
     if name != "prepare" and run not in str(config.out).split("/"):
         yield Problem(
             where, f"out={config.out}: expected the run's name, {run}, as a part of the path"
         )
+
+
+def _shares(pods: Pods, uri: str) -> bool:
+    """Whether Ray's container has a volume that other pods can have as well at this ``file://`` URI."""
+    volumes = {volume.get("name"): volume for volume in entries(pods.spec, "volumes")}
+    mounts = [mount for _, found in pods.containers[:1] for mount in entries(found, "volumeMounts")]
+    path = PurePosixPath(posixpath.normpath(uri.removeprefix("file://")))
+    around = [mount for mount in mounts if path.is_relative_to(str(mount.get("mountPath")))]
+    if not around:
+        return False
+    innermost = max(around, key=lambda mount: len(str(mount["mountPath"])))
+    return bool(set(volumes.get(innermost.get("name"), {})) & _SHARED_VOLUMES)
 
 
 def _fits(manifest: Manifest, name: str, config: Any) -> Iterator[Problem]:

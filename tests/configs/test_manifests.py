@@ -280,6 +280,8 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "shell variable": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "$BUCKET/data"), r"'\$' means something to the two shells"),
     "job of another name": ("gpu", lambda e: arguments(e, "jobs/pretrain.py", "jobs/embed.py"), r"app\.kubernetes\.io/component: expected 'embed', the job, found 'pretrain'"),
     "local path": ("gpu", lambda e: arguments(e, "out=s3://BUCKET/", "out=/BUCKET/"), r"out=/BUCKET/runs/base-1/pretrain: expected a URI"),
+    "files of the pod as output": ("gpu", lambda e: arguments(e, "out=s3://BUCKET/", "out=file:///tmp/"), r"headGroupSpec\.template\.spec\.containers\[0\]\.volumeMounts: out=file:///tmp/runs/base-1/pretrain: expected a shared volume"),
+    "shared files missing in one group": ("dev", lambda e: e.train["template"]["spec"]["containers"][0]["volumeMounts"].pop(), r"workerGroupSpecs\[1\]\.template\.spec\.containers\[0\]\.volumeMounts: data=file:///files/data/samples: expected a shared volume"),
     "another run's directory": ("gpu", lambda e: arguments(e, "/runs/base-1/", "/runs/base-2/"), r"expected the run's name, base-1, as a part of the path"),
     "more trainers than GPUs": ("gpu", lambda e: e.train.update(replicas=2, minReplicas=2, maxReplicas=2), r"cluster\.num_workers=4 with 4 CPUs each: the train group has room for 2 at most"),
     "pods too small for a trainer": ("gpu", lambda e: [e.trainer["resources"][key].update(cpu="2") for key in ("requests", "limits")], r"the train group has room for 0 at most"),
