@@ -34,6 +34,8 @@ PLACEHOLDERS: Final = re.compile(r"\b(REGISTRY|BUCKET|ROLE)\b")
 STOP_WAIT: Final = "RAY_JOB_STOP_WAIT_TIME_S"
 _AFTER_STOP_S: Final = 20
 """To end Ray's own processes after the job has ended."""
+_LEAST_STOP_S: Final = 30
+"""The workers may wait ten seconds for the data of their step; then they write a checkpoint."""
 _RESOURCES: Final = ("cpu", "memory", "ephemeral-storage")
 _EXPOSING: Final = ("Ingress", "HTTPRoute", "Gateway", "VirtualService", "Route")
 _SECRET_NAME: Final = re.compile(r"secret|token|passw|credential|api_?key|access_?key", re.I)
@@ -418,41 +420,52 @@ def _graces(manifest: Manifest) -> Iterator[Problem]:
     except yaml.YAMLError:
         return  # another rule reports this
     variables = section(loaded, "env_vars") if isinstance(loaded, dict) else {}
-    wait = amount(variables.get(STOP_WAIT, ""))
-    if wait is None:
+    wait = _seconds(variables.get(STOP_WAIT))
+    if wait is None or wait < _LEAST_STOP_S:
         yield Problem(
             f"{where}.runtimeEnvYAML",
-            f"{STOP_WAIT}: expected seconds: `ray job stop` would kill the job after three",
+            f"{STOP_WAIT}: expected seconds, at least {_LEAST_STOP_S} to commit a checkpoint, found {variables.get(STOP_WAIT)!r}: "
+            "without it `ray job stop` would kill the job after three",
         )
         return
     for pods in pods_of(manifest):
-        if pods.role not in ("head", "worker"):
-            continue
-        grace = whole(pods.spec, "terminationGracePeriodSeconds", 30)
-        if grace < wait + _AFTER_STOP_S:
-            yield Problem(
-                f"{pods.where}.spec.terminationGracePeriodSeconds",
-                f"expected at least {wait + _AFTER_STOP_S} ({STOP_WAIT} and {_AFTER_STOP_S} s to end Ray), found {grace}",
-            )
-        yield from _leave_hook(pods, grace - _AFTER_STOP_S)
+        if pods.role in ("head", "worker"):
+            yield from _grace(pods, wait)
 
 
-def _leave_hook(pods: Pods, most_s: int) -> Iterator[Problem]:
-    """The hook of the first container, which has Ray, that waits up to ``most_s`` seconds for the work to be committed."""
+def _grace(pods: Pods, wait: int) -> Iterator[Problem]:
+    """Whether a pod has the time that the job may take to stop, and its hook waits as long."""
+    grace = whole(pods.spec, "terminationGracePeriodSeconds", 30)
+    if grace < wait + _AFTER_STOP_S:
+        yield Problem(
+            f"{pods.where}.spec.terminationGracePeriodSeconds",
+            f"expected at least {wait + _AFTER_STOP_S} ({STOP_WAIT} and {_AFTER_STOP_S} s to end Ray), found {grace}",
+        )
     for place, container in pods.containers[:1]:
         command = [
             str(word) for word in entries(container, "lifecycle", "preStop", "exec", "command")
         ]
-        if command[1:4] != ["/opt/moleblend/leave.py", pods.role, "--seconds"]:
+        seconds = _seconds(command[4]) if len(command) == 5 else None
+        if command[1:4] != ["/opt/moleblend/leave.py", pods.role, "--seconds"] or seconds is None:
             yield Problem(
                 f"{place}.lifecycle.preStop",
                 f"expected leave.py {pods.role} --seconds N, found {command}",
             )
-        elif (amount(command[4]) or 0) > most_s:
+        elif seconds > grace - _AFTER_STOP_S:
             yield Problem(
                 f"{place}.lifecycle.preStop",
-                f"expected at most {most_s} seconds within the grace period of {most_s + _AFTER_STOP_S}, found {command[4]}",
+                f"expected at most {grace - _AFTER_STOP_S} seconds within the grace period of {grace}, found {command[4]}",
             )
+        elif seconds < wait:
+            yield Problem(
+                f"{place}.lifecycle.preStop",
+                f"expected at least the {wait} seconds of {STOP_WAIT}, found {command[4]}: the pod would end before its work is committed",
+            )
+
+
+def _seconds(value: Any) -> int | None:
+    """The seconds that Ray and the hook read from this text; None for what they refuse."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else None
 
 
 def _secrets(manifest: Manifest) -> Iterator[Problem]:

@@ -270,6 +270,11 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "no hook": ("gpu", lambda e: e.trainer.pop("lifecycle"), r"lifecycle\.preStop: expected leave\.py worker --seconds N"),
     "hook of the other role": ("gpu", lambda e: e.trainer.update(lifecycle=e.head_pod["containers"][0]["lifecycle"]), r"lifecycle\.preStop: expected leave\.py worker"),
     "hook longer than the grace": ("gpu", lambda e: e.trainer["lifecycle"]["preStop"]["exec"]["command"].__setitem__(4, "140"), r"lifecycle\.preStop: expected at most 130 seconds within the grace period of 150, found 140"),
+    "hook shorter than the wait": ("gpu", lambda e: e.trainer["lifecycle"]["preStop"]["exec"]["command"].__setitem__(4, "60"), r"workerGroupSpecs\[1\].*lifecycle\.preStop: expected at least the 120 seconds of RAY_JOB_STOP_WAIT_TIME_S, found 60"),
+    "hook with a unit": ("gpu", lambda e: e.trainer["lifecycle"]["preStop"]["exec"]["command"].__setitem__(4, "2m"), r"expected leave\.py worker --seconds N, found .*'2m'"),
+    "hook without its number": ("gpu", lambda e: e.trainer["lifecycle"]["preStop"]["exec"]["command"].pop(), r"expected leave\.py worker --seconds N, found .*'--seconds'\]"),
+    "no time to stop": ("gpu", lambda e: e.job.update(runtimeEnvYAML='env_vars: {RAY_JOB_STOP_WAIT_TIME_S: "0"}'), r"RAY_JOB_STOP_WAIT_TIME_S: expected seconds, at least 30 .*, found '0'"),
+    "time to stop with a unit": ("gpu", lambda e: e.job.update(runtimeEnvYAML='env_vars: {RAY_JOB_STOP_WAIT_TIME_S: "2k"}'), r"RAY_JOB_STOP_WAIT_TIME_S: expected seconds, at least 30 .*, found '2k'"),
     "object that a selection misses": ("gpu", lambda e: e["ServiceAccount/moleblend-head"]["metadata"].pop("labels"), r"ServiceAccount/moleblend-head metadata\.labels: expected app\.kubernetes\.io/component"),
     # Jobs.
     "no such script": ("gpu", lambda e: arguments(e, "jobs/pretrain.py", "jobs/pretrian.py"), r"spec\.entrypoint: no job 'pretrian'"),
