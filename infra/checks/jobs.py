@@ -235,14 +235,23 @@ def _room(cluster: Mapping[str, Any], labels: Mapping[str, str] | None) -> Room 
     for group in worker_groups(cluster):
         if not _carries(group, labels):
             continue
-        containers = entries(group, "template", "spec", "containers") or [{}]
-        limits = section(containers[0], "resources", "limits")
-        gpus = sum(
-            (amount(value) or Decimal(0) for key, value in limits.items() if key.endswith("/gpu")),
-            Decimal(0),
-        )
+        cpus, gpus = _of_each_pod(group)
         is_fixed = not cluster.get("enableInTreeAutoscaling")
         most = whole(group, "replicas" if is_fixed else "maxReplicas")
         fixed = is_fixed or whole(group, "minReplicas") == most
-        return Room(most, amount(limits.get("cpu")) or Decimal(0), gpus, fixed)
+        return Room(most, cpus, gpus, fixed)
     return None
+
+
+def _of_each_pod(group: Mapping[str, Any]) -> tuple[Decimal, Decimal]:
+    """CPUs and GPUs of a pod of the group for Ray: what its parameters or resources say, else the limits of its container."""
+    containers = entries(group, "template", "spec", "containers") or [{}]
+    limits = section(containers[0], "resources", "limits")
+    gpus = sum(
+        (amount(value) or Decimal(0) for key, value in limits.items() if key.endswith("/gpu")),
+        Decimal(0),
+    )
+    parameters, resources = section(group, "rayStartParams"), section(group, "resources")
+    told_cpus = parameters.get("num-cpus", resources.get("CPU", limits.get("cpu")))
+    told_gpus = parameters.get("num-gpus", resources.get("GPU", gpus))
+    return amount(told_cpus) or Decimal(0), amount(told_gpus) or Decimal(0)

@@ -290,6 +290,8 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "another run's directory": ("gpu", lambda e: arguments(e, "/runs/base-1/", "/runs/base-2/"), r"expected the run's name, base-1, as a part of the path"),
     "more trainers than GPUs": ("gpu", lambda e: e.train.update(replicas=2, minReplicas=2, maxReplicas=2), r"cluster\.num_workers=4 with 4 CPUs each: the train group has room for 2 at most"),
     "pods too small for a trainer": ("gpu", lambda e: [e.trainer["resources"][key].update(cpu="2") for key in ("requests", "limits")], r"the train group has room for 0 at most"),
+    "CPUs that Ray does not see": ("gpu", lambda e: e.train["rayStartParams"].update({"num-cpus": "2"}), r"cluster\.num_workers=4 with 4 CPUs each: the train group has room for 0 at most"),
+    "GPUs that Ray does not see": ("gpu", lambda e: e.train.update(resources={"CPU": "8", "GPU": "0"}), r"0 GPUs a pod of the train group, and cluster\.use_gpu=true$"),
     "trainers without GPUs": ("gpu", lambda e: [e.trainer["resources"][key].pop("nvidia.com/gpu") for key in ("requests", "limits")], r"0 GPUs a pod of the train group, and cluster\.use_gpu=true"),
     "GPUs for nobody": ("gpu", lambda e: arguments(e, "model=base", "model=base cluster.use_gpu=false"), r"1 GPUs a pod of the train group, and cluster\.use_gpu=false"),
     "trainers that may be missing": ("gpu", lambda e: e.train.update(replicas=1, minReplicas=1), r"expected minReplicas = maxReplicas for training that is not elastic"),
