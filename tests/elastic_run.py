@@ -33,7 +33,8 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration import pretrain as pretraining
+from moleblend_ray.orchestration import pretrain as driver
+from moleblend_ray.orchestration import pretrain_worker
 from moleblend_ray.orchestration.pretrain import pretrain
 from moleblend_ray.training.commits import committed_steps, read_commit
 from moleblend_ray.training.config import (
@@ -87,9 +88,6 @@ def settings(data: str, out: str) -> PretrainConfig:
     )
 
 
-_train_worker = pretraining._train_worker
-
-
 def train_with_pauses(arguments: dict[str, Any]) -> Any:
     """In place of the workers' function; Ray sends them what `__main__` defines."""
     over = hurry_file(arguments["settings"].config.out)
@@ -102,8 +100,8 @@ def train_with_pauses(arguments: dict[str, Any]) -> Any:
 
         return fit(*arguments, hooks=replace(hooks, on_step=then), **settings)
 
-    with mock.patch.object(pretraining, "fit", slowly):
-        return _train_worker(arguments)
+    with mock.patch.object(pretrain_worker, "fit", slowly):
+        return pretrain_worker.train_worker(arguments)
 
 
 def hurry_file(out: str) -> Path:
@@ -132,7 +130,7 @@ def writers(out: str) -> list[int]:
 def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[Any]]:
     """A head and two nodes with ``labels``, of one CPU each."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    pretraining._train_worker = train_with_pauses
+    driver.train_worker = train_with_pauses
     head = {
         "num_cpus": 1,
         "include_dashboard": False,
