@@ -106,10 +106,18 @@ def is_transient(error: BaseException) -> bool:
     code, status = s3_error(error)
     if code or status:
         return code in _TRANSIENT_CODES or status in TRANSIENT_STATUS
-    http_status = getattr(error, "status", None)  # aiohttp.ClientResponseError
-    if isinstance(http_status, int) and http_status:
-        return http_status in TRANSIENT_STATUS
+    if status := http_status(error):
+        return status in TRANSIENT_STATUS
     return isinstance(error, _transient_types())
+
+
+def http_status(error: BaseException) -> int:
+    """Status of the HTTP response that an error of aiohttp or gcsfs is about; 0 if there was none."""
+    for name in ("status", "code"):
+        value = str(getattr(error, name, ""))
+        if value.isdecimal():
+            return int(value)
+    return 0
 
 
 def _transient_types() -> tuple[type[BaseException], ...]:
@@ -119,6 +127,11 @@ def _transient_types() -> tuple[type[BaseException], ...]:
     if "botocore.exceptions" in sys.modules:
         botocore = sys.modules["botocore.exceptions"]
         types = (*types, botocore.HTTPClientError, botocore.IncompleteReadError)
+    if "gcsfs.retry" in sys.modules:
+        # What gcsfs gives up after six tries, and what its library for tokens raises.
+        requests, tokens = sys.modules["requests.exceptions"], sys.modules["google.auth.exceptions"]
+        broken = (requests.ConnectionError, requests.Timeout, requests.ChunkedEncodingError)
+        types = (*types, *broken, tokens.TransportError, sys.modules["gcsfs.retry"].ChecksumError)
     return types
 
 

@@ -26,7 +26,13 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 import fsspec
 
 from moleblend_ray.data.partial_file import PartialFile
-from moleblend_ray.data.retry import ShortReadError, retried, s3_error, timeout_seconds
+from moleblend_ray.data.retry import (
+    ShortReadError,
+    http_status,
+    retried,
+    s3_error,
+    timeout_seconds,
+)
 from moleblend_ray.errors import HIDDEN, DataError, StorageError
 
 _S3_ENVIRONMENT: Final = (
@@ -59,7 +65,9 @@ _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 """Names of local files before they get the names they are written for."""
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 
-_RANGED: Final = frozenset({"s3", "s3a", "gs", "gcs"})
+_GOOGLE: Final = frozenset({"gs", "gcs"})
+
+_RANGED: Final = frozenset({"s3", "s3a"}) | _GOOGLE
 """Protocols whose servers all support range requests."""
 
 _ADVICE: Final = {
@@ -335,6 +343,9 @@ def _backend_errors() -> tuple[type[Exception], ...]:
     errors: tuple[type[Exception], ...] = (OSError, NotImplementedError)
     if "aiohttp" in sys.modules:
         errors = (*errors, sys.modules["aiohttp"].ClientError)
+    if "gcsfs.retry" in sys.modules:
+        gcsfs, tokens = sys.modules["gcsfs.retry"], sys.modules["google.auth.exceptions"]
+        errors = (*errors, gcsfs.HttpError, gcsfs.ChecksumError, tokens.GoogleAuthError)
     try:
         from botocore.exceptions import BotoCoreError, ClientError
     except ImportError:
@@ -367,7 +378,18 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
             + "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
             "AWS_PROFILE, or give the machine a role."
         )
-    if isinstance(error, PermissionError):
+    status = http_status(error)
+    if kind in {"DefaultCredentialsError", "RefreshError"} or (
+        status == 401 and _protocol(uri) in _GOOGLE
+    ):
+        return StorageError(
+            failed
+            + f"no valid credentials were found ({reason}). Run `gcloud auth application-default login`, set "
+            "GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account."
+        )
+    # gcsfs tells a refusal by the text of an OSError.
+    is_refused = status in (401, 403) or reason.startswith("Forbidden:")
+    if is_refused or isinstance(error, PermissionError):
         return StorageError(
             failed + f"access was denied ({reason}). Check the credentials, and whether they may "
             f"{action} there (the bucket may be read-only for them)."
@@ -447,7 +469,7 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
         # The client itself reads AWS_DEFAULT_REGION only; without a region it signs for us-east-1.
         if region and not os.environ.get("AWS_DEFAULT_REGION"):
             options["client_kwargs"] = {"region_name": region}
-    elif protocol in {"gs", "gcs"}:
+    elif protocol in _GOOGLE:
         options["use_listings_cache"] = False
     try:
         return fsspec.filesystem(protocol, **options)
@@ -456,7 +478,7 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
         raise StorageError(f"Unknown kind of storage {protocol}://; expected {known}.") from error
     except (ImportError, OSError) as error:
         # OSError: a package that finds a library of the system missing (hdfs://).
-        extra = " (pip install 'moleblend-ray[gcs]')" if protocol in {"gs", "gcs"} else ""
+        extra = " (pip install 'moleblend-ray[gcs]')" if protocol in _GOOGLE else ""
         reason = str(error).partition("\n")[0]
         raise StorageError(
             f"{protocol}:// needs software that is not installed{extra}: {reason}"

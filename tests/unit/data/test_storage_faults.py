@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +15,7 @@ from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutErr
 from fault_proxy import FaultProxy
 
 from moleblend_ray.data import retry, storage
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import ConfigError, StorageError
 
 
 def test_writes_and_streams_behind_a_failing_proxy_give_the_same_bytes(
@@ -153,3 +155,122 @@ def test_a_budget_that_is_no_number_of_seconds_is_refused(
         with pytest.raises(ConfigError, match=f"{variable} is '{text}'"):
             read()
         monkeypatch.delenv(variable)
+
+
+class HttpError(Exception):
+    """As in gcsfs: no OSError, with the status as an attribute."""
+
+    def __init__(self, code: int | str, message: str) -> None:
+        super().__init__(f"{message}, {code}")
+        self.code = code
+
+
+class GoogleAuthError(Exception):
+    """As in google.auth."""
+
+
+class TransportError(GoogleAuthError):
+    """As in google.auth."""
+
+
+class RefreshError(GoogleAuthError):
+    """As in google.auth."""
+
+
+class ChecksumError(Exception):
+    """As in gcsfs."""
+
+
+class ProxyError(OSError):
+    """As in requests; gcsfs raises it for status 502."""
+
+
+class Bucket:
+    """A file system whose reads fail with the given errors before they succeed."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def _strip_protocol(self, uri: str) -> str:
+        return uri.removeprefix("gs://")
+
+    def cat_file(self, path: str, **_: int) -> bytes:
+        if self.errors:
+            raise self.errors.pop(0)
+        return path.encode()
+
+
+@pytest.fixture
+def google(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Puts a bucket behind gs://, with the exceptions of packages that are optional."""
+    content = {
+        "gcsfs.retry": {"HttpError": HttpError, "ChecksumError": ChecksumError},
+        "google.auth.exceptions": {
+            "GoogleAuthError": GoogleAuthError,
+            "TransportError": TransportError,
+        },
+        "requests.exceptions": {
+            "ConnectionError": ProxyError,
+            "Timeout": ProxyError,
+            "ChunkedEncodingError": ProxyError,
+        },
+    }
+    for name, members in content.items():
+        module = ModuleType(name)
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def put(bucket: Bucket) -> None:
+        monkeypatch.setattr(storage, "_filesystem", lambda *_: bucket)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        HttpError(503, "backend error"),
+        HttpError("429", "rate limit"),
+        ProxyError(),
+        TransportError("no route"),
+        ChecksumError("md5"),
+    ],
+    ids=repr,
+)
+def test_what_google_s_storage_fails_at_for_a_while_is_tried_again(
+    google: Any, error: Exception
+) -> None:
+    bucket = Bucket(error, error)
+    google(bucket)
+    assert storage.read_range("gs://b/k", 0, 3) == b"b/k"
+    assert not bucket.errors
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (HttpError(401, "Anonymous caller"), "no valid credentials.*Anonymous caller.*gcloud auth"),
+        (RefreshError("expired"), "no valid credentials.*expired.*GOOGLE_APPLICATION_CREDENTIALS"),
+        (OSError("Forbidden: b/k"), "access was denied.*Check the credentials"),
+        (HttpError(400, "bad request"), "Cannot read gs://b/k: HttpError: bad request, 400"),
+    ],
+    ids=repr,
+)
+def test_what_google_s_storage_refuses_is_told_at_once(
+    google: Any, error: Exception, message: str
+) -> None:
+    bucket = Bucket(error, AssertionError("tried again"))
+    google(bucket)
+    with pytest.raises(StorageError, match=message):
+        storage.read_bytes("gs://b/k")
+    assert len(bucket.errors) == 1
+
+
+def test_google_s_storage_that_stays_away_is_an_error_of_the_storage(
+    google: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(retry.RETRY_VARIABLE, "0")
+    google(Bucket(HttpError(503, "backend error")))
+    with pytest.raises(StorageError, match=r"Cannot read gs://b/k: .*backend error, 503"):
+        storage.read_bytes("gs://b/k")
