@@ -38,12 +38,20 @@ class NodeCache:
     """Tables by name in a folder of this machine: about ``max_bytes`` at most, the least recently used are removed."""
 
     def __init__(self, name: str, max_bytes: int, parent: Path | None = None) -> None:
-        """Join the cache ``name`` (letters, digits, ``-``) of this user in ``parent`` (None: :func:`cache_parent`)."""
-        self._folder, self._users = _join(parent or cache_parent(max_bytes), name)
+        """Join the cache ``name`` (letters, digits, ``-``) of this user in ``parent`` (None: :func:`cache_parent`).
+
+        If that is not possible (a full disk, a folder of another user), this is logged, and nothing is shared.
+        """
         self._max_bytes = max_bytes
         self._unscanned_bytes = max_bytes  # there may already be tables of other processes
         self._guard = threading.Lock()
         self._works = True
+        self._folder, self._users = Path(name), -1
+        try:
+            self._folder = (parent or cache_parent(max_bytes)) / name
+            self._users = _join(self._folder)
+        except OSError as error:
+            self._give_up(error)
 
     @property
     def folder(self) -> Path:
@@ -56,6 +64,8 @@ class NodeCache:
         If several callers ask at the same time, one makes the table and the others wait. If the cache cannot be
         written (a full disk), this is logged once, and only ``make`` is used from then on.
         """
+        if self._users < 0:
+            return make()
         path = self._folder / (name + _SUFFIX)
         found = self._open(path)
         if found is not None or not self._works:
@@ -162,12 +172,11 @@ def _parents() -> tuple[Path, Path]:
     return _SHARED_MEMORY / name, Path(tempfile.gettempdir()) / name
 
 
-def _join(parent: Path, name: str) -> tuple[Path, int]:
-    """The folder, created if necessary, and the descriptor of the shared lock on it."""
-    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if parent.stat().st_uid != os.getuid():
-        raise PermissionError(f"{parent} belongs to another user")
-    folder = parent / name
+def _join(folder: Path) -> int:
+    """The descriptor of the shared lock on the folder, which is created if necessary."""
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.parent.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder.parent} belongs to another user")
     while True:
         folder.mkdir(mode=0o700, exist_ok=True)
         try:
@@ -177,7 +186,7 @@ def _join(parent: Path, name: str) -> tuple[Path, int]:
         fcntl.flock(users, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(users), os.stat(folder / _USERS)):
-                return folder, users
+                return users
         os.close(users)  # the last user has removed the folder while we waited for the lock
 
 

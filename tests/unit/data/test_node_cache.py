@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -95,6 +96,26 @@ def test_a_folder_that_cannot_be_written_costs_the_sharing_and_no_data(
     assert cache.table("t", lambda: table(1)).equals(table(1))
     assert cache.table("t", lambda: table(2)).equals(table(2))
     assert caplog.text.count("no longer shared") == 1
+
+
+def test_a_cache_that_cannot_be_joined_costs_the_sharing_and_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    other = NodeCache("a", 1 << 20, tmp_path)
+    other.table("t", lambda: table(1))
+    with monkeypatch.context() as context:
+        context.setattr(Path, "mkdir", full)
+        cache = NodeCache("a", 1 << 20, tmp_path)
+    # Without the lock on the folder, its tables must not be used either.
+    assert cache.table("t", lambda: table(2)).equals(table(2))
+    assert "no longer shared" in caplog.text
+    assert "No space left" in caplog.text
+    cache.close()
+    assert other.table("t", never).equals(table(1))
+    other.close()
 
 
 def _hold(parent: str, ready: multiprocessing.synchronize.Event) -> None:
