@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import ClassVar
 
@@ -34,6 +35,20 @@ def test_what_is_written_is_read_back_whole_and_by_range(base: str) -> None:
     with storage.open_read(uri) as file:
         assert file.read(4) == b"0123"
         assert file.read() == b"456789"
+
+
+def test_a_web_server_without_range_requests_gives_the_range(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 8
+    (tmp_path / "file").write_bytes(content)
+    # Python's own server ignores the header "Range" and sends the whole file.
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        uri = f"http://127.0.0.1:{server.server_port}/file"
+        for offset, length in [(0, 10), (100, 10), (2000, 48), (0, 2048), (0, 4096), (5, 0)]:
+            expected = content[offset : offset + length]
+            assert storage.read_range(uri, offset, length) == expected
+        server.shutdown()
 
 
 def test_listings_are_sorted_and_see_a_new_file_at_once(base: str) -> None:
