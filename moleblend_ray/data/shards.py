@@ -272,8 +272,9 @@ def load_manifest(uri: str) -> Manifest:
         value = storage.read_json(manifest_uri)
     except storage.NotFoundError as error:
         raise DataError(
-            f"{uri} holds no {MANIFEST_NAME}: it is not a prepared data set, or its preparation has not "
-            "finished. Run `moleblend prepare` with this `out` (an unfinished one is continued)."
+            f"{uri} holds no {MANIFEST_NAME}: it is not a prepared data set (the `out` of `moleblend prepare`), or its "
+            "preparation has not finished. Molecules in SDF, CSV, SMILES or Parquet are prepared by "
+            "`moleblend prepare source=FILE out=FOLDER`; the same command continues an unfinished preparation."
         ) from error
     version = value.get("format_version") if isinstance(value, dict) else None
     if not isinstance(version, int):

@@ -136,11 +136,6 @@ def exists(uri: str) -> bool:
             _call("look at", uri, filesystem.info, path)
     except NotFoundError:
         return False
-    except StorageError as error:
-        # A path below a file: nothing can be there.
-        if isinstance(error.__cause__, NotADirectoryError):
-            return False
-        raise
     return True
 
 
@@ -372,8 +367,11 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
                 failed + "the bucket does not exist. Create it or correct the URI."
             )
         return NotFoundError(failed + "it does not exist. Check the spelling of the URI.")
-    if isinstance(error, IsADirectoryError | NotADirectoryError):
-        return StorageError(failed + f"a directory and a file are mixed up ({reason}).")
+    if isinstance(error, NotADirectoryError):
+        # As in object stores, where nothing stops a path from going on below a file: nothing is there.
+        return NotFoundError(failed + "a part of this path is a file, not a directory.")
+    if isinstance(error, IsADirectoryError):
+        return StorageError(failed + "it is a directory, where a file is expected.")
     if kind in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
         return StorageError(
             failed

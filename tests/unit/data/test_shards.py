@@ -256,6 +256,16 @@ def test_a_data_set_without_manifest_is_told_to_be_unfinished(tmp_path: Path) ->
         shards.load_manifest(str(tmp_path))
 
 
+def test_a_file_of_molecules_in_place_of_a_data_set_is_told_how_to_prepare_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "molecules.csv").write_text("smiles\nCCO\n")
+    with pytest.raises(
+        DataError, match=r"molecules\.csv holds no manifest.*moleblend prepare source="
+    ):
+        shards.load_manifest(str(tmp_path / "molecules.csv"))
+
+
 def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:
     manifest, _ = write_dataset(str(tmp_path))
     newer = {**manifest.to_json(), "format_version": shards.FORMAT_VERSION + 1, "unheard_of": True}

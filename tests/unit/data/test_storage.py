@@ -129,6 +129,15 @@ def test_files_and_directories_are_not_mixed_up(tmp_path: Path) -> None:
         storage.size(str(tmp_path))
 
 
+def test_nothing_is_below_a_file(base: str) -> None:
+    storage.write_bytes(storage.join(base, "molecules.csv"), b"smiles")
+    below = storage.join(base, "molecules.csv", "manifest.json")
+    assert not storage.exists(below)
+    for read in (storage.read_bytes, storage.size, storage.list_files):
+        with pytest.raises(storage.NotFoundError, match=r"molecules\.csv/manifest\.json: "):
+            read(below)
+
+
 def test_a_missing_bucket_is_named(s3_uri: str) -> None:
     with pytest.raises(storage.NotFoundError, match=r"s3://no-such-bucket-here/x"):
         storage.write_bytes("s3://no-such-bucket-here/x", b"")
