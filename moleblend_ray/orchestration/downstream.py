@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import ray
 
@@ -21,6 +21,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.differences import differences
 from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     CheckpointError,
@@ -76,6 +77,13 @@ K = TypeVar("K")
 
 IDENTITY_NAME = "config.json"
 """File that says what question the results in a directory answer; another question needs another directory."""
+
+_TASK_SETTINGS: Final = {
+    "smiles_column": "task.smiles_column",
+    "id_column": "task.id_column",
+    "label_columns": "task.columns",
+}
+"""What the settings of `prepare` are called where a task has its own."""
 
 DATA_DIR = "data"
 """Folder in ``out`` into which a raw source is prepared."""
@@ -187,26 +195,29 @@ def prepare_molecules(
     """
     if storage.exists(storage.join(molecules.source, MANIFEST_NAME)):
         return molecules.source
-    prepare(
-        PrepareConfig(
-            source=molecules.source,
-            out=out,
-            smiles_column=molecules.smiles_column,
-            id_column=molecules.id_column,
-            label_columns=label_columns,
-            featurize=FeaturizeConfig(
-                max_atoms=molecules.max_atoms,
-                conformers=ConformerConfig.of_count(int(molecules.conformers)),
-            ),
-            rows_per_chunk=rows_per_chunk,
-            valid_fraction=0.0,
-            # The workers' CPUs are idle until the molecules are there.
-            cluster=dataclasses.replace(
-                cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
-            ),
+    config = PrepareConfig(
+        source=molecules.source,
+        out=out,
+        smiles_column=molecules.smiles_column,
+        id_column=molecules.id_column,
+        label_columns=label_columns,
+        featurize=FeaturizeConfig(
+            max_atoms=molecules.max_atoms,
+            conformers=ConformerConfig.of_count(int(molecules.conformers)),
         ),
-        wants_coordinates=bool(molecules.conformers),
+        rows_per_chunk=rows_per_chunk,
+        valid_fraction=0.0,
+        # The workers' CPUs are idle until the molecules are there.
+        cluster=dataclasses.replace(
+            cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
+        ),
     )
+    try:
+        prepare(config, wants_coordinates=bool(molecules.conformers))
+    except ColumnError as error:
+        if not isinstance(molecules, TaskConfig):
+            raise
+        raise ColumnError(_TASK_SETTINGS[error.setting], error.reason) from error
     return out
 
 

@@ -55,6 +55,26 @@ _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
 
+class ColumnError(ConfigError):
+    """A setting of :class:`ColumnConfig` names a column that a source does not have, or that cannot be read so."""
+
+    def __init__(self, setting: str, reason: str) -> None:
+        super().__init__(setting, reason)
+
+    @property
+    def setting(self) -> str:
+        """Name in :class:`ColumnConfig`; another command may have another name for it."""
+        return str(self.args[0])
+
+    @property
+    def reason(self) -> str:
+        """What is wrong."""
+        return str(self.args[1])
+
+    def __str__(self) -> str:
+        return f"{self.setting}: {self.reason}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _View:
     """What is known about one file before it is read."""
@@ -295,9 +315,10 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
     _require_distinct(file, columns)
     for name in config.label_columns or ():
         if name in columns and not is_label_type(schema.field(name).type):
-            raise ConfigError(
-                f"label_columns: {name!r} of {file.uri} is {schema.field(name).type}; expected numbers, true and false, "
-                "or texts of them."
+            raise ColumnError(
+                "label_columns",
+                f"{name!r} of {file.uri} is {schema.field(name).type}; expected numbers, true and false, or texts of "
+                "them.",
             )
     with_geometry = has_geometry(file, schema)
     smiles_column: str | None = None
@@ -429,13 +450,13 @@ def _require(file: SourceFile, setting: str, name: str, columns: Sequence[str]) 
     return name
 
 
-def _no_column(where: str, setting: str, name: str, columns: Sequence[str]) -> ConfigError:
+def _no_column(where: str, setting: str, name: str, columns: Sequence[str]) -> ColumnError:
     folded = {column.lower(): column for column in columns}
     nearest = difflib.get_close_matches(name.lower(), list(folded), n=1, cutoff=0.4)
     hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
     shown = ", ".join(repr(column) for column in columns[:20]) or "none"
     more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-    return ConfigError(f"{setting}: {where} has no {name!r}; it has {shown}{more}.{hint}")
+    return ColumnError(setting, f"{where} has no {name!r}; it has {shown}{more}.{hint}")
 
 
 def _names(files: Sequence[SourceFile]) -> str:

@@ -29,6 +29,7 @@ from moleblend_ray.orchestration.downstream import (
     claim,
     collect,
     finished_results,
+    prepare_task,
     question,
     set_up,
     starting_point,
@@ -100,6 +101,24 @@ def test_what_can_be_wrong_without_molecules_is_found_before_they_are_prepared(
     with pytest.raises(error, match=message):
         set_up(config)
     assert prepared == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"columns": ("pIC50",)},
+            r"^task\.columns: .*esol\.csv has no 'pIC50'; it has 'smiles', 'y'",
+        ),
+        ({"columns": ("y",), "smiles_column": "SMILES"}, r"^task\.smiles_column: .*mean 'smiles'"),
+        ({"columns": ("y",), "id_column": "name"}, r"^task\.id_column: .*has no 'name'"),
+    ],
+)
+def test_a_missing_column_is_told_by_the_setting_of_the_task(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prepare_task(finetuning(tmp_path, **changes))
 
 
 class Tasks:
