@@ -478,7 +478,7 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
         raise StorageError(f"Unknown kind of storage {protocol}://; expected {known}.") from error
     except (ImportError, OSError) as error:
         # OSError: a package that finds a library of the system missing (hdfs://).
-        extra = " (pip install 'moleblend-ray[gcs]')" if protocol in _GOOGLE else ""
+        extra = " (pip install gcsfs)" if protocol in _GOOGLE else ""
         reason = str(error).partition("\n")[0]
         raise StorageError(
             f"{protocol}:// needs software that is not installed{extra}: {reason}"

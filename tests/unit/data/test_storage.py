@@ -327,7 +327,7 @@ def test_whole_file_systems_and_buckets_are_never_deleted(uri: str, s3_endpoint:
 @pytest.mark.parametrize(
     ("package", "uri", "message"),
     [
-        ("gcsfs", "gs://b/x", r"not installed \(pip install 'moleblend-ray\[gcs\]'\)"),
+        ("gcsfs", "gs://b/x", r"not installed \(pip install gcsfs\)"),
         ("adlfs", "abfs://b/x", "not installed: Install adlfs"),
     ],
 )
