@@ -49,7 +49,7 @@ JOBS: Mapping[str, Job] = {
         first_key="collection",
     ),
     "prepare": Job(
-        "molecules (SDF, CSV, Parquet) -> checksummed shards, a manifest and a quarantine",
+        "molecules (SDF, CSV, SMILES, Parquet) -> checksummed shards, a manifest and a quarantine",
         "moleblend_ray.config.prepare:PrepareConfig",
         "moleblend_ray.orchestration.prepare:prepare",
     ),

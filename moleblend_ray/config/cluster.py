@@ -35,7 +35,8 @@ class ClusterConfig:
     cpus_per_worker: float = 1.0
     """Logical CPUs each training worker reserves."""
     num_data_actors: int = 1
-    """CPU actors of `prepare` and `embed`. The actors of `pretrain` are those of `stream`."""
+    """Actors of `prepare`, on one CPU each, and of `embed` and `predict`: each of these holds a model of its own, with
+    `cpus_per_worker` CPUs and, with `use_gpu`, a GPU. The actors of `pretrain` are those of `stream`."""
     data_labels: dict[str, str] | None = None
     """Labels that a node must carry to run work on data: readers and actors of `prepare`, the actors of `stream`, baselines.
     null: any node. With them, nodes with GPUs are left to those who need one."""

@@ -31,7 +31,7 @@ class TaskConfig:
     """A name of the task table (bbbp, esol, qm9_gap, ...), a group of them (moleculenet, moleculenet_small, qm9, ...), a
     list of both, or any other name for a table of your own."""
     source: str
-    """Molecules with labels: CSV, SDF or Parquet as for `prepare`, or a prepared dataset, which is used as it is. Of a
+    """Molecules with labels, in files as for `prepare`, or a prepared dataset, which is used as it is. Of a
     group: a directory that holds one for each task, found by name (bbbp.csv.gz, bbbp/), or one for all of them."""
     skip_missing: bool = False
     """Of a group: leave out tasks whose molecules are not in the source, instead of ending with an error."""
@@ -239,7 +239,7 @@ class LibraryConfig:
     """What embedding and prediction have in common: molecules that a model looks at."""
 
     source: str
-    """Molecules as for `prepare` (SDF, CSV/TSV, Parquet), or a prepared dataset, which is used as it is."""
+    """Molecules as for `prepare` (SDF, CSV/TSV, SMILES, Parquet), or a prepared dataset, which is used as it is."""
     out: str
     """Directory of what is made of them, as a path or URI that every worker reaches."""
     batch_size: int = 64

@@ -12,11 +12,11 @@ from moleblend_ray.config.cluster import ClusterConfig
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
-    """Molecules in SDF, CSV/TSV or Parquet -> checksummed Parquet shards with a manifest and a quarantine."""
+    """Molecules in SDF, CSV/TSV, SMILES or Parquet -> checksummed Parquet shards with a manifest and a quarantine."""
 
     source: str | tuple[str, ...]
-    """File, directory or glob of molecules, or a list of them, as paths or URIs: .sdf, .csv, .tsv (each also .gz),
-    .parquet."""
+    """File, directory or glob of molecules, or a list of them, as paths or URIs: .sdf, .csv, .tsv, .smi (each also .gz,
+    .bz2, .xz or .zst), .tar or .zip of these or of QM9's .xyz, .parquet."""
     out: str
     """Directory of the prepared dataset, as a path or URI."""
     smiles_column: str = "smiles"

@@ -59,7 +59,7 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
         if storage.name_of(info.uri) == MANIFEST_NAME and _is_data_set_manifest(info.uri):
             raise ConfigError(
                 f"source: {uri} holds a prepared data set already, that of {info.uri}; expected raw "
-                "molecules (SDF, CSV/TSV, Parquet). Give the source it was made of, or a glob that "
+                "molecules (SDF, CSV/TSV, SMILES, Parquet). Give the source it was made of, or a glob that "
                 "leaves it out."
             )
     lists = [info.uri for info in listed if storage.name_of(info.uri) == EXCLUSIONS_NAME]
