@@ -115,20 +115,22 @@ class PropertyPredictor:
         cls,
         models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
-        conformers: int = 1,
+        conformers: int | None = None,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
     ) -> PropertyPredictor:
         """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
 
-        Predictions are means over models and ``conformers``; ``batch_size`` conformers are computed at once. A CheckpointError if there
-        is no model, a ConfigError if two answer different questions, for a device that is not there or another wrong argument.
+        Predictions are means over models and ``conformers`` (0: without coordinates; None: as many as the models were fine-tuned with,
+        none for models that see 2D relations alone); ``batch_size`` conformers are computed at once. A CheckpointError if there is no
+        model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
+        None, for a device that is not there or another wrong argument.
         """
         given = (models,) if isinstance(models, str | os.PathLike) else tuple(models)
         check_all(
             (len(given) > 0, "models: expected a path or URI, or several, found none"),
             (
-                0 <= conformers <= MAX_CONFORMERS,
+                conformers is None or 0 <= conformers <= MAX_CONFORMERS,
                 f"conformers: expected 0 to {MAX_CONFORMERS}, found {conformers}",
             ),
             (batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"),

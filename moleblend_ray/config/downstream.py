@@ -277,9 +277,10 @@ class PredictConfig(LibraryConfig):
     models: str | tuple[str, ...]
     """Fine-tuned model (models/seed-N of a fine-tuning or sweep), or a finished `out` of one, which means the models
     of all its seeds; or a list of these. All must answer the same question; several are an ensemble."""
-    conformers: int = 1
+    conformers: int | None = None
     """Conformers of each molecule over which predictions are averaged. Where the source has no coordinates so many
-    are made, with seeds; 0 makes none, and such molecules stay 2D. Of coordinates that are there, the first."""
+    are made, with seeds; 0 makes none, and such molecules stay 2D. Of coordinates that are there, the first. null: as
+    many as the models were fine-tuned with, none for models that see 2D relations alone."""
     applicability: float | None = None
     """Tanimoto similarity (ECFP4) to the nearest training molecule from which on a molecule counts as in the
     models' domain; null: each model's own, the 5th percentile of its training molecules."""

@@ -61,6 +61,13 @@ class LabelledMolecules:
     def __len__(self) -> int:
         return len(self.block)
 
+    @property
+    def num_conformers(self) -> int:
+        """Most conformers that a molecule has; 0 if none has coordinates."""
+        if not self.block.position_mask.any():
+            return 0
+        return 1 if self.conformers is None else int(self.conformers.counts.max())
+
     def take(self, indices: NDArray[np.int64]) -> LabelledMolecules:
         """The molecules at ``indices`` (K,), numbered again from 0."""
         block = dataclasses.replace(

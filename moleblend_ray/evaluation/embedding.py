@@ -70,6 +70,11 @@ class Embedder:
         )
 
     @property
+    def conformers(self) -> int:
+        """Number of conformers used per molecule."""
+        return 1
+
+    @property
     def predicted(self) -> tuple[str, ...]:
         """Columns that the fine-tuned model predicts."""
         return self.fine_tuned.trained.columns if self.fine_tuned else ()

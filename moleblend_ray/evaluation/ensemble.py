@@ -115,6 +115,24 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
     return tuple(members)
 
 
+def conformers_of(members: Sequence[Member]) -> int:
+    """Conformers of each molecule with which ``members`` were scored, so that predictions are as good as these scores say; 0: no
+    coordinates.
+
+    Models that see 2D relations alone need none. Raises ConfigError if only some of the others were fine-tuned without
+    coordinates.
+    """
+    seeing = [member for member in members if member.saved.model.readout.relations != "2d"]
+    counts = [member.saved.trained.conformers for member in seeing]
+    if 0 in counts and any(counts):
+        without, with_them = seeing[counts.index(0)], seeing[counts.index(max(counts))]
+        raise ConfigError(
+            f"conformers: {without.uri} was fine-tuned without coordinates and {with_them.uri} with them; say with how many "
+            "conformers to predict (0: without coordinates), or predict with each into its own `out`"
+        )
+    return max(counts, default=0)
+
+
 def property_fingerprint(uri: str, saved: SavedProperty) -> str:
     """SHA-256 of the weights and the ``property.json`` (units, settings) of a fine-tuned model."""
     weights = weights_fingerprint(saved.model.state_dict())

@@ -180,7 +180,9 @@ def finetune_once(
     started = time.monotonic()
     model = build_model(start, len(molecules.columns), settings, seed)
     standardisation = _scale_labels(model, molecules, train, task, settings)
-    trained = TrainedProperty.of(task, molecules.columns, standardisation)
+    trained = TrainedProperty.of(
+        task, molecules.columns, standardisation, conformers=molecules.num_conformers
+    )
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
     model.to(device)
     trainer = _Trainer(

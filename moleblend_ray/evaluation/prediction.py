@@ -15,7 +15,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS, batches_by_size, views_of
-from moleblend_ray.evaluation.ensemble import Member, combine, question_of
+from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, question_of
 from moleblend_ray.evaluation.property_model import TrainedProperty
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.tasks import TaskKind
@@ -43,12 +43,15 @@ class Predictor:
         cls,
         members: Sequence[Member],
         *,
-        conformers: int,
+        conformers: int | None,
         threshold: float | None,
         batch_size: int,
         device: torch.device,
     ) -> Predictor:
-        """Move ``members`` to ``device``."""
+        """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
+
+        Raises ConfigError as :func:`conformers_of`.
+        """
         for member in members:
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
@@ -56,7 +59,7 @@ class Predictor:
         return cls(
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
-            conformers=conformers,
+            conformers=conformers_of(members) if conformers is None else conformers,
             threshold=threshold,
             batch_size=batch_size,
             device=device,

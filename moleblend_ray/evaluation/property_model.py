@@ -72,18 +72,27 @@ class TrainedProperty:
     """Unit of the predictions; empty for classes."""
     standardisation: Standardisation
     """Converts outputs of the head to that unit."""
+    conformers: int = 1
+    """Most conformers that a molecule had in fine-tuning, over which its scores are means; 0: no coordinates. Models from before
+    this was stored count as having had one."""
 
     @classmethod
     def of(
-        cls, task: Task, columns: tuple[str, ...], standardisation: Standardisation
+        cls,
+        task: Task,
+        columns: tuple[str, ...],
+        standardisation: Standardisation,
+        *,
+        conformers: int,
     ) -> TrainedProperty:
-        """What a model fine-tuned on ``task`` predicts."""
+        """What a model predicts that was fine-tuned on ``task``, with up to ``conformers`` of each molecule."""
         return cls(
             task=task.name,
             kind=task.kind,
             columns=columns,
             unit=task.unit,
             standardisation=standardisation,
+            conformers=conformers,
         )
 
     def readout(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -120,6 +129,7 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
         "unit": trained.unit,
         "mean": trained.standardisation.mean.tolist(),
         "std": trained.standardisation.std.tolist(),
+        "conformers": trained.conformers,
     }
     storage.write_json(storage.join(uri, PROPERTY_NAME), document)
 
@@ -176,4 +186,5 @@ def _trained(document: dict[str, Any]) -> TrainedProperty:
             mean=np.asarray(document["mean"], dtype=np.float64),
             std=np.asarray(document["std"], dtype=np.float64),
         ),
+        conformers=document.get("conformers", 1),
     )

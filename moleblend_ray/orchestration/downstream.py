@@ -176,6 +176,7 @@ def prepare_task(config: PropertyConfig) -> str:
         task,
         storage.join(config.out, DATA_DIR),
         label_columns=task.resolve().columns or None,
+        conformers=task.conformers,
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=config.cluster,
     )
@@ -186,6 +187,7 @@ def prepare_molecules(
     out: str,
     *,
     label_columns: tuple[str, ...] | None,
+    conformers: int,
     rows_per_chunk: int,
     cluster: ClusterConfig,
 ) -> str:
@@ -203,7 +205,7 @@ def prepare_molecules(
         label_columns=label_columns,
         featurize=FeaturizeConfig(
             max_atoms=molecules.max_atoms,
-            conformers=ConformerConfig.of_count(int(molecules.conformers)),
+            conformers=ConformerConfig.of_count(conformers),
         ),
         rows_per_chunk=rows_per_chunk,
         valid_fraction=0.0,
@@ -213,7 +215,7 @@ def prepare_molecules(
         ),
     )
     try:
-        prepare(config, wants_coordinates=bool(molecules.conformers))
+        prepare(config, wants_coordinates=bool(conformers))
     except ColumnError as error:
         if not isinstance(molecules, TaskConfig):
             raise

@@ -87,6 +87,10 @@ class PartMaker(Protocol):
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of everything else in the model that changes the result."""
 
+    @property
+    def conformers(self) -> int:
+        """Conformers that it uses of each molecule; 0: it needs no coordinates."""
+
     def describe(self) -> dict[str, Any]:
         """What the summary says about the model, as JSON values."""
 
@@ -143,7 +147,7 @@ def run_parts(job: PartsJob) -> Outcome:
     maker = job.load(torch.device("cpu"))
     with ray_session(config.cluster):
         _check_cluster(job)
-        data_uri = _prepare(job)
+        data_uri = _prepare(job, maker)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
             raise DataError(
@@ -183,12 +187,14 @@ def part_path(number: int) -> str:
     return f"parts/part-{number:05d}.parquet"
 
 
-def _prepare(job: PartsJob) -> str:
+def _prepare(job: PartsJob, maker: PartMaker) -> str:
     """URI of the prepared molecules."""
+    asked = job.config.conformers
     return prepare_molecules(
         job.config,
         storage.join(job.config.out, DATA_DIR),
         label_columns=(),
+        conformers=maker.conformers if asked is None else int(asked),
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=job.config.cluster,
     )
@@ -416,9 +422,10 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     data_uri = storage.join(out, DATA_DIR)
 
     def inputs() -> dict[str, str | None]:
+        maker = job.load(torch.device("cpu"))
         return {
-            **data_inputs(job.config.source, data_uri, lambda: _prepare(job)),
-            "checkpoint_fingerprint": job.load(torch.device("cpu")).fingerprint,
+            **data_inputs(job.config.source, data_uri, lambda: _prepare(job, maker)),
+            "checkpoint_fingerprint": maker.fingerprint,
         }
 
     check_finished(out, job.question(), inputs)

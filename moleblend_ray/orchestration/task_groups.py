@@ -253,6 +253,7 @@ def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:
             dataclasses.replace(config.task, source=source),
             _shared_data(config.out, source),
             label_columns=None,
+            conformers=config.task.conformers,
             rows_per_chunk=SHARED_ROWS_PER_CHUNK,
             cluster=config.cluster,
         )

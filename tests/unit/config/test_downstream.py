@@ -49,7 +49,7 @@ def test_every_setting_has_a_description_for_help(config: type) -> None:
     [
         ({"models": ()}, r"models: expected a path or URI, found \(\)"),
         ({"models": ("a", "")}, "models: expected"),
-        ({"models": "a", "conformers": -1}, "conformers: expected 0 to 255, found -1"),
+        ({"models": "a", "conformers": -1}, "conformers: expected null or 0 to 255, found -1"),
         (
             {"models": "a", "applicability": 1.2},
             "applicability: expected null or 0 to 1, found 1.2",

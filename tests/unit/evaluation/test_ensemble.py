@@ -13,7 +13,12 @@ import torch
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
-from moleblend_ray.evaluation.ensemble import combine, load_members, model_folders
+from moleblend_ray.evaluation.ensemble import (
+    combine,
+    conformers_of,
+    load_members,
+    model_folders,
+)
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     TrainedProperty,
@@ -23,7 +28,7 @@ from moleblend_ray.evaluation.property_model import (
 from moleblend_ray.evaluation.results import SeedResult, seeds_entry
 from moleblend_ray.evaluation.runs import model_path
 from moleblend_ray.evaluation.tasks import TaskKind
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
@@ -116,6 +121,31 @@ def test_models_may_differ_in_what_their_labels_were_standardised_by(tmp_path: P
     )
     members = load_members([save_model(tmp_path / "a", 0), save_model(tmp_path / "b", 0, other)])
     assert members[0].fingerprint != members[1].fingerprint
+
+
+def test_models_are_asked_with_as_many_conformers_as_they_were_scored_with(tmp_path: Path) -> None:
+    flat, single, several = (
+        save_model(tmp_path / name, seed, dataclasses.replace(SOLUBILITY, conformers=seed))
+        for seed, name in enumerate(("flat", "single", "several"))
+    )
+    assert conformers_of(load_members([flat])) == 0
+    assert conformers_of(load_members([single, several])) == 2
+    with pytest.raises(ConfigError, match=r"conformers: .*flat was .* without .*several with"):
+        conformers_of(load_members([single, flat, several]))
+    # What sees no coordinates does not mind them.
+    blind = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig(relations="2d"))
+    save_property_model(blind, SOLUBILITY, str(tmp_path / "blind"))
+    assert conformers_of(load_members([str(tmp_path / "blind")])) == 0
+    assert conformers_of(load_members([str(tmp_path / "blind"), flat])) == 0
+    assert conformers_of(load_members([str(tmp_path / "blind"), single])) == 1
+
+
+def test_a_model_from_before_conformers_were_stored_had_one(tmp_path: Path) -> None:
+    uri = save_model(tmp_path, 0, dataclasses.replace(SOLUBILITY, conformers=0))
+    document = storage.read_json(f"{uri}/property.json")
+    assert document.pop("conformers") == 0
+    storage.write_json(f"{uri}/property.json", document)
+    assert conformers_of(load_members([uri])) == 1
 
 
 def test_a_model_given_twice_is_refused(tmp_path: Path) -> None:

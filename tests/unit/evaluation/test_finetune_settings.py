@@ -449,7 +449,7 @@ def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_
     flexible: LabelledMolecules, pretrained: StartingPoint, task: Task
 ) -> None:
     scale = Standardisation(mean=np.array([3.0]), std=np.array([2.0]))
-    trained = TrainedProperty.of(task, flexible.columns, scale)
+    trained = TrainedProperty.of(task, flexible.columns, scale, conformers=3)
     model = build_model(pretrained, 1, QUICK, 0).eval()
     # At their initial size the coordinates would hardly show in the outputs.
     for parameter in model.parameters():

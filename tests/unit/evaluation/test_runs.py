@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.runs import Experiment, finished_seed, train_and_test
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+from moleblend_ray.inference import PropertyPredictor
 
 from .conftest import MakeLabelled, all_smiles
 
@@ -62,6 +64,20 @@ def test_a_training_killed_while_it_replaces_a_model_leaves_no_result(
             torch.device("cpu"),
         )
     assert finished_seed(out, 4, SETTINGS) is None
+
+
+def test_predictions_of_new_molecules_are_those_that_were_scored(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    # These molecules have no coordinates, so neither may the new ones.
+    result = train_and_test(experiment, SETTINGS, 0, str(tmp_path), torch.device("cpu"))
+    folder = f"{tmp_path}/{result.model}"
+    scored = pq.read_table(f"{folder}/predictions.parquet")
+    asked = PropertyPredictor.from_pretrained(folder).predict(scored["smiles"])
+    assert set(asked["conformer_status"].to_pylist()) == {"none"}
+    np.testing.assert_allclose(
+        asked["prediction:y0"].to_numpy(), scored["prediction:y0"].to_numpy(), rtol=1e-4
+    )
 
 
 def test_a_model_knows_the_fingerprints_of_its_training_part_alone(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -145,6 +146,19 @@ def test_a_model_that_was_replaced_meanwhile_is_not_used(
     save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
     with pytest.raises(CheckpointError, match="changed while embed was at work"):
         begun.write(0, "train", 0)
+
+
+@pytest.mark.parametrize(("asked", "made"), [(None, 4), (0, 0), (2, 2)])
+def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_models(
+    monkeypatch: pytest.MonkeyPatch, asked: int | None, made: int
+) -> None:
+    found = []
+    monkeypatch.setattr(
+        parts, "prepare_molecules", lambda *_, conformers, **__: found.append(conformers)
+    )
+    config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
+    parts._prepare(predict_job(config), SimpleNamespace(conformers=4))  # type: ignore[arg-type]
+    assert found == [made]
 
 
 def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
