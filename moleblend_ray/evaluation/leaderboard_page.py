@@ -6,7 +6,6 @@ import base64
 import csv
 import html
 import io
-import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -24,6 +23,7 @@ from moleblend_ray.evaluation.leaderboard import (
     is_elsewhere,
 )
 from moleblend_ray.evaluation.results import Spread
+from moleblend_ray.evaluation.score_text import mean_and_std_text, score_text, values_text
 from moleblend_ray.evaluation.tasks import Metric
 
 FIGURE_PATH = "figures/leaderboard.png"
@@ -156,7 +156,7 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
 
 def _markdown_seeds(board: Leaderboard) -> list[str]:
     return [
-        f"| {_cell(row.name)} | {row.split} `{row.split_hash}` | {_cell(model.name)} | {model.valid.mean:.{_places(model.valid.mean)}f} "
+        f"| {_cell(row.name)} | {row.split} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
         f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
         for row in board.finished
         for model in row.models
@@ -377,22 +377,11 @@ def _because(row: TaskRow) -> str:
 
 
 def _mean_and_std(spread: Spread) -> str:
-    places = _places(spread.mean)
-    return f"{spread.mean:.{places}f} ± {spread.std:.{places}f}"
+    return mean_and_std_text(spread.mean, spread.std)
 
 
 def _values(spread: Spread) -> str:
-    places = _places(spread.mean)
-    return ", ".join(f"{value:.{places}f}" for value in spread.values)
-
-
-def _places(mean: float) -> int:
-    """Decimal places of a score: 4 for scores around 1, fewer for large ones, four significant digits for small
-    ones."""
-    exponent = math.floor(math.log10(abs(mean))) if mean else 0
-    if exponent >= 1:
-        return max(0, 4 - exponent)
-    return 4 if exponent >= -1 else min(12, 3 - exponent)
+    return values_text(spread.mean, spread.values)
 
 
 def _shown(text: str) -> str:

@@ -16,6 +16,12 @@ from sklearn.metrics import roc_curve
 
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.score_text import (
+    decimal_places,
+    mean_and_std_text,
+    score_text,
+    values_text,
+)
 from moleblend_ray.evaluation.tasks import Metric
 
 logger = logging.getLogger(__name__)
@@ -98,10 +104,14 @@ def _score_rows(
 
 def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
     test, valid = entry["test"], entry["valid"]
-    cells = [entry["name"], f"{valid['mean']:.4f}", f"{test['mean']:.4f} ± {test['std']:.4f}"]
+    cells = [
+        entry["name"],
+        score_text(valid["mean"]),
+        mean_and_std_text(test["mean"], test["std"]),
+    ]
     if is_bold:
         cells = [f"**{cell}**" for cell in cells]
-    cells.append(", ".join(f"{value:.4f}" for value in test["values"]))
+    cells.append(values_text(test["mean"], test["values"]))
     return f"| {' | '.join(cells)} |"
 
 
@@ -115,8 +125,9 @@ def _comparison(
     gain = best["test"]["mean"] - final["test"]["mean"]
     gain = -gain if task["higher_is_better"] else gain
     verdict = "better" if gain >= 0 else "worse"
+    places = max(decimal_places(entry["test"]["mean"]) for entry in (best, final))
     return [
-        f"On the test molecules {final['name']} is {abs(gain):.4f} {verdict} in {_metric_name(task)} than {best['name']}, "
+        f"On the test molecules {final['name']} is {abs(gain):.{places}f} {verdict} in {_metric_name(task)} than {best['name']}, "
         "the best of the baselines by validation.",
         "",
     ]
@@ -133,7 +144,7 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
     for entry in entries:
         others = entry.get("test_others", {})
         cells = [
-            f"{others[name]['mean']:.4f} ± {others[name]['std']:.4f}" if name in others else ""
+            mean_and_std_text(others[name]["mean"], others[name]["std"]) if name in others else ""
             for name in metrics
         ]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
@@ -205,7 +216,7 @@ def _trials_section(
     ]
     for trial in ranked[:_MAX_TRIAL_ROWS]:
         settings = " | ".join(_short(trial["settings"].get(name, "")) for name in names)
-        score = "" if trial["valid_score"] is None else f"{trial['valid_score']:.4f}"
+        score = "" if trial["valid_score"] is None else score_text(trial["valid_score"])
         lines.append(
             f"| {trial['number']} | {settings} | {trial['epochs']} | {trial['status']} | {score} |"
         )

@@ -131,6 +131,26 @@ def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
     assert "| ECFP4 + random forest |  |  |" in text
 
 
+def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
+    """Potencies in mol/L, or energies in hartree."""
+    trial = {"number": 0, "settings": {"epochs": 3}, "epochs": 3, "status": "finished"}
+    text = report_of(
+        tmp_path,
+        results_of(
+            final=seeds_entry("MoleBLEND", seeds(5e-9, 6e-9, 8e-9, others=(4e-9, 4e-9))),
+            baselines=[baseline(BaselineKind.FOREST, 3e-9, 8.5e-9, 8.5e-9)],
+            trials=[{**trial, "valid_score": 5e-9, "error": None}],
+        ),
+    )
+    assert (
+        "| **MoleBLEND** | **0.000000005000** | **0.000000007000 ± 0.000000001414** | 0.000000006000, 0.000000008000 |"
+        in text
+    )
+    assert "is 0.000000001500 better in RMSE" in text
+    assert "| MoleBLEND | 0.000000004000 ± 0.000000000000 |" in text
+    assert "| 0 | 3 | 3 | finished | 0.000000005000 |" in text
+
+
 def test_the_chosen_settings_of_each_baseline_are_shown(tmp_path: Path) -> None:
     text = report_of(tmp_path, results_of())
     assert "| ECFP4 + random forest | alpha=1 | 3 |" in text
