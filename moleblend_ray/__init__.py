@@ -37,8 +37,10 @@ if TYPE_CHECKING:
         StorageError,
         TrainingError,
     )
+    from moleblend_ray.evaluation.baselines import BaselineKind
     from moleblend_ray.evaluation.search import SearchSpace
     from moleblend_ray.evaluation.settings import FinetuneSettings
+    from moleblend_ray.evaluation.tasks import Metric, SplitKind, TaskKind
     from moleblend_ray.inference import MoleculeEncoder, PropertyPredictor
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
@@ -68,6 +70,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BaselineConfig",
+    "BaselineKind",
     "BlendConfig",
     "CheckpointConfig",
     "CheckpointError",
@@ -85,6 +88,7 @@ __all__ = [
     "InspectConfig",
     "LeaderboardConfig",
     "LossConfig",
+    "Metric",
     "ModelConfig",
     "MoleBlend",
     "MoleBlendError",
@@ -98,11 +102,13 @@ __all__ = [
     "PropertyPredictor",
     "SamplesConfig",
     "SearchSpace",
+    "SplitKind",
     "StatusConfig",
     "StorageError",
     "StreamConfig",
     "SweepConfig",
     "TaskConfig",
+    "TaskKind",
     "TrackingConfig",
     "TrainConfig",
     "TrainingError",
@@ -131,6 +137,7 @@ __all__ = [
 # Name -> module and, where it differs, the name there.
 _HOMES = {
     "BaselineConfig": "config.downstream",
+    "BaselineKind": "evaluation.baselines",
     "BlendConfig": "model.config",
     "CheckpointConfig": "training.config",
     "CheckpointError": "errors",
@@ -148,6 +155,7 @@ _HOMES = {
     "InspectConfig": "config.inspect",
     "LeaderboardConfig": "config.downstream",
     "LossConfig": "model.config",
+    "Metric": "evaluation.tasks",
     "ModelConfig": "model.config",
     "MoleBlend": "model.moleblend:MoleBlendModel",
     "MoleBlendError": "errors",
@@ -161,11 +169,13 @@ _HOMES = {
     "PropertyPredictor": "inference",
     "SamplesConfig": "config.tools",
     "SearchSpace": "evaluation.search",
+    "SplitKind": "evaluation.tasks",
     "StatusConfig": "config.status",
     "StorageError": "errors",
     "StreamConfig": "data.batch",
     "SweepConfig": "config.downstream",
     "TaskConfig": "config.downstream",
+    "TaskKind": "evaluation.tasks",
     "TrackingConfig": "training.config",
     "TrainConfig": "training.config",
     "TrainingError": "errors",

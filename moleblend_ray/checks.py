@@ -8,11 +8,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from enum import StrEnum
+from typing import Any, TypeVar
 
 from moleblend_ray.errors import ConfigError
 
 Check = tuple[bool, str]
+
+E = TypeVar("E", bound=StrEnum)
 
 
 def check_all(*checks: Check) -> None:
@@ -40,6 +43,19 @@ def within(config: object, least: float, most: float, *names: str) -> Iterator[C
 def below_one(config: object, *names: str) -> Iterator[Check]:
     """The fields are shares or probabilities of 0 or more, but less than 1."""
     return _each(config, names, lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+
+def as_member(kind: type[E], value: E | str | None, name: str) -> E | None:
+    """The member of an enumeration of words that ``value`` is or names, or None; a ConfigError for another word.
+
+    A setting given in Python may be the word itself, as on the command line; code compares members by identity.
+    """
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected one of {', '.join(kind)}, found {value!r}") from error
 
 
 def locations(config: object, *names: str) -> Iterator[Check]:

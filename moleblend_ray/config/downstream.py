@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
+from moleblend_ray.checks import Check, above, as_member, at_least, check_all, locations, within
 from moleblend_ray.chemistry.config import MAX_CONFORMERS
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
@@ -67,6 +67,8 @@ class TaskConfig:
     """Choose by so many molecules of the validation part only, likewise."""
 
     def __post_init__(self) -> None:
+        for name, words in (("kind", TaskKind), ("metric", Metric), ("split", SplitKind)):
+            object.__setattr__(self, name, as_member(words, getattr(self, name), name))
         by_user = self.split_column or self.split_file
         of_one_task = ("columns", "kind", "unit", "split_file") if self.is_group else ()
         check_all(
@@ -74,7 +76,11 @@ class TaskConfig:
             *within(self, 0, MAX_CONFORMERS, "conformers"),
             *at_least(self, 1, "train_molecules", "valid_molecules"),
             (
-                len(set(self.columns)) == len(self.columns),
+                not isinstance(self.columns, str),
+                f"columns: expected a list of names, found the text {self.columns!r}",
+            ),
+            (
+                len(set(self.columns)) == len(self.columns) or isinstance(self.columns, str),
                 f"columns: expected each once, found {list(self.columns)}",
             ),
             (
@@ -136,6 +142,8 @@ class BaselineConfig:
     """Most rounds of gradient boosting, likewise; how many are used is chosen on the validation part."""
 
     def __post_init__(self) -> None:
+        kinds = tuple(as_member(BaselineKind, kind, "kinds") for kind in self.kinds)
+        object.__setattr__(self, "kinds", kinds)
         check_all(
             (
                 len(set(self.kinds)) == len(self.kinds),

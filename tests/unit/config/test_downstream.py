@@ -19,9 +19,29 @@ from moleblend_ray.config.downstream import (
 from moleblend_ray.config.paths import path_settings, with_absolute_paths
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.tasks import GROUPS, SplitKind
+from moleblend_ray.evaluation.tasks import GROUPS, Metric, SplitKind, TaskKind
 
 TASK = TaskConfig(name="esol", source="esol.csv")
+
+
+def test_words_stand_for_the_members_of_enumerations() -> None:
+    own = {"name": "mine", "source": "a.csv", "columns": ("y",)}
+    found = TaskConfig(**own, kind="regression", metric="mae", split="random")
+    assert found == TaskConfig(
+        **own, kind=TaskKind.REGRESSION, metric=Metric.MAE, split=SplitKind.RANDOM
+    )
+    # Code asks by identity: the word alone would be split in another way.
+    assert found.resolve().split is SplitKind.RANDOM
+    assert BaselineConfig(kinds=["forest"]).kinds == (BaselineKind.FOREST,)
+    for told, wrong in (
+        ("kind: expected one of classification, regression, found 'classes'", {"kind": "classes"}),
+        ("metric: expected one of roc_auc, .*, found 'auc'", {"metric": "auc"}),
+        ("columns: expected a list of names, found the text 'pIC50'", {"columns": "pIC50"}),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            TaskConfig(**{**own, "kind": TaskKind.REGRESSION, **wrong})
+    with pytest.raises(ConfigError, match=r"kinds: expected one of forest, .*, found 'xgboost'"):
+        BaselineConfig(kinds=("xgboost",))
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (0, -1), (2**32,)])
