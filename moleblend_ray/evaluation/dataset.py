@@ -53,6 +53,9 @@ class LabelledMolecules:
     """Number of molecules of that dataset that were left out, as none of these labels is known."""
     num_quarantined: int
     """Number of source rows that could not be made into molecules."""
+    num_unreadable: int = 0
+    """Number of cells of these labels in the source that hold something else than a number (``>10``); they count as
+    missing."""
     parts: NDArray[np.uint8] | None = None
     """(M,) part that the data assigns to each molecule, an index of ``SPLITS``; None if there are none."""
     conformers: ConformerSet | None = None
@@ -110,9 +113,13 @@ def load_labelled(
     labels = np.stack(
         [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names], axis=1
     )
+    num_unreadable = sum(info.num_unreadable for info in manifest.labels if info.name in columns)
     known = ~np.isnan(labels).all(axis=1)
     if not known.any():
-        raise DataError(f"{uri}: no molecule has a value in any of the columns {list(columns)}")
+        raise DataError(
+            f"{uri}: no molecule has a value in any of the columns {list(columns)}"
+            + _unreadable_remark(num_unreadable)
+        )
     table = table.filter(pa.array(known)).combine_chunks()
     labels = labels[known]
     _check_labels(uri, task, columns, labels)
@@ -125,6 +132,7 @@ def load_labelled(
         fingerprint=manifest.fingerprint,
         num_unlabelled=int((~known).sum()),
         num_quarantined=manifest.counts.rows_quarantined,
+        num_unreadable=num_unreadable,
         parts=_own_parts(manifest)[known]
         if named is None
         else _named_parts(named, table, manifest, uri),
@@ -293,6 +301,15 @@ def _check_labels(
             f"{uri}: column {columns[index]!r} of task {task.name!r} has the value {labels[row, index]:g}; "
             "classification labels are 0, 1 or empty. For numbers set task.kind=regression"
         )
+
+
+def _unreadable_remark(count: int) -> str:
+    if not count:
+        return ""
+    return (
+        f"; {count} of their cells hold something else than a number. Write classes as 0 and 1, and numbers without "
+        "units or signs such as >"
+    )
 
 
 def _quarantine_sentence(manifest: Manifest) -> str:

@@ -73,6 +73,7 @@ def _text(
         f"- {data['molecules']:,} molecules ({data['with_coordinates']:,} with coordinates), "
         f"{len(task['columns'])} label column(s); {data['unlabelled']:,} without a label and "
         f"{data['quarantined']:,} unusable rows left out",
+        *_unreadable_line(data.get("unreadable_labels", 0)),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
         f"- data fingerprint `{data['fingerprint']}`",
         f"- source: {task['citation']}",
@@ -89,6 +90,14 @@ def _text(
         lines += ["", *_trials_section(task, trials, "trials.png" in figures)]
     lines += ["", "## Versions", "", *_table(results["versions"]), ""]
     return "\n".join(lines)
+
+
+def _unreadable_line(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"- {count:,} label(s) in the source are no numbers (such as `>10`) and count as missing"
+    ]
 
 
 def _score_rows(

@@ -210,6 +210,7 @@ def data_entry(
         "with_coordinates": int(np.logical_or.reduceat(block.position_mask, first_atoms).sum()),
         "unlabelled": molecules.num_unlabelled,
         "quarantined": molecules.num_quarantined,
+        "unreadable_labels": molecules.num_unreadable,
         "split": {"kind": task.split.value, "fractions": list(FRACTIONS), **split},
     }
 

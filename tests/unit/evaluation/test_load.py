@@ -17,17 +17,19 @@ from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.dataset import load_labelled
 from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
 
-Prepare = Callable[[str], str]
+Prepare = Callable[..., str]
 
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Prepare:
     """Prepares the text of a CSV in this process; gives the dataset's folder."""
 
-    def run(text: str) -> str:
+    def run(text: str, label_columns: tuple[str, ...] | None = None) -> str:
         source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
         source.write_text(text)
-        options = ConvertOptions(columns=ColumnConfig(), rows_per_chunk=3, row_group_rows=2)
+        options = ConvertOptions(
+            columns=ColumnConfig(label_columns=label_columns), rows_per_chunk=3, row_group_rows=2
+        )
         sources = inspect_sources(find_sources(str(source)), options.columns)
         claim_output(out, sources, options)
         receipts = [
@@ -79,6 +81,17 @@ def test_class_labels_other_than_0_and_1_are_shown(prepare: Prepare) -> None:
 def test_a_column_that_is_empty_throughout_is_an_error(prepare: Prepare) -> None:
     uri = prepare("smiles,a,b\nCCO,,1\nCCN,,2\n")
     with pytest.raises(DataError):
+        load_labelled(uri, number("a"))
+
+
+def test_cells_that_hold_no_number_are_counted_and_told_where_there_is_nothing_else(
+    prepare: Prepare,
+) -> None:
+    text = "smiles,a,b,c\nCCO,active,1,\nCCN,inactive,>10,x\nCCC,active,3,\n"
+    uri = prepare(text, ("a", "b", "c"))
+    molecules = load_labelled(uri, number("b"))
+    assert (len(molecules), molecules.num_unlabelled, molecules.num_unreadable) == (2, 1, 1)
+    with pytest.raises(DataError, match=r"\['a'\]; 3 of their cells hold something else than a"):
         load_labelled(uri, number("a"))
 
 

@@ -131,6 +131,13 @@ def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
     assert "| ECFP4 + random forest |  |  |" in text
 
 
+def test_labels_that_were_no_numbers_are_counted(tmp_path: Path) -> None:
+    results = results_of()
+    assert "no numbers" not in report_of(tmp_path, results)
+    results["data"]["unreadable_labels"] = 1200
+    assert "- 1,200 label(s) in the source are no numbers" in report_of(tmp_path, results)
+
+
 def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
     """Potencies in mol/L, or energies in hartree."""
     trial = {"number": 0, "settings": {"epochs": 3}, "epochs": 3, "status": "finished"}
