@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -19,6 +20,11 @@ from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 WEIGHTS_NAME: Final = "model.safetensors"
 PROPERTY_NAME: Final = "property.json"
+
+logger = logging.getLogger(__name__)
+
+_NAMED: Final = 5
+"""Columns that a message names; the others it counts."""
 
 FORMAT_VERSION: Final = 2
 """Version of the two files; it increases with every change that older code cannot read."""
@@ -56,6 +62,35 @@ class Standardisation:
     def restore(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """Outputs in the labels' unit (logits for classes)."""
         return outputs * self.std + self.mean
+
+
+def require_learnable(
+    kind: TaskKind, labels: NDArray[np.float64], columns: tuple[str, ...]
+) -> None:
+    """Raise DataError if (M, T) training ``labels`` teach nothing; name the columns of classes that have only one.
+
+    A regression column needs a value, as :meth:`Standardisation.fit` says, and classes need one column with both.
+    """
+    if kind is TaskKind.REGRESSION:
+        Standardisation.fit(kind, labels, columns)
+        return
+    has_both = (labels == 0).any(axis=0) & (labels == 1).any(axis=0)
+    lacking = [column for column, both in zip(columns, has_both, strict=True) if not both]
+    if len(lacking) == len(columns):
+        raise DataError(
+            f"nothing to learn: none of the {len(columns)} label columns has both classes among the {len(labels)} "
+            "training molecules; use more molecules or another split"
+        )
+    if lacking:
+        shown = ", ".join(lacking[:_NAMED]) + (" ..." if len(lacking) > _NAMED else "")
+        logger.warning(
+            "%d of %d columns do not have both classes among the %d training molecules, and predictions of them mean "
+            "nothing: %s",
+            len(lacking),
+            len(columns),
+            len(labels),
+            shown,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,6 +40,7 @@ from moleblend_ray.evaluation.dataset import (
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
+from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.results import (
     RESULTS_NAME,
     RESULTS_VERSION,
@@ -123,7 +124,8 @@ def set_up(config: PropertyConfig) -> Bench:
         train=config.task.train_molecules,
         valid=config.task.valid_molecules,
     )
-    # Found after training otherwise.
+    # Found in or after training otherwise.
+    require_learnable(task.kind, molecules.labels[split.train], molecules.columns)
     for part, rows in (("validation", split.valid), ("test", split.test)):
         require_scorable(task.metric, molecules.labels[rows], molecules.columns, part)
     identity = {

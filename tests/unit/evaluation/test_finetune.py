@@ -22,6 +22,7 @@ from moleblend_ray.evaluation.finetune import (
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     load_property_model,
+    require_learnable,
     save_property_model,
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -67,6 +68,21 @@ def run(
         report=reports.append,
     )
     return result, reports
+
+
+def test_training_labels_that_teach_nothing_are_found_before_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels = np.array([[0.0, 1.0, np.nan], [1.0, 1.0, np.nan]])
+    columns = ("both", "one", "none")
+    require_learnable(TaskKind.CLASSIFICATION, labels, columns)
+    assert "2 of 3 columns do not have both classes" in caplog.text
+    assert caplog.text.rstrip().endswith(": one, none")
+    with pytest.raises(DataError, match="none of the 2 label columns has both classes among the 2"):
+        require_learnable(TaskKind.CLASSIFICATION, labels[:, 1:], columns[1:])
+    require_learnable(TaskKind.REGRESSION, labels[:, :2], columns[:2])
+    with pytest.raises(DataError, match=r"\['none'\] have no value"):
+        require_learnable(TaskKind.REGRESSION, labels, columns)
 
 
 @pytest.mark.parametrize("kind", list(TaskKind))

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -56,6 +57,24 @@ def finetuning(folder: Path, **changes: object) -> FinetuneConfig:
     source.write_text("smiles,y,part\nCCO,1,train\n")
     task = TaskConfig(name="esol", source=str(source), **changes)
     return FinetuneConfig(task=task, out=str(folder / "out"), checkpoint=str(folder / "encoder"))
+
+
+def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = np.array([[0.0], [0.0], [0.0], [1.0], [0.0], [1.0]])
+    molecules = SimpleNamespace(
+        labels=labels, columns=("y",), smiles=("C",) * 6, parts=np.array([0, 0, 1, 1, 2, 2])
+    )
+    monkeypatch.setattr(downstream, "check_cluster", lambda config: None)
+    monkeypatch.setattr(downstream, "prepare_task", lambda config: "data")
+    monkeypatch.setattr(downstream, "load_labelled", lambda *_, **__: molecules)
+    task = TaskConfig(
+        name="hits", source="a.csv", columns=("y",), kind="classification", split="given"
+    )
+    with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
+        set_up(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
