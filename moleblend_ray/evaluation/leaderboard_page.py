@@ -6,6 +6,7 @@ import base64
 import csv
 import html
 import io
+import urllib.parse
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -279,7 +280,8 @@ def _link(row: TaskRow) -> str:
     if is_elsewhere(row.results):
         return _text(row.name)
     folder = f"{row.results}/" if row.results else ""
-    return f'<a href="{html.escape(folder, quote=True)}report.md">{_text(row.name)}</a>'
+    path = urllib.parse.quote(f"{folder}report.md")
+    return f'<a href="{path}">{_text(row.name)}</a>'
 
 
 def gain_figure(board: Leaderboard) -> bytes | None:

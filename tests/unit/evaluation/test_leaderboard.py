@@ -11,6 +11,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 
@@ -236,6 +237,14 @@ def test_the_page_shows_the_results_and_is_well_formed_and_self_contained() -> N
         "esol/report.md", "bbbp/report.md", "esol/report.md", "bbbp/report.md",
     ]  # fmt: skip
     assert not re.search(r"https?:|@import|url\(", text)
+
+
+def test_links_lead_to_folders_whatever_their_names() -> None:
+    (esol, *_) = board().rows
+    folder = 'set #2: 50% "<b>"?'
+    rows = (dataclasses.replace(esol, results=folder),)
+    page = Table(html_text(Leaderboard(title="", rows=rows), None))
+    assert {unquote(urlsplit(link).path) for link in page.links} == {f"{folder}/report.md"}
 
 
 def test_nothing_of_a_name_or_a_reason_becomes_a_tag_and_no_secret_is_shown() -> None:
