@@ -17,7 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.checks import check_all
-from moleblend_ray.chemistry.config import MAX_CONFORMERS, ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.config import (
+    MAX_ATOMS,
+    MAX_CONFORMERS,
+    ConformerConfig,
+    FeaturizeConfig,
+)
 from moleblend_ray.chemistry.molecule import SmilesText
 from moleblend_ray.data.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
@@ -79,7 +84,7 @@ class MoleculeEncoder:
         *,
         conformers: bool = True,
         invalid: Literal["raise", "nan"] = "raise",
-        max_atoms: int = 256,
+        max_atoms: int = MAX_ATOMS,
     ) -> NDArray[np.float32]:
         """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M texts: a list, an array, a column of a table).
 
@@ -145,7 +150,7 @@ class PropertyPredictor:
         )
         return cls(predictor=predictor)
 
-    def predict(self, smiles: Iterable[str | None], *, max_atoms: int = 256) -> pa.Table:
+    def predict(self, smiles: Iterable[str | None], *, max_atoms: int = MAX_ATOMS) -> pa.Table:
         """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
 
         ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``

@@ -14,6 +14,12 @@ ATOM_LIMIT = 65_535
 MAX_CONFORMERS: Final = 255
 """Conformers of one molecule at most."""
 
+SMILES_COLUMN: Final = "smiles"
+"""Column of a table that holds the SMILES, unless a setting names another."""
+
+MAX_ATOMS: Final = 256
+"""Most kept atoms of a molecule, unless a setting says otherwise: relation matrices grow with the square of it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerConfig:
@@ -62,7 +68,7 @@ class FeaturizeConfig:
     explicit_hydrogens: bool = False
     """Keep every hydrogen as an atom. By default only hydrogens that carry information are kept, by the rules of
     RDKit's ``RemoveHs``: isotopes, molecular hydrogen, and the one that defines the stereo of an imine ``C=N-H``."""
-    max_atoms: int = 256
+    max_atoms: int = MAX_ATOMS
     """Molecules with more kept atoms are rejected, as relation matrices grow with the square of this number."""
     require_coordinates: bool = False
     """Reject molecules for which there are no coordinates."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.checks import Check, above, as_member, at_least, check_all, locations, within
-from moleblend_ray.chemistry.config import MAX_CONFORMERS
+from moleblend_ray.chemistry.config import MAX_ATOMS, MAX_CONFORMERS, SMILES_COLUMN
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
@@ -50,7 +50,7 @@ class TaskConfig:
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
     unit: str | None = None
     """Unit of the labels, for reports; null: the task table's."""
-    smiles_column: str = "smiles"
+    smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
@@ -58,7 +58,7 @@ class TaskConfig:
     """Conformers of each molecule: training draws one anew each epoch, predictions are the mean over all. Where the source
     has no coordinates so many are made, with seeds; 0 makes none, and such molecules stay 2D. Of those that the
     source has, the first so many are taken."""
-    max_atoms: int = 256
+    max_atoms: int = MAX_ATOMS
     """Larger molecules are left out, and counted."""
     train_molecules: int | None = None
     """Train on so many molecules of the training part only, chosen by `split_seed`; a smaller number takes a part of what a
@@ -252,11 +252,11 @@ class LibraryConfig:
     """Directory of what is made of them, as a path or URI that every worker reaches."""
     batch_size: int = 64
     """Molecules computed at once: memory and speed, not the result."""
-    smiles_column: str = "smiles"
+    smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
-    max_atoms: int = 256
+    max_atoms: int = MAX_ATOMS
     """Larger molecules are rejected, and listed."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs: `num_data_actors` models of `cpus_per_worker` CPUs, each on a GPU with `use_gpu`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from moleblend_ray.checks import at_least, below_one, check_all, locations
-from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.config import SMILES_COLUMN, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
 
 
@@ -19,7 +19,7 @@ class PrepareConfig:
     .bz2, .xz or .zst), .tar or .zip of these or of QM9's .xyz, .parquet."""
     out: str
     """Directory of the prepared dataset, as a path or URI."""
-    smiles_column: str = "smiles"
+    smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None
     """Column (or SDF property) with the molecule's id; null numbers the rows."""

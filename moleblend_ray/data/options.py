@@ -15,7 +15,11 @@ Unnamed = Literal["error", "train", "quarantine"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvertOptions:
-    """Settings of the conversion of molecule files into shards."""
+    """Settings of the conversion of molecule files into shards.
+
+    The defaults are not those of a user (``PrepareConfig`` has these): a manifest without one of these settings was
+    written before the setting existed, and the default is what it was made with. So they never change.
+    """
 
     columns: ColumnConfig = field(default_factory=ColumnConfig)
     featurize: FeaturizeConfig = field(default_factory=FeaturizeConfig)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.molecule import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
 from moleblend_ray.data.sources.cells import is_numeric, sd_properties, sd_text
@@ -215,8 +216,7 @@ def _warn_of_decimal_commas(
 def _smiles_column(
     file: SourceFile, config: ColumnConfig, columns: Sequence[str], known: PublishedTable
 ) -> str | None:
-    is_default = config.smiles_column == ColumnConfig.__dataclass_fields__["smiles_column"].default
-    if is_default and config.smiles_column not in columns:
+    if config.smiles_column == SMILES_COLUMN and config.smiles_column not in columns:
         if known.smiles_column in columns:
             return known.smiles_column
         if file.geometry is not None:
@@ -323,7 +323,11 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> _View:
     with_geometry = has_geometry(file, schema)
     smiles_column: str | None = None
     # With geometry no SMILES are needed; but a SMILES column that was asked for by name must exist.
-    if not with_geometry or config.smiles_column in columns or config.smiles_column != "smiles":
+    if (
+        not with_geometry
+        or config.smiles_column in columns
+        or config.smiles_column != SMILES_COLUMN
+    ):
         smiles_column = _require(file, "smiles_column", config.smiles_column, columns)
     id_column = config.id_column or ("mol_id" if "mol_id" in columns else None)
     if id_column is not None:

@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.molecule import Rejection, SourceRecord
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
@@ -25,7 +26,7 @@ EXCERPT_CHARACTERS: Final = 200
 class ColumnConfig:
     """Which columns (or SD properties) hold SMILES, identifiers and labels."""
 
-    smiles_column: str = "smiles"
+    smiles_column: str = SMILES_COLUMN
     """Column of a table with the SMILES."""
     id_column: str | None = None
     """Column or SD property with the molecule's id. None: the title of an SD record, the name after a SMILES, the id
