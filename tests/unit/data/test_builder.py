@@ -53,6 +53,9 @@ def test_ranks_together_build_the_bytes_of_a_single_process(
         )
         for rank in range(world_size)
     ]
+    for rank, own in enumerate(ranks):
+        for batch in own:
+            assert {m.stream for m in batch.micro_batches} == set(range(rank, 4, world_size))
     for step in range(2):
         expected = {(m.stream, m.index): bytes(m.payload) for m in alone[step].micro_batches}
         found = {

@@ -266,6 +266,20 @@ def test_of_equal_molecules_one_with_coordinates_then_the_first_is_kept(
     assert counts.elements == {"C": 2, "N": 1, "O": 1}
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_each_of_many_duplicates_names_the_record_that_is_kept_for_it(
+    tmp_path: Path, shuffle: bool
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text("\n".join(["smiles", *alkanes(30), *reversed(alkanes(30))]) + "\n")
+    prepare(source, tmp_path / "out", shuffle=shuffle, deduplicate="inchikey")
+    duplicates = quarantine_of(tmp_path / "out")
+    assert sorted(row["source_row"] for row in duplicates) == list(range(30, 60))
+    for row in duplicates:
+        kept = 59 - row["source_row"]
+        assert row["detail"].endswith(f"is kept as in_{kept}, row {kept} of {source}")
+
+
 def test_coordinates_of_the_source_count_more_than_those_made_here(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()

@@ -87,7 +87,7 @@ def convert(tmp_path: Path, splits: NamedSplits, **options: Any) -> tuple[Manife
     claim_output(str(out), sources, chosen)
     receipts = [
         convert_chunk(chunk, sources.layouts[0], sources.labels, chosen, str(out), splits)
-        for chunk in read_chunks(sources.layouts[0], 0, 3)
+        for chunk in read_chunks(sources.layouts[0], 0, 4)
     ]
     return write_manifest(str(out), sources, chosen, receipts), out
 

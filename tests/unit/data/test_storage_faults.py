@@ -120,7 +120,6 @@ def s3_failure(code: str, status: int) -> Exception:
         (OSError(28, "No space left on device"), False),
         (ValueError(), False),
     ],
-    ids=repr,
 )
 def test_what_may_succeed_later_is_told_from_what_may_not(error: Exception, expected: bool) -> None:
     assert retry.is_transient(error) == expected
