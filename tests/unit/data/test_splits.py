@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,25 @@ def test_molecules_that_the_file_does_not_name_are_refused_taken_or_quarantined(
     parts = [pq.read_table(out / shard.path) for shard in manifest.shards_of("quarantine")]
     rejected = pa.concat_tables(parts).to_pylist()
     assert [(row["mol_id"], row["excerpt"]) for row in rejected] == [("b", "CC"), ("bad", "C1CC")]
+
+
+def test_no_credentials_of_the_source_are_in_the_quarantine(tmp_path: Path) -> None:
+    splits = NamedSplits(None, {"a": "train"}, "s.csv")
+    source = tmp_path / "in.csv"
+    source.write_text("smiles,id\nC,a\nCC,b\nC1CC,bad\n")
+    chosen = ConvertOptions(
+        columns=ColumnConfig(id_column="id"),
+        split_file_digest=splits.digest,
+        split_file_unnamed="quarantine",
+    )
+    sources = inspect_sources(find_sources(str(source)), chosen.columns)
+    (layout,) = sources.layouts
+    (chunk,) = read_chunks(layout, 0, 9)
+    file = dataclasses.replace(layout.file, uri="https://me:hunter2@host/in.csv")
+    layout = dataclasses.replace(layout, file=file)
+    convert_chunk(chunk, layout, sources.labels, chosen, str(tmp_path / "out"), splits)
+    (part,) = (tmp_path / "out" / "quarantine").iterdir()
+    assert pq.read_table(part)["source_uri"].to_pylist() == ["https://***@host/in.csv"] * 2
 
 
 def test_rows_are_those_of_the_source_rejected_ones_counted(tmp_path: Path) -> None:

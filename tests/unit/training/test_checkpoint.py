@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, StorageError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import (
+    _IndexUnpickler,
     restore_training_state,
     training_state,
 )
@@ -380,6 +383,13 @@ def test_an_index_that_would_run_code_is_refused(run: Path, called: Any) -> None
         restore_training_state(learner.model, learner.optimizer, str(run), 6, Ranks())
 
 
+def test_an_index_imports_no_module_but_those_of_torch() -> None:
+    assert "antigravity" not in sys.modules
+    with pytest.raises(CheckpointError, match=r"asks for antigravity\.fly"):
+        _IndexUnpickler(io.BytesIO(b"cantigravity\nfly\n.")).load()
+    assert "antigravity" not in sys.modules
+
+
 def test_another_run_is_refused_with_both_values_named() -> None:
     stored = {"data_fingerprint": "aaa", "order": {"global_batch_size": 256, "num_streams": 4}}
     wanted = {"data_fingerprint": "bbb", "order": {"global_batch_size": 512, "num_streams": 4}}
@@ -389,7 +399,11 @@ def test_another_run_is_refused_with_both_values_named() -> None:
     with pytest.raises(CheckpointError) as caught:
         require_same_run(stored, wanted, "s3://bucket/run")
     message = str(caught.value)
-    for part in ("s3://bucket/run", "'aaa'", "'bbb'", "order.global_batch_size", "256", "512"):
+    for part in (
+        "s3://bucket/run",
+        "data_fingerprint: the run has 'aaa', the configuration asks for 'bbb'",
+        "order.global_batch_size: the run has 256, the configuration asks for 512",
+    ):
         assert part in message
     assert "num_streams" not in message
 
