@@ -22,7 +22,7 @@ from moleblend_ray.training.commits import committed_steps
 from moleblend_ray.training.metrics import read_records
 
 WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 COMPARED = ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise", "grad_norm")
 
 

@@ -31,6 +31,7 @@ def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.ray
 @pytest.mark.shared_data
 @pytest.mark.slow
 def test_a_killed_pretraining_on_s3_ends_as_the_undisturbed_one(
