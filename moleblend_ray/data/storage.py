@@ -389,6 +389,10 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
         )
     # gcsfs tells a refusal by the text of an OSError.
     is_refused = status in (401, 403) or reason.startswith("Forbidden:")
+    if isinstance(error, PermissionError) and _protocol(uri) == "file":
+        return StorageError(
+            failed + f"access was denied ({reason}). Check the owner and the rights of the path."
+        )
     if is_refused or isinstance(error, PermissionError):
         return StorageError(
             failed + f"access was denied ({reason}). Check the credentials, and whether they may "

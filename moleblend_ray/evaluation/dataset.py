@@ -195,7 +195,7 @@ def split_molecules(
     if min(sizes.values()) == 0:
         raise DataError(
             f"the {kind.value} split of {len(smiles)} molecules leaves a part empty ({sizes}); "
-            "use more molecules, or task.split=random"
+            "use more molecules" + ("" if kind is SplitKind.RANDOM else ", or task.split=random")
         )
     return split
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -242,6 +243,9 @@ def _rank(score: float | None, higher_is_better: bool) -> float:
 
 
 def _short(value: object) -> str:
+    """A setting as it is written in a configuration, numbers with three digits."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -503,7 +503,10 @@ def _foot(report: PlanReport) -> Text:
     if plan.assumptions:
         text.append("assumed, not measured: ", style="bold yellow")
         text.append("; ".join(plan.assumptions) + ".\n", style="yellow")
-        text.append("Measure one trainer (molecules_per_s of a short run) and give it as rate=.\n")
+        if report.config.rate is None and not report.config.measure:
+            text.append(
+                "Measure one trainer (molecules_per_s of a short run) and give it as rate=.\n"
+            )
     for line in plan.hints:
         text.append(f"hint: {line}\n", style="cyan")
     for line in plan.warnings:

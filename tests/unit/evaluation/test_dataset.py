@@ -101,8 +101,10 @@ def test_a_random_split_follows_its_seed_and_not_the_order_of_the_file() -> None
 
 
 def test_too_few_molecules_for_three_parts_are_an_error() -> None:
-    with pytest.raises(DataError, match="leaves a part empty"):
+    with pytest.raises(DataError, match=r"leaves a part empty.*or task\.split=random"):
         split_molecules(["CCO", "CCN"], SplitKind.SCAFFOLD, seed=0)
+    with pytest.raises(DataError, match=r"leaves a part empty.*use more molecules$"):
+        split_molecules(["CCO", "CCN"], SplitKind.RANDOM, seed=0)
 
 
 def test_taken_molecules_keep_labels_names_and_graphs_together(make_labelled: MakeLabelled) -> None:

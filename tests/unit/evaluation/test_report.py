@@ -158,6 +158,13 @@ def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
     assert "| 0 | 3 | 3 | finished | 0.000000005000 |" in text
 
 
+def test_settings_are_shown_as_they_are_written_in_a_configuration(tmp_path: Path) -> None:
+    chosen = {"epochs": 3, "learning_rate": 1e-4, "huber_delta": None, "balance": True}
+    text = report_of(tmp_path, results_of(chosen=chosen))
+    for row in ("| learning_rate | 0.0001 |", "| huber_delta | null |", "| balance | true |"):
+        assert row in text
+
+
 def test_the_chosen_settings_of_each_baseline_are_shown(tmp_path: Path) -> None:
     text = report_of(tmp_path, results_of())
     assert "| ECFP4 + random forest | alpha=1 | 3 |" in text

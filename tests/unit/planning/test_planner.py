@@ -313,13 +313,23 @@ def test_one_worker_on_this_machine_sends_nothing() -> None:
     assert result.rate.value == pytest.approx(64 / 0.2, rel=0.05)
 
 
-def test_every_row_of_the_tables_says_its_basis() -> None:
+def shown(*words: str) -> str:
     from rich.console import Console
 
-    chosen = config("molecules=1e9", "gpus=64", "prices.gpu_hour=2")
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(show_plan(plan(chosen)))
-    text = console.export_text()
+    console.print(show_plan(plan(config("molecules=1e9", "gpus=64", *words))))
+    return console.export_text()
+
+
+def test_only_a_rate_that_is_assumed_asks_for_a_measurement() -> None:
+    assert "Measure one trainer" in shown()
+    given = shown("rate=40000")
+    assert "assumed, not measured: " in given, "networks"
+    assert "Measure one trainer" not in given
+
+
+def test_every_row_of_the_tables_says_its_basis() -> None:
+    text = shown("prices.gpu_hour=2")
     lines = text.splitlines()
     for row in ("steps", "goodput", "checkpoint interval", "read from storage", "data actors"):
         assert any(line.startswith(row) and "computed" in line for line in lines), row
