@@ -11,11 +11,12 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+HAS_GPU = Path("/dev/nvidiactl").exists()
 
 # One thread for each of the processes a test starts: they share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels for GPUs run in Triton's interpreter, which must be chosen before Triton is imported.
-if not Path("/dev/nvidiactl").exists():
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A loopback cluster for tests needs no token; see "Token authentication" in docs.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -42,12 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "s3_endpoint" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.s3)
-    if SHARED_DATA.is_dir():
-        return
-    skip = pytest.mark.skip(reason="the real molecules are not beside this checkout")
+    lacking = {}
+    if not SHARED_DATA.is_dir():
+        lacking["shared_data"] = "the real molecules are not beside this checkout"
+    if not HAS_GPU:
+        lacking["gpu"] = "there is no GPU"
     for item in items:
-        if "shared_data" in item.keywords:
-            item.add_marker(skip)
+        for marker, reason in lacking.items():
+            if marker in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

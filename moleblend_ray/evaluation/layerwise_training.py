@@ -11,7 +11,8 @@ from typing import Final
 
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.model.moleblend import PropertyModel, init_weights
+from moleblend_ray.model.initialization import init_weights
+from moleblend_ray.model.moleblend import PropertyModel
 
 _BLOCK: Final = re.compile(r"encoder\.layers\.(\d+)\.")
 

@@ -185,7 +185,7 @@ def load_property_model(uri: str) -> SavedProperty:
         )
     try:
         trained = _trained(document)
-        pretrained = MoleBlendModel(ModelConfig(**document["model"]))
+        pretrained = MoleBlendModel.without_weights(ModelConfig(**document["model"]))
         state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
         model = PropertyModel(pretrained, len(trained.columns), _readout(document))
         # Models of the first version have no element reference, so atoms add 0.

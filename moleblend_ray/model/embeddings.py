@@ -14,12 +14,10 @@ from torch.nn import functional as F
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.fused import kernels_fit
+from moleblend_ray.model.initialization import draw_normal, draw_uniform
 from moleblend_ray.model.lookup import sum_of_rows
 from moleblend_ray.model.precision import at_least_float32, product_type
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
-
-INIT_STD = 0.02
-"""Standard deviation of linear and embedding weights at the start (as the official code)."""
 
 NUM_DEGREES = 16
 """Rows of the degree table; atoms with more neighbours share the last one."""
@@ -57,11 +55,15 @@ class AtomEmbedding(nn.Module):
             "offsets", torch.empty(len(ATOM_VOCAB_SIZES), dtype=torch.int64), persistent=False
         )
         self.reset_parameters()
+        self.fill_constants()
 
     def reset_parameters(self) -> None:
-        """Draw new weights and fill the constant buffers, so that a model from the meta device becomes usable."""
+        """Draw new weights."""
         for weight in (self.categories.weight, self.degree.weight, self.graph_token):
-            nn.init.normal_(weight, std=INIT_STD)
+            draw_normal(weight)
+
+    def fill_constants(self) -> None:
+        """Number of the first row of each category."""
         sizes = torch.tensor((0, *ATOM_VOCAB_SIZES[:-1]), device=self.offsets.device)
         self.offsets.copy_(sizes.cumsum(0))
 
@@ -101,13 +103,17 @@ class TopologyBias(nn.Module):
             persistent=False,
         )
         self.reset_parameters()
+        self.fill_constants()
 
     def reset_parameters(self) -> None:
-        """Draw new weights and fill the constant buffers."""
+        """Draw new weights."""
         weights = (self.spd.weight, self.bonds.weight, self.hop_matrices, self.virtual_distance)
         for weight in weights:
-            nn.init.normal_(weight, std=INIT_STD)
+            draw_normal(weight)
         nn.init.zeros_(self.no_hop)
+
+    def fill_constants(self) -> None:
+        """Rows of the type, stereo and conjugation of each bond code."""
         types, stereo, _ = BOND_VOCAB_SIZES
         parts = [torch.arange(size, device=self.bond_rows.device) for size in BOND_VOCAB_SIZES]
         rows = torch.cartesian_prod(parts[0], parts[1] + types, parts[2] + types + stereo)
@@ -155,8 +161,8 @@ class GaussianDistance(nn.Module):
 
         This is what the official code intends; there a later global initialisation overwrites it with values near 0.
         """
-        nn.init.uniform_(self.means, 0.0, 3.0)
-        nn.init.uniform_(self.widths, 0.0, 3.0)
+        draw_uniform(self.means, 0.0, 3.0)
+        draw_uniform(self.widths, 0.0, 3.0)
         nn.init.ones_(self.scale)
         nn.init.zeros_(self.shift)
 

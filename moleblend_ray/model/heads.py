@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.dropout import dropout
-from moleblend_ray.model.embeddings import INIT_STD
+from moleblend_ray.model.initialization import draw_normal
 from moleblend_ray.model.precision import at_least_float32
 
 _ALIGNED = 8
@@ -45,7 +45,7 @@ class PairHead(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new weights of the bilinear form."""
-        nn.init.normal_(self.weight, std=INIT_STD)
+        draw_normal(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:

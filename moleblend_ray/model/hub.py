@@ -68,7 +68,7 @@ def from_pretrained(uri: str) -> MoleBlendModel:
     else:
         config = _read_config(storage.join(uri, CONFIG_NAME))
         state = _read_weights(storage.join(uri, WEIGHTS_NAME))
-    model = MoleBlendModel(config)
+    model = MoleBlendModel.without_weights(config)
     expected, found = set(model.state_dict()), set(state)
     if expected != found:
         raise CheckpointError(

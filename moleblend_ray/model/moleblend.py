@@ -16,9 +16,9 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, only_geometry
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
-from moleblend_ray.model.embeddings import INIT_STD
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
+from moleblend_ray.model.initialization import fill_constants, init_weights
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ATOM_VOCAB_SIZES, NUM_HOPS
 
@@ -60,17 +60,31 @@ class MoleBlendModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.spd_head = PairHead(config, (config.num_spd_classes,))
-        self.edge_head = PairHead(config, (NUM_HOPS, config.num_edge_classes))
-        self.direction_head = PairHead(config, (3,)) if config.direction_head else None
-        self.distance_head = PairHead(config, ()) if config.distance_head else None
-        self.denoising_head = DenoisingHead(config)
-        # Linear, so that the graph token itself must hold the counts.
-        self.environment_head = (
-            nn.Linear(config.dim, config.environment_bins) if config.environment_head else None
-        )
-        self.init_weights()
+        device = torch.get_default_device()
+        # Without memory first: otherwise each module would draw weights, only to have them drawn again.
+        with torch.device("meta"):
+            self.encoder = Encoder(config)
+            self.spd_head = PairHead(config, (config.num_spd_classes,))
+            self.edge_head = PairHead(config, (NUM_HOPS, config.num_edge_classes))
+            self.direction_head = PairHead(config, (3,)) if config.direction_head else None
+            self.distance_head = PairHead(config, ()) if config.distance_head else None
+            self.denoising_head = DenoisingHead(config)
+            # Linear, so that the graph token itself must hold the counts.
+            self.environment_head = (
+                nn.Linear(config.dim, config.environment_bins) if config.environment_head else None
+            )
+        if device.type != "meta":
+            self.to_empty(device=device)
+            self.init_weights()
+
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> MoleBlendModel:
+        """A model on the CPU whose weights are still to be loaded: its memory holds anything."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device="cpu")
+        fill_constants(model)
+        return model
 
     @classmethod
     def from_pretrained(cls, uri: str) -> MoleBlendModel:
@@ -90,7 +104,7 @@ class MoleBlendModel(nn.Module):
         hub.save_pretrained(self, uri)
 
     def init_weights(self) -> None:
-        """Draw new weights and fill constant buffers; for models built on the meta device, after ``to_empty``."""
+        """Draw new weights, with a seed from PyTorch's generator; for models of the meta device, after ``to_empty``."""
         init_weights(self)
 
     def forward(self, batch: MoleculeBatch, blend: Blend | None = None) -> MoleBlendOutput:
@@ -174,17 +188,3 @@ def element_counts(batch: MoleculeBatch) -> Tensor:
 
 def _graph_states(encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
     return encoded.tokens.index_select(0, batch.graph_token)
-
-
-def init_weights(model: nn.Module) -> None:
-    """Draw linear weights with standard deviation 0.02, set biases to 0, and let other modules draw their own."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=INIT_STD)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif not isinstance(module, nn.Embedding):
-            # Not embeddings, which the module that holds them draws. The others include LayerNorm.
-            reset = getattr(module, "reset_parameters", None)
-            if callable(reset):
-                reset()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -74,26 +74,28 @@ def distribute(
     objective: nn.Module,
     layers: Iterable[nn.Module],
     *,
+    draw_weights: Callable[[], None],
     strategy: Strategy,
     precision: Precision,
     ranks: Ranks,
     replicas: int = 1,
 ) -> nn.Module:
-    """Move ``objective`` to its device and spread it over the ranks; its forward then takes part in the collectives.
+    """Spread ``objective``, which comes on the meta device, over the ranks; its forward then takes part in the collectives.
 
+    ``draw_weights`` is called when its parameters have memory on the rank's device: those of FSDP hold only this rank's shard.
     ``fsdp`` shards each of ``layers`` by itself and the rest as one group, over all ranks or in ``replicas`` equal groups of
     neighbours; ``ddp`` keeps a whole copy on each rank. Without a process group both train the plain module.
     """
-    objective.to(ranks.device)
     if strategy == "none" and ranks.world_size > 1:
         raise ConfigError(
             f"train.strategy is none but {ranks.world_size} workers train; use fsdp or ddp"
         )
-    if strategy == "none" or not dist.is_initialized():
-        return objective
-    if strategy == "ddp":
-        return _replicate(objective, ranks)
-    return _shard(objective, layers, precision, ranks, _mesh(replicas, ranks))
+    is_alone = strategy == "none" or not dist.is_initialized()
+    if strategy == "fsdp" and not is_alone:
+        _shard(objective, layers, precision, ranks, _mesh(replicas, ranks))
+    objective.to_empty(device=ranks.device)
+    draw_weights()
+    return _replicate(objective, ranks) if strategy == "ddp" and not is_alone else objective
 
 
 def _mesh(replicas: int, ranks: Ranks) -> DeviceMesh:
@@ -115,7 +117,7 @@ def _shard(
     precision: Precision,
     ranks: Ranks,
     mesh: DeviceMesh,
-) -> nn.Module:
+) -> None:
     # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
     # float32 tokens (autocast casts them on a GPU).
@@ -144,7 +146,6 @@ def _shard(
             module.set_gradient_divide_factor(1.0)
             if not on_gpu:
                 module.set_custom_reduce_scatter(_ExchangeAndAdd())  # type: ignore[arg-type]
-    return objective
 
 
 class _ExchangeAndAdd:

@@ -73,7 +73,7 @@ def export_run(run_uri: str) -> str:
 
 
 def _from_commit(run_uri: str, commit: Commit) -> MoleBlendModel:
-    model = MoleBlendModel(_model_config(run_uri, commit.identity))
+    model = MoleBlendModel.without_weights(_model_config(run_uri, commit.identity))
     load_model_state(run_uri, commit.step, model)
     return model.eval()
 

@@ -145,17 +145,19 @@ def build_learner(
     seed: int,
     ranks: Ranks,
 ) -> Learner:
-    """A new model (the same on every rank and at every world size) ready for its first step."""
+    """A new model, with the same weights at every world size, ready for its first step."""
     if ranks.device.type == "cpu":
         keep_freed_memory()
-    torch.manual_seed(seed)
-    new_model = MoleBlendModel(model)
+    with torch.device("meta"):
+        new_model = MoleBlendModel(model)
     new_model.encoder.recompute_blocks(enabled=train.activation_checkpointing)
     if train.compile:
         new_model.encoder.compile_blocks()
+    torch.manual_seed(seed)
     objective = distribute(
         PretrainingObjective(new_model, loss),
         new_model.encoder.layers,
+        draw_weights=new_model.init_weights,
         strategy=train.strategy,
         precision=train.precision,
         ranks=ranks,

@@ -106,16 +106,17 @@ def learner(
     num_steps: int = 8,
     model: ModelConfig = MODEL,
     loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)
+    seed: int = 11,
     **train: Any,
 ) -> Learner:
-    """A new learner of the toy model; the same parameters each time."""
+    """A new learner of the toy model; the same parameters each time for a seed."""
     return build_learner(
         model,
         train=TrainConfig(num_steps=num_steps, strategy=strategy, **train),
         optim=OptimConfig(learning_rate=3e-3, warmup_steps=2, weight_decay=0.01),
         blend=BlendConfig(),
         loss=loss,
-        seed=11,
+        seed=seed,
         ranks=ranks or Ranks(),
     )
 

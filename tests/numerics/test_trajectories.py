@@ -29,7 +29,10 @@ RECORDED = Path(__file__).with_name("loss_curve.json")
 RECORDED_STEPS = 60
 BF16_STEPS = 300
 BF16_BAND = 0.02
-"""Largest relative difference between losses in bfloat16 and float32, each a mean over :data:`WINDOW` steps."""
+"""Largest relative difference between losses in bfloat16 and float32, each a mean over :data:`WINDOW` steps and the runs of
+:data:`BF16_SEEDS`: where losses fall steeply, that of one run is up to 0.04, in either direction.
+"""
+BF16_SEEDS = (13, 14, 15)
 WINDOW = 20
 HEADS = ("loss_spd", "loss_edge", "loss_direction", "loss_distance", "loss_denoise")
 MODEL = replace(toy.MODEL, distance_head=True)
@@ -38,8 +41,10 @@ NUM_MOLECULES = 5000
 """So many that no molecule is seen twice: memorised ones soon give different losses with different rounding."""
 
 
-def run(num_steps: int, precision: str = "fp32") -> list[Record]:
-    learner = toy.learner(num_steps=num_steps, model=MODEL, loss=LOSS, precision=precision)
+def run(num_steps: int, seed: int, precision: str) -> list[Record]:
+    learner = toy.learner(
+        num_steps=num_steps, model=MODEL, loss=LOSS, seed=seed, precision=precision
+    )
     return toy.records(learner, toy.steps(num_molecules=NUM_MOLECULES, micro_batch_size=4))
 
 
@@ -72,10 +77,15 @@ def test_a_run_repeats_the_recorded_losses() -> None:
 
 
 def test_bfloat16_stays_within_its_band_of_float32() -> None:
-    fp32, bf16 = curves(run(BF16_STEPS)), curves(run(BF16_STEPS, "bf16"))
-    assert bf16["loss"] != fp32["loss"]
-    for name, losses in fp32.items():
-        expected, found = smoothed(losses), smoothed(bf16[name])
+    fp32, bf16 = (
+        [curves(run(BF16_STEPS, seed, precision)) for seed in BF16_SEEDS]
+        for precision in ("fp32", "bf16")
+    )
+    assert bf16[0]["loss"] != fp32[0]["loss"]
+    for name in fp32[0]:
+        expected, found = (
+            smoothed(np.mean([run[name] for run in runs], axis=0)) for runs in (fp32, bf16)
+        )
         np.testing.assert_allclose(found, expected, rtol=BF16_BAND, err_msg=name)
 
 
@@ -94,7 +104,7 @@ def test_the_full_model_learns_a_batch_by_heart() -> None:
     assert record["loss_denoise"] < 0.02
 
 
-def smoothed(losses: list[float]) -> np.ndarray:
+def smoothed(losses: np.ndarray) -> np.ndarray:
     return np.convolve(losses, np.full(WINDOW, 1 / WINDOW), mode="valid")
 
 

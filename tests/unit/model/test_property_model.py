@@ -83,7 +83,7 @@ def test_the_relations_seen_are_the_ones_asked_for() -> None:
     )
     changes = {
         relations: [
-            not np.allclose(outputs(model, molecule), outputs(model, changed), atol=1e-4)
+            not np.allclose(outputs(model, molecule), outputs(model, changed), atol=1e-5)
             for changed in (stretched, other_bonds, opened)
         ]
         for relations in ("2d+3d", "2d", "3d")
