@@ -40,8 +40,8 @@ from train_step import preset
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,

@@ -45,7 +45,7 @@ from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.builder import build
 from moleblend_ray.config.downstream import BaselineConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
 from moleblend_ray.evaluation.baselines import FeatureKind
 from moleblend_ray.evaluation.dataset import (

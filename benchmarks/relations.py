@@ -46,18 +46,13 @@ from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.manifest import Manifest, ShardInfo, fingerprint, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.receipts import write_part
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import (
-    GRAPH_COLUMNS,
-    Manifest,
-    ShardInfo,
-    ShardReader,
-    fingerprint,
-    load_manifest,
-)
+from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.relations.topology import topology

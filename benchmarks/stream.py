@@ -44,9 +44,9 @@ from relations import default_source, grow, prepared
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.batch import StepBatch, StreamConfig
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.stream import (

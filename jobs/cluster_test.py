@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.training.commits import FINISHED_NAME, committed_steps
 from moleblend_ray.training.metrics import read_records
 

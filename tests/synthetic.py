@@ -8,15 +8,9 @@ import pyarrow as pa
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.manifest import FORMAT_VERSION, Counts, Manifest, fingerprint
 from moleblend_ray.data.receipts import shard_info
-from moleblend_ray.data.shards import (
-    FORMAT_VERSION,
-    Counts,
-    Manifest,
-    encode_shard,
-    fingerprint,
-    shard_schema,
-)
+from moleblend_ray.data.shards import encode_shard, shard_schema
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 
 

@@ -20,10 +20,7 @@ from moleblend_ray.data.dataset_files import (
     SPLITS,
     listed_shards,
 )
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.receipts import IDS, Receipt, Statistics, UnitReceipt, sum_statistics
-from moleblend_ray.data.shards import (
-    DUPLICATE,
+from moleblend_ray.data.manifest import (
     FORMAT_VERSION,
     Counts,
     LabelInfo,
@@ -32,6 +29,9 @@ from moleblend_ray.data.shards import (
     SourceInfo,
     fingerprint,
 )
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.receipts import IDS, Receipt, Statistics, UnitReceipt, sum_statistics
+from moleblend_ray.data.shards import DUPLICATE
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import FEATURIZER_VERSION

@@ -20,9 +20,11 @@ from moleblend_ray.data.batch import (
     build_steps,
 )
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.data.order import DataOrder, OrderConfig
-from moleblend_ray.data.shards import GRAPH_COLUMNS, ShardReader, load_manifest
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.relations.geometry import random_rotations, rotate
 from moleblend_ray.relations.hashing import keyed_hash

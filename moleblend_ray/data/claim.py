@@ -22,9 +22,9 @@ from moleblend_ray.data.dataset_files import (
     wrong_files,
 )
 from moleblend_ray.data.differences import differences
+from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, SourceInfo, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, valid_receipts
-from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, SourceInfo, load_manifest
 from moleblend_ray.data.sources import SourceFile, SourceSet
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
 from moleblend_ray.vocabulary import FEATURIZER_VERSION

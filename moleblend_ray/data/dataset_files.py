@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from moleblend_ray.data import storage
 
 if TYPE_CHECKING:
-    from moleblend_ray.data.shards import ShardInfo
+    from moleblend_ray.data.manifest import ShardInfo
 
 MANIFEST_NAME: Final = "manifest.json"
 """Names the files that are the data set; written last."""

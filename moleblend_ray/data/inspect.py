@@ -24,17 +24,17 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
-from moleblend_ray.data.receipts import Statistics, sum_statistics, valid_receipts
-from moleblend_ray.data.shards import (
+from moleblend_ray.data.manifest import (
     Counts,
     LabelInfo,
     Manifest,
     ShardInfo,
-    ShardReader,
     SourceInfo,
     load_manifest,
-    shard_schema,
 )
+from moleblend_ray.data.receipts import Statistics, sum_statistics, valid_receipts
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import shard_schema
 from moleblend_ray.errors import DataError
 
 _THREADS: Final = 8

@@ -26,7 +26,8 @@ from moleblend_ray.data.dataset_files import (
     is_unit_receipt,
     wrong_files,
 )
-from moleblend_ray.data.shards import LABEL_PREFIX, ShardInfo, encode_shard, footer_crc32
+from moleblend_ray.data.manifest import ShardInfo
+from moleblend_ray.data.shards import LABEL_PREFIX, encode_shard, footer_crc32
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ELEMENT_SYMBOLS
 

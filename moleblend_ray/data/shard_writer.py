@@ -35,6 +35,7 @@ from moleblend_ray.data.dataset_files import (
     shard_path,
     staged_path,
 )
+from moleblend_ray.data.manifest import ShardInfo
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import (
     IDS,
@@ -44,12 +45,7 @@ from moleblend_ray.data.receipts import (
     shard_info,
     write_part,
 )
-from moleblend_ray.data.shards import (
-    NOT_IN_SPLIT_FILE,
-    QUARANTINE_SCHEMA,
-    ShardInfo,
-    shard_schema,
-)
+from moleblend_ray.data.shards import NOT_IN_SPLIT_FILE, QUARANTINE_SCHEMA, shard_schema
 from moleblend_ray.data.shuffle import encode_segment, quarantined_molecules, staged_table
 from moleblend_ray.data.sources import (
     LabelColumn,

@@ -48,6 +48,7 @@ from moleblend_ray.data.dataset_files import (
     staged_path,
     unit_receipt_uri,
 )
+from moleblend_ray.data.manifest import ShardInfo
 from moleblend_ray.data.receipts import (
     STAGED,
     Receipt,
@@ -57,7 +58,7 @@ from moleblend_ray.data.receipts import (
     sum_statistics,
     write_part,
 )
-from moleblend_ray.data.shards import DUPLICATE, QUARANTINE_SCHEMA, ShardInfo, shard_schema
+from moleblend_ray.data.shards import DUPLICATE, QUARANTINE_SCHEMA, shard_schema
 from moleblend_ray.data.splits import seed_key, text_hashes
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.hashing import keyed_hash

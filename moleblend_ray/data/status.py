@@ -22,8 +22,8 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt
-from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import DataError
 
 _MOST_RECEIPTS: Final = 64

@@ -15,13 +15,9 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.scaffolds import Split, scaffold_split
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.dataset_files import SPLITS
-from moleblend_ray.data.shards import (
-    GRAPH_COLUMNS,
-    LABEL_PREFIX,
-    Manifest,
-    ShardReader,
-    load_manifest,
-)
+from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS, LABEL_PREFIX
 from moleblend_ray.data.splits import UNNAMED, NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.conformer_set import ConformerSet

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
 

@@ -20,7 +20,7 @@ from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.differences import differences
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (

@@ -28,14 +28,9 @@ from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS
-from moleblend_ray.data.shards import (
-    GRAPH_COLUMNS,
-    QUARANTINE_SCHEMA,
-    Manifest,
-    ShardReader,
-    load_manifest,
-    read_file,
-)
+from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS, QUARANTINE_SCHEMA, read_file
 from moleblend_ray.errors import (
     CheckpointError,
     DataError,

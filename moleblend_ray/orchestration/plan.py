@@ -21,7 +21,7 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
-from moleblend_ray.data.shards import Manifest, load_manifest
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR

@@ -30,8 +30,8 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.node_cache import remove_unused
-from moleblend_ray.data.shards import Manifest, load_manifest
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.elastic import ElasticTrainer

@@ -23,7 +23,7 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StepBatch
-from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.errors import DataError, MoleBlendError, StorageError
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.metrics import Publisher

@@ -14,7 +14,7 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
 from moleblend_ray.model.config import BlendConfig, ModelConfig
 from moleblend_ray.training.checkpoint import library_versions

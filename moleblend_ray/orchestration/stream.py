@@ -37,8 +37,8 @@ from moleblend_ray.data.batch import (
     num_micro_batches,
 )
 from moleblend_ray.data.builder import MicroBatchBuilder
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.data.transport import pack_block, pack_error, step_batches
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.budget import (

@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import HIDDEN, CheckpointError, DataError, StorageError
 from moleblend_ray.training.anomalies import ANOMALIES_DIR
 from moleblend_ray.training.commits import (

@@ -10,7 +10,9 @@ import torch
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import block_from_table
-from moleblend_ray.data.shards import GRAPH_COLUMNS, Manifest, ShardReader
+from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.losses import LOSS_NAMES, loss_counts

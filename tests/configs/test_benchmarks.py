@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moleblend_ray.data.shards import ShardReader, load_manifest
+from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.shard_reader import ShardReader
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from moleblend_ray.chemistry.molecule import RejectionCode
-from moleblend_ray.data.shards import MOLECULE_FIELDS, QUARANTINE_SCHEMA, Counts, Manifest
+from moleblend_ray.data.manifest import Counts, Manifest
+from moleblend_ray.data.shards import MOLECULE_FIELDS, QUARANTINE_SCHEMA
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data-format.md").read_text()
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import toy
 
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state

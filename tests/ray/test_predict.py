@@ -16,7 +16,7 @@ import torch
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import PredictConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.shards import load_manifest
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.property_model import (

@@ -16,9 +16,10 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import ShardReader, load_manifest
 from moleblend_ray.data.shuffle import plan_exchange, run_unit, staged_chunk
 from moleblend_ray.data.sources import (
     ColumnConfig,

@@ -20,8 +20,8 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.manifest import fingerprint, load_manifest
 from moleblend_ray.data.order import DataOrder, OrderConfig
-from moleblend_ray.data.shards import fingerprint, load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module

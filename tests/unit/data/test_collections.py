@@ -21,9 +21,9 @@ from moleblend_ray.chemistry.samples import SampleMolecule, make_samples
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import Manifest
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.sources.published import read_exclusions
 from moleblend_ray.data.split_file import read_split_file

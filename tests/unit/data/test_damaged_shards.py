@@ -14,8 +14,10 @@ from moleblend_ray.data import dataset_files, shards, storage
 from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
+from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
 from moleblend_ray.data.order import OrderConfig
-from moleblend_ray.data.shards import GRAPH_COLUMNS, Manifest, ShardReader
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import DataError
 
 NUM_MOLECULES = 90
@@ -119,7 +121,7 @@ def equal(one: MoleculeBlock, other: MoleculeBlock) -> bool:
 
 def test_no_flipped_bit_gives_other_molecules(data: Path) -> None:
     uri, path = str(data), data / DAMAGED
-    manifest = shards.load_manifest(uri)
+    manifest = load_manifest(uri)
     sound, content = read_all(uri, manifest), path.read_bytes()
     rng = np.random.default_rng(0)
     start = footer_start(content)
@@ -146,7 +148,7 @@ def test_no_flipped_bit_gives_other_molecules(data: Path) -> None:
 def test_a_file_read_as_a_whole_is_compared_with_the_manifest(
     data: Path, damage: Callable[[bytes], bytes] | None
 ) -> None:
-    (shard,) = (one for one in shards.load_manifest(str(data)).shards if one.path == DAMAGED)
+    (shard,) = (one for one in load_manifest(str(data)).shards if one.path == DAMAGED)
     path = data / DAMAGED
     content = path.read_bytes()
     assert shards.read_file(str(data), shard) == content
@@ -160,20 +162,20 @@ def test_a_file_read_as_a_whole_is_compared_with_the_manifest(
 
 def test_a_data_set_of_format_version_2_whose_footers_have_no_checksum_is_read(data: Path) -> None:
     uri = str(data)
-    manifest = shards.load_manifest(uri)
+    manifest = load_manifest(uri)
     sound = read_all(uri, manifest)
     bare = tuple(dataclasses.replace(shard, footer_crc32=None) for shard in manifest.shards)
     old = dataclasses.replace(
         manifest,
         format_version=2,
         shards=bare,
-        fingerprint=shards.fingerprint(1, {}, (), bare, format_version=2),
+        fingerprint=fingerprint(1, {}, (), bare, format_version=2),
     ).to_json()
     for shard in old["shards"]:
         del shard["footer_crc32"]
     storage.write_json(storage.join(uri, dataset_files.MANIFEST_NAME), old)
-    assert equal(read_all(uri, shards.load_manifest(uri)), sound)
+    assert equal(read_all(uri, load_manifest(uri)), sound)
     path = data / DAMAGED
     path.write_bytes(flipped_in_a_page(path.read_bytes()))
     with pytest.raises(DataError, match=DAMAGED):
-        read_all(uri, shards.load_manifest(uri))
+        read_all(uri, load_manifest(uri))

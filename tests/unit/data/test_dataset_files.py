@@ -16,7 +16,7 @@ from moleblend_ray.data.dataset_files import (
     unit_receipt_uri,
     wrong_files,
 )
-from moleblend_ray.data.shards import ShardInfo
+from moleblend_ray.data.manifest import ShardInfo
 
 
 def write(out: Path, path: str, content: bytes) -> ShardInfo:

@@ -23,10 +23,11 @@ from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.block import block_from_table
 from moleblend_ray.data.claim import claim_output, finished_manifest
 from moleblend_ray.data.dataset_files import receipt_uri
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import _closest_distances, convert_chunk, featurize_chunk
-from moleblend_ray.data.shards import Manifest, ShardReader, load_manifest
 from moleblend_ray.data.sources import (
     ColumnConfig,
     SourceSet,

@@ -14,8 +14,17 @@ import pytest
 
 from moleblend_ray.data import dataset_files, shards, storage
 from moleblend_ray.data.block import GraphColumns, MoleculeBlock, gather
+from moleblend_ray.data.manifest import (
+    FORMAT_VERSION,
+    Counts,
+    LabelInfo,
+    Manifest,
+    ShardInfo,
+    fingerprint,
+    load_manifest,
+)
 from moleblend_ray.data.receipts import shard_info
-from moleblend_ray.data.shards import Counts, LabelInfo, Manifest, ShardInfo, ShardReader
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.errors import DataError
 
 LABELS = (
@@ -54,7 +63,7 @@ def make_table(num_rows: int, seed: int) -> pa.Table:
 
 def make_manifest(infos: list[ShardInfo]) -> Manifest:
     return Manifest(
-        format_version=shards.FORMAT_VERSION,
+        format_version=FORMAT_VERSION,
         featurizer_version=1,
         options={"x": 1},
         sources=(),
@@ -71,7 +80,7 @@ def make_manifest(infos: list[ShardInfo]) -> Manifest:
             duplicate_ids=0,
         ),
         row_group_rows=GROUP_ROWS,
-        fingerprint=shards.fingerprint(1, {"x": 1}, LABELS, infos),
+        fingerprint=fingerprint(1, {"x": 1}, LABELS, infos),
     )
 
 
@@ -98,7 +107,7 @@ def test_random_positions_come_back_in_the_asked_order(
 ) -> None:
     uri = str(tmp_path) if kind == "local" else request.getfixturevalue("s3_uri")
     _, train = write_dataset(uri)
-    manifest = shards.load_manifest(uri)
+    manifest = load_manifest(uri)
     reader = ShardReader(uri, manifest, "train", verify=True)
     assert reader.num_rows == manifest.num_molecules("train") == 265
     rng = np.random.default_rng(0)
@@ -246,14 +255,14 @@ def test_row_groups_have_the_stated_rows_and_bytes_repeat(tmp_path: Path) -> Non
 def test_a_manifest_survives_json(tmp_path: Path) -> None:
     manifest, _ = write_dataset(str(tmp_path))
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
-    assert shards.load_manifest(str(tmp_path)) == manifest
+    assert load_manifest(str(tmp_path)) == manifest
     assert [shard.path for shard in manifest.shards_of("valid")] == ["valid/00003-000000.parquet"]
     assert manifest.label_names() == ("homo", "log P (o/w).x")
 
 
 def test_a_data_set_without_manifest_is_told_to_be_unfinished(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has not finished"):
-        shards.load_manifest(str(tmp_path))
+        load_manifest(str(tmp_path))
 
 
 def test_a_file_of_molecules_in_place_of_a_data_set_is_told_how_to_prepare_it(
@@ -263,17 +272,17 @@ def test_a_file_of_molecules_in_place_of_a_data_set_is_told_how_to_prepare_it(
     with pytest.raises(
         DataError, match=r"molecules\.csv holds no manifest.*moleblend prepare source="
     ):
-        shards.load_manifest(str(tmp_path / "molecules.csv"))
+        load_manifest(str(tmp_path / "molecules.csv"))
 
 
 def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> None:
     manifest, _ = write_dataset(str(tmp_path))
-    newer = {**manifest.to_json(), "format_version": shards.FORMAT_VERSION + 1, "unheard_of": True}
+    newer = {**manifest.to_json(), "format_version": FORMAT_VERSION + 1, "unheard_of": True}
     storage.write_json(str(tmp_path / "manifest.json"), newer)
     with pytest.raises(
         DataError, match=r"format version 4; this installation reads up to 3.*Upgrade"
     ):
-        shards.load_manifest(str(tmp_path))
+        load_manifest(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +296,7 @@ def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> No
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=message):
-        shards.load_manifest(str(tmp_path))
+        load_manifest(str(tmp_path))
 
 
 def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
@@ -296,7 +305,7 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     changed = dataclasses.replace(manifest, shards=(shard, *manifest.shards[1:]))
     storage.write_json(str(tmp_path / "manifest.json"), changed.to_json())
     with pytest.raises(DataError, match="changed after it was written"):
-        shards.load_manifest(str(tmp_path))
+        load_manifest(str(tmp_path))
 
 
 def test_a_data_set_of_format_version_1_is_read_without_the_columns_it_lacks(
@@ -341,7 +350,7 @@ def test_a_data_set_of_format_version_1_is_read_without_the_columns_it_lacks(
         "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
     }
     (tmp_path / "manifest.json").write_text(json.dumps(old))
-    manifest = shards.load_manifest(str(tmp_path))
+    manifest = load_manifest(str(tmp_path))
     assert manifest.counts.conformer_detail == {}
     reader = ShardReader(str(tmp_path), manifest, "train", verify=True)
     positions = np.array([99, 0, 64])

@@ -18,10 +18,11 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import count_repeats, write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
 from moleblend_ray.data.dataset_files import listed
+from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, valid_unit_receipts
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import FORMAT_VERSION, Manifest, ShardReader, load_manifest
 from moleblend_ray.data.shuffle import (
     Exchange,
     StagedChunk,

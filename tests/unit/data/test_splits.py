@@ -15,9 +15,10 @@ import pytest
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.dataset_files import SPLITS
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import Manifest, ShardReader
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.splits import UNNAMED, NamedSplits, hashed_splits
 from moleblend_ray.errors import ConfigError, DataError

@@ -16,9 +16,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import Manifest
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.config import ModelConfig

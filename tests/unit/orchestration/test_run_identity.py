@@ -11,7 +11,7 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.shards import Manifest
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.orchestration.run_folder import (

@@ -17,8 +17,8 @@ from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
-from moleblend_ray.data.shards import load_manifest
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation import status as names
 from moleblend_ray.orchestration.status import show_status, status

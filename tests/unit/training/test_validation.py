@@ -11,13 +11,9 @@ from synthetic import write_dataset
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.shards import (
-    GRAPH_COLUMNS,
-    Manifest,
-    ShardReader,
-    fingerprint,
-    load_manifest,
-)
+from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.validation import _shares, build_validation
 

@@ -1,0 +1,221 @@
+"""The manifest of a prepared data set: which files belong to it, what they hold, and their fingerprint.
+
+See ``docs/data-format.md``. A data set consists of what its ``manifest.json`` names and nothing else; the manifest is
+written last, so a directory without one is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
+from moleblend_ray.errors import DataError
+
+FORMAT_VERSION: Final = 3
+"""Increased whenever older code could not read what newer code writes. All versions up to this one can be read."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelInfo:
+    """A label of the data set."""
+
+    name: str
+    """Name in the source; the column of the shards is ``label:<name>``."""
+
+    unit: str | None
+    """Unit as the source states it (Parquet field metadata ``unit``), None if it states none."""
+
+    count: int
+    """Molecules that have a value."""
+
+    num_unreadable: int = 0
+    """Molecules whose cell in the source holds something that is not a number; their label is null."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceInfo:
+    """A source file as it was when the data set was prepared."""
+
+    uri: str
+    """Without credentials."""
+    format: str
+    size: int
+    """Bytes."""
+    probe: str
+    """SHA-256 of the file's first and last 64 KiB and its size, which detects most changes without reading the file."""
+    rows: int
+    """Records read from it."""
+    members: str | None = None
+    """Pattern of the members of an archive that were read; None in manifests of before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """One Parquet file of the data set."""
+
+    path: str
+    """Path within the data set, such as ``train/00000-000003.parquet``."""
+    split: str
+    """``train``, ``valid``, ``test`` or ``quarantine``."""
+    num_rows: int
+    num_bytes: int
+    sha256: str
+    footer_crc32: int | None = None
+    """CRC-32 of the file's end, from its Parquet footer on; None in data sets of earlier versions."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """Where the source's rows went; ``rows_in == rows_out + rows_quarantined``."""
+
+    rows_in: int
+    rows_out: int
+    rows_quarantined: int
+    quarantined_by_reason: dict[str, int]
+    """Rejection code -> rows."""
+    atoms_out: int
+    with_coordinates: int
+    """Molecules with at least one conformer that has a coordinate for some atom."""
+    conformer_status: dict[str, int]
+    """Conformer status -> molecules out."""
+    duplicate_ids: int
+    """Molecules with the ``mol_id`` of an earlier molecule, including those in the quarantine as duplicates."""
+    conformer_detail: dict[str, int] = field(default_factory=dict)
+    """Kind of statement in ``conformer_detail`` (the words before the colon) -> molecules out."""
+    without_inchikey: int = 0
+    """With ``deduplicate``: molecules for which InChI makes no key, and which therefore never count as duplicates."""
+    atom_count_histogram: dict[str, int] = field(default_factory=dict)
+    """Number of atoms, as a decimal string -> molecules out; empty in data sets of earlier versions."""
+    elements: dict[str, int] = field(default_factory=dict)
+    """Element symbol (``*`` for a dummy atom) -> molecules out that contain it; empty in data sets of earlier
+    versions."""
+
+    @property
+    def molecules_by_atoms(self) -> dict[int, int]:
+        """Number of atoms -> molecules out; without a histogram, all molecules with the mean number of atoms."""
+        if self.atom_count_histogram:
+            return {int(atoms): count for atoms, count in self.atom_count_histogram.items()}
+        return {round(self.atoms_out / max(1, self.rows_out)): self.rows_out}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """The files of a prepared data set, and how they were made; the only way to find its files."""
+
+    format_version: int
+    featurizer_version: int
+    options: dict[str, Any]
+    """The settings that decided the content, as JSON values."""
+    sources: tuple[SourceInfo, ...]
+    labels: tuple[LabelInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    """Files of train, then valid, test and quarantine; within each in source order, or in the order of the shuffle."""
+    counts: Counts
+    row_group_rows: int
+    """Rows of each row group of a shard, except the last one."""
+    fingerprint: str
+    """SHA-256 over versions, options, labels and the checksums of train, valid and test shards."""
+
+    def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
+        """The files of a split, in the order that defines the positions of its molecules."""
+        return tuple(shard for shard in self.shards if shard.split == split)
+
+    def num_molecules(self, split: str) -> int:
+        """Rows of a split."""
+        return sum(shard.num_rows for shard in self.shards_of(split))
+
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels, in the order of their columns."""
+        return tuple(label.name for label in self.labels)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """From a JSON value; KeyError or TypeError if it does not have the form of this version."""
+        fields = dict(value)
+        fields["sources"] = tuple(SourceInfo(**source) for source in value["sources"])
+        fields["labels"] = tuple(LabelInfo(**label) for label in value["labels"])
+        fields["shards"] = tuple(ShardInfo(**shard) for shard in value["shards"])
+        # The manifest of a data set from elsewhere could name any file of this machine.
+        foreign = [shard.path for shard in fields["shards"] if _leads_out(shard.path)]
+        if foreign:
+            raise TypeError(f"{foreign[0]!r} lies outside of the data set")
+        fields["counts"] = Counts(**value["counts"])
+        return cls(**fields)
+
+
+def _leads_out(path: str) -> bool:
+    return path.startswith(("/", "\\")) or "://" in path or ".." in re.split(r"[/\\]", path)
+
+
+def fingerprint(
+    featurizer_version: int,
+    options: Mapping[str, Any],
+    labels: Sequence[LabelInfo],
+    shards: Sequence[ShardInfo],
+    *,
+    format_version: int = FORMAT_VERSION,
+) -> str:
+    """The identity of a data set's molecules, wherever the data set and its sources are stored.
+
+    The quarantine, which names the sources, is not included.
+    """
+    content = {
+        "format_version": format_version,
+        "featurizer_version": featurizer_version,
+        "options": dict(options),
+        "labels": [asdict(label) for label in labels],
+        "shards": [
+            [shard.path, shard.num_rows, shard.sha256] for shard in shards if shard.split in SPLITS
+        ],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def load_manifest(uri: str) -> Manifest:
+    """The manifest of the data set in directory ``uri``; DataError if it is missing, damaged or of a newer version."""
+    manifest_uri = storage.join(uri, MANIFEST_NAME)
+    try:
+        value = storage.read_json(manifest_uri)
+    except storage.NotFoundError as error:
+        raise DataError(
+            f"{uri} holds no {MANIFEST_NAME}: it is not a prepared data set (the `out` of `moleblend prepare`), or its "
+            "preparation has not finished. Molecules in SDF, CSV, SMILES or Parquet are prepared by "
+            "`moleblend prepare source=FILE out=FOLDER`; the same command continues an unfinished preparation."
+        ) from error
+    version = value.get("format_version") if isinstance(value, dict) else None
+    if not isinstance(version, int):
+        raise DataError(f"{manifest_uri} is not a data set manifest: it has no format_version.")
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{manifest_uri} has format version {version}; this installation reads up to {FORMAT_VERSION}. "
+            "Upgrade moleblend-ray."
+        )
+    try:
+        manifest = Manifest.from_json(value)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{manifest_uri} is damaged: {error!s}. Prepare the data set again."
+        ) from error
+    found = fingerprint(
+        manifest.featurizer_version,
+        manifest.options,
+        manifest.labels,
+        manifest.shards,
+        format_version=manifest.format_version,
+    )
+    if found != manifest.fingerprint:
+        raise DataError(
+            f"{manifest_uri} was changed after it was written: its fingerprint is {manifest.fingerprint}, "
+            f"its content gives {found}. Restore it or prepare the data set again."
+        )
+    return manifest
