@@ -27,11 +27,8 @@ from rdkit import Chem, rdBase
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_getters
-from moleblend_ray.chemistry.molecule import (
-    MolBlock,
-    SmilesText,
-    molecules_from_records,
-)
+from moleblend_ray.chemistry.molecule import molecules_from_records
+from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.samples import make_samples
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

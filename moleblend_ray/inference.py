@@ -23,7 +23,7 @@ from moleblend_ray.chemistry.config import (
     ConformerConfig,
     FeaturizeConfig,
 )
-from moleblend_ray.chemistry.molecule import SmilesText
+from moleblend_ray.chemistry.records import SmilesText
 from moleblend_ray.data.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError

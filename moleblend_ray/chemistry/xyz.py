@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
-from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode
+from moleblend_ray.chemistry.records import GeometryRow
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 
 QM9_PROPERTIES: Final[dict[str, str]] = {
     "A": "GHz",

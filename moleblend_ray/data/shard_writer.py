@@ -19,12 +19,8 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.inchi import inchi_keys
-from moleblend_ray.chemistry.molecule import (
-    Molecule,
-    Rejection,
-    RejectionCode,
-    molecules_from_records,
-)
+from moleblend_ray.chemistry.molecule import Molecule, molecules_from_records
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
     QUARANTINE_DIR,

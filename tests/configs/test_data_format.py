@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from moleblend_ray.chemistry.molecule import RejectionCode
+from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.data.manifest import Counts, Manifest
 from moleblend_ray.data.shards import MOLECULE_FIELDS, QUARANTINE_SCHEMA
 

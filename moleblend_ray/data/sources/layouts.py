@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from moleblend_ray.chemistry.config import SMILES_COLUMN
-from moleblend_ray.chemistry.molecule import Rejection
+from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
 from moleblend_ray.data.sources.cells import is_numeric, sd_properties, sd_text
 from moleblend_ray.data.sources.parquet import (

@@ -14,7 +14,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.molecule import GeometryRow, Rejection, RejectionCode, SmilesText
+from moleblend_ray.chemistry.records import GeometryRow, SmilesText
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources.cells import number
 from moleblend_ray.data.sources.records import (

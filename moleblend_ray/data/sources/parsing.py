@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 
 from moleblend_ray.chemistry.composition import formula_of_molblock, formula_of_smiles
-from moleblend_ray.chemistry.molecule import MolBlock, Rejection, RejectionCode, SmilesText
+from moleblend_ray.chemistry.records import MolBlock, SmilesText
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources.cells import read_labels, sd_properties, sd_text, smiles_and_name

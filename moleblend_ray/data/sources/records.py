@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.config import SMILES_COLUMN
-from moleblend_ray.chemistry.molecule import Rejection, SourceRecord
+from moleblend_ray.chemistry.records import SourceRecord
+from moleblend_ray.chemistry.rejection import Rejection
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
 """``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""

@@ -19,12 +19,8 @@ from moleblend_ray.chemistry.conformers import (
     make_conformers,
 )
 from moleblend_ray.chemistry.killable import KillableWorker, WorkerStartError
-from moleblend_ray.chemistry.molecule import (
-    Molecule,
-    Rejection,
-    RejectionCode,
-    molecule_from_smiles,
-)
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 
 IBUPROFEN = "CC(C)Cc1ccc(C(C)C(=O)O)cc1"
 

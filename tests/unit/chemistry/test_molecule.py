@@ -17,18 +17,15 @@ from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus
 from moleblend_ray.chemistry.features import graph_arrays
 from moleblend_ray.chemistry.molecule import (
-    GeometryRow,
-    MolBlock,
     Molecule,
     Outcome,
-    Rejection,
-    RejectionCode,
-    SmilesText,
     molecule_from_geometry,
     molecule_from_molblock,
     molecule_from_smiles,
     molecules_from_records,
 )
+from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText
+from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 
 CONFIG = FeaturizeConfig()
 GENERATE = FeaturizeConfig(conformers=ConformerConfig(generate=True))

@@ -17,13 +17,13 @@ from rdkit import Chem
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus
 from moleblend_ray.chemistry.molecule import (
-    GeometryRow,
     Molecule,
-    RejectionCode,
     molecule_from_geometry,
     molecule_from_molblock,
     molecule_from_smiles,
 )
+from moleblend_ray.chemistry.records import GeometryRow
+from moleblend_ray.chemistry.rejection import RejectionCode
 
 pytestmark = pytest.mark.shared_data
 

@@ -10,12 +10,8 @@ from rdkit import Chem
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus
-from moleblend_ray.chemistry.molecule import (
-    GeometryRow,
-    Molecule,
-    molecule_from_geometry,
-    molecule_from_smiles,
-)
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_geometry, molecule_from_smiles
+from moleblend_ray.chemistry.records import GeometryRow
 from moleblend_ray.chemistry.samples import SampleMolecule, make_samples, write_samples
 from moleblend_ray.errors import ConfigError
 

@@ -10,12 +10,9 @@ from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
-from moleblend_ray.chemistry.molecule import (
-    GeometryRow,
-    Molecule,
-    Rejection,
-    molecule_from_geometry,
-)
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_geometry
+from moleblend_ray.chemistry.records import GeometryRow
+from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, XyzRecord, bonded_geometry, parse_xyz
 
 METHANE = """5

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from moleblend_ray.chemistry.molecule import MolBlock, SmilesText
+from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources import (
     ColumnConfig,

@@ -441,7 +441,7 @@ TOX21 = (
 def test_moleculenet_tables_are_known_by_their_headers(
     tmp_path: Path, name: str, header: str, row: str, mol_id: str | None, labels: dict[str, float]
 ) -> None:
-    from moleblend_ray.chemistry.molecule import SmilesText
+    from moleblend_ray.chemistry.records import SmilesText
     from moleblend_ray.data.sources import parse_chunk
 
     content = f"{header}\n{row}\n".encode()

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moleblend_ray.chemistry.molecule import GeometryRow, MolBlock, Rejection, SmilesText
+from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText
+from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data import sources
 from moleblend_ray.data.sources import (
     ColumnConfig,
