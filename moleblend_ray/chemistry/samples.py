@@ -223,7 +223,7 @@ def write_samples(
 ) -> int:
     """Write the collection to one Parquet file and return its number of rows; a file that holds it already is kept.
 
-    The columns are those of :class:`moleblend_ray.chemistry.molecule.GeometryRow`, ``mol_id``, ``n_atoms`` and
+    The columns are those of :class:`moleblend_ray.chemistry.records.GeometryRow`, ``mol_id``, ``n_atoms`` and
     ``n_heavy`` (which are equal, as hydrogens are implicit), and the labels ``logp``, ``tpsa`` and ``sulfonamide``.
     """
     target = Path(path)
