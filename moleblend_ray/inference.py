@@ -82,21 +82,22 @@ class MoleculeEncoder:
         self,
         smiles: Iterable[str | None],
         *,
-        conformers: bool = True,
+        conformers: bool | None = None,
         invalid: Literal["raise", "nan"] = "raise",
         max_atoms: int = MAX_ATOMS,
     ) -> NDArray[np.float32]:
         """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M texts: a list, an array, a column of a table).
 
         ``conformers`` generates 3D coordinates (ETKDGv3, MMFF94; the same ones each time); without them, and where they cannot be made,
-        the encoder sees 2D relations alone. ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms
+        the encoder sees 2D relations alone. None: as the model was fine-tuned; for a pretrained one, generate them. ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms
         (hydrogens apart), or is missing: ``raise`` a DataError that names it, or give it a row of ``nan``.
         """
         check_all(
             (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}")
         )
         given = _listed(smiles)
-        found = _featurize(given, int(bool(conformers)), max_atoms)
+        count = self.embedder.conformers if conformers is None else int(bool(conformers))
+        found = _featurize(given, count, max_atoms)
         rejected = found.quarantine.to_pylist()
         if rejected and invalid == "raise":
             raise DataError(_problem(rejected, given))

@@ -271,8 +271,9 @@ class EmbedConfig(LibraryConfig):
 
     checkpoint: str
     """Pretraining run, checkpoint, exported or fine-tuned model."""
-    conformers: bool = True
-    """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D."""
+    conformers: bool | None = None
+    """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D. null: as the
+    model was fine-tuned; for a pretrained one, make them."""
 
     def __post_init__(self) -> None:
         check_all(*locations(self, "checkpoint"), *self._library_checks())

@@ -71,8 +71,8 @@ class Embedder:
 
     @property
     def conformers(self) -> int:
-        """Number of conformers used per molecule."""
-        return 1
+        """Conformers of each molecule that the encoder should see: 1, or 0 if it was fine-tuned without coordinates."""
+        return 1 if self.fine_tuned is None else min(1, self.fine_tuned.conformers)
 
     @property
     def predicted(self) -> tuple[str, ...]:

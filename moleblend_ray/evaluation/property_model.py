@@ -147,6 +147,11 @@ class SavedProperty(NamedTuple):
     trained: TrainedProperty
     """What it predicts."""
 
+    @property
+    def conformers(self) -> int:
+        """Most conformers of a molecule that the model saw in fine-tuning; 0: it sees 2D relations alone."""
+        return 0 if self.model.readout.relations == "2d" else self.trained.conformers
+
 
 def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str) -> None:
     """Write ``model`` and what it predicts to the directory ``uri``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +20,7 @@ from moleblend_ray.evaluation.property_model import (
     save_property_model,
 )
 from moleblend_ray.evaluation.tasks import TaskKind
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
@@ -40,9 +42,11 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> mb.MoleculeEncoder:
     return mb.MoleculeEncoder.from_pretrained(uri)
 
 
-def fine_tuned(folder: Path, seed: int) -> str:
+def fine_tuned(folder: Path, seed: int, *, relations: str = "2d+3d", conformers: int = 1) -> str:
     torch.manual_seed(seed)
-    save_property_model(PropertyModel(MoleBlendModel(TINY), 1), SOLUBILITY, str(folder))
+    model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig(relations=relations))
+    trained = dataclasses.replace(SOLUBILITY, conformers=conformers)
+    save_property_model(model, trained, str(folder))
     save_domain(ApplicabilityDomain.of(["CCO", "CCN", "CCC"]), str(folder))
     return str(folder)
 
@@ -110,6 +114,25 @@ def test_a_vector_of_a_fine_tuned_model_is_its_encoders(tmp_path: Path) -> None:
     expected = PropertyModel(MoleBlendModel(TINY), 1).eval()
     for name, value in encoder.embedder.model.encoder.state_dict().items():
         torch.testing.assert_close(value, expected.encoder.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "generates"),
+    [
+        ({}, True),
+        ({"conformers": 8}, True),
+        ({"conformers": 0}, False),
+        ({"relations": "2d"}, False),
+    ],
+    ids=str,
+)
+def test_vectors_of_a_fine_tuned_model_see_coordinates_if_it_was_tuned_with_them(
+    tmp_path: Path, settings: dict[str, Any], generates: bool
+) -> None:
+    encoder = mb.MoleculeEncoder.from_pretrained(fine_tuned(tmp_path, 0, **settings))
+    found = encoder.encode(SMILES[:2])
+    np.testing.assert_array_equal(found, encoder.encode(SMILES[:2], conformers=generates))
+    assert not np.array_equal(found, encoder.encode(SMILES[:2], conformers=not generates))
 
 
 def test_columns_of_tables_are_taken_by_place_with_their_gaps(
