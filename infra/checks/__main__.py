@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
-from infra.checks import house, jobs, operator, schema
+from infra.checks import house, jobs, nodes, operator, schema
 from infra.checks.model import REPOSITORY, Bundle, Problem, cluster_of, pods_of, section, whole
 from infra.checks.quantity import amount, text
 from infra.checks.render import RenderError, identity, render
@@ -24,7 +24,7 @@ def check(bundle: Bundle, schemas: Path | None = None) -> list[Problem]:
     found: list[Problem] = []
     if schemas is not None:
         found += schema.problems(bundle, schemas)
-    for rules in (operator, house, jobs):
+    for rules in (operator, house, nodes, jobs):
         found += rules.problems(bundle)
     return list(dict.fromkeys(found))
 

@@ -42,7 +42,6 @@ _SECRET_NAME: Final = re.compile(r"secret|token|passw|credential|api_?key|access
 _SECRET_TEXT: Final = re.compile(
     r"(?<![A-Z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Z0-9])|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-_SPOT_TAINTS: Final = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
 def pinned(package: str) -> str:
@@ -96,10 +95,15 @@ def _images(pods: Pods) -> Iterator[Problem]:
                 f"{where}.image",
                 f"expected a fixed tag or digest, found {image!r}: a retry may get another image",
             )
-        elif tag and where not in preparing and not tag.startswith(package_version()):
+        elif tag and where not in preparing and not _is_of_version(tag):
             yield Problem(
                 f"{where}.image", f"expected a tag of version {package_version()}, found {tag!r}"
             )
+
+
+def _is_of_version(tag: str) -> bool:
+    """Whether the tag is the version of this package, alone or with a suffix such as -gpu."""
+    return re.match(rf"{re.escape(package_version())}(?![\w.])", tag) is not None
 
 
 def _one_image(manifest: Manifest) -> Iterator[Problem]:
@@ -366,12 +370,6 @@ def _head(where: str, head: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             where,
             "expected serviceType ClusterIP and no ingress: the dashboard runs what it is sent",
-        )
-    taints = [entry.get("key") for entry in entries(head, "template", "spec", "tolerations")]
-    if set(taints) & set(_SPOT_TAINTS):
-        yield Problem(
-            f"{where}.template.spec.tolerations",
-            "expected no spot node for the head: its loss ends the run",
         )
 
 

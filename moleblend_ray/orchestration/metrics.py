@@ -292,7 +292,8 @@ class JobMetrics:
         return max(0, count - before)
 
     def count_rows(self, rows: int, quarantined_by_reason: Mapping[str, int]) -> None:
-        """Records that ``prepare`` has converted, and those of them that were rejected."""
+        """Records that ``prepare`` has converted, and those of them that were rejected. Zeros, before there are any, make the
+        counters appear."""
         self.publisher.add("moleblend_prepare_rows_total", rows)
         for reason, count in quarantined_by_reason.items():
             self.publisher.add("moleblend_prepare_quarantined_rows_total", count, reason=reason)

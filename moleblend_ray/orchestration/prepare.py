@@ -28,6 +28,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 from ray.util.annotations import RayDeprecationWarning
 
+from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
@@ -37,7 +38,7 @@ from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, UnitReceipt
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import DUPLICATE
+from moleblend_ray.data.shards import DUPLICATE, NOT_IN_SPLIT_FILE
 from moleblend_ray.data.shuffle import plan_exchange, staged_chunk
 from moleblend_ray.data.sources import (
     ColumnConfig,
@@ -73,6 +74,9 @@ _MAX_SHOWN: Final = 10
 # Reading is cheap, and must find room beside the converting actors on any cluster.
 _READER_CPUS: Final = 0.1
 _ACTOR_CPUS: Final = 0.9
+
+_REASONS: Final = (*RejectionCode, DUPLICATE, NOT_IN_SPLIT_FILE)
+"""Every reason of the quarantine."""
 
 _CHUNK_SCHEMA: Final = pa.schema(
     [
@@ -331,6 +335,7 @@ class _Job:
         receipts: list[Receipt] = []
         damages: list[str] = []
         rows = quarantined = 0
+        metrics.count_rows(0, dict.fromkeys(_REASONS, 0))
         for result in self._results():
             if result["failure"] is not None:
                 # The storage is out of reach or full: all later chunks would fail as well.

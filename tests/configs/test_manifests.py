@@ -122,6 +122,16 @@ def set_image(pod: Any, image: str) -> None:
     pod["containers"][0]["image"] = image
 
 
+def gpu_of(pod: Any) -> None:
+    for part in pod["containers"][0]["resources"].values():
+        part["nvidia.com/gpu"] = "1"
+
+
+def required_terms(pod: Any) -> Any:
+    required = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    return required["nodeSelectorTerms"]
+
+
 def all_images(edit: Edit, image: str) -> None:
     groups = [edit.head, *edit.cluster["workerGroupSpecs"]]
     for template in [edit.job["submitterPodTemplate"], *(group["template"] for group in groups)]:
@@ -211,12 +221,16 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "latest": ("gpu", lambda e: all_images(e, "REGISTRY/moleblend-ray:latest"), r"containers\[0\]\.image: expected a fixed tag or digest, found 'REGISTRY/moleblend-ray:latest'"),
     "no tag": ("gpu", lambda e: all_images(e, "registry:5000/moleblend-ray"), r"image: expected a fixed tag or digest, found 'registry:5000/moleblend-ray'"),
     "image of another version": ("gpu", lambda e: all_images(e, "REGISTRY/moleblend-ray:0.0.9-gpu"), r"image: expected a tag of version 0\.1\.0, found '0\.0\.9-gpu'"),
+    "image of a version that begins alike": ("gpu", lambda e: all_images(e, "REGISTRY/moleblend-ray:0.1.01-gpu"), r"image: expected a tag of version 0\.1\.0, found '0\.1\.01-gpu'"),
+    "image without CUDA": ("gpu", lambda e: all_images(e, "REGISTRY/moleblend-ray:0.1.0-cpu"), r"workerGroupSpecs\[1\]\.template\.spec\.containers\[0\]\.image: expected the image with CUDA for a pod with a GPU"),
     "two images in a cluster": ("gpu", lambda e: set_image(e.train_pod, "REGISTRY/moleblend-ray:0.1.0-other"), r"expected one image for head, workers and submitter"),
     # Resources.
     "no limit": ("gpu", lambda e: e.trainer["resources"]["limits"].pop("ephemeral-storage"), r"resources: ephemeral-storage: expected a request and a limit, found 50Gi and None"),
     "submitter without requests": ("gpu", lambda e: e.job["submitterPodTemplate"]["spec"]["containers"][0].pop("resources"), r"submitterPodTemplate\.spec\.containers\[0\]\.resources: cpu: expected a request and a limit"),
     "request above limit": ("gpu", lambda e: e.trainer["resources"]["requests"].update(cpu="9"), r"cpu: expected a request up to the limit, found 9 of 8"),
     "memory promised twice": ("gpu", lambda e: e.trainer["resources"]["requests"].update(memory="8Gi"), r"memory: expected the request to be the limit, found 8Gi and 64Gi"),
+    "GPU for data": ("gpu", lambda e: gpu_of(e.data["template"]["spec"]), r"workerGroupSpecs\[0\]\.template\.spec\.containers\[0\]\.resources: expected no GPU"),
+    "GPU for the head": ("gpu", lambda e: gpu_of(e.head_pod), r"headGroupSpec\.template\.spec\.containers\[0\]\.resources: expected no GPU"),
     "half a CPU": ("gpu", lambda e: e.trainer["resources"]["limits"].update(cpu="8500m"), r"cpu: expected a whole number as limit, found 8500m"),
     "shared memory on disk": ("gpu", lambda e: e.train_pod["volumes"][0]["emptyDir"].pop("medium"), r"/dev/shm: expected an emptyDir with medium Memory"),
     "shared memory as large as the limit": ("gpu", lambda e: e.train_pod["volumes"][0]["emptyDir"].update(sizeLimit="64Gi"), r"/dev/shm: expected at most half of the memory limit.*found 64Gi of 64Gi"),
@@ -260,6 +274,8 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "work on the head": ("gpu", lambda e: e.head["rayStartParams"].update({"num-cpus": "4"}), r'num-cpus: expected "0"'),
     "autoscaler v1": ("gpu", lambda e: e.cluster["autoscalerOptions"].update(version="v1"), r"autoscalerOptions\.version: expected v2"),
     "head on spot": ("spot", lambda e: e.head_pod.update(tolerations=e.train_pod["tolerations"]), r"tolerations: expected no spot node for the head"),
+    "head where untainted spot nodes are": ("spot", lambda e: e.head_pod.pop("affinity"), r"headGroupSpec\.template\.spec\.affinity: expected operator NotIn for \['cloud\.google\.com/gke-spot', 'eks\.amazonaws\.com/capacityType'"),
+    "head on spot of one cloud": ("spot", lambda e: required_terms(e.head_pod)[0]["matchExpressions"].pop(), r"affinity: expected operator NotIn for \['karpenter\.sh/capacity-type'\]"),
     "head without budget": ("gpu", lambda e: e.objects.remove(e["PodDisruptionBudget/moleblend-pretrain-head"]), r"RayJob/moleblend-pretrain-base-1: expected a PodDisruptionBudget"),
     "budget in the other form": ("gpu", lambda e: e["PodDisruptionBudget/moleblend-pretrain-head"]["spec"].update(maxUnavailable=e["PodDisruptionBudget/moleblend-pretrain-head"]["spec"].pop("minAvailable") - 1), r"expected a PodDisruptionBudget with minAvailable: 1"),
     "cluster for ever": ("gpu", lambda e: (e.job.pop("shutdownAfterJobFinishes"), e.job.pop("ttlSecondsAfterFinished")), r"expected shutdownAfterJobFinishes or deletionRules"),
@@ -382,8 +398,7 @@ def test_spot_moves_every_worker_and_no_head(rendered: dict[str, list[Manifest]]
     edit = Edit(rendered["spot"])
 
     def operators(pod: Any) -> set[str]:
-        terms = pod["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
-        expressions = [e for term in terms["nodeSelectorTerms"] for e in term["matchExpressions"]]
+        expressions = [e for term in required_terms(pod) for e in term["matchExpressions"]]
         return {expression["operator"] for expression in expressions}
 
     assert operators(edit.head_pod) == {"NotIn"}
