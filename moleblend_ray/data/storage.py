@@ -17,11 +17,12 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import fsspec
 
@@ -67,6 +68,9 @@ _GLOB_CHARACTERS: Final = frozenset("*?[")
 
 _GOOGLE: Final = frozenset({"gs", "gcs"})
 
+_GONE: Final = frozenset({404, 410})
+"""HTTP status: there is no such file."""
+
 _RANGED: Final = frozenset({"s3", "s3a"}) | _GOOGLE
 """Protocols whose servers all support range requests."""
 
@@ -109,7 +113,7 @@ def local_path(uri: str) -> Path:
 def join(uri: str, *parts: str) -> str:
     """The URI of ``parts`` below ``uri``, with single slashes between; the query of a web address stays at its end."""
     query = ""
-    if _protocol(uri) in {"http", "https"}:
+    if _is_web(uri):
         uri, mark, query = uri.partition("?")
         query = mark + query
     pieces = [uri.rstrip("/") if uri != "/" else "", *(part.strip("/") for part in parts)]
@@ -118,7 +122,7 @@ def join(uri: str, *parts: str) -> str:
 
 def name_of(uri: str) -> str:
     """The last component of a URI, for a web address without its query."""
-    if _protocol(uri) in {"http", "https"}:
+    if _is_web(uri):
         uri = uri.partition("?")[0]
     return uri.rstrip("/").rsplit("/", 1)[-1]
 
@@ -172,9 +176,10 @@ def open_read(uri: str) -> BinaryIO:
     filesystem, path = _resolve(uri)
     with translate_errors("open", uri):
         if _protocol(uri) in _RANGED:
-            stream = _RemoteFile(uri, size(uri))
-            return cast(BinaryIO, io.BufferedReader(stream, _READ_AHEAD_BYTES))
-        return cast(BinaryIO, filesystem.open(path, "rb", block_size=_READ_AHEAD_BYTES))
+            remote = _RemoteFile(uri, size(uri))
+            return cast(BinaryIO, io.BufferedReader(remote, _READ_AHEAD_BYTES))
+        stream = _call("open", uri, filesystem.open, path, "rb", block_size=_READ_AHEAD_BYTES)
+        return cast(BinaryIO, stream)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -403,7 +408,8 @@ def _explain(action: str, uri: str, error: Exception) -> StorageError:
     if isinstance(error, ConnectionError | TimeoutError) or "Connect" in kind or "Timeout" in kind:
         return StorageError(
             failed
-            + f"the storage cannot be reached ({reason}). Check the network and AWS_ENDPOINT_URL."
+            + f"the storage cannot be reached ({reason}). Check the network and "
+            + ("the address." if _is_web(uri) else "AWS_ENDPOINT_URL.")
         )
     return StorageError(failed + f"{kind}: {reason}")
 
@@ -431,7 +437,18 @@ def _call(action: str, uri: str, function: Any, *arguments: Any, **options: Any)
     """One idempotent operation of a backend, retried on remote storage."""
     if is_local(uri):
         return function(*arguments, **options)
-    return retried(action, uri, lambda: function(*arguments, **options))
+    return retried(action, uri, lambda: _unmasked(uri, partial(function, *arguments, **options)))
+
+
+def _unmasked(uri: str, call: Callable[[], Any]) -> Any:
+    """The result of ``call``. For fsspec, a web server that is down or refuses has no such file: raise what is behind it."""
+    try:
+        return call()
+    except FileNotFoundError as error:
+        cause = error.__cause__
+        if not _is_web(uri) or cause is None or http_status(cause) in _GONE:
+            raise
+        raise cause from None
 
 
 def _part_options(uri: str) -> dict[str, int]:
@@ -439,6 +456,10 @@ def _part_options(uri: str) -> dict[str, int]:
     if _protocol(uri) not in {"s3", "s3a"}:
         return {}
     return {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}
+
+
+def _is_web(uri: str) -> bool:
+    return _protocol(uri) in {"http", "https"}
 
 
 def _protocol(uri: str) -> str:
@@ -452,6 +473,11 @@ def _resolve(uri: str) -> tuple[Any, str]:
         raise StorageError(
             "The URI is empty; expected a path or something like s3://bucket/prefix."
         )
+    if _is_web(uri):
+        try:
+            urlsplit(uri)
+        except ValueError as error:
+            raise StorageError(f"{uri} is not a web address ({error}). Correct it.") from error
     protocol = _protocol(uri)
     is_s3 = protocol in {"s3", "s3a"}
     environment = tuple(os.environ.get(name) for name in _S3_ENVIRONMENT) if is_s3 else ()

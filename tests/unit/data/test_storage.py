@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -49,6 +50,65 @@ def test_a_web_server_without_range_requests_gives_the_range(tmp_path: Path) -> 
             expected = content[offset : offset + length]
             assert storage.read_range(uri, offset, length) == expected
         server.shutdown()
+
+
+class AnsweringWith(BaseHTTPRequestHandler):
+    """Answers every request with the status that its path names."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path.strip("/")))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def web(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a web server; below it, a path is the status of the answer."""
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
+    with ThreadingHTTPServer(("127.0.0.1", 0), AnsweringWith) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("look", [storage.size, storage.exists])
+@pytest.mark.parametrize(
+    ("status", "message"), [(403, r"access was denied \(403"), (500, "500, message='Internal")]
+)
+def test_a_web_server_that_refuses_or_fails_is_not_said_to_lack_the_file(
+    web: str, look: Callable[[str], object], status: int, message: str
+) -> None:
+    with pytest.raises(StorageError, match=message) as caught:
+        look(f"{web}/{status}")
+    assert not isinstance(caught.value, storage.NotFoundError)
+
+
+def test_a_web_server_that_has_no_such_file_is_believed(web: str) -> None:
+    assert not storage.exists(f"{web}/404")
+    with pytest.raises(storage.NotFoundError, match="does not exist"):
+        storage.size(f"{web}/410")
+
+
+def test_a_web_server_that_is_down_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
+    for look in (storage.size, storage.exists, storage.open_read, storage.read_bytes):
+        with pytest.raises(
+            StorageError, match=r"cannot be reached .*Check the network and the address"
+        ):
+            look("http://127.0.0.1:9/x.csv")
+
+
+def test_an_impossible_web_address_is_named_as_such() -> None:
+    for look in (storage.size, storage.exists, storage.open_read):
+        with pytest.raises(
+            StorageError, match=r"http://\[::1/x is not a web address \(Invalid IPv6"
+        ):
+            look("http://[::1/x")
 
 
 def test_listings_are_sorted_and_see_a_new_file_at_once(base: str) -> None:
