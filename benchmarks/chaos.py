@@ -244,7 +244,7 @@ class Chaos:
         finally:
             if self._driver is not None:
                 self._driver.kill()
-            self._cluster.shutdown()
+            self._cluster.shutdown()  # type: ignore[no-untyped-call]
             os.environ["AWS_ENDPOINT_URL"] = endpoint
 
     def run(self, count: int, kinds: list[str]) -> list[Fault]:

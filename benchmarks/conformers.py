@@ -21,8 +21,8 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -84,7 +84,9 @@ def read_molecules(source: Path | None, count: int) -> tuple[str, list[Chem.Mol]
 
 def parsed(smiles: pd.Series, count: int) -> list[Chem.Mol]:
     step = max(1, len(smiles) // count)
-    mols = (Chem.MolFromSmiles(text) for text in smiles.iloc[::step].iloc[:count])
+    mols: Iterator[Chem.Mol | None] = (
+        Chem.MolFromSmiles(text) for text in smiles.iloc[::step].iloc[:count]
+    )
     return [mol for mol in mols if mol is not None]
 
 
@@ -93,7 +95,7 @@ def measure(molecules: Sequence[Chem.Mol], config: ConformerConfig) -> dict[str,
     named = [(mol, Chem.MolToSmiles(mol)) for mol in molecules]
     ways = (make_conformers, embed_conformers)
     make_conformers(*named[0], config)  # start the child
-    seconds = Counter[str]()
+    seconds: defaultdict[str, float] = defaultdict(float)
     made: dict[str, list[Embedding]] = {way.__name__: [] for way in ways}
     for turn in range(0, len(named), TURN):
         for way in ways if turn % (2 * TURN) else reversed(ways):

@@ -41,7 +41,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
-    result = {"benchmark": "featurize", "cpus": os.cpu_count(), "rdkit": rdBase.rdkitVersion}
+    result: dict[str, object] = {
+        "benchmark": "featurize",
+        "cpus": os.cpu_count(),
+        "rdkit": rdBase.rdkitVersion,
+    }
     for name, records in smiles_sources().items():
         figures = measure_smiles(records, repeats)
         print(f"{name}: {figures}")

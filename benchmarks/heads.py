@@ -138,7 +138,7 @@ def both_passes(
     way: Way, head: PairHead, row: Tensor, column: Tensor, batch: MoleculeBatch
 ) -> None:
     row, column = row.detach().requires_grad_(), column.detach().requires_grad_()
-    way(head, row, column, batch).sum().backward()
+    torch.autograd.backward(way(head, row, column, batch).sum())
     head.zero_grad()
 
 

@@ -182,7 +182,9 @@ def measure_stream(
     uri: str, num_molecules: int, order: OrderConfig, stream: StreamConfig
 ) -> tuple[float, int]:
     """Median seconds and payload bytes of one epoch, cold cache of row groups each time."""
-    groups = max(1, num_molecules // (order.global_batch_size * stream.steps_per_block))
+    block_steps = stream.steps_per_block
+    assert block_steps is not None
+    groups = max(1, num_molecules // (order.global_batch_size * block_steps))
     # Loads the compiled kernels.
     MicroBatchBuilder(uri, order, stream).build(0, 1, 0)
     seconds = []
@@ -192,8 +194,8 @@ def measure_stream(
         num_bytes, molecules = 0, 0
         for group in range(groups):
             for number in range(order.num_streams):
-                first_step = group * stream.steps_per_block
-                micro_batches = builder.build(first_step, stream.steps_per_block, number)
+                first_step = group * block_steps
+                micro_batches = builder.build(first_step, block_steps, number)
                 num_bytes += sum(len(micro.payload) for micro in micro_batches)
                 molecules += sum(len(micro) for micro in micro_batches)
         elapsed = time.perf_counter() - started

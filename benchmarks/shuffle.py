@@ -112,7 +112,7 @@ def shuffle(path: str, arguments: argparse.Namespace) -> dict[str, float | dict[
             out, ["source"], (), chunks, row_group_rows=1024, rows_per_shard=65536, shuffle=True,
             deduplicate=arguments.deduplicate, memory_bytes=int(arguments.memory_gib * 2**30),
         )  # fmt: skip
-        passes = {}
+        passes: dict[str, float] = {}
         for units in units_of_passes:
             start = time.perf_counter()
             for unit in units:

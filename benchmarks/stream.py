@@ -308,7 +308,8 @@ def store_statistics() -> Any:
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
     address = ray.get_runtime_context().gcs_address
-    return get_memory_info_reply(get_state_from_address(address)).store_stats
+    state = get_state_from_address(address)  # type: ignore[no-untyped-call]
+    return get_memory_info_reply(state).store_stats  # type: ignore[no-untyped-call]
 
 
 KINDS = {

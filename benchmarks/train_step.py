@@ -255,7 +255,7 @@ def operators(learner: Learner, steps: list[DeviceStep]) -> dict[str, Any]:
     events = profile.key_averages()
     if not on_gpu:
         return {"operators": largest_shares({e.key: e.self_cpu_time_total for e in events})}
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in events if e.device_type.name == "CUDA"]
     times = {e.key: e.self_device_time_total for e in on_device}
     counts = {e.key: e.count for e in events}
     waits = sum(counts.get(name, 0) for name in ("cudaStreamSynchronize", "cudaEventSynchronize"))

@@ -26,7 +26,7 @@ def title(process: Any) -> str:
 
 def drain(address: str, node_id: str, seconds: float) -> None:
     """Tell Ray (its head at ``address``) that the node will be gone, as an autoscaler does after a spot instance's notice."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
 
     deadline_ms = int((time.time() + seconds) * 1000)
     accepted, reason = GcsClient(address=address).drain_node(
@@ -39,7 +39,7 @@ def drain(address: str, node_id: str, seconds: float) -> None:
 def pending_requests(address: str) -> list[dict[str, Any]]:
     """What the cluster (its head at ``address``) lacks, as its autoscaler is told: resources, labels and number of each kind of
     request, and whether all must come together (a placement group)."""
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.autoscaler.v2.sdk import get_cluster_resource_state
 
     state = get_cluster_resource_state(GcsClient(address=address))

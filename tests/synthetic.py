@@ -8,7 +8,7 @@ import pyarrow as pa
 from moleblend_ray.data import storage
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import FORMAT_VERSION, Counts, Manifest, fingerprint
+from moleblend_ray.data.manifest import FORMAT_VERSION, Counts, Manifest, ShardInfo, fingerprint
 from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import encode_shard, shard_schema
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
@@ -100,7 +100,7 @@ def write_dataset(
         block.positions[np.repeat(block.molecule_ids, block.num_atoms) == far_molecule] *= 1e30
     conformers = rng.integers(min(1, max_conformers), max_conformers + 1, num_molecules)
     table = shard_table(block, conformers)
-    shards = []
+    shards: list[ShardInfo] = []
     for start in range(0, num_molecules, shard_rows):
         part = table.slice(start, shard_rows)
         content = encode_shard(part, row_group_rows)
