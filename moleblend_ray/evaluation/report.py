@@ -18,7 +18,6 @@ from sklearn.metrics import roc_curve
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.score_text import (
-    decimal_places,
     mean_and_std_text,
     score_text,
     values_text,
@@ -135,9 +134,10 @@ def _comparison(
     gain = best["test"]["mean"] - final["test"]["mean"]
     gain = -gain if task["higher_is_better"] else gain
     verdict = "better" if gain >= 0 else "worse"
-    places = max(decimal_places(entry["test"]["mean"]) for entry in (best, final))
+    means = [entry["test"]["mean"] for entry in (best, final)]
+    smallest = min(filter(None, means), key=abs, default=0.0)
     return [
-        f"On the test molecules {final['name']} is {abs(gain):.{places}f} {verdict} in {_metric_name(task)} than {best['name']}, "
+        f"On the test molecules {final['name']} is {score_text(abs(gain), smallest)} {verdict} in {_metric_name(task)} than {best['name']}, "
         "the best of the baselines by validation.",
         "",
     ]

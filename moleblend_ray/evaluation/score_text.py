@@ -1,31 +1,48 @@
-"""Scores as text in reports and leaderboards, with as many decimal places as their size needs."""
+"""Scores as text in reports and leaderboards, with as many digits as their size needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
+
+_SMALLEST_EXPONENT: Final = -4
+"""Scores below 10^-4 are written with a power of ten."""
 
 
-def decimal_places(score: float) -> int:
-    """4 for scores around 1, fewer for large ones, four significant digits for small ones."""
-    exponent = math.floor(math.log10(abs(score))) if score else 0
-    if exponent >= 1:
-        return max(0, 4 - exponent)
-    return 4 if exponent >= -1 else min(12, 3 - exponent)
-
-
-def score_text(score: float) -> str:
-    """The score alone."""
-    return f"{score:.{decimal_places(score)}f}"
+def score_text(score: float, like: float | None = None) -> str:
+    """The score with 4 decimal places around 1, fewer for large ones, four significant digits for small ones; or with the
+    digits of ``like``."""
+    reference = score if like is None else like
+    return _scaled(score, reference) + _power_of(reference)
 
 
 def mean_and_std_text(mean: float, std: float) -> str:
-    """Mean ± standard deviation, both with the places of the mean."""
-    places = decimal_places(mean)
-    return f"{mean:.{places}f} ± {std:.{places}f}"
+    """Mean ± standard deviation, both with the digits of the mean."""
+    both = f"{_scaled(mean, mean)} ± {_scaled(std, mean)}"
+    power = _power_of(mean)
+    return f"({both}){power}" if power else both
 
 
 def values_text(mean: float, values: Sequence[float]) -> str:
-    """The scores of all seeds with the places of their mean, separated by commas."""
-    places = decimal_places(mean)
-    return ", ".join(f"{value:.{places}f}" for value in values)
+    """The scores of all seeds with the digits of their mean, separated by commas."""
+    return ", ".join(score_text(value, mean) for value in values)
+
+
+def _exponent(score: float) -> int:
+    return math.floor(math.log10(abs(score))) if score else 0
+
+
+def _scaled(value: float, reference: float) -> str:
+    """``value``, without the power of ten that :func:`_power_of` gives for ``reference``."""
+    exponent = _exponent(reference)
+    if exponent < _SMALLEST_EXPONENT:
+        return f"{value / 10.0**exponent:.3f}"
+    if exponent >= 1:
+        return f"{value:.{max(0, 4 - exponent)}f}"
+    return f"{value:.{4 if exponent >= -1 else 3 - exponent}f}"
+
+
+def _power_of(reference: float) -> str:
+    exponent = _exponent(reference)
+    return f"e{exponent:03d}" if exponent < _SMALLEST_EXPONENT else ""

@@ -150,12 +150,11 @@ def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
         ),
     )
     assert (
-        "| **MoleBLEND** | **0.000000005000** | **0.000000007000 ± 0.000000001414** | 0.000000006000, 0.000000008000 |"
-        in text
+        "| **MoleBLEND** | **5.000e-09** | **(7.000 ± 1.414)e-09** | 6.000e-09, 8.000e-09 |" in text
     )
-    assert "is 0.000000001500 better in RMSE" in text
-    assert "| MoleBLEND | 0.000000004000 ± 0.000000000000 |" in text
-    assert "| 0 | 3 | 3 | finished | 0.000000005000 |" in text
+    assert "is 1.500e-09 better in RMSE" in text
+    assert "| MoleBLEND | (4.000 ± 0.000)e-09 |" in text
+    assert "| 0 | 3 | 3 | finished | 5.000e-09 |" in text
 
 
 def test_settings_are_shown_as_they_are_written_in_a_configuration(tmp_path: Path) -> None:
