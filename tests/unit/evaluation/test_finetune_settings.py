@@ -457,8 +457,9 @@ def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_
     trained = TrainedProperty.of(task, flexible.columns, scale, conformers=3)
     model = build_model(pretrained, 1, QUICK, 0).eval()
     # At their initial size the coordinates would hardly show in the outputs.
+    torch.manual_seed(1)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.6)
     rows = np.array([6, 0, 1, 2])
     found = predict_mean(model, trained, flexible, rows, 3, CPU)
     assert flexible.conformers is not None
@@ -478,7 +479,7 @@ def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_
         expected = np.mean([trained.readout(single) for single in singles], axis=0)
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     first = trained.readout(predict(model, flexible.block, rows, 3, CPU))
-    assert not np.allclose(found[0], first[0], atol=1e-7)
+    assert abs(found[0] - first[0]) > 1e-5
 
 
 def test_taking_molecules_takes_their_conformers(flexible: LabelledMolecules) -> None:
