@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS='tests/unit -x'
 ARGS ?=
-# Processes that run tests, each a file at a time.
+# Processes for tests that need no cluster.
 TEST_PROCESSES ?= 2
 # Folder of molecules for make results, laid out as jobs/results.py says; none: molecules made here.
 DATA ?=
@@ -37,11 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-# First the tests of one process each, then those that start clusters and commands. 5: of the tests asked for, none is of that
-# kind.
+# First what needs one core a test, a file on each of $(TEST_PROCESSES); then, one after the other, what starts clusters and
+# commands: two at a time take as long on two cores. 5: of the tests asked for, none is of that kind.
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m 'not ray and not gpu and not shared_data' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m 'ray and not gpu and not shared_data' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'ray and not gpu and not shared_data' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 demo: install
 	$(BIN)/python jobs/demo.py

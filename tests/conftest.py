@@ -24,6 +24,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # starts one after the other. A private cluster of a command has the same settings.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
+# Nothing is sent to Ray's makers, nor is there an actor that collects it.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")

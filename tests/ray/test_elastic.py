@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -53,29 +55,53 @@ def undisturbed(data: str, num_steps: int) -> list[Record]:
     return records[:num_steps]
 
 
-def on_nodes(folder: Path, *mode: str) -> tuple[str, str, dict[str, Any]]:
-    """Data and folder of a run of `elastic_run.py`, and what it tells."""
-    data, out = (f"file://{folder}/{name}" for name in ("data", "run"))
-    write_dataset(data, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
-    program = Path(elastic_run.__file__)
-    done = subprocess.run(
-        [sys.executable, str(program), data, out, *mode],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return data, out, json.loads(done.stdout.splitlines()[-1])
+@dataclass(frozen=True)
+class ElasticRun:
+    """A run of `elastic_run.py`, which may still be going on."""
+
+    data: str
+    out: str
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def start(cls, folder: Path, *mode: str) -> ElasticRun:
+        data, out = (f"file://{folder}/{name}" for name in ("data", "run"))
+        write_dataset(data, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
+        command = [sys.executable, elastic_run.__file__, data, out, *mode]
+        with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
+            return cls(
+                data, out, subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+            )
+
+    def told(self) -> dict[str, Any]:
+        """What it tells at its end."""
+        folder = Path(self.out.removeprefix("file://")).parent
+        try:
+            code = self.process.wait(TIMEOUT_S)
+        finally:
+            self.process.kill()
+        assert code == 0, (folder / "stderr").read_text()[-4000:]
+        found: dict[str, Any] = json.loads((folder / "stdout").read_text().splitlines()[-1])
+        return found
+
+
+@pytest.fixture(scope="module")
+def waiting_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, ElasticRun]]:
+    """Both kinds of runs that wait in vain, at the same time, each on a cluster of its own."""
+    modes = ("fixed", "starved")
+    runs = {mode: ElasticRun.start(tmp_path_factory.mktemp(mode), mode) for mode in modes}
+    yield runs
+    for run in runs.values():
+        run.process.kill()
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("waits_for", ["fixed", "starved"])
 def test_a_run_of_two_workers_that_waits_after_a_loss_ends_at_sigterm(
-    tmp_path: Path, waits_for: str
+    waiting_runs: dict[str, ElasticRun], waits_for: str
 ) -> None:
-    _, _, found = on_nodes(tmp_path, waits_for)
+    found = waiting_runs[waits_for].told()
     assert not found["summary"]["finished"]
     # What was committed is what the next command begins with.
     assert 0 < found["summary"]["steps"] == found["newest"] < elastic_run.NUM_STEPS
@@ -85,13 +111,14 @@ def test_a_run_of_two_workers_that_waits_after_a_loss_ends_at_sigterm(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -> None:
-    data, out, found = on_nodes(tmp_path)
+    run = ElasticRun.start(tmp_path)
+    found = run.told()
     assert found["summary"]["finished"]
     assert found["summary"]["steps"] == elastic_run.NUM_STEPS
     sizes = found["world_sizes"]
     assert [size for size, _ in groupby(sizes.values())] == [2, 1, 2, 1]
-    records = read_records(out)
-    expected = undisturbed(data, elastic_run.NUM_STEPS)
+    records = read_records(run.out)
+    expected = undisturbed(run.data, elastic_run.NUM_STEPS)
     assert [record["step"] for record in records] == list(range(elastic_run.NUM_STEPS))
     for ours, theirs in zip(records, expected, strict=True):
         assert ours["molecules_checksum"] == theirs["molecules_checksum"]
