@@ -89,8 +89,10 @@ class MoleculeEncoder:
         """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M texts: a list, an array, a column of a table).
 
         ``conformers`` generates 3D coordinates (ETKDGv3, MMFF94; the same ones each time); without them, and where they cannot be made,
-        the encoder sees 2D relations alone. None: as the model was fine-tuned; for a pretrained one, generate them. ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms
-        (hydrogens apart), or is missing: ``raise`` a DataError that names it, or give it a row of ``nan``.
+        the encoder sees 2D relations alone. None: as the model was fine-tuned; for a pretrained one, generate them.
+
+        ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms (hydrogens apart), or is missing:
+        ``raise`` a DataError that names it, or give it a row of ``nan``.
         """
         check_all(
             (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}")

@@ -446,7 +446,9 @@ def _unmasked(uri: str, call: Callable[[], Any]) -> Any:
         return call()
     except FileNotFoundError as error:
         cause = error.__cause__
-        if not _is_web(uri) or cause is None or http_status(cause) in _GONE:
+        if not _is_web(uri) or not isinstance(cause, _backend_errors()):
+            raise
+        if http_status(cause) in _GONE:
             raise
         raise cause from None
 

@@ -12,7 +12,6 @@ from typing import Final, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 INIT_STD: Final = 0.02
 """Standard deviation of linear and embedding weights at the start (as the official code)."""
@@ -60,17 +59,23 @@ def draw_uniform(weight: Tensor, low: float, high: float) -> None:
 
 
 def _draw(weight: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-    if weight.device.type in {"cpu", "meta"} and not isinstance(weight, DTensor):
+    is_whole = type(weight) in {Tensor, nn.Parameter}
+    if is_whole and weight.device.type in {"cpu", "meta"}:
         draw(weight)
         return
     # On the CPU, for GPUs draw other numbers. Every rank draws the whole tensor and keeps its part of it.
-    whole = draw(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
+    drawn = draw(torch.empty(weight.shape, dtype=weight.dtype, device="cpu"))
     with torch.no_grad():
-        if isinstance(weight, DTensor):
-            whole = distribute_tensor(
-                whole, weight.device_mesh, weight.placements, src_data_rank=None
-            )
-        weight.copy_(whole)
+        weight.copy_(drawn if is_whole else _part_of_rank(drawn, weight))
+
+
+def _part_of_rank(whole: Tensor, like: Tensor) -> Tensor:
+    """``whole`` sharded as ``like``, without communication."""
+    # Here, because inference needs neither this module nor the half second that its import takes.
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _init_own_weights(part: nn.Module) -> None:
