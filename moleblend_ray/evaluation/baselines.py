@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorScaling
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 
@@ -94,9 +95,6 @@ MIN_LEAF_SHARE: Final = 0.05
 
 BOOSTING_FEATURES: Final = 0.1
 """Share of the bits among which each split of a boosted tree chooses."""
-
-DESCRIPTOR_LIMIT: Final = 5.0
-"""Standardised descriptors are clipped to +-5, as a single outlier could ruin a linear model."""
 
 _INVERSE_PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _PENALTIES: Final = (1.0, 10.0, 100.0, 1000.0, 10000.0)
@@ -251,47 +249,6 @@ class Examples:
     def classes(self) -> NDArray[np.int64]:
         """(K,) labels as classes."""
         return self.targets.astype(np.int64)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DescriptorScaling:
-    """Scales descriptors for a linear model, by the training molecules only.
-
-    A value that is not finite, or too large for float32 (Ipc overflows), counts as missing and is replaced by the
-    median of the training molecules. Then descriptors are scaled to mean 0 and standard deviation 1 in the training
-    part and clipped to :data:`DESCRIPTOR_LIMIT`. Descriptors that are missing or constant in the training part become
-    0.
-    """
-
-    median: NDArray[np.float64]
-    """(D,) median of the known values."""
-    mean: NDArray[np.float64]
-    """(D,) mean after replacement."""
-    scale: NDArray[np.float64]
-    """(D,) reciprocal of the standard deviation; 0 for a constant descriptor."""
-
-    @classmethod
-    def fit(cls, values: NDArray[np.float64]) -> DescriptorScaling:
-        """Fit the scaling to the (N, D) descriptors of the training molecules."""
-        known = np.where(_is_usable(values), values, np.nan)
-        nowhere = np.isnan(known).all(axis=0)
-        median = np.nanmedian(np.where(nowhere, 0.0, known), axis=0)
-        filled = np.where(np.isnan(known), median, known)
-        mean, std = filled.mean(axis=0), filled.std(axis=0)
-        # Because the mean is rounded, a constant column has a tiny deviation without meaning.
-        varies = std > 1e-9 * np.maximum(1e-6, np.abs(mean))
-        scale = np.where(varies, 1.0 / np.where(varies, std, 1.0), 0.0)
-        return cls(median=median, mean=mean, scale=scale)
-
-    def apply(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(M, D) descriptors, scaled; every value is finite."""
-        filled = np.where(_is_usable(values), values, self.median)
-        scaled = (filled - self.mean) * self.scale
-        return np.clip(scaled, -DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
-
-
-def _is_usable(values: NDArray[np.float64]) -> NDArray[np.bool_]:
-    return np.abs(values) <= float(np.finfo(np.float32).max)
 
 
 def _inputs(kind: BaselineKind, data: BaselineData) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs, DescriptorTable
 from moleblend_ray.model.batch import MoleculeBatch
 
 MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
@@ -54,3 +57,31 @@ def batches_by_size(
         for micro in build_micro_batches(block, 0, 0, batch_size):
             batch = MoleculeBatch.from_micro_batch(micro, device=device)
             yield micro.molecule_ids, batch
+
+
+class ViewDescriptors(NamedTuple):
+    """What one model reads beside the views (conformers) of the molecules of a table."""
+
+    inputs: NDArray[np.float32] | None
+    """(M, D) of the molecules; None if the model reads no descriptors."""
+    molecule: NDArray[np.int64]
+    """(R,) the molecule of each view."""
+
+    def of(self, rows: NDArray[np.int64], device: torch.device) -> Tensor | None:
+        """(B, D) float32 of the views ``rows`` (B,)."""
+        if self.inputs is None:
+            return None
+        return torch.from_numpy(self.inputs[self.molecule[rows]]).to(device)
+
+
+def descriptors_of_views(
+    models: Sequence[DescriptorInputs | None], smiles: Sequence[str], views: NDArray[np.int64]
+) -> list[ViewDescriptors]:
+    """What each of ``models`` reads; the descriptors of ``smiles`` (M,), with ``views`` (M,) each, are computed once, if at
+    all."""
+    table = DescriptorTable.of(smiles) if any(models) else None
+    molecule = np.repeat(np.arange(len(views)), views)
+    return [
+        ViewDescriptors(None if model is None or table is None else model.of(table), molecule)
+        for model in models
+    ]

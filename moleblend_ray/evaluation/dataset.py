@@ -21,6 +21,7 @@ from moleblend_ray.data.shards import GRAPH_COLUMNS, LABEL_PREFIX
 from moleblend_ray.data.splits import UNNAMED, NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.conformer_set import ConformerSet
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorTable
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class LabelledMolecules:
     """(M,) part that the data assigns to each molecule, an index of ``SPLITS``; None if there are none."""
     conformers: ConformerSet | None = None
     """All conformers; None if there is only the first."""
+    descriptors: DescriptorTable | None = None
+    """RDKit's descriptors; None if they were not computed."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -80,7 +83,14 @@ class LabelledMolecules:
             labels=self.labels[indices],
             parts=None if self.parts is None else self.parts[indices],
             conformers=self.conformers and self.conformers.take(self.block.num_atoms, indices),
+            descriptors=None if self.descriptors is None else self.descriptors.take(indices),
         )
+
+    def with_descriptors(self) -> LabelledMolecules:
+        """The same with descriptors, which are computed if they are not there."""
+        if self.descriptors is not None:
+            return self
+        return dataclasses.replace(self, descriptors=DescriptorTable.of(self.smiles))
 
     def posed(
         self, indices: NDArray[np.int64], numbers: NDArray[np.int64] | None = None

@@ -12,7 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data.shards import MOLECULE_FIELDS
-from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS, batches_by_size, views_of
+from moleblend_ray.evaluation.batches import (
+    MOLECULE_COLUMNS,
+    batches_by_size,
+    descriptors_of_views,
+    views_of,
+)
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
 from moleblend_ray.evaluation.property_model import SavedProperty
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -107,9 +112,12 @@ class Embedder:
         views = views_of(table, 1)
         embeddings = np.empty((len(views), self.model.config.dim), dtype=np.float32)
         outputs = np.empty((len(views), len(self.predicted)))
+        models = [] if self.fine_tuned is None else [self.fine_tuned.trained.descriptors]
+        shown = descriptors_of_views(models, table["smiles"].to_pylist(), views)
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
             embeddings[rows] = self.model.embed(batch).float().cpu().numpy()
             if self.fine_tuned is not None:
                 # The whole model, as its head may use the output of the encoder in another way than the embedding.
-                outputs[rows] = self.fine_tuned.model(batch).double().cpu().numpy()
+                inputs = shown[0].of(rows, self.device)
+                outputs[rows] = self.fine_tuned.model(batch, inputs).double().cpu().numpy()
         return embeddings, outputs

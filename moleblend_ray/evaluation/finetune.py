@@ -24,6 +24,7 @@ from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.layerwise_training import freeze_lowest, lr_factors, renew_highest
 from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.scores import is_better, score, worst_score
@@ -141,7 +142,12 @@ def build_pretrained(start: StartingPoint) -> MoleBlendModel:
 
 
 def build_model(
-    start: StartingPoint, num_targets: int, settings: FinetuneSettings, seed: int
+    start: StartingPoint,
+    num_targets: int,
+    settings: FinetuneSettings,
+    seed: int,
+    *,
+    num_descriptors: int = 0,
 ) -> PropertyModel:
     """The starting encoder with a new property head, drawn from ``seed``."""
     torch.manual_seed(seed)
@@ -154,7 +160,9 @@ def build_model(
     readout = ReadoutConfig(
         relations=settings.relations, readout=settings.readout, dropout=settings.head_dropout
     )
-    model = PropertyModel(build_pretrained(start), num_targets, readout)
+    model = PropertyModel(
+        build_pretrained(start), num_targets, readout, num_descriptors=num_descriptors
+    )
     renew_highest(model, settings.fresh_blocks)
     return model
 
@@ -178,16 +186,32 @@ def finetune_once(
     ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training.
     """
     started = time.monotonic()
-    model = build_model(start, len(molecules.columns), settings, seed)
+    inputs = None
+    if settings.descriptors:
+        molecules = molecules.with_descriptors()
+        assert molecules.descriptors is not None
+        inputs = DescriptorInputs.fit(molecules.descriptors.take(train))
+    model = build_model(
+        start,
+        len(molecules.columns),
+        settings,
+        seed,
+        num_descriptors=len(inputs.names) if inputs else 0,
+    )
     standardisation = _scale_labels(model, molecules, train, task, settings)
     trained = TrainedProperty.of(
-        task, molecules.columns, standardisation, conformers=molecules.num_conformers
+        task,
+        molecules.columns,
+        standardisation,
+        conformers=molecules.num_conformers,
+        descriptors=inputs,
     )
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
     model.to(device)
     trainer = _Trainer(
         molecules=molecules,
         targets=targets,
+        descriptors=descriptors_of(trained, molecules),
         train=train,
         model=model,
         loss=_loss_function(task, settings, molecules.labels[train], device),
@@ -288,6 +312,7 @@ class _Trainer:
         *,
         molecules: LabelledMolecules,
         targets: Tensor,
+        descriptors: Tensor | None,
         train: NDArray[np.int64],
         model: PropertyModel,
         loss: _Loss,
@@ -297,6 +322,7 @@ class _Trainer:
     ) -> None:
         self._molecules = molecules
         self._targets = targets
+        self._descriptors = descriptors
         self._train = train
         self._model = model
         self._loss = loss
@@ -366,7 +392,7 @@ class _Trainer:
     def _backward(self, micro: MicroBatch, known: int) -> float:
         batch = MoleculeBatch.from_micro_batch(micro, device=self._device)
         with autocast(self._settings.precision, self._device):
-            outputs = self._model(batch)
+            outputs = self._model(batch, _shown(self._descriptors, micro, self._device))
         targets = self._targets[torch.from_numpy(micro.molecule_ids)].to(self._device)
         loss = self._loss(outputs.float(), targets)
         torch.autograd.backward(loss / known)
@@ -399,8 +425,12 @@ def predict_mean(
 
     For classes probabilities are averaged, not logits, as in later predictions.
     """
+    descriptors = descriptors_of(trained, molecules)
     if molecules.conformers is None:
-        return trained.readout(predict(model, molecules.block, indices, micro_batch_size, device))
+        outputs = predict(
+            model, molecules.block, indices, micro_batch_size, device, descriptors=descriptors
+        )
+        return trained.readout(outputs)
     counts = molecules.conformers.counts[indices]
     total: NDArray[np.float64] | float = 0.0
     for number in range(int(counts.max())):
@@ -409,9 +439,27 @@ def predict_mean(
         rows = np.arange(len(having), dtype=np.int64)
         block = dataclasses.replace(block, molecule_ids=rows)
         values = np.zeros((len(indices), model.num_targets))
-        values[having] = trained.readout(predict(model, block, rows, micro_batch_size, device))
+        shown = None if descriptors is None else descriptors[torch.from_numpy(indices[having])]
+        outputs = predict(model, block, rows, micro_batch_size, device, descriptors=shown)
+        values[having] = trained.readout(outputs)
         total = total + values
     return np.asarray(total / counts[:, None])
+
+
+def descriptors_of(trained: TrainedProperty, molecules: LabelledMolecules) -> Tensor | None:
+    """(M, D) the descriptors that a model reads of all molecules; None if it reads none."""
+    if trained.descriptors is None:
+        return None
+    table = molecules.with_descriptors().descriptors
+    assert table is not None
+    return torch.from_numpy(trained.descriptors.of(table))
+
+
+def _shown(descriptors: Tensor | None, micro: MicroBatch, device: torch.device) -> Tensor | None:
+    """Those of the molecules of a micro-batch."""
+    if descriptors is None:
+        return None
+    return descriptors[torch.from_numpy(micro.molecule_ids)].to(device)
 
 
 @torch.no_grad()
@@ -421,8 +469,12 @@ def predict(
     indices: NDArray[np.int64],
     micro_batch_size: int,
     device: torch.device,
+    *,
+    descriptors: Tensor | None = None,
 ) -> NDArray[np.float64]:
     """Raw outputs (K, T) for the molecules at ``indices`` (K,): logits, or standardised numbers.
+
+    ``descriptors`` (M, D) are the inputs of all molecules, for a model that reads them.
 
     The stored conformer is used, never a random one, so equal input gives equal output.
     """
@@ -434,7 +486,8 @@ def predict(
     for start in range(0, len(by_size), PREDICTION_CHUNK):
         chunk = block.take(by_size[start : start + PREDICTION_CHUNK])
         for micro in build_micro_batches(chunk, 0, 0, micro_batch_size):
-            output = model(MoleculeBatch.from_micro_batch(micro, device=device))
+            batch = MoleculeBatch.from_micro_batch(micro, device=device)
+            output = model(batch, _shown(descriptors, micro, device))
             rows.append(np.array([place[int(index)] for index in micro.molecule_ids]))
             outputs.append(output.double().cpu().numpy())
     predictions = np.empty((len(indices), outputs[0].shape[1]))

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
-from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS, batches_by_size, views_of
+from moleblend_ray.evaluation.batches import (
+    MOLECULE_COLUMNS,
+    batches_by_size,
+    descriptors_of_views,
+    views_of,
+)
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, question_of
 from moleblend_ray.evaluation.property_model import TrainedProperty
 from moleblend_ray.evaluation.similarity import packed_ecfp
@@ -119,9 +124,15 @@ class Predictor:
         """(S, R, T) predictions of S models: values in the unit, or probabilities."""
         shape = (len(self.members), int(views.sum()), len(self.trained.columns))
         outputs = np.empty(shape)
+        shown = descriptors_of_views(
+            [member.saved.trained.descriptors for member in self.members],
+            table["smiles"].to_pylist(),
+            views,
+        )
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
             for index, member in enumerate(self.members):
-                outputs[index, rows] = member.saved.model(batch).double().cpu().numpy()
+                inputs = shown[index].of(rows, self.device)
+                outputs[index, rows] = member.saved.model(batch, inputs).double().cpu().numpy()
         for index, member in enumerate(self.members):
             outputs[index] = member.saved.trained.readout(outputs[index])
         return outputs

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
@@ -26,8 +27,11 @@ logger = logging.getLogger(__name__)
 _NAMED: Final = 5
 """Columns that a message names; the others it counts."""
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 """Version of the two files; it increases with every change that older code cannot read."""
+
+_VERSION_WITHOUT_DESCRIPTORS: Final = 2
+"""What older code can read is written in its version."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,6 +114,8 @@ class TrainedProperty:
     conformers: int = 1
     """Most conformers that a molecule had in fine-tuning, over which its scores are means; 0: no coordinates. Models from before
     this was stored count as having had one."""
+    descriptors: DescriptorInputs | None = None
+    """Descriptors that the model reads; None: none."""
 
     @classmethod
     def of(
@@ -119,6 +125,7 @@ class TrainedProperty:
         standardisation: Standardisation,
         *,
         conformers: int,
+        descriptors: DescriptorInputs | None = None,
     ) -> TrainedProperty:
         """What a model predicts that was fine-tuned on ``task``, with up to ``conformers`` of each molecule."""
         return cls(
@@ -128,7 +135,13 @@ class TrainedProperty:
             unit=task.unit,
             standardisation=standardisation,
             conformers=conformers,
+            descriptors=descriptors,
         )
+
+    @property
+    def num_descriptors(self) -> int:
+        """Number of descriptors that the model reads."""
+        return 0 if self.descriptors is None else len(self.descriptors.names)
 
     def readout(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M, T) head outputs as numbers in the unit, or as probabilities of class 1."""
@@ -159,8 +172,8 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     storage.write_bytes(storage.join(uri, WEIGHTS_NAME), safetensors.torch.save(tensors))
-    document = {
-        "format_version": FORMAT_VERSION,
+    document: dict[str, Any] = {
+        "format_version": _VERSION_WITHOUT_DESCRIPTORS,
         "model": dataclasses.asdict(model.config),
         "readout": dataclasses.asdict(model.readout),
         "task": trained.task,
@@ -171,6 +184,11 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
         "std": trained.standardisation.std.tolist(),
         "conformers": trained.conformers,
     }
+    if trained.descriptors is not None:
+        document |= {
+            "format_version": FORMAT_VERSION,
+            "descriptors": trained.descriptors.to_json(),
+        }
     storage.write_json(storage.join(uri, PROPERTY_NAME), document)
 
 
@@ -192,7 +210,12 @@ def load_property_model(uri: str) -> SavedProperty:
         trained = _trained(document)
         pretrained = MoleBlendModel.without_weights(ModelConfig(**document["model"]))
         state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
-        model = PropertyModel(pretrained, len(trained.columns), _readout(document))
+        model = PropertyModel(
+            pretrained,
+            len(trained.columns),
+            _readout(document),
+            num_descriptors=trained.num_descriptors,
+        )
         # Models of the first version have no element reference, so atoms add 0.
         state.setdefault("reference", model.reference)
         model.load_state_dict(state)
@@ -217,6 +240,7 @@ def _readout(document: dict[str, Any]) -> ReadoutConfig:
 
 
 def _trained(document: dict[str, Any]) -> TrainedProperty:
+    inputs = document.get("descriptors")
     return TrainedProperty(
         task=document["task"],
         kind=TaskKind(document["kind"]),
@@ -227,4 +251,5 @@ def _trained(document: dict[str, Any]) -> TrainedProperty:
             std=np.asarray(document["std"], dtype=np.float64),
         ),
         conformers=document.get("conformers", 1),
+        descriptors=DescriptorInputs.from_json(inputs) if inputs else None,
     )

@@ -16,6 +16,7 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, only_geometry
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
+from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
 from moleblend_ray.model.initialization import fill_constants, init_weights
@@ -132,13 +133,18 @@ class MoleBlendModel(nn.Module):
 
 
 class PropertyModel(nn.Module):
-    """The encoder of a pretrained model and a new property head."""
+    """The encoder of a pretrained model and a new property head, beside it a linear model of descriptors if asked for."""
 
     reference: Tensor
     """(119, num_targets), what an atom of each element adds to the outputs; 0 unless set."""
 
     def __init__(
-        self, pretrained: MoleBlendModel, num_targets: int, readout: ReadoutConfig | None = None
+        self,
+        pretrained: MoleBlendModel,
+        num_targets: int,
+        readout: ReadoutConfig | None = None,
+        *,
+        num_descriptors: int = 0,
     ) -> None:
         super().__init__()
         if num_targets < 1:
@@ -151,9 +157,18 @@ class PropertyModel(nn.Module):
         self.head = PropertyHead(width, num_targets, self.readout.dropout)
         self.register_buffer("reference", torch.zeros(NUM_ELEMENTS, num_targets))
         init_weights(self.head)
+        # Last, and 0: the model begins as one without.
+        self.descriptor_head = (
+            nn.Linear(num_descriptors, num_targets, bias=False) if num_descriptors else None
+        )
+        if self.descriptor_head is not None:
+            nn.init.zeros_(self.descriptor_head.weight)
 
-    def forward(self, batch: MoleculeBatch) -> Tensor:
-        """(B, num_targets) predictions: values for regression, logits for classification."""
+    def forward(self, batch: MoleculeBatch, descriptors: Tensor | None = None) -> Tensor:
+        """(B, num_targets) predictions: values for regression, logits for classification.
+
+        ``descriptors`` (B, num_descriptors), scaled, are for models that read them; a linear map of them is added.
+        """
         if self.readout.relations == "2d":
             batch = batch.without_coordinates()
         blend = only_geometry(batch) if self.readout.relations == "3d" else None
@@ -161,6 +176,10 @@ class PropertyModel(nn.Module):
         # Never in bfloat16: these are large sums that nearly cancel.
         with torch.autocast(self.reference.device.type, enabled=False):
             known = element_counts(batch).to(self.reference.dtype) @ self.reference
+            if self.descriptor_head is not None:
+                assert descriptors is not None
+                shown = dropout(descriptors, self.readout.dropout, training=self.training)
+                known = known + self.descriptor_head(shown)
         return at_least_float32(self._read(encoded, batch)) + known
 
     def _read(self, encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:

@@ -15,7 +15,13 @@ from moleblend_ray.chemistry.scaffolds import split_hash
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, PropertyConfig, TaskConfig
+from moleblend_ray.config.downstream import (
+    EmbedConfig,
+    PredictConfig,
+    PropertyConfig,
+    SweepConfig,
+    TaskConfig,
+)
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
@@ -137,6 +143,9 @@ def set_up(config: PropertyConfig) -> Bench:
     claim(config.out, identity)
     hash_of_split = split_hash(split)
     molecules, split = only_used(molecules, split)
+    if may_read_descriptors(config):
+        logger.info("computing the descriptors of %d molecules", len(molecules))
+        molecules = molecules.with_descriptors()
     experiment = Experiment(task=task, molecules=molecules, split=split, start=start)
     logger.info(
         "%s: %d molecules, split %s into %d / %d / %d",
@@ -153,6 +162,13 @@ def set_up(config: PropertyConfig) -> Bench:
         shared=ray.put(experiment),
         split_hash=hash_of_split,
     )
+
+
+def may_read_descriptors(config: PropertyConfig) -> bool:
+    """Whether a model of this command reads descriptors, which are then computed once for all."""
+    if config.finetune.descriptors:
+        return True
+    return isinstance(config, SweepConfig) and True in config.search.choices.get("descriptors", ())
 
 
 def check_cluster(config: PropertyConfig) -> None:

@@ -16,6 +16,7 @@ from moleblend_ray.evaluation import finetune
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.conformer_set import ConformerSet
 from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs, DescriptorTable
 from moleblend_ray.evaluation.finetune import (
     FinetuneResult,
     StartingPoint,
@@ -480,6 +481,24 @@ def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
     first = trained.readout(predict(model, flexible.block, rows, 3, CPU))
     assert abs(found[0] - first[0]) > 1e-5
+
+
+def test_each_molecule_keeps_its_descriptors_whatever_its_conformers(
+    flexible: LabelledMolecules, pretrained: StartingPoint
+) -> None:
+    values = np.random.default_rng(2).normal(0, 1, (len(flexible), 3))
+    described = dataclasses.replace(flexible, descriptors=DescriptorTable(("a", "b", "c"), values))
+    inputs = DescriptorInputs.fit(DescriptorTable(("a", "b", "c"), values))
+    scale = Standardisation(mean=np.zeros(1), std=np.ones(1))
+    trained = TrainedProperty.of(NUMBER, flexible.columns, scale, conformers=3, descriptors=inputs)
+    model = build_model(pretrained, 1, QUICK, 0, num_descriptors=3).eval()
+    assert model.descriptor_head is not None
+    rows = np.array([6, 0, 1, 2])
+    without = predict_mean(model, trained, described, rows, 3, CPU)
+    torch.nn.init.ones_(model.descriptor_head.weight)
+    added = predict_mean(model, trained, described, rows, 3, CPU) - without
+    expected = inputs.of(described.descriptors).sum(1, keepdims=True)[rows]
+    np.testing.assert_allclose(added, expected, atol=1e-5)
 
 
 def test_taking_molecules_takes_their_conformers(flexible: LabelledMolecules) -> None:

@@ -1,0 +1,218 @@
+"""Models that read descriptors beside their encoder: what they learn from them, and that each molecule gets its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moleblend_ray as mb
+from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
+from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.dataset import LabelledMolecules
+from moleblend_ray.evaluation.descriptor_inputs import (
+    DESCRIPTOR_LIMIT,
+    DescriptorInputs,
+    DescriptorTable,
+)
+from moleblend_ray.evaluation.finetune import (
+    FinetuneResult,
+    StartingPoint,
+    finetune_once,
+    predict_mean,
+)
+from moleblend_ray.evaluation.layerwise_training import depth
+from moleblend_ray.evaluation.property_model import load_property_model, save_property_model
+from moleblend_ray.evaluation.search import SearchSpace
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import Metric, TaskKind, resolve_task
+from moleblend_ray.inference import _featurize
+from moleblend_ray.orchestration.downstream import may_read_descriptors
+
+from .conftest import MakeLabelled, all_smiles
+
+CPU = torch.device("cpu")
+TASK = resolve_task("number", columns=("y0",), kind=TaskKind.REGRESSION, metric=Metric.MAE)
+SETTINGS = FinetuneSettings(
+    learning_rate=1e-3,
+    head_learning_rate=3e-2,
+    head_dropout=0.0,
+    batch_size=16,
+    epochs=40,
+    patience=40,
+    frozen_blocks=2,
+    descriptors=True,
+)
+
+
+def made_up(num_molecules: int) -> DescriptorTable:
+    """Five descriptors that no encoder can know, one of them constant and one often missing."""
+    values = np.random.default_rng(1).normal(3.0, 10.0, (num_molecules, 5))
+    values[:, 3] = 7.0
+    values[::3, 4] = np.nan
+    return DescriptorTable(("a", "b", "c", "d", "e"), values)
+
+
+@pytest.fixture
+def molecules(make_labelled: MakeLabelled) -> LabelledMolecules:
+    """96 molecules whose label is a sum of made-up descriptors."""
+    smiles = all_smiles()
+    table = made_up(len(smiles))
+    labels = 2.0 * table.values[:, 0] - table.values[:, 1]
+    return dataclasses.replace(make_labelled(smiles, labels), descriptors=table)
+
+
+def train(
+    molecules: LabelledMolecules, start: StartingPoint, settings: FinetuneSettings = SETTINGS
+) -> FinetuneResult:
+    rows = np.arange(len(molecules))
+    return finetune_once(
+        molecules,
+        rows[rows % 4 != 0],
+        rows[rows % 4 == 0],
+        task=TASK,
+        start=start,
+        settings=settings,
+        seed=0,
+        device=CPU,
+    )
+
+
+def test_what_descriptors_tell_is_learnt_beside_a_frozen_encoder(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    with_them = train(molecules, tiny_start).valid_score
+    without = train(
+        molecules, tiny_start, dataclasses.replace(SETTINGS, descriptors=False)
+    ).valid_score
+    assert without > 10.0
+    assert with_them < 0.1 * without
+
+
+def test_the_scaling_comes_from_the_training_part_alone(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    found = train(molecules, tiny_start, dataclasses.replace(SETTINGS, epochs=1)).trained
+    assert found.descriptors is not None
+    assert molecules.descriptors is not None
+    rows = np.arange(len(molecules))
+    training = molecules.descriptors.take(rows[rows % 4 != 0])
+    scaled = found.descriptors.of(training)
+    np.testing.assert_allclose(scaled[:, :3].mean(0), 0.0, atol=1e-6)
+    np.testing.assert_allclose(scaled[:, :3].std(0), 1.0, atol=1e-6)
+    assert not scaled[:, 3].any()
+    assert np.isfinite(scaled).all()
+    assert np.abs(scaled).max() <= DESCRIPTOR_LIMIT
+
+
+def test_a_model_that_reads_none_is_as_before_and_one_that_does_begins_as_it(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    # No step changes anything.
+    still = dataclasses.replace(SETTINGS, learning_rate=1e-12, head_learning_rate=1e-12, epochs=1)
+    one, other = (
+        train(molecules, tiny_start, dataclasses.replace(still, descriptors=reads))
+        for reads in (False, True)
+    )
+    assert one.trained.descriptors is None
+    assert one.model.descriptor_head is None
+    assert other.valid_score == pytest.approx(one.valid_score, rel=1e-6)
+
+
+def test_each_molecule_gets_its_own_descriptors_in_any_order(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    result = train(molecules, tiny_start)
+    rows = np.array([40, 3, 77, 12])
+
+    def found(rows: np.ndarray) -> np.ndarray:
+        return predict_mean(result.model, result.trained, molecules, rows, 3, CPU)
+
+    one_by_one = np.concatenate([found(row[None]) for row in rows])
+    assert one_by_one.std() > 5.0
+    np.testing.assert_allclose(found(rows), one_by_one, rtol=1e-4, atol=1e-3)
+    taken = molecules.take(rows)
+    again = predict_mean(result.model, result.trained, taken, np.arange(4), 3, CPU)
+    np.testing.assert_allclose(again, one_by_one, rtol=1e-4, atol=1e-3)
+
+
+def test_a_saved_model_predicts_the_same_from_smiles(
+    tmp_path: Path, make_labelled: MakeLabelled, tiny_start: StartingPoint
+) -> None:
+    smiles = all_smiles()
+    values = descriptors(smiles)
+    labels = values[:, DESCRIPTOR_NAMES.index("MolWt")]
+    molecules = make_labelled(smiles, labels)
+    result = train(molecules, tiny_start, dataclasses.replace(SETTINGS, epochs=3))
+    assert result.trained.num_descriptors == len(DESCRIPTOR_NAMES)
+    rows = np.arange(0, 96, 7)
+    expected = predict_mean(result.model, result.trained, molecules, rows, 8, CPU)
+    assert expected.std() > 1.0
+    uri = str(tmp_path)
+    save_property_model(result.model, result.trained, uri)
+    asked = [molecules.smiles[row] for row in rows]
+    table = mb.PropertyPredictor.from_pretrained(uri, conformers=0).predict(asked)
+    np.testing.assert_allclose(
+        table["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3
+    )
+    part = mb.MoleculeEncoder.from_pretrained(uri).embedder.part(
+        _featurize(asked, 0, 200).molecules
+    )
+    np.testing.assert_allclose(
+        part["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_file_says_what_a_model_reads_and_has_the_older_version_if_it_reads_nothing(
+    tmp_path: Path, molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    for reads, version in ((False, 2), (True, 3)):
+        settings = dataclasses.replace(SETTINGS, epochs=1, descriptors=reads)
+        result = train(molecules, tiny_start, settings)
+        folder = tmp_path / str(reads)
+        save_property_model(result.model, result.trained, str(folder))
+        document = json.loads((folder / "property.json").read_text())
+        assert document["format_version"] == version
+        back = load_property_model(str(folder)).trained.descriptors
+        assert (back is not None) == reads
+        if back is not None:
+            assert back.names == ("a", "b", "c", "d", "e")
+            table = made_up(7)
+            assert result.trained.descriptors is not None
+            np.testing.assert_array_equal(back.of(table), result.trained.descriptors.of(table))
+
+
+def test_descriptors_are_found_by_name_and_a_missing_one_is_named() -> None:
+    table = made_up(20)
+    inputs = DescriptorInputs.fit(table)
+    order = [4, 0, 2, 1, 3]
+    shuffled = DescriptorTable(
+        (*(table.names[index] for index in order), "new"),
+        np.column_stack([table.values[:, order], np.zeros(20)]),
+    )
+    np.testing.assert_array_equal(inputs.of(shuffled), inputs.of(table))
+    with pytest.raises(CheckpointError, match=r"descriptors \['e'\], which this RDKit"):
+        inputs.of(DescriptorTable(table.names[:4], table.values[:, :4]))
+
+
+def test_the_linear_model_counts_as_part_of_the_head() -> None:
+    assert depth("descriptor_head.weight", 6) == depth("head.out.weight", 6) == 7
+
+
+def test_descriptors_are_computed_beforehand_if_a_model_may_read_them() -> None:
+    task = TaskConfig(name="esol", source="esol.csv")
+    plain, reading = FinetuneSettings(), FinetuneSettings(descriptors=True)
+    assert not may_read_descriptors(FinetuneConfig(task=task, out="o", finetune=plain))
+    assert may_read_descriptors(FinetuneConfig(task=task, out="o", finetune=reading))
+    for choices, expected in (
+        ({}, False),
+        ({"descriptors": (True, False)}, True),
+        ({"descriptors": (False,)}, False),
+    ):
+        search = SearchSpace(choices=choices)
+        assert may_read_descriptors(SweepConfig(task=task, out="o", search=search)) == expected
