@@ -16,7 +16,7 @@ Both arms have the same settings (``SETTINGS``, changed by ``key=value`` with th
 each run the epoch is chosen on validation; the test part is scored once, with the weights of that epoch. Each (task,
 arm, seed) is a file in ``--out``; the command again runs what is missing or failed. ``--workers`` processes share the work,
 on a GPU they share it, too. ``DIR/moleculenet.md`` is the table: mean and 95 % confidence interval (Student) over seeds, and the difference
-paired by seed. Needs neither Ray nor RDKit. Prints one JSON line last; ends with status 1 if a run failed.
+paired by seed. Needs no Ray, and RDKit for descriptors and fingerprints alone. Prints one JSON line last; ends with status 1 if a run failed.
 """
 
 from __future__ import annotations
