@@ -28,7 +28,6 @@ from moleblend_ray.training.checkpoint import restore_training_state, training_s
 from moleblend_ray.training.commits import latest_committed
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.loop import Learner, train_step
-from moleblend_ray.training.prefetch import to_device
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.throughput import seconds_of
 
@@ -72,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(learner: Learner, arguments: argparse.Namespace, out: str) -> dict[str, Any]:
     """Seconds of the groups of steps in each way of saving, of a save and of a load, and bytes."""
     device = learner.ranks.device
-    batch = to_device(step_batch(0, arguments.batch, arguments.batch), device)
+    batch = learner.prepare(step_batch(0, arguments.batch, arguments.batch))
     one_step = partial(train_step, learner, batch)
     one_step()
     numbers = iter(range(1, 10**6))

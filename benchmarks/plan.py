@@ -253,14 +253,13 @@ def cpu_seconds(batch: int) -> dict[str, float]:
     from train_step import new_learner, preset, step_batch
 
     from moleblend_ray.training.loop import train_step
-    from moleblend_ray.training.prefetch import to_device
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
     found = {}
     for name, count in CPU_PRESETS.items():
         learner = new_learner(preset(name), "fp32", device)
-        steps = [to_device(step_batch(number, batch, batch), device) for number in range(2)]
+        steps = [learner.prepare(step_batch(number, batch, batch)) for number in range(2)]
         for step in steps:
             train_step(learner, step)
         times = []

@@ -32,7 +32,6 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import build_learner, train_step
-from moleblend_ray.training.prefetch import to_device
 
 STRATEGIES: tuple[Strategy, ...] = ("fsdp", "ddp")
 WARM_UP_STEPS = 1
@@ -136,8 +135,7 @@ def work(arguments: argparse.Namespace) -> None:
         seed=0,
         ranks=Ranks(rank=arguments.rank, world_size=arguments.workers),
     )
-    batch = step_batch(arguments.rank, arguments.batch, arguments.batch)
-    step = to_device(batch, torch.device("cpu"))
+    step = learner.prepare(step_batch(arguments.rank, arguments.batch, arguments.batch))
     seconds = []
     for number in range(WARM_UP_STEPS + arguments.steps):
         dist.barrier()

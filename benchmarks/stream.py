@@ -35,6 +35,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from moleblend_ray.data.batch import StepBatch, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.model.config import BlendConfig, LossConfig
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.stream import (
@@ -55,7 +57,7 @@ from moleblend_ray.orchestration.stream import (
     stream_data_config,
     stream_dataset,
 )
-from moleblend_ray.training.prefetch import DevicePrefetch
+from moleblend_ray.training.prefetch import DevicePrefetch, prepare_step
 
 OBJECT_STORE = Path(__file__).resolve().parents[2] / "shared" / "bin" / "object-store"
 GROWTH = (10_000, 100_000, 1_000_000)
@@ -239,7 +241,9 @@ class Consumed:
 def consume(batches: Iterator[StepBatch], pause_s: float, started: float, watch: Watch) -> Consumed:
     molecules = num_bytes = 0
     wait_s = 0.0
-    with DevicePrefetch(batches, torch.device("cpu"), 2) as steps:
+    cpu = torch.device("cpu")
+    prepare = partial(prepare_step, device=cpu, blend=BlendConfig(), loss=LossConfig(), seed=0)
+    with DevicePrefetch(batches, prepare, cpu, 2) as steps:
         next(steps)
         begun = time.perf_counter()
         watch.begin()

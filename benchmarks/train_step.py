@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--preset base] [--batch 64 ...] [--micro-batch N] [--device cpu|cuda]
                                     [--dtype fp32|bf16] [--steps 10] [--compile] [--plain] [--operators]
 
-The step is the trainer's own (`training/loop.py`): random choices, forward, losses, backward, clipping, optimizer.
+The step is the trainer's own (`training/loop.py`): forward, losses, backward, clipping, optimizer. Copies to the device and
+random choices happen in the background, beside the step before; alone they take ``prepare_s``.
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
 the step's time and the rate of a matrix product measured just after it, the median over steps; each
 batch has gone through a step before. ``peak_mib`` is the process's peak resident memory on a CPU, the
@@ -34,16 +35,14 @@ from plain_model import PlainModel
 from synthetic_molecules import synthetic_block
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.fused import plain_code
-from moleblend_ray.model.losses import loss_counts
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Precision, TrainConfig
 from moleblend_ray.training.distributed import Ranks, autocast, evaluating
 from moleblend_ray.training.loop import Learner, PretrainingObjective, build_learner, train_step
-from moleblend_ray.training.prefetch import DeviceStep, to_device
+from moleblend_ray.training.prefetch import DeviceStep
 from moleblend_ray.training.throughput import (
     compiled_graphs,
     matrix_rate,
@@ -72,7 +71,8 @@ def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict
     micro_batch = arguments.micro_batch or batch
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    steps = [to_device(step_batch(step, batch, micro_batch), device) for step in range(NUM_BATCHES)]
+    batches = [step_batch(number, batch, micro_batch) for number in range(NUM_BATCHES)]
+    steps = [learner.prepare(one) for one in batches]
     line = {
         "benchmark": "train_step",
         "preset": arguments.preset,
@@ -85,6 +85,10 @@ def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict
         "torch": torch.__version__,
         "compile": arguments.compile,
         **measure(learner, steps, arguments.steps, arguments.dtype),
+        "prepare_s": round(
+            statistics.median(seconds_of(partial(learner.prepare, one), device) for one in batches),
+            4,
+        ),
         "padding_share": round(padding_share(steps), 4),
         "pair_padding_share": round(pair_padding_share(steps), 4),
     }
@@ -160,12 +164,9 @@ def check_equal(learner: Learner, plain: Learner, step: DeviceStep) -> None:
     plain.model.load_state_dict(learner.model.state_dict())
     losses = []
     for one in (learner, plain):
-        molecules = step.molecules[0]
-        blend = draw_blend(molecules, one.blend, one.seed)
-        counts = loss_counts(molecules, blend, one.loss)
         code = plain_code() if one is plain else contextlib.nullcontext()
         with code, evaluating(one.objective), autocast(one.train.precision, one.ranks.device):
-            losses.append(float(one.objective(molecules, blend, counts)[0]))
+            losses.append(float(one.objective(step.molecules[0], step.blends[0], step.counts)[0]))
     tolerance = 1e-4 if learner.train.precision == "fp32" else 1e-2
     if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
         raise AssertionError(f"the losses differ: {losses}")

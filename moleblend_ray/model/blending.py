@@ -24,6 +24,7 @@ from torch import Tensor
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import BlendConfig
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.fused import uses_triton
 
 __all__ = ["AtomFeature", "Blend", "BlendConfig", "Relation", "View", "draw_blend", "philox"]
@@ -82,6 +83,12 @@ class Blend:
     view: Tensor | None = None
     """(B,) uint8, a View; None: all molecules are blended."""
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell CUDA's allocator that ``stream`` uses the tensors, which were made on another stream."""
+        for values in (self.pair_choice, self.atom_choice, self.noise, self.view):
+            if values is not None:
+                values.record_stream(stream)
+
     def shows_pair(self, relation: Relation) -> Tensor:
         """(B, N, N) bool: pairs that show ``relation``."""
         return self._shown(self.pair_choice, relation, geometry=relation == Relation.GEOMETRY)
@@ -110,7 +117,7 @@ class Blend:
 
 def philox(counter: tuple[Tensor, ...], seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of four counter words (broadcastable int64 tensors, each 0 to 2**32 - 1)."""
-    if counter[0].device.type == "cuda" and uses_triton():
+    if on_gpu(counter[0]) and uses_triton():
         from moleblend_ray.model.philox_kernels import philox_words  # needs Triton
 
         return philox_words(counter, seed)

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from moleblend_ray.data.batch import MicroBatch, StepBatch
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
+from moleblend_ray.model.blending import Blend, BlendConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.losses import (
     LOSS_NAMES,
     LossConfig,
     count_other_bonds,
-    loss_counts,
     loss_means,
     pretraining_loss_sums,
     total_loss,
@@ -56,7 +55,7 @@ from moleblend_ray.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep
+from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep, prepare_step
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.throughput import Meter, compiled_graphs
 
@@ -81,6 +80,12 @@ class Learner:
     loss: LossConfig
     seed: int
     """Of initial weights, blends and dropout."""
+
+    def prepare(self, batch: StepBatch) -> DeviceStep:
+        """Copy a step to the device and make its random choices."""
+        return prepare_step(
+            batch, self.ranks.device, blend=self.blend, loss=self.loss, seed=self.seed
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +204,7 @@ def fit(
     meter = Meter.of_device(learner.ranks.device, learner.train.precision, learner.ranks.world_size)
     ahead = DevicePrefetch(
         islice(steps, num_steps - start_step),
+        learner.prepare,
         learner.ranks.device,
         learner.train.prefetch_steps,
         while_waiting=hooks.while_waiting,
@@ -297,11 +303,8 @@ def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tup
     A loss or gradient that is not finite raises on all ranks before anything is changed.
     """
     batch = step.batch
-    parts = [
-        (molecules, draw_blend(molecules, learner.blend, learner.seed))
-        for molecules in step.molecules
-    ]
-    counts = sum_over_ranks(sum_of([loss_counts(*part, learner.loss) for part in parts]))
+    parts = list(zip(step.molecules, step.blends, strict=True))
+    counts = sum_over_ranks(step.counts)
     losses = [
         _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
         for index, (micro, part) in enumerate(zip(batch.micro_batches, parts, strict=True))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.distributed import sum_over_ranks
 
@@ -57,7 +58,7 @@ class CutInvariantAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient, which must be there: no ``closure`` computes it."""
-        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+        if any(on_gpu(p) for group in self.param_groups for p in group["params"]):
             super().step(closure)
             return
         for group in self.param_groups:
@@ -242,7 +243,7 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 
 def _sum_of_squares(gradients: list[Tensor]) -> Tensor:
     """() float64."""
-    if gradients[0].device.type != "cpu":
+    if on_gpu(gradients[0]):
         # One launch for all of them: exactness at any number of ranks is promised on CPUs only.
         norms: tuple[Tensor, ...] = torch._foreach_norm(gradients)
         return torch.stack(norms).double().square().sum()

@@ -1,4 +1,4 @@
-"""The next steps' micro-batches, unpacked and copied to the device while the current step computes."""
+"""The next steps' micro-batches, unpacked, copied to the device and blended while the current step computes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from types import TracebackType
 from typing import Final, Self
 
 import torch
+from torch import Tensor
 
 from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
+from moleblend_ray.model.losses import LossConfig, loss_counts
 
 _POLL_S: Final = 0.1
 _JOIN_S: Final = 10.0
@@ -30,19 +33,41 @@ class DeviceStep:
 
     molecules: tuple[MoleculeBatch, ...]
     """The micro-batches of ``batch``, in its order."""
+    blends: tuple[Blend, ...]
+    """What each of them shows."""
+    counts: Tensor
+    """(6,) float64, sum of :func:`~moleblend_ray.model.losses.loss_counts` over them."""
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Tell CUDA's allocator that ``stream`` uses the tensors, which were made on another stream."""
+        for molecules, blend in zip(self.molecules, self.blends, strict=True):
+            molecules.record_stream(stream)
+            blend.record_stream(stream)
+        self.counts.record_stream(stream)
 
 
-def to_device(batch: StepBatch, device: torch.device) -> DeviceStep:
+def to_device(batch: StepBatch, device: torch.device) -> tuple[MoleculeBatch, ...]:
     """Unpack and copy the micro-batches of a step."""
-    molecules = tuple(MoleculeBatch.from_micro_batch(m, device) for m in batch.micro_batches)
-    return DeviceStep(batch=batch, molecules=molecules)
+    return tuple(MoleculeBatch.from_micro_batch(micro, device) for micro in batch.micro_batches)
+
+
+def prepare_step(
+    batch: StepBatch, device: torch.device, *, blend: BlendConfig, loss: LossConfig, seed: int
+) -> DeviceStep:
+    """All of a step that does not depend on the model: many small operations, for which a GPU would wait in the step."""
+    molecules = to_device(batch, device)
+    blends = tuple(draw_blend(part, blend, seed) for part in molecules)
+    counts = [loss_counts(*part, loss) for part in zip(molecules, blends, strict=True)]
+    return DeviceStep(
+        batch=batch, molecules=molecules, blends=blends, counts=torch.stack(counts).sum(0)
+    )
 
 
 class DevicePrefetch:
-    """Iterate over steps that a thread prepares: at most ``depth`` of them wait, and one more is at work.
+    """Iterate over steps that a thread prepares on ``device``: at most ``depth`` of them wait, and one more is at work.
 
-    On CUDA the thread copies on a stream of its own, from page-locked memory, and the reader's stream waits for
-    the copies of a step before it uses them. What reading or preparing raises is raised in the reader, after the
+    On CUDA the thread works on a stream of its own and copies from page-locked memory, and the reader's stream waits for
+    a step before it uses it. What reading or preparing raises is raised in the reader, after the
     steps before it. ``while_waiting`` is told each second for how many seconds the reader has waited; what it raises ends
     the wait. Leave the ``with`` block to stop the thread.
     """
@@ -50,6 +75,7 @@ class DevicePrefetch:
     def __init__(
         self,
         steps: Iterator[StepBatch],
+        prepare: Callable[[StepBatch], DeviceStep],
         device: torch.device,
         depth: int,
         *,
@@ -58,6 +84,7 @@ class DevicePrefetch:
         self._steps = steps
         self._while_waiting = while_waiting
         self._device = device
+        self._prepare = prepare
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -92,12 +119,11 @@ class DevicePrefetch:
             if item.error is None:
                 raise StopIteration
             raise item.error
-        step, copied = item
-        if copied is not None:
+        step, prepared = item
+        if prepared is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_event(copied)
-            for molecules in step.molecules:
-                molecules.record_stream(current)
+            current.wait_event(prepared)
+            step.record_stream(current)
         return step
 
     def _next_item(self) -> _Item:
@@ -115,14 +141,14 @@ class DevicePrefetch:
                 torch.cuda.set_device(self._device)
             with torch.cuda.stream(self._stream):
                 for batch in self._steps:
-                    if not self._put(self._prepare(batch)):
+                    if not self._put(self._item(batch)):
                         return
             self._put(_End(None))
         except BaseException as error:  # whatever it is, the reader must not wait for ever
             self._put(_End(error))
 
-    def _prepare(self, batch: StepBatch) -> tuple[DeviceStep, torch.cuda.Event | None]:
-        step = to_device(batch, self._device)
+    def _item(self, batch: StepBatch) -> _Item:
+        step = self._prepare(batch)
         return step, self._stream.record_event() if self._stream is not None else None
 
     def _put(self, item: _Item) -> bool:

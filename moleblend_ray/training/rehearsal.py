@@ -32,7 +32,7 @@ from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Learner, build_learner, train_step
-from moleblend_ray.training.prefetch import DeviceStep, to_device
+from moleblend_ray.training.prefetch import to_device
 
 _BATCHES: Final = 3
 """Different batches that steps take in turn."""
@@ -196,7 +196,7 @@ def _measure(
     return found
 
 
-def _steps(settings: Rehearsal, found: dict[str, list[float]]) -> list[DeviceStep]:
+def _steps(settings: Rehearsal, found: dict[str, list[float]]) -> list[StepBatch]:
     """Batches as the stream makes them for one worker; what making them costs goes to ``found``."""
     order = OrderConfig(global_batch_size=settings.batch, num_streams=1)
     stream = StreamConfig(micro_batch_size=settings.micro_batch_size)
@@ -214,9 +214,10 @@ def _steps(settings: Rehearsal, found: dict[str, list[float]]) -> list[DeviceSte
     device = torch.device("cpu")
     to_device(batches[0], device)
     began = time.process_time()
-    on_device = [to_device(batch, device) for batch in batches]
+    for batch in batches:
+        to_device(batch, device)
     found["trainer_host_us"] = [1e6 * (time.process_time() - began) / molecules]
-    return on_device[:_BATCHES]
+    return batches[:_BATCHES]
 
 
 def _learner(settings: Rehearsal) -> Learner:
@@ -240,8 +241,9 @@ def _learner(settings: Rehearsal) -> Learner:
 class _Trainer:
     """Takes steps on its batches in turn, beginning with the ``first``."""
 
-    def __init__(self, learner: Learner, steps: Sequence[DeviceStep], *, first: int) -> None:
-        self._learner, self._steps, self._done = learner, steps, first
+    def __init__(self, learner: Learner, batches: Sequence[StepBatch], *, first: int) -> None:
+        self._learner, self._done = learner, first
+        self._steps = [learner.prepare(batch) for batch in batches]
         learner.objective.train()
 
     def seconds(self, count: int) -> list[float]:

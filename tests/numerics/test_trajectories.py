@@ -23,7 +23,6 @@ from moleblend_ray.model.config import LossConfig  # noqa: E402
 from moleblend_ray.training.loop import train_step  # noqa: E402
 from moleblend_ray.training.metrics import Record  # noqa: E402
 from moleblend_ray.training.optim import build_optimizer  # noqa: E402
-from moleblend_ray.training.prefetch import to_device  # noqa: E402
 
 RECORDED = Path(__file__).with_name("loss_curve.json")
 RECORDED_STEPS = 60
@@ -57,7 +56,7 @@ def run_in_double(num_steps: int) -> list[Record]:
     steps = toy.steps(num_molecules=NUM_MOLECULES, micro_batch_size=4)
     records = []
     for step in islice(steps, num_steps):
-        device_step = to_device(step, learner.ranks.device)
+        device_step = learner.prepare(step)
         in_double = [zoo.in_double(molecules) for molecules in device_step.molecules]
         records.append(train_step(learner, replace(device_step, molecules=in_double))[0])
     return records
@@ -93,7 +92,7 @@ def test_the_full_model_learns_a_batch_by_heart() -> None:
     learner = toy.learner(num_steps=10**6, model=replace(MODEL, dim=64, pair_dim=16), loss=LOSS)
     (batch,) = islice(toy.steps(micro_batch_size=4), 1)
     # The same step again, so the same noise and the same hidden relations.
-    device_step = to_device(batch, learner.ranks.device)
+    device_step = learner.prepare(batch)
     record: Record = {}
     for _ in range(400):
         record, _ = train_step(learner, device_step)

@@ -26,7 +26,6 @@ from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, dropout_seed, fit, molecules_checksum, train_step
 from moleblend_ray.training.metrics import Record, read_records
 from moleblend_ray.training.optim import learning_rate
-from moleblend_ray.training.prefetch import DeviceStep, to_device
 from moleblend_ray.training.saving import CheckpointWriter
 
 
@@ -34,21 +33,17 @@ def losses(records: Any) -> list[float]:
     return [record["loss"] for record in records]
 
 
-def on_cpu(batch: StepBatch) -> DeviceStep:
-    return to_device(batch, torch.device("cpu"))
-
-
 def test_the_loss_falls_on_one_repeated_batch() -> None:
     learner = toy.learner(num_steps=20)
     batch = next(toy.steps())
-    records = [train_step(learner, on_cpu(batch))[0] for _ in range(20)]
+    records = [train_step(learner, learner.prepare(batch))[0] for _ in range(20)]
     for name in ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise"):
         assert records[-1][name] < records[0][name]
 
 
 def test_the_optimised_loss_is_the_weighted_sum_of_the_heads() -> None:
     learner = toy.learner()
-    record, _ = train_step(learner, on_cpu(next(toy.steps())))
+    record, _ = train_step(learner, learner.prepare(next(toy.steps())))
     weights = learner.loss
     assert record["loss"] == pytest.approx(
         sum(
@@ -78,7 +73,7 @@ def test_grouping_into_micro_batches_changes_neither_loss_nor_update() -> None:
 def test_an_update_follows_the_clipped_gradient_at_the_recorded_rate() -> None:
     learner = toy.learner(num_steps=6)
     learner = replace(learner, optim=replace(learner.optim, clip_norm=0.01))
-    record, _ = train_step(learner, on_cpu(next(toy.steps())))
+    record, _ = train_step(learner, learner.prepare(next(toy.steps())))
     assert record["grad_norm"] > 1
     # Adam's first moment is a tenth of the first gradient.
     moments = [state["exp_avg"].norm() for state in learner.optimizer.state.values()]
@@ -120,7 +115,7 @@ def test_a_batch_without_coordinates_has_no_geometry_losses() -> None:
     ]
     micro = build_micro_batches(toy.concat(blocks), 0, 0, 4)
     batch = StepBatch(step=0, micro_batches=tuple(micro))
-    record, _ = train_step(toy.learner(), on_cpu(batch))
+    record, _ = train_step(toy.learner(), toy.learner().prepare(batch))
     assert {"loss", "loss_spd", "loss_edge"} <= record.keys()
     assert not {"loss_direction", "loss_denoise"} & record.keys()
 
@@ -143,7 +138,7 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
     micro.position_mask[:] = True
     before = {name: value.clone() for name, value in learner.model.state_dict().items()}
     with pytest.raises(NotFiniteError) as caught:
-        train_step(learner, on_cpu(batch))
+        train_step(learner, learner.prepare(batch))
     assert f"molecule ids {[micro.molecule_ids.tolist()]}" in str(caught.value)
     for name, value in learner.model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -249,11 +244,13 @@ def test_ignored_bonds_are_counted() -> None:
     learner = toy.learner(
         model=replace(toy.MODEL, edge_other_class=False), loss=LossConfig(ignore_other_bonds=True)
     )
-    record, _ = train_step(learner, on_cpu(next(toy.steps())))
+    record, _ = train_step(learner, learner.prepare(next(toy.steps())))
     assert record["other_bonds"] == 0
     block = toy.concat([toy.molecule(i) for i in range(8)])
     block.bond_features[:, 0] = 4  # a type of bond that the paper does not have
-    step = on_cpu(StepBatch(step=1, micro_batches=tuple(build_micro_batches(block, 1, 0, 3))))
+    step = learner.prepare(
+        StepBatch(step=1, micro_batches=tuple(build_micro_batches(block, 1, 0, 3)))
+    )
     record, _ = train_step(learner, step)
     hops = sum(int(part.spd[part.pair_mask].clamp(max=5).sum()) for part in step.molecules)
     assert record["other_bonds"] == hops > 0
@@ -279,7 +276,7 @@ def test_activation_checkpointing_changes_no_number_and_keeps_less() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            part = on_cpu(batch).molecules[0]
+            part = learner.prepare(batch).molecules[0]
             learner.model.encoder(part, None)
         steps = toy.records(learner, toy.steps())
         return losses(steps), list(learner.model.parameters()), sum(kept.values())
@@ -331,7 +328,7 @@ def test_a_step_asks_the_device_for_nothing_until_its_record(
 ) -> None:
     learner = toy.learner(model=toy.DROPOUT_MODEL)
     learner = replace(learner, loss=replace(learner.loss, ignore_other_bonds=ignore_other_bonds))
-    step = on_cpu(next(toy.steps()))
+    step = learner.prepare(next(toy.steps()))
     before_record: list[int] = []
     record = loop._record
 
