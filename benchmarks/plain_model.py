@@ -15,6 +15,7 @@ from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.heads import PairHead
 from moleblend_ray.model.moleblend import MoleBlendModel, MoleBlendOutput
 from moleblend_ray.model.pair_bias import attention_bias
+from moleblend_ray.model.token_embedding import embed_tokens
 
 
 class PlainModel(nn.Module):
@@ -30,7 +31,9 @@ class PlainModel(nn.Module):
         model, encoder = self.model, self.model.encoder
         geometry = encoder.geometry(batch, batch.positions + blend.noise)
         bias = attention_bias(batch, blend, encoder.topology, geometry.bias)
-        tokens = batch.pad_tokens(encoder.input_norm(encoder.embed(batch, blend, geometry)))
+        tokens = batch.pad_tokens(
+            embed_tokens(batch, blend, encoder.atoms, geometry, encoder.input_norm)
+        )
         rates = torch.linspace(0.0, encoder.drop_path, len(encoder.layers)).tolist()
         for layer, rate in zip(encoder.layers, rates, strict=True):
             assert isinstance(layer, Block)
@@ -47,7 +50,7 @@ class PlainModel(nn.Module):
             distance=None
             if model.distance_head is None
             else plain_head(model.distance_head, padded),
-            noise=model.denoising_head(packed, bias[:, :, 1:, 1:], geometry.displacement, batch),
+            noise=model.denoising_head(packed, bias, geometry.displacement, batch),
             environments=None
             if model.environment_head is None
             else model.environment_head(tokens[:, 0]),

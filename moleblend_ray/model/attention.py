@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import draw_kept
-from moleblend_ray.model.fused import uses_triton
+from moleblend_ray.model.fused import linear_and_residual, uses_triton
 from moleblend_ray.model.precision import product_type
 
 NUM_PARTS = 3
@@ -26,51 +27,55 @@ NUM_PARTS = 3
 LARGEST_SEED: Final = (1 << 62) - 1
 """Largest seed that is drawn for the dropout of a kernel."""
 
-Attend = Callable[[Tensor, nn.Linear, float], Tensor]
-"""Tokens (S, D), the linear map to queries, keys and values (S, 3 * D), probability of dropout -> (S, D).
+Attend = Callable[[Tensor, nn.Linear, float], tuple[Tensor, Tensor]]
+"""Tokens (S, D), the linear map to queries, keys and values (S, 3 * D), probability of dropout -> two (S, D).
 
-The result is that of attention before its last linear map.
+These are the result of attention before its last linear map, and the tokens, for the residual sum.
 """
 
 
-def attention_of_blocks(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[Attend]:
+def attention_of_blocks(
+    bias: Tensor, shared: SharedBias | None, batch: MoleculeBatch, num_blocks: int
+) -> list[Attend]:
     """The fastest way to attend with ``bias`` (B, H, T, T), float32 with -inf in padding columns, once for each block.
 
-    The blocks of one forward pass share whatever does not depend on the block.
+    The blocks of one forward pass share whatever does not depend on the block. ``shared`` is :func:`share_bias` of it.
     """
-    if bias.device.type == "cpu":
+    if not on_gpu(bias):
         if torch.is_grad_enabled():
             rows = head_rows(batch, bias.shape[1])
             return [functools.partial(_by_rows, bias, rows)] * num_blocks
         # PyTorch's fused CPU kernel, which has no gradient of the bias: 2.6 times as fast as gathered rows.
         return [functools.partial(_padded, bias, batch)] * num_blocks
-    if not attention_kernel_fits(bias):
+    if shared is None:
         return [functools.partial(_padded, bias, batch)] * num_blocks
-    shared = SharedBias(bias)
     seeds = torch.randint(LARGEST_SEED, (num_blocks, 1), device=bias.device)
     return [functools.partial(_packed, shared, batch, seed) for seed in seeds.unbind(0)]
 
 
-def attention_kernel_fits(bias: Tensor) -> bool:
-    """True if the Triton kernels can take ``bias`` (B, H, T, T): float32, T up to MAX_TOKENS, and Triton works."""
-    if bias.dtype != torch.float32 or not uses_triton():
-        return False
+def share_bias(bias: Tensor) -> SharedBias | None:
+    """``bias`` (B, H, T, T) for the Triton kernels of a forward pass; None if they cannot take it.
+
+    They need a GPU, float32, T up to MAX_TOKENS, and that Triton works.
+    """
+    if not on_gpu(bias) or bias.dtype != torch.float32 or not uses_triton():
+        return None
     # The module imports Triton, which CPU builds of PyTorch lack.
     from moleblend_ray.model.attention_kernels import MAX_TOKENS
 
-    return bias.shape[-1] <= MAX_TOKENS
+    return SharedBias(bias) if bias.shape[-1] <= MAX_TOKENS else None
 
 
 def _by_rows(
     bias: Tensor, rows: HeadRows, tokens: Tensor, to_qkv: nn.Linear, probability: float
-) -> Tensor:
-    return attend_by_rows(to_qkv(tokens), bias, rows, probability)
+) -> tuple[Tensor, Tensor]:
+    return attend_by_rows(to_qkv(tokens), bias, rows, probability), tokens
 
 
 def _padded(
     bias: Tensor, batch: MoleculeBatch, tokens: Tensor, to_qkv: nn.Linear, probability: float
-) -> Tensor:
-    return attend_padded(to_qkv(tokens), bias, batch, probability)
+) -> tuple[Tensor, Tensor]:
+    return attend_padded(to_qkv(tokens), bias, batch, probability), tokens
 
 
 def _packed(
@@ -80,10 +85,10 @@ def _packed(
     tokens: Tensor,
     to_qkv: nn.Linear,
     probability: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     # The matrix product adds the bias at no cost; only its gradient comes from the attention kernel, which has it at hand.
-    qkv = F.linear(tokens, to_qkv.weight, to_qkv.bias.detach())
-    return attend_packed(qkv, to_qkv.bias, shared, batch, seed, probability)
+    qkv, tokens = linear_and_residual(tokens, to_qkv.weight, to_qkv.bias)
+    return attend_packed(qkv, to_qkv.bias, shared, batch, seed, probability), tokens
 
 
 class HeadRows(NamedTuple):

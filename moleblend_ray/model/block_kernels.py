@@ -16,7 +16,13 @@ from torch import Tensor
 from moleblend_ray.model.dropout_kernels import kept
 from moleblend_ray.model.fused import on_its_device
 
-__all__ = ["add_and_norm_backward", "add_and_norm_forward", "gelu_backward", "gelu_forward"]
+__all__ = [
+    "add_and_norm_backward",
+    "add_and_norm_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "gradient_through_norm",
+]
 
 _PROGRAMS = 1024
 """Programs that share the rows of a backward pass. Each sums the gradients of weights over its rows; PyTorch adds these
@@ -150,6 +156,16 @@ def _branch_scale(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def gradient_through_norm(upstream, normalized, weight, rstd, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Gradient of a row before LayerNorm, from its ``normalized`` values and the gradient ``upstream`` of the result."""
+    grad_normalized = upstream * weight
+    # Mean and deviation are functions of the row, too: the parts of the gradient through them are subtracted.
+    along_row = tl.sum(grad_normalized * normalized, 0) / WIDTH
+    along_mean = tl.sum(grad_normalized, 0) / WIDTH
+    return (grad_normalized - normalized * along_row - along_mean) * rstd
+
+
+@triton.jit
 def _add_and_norm(  # type: ignore[no-untyped-def]
     tokens, product, linear_bias, norm_weight, norm_bias, molecule, path_scale, seed,
     output, statistics, count, epsilon, probability,
@@ -204,11 +220,7 @@ def _add_and_norm_backward(  # type: ignore[no-untyped-def]
         upstream = tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
         grad_norm_weight += upstream * normalized
         grad_norm_bias += upstream
-        grad_normalized = upstream * weight
-        # Mean and deviation are functions of the row, too: the parts of the gradient through them are subtracted.
-        along_row = tl.sum(grad_normalized * normalized, 0) / WIDTH
-        along_mean = tl.sum(grad_normalized, 0) / WIDTH
-        result = (grad_normalized - normalized * along_row - along_mean) * rstd
+        result = gradient_through_norm(upstream, normalized, weight, rstd, WIDTH)
         tl.store(grad_tokens + at, result.to(grad_tokens.dtype.element_ty), mask=inside)
         result *= scale
         grad_linear_bias += result

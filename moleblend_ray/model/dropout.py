@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moleblend_ray.model.device import on_gpu
+
 _LEVELS: Final = 1 << 16
 """A probability is rounded to a multiple of 1 / 65536 below 1. Kept elements are scaled by the rounded probability, so
 the mean is exact."""
@@ -24,7 +26,7 @@ def dropout(values: Tensor, probability: float, *, training: bool) -> Tensor:
     """
     if not training or probability == 0.0:
         return values
-    if values.device.type != "cpu":
+    if on_gpu(values):
         return F.dropout(values, probability, training=True)
     kept, scale = draw_kept(values, probability)
     output: Tensor = _KeepAndScale.apply(values, kept, scale)  # type: ignore[no-untyped-call]

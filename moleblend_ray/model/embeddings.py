@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.initialization import draw_normal, draw_uniform
 from moleblend_ray.model.lookup import sum_of_rows
@@ -121,7 +122,7 @@ class TopologyBias(nn.Module):
 
     def spd_bias(self, batch: MoleculeBatch) -> Tensor:
         """(B, N, N, H) bias of the shortest-path distance."""
-        if batch.spd.device.type == "cpu":
+        if not on_gpu(batch.spd):
             return F.embedding(batch.spd.int(), self.spd.weight)
         bias = sum_of_rows(batch.spd.long().view(-1, 1), self.spd.weight)
         return bias.view(*batch.spd.shape, -1)
@@ -192,7 +193,7 @@ class GaussianDistance(nn.Module):
     @staticmethod
     def _by_element(table: Tensor, element: Tensor) -> Tensor:
         """``table`` (2, 119) and ``element`` (B, N) -> (2, B, N)."""
-        if table.device.type == "cpu":
+        if not on_gpu(table):
             return at_least_float32(table)[:, element]
         found = sum_of_rows(element.reshape(-1, 1), at_least_float32(table).t().contiguous())
         return found.t().view(2, *element.shape)
@@ -270,8 +271,10 @@ class GeometryFeatures(NamedTuple):
 
     bias: Tensor
     """(B, N, N, H), 0 where a pair takes no part."""
+    atoms: Tensor
+    """(B, N) bool, atoms that take part."""
     merged: Tensor
-    """(B, N, D), the 3D feature of each atom before scaling, 0 where an atom takes no part."""
+    """(A, D), the 3D feature of each atom before scaling, undefined where an atom takes no part."""
     displacement: Tensor
     """(B, N, N, 3) float32, (position b - position a) / (distance + 1e-5) at [a, b], 0 where no part."""
 
@@ -300,9 +303,9 @@ class GeometryBias(nn.Module):
         kernels, sums = self.gaussian(distance, element, pairs)
         hidden = F.gelu(self.bias_in(kernels))
         bias = self.bias_out(hidden).masked_fill(~pairs[..., None], 0.0)
-        merged = self.merge(sums.to(self.merge.weight.dtype))
         return GeometryFeatures(
             bias=bias,
-            merged=merged.masked_fill(~atoms[..., None], 0.0),
+            atoms=atoms,
+            merged=self.merge(batch.pack_atoms(sums.to(self.merge.weight.dtype))),
             displacement=displacement.masked_fill(~pairs[..., None], 0.0),
         )

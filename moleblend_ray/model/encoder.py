@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moleblend_ray.model.attention import LARGEST_SEED, Attend, attention_of_blocks
+from moleblend_ray.model.attention import (
+    LARGEST_SEED,
+    Attend,
+    SharedBias,
+    attention_of_blocks,
+    share_bias,
+)
 from moleblend_ray.model.batch import MoleculeBatch
-from moleblend_ray.model.blending import AtomFeature, Blend
+from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.embeddings import (
-    MERGED_DISTANCE_SCALE,
     AtomEmbedding,
     GeometryBias,
     GeometryFeatures,
@@ -29,6 +35,7 @@ from moleblend_ray.model.embeddings import (
 )
 from moleblend_ray.model.fused import add_and_norm, gelu_and_dropout
 from moleblend_ray.model.pair_bias import attention_bias
+from moleblend_ray.model.token_embedding import embed_tokens
 
 
 class Draws(NamedTuple):
@@ -80,7 +87,7 @@ class Block(nn.Module):
     def compute(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
         """The block itself, with the arguments of :meth:`forward`."""
         probability = self.attention.dropout if self.training else 0.0
-        attended = attend(tokens, self.attention.qkv, probability)
+        attended, tokens = attend(tokens, self.attention.qkv, probability)
         after_attention = self.compiled or self.after_attention
         return after_attention(tokens, attended, molecule, draws)
 
@@ -106,7 +113,9 @@ class Block(nn.Module):
             path_scale=attention_scale,
             seed=first,
         )
-        hidden = gelu_and_dropout(tokens, self.ffn_in, probability=activation_rate, seed=second)
+        hidden, tokens = gelu_and_dropout(
+            tokens, self.ffn_in, probability=activation_rate, seed=second
+        )
         return add_branch(
             tokens, hidden, self.ffn_out, self.ffn_norm, path_scale=ffn_scale, seed=third
         )
@@ -120,6 +129,8 @@ class EncoderOutput:
     """(S, D) packed tokens; ``MoleculeBatch.pad_tokens`` makes a rectangle of them."""
     bias: Tensor
     """(B, H, T, T) float32 attention bias of every block, -inf in padding columns."""
+    shared_bias: SharedBias | None
+    """The same for kernels, with one gradient for all of them; None where there are no kernels."""
     displacement: Tensor
     """(B, N, N, 3) float32, nearly unit vectors from atom a to atom b at [a, b], of the positions the encoder saw."""
 
@@ -154,18 +165,24 @@ class Encoder(nn.Module):
         positions = batch.positions if blend is None else batch.positions + blend.noise
         geometry: GeometryFeatures = self.geometry(batch, positions)
         bias = attention_bias(batch, blend, self.topology, geometry.bias)
-        tokens = self.input_norm(self.embed(batch, blend, geometry))
+        tokens = embed_tokens(batch, blend, self.atoms, geometry, self.input_norm)
         tokens = dropout(tokens, self.dropout, training=self.training)
-        ways = attention_of_blocks(bias, batch, len(self.layers))
+        shared_bias = share_bias(bias)
+        ways = attention_of_blocks(bias, shared_bias, batch, len(self.layers))
         draws = self._draws(batch)
         for layer, attend, draw in zip(self.layers, ways, draws, strict=True):
             tokens = layer(tokens, attend, batch.token_molecule, draw)
-        return EncoderOutput(tokens=tokens, bias=bias, displacement=geometry.displacement)
+        return EncoderOutput(
+            tokens=tokens,
+            bias=bias,
+            shared_bias=shared_bias,
+            displacement=geometry.displacement,
+        )
 
     def _draws(self, batch: MoleculeBatch) -> list[Draws]:
         num_layers, device = len(self.layers), batch.token_molecule.device
         seeds: Sequence[Tensor | None] = [None] * num_layers
-        if self.training and device.type != "cpu":
+        if self.training and on_gpu(batch.token_molecule):
             seeds = torch.randint(LARGEST_SEED, (num_layers, 3), device=device).unbind(0)
         path_scales = self._path_scales(batch)
         return [
@@ -183,24 +200,3 @@ class Encoder(nn.Module):
         rate = rate[:, None, None]
         kept = torch.rand(num_layers, 2, batch.num_molecules, device=device) >= rate
         return (kept / (1.0 - rate)).unbind(0)
-
-    def embed(
-        self, batch: MoleculeBatch, blend: Blend | None, geometry: GeometryFeatures
-    ) -> Tensor:
-        """(S, D) tokens before the first LayerNorm: categories plus the visible feature of each atom."""
-        categories, degree = self.atoms(batch)
-        merged = batch.pack_atoms(geometry.merged) * MERGED_DISTANCE_SCALE
-        if blend is None:
-            atoms = categories + degree + merged
-        elif blend.view is None:
-            shows_degree = batch.pack_atoms(blend.atom_choice)[:, None] == AtomFeature.DEGREE
-            atoms = categories + torch.where(shows_degree, degree, merged.to(degree.dtype))
-        else:
-            shown = [
-                batch.pack_atoms(blend.shows_atom(feature))[:, None] for feature in AtomFeature
-            ]
-            atoms = categories + degree * shown[0] + (merged * shown[1]).to(degree.dtype)
-        graph = self.atoms.graph_token.to(atoms.dtype).expand(batch.num_molecules, -1)
-        tokens: Tensor = atoms.new_zeros(len(batch.token_index), atoms.shape[1])
-        tokens = tokens.index_copy(0, batch.graph_token, graph)
-        return tokens.index_copy(0, batch.atom_token, atoms)

@@ -69,9 +69,12 @@ def pair_head_flops(config: ModelConfig, num_outputs: int) -> ForwardFlops:
 
 
 def denoising_head_flops(config: ModelConfig) -> ForwardFlops:
-    """Three linear maps, attention scores, and sums of three numbers for each head instead of a value vector."""
+    """Maps to queries, keys and three numbers for each head instead of a value vector, scores, and sums of these numbers.
+
+    The product of the maps to values and axes, once for each batch, is not counted.
+    """
     D, H = config.dim, config.num_heads
-    return ForwardFlops(constant=0.0, linear=6 * D**2 + 2 * 3 * D, quadratic=2 * D + 2 * 3 * H)
+    return ForwardFlops(constant=0.0, linear=4 * D**2 + 2 * 3 * D * H, quadratic=2 * D + 2 * 3 * H)
 
 
 def pretraining_flops(config: ModelConfig) -> ForwardFlops:

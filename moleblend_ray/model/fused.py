@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import dropout
+from moleblend_ray.model.precision import product_type
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def kernels_fit(values: Tensor) -> bool:
     False while ``torch.compile`` traces the code: it fuses PyTorch's operations itself.
     """
     return (
-        values.device.type == "cuda"
+        on_gpu(values)
         and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and uses_triton()
         and not torch.compiler.is_compiling()
@@ -128,15 +130,30 @@ def add_and_norm(
 
 
 def gelu_and_dropout(
-    inputs: Tensor, linear: nn.Linear, *, probability: float, seed: Tensor | None
-) -> Tensor:
-    """(S, F) GELU of ``linear`` of ``inputs`` (S, D), then dropout; ``seed`` as in :func:`add_and_norm`."""
-    if kernels_fit(inputs):
-        product = F.linear(inputs, linear.weight)
+    tokens: Tensor, linear: nn.Linear, *, probability: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(S, F) GELU of ``linear`` of ``tokens`` (S, D), then dropout; and ``tokens``, for the residual sum.
+
+    ``seed`` is as in :func:`add_and_norm`.
+    """
+    if kernels_fit(tokens):
+        product, tokens = linear_and_residual(tokens, linear.weight)
         seed = seed if probability > 0.0 else None
         output: Tensor = _GeluAndDropout.apply(product, linear.bias, seed, probability)  # type: ignore[no-untyped-call]
-        return output
-    return dropout(F.gelu(linear(inputs)), probability, training=True)
+        return output, tokens
+    return dropout(F.gelu(linear(tokens)), probability, training=True), tokens
+
+
+def linear_and_residual(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(S, F) linear map of ``tokens`` (S, D), and ``tokens``, for the residual sum beside it.
+
+    The matrix product of the backward pass adds the gradient of the residual sum to its result. Autograd would add the
+    two in a pass of its own. ``weight`` is (F, D); ``bias`` (F,) gets no gradient here.
+    """
+    with_residual: tuple[Tensor, Tensor] = _LinearAndResidual.apply(tokens, weight, bias)  # type: ignore[no-untyped-call]
+    return with_residual
 
 
 class _AddAndNorm(torch.autograd.Function):
@@ -198,6 +215,32 @@ class _AddAndNorm(torch.autograd.Function):
         dtypes = linear_bias.dtype, norm_weight.dtype, ctx.norm_bias_dtype
         grad_parameters = (total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
         return grad_tokens, grad_product, *grad_parameters, None, None, None, None, None
+
+
+class _LinearAndResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        dtype = product_type(tokens)
+        inputs, matrix = tokens.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(inputs, matrix)
+        ctx.dtypes = tokens.dtype, weight.dtype
+        with torch.autocast(tokens.device.type, enabled=False):
+            product = F.linear(inputs, matrix, None if bias is None else bias.detach().to(dtype))
+        return product, tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_product: Tensor, grad_residual: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
+        inputs, matrix = ctx.saved_tensors
+        tokens_dtype, weight_dtype = ctx.dtypes
+        if tokens_dtype == matrix.dtype:
+            grad_tokens = torch.addmm(grad_residual, grad_product, matrix)
+        else:
+            grad_tokens = grad_residual + grad_product @ matrix
+        return grad_tokens, (grad_product.t() @ inputs).to(weight_dtype), None
 
 
 class _GeluAndDropout(torch.autograd.Function):

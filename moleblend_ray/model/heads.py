@@ -1,12 +1,12 @@
-"""The heads: one for each pair relation, one for coordinate noise, one for properties.
+"""The heads of pair relations and of properties.
 
-Shape legend: B molecules, N atoms (padded), A real atoms packed, T = N + 1 tokens, H heads, D width,
-P width of a pair head's row and column vectors, C outputs of a pair head.
+Shape legend: B molecules, N atoms (padded), A real atoms packed, D width, P width of a pair head's row and column vectors, C outputs of a pair head.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.initialization import draw_normal
-from moleblend_ray.model.precision import at_least_float32
+from moleblend_ray.model.precision import product_type
 
 _ALIGNED = 8
 """16-bit numbers that a tensor core loads at once."""
@@ -25,10 +26,24 @@ PAIR_NORM_EPSILON = 1e-12
 """LayerNorm epsilon of the pair heads (official code)."""
 
 
+def map_together(atoms: Tensor, maps: Sequence[nn.Linear]) -> list[Tensor]:
+    """(A, outputs) of each of the ``maps`` of ``atoms`` (A, D).
+
+    On a GPU one matrix product computes all of them: ``atoms`` are read once, and their gradient is written once instead
+    of being summed over the maps.
+    """
+    if not on_gpu(atoms):
+        return [linear(atoms) for linear in maps]
+    weight = torch.cat([linear.weight for linear in maps])
+    bias = torch.cat([linear.bias for linear in maps])
+    mapped = F.linear(atoms, weight, bias)
+    return list(torch.split(mapped, [linear.out_features for linear in maps], dim=1))
+
+
 class PairHead(nn.Module):
     """C outputs for each atom pair: a linear map of the outer product of a row and a column vector.
 
-    It is computed as a bilinear form, columns first, so that no (B, N, N, P * P) tensor is needed.
+    It is computed as a bilinear form, so that no (B, N, N, P * P) tensor is needed.
     """
 
     def __init__(self, config: ModelConfig, output_shape: tuple[int, ...]) -> None:
@@ -48,75 +63,52 @@ class PairHead(nn.Module):
         draw_normal(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
-        """``atoms`` (A, D) -> (B, N, N, *output_shape): ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``."""
-        row = self.row_norm(F.gelu(self.row(atoms)))
-        column = self.column_norm(F.gelu(self.column(atoms)))
-        return self.combine(row, column, batch)
+    def forward(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
+        """``row`` and ``column`` (A, P), the linear maps of that name of the atoms -> (B, N, N, *output_shape).
+
+        For atoms a and b: ``sum_rc row[a, r] column[b, c] weight[:, r, c] + bias``.
+        """
+        return self.combine(self.row_norm(F.gelu(row)), self.column_norm(F.gelu(column)), batch)
 
     def combine(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
         """The bilinear form of packed ``row`` and ``column`` vectors, both (A, P) -> (B, N, N, *output_shape)."""
-        C, P, _ = self.weight.shape
-        rows = batch.pad_atoms(row)
-        weight: Tensor = self.weight
-        if rows.device.type == "cuda":
-            # Rows of the product must begin at multiples of 16 bytes, else tensor cores read them slowly.
-            weight = F.pad(weight, (0, 0, 0, 0, 0, -C % _ALIGNED))
-        padded = len(weight)
-        # (P columns, C * P rows): the large result then has its final layout and needs no copy.
-        weight = weight.permute(2, 1, 0).flatten(1)
-        contracted = batch.pad_atoms(column @ weight.to(column.dtype))
-        N = contracted.shape[1]
-        contracted = contracted.view(-1, N, P, padded).transpose(1, 2).flatten(2)
-        pairs = torch.bmm(rows, contracted.to(rows.dtype)).view(-1, N, N, padded)
+        by_device = rows_first if on_gpu(row) else columns_first
+        pairs = by_device(row, column, self.weight, batch)
         bias = self.bias if pairs.device.type == "cpu" else self.bias.to(pairs.dtype)
-        output: Tensor = pairs[..., :C] + bias
-        return output.view(-1, N, N, *self.output_shape)
+        output: Tensor = pairs + bias
+        return output.view(*pairs.shape[:3], *self.output_shape)
 
 
-class DenoisingHead(nn.Module):
-    """Predicts the noise on each atom as an attention-weighted sum of its displacements to the other atoms."""
+def columns_first(row: Tensor, column: Tensor, weight: Tensor, batch: MoleculeBatch) -> Tensor:
+    """(B, N, N, C) bilinear form: ``weight`` (C, P, P) times the columns (A, P), then the rows (A, P) times the result.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.dropout = config.attention_dropout
-        self.query = nn.Linear(config.dim, config.dim)
-        self.key = nn.Linear(config.dim, config.dim)
-        self.value = nn.Linear(config.dim, config.dim)
-        self.axes = nn.Linear(config.dim, 3)
-
-    def forward(
-        self, atoms: Tensor, bias: Tensor, displacement: Tensor, batch: MoleculeBatch
-    ) -> Tensor:
-        """``atoms`` (A, D), ``bias`` (B, H, N, N), ``displacement`` (B, N, N, 3) -> (B, N, 3) float32.
-
-        Axis x of atom a is ``axes_x . concat_h sum_b attention[h, a, b] displacement_x[a, b] value[h, b]``. The
-        projection is moved inside the sum, so that only one number for each head, atom and axis is summed.
-        """
-        query, key = (
-            _split_heads(batch.pad_atoms(linear(atoms)), self.num_heads).transpose(1, 2)
-            for linear in (self.query, self.key)
-        )
-        score = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        attention = torch.softmax(at_least_float32(score) + at_least_float32(bias), dim=-1)
-        attention = dropout(attention, self.dropout, training=self.training)
-        per_axis = self._projected_values(atoms, batch)
-        with torch.autocast(atoms.device.type, enabled=False):
-            # (B, N, N, 3): contribution of atom b to atom a, summed over heads.
-            contribution = torch.einsum("bhij,bjhx->bijx", attention, at_least_float32(per_axis))
-            moved = (contribution * displacement).sum(dim=2)
-            return moved + at_least_float32(self.axes.bias)
-
-    def _projected_values(self, atoms: Tensor, batch: MoleculeBatch) -> Tensor:
-        """(B, N, H, 3): each head's value vector times the weights of each axis."""
-        value = _split_heads(self.value(atoms), self.num_heads)
-        axes = _split_heads(self.axes.weight, self.num_heads)
-        return batch.pad_atoms(torch.einsum("ahd,xhd->ahx", value, axes.to(value.dtype)))
+    The fastest way on a CPU.
+    """
+    C, P, _ = weight.shape
+    rows = batch.pad_atoms(row)
+    # (P columns, C * P rows): the large result then has its final layout and needs no copy.
+    weight = weight.permute(2, 1, 0).flatten(1)
+    contracted = batch.pad_atoms(column @ weight.to(column.dtype))
+    N = contracted.shape[1]
+    contracted = contracted.view(-1, N, P, C).transpose(1, 2).flatten(2)
+    return torch.bmm(rows, contracted.to(rows.dtype)).view(-1, N, N, C)
 
 
-def _split_heads(features: Tensor, num_heads: int) -> Tensor:
-    return features.view(*features.shape[:-1], num_heads, -1)
+def rows_first(row: Tensor, column: Tensor, weight: Tensor, batch: MoleculeBatch) -> Tensor:
+    """The same as :func:`columns_first`, for GPUs: a product for each row of pairs.
+
+    The large tensors are written in the layout in which they are read. Only the columns are copied, once for each row.
+    """
+    C, P, _ = weight.shape
+    # Rows of the products must begin at multiples of 16 bytes, else tensor cores read them slowly.
+    weight = F.pad(weight, (0, 0, 0, 0, 0, -C % _ALIGNED))
+    dtype = product_type(row)
+    rows, columns = batch.pad_atoms(row.to(dtype)), batch.pad_atoms(column.to(dtype))
+    B, N, _ = rows.shape
+    contracted = rows.flatten(0, 1) @ weight.permute(1, 2, 0).flatten(1).to(dtype)
+    repeated = columns[:, None].expand(B, N, N, P).reshape(B * N, N, P)
+    pairs = torch.bmm(repeated, contracted.view(B * N, P, -1))
+    return pairs.view(B, N, N, -1)[..., :C]
 
 
 class PropertyHead(nn.Module):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.fused import uses_triton
 
 _CHUNK: Final = 1 << 18
@@ -21,7 +22,7 @@ def sum_of_rows(rows: Tensor, table: Tensor) -> Tensor:
     of rows that millions of pairs read, this takes longer than the attention. The same sum is a matrix product: marks
     (M, R), 1 where a bag reads a row, transposed, times the gradient. The order of its terms is fixed.
     """
-    if table.device.type == "cpu" or not uses_triton():
+    if not (on_gpu(table) and uses_triton()):
         return F.embedding_bag(rows, table, mode="sum")
     output: Tensor = _SumOfRows.apply(rows, table)  # type: ignore[no-untyped-call]
     return output

@@ -16,9 +16,10 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, only_geometry
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
+from moleblend_ray.model.denoising import DenoisingHead
 from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
-from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
+from moleblend_ray.model.heads import PairHead, PropertyHead, map_together
 from moleblend_ray.model.initialization import fill_constants, init_weights
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ATOM_VOCAB_SIZES, NUM_HOPS
@@ -112,19 +113,29 @@ class MoleBlendModel(nn.Module):
         """Predict all relations from those that ``blend`` shows; None: from all of them, without noise."""
         encoded: EncoderOutput = self.encoder(batch, blend)
         atoms = encoded.tokens.index_select(0, batch.atom_token)
+        spd, edge, direction, distance = self._pair_predictions(atoms, batch)
+        assert spd is not None
+        assert edge is not None
         return MoleBlendOutput(
             tokens=encoded.tokens,
-            spd_logits=self.spd_head(atoms, batch),
-            edge_logits=self.edge_head(atoms, batch),
-            direction=None if self.direction_head is None else self.direction_head(atoms, batch),
-            distance=None if self.distance_head is None else self.distance_head(atoms, batch),
+            spd_logits=spd,
+            edge_logits=edge,
+            direction=direction,
+            distance=distance,
             noise=self.denoising_head(
-                atoms, encoded.bias[:, :, 1:, 1:], encoded.displacement, batch
+                atoms, encoded.bias, encoded.displacement, batch, encoded.shared_bias
             ),
             environments=None
             if self.environment_head is None
             else self.environment_head(_graph_states(encoded, batch)),
         )
+
+    def _pair_predictions(self, atoms: Tensor, batch: MoleculeBatch) -> list[Tensor | None]:
+        """What each head of pairs predicts; None for those that the model does not have."""
+        heads = [self.spd_head, self.edge_head, self.direction_head, self.distance_head]
+        maps = [one for head in heads if head is not None for one in (head.row, head.column)]
+        mapped = iter(map_together(atoms, maps))
+        return [None if head is None else head(next(mapped), next(mapped), batch) for head in heads]
 
     def embed(self, batch: MoleculeBatch) -> Tensor:
         """(B, D) state of each molecule's graph token, every relation visible."""

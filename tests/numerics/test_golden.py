@@ -271,7 +271,8 @@ def watch(
         seen["bias_3d"] = output.bias.permute(0, 3, 1, 2).masked_fill(
             ~batch.atom_mask[:, None, None, :], float("-inf")
         )
-        seen["merged_3d_feature"], seen["delta_pos"] = output.merged, output.displacement
+        seen["merged_3d_feature"] = batch.pad_atoms(output.merged)
+        seen["delta_pos"] = output.displacement
         seen["bias_spd"] = encoder.topology.spd_bias(batch).permute(0, 3, 1, 2)
         seen["bias_edge"] = encoder.topology.edge_bias(batch).permute(0, 3, 1, 2)
         nothing = torch.zeros_like(output.bias)

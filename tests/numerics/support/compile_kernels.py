@@ -22,10 +22,12 @@ from triton.compiler import ASTSource
 from moleblend_ray.model import (
     attention_kernels,
     block_kernels,
+    denoising_kernels,
     geometry_kernels,
     loss_kernels,
     pair_bias_kernels,
     philox_kernels,
+    token_embedding_kernels,
 )
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -33,7 +35,7 @@ TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 BFLOAT16 = (
     "qkv grad_qkv output grad_output product grad_product density grad_density logits grad_logits "
-    "geometry grad_geometry hop_table"
+    "geometry grad_geometry hop_table mapped grad_mapped merged grad_merged embedded grad_embedded"
 )
 FLOAT32 = (
     "grad_bias linear_bias grad_linear_bias_parts "
@@ -41,19 +43,22 @@ FLOAT32 = (
     "path_scale statistics tokens grad_tokens "
     "value grad_value mean grad_mean_parts width grad_width_parts sums grad_sums "
     "weight loss normaliser "
-    "spd_table grad_table_parts virtual grad_virtual_parts blended grad_blended"
+    "spd_table grad_table_parts virtual grad_virtual_parts blended grad_blended "
+    "displacement parts categories degree graph_token"
 )
-INT64 = "first_token num_atoms seed molecule target c0 c1 c2 c3 words"
+INT64 = "first_token num_atoms seed molecule offsets target c0 c1 c2 c3 words"
 TYPES: Mapping[str, str] = {
     **dict.fromkeys(BFLOAT16.split(), "*bf16"),
     **dict.fromkeys(FLOAT32.split(), "*fp32"),
     **dict.fromkeys(INT64.split(), "*i64"),
     "bias": "*bf16",
     "known": "*i1",
-    **dict.fromkeys(["spd", "path_codes", "shown"], "*u8"),
-    **dict.fromkeys(["T", "first_molecule", "count", "pairs", "rows"], "i32"),
+    **dict.fromkeys(["spd", "path_codes", "shown", "features", "degrees"], "*u8"),
+    **dict.fromkeys(["T", "N", "first_molecule", "count", "pairs", "rows"], "i32"),
     **dict.fromkeys(["low", "high"], "i64"),
-    **dict.fromkeys(["dropout_probability", "probability", "epsilon", "norm"], "fp32"),
+    **dict.fromkeys(
+        ["dropout_probability", "probability", "epsilon", "norm", "merged_scale"], "fp32"
+    ),
 }
 """Types of the arguments of kernels, by name."""
 
@@ -62,8 +67,9 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Kernels, constants and numbers of warps, as the preset ``base`` launches them."""
     heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "WIDTH_TILE": 32, "DROPS": True}
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
-        for kernel in (attention_kernels._forward, attention_kernels._backward):
-            yield kernel, {**heads, "TILE": tile, "PRECISION": "tf32"}, warps
+        for module, extra in ((attention_kernels, 1), (denoising_kernels, 2 if tile == 64 else 1)):
+            for kernel in (module._forward, module._backward):
+                yield kernel, {**heads, "TILE": tile, "PRECISION": "tf32"}, warps * extra
     row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
     yield block_kernels._add_and_norm, row, 4
     yield block_kernels._add_and_norm_backward, row, 4
@@ -88,6 +94,14 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield pair_bias_kernels._distances_backward, {**sums, **rows}, 16
         rows = {"ROWS": 305, "ROW_TILE": 512}
         yield pair_bias_kernels._hops_backward, {**sums, **rows, **paths}, 16
+    token = {"WIDTH": 768, "TILE": 1024}
+    categories = {"NUM_FEATURES": 9, "NUM_DEGREES": 16}
+    yield token_embedding_kernels._embed, {**token, **categories}, 4
+    yield token_embedding_kernels._norm_backward, token, 4
+    sums = {"NUM_CATEGORIES": 174, "ROW_TILE": 256, "WIDTH": 768, "COLUMNS": 64, "TOKENS": 32}
+    for precision in ("tf32", "tf32x3"):
+        part = {**categories, **sums, "PRECISION": precision}
+        yield token_embedding_kernels._tables_backward, part, 8
     yield philox_kernels._philox, {"BLOCK": 1024}, 4
 
 
@@ -121,7 +135,8 @@ def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
 def name_of(kernel: Any, constants: Mapping[str, Any]) -> str:
     """The kernel with the constants that distinguish its cases, the tile last."""
     parts = (constants.get(name, "") for name in ("NUM_HEADS", "PRECISION", "TILE"))
-    return " ".join(map(str, (kernel.__name__, *parts))).rstrip()
+    module = kernel.fn.__module__.rpartition(".")[2]
+    return " ".join(map(str, (f"{module}.{kernel.__name__}", *parts))).rstrip()
 
 
 if __name__ == "__main__":

@@ -174,7 +174,9 @@ def test_the_whole_model_gives_the_same_by_the_kernels(monkeypatch: pytest.Monke
     others = [name for name, _ in model.named_parameters() if not name.startswith(pair_heads)]
     assert len(expected) == len(others)
 
-    def by_kernels(bias: Tensor, batch: MoleculeBatch, num_blocks: int) -> list[attention.Attend]:
+    def by_kernels(
+        bias: Tensor, shared: SharedBias | None, batch: MoleculeBatch, num_blocks: int
+    ) -> list[attention.Attend]:
         shared = SharedBias(bias)
         return [functools.partial(attention._packed, shared, batch, no_seed())] * num_blocks
 

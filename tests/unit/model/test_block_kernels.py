@@ -143,13 +143,13 @@ def test_gelu_and_its_dropout(width: int) -> None:
     layer = linear(width)
     plain = F.gelu(layer(hidden))
     torch.testing.assert_close(
-        fused.gelu_and_dropout(hidden, layer, probability=0.0, seed=None),
+        fused.gelu_and_dropout(hidden, layer, probability=0.0, seed=None)[0],
         plain,
         rtol=1e-5,
         atol=1e-6,
     )
     rate = 0.4
-    output = fused.gelu_and_dropout(hidden, layer, probability=rate, seed=seed(3))
+    output, _ = fused.gelu_and_dropout(hidden, layer, probability=rate, seed=seed(3))
     kept = output != 0
     assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.02)
     torch.testing.assert_close(
@@ -168,7 +168,7 @@ def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
     torch.nn.init.constant_(layer.bias, 10.0)
 
     def kept(number: int) -> Tensor:
-        output = fused.gelu_and_dropout(
+        output, _ = fused.gelu_and_dropout(
             hidden, layer, probability=0.5, seed=torch.tensor([number], device=DEVICE)
         )
         return (output[0] != 0).cpu()

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.heads import DenoisingHead, PairHead, PropertyHead
+from moleblend_ray.model.denoising import DenoisingHead
+from moleblend_ray.model.heads import PairHead, PropertyHead, map_together
 
 CONFIG = ModelConfig(
     num_layers=1, dim=12, ffn_dim=12, num_heads=3, num_kernels=4, pair_dim=6, attention_dropout=0.0
@@ -27,7 +28,7 @@ def test_pair_head_equals_a_linear_map_of_the_outer_product_and_so_do_its_gradie
     atoms = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
     probe = torch.randn(2, 5, 5, 7, dtype=torch.float64) * batch.pair_mask[..., None]
 
-    bilinear = head(atoms, batch)
+    bilinear = head(*map_together(atoms, [head.row, head.column]), batch)
     gradients = torch.autograd.grad((bilinear * probe).sum(), [atoms, *head.parameters()])
 
     padded = batch.pad_atoms(atoms)
@@ -47,17 +48,22 @@ def test_pair_head_passes_the_numerical_gradient_check() -> None:
     batch = zoo.batch([zoo.chain(2), zoo.chain(3)])
     head = drawn(PairHead(CONFIG, (2,)))
     atoms = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: head(x, batch)[batch.pair_mask], atoms)
+
+    def predictions(atoms: torch.Tensor) -> torch.Tensor:
+        return head(head.row(atoms), head.column(atoms), batch)[batch.pair_mask]
+
+    assert torch.autograd.gradcheck(predictions, atoms)
 
 
 def test_denoising_head_equals_the_attention_over_displaced_values() -> None:
     batch = zoo.batch([zoo.chain(3), zoo.ring(5)])
     head = drawn(DenoisingHead(CONFIG))
     atoms = torch.randn(8, 12, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(2, 3, 5, 5, dtype=torch.float64)
-    bias = bias.masked_fill(~batch.atom_mask[:, None, None, :], float("-inf"))
+    links_too = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    bias = links_too[:, :, 1:, 1:]
+    bias.masked_fill_(~batch.atom_mask[:, None, None, :], float("-inf"))
     displacement = torch.randn(2, 5, 5, 3, dtype=torch.float64)
-    ours = head(atoms, bias, displacement, batch)[batch.atom_mask]
+    ours = head(atoms, links_too, displacement, batch)[batch.atom_mask]
 
     def heads(linear: nn.Linear) -> torch.Tensor:
         return linear(batch.pad_atoms(atoms)).view(2, 5, 3, 4).transpose(1, 2)
@@ -82,7 +88,7 @@ def test_attention_of_the_denoising_head_is_dropped_in_training_alone() -> None:
     batch = zoo.batch([zoo.ring(6)])
     head = drawn(DenoisingHead(dataclasses.replace(CONFIG, attention_dropout=0.5)))
     atoms = torch.randn(6, 12, dtype=torch.float64)
-    bias = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
+    bias = torch.zeros(1, 3, 7, 7, dtype=torch.float64)
     displacement = torch.randn(1, 6, 6, 3, dtype=torch.float64)
     one, other = (head(atoms, bias, displacement, batch) for _ in range(2))
     assert not torch.equal(one, other)

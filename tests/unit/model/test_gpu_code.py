@@ -1,0 +1,119 @@
+"""A whole training step by the code for GPUs against the plain code; without GPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Literal
+
+import molecule_zoo as zoo
+import pytest
+import torch
+from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
+from torch import Tensor
+
+from moleblend_ray.model import device
+from moleblend_ray.model.blending import BlendConfig, draw_blend
+from moleblend_ray.model.config import LossConfig, ModelConfig
+from moleblend_ray.model.fused import plain_code
+from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
+from moleblend_ray.model.moleblend import MoleBlendModel
+
+pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
+
+MOLECULES = [
+    zoo.single_atom(),
+    zoo.chain(2),
+    zoo.ring(6, tail=2).without_positions([1, 3]),
+    zoo.ring(5, tail=14),
+    zoo.chain(4).without_positions(),
+]
+EVERY_HEAD = dataclasses.replace(SMALL_MODEL, distance_head=True, environment_bins=16)
+VIEWS = BlendConfig(view_probabilities=(0.4, 0.2, 0.2, 0.2))
+
+
+@pytest.fixture(autouse=True)
+def interpreted() -> None:
+    from moleblend_ray.model import denoising_kernels
+
+    skip_if_not_interpreted(denoising_kernels._forward)
+
+
+def step(
+    model: MoleBlendModel, blend: BlendConfig | None, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, or without a blend the sum of weighted predictions, and the gradients of all parameters that have one."""
+    batch = zoo.batch(MOLECULES, device=DEVICE)
+    torch.manual_seed(3)
+    model.zero_grad()
+    with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+        if blend is None:
+            tokens = model(batch).tokens
+            weight = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
+            loss = (tokens * weight.to(tokens)).sum()
+        else:
+            drawn = draw_blend(batch, blend, seed=5)
+            settings = LossConfig(distance_weight=0.5, environment_weight=0.1)
+            sums = pretraining_loss_sums(model(batch, drawn), batch, drawn, settings)
+            loss = total_loss(sums, loss_counts(batch, drawn, settings), settings)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), found
+
+
+def both_codes(
+    monkeypatch: pytest.MonkeyPatch,
+    config: ModelConfig,
+    blend: BlendConfig | None,
+    dtype: torch.dtype,
+    *,
+    recompute: bool = False,
+) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
+    """The same step by the code for GPUs, and by the plain code."""
+    torch.manual_seed(0)
+    model = MoleBlendModel(config).to(DEVICE)
+    zoo.spread_weights(model)
+    plain = plain_code() if DEVICE.type == "cuda" else contextlib.nullcontext()
+    with plain:
+        expected = step(model, blend, dtype)
+    model.encoder.recompute_blocks(enabled=recompute)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "GPU_TYPES", frozenset({"cpu", "cuda"}))
+        return step(model, blend, dtype), expected
+
+
+@pytest.mark.parametrize(
+    ("blend", "missing_positions", "recompute"),
+    [
+        pytest.param(None, "mask", False, id="all relations"),
+        pytest.param(BlendConfig(), "origin", False, id="blended pairs"),
+        pytest.param(VIEWS, "mask", True, id="views, blocks recomputed"),
+    ],
+)
+def test_the_loss_and_all_gradients_are_those_of_the_plain_code(
+    monkeypatch: pytest.MonkeyPatch,
+    blend: BlendConfig | None,
+    missing_positions: Literal["mask", "origin"],
+    recompute: bool,
+) -> None:
+    config = dataclasses.replace(EVERY_HEAD, missing_positions=missing_positions)
+    ours, plain = both_codes(monkeypatch, config, blend, torch.float32, recompute=recompute)
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-5, atol=1e-5)
+    assert ours[1].keys() == plain[1].keys()
+    for name, expected in plain[1].items():
+        difference = (ours[1][name] - expected).norm()
+        assert difference <= 1e-4 * expected.norm() + 1e-6, name
+
+
+@pytest.mark.gpu  # Triton's interpreter does not multiply bfloat16
+@pytest.mark.parametrize("blend", [None, BlendConfig(), VIEWS], ids=["shown", "pairs", "views"])
+def test_in_bfloat16_gradients_point_where_those_of_the_plain_code_do(
+    monkeypatch: pytest.MonkeyPatch, blend: BlendConfig | None
+) -> None:
+    ours, plain = both_codes(monkeypatch, EVERY_HEAD, blend, torch.bfloat16)
+    exact, _ = both_codes(monkeypatch, EVERY_HEAD, blend, torch.float32)
+    torch.testing.assert_close(ours[0], plain[0], rtol=1e-2, atol=1e-2)
+    for name, expected in exact[1].items():
+        # Both are rounded; the kernels must not lose more than PyTorch's operations do.
+        lost, allowed = (gradients[1][name].float() - expected for gradients in (ours, plain))
+        assert lost.norm() <= 2.0 * allowed.norm() + 0.02 * expected.norm() + 1e-6, name
