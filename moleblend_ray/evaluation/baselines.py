@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorScaling
+from moleblend_ray.evaluation.linear_model import fit_linear, linear_grid
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 
@@ -96,9 +97,6 @@ MIN_LEAF_SHARE: Final = 0.05
 BOOSTING_FEATURES: Final = 0.1
 """Share of the bits among which each split of a boosted tree chooses."""
 
-_INVERSE_PENALTIES: Final = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_PENALTIES: Final = (1.0, 10.0, 100.0, 1000.0, 10000.0)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineData:
@@ -150,9 +148,7 @@ def candidate_groups(
         return _forest_grid(task_kind, int(np.minimum(known, MAX_TREE_MOLECULES).sum()), num_trees)
     if kind is BaselineKind.BOOSTING:
         return _boosting_grid(int(known.sum()), num_rounds)
-    if task_kind is TaskKind.CLASSIFICATION:
-        return [[{"C": value} for value in _INVERSE_PENALTIES]]
-    return [[{"alpha": value} for value in _PENALTIES]]
+    return [list(linear_grid(task_kind))]
 
 
 def _forest_grid(task_kind: TaskKind, num_labels: int, num_trees: int) -> list[list[Settings]]:
@@ -326,19 +322,9 @@ def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray
 
 
 def _fit_linear(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
-    from sklearn.linear_model import LogisticRegression, Ridge
-
-    outputs = []
-    for settings in group:
-        if examples.kind is TaskKind.CLASSIFICATION:
-            # Newton's method: exact in a few steps, and fast enough with 200 inputs.
-            model = LogisticRegression(**settings, solver="newton-cholesky", max_iter=200)
-            model.fit(examples.inputs, examples.classes)
-            outputs.append(model.decision_function(examples.asked))
-        else:
-            model = Ridge(**settings).fit(examples.inputs, examples.targets)
-            outputs.append(model.predict(examples.asked))
-    return outputs
+    labels = examples.targets[:, None]
+    models = (fit_linear(examples.kind, examples.inputs, labels, settings) for settings in group)
+    return [model(examples.asked)[:, 0] for model in models]
 
 
 _FITS: Final[

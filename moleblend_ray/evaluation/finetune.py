@@ -11,7 +11,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,9 @@ from moleblend_ray.evaluation.atom_reference import element_counts, fit_referenc
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.layerwise_training import freeze_lowest, lr_factors, renew_highest
+from moleblend_ray.evaluation.linear_model import LinearModel, fit_linear, linear_grid
 from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
-from moleblend_ray.evaluation.scores import is_better, score, worst_score
+from moleblend_ray.evaluation.scores import best_candidate, is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind
 from moleblend_ray.model.batch import MoleculeBatch
@@ -207,6 +208,9 @@ def finetune_once(
         descriptors=inputs,
     )
     targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
+    if inputs is not None:
+        linear = _linear_start(task, trained, molecules, train, valid, settings)
+        model.begin_with_linear(torch.from_numpy(linear.weight), torch.from_numpy(linear.bias))
     model.to(device)
     trainer = _Trainer(
         molecules=molecules,
@@ -243,6 +247,34 @@ def finetune_once(
             break
     best.restore()
     return FinetuneResult(model=model.cpu().eval(), trained=trained, history=tuple(history))
+
+
+def _linear_start(
+    task: Task,
+    trained: TrainedProperty,
+    molecules: LabelledMolecules,
+    train: NDArray[np.int64],
+    valid: NDArray[np.int64],
+    settings: FinetuneSettings,
+) -> LinearModel:
+    """The linear model of descriptors with the penalty that validation prefers, fitted to the training part."""
+    descriptors = descriptors_of(trained, molecules)
+    assert descriptors is not None
+    inputs = descriptors.double().numpy()
+    labels = trained.standardisation.normalise(molecules.labels)
+    balanced = settings.class_weights == "balanced"
+    candidates = []
+    for penalty in linear_grid(task.kind):
+        model = fit_linear(task.kind, inputs[train], labels[train], penalty, balanced=balanced)
+        predictions = trained.readout(model(inputs[valid]))
+        found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
+        candidates.append(_LinearCandidate(model, found.value))
+    return best_candidate(task.metric, candidates).model
+
+
+class _LinearCandidate(NamedTuple):
+    model: LinearModel
+    valid_score: float
 
 
 def _scale_labels(

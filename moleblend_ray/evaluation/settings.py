@@ -44,8 +44,8 @@ class FinetuneSettings:
     """What the property head reads. token: the graph token; mean: the mean of the atoms; token+mean: both; sum: each
     atom, with outputs added, for properties that grow with the molecule."""
     descriptors: bool = False
-    """Add a linear model of RDKit's 2D descriptors to the output of the head, trained together with it. They are scaled by
-    the training part."""
+    """Add a linear model of RDKit's 2D descriptors to the output of the head. It is fitted first, with descriptors scaled by
+    the training part, and then trained together with the encoder."""
     head_dropout: float = 0.1
     """Dropout in the property head, and of descriptors."""
     attention_dropout: float | None = None

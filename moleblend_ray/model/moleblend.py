@@ -169,11 +169,22 @@ class PropertyModel(nn.Module):
         self.register_buffer("reference", torch.zeros(NUM_ELEMENTS, num_targets))
         init_weights(self.head)
         # Last, and 0: the model begins as one without.
-        self.descriptor_head = (
-            nn.Linear(num_descriptors, num_targets, bias=False) if num_descriptors else None
-        )
+        self.descriptor_head = nn.Linear(num_descriptors, num_targets) if num_descriptors else None
         if self.descriptor_head is not None:
             nn.init.zeros_(self.descriptor_head.weight)
+            nn.init.zeros_(self.descriptor_head.bias)
+
+    def begin_with_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as the linear model with ``weight`` (num_targets, num_descriptors) and ``bias`` (num_targets,).
+
+        The head adds nothing to it yet, so that training learns what the linear model cannot tell.
+        """
+        assert self.descriptor_head is not None
+        with torch.no_grad():
+            self.descriptor_head.weight.copy_(weight)
+            self.descriptor_head.bias.copy_(bias)
+            self.head.out.weight.zero_()
+            self.head.out.bias.zero_()
 
     def forward(self, batch: MoleculeBatch, descriptors: Tensor | None = None) -> Tensor:
         """(B, num_targets) predictions: values for regression, logits for classification.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import Ridge
 
 import moleblend_ray as mb
 from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
@@ -110,18 +112,61 @@ def test_the_scaling_comes_from_the_training_part_alone(
     assert np.abs(scaled).max() <= DESCRIPTOR_LIMIT
 
 
-def test_a_model_that_reads_none_is_as_before_and_one_that_does_begins_as_it(
+# No step changes anything.
+STILL = dataclasses.replace(SETTINGS, learning_rate=1e-12, head_learning_rate=1e-12, epochs=1)
+
+
+def test_a_model_that_reads_none_has_no_linear_model(
     molecules: LabelledMolecules, tiny_start: StartingPoint
 ) -> None:
-    # No step changes anything.
-    still = dataclasses.replace(SETTINGS, learning_rate=1e-12, head_learning_rate=1e-12, epochs=1)
-    one, other = (
-        train(molecules, tiny_start, dataclasses.replace(still, descriptors=reads))
-        for reads in (False, True)
-    )
-    assert one.trained.descriptors is None
-    assert one.model.descriptor_head is None
-    assert other.valid_score == pytest.approx(one.valid_score, rel=1e-6)
+    found = train(molecules, tiny_start, dataclasses.replace(STILL, descriptors=False))
+    assert found.trained.descriptors is None
+    assert found.model.descriptor_head is None
+
+
+@pytest.mark.parametrize(
+    ("readout", "noise", "best"), [("token", 0.1, 1.0), ("sum", 1000.0, 10000.0)]
+)
+def test_a_model_begins_as_the_linear_model_that_validation_prefers(
+    molecules: LabelledMolecules,
+    tiny_start: StartingPoint,
+    readout: Literal["token", "sum"],
+    noise: float,
+    best: float,
+) -> None:
+    drawn = np.random.default_rng(2).normal(0.0, noise, molecules.labels.shape)
+    molecules = dataclasses.replace(molecules, labels=molecules.labels + drawn)
+    found = train(molecules, tiny_start, dataclasses.replace(STILL, readout=readout))
+    assert found.trained.descriptors is not None
+    assert molecules.descriptors is not None
+    inputs, labels = found.trained.descriptors.of(molecules.descriptors), molecules.labels[:, 0]
+    rows = np.arange(len(molecules))
+    training, valid = rows[rows % 4 != 0], rows[rows % 4 == 0]
+    errors = {}
+    for penalty in (1.0, 10.0, 100.0, 1000.0, 10000.0):
+        ridge = Ridge(alpha=penalty).fit(inputs[training], labels[training])
+        errors[penalty] = np.abs(ridge.predict(inputs[valid]) - labels[valid]).mean()
+    assert min(errors, key=errors.__getitem__) == best
+    assert found.valid_score == pytest.approx(errors[best], rel=1e-4)
+
+
+def test_classes_begin_as_by_logistic_regression_and_columns_that_say_nothing_at_even_odds(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    labels = np.stack([(molecules.labels[:, 0] > 5.0), np.ones(len(molecules))], 1).astype(float)
+    classes = dataclasses.replace(molecules, labels=labels, columns=("y0", "y1"))
+    task = resolve_task("classes", columns=("y0", "y1"), kind=TaskKind.CLASSIFICATION)
+    rows = np.arange(len(classes))
+    choices: tuple[Literal["none", "balanced"], ...] = ("none", "balanced")
+    for weights in choices:
+        settings = dataclasses.replace(STILL, class_weights=weights)
+        found = finetune_once(
+            classes, rows[rows % 4 != 0], rows[rows % 4 == 0],
+            task=task, start=tiny_start, settings=settings, seed=0, device=CPU,
+        )  # fmt: skip
+        assert found.valid_score > 0.95
+        predictions = predict_mean(found.model, found.trained, classes, rows, 8, CPU)
+        np.testing.assert_allclose(predictions[:, 1], 0.5, atol=1e-6)
 
 
 def test_each_molecule_gets_its_own_descriptors_in_any_order(
