@@ -54,11 +54,10 @@ class DenoisingHead(nn.Module):
         self, atoms: Tensor, displacement: Tensor, batch: MoleculeBatch, shared: SharedBias
     ) -> Tensor:
         """(A, 3) float32, without the bias of the axes."""
-        linears = self.query.weight, self.key.weight, self.query.bias, self.key.bias
         value_weight, value_bias = self._projected_values()
         # One matrix product instead of three: atoms are read once, and their gradient is written once.
-        weight = torch.cat([*linears[:2], value_weight])
-        bias = torch.cat([*linears[2:], value_bias])
+        weight = torch.cat([self.query.weight, self.key.weight, value_weight])
+        bias = torch.cat([self.query.bias, self.key.bias, value_bias])
         probability = self.dropout if self.training else 0.0
         moved: Tensor = _NoiseByKernel.apply(  # type: ignore[no-untyped-call]
             F.linear(atoms, weight, bias), shared.values, shared, displacement, batch, probability

@@ -1,6 +1,7 @@
 """The heads of pair relations and of properties.
 
-Shape legend: B molecules, N atoms (padded), A real atoms packed, D width, P width of a pair head's row and column vectors, C outputs of a pair head.
+Shape legend: B molecules, N atoms (padded), A real atoms packed, D width, P width of a pair head's row and column
+vectors, C outputs of a pair head.
 """
 
 from __future__ import annotations
@@ -72,10 +73,13 @@ class PairHead(nn.Module):
 
     def combine(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
         """The bilinear form of packed ``row`` and ``column`` vectors, both (A, P) -> (B, N, N, *output_shape)."""
-        by_device = rows_first if on_gpu(row) else columns_first
-        pairs = by_device(row, column, self.weight, batch)
-        bias = self.bias if pairs.device.type == "cpu" else self.bias.to(pairs.dtype)
-        output: Tensor = pairs + bias
+        if on_gpu(row):
+            pairs = rows_first(row, column, self.weight, batch)
+            # In the type of the product: otherwise the sum would be float32, twice as many bytes.
+            output: Tensor = pairs + self.bias.to(pairs.dtype)
+        else:
+            pairs = columns_first(row, column, self.weight, batch)
+            output = pairs + self.bias
         return output.view(*pairs.shape[:3], *self.output_shape)
 
 
