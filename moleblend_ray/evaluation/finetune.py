@@ -187,34 +187,14 @@ def finetune_once(
     ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training.
     """
     started = time.monotonic()
-    inputs = None
     if settings.descriptors:
         molecules = molecules.with_descriptors()
-        assert molecules.descriptors is not None
-        inputs = DescriptorInputs.fit(molecules.descriptors.take(train))
-    model = build_model(
-        start,
-        len(molecules.columns),
-        settings,
-        seed,
-        num_descriptors=len(inputs.names) if inputs else 0,
-    )
-    standardisation = _scale_labels(model, molecules, train, task, settings)
-    trained = TrainedProperty.of(
-        task,
-        molecules.columns,
-        standardisation,
-        conformers=molecules.num_conformers,
-        descriptors=inputs,
-    )
-    targets = torch.from_numpy(standardisation.normalise(molecules.labels).astype(np.float32))
-    if inputs is not None:
-        linear = _linear_start(task, trained, molecules, train, valid, settings)
-        model.begin_with_linear(torch.from_numpy(linear.weight), torch.from_numpy(linear.bias))
+    model, trained = _new_model(molecules, train, valid, task, start, settings, seed)
+    targets = trained.standardisation.normalise(molecules.labels).astype(np.float32)
     model.to(device)
     trainer = _Trainer(
         molecules=molecules,
-        targets=targets,
+        targets=torch.from_numpy(targets),
         descriptors=descriptors_of(trained, molecules),
         train=train,
         model=model,
@@ -249,26 +229,61 @@ def finetune_once(
     return FinetuneResult(model=model.cpu().eval(), trained=trained, history=tuple(history))
 
 
-def _linear_start(
+def _new_model(
+    molecules: LabelledMolecules,
+    train: NDArray[np.int64],
+    valid: NDArray[np.int64],
     task: Task,
+    start: StartingPoint,
+    settings: FinetuneSettings,
+    seed: int,
+) -> tuple[PropertyModel, TrainedProperty]:
+    """The model before its first step, and what it predicts; validation chooses the penalty of a linear model."""
+    inputs = None
+    if settings.descriptors:
+        assert molecules.descriptors is not None
+        inputs = DescriptorInputs.fit(molecules.descriptors.take(train))
+    num_descriptors = len(inputs.names) if inputs else 0
+    model = build_model(
+        start, len(molecules.columns), settings, seed, num_descriptors=num_descriptors
+    )
+    trained = TrainedProperty.of(
+        task,
+        molecules.columns,
+        _scale_labels(model, molecules, train, task, settings),
+        conformers=molecules.num_conformers,
+        descriptors=inputs,
+    )
+    if inputs is not None:
+        balanced = settings.class_weights == "balanced"
+        linear = _linear_start(model, trained, molecules, train, valid, task, balanced=balanced)
+        model.begin_with_linear(torch.from_numpy(linear.weight), torch.from_numpy(linear.bias))
+    return model, trained
+
+
+def _linear_start(
+    model: PropertyModel,
     trained: TrainedProperty,
     molecules: LabelledMolecules,
     train: NDArray[np.int64],
     valid: NDArray[np.int64],
-    settings: FinetuneSettings,
+    task: Task,
+    *,
+    balanced: bool,
 ) -> LinearModel:
     """The linear model of descriptors with the penalty that validation prefers, fitted to the training part."""
     descriptors = descriptors_of(trained, molecules)
     assert descriptors is not None
     inputs = descriptors.double().numpy()
-    labels = trained.standardisation.normalise(molecules.labels)
-    balanced = settings.class_weights == "balanced"
+    # What the model adds by itself is not the linear model's to tell.
+    known = element_counts(molecules.block) @ model.reference.double().numpy()
+    labels = trained.standardisation.normalise(molecules.labels) - known
     candidates = []
     for penalty in linear_grid(task.kind):
-        model = fit_linear(task.kind, inputs[train], labels[train], penalty, balanced=balanced)
-        predictions = trained.readout(model(inputs[valid]))
+        linear = fit_linear(task.kind, inputs[train], labels[train], penalty, balanced=balanced)
+        predictions = trained.readout(linear(inputs[valid]) + known[valid])
         found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
-        candidates.append(_LinearCandidate(model, found.value))
+        candidates.append(_LinearCandidate(linear, found.value))
     return best_candidate(task.metric, candidates).model
 
 

@@ -16,6 +16,7 @@ import moleblend_ray as mb
 from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.atom_reference import element_counts
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.descriptor_inputs import (
     DESCRIPTOR_LIMIT,
@@ -148,6 +149,17 @@ def test_a_model_begins_as_the_linear_model_that_validation_prefers(
         errors[penalty] = np.abs(ridge.predict(inputs[valid]) - labels[valid]).mean()
     assert min(errors, key=errors.__getitem__) == best
     assert found.valid_score == pytest.approx(errors[best], rel=1e-4)
+
+
+def test_the_linear_model_tells_only_what_an_element_reference_leaves(
+    molecules: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    counts = element_counts(molecules.block)
+    elements = counts @ np.linspace(-500.0, 500.0, counts.shape[1])[:, None]
+    molecules = dataclasses.replace(molecules, labels=molecules.labels + elements)
+    found = train(molecules, tiny_start, dataclasses.replace(STILL, atom_reference=True))
+    # 72 molecules do not determine the reference exactly beside what descriptors add.
+    assert found.valid_score < 0.5 * np.std(molecules.labels - elements)
 
 
 def test_classes_begin_as_by_logistic_regression_and_columns_that_say_nothing_at_even_odds(
