@@ -33,6 +33,7 @@ from train_step import new_learner, preset, step_batch
 
 from moleblend_ray.model import device
 from moleblend_ray.training import loop
+from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.optim import build_optimizer
 from moleblend_ray.training.prefetch import DeviceStep
 
@@ -123,7 +124,7 @@ def count(arguments: argparse.Namespace) -> list[Launch]:
     learner = new_learner(preset(arguments.preset), arguments.dtype, CPU)
     step = learner.prepare(step_batch(0, arguments.batch, arguments.batch))
     counter = Counter(arguments.batch)
-    no_values = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 1e-4}, False
+    no_values: tuple[Record, bool, bool] = {}, False, False
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         mock.patch.object(device, "GPU_TYPES", frozenset({"cpu"})),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +48,7 @@ from moleblend_ray.training.distributed import (
 from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.metrics import TOTAL_LOSS, Record
 from moleblend_ray.training.optim import (
+    CutInvariantAdamW,
     build_optimizer,
     clip_gradients,
     gradient_norm,
@@ -63,6 +63,12 @@ logger = logging.getLogger(__name__)
 
 _GOLDEN_RATIO: Final = np.uint64(0x9E3779B97F4A7C15)
 
+_TOTAL: Final = 0
+"""Place of the loss of the step among its numbers."""
+
+_SIZES: Final = 7
+"""Numbers of :func:`_sizes`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Learner:
@@ -72,7 +78,7 @@ class Learner:
     """Forward gives the losses; wrapped by FSDP or DDP."""
     model: MoleBlendModel
     """The model inside ``objective``."""
-    optimizer: torch.optim.Optimizer
+    optimizer: CutInvariantAdamW
     ranks: Ranks
     train: TrainConfig
     optim: OptimConfig
@@ -300,7 +306,8 @@ class _Watch:
 def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tuple[Record, bool]:
     """One update from this rank's micro-batches; the step's numbers, and whether any rank has asked to ``stop``.
 
-    A loss or gradient that is not finite raises on all ranks before anything is changed.
+    A loss or gradient that is not finite raises on all ranks, and nothing is changed: the update skips itself. It is
+    queued before the host reads the step's numbers, as a GPU would wait for it otherwise.
     """
     batch = step.batch
     parts = list(zip(step.molecules, step.blends, strict=True))
@@ -313,13 +320,17 @@ def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tup
     totals = sum_over_ranks(torch.cat([sum_of(losses), sizes]))
     parameters = list(learner.model.parameters())
     norm = gradient_norm(parameters)
-    record, stop = _record(learner, batch.step, totals, counts, norm)
-    if not (math.isfinite(record[TOTAL_LOSS]) and math.isfinite(record["grad_norm"])):
-        _raise_not_finite(learner, batch, losses, record, stop=stop)
+    bad = ~(totals[_TOTAL].isfinite() & norm.isfinite())
+    read = start_reading(torch.cat([totals, counts, norm.double().view(1), bad.double().view(1)]))
     clip_gradients(parameters, norm, learner.optim.clip_norm)
-    set_learning_rate(learner.optimizer, float(record["learning_rate"]))
-    learner.optimizer.step()
+    set_learning_rate(
+        learner.optimizer, learning_rate(batch.step, learner.optim, learner.train.num_steps)
+    )
+    learner.optimizer.step(skip=bad.float())
     learner.optimizer.zero_grad(set_to_none=True)
+    record, stop, is_bad = _record(learner, batch.step, read())
+    if is_bad:
+        _raise_not_finite(learner, batch, losses, record, stop=stop)
     return record, stop
 
 
@@ -348,15 +359,14 @@ def _backward(
     *,
     is_last: bool,
 ) -> Tensor:
-    """Add this micro-batch's gradient; its loss sums, detached."""
+    """Add this micro-batch's gradient; (7,) float64 its part of the loss of the step, and its loss sums, detached."""
     # Dropout belongs to the micro-batch, wherever and whenever it is computed.
     torch.manual_seed(dropout_seed(learner.seed, micro))
     with gradient_sync(learner.objective, enabled=is_last):
         with autocast(learner.train.precision, learner.ranks.device):
             loss, sums = learner.objective(*part, counts)
         loss.backward()
-    detached: Tensor = sums
-    return detached
+    return torch.cat([loss.detach().double().view(1), sums])
 
 
 def dropout_seed(seed: int, micro: MicroBatch) -> int:
@@ -401,14 +411,29 @@ def molecules_checksum(molecule_ids: NDArray[np.int64]) -> int:
     return int(hashes.sum())
 
 
-def _record(
-    learner: Learner, step: int, totals: Tensor, counts: Tensor, norm: Tensor
-) -> tuple[Record, bool]:
-    """The step's numbers from sums over all ranks, with one transfer from the device."""
-    values = torch.cat([totals, counts, norm.detach().double().reshape(1)]).cpu()
-    sums, sizes = values[: len(LOSS_NAMES)], values[len(LOSS_NAMES) : len(totals)].tolist()
-    counted, grad_norm = values[len(totals) : -1], float(values[-1])
-    molecules, atoms, slots, flops, checksum, stops, ignored = sizes
+def start_reading(values: Tensor) -> Callable[[], Tensor]:
+    """Begin to copy ``values`` to the host. The result waits for the copy, but not for what is queued behind it."""
+    if values.device.type != "cuda":
+        return lambda: values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return wait
+
+
+def _record(learner: Learner, step: int, values: Tensor) -> tuple[Record, bool, bool]:
+    """The step's numbers from sums over all ranks, whether a stop is asked for, and whether the update was skipped."""
+    _, sums, sizes, counted, last = torch.split(
+        values, [1, len(LOSS_NAMES), _SIZES, len(LOSS_NAMES), 2]
+    )
+    molecules, atoms, slots, flops, checksum, stops, ignored = sizes.tolist()
+    grad_norm, bad = last.tolist()
     record: Record = {
         "step": step,
         **named_losses(learner, sums, counted),
@@ -422,7 +447,7 @@ def _record(
     }
     if learner.loss.ignore_other_bonds:
         record["other_bonds"] = int(ignored)
-    return record, stops > 0
+    return record, stops > 0, bad > 0
 
 
 def named_losses(learner: Learner, sums: Tensor, counts: Tensor) -> Record:

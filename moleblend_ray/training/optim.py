@@ -56,13 +56,16 @@ class CutInvariantAdamW(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient, which must be there: no ``closure`` computes it."""
-        if any(on_gpu(p) for group in self.param_groups for p in group["params"]):
-            super().step(closure)
-            return
+    def step(self, *, skip: Tensor | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Nothing changes if ``skip``, () float32 on the device of the parameters, is 1. The host need not know its value.
+        """
         for group in self.param_groups:
             parts = [self._part(p) for p in group["params"] if p.grad is not None]
+            if any(on_gpu(part.parameter) for part in parts):
+                _update(group, parts, skip)
+                continue
             whole = [part for part in parts if part.is_whole]
             # The kernel takes a step count for each tensor, and heads without targets are behind.
             by_step: dict[float, list[_Part]] = {}
@@ -70,7 +73,7 @@ class CutInvariantAdamW(torch.optim.AdamW):
                 if not part.is_whole:
                     by_step.setdefault(float(part.step), []).append(part)
             joined = [_join(together) for together in by_step.values()]
-            _update(group, [*whole, *joined])
+            _update(group, [*whole, *joined], skip)
             for together, long in zip(by_step.values(), joined, strict=True):
                 _put_back(long, together)
 
@@ -131,7 +134,7 @@ def _put_back(joined: _Part, parts: list[_Part]) -> None:
         part.step.copy_(joined.step)
 
 
-def _update(group: dict[str, Any], parts: list[_Part]) -> None:
+def _update(group: dict[str, Any], parts: list[_Part], skip: Tensor | None) -> None:
     beta1, beta2 = group["betas"]
     adamw(
         [part.parameter for part in parts],
@@ -148,12 +151,13 @@ def _update(group: dict[str, Any], parts: list[_Part]) -> None:
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+        found_inf=skip,
     )
 
 
 def build_optimizer(
     model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float] | None = None
-) -> torch.optim.AdamW:
+) -> CutInvariantAdamW:
     """AdamW over the trainable parameters of ``model``, with its moments allocated at once.
 
     ``lr_factor`` gives each parameter, by its name, a factor of its learning rate (:func:`set_learning_rate`). Call this

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from dataclasses import replace
 from itertools import islice
@@ -13,13 +14,14 @@ import pytest
 import torch
 import toy
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig
-from moleblend_ray.training import loop
+from moleblend_ray.training import loop, optim
 from moleblend_ray.training.anomalies import NotFiniteError
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
@@ -130,18 +132,31 @@ def test_a_stream_at_another_step_than_the_model_is_an_error_naming_both() -> No
         fit(toy.learner(num_steps=8), toy.steps(start=4), start_step=3)
 
 
-def test_a_non_finite_loss_names_its_molecules_and_changes_nothing() -> None:
+@pytest.mark.parametrize("gpu_code", [False, True])
+def test_a_non_finite_loss_names_its_molecules_and_changes_nothing(
+    gpu_code: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "on_gpu", lambda _: gpu_code)
     learner = toy.learner()
-    batch = next(toy.steps())
+    first, batch = islice(toy.steps(), 2)
+    train_step(learner, learner.prepare(first))
     micro = batch.micro_batches[1]
     micro.positions[:] = np.inf
     micro.position_mask[:] = True
-    before = {name: value.clone() for name, value in learner.model.state_dict().items()}
+    states = learner.model.state_dict(), learner.optimizer.state_dict()
+    before = copy.deepcopy(states)
     with pytest.raises(NotFiniteError) as caught:
         train_step(learner, learner.prepare(batch))
     assert f"molecule ids {[micro.molecule_ids.tolist()]}" in str(caught.value)
-    for name, value in learner.model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    after = learner.model.state_dict(), learner.optimizer.state_dict()
+    for one, other in zip(after, before, strict=True):
+        ours, theirs = (tree_leaves(value) for value in (one, other))
+        tensors = [value for value in ours if isinstance(value, torch.Tensor)]
+        expected = [value for value in theirs if isinstance(value, torch.Tensor)]
+        assert len(tensors) == len(expected) > 20
+        for value, old in zip(tensors, expected, strict=True):
+            torch.testing.assert_close(value, old, rtol=0, atol=0)
+    assert after[1]["state"][0]["step"].item() == 1.0
 
 
 def test_a_stop_ends_after_the_current_step() -> None:
@@ -337,6 +352,8 @@ def test_a_step_asks_the_device_for_nothing_until_its_record(
         return record(*arguments)
 
     monkeypatch.setattr(loop, "_record", noted_record)
+    # As on a GPU: on a CPU the optimizer looks at the step counts.
+    monkeypatch.setattr(optim, "on_gpu", lambda _: True)
     with HostWaits() as waits:
         train_step(learner, step)
         after_record = len(waits.found)
