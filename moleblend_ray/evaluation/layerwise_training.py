@@ -20,7 +20,7 @@ _BLOCK: Final = re.compile(r"encoder\.layers\.(\d+)\.")
 def depth(name: str, num_blocks: int) -> int:
     """Depth of a parameter: 0 in the embeddings, 1 to ``num_blocks`` in the blocks from the lowest on, then the
     head."""
-    if name.startswith(("head.", "descriptor_head.")):
+    if name.startswith("head."):
         return num_blocks + 1
     found = _BLOCK.match(name)
     return int(found[1]) + 1 if found else 0

@@ -44,10 +44,9 @@ class FinetuneSettings:
     """What the property head reads. token: the graph token; mean: the mean of the atoms; token+mean: both; sum: each
     atom, with outputs added, for properties that grow with the molecule."""
     descriptors: bool = False
-    """Add a linear model of RDKit's 2D descriptors to the output of the head. It is fitted first, with descriptors scaled by
-    the training part, and then trained together with the encoder."""
+    """Predict the mean of the encoder and a linear model of RDKit's 2D descriptors, which are scaled by the training part."""
     head_dropout: float = 0.1
-    """Dropout in the property head, and of descriptors."""
+    """Dropout in the property head."""
     attention_dropout: float | None = None
     """Dropout of attention weights; null: as in pretraining."""
     activation_dropout: float | None = None

@@ -17,7 +17,6 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, only_geometry
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.denoising import DenoisingHead
-from moleblend_ray.model.dropout import dropout
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import PairHead, PropertyHead, map_together
 from moleblend_ray.model.initialization import fill_constants, init_weights
@@ -144,8 +143,11 @@ class MoleBlendModel(nn.Module):
 
 
 class PropertyModel(nn.Module):
-    """The encoder of a pretrained model and a new property head, beside it a linear model of descriptors if asked for."""
+    """The encoder of a pretrained model and a new property head; if asked for, the mean of it and a linear model of
+    descriptors."""
 
+    linear_share: Tensor
+    """(num_targets,), share of the linear model of descriptors in each output, if there is one."""
     reference: Tensor
     """(119, num_targets), what an atom of each element adds to the outputs; 0 unless set."""
 
@@ -168,41 +170,40 @@ class PropertyModel(nn.Module):
         self.head = PropertyHead(width, num_targets, self.readout.dropout)
         self.register_buffer("reference", torch.zeros(NUM_ELEMENTS, num_targets))
         init_weights(self.head)
-        # Last, and 0: the model begins as one without.
-        self.descriptor_head = nn.Linear(num_descriptors, num_targets) if num_descriptors else None
-        if self.descriptor_head is not None:
-            nn.init.zeros_(self.descriptor_head.weight)
-            nn.init.zeros_(self.descriptor_head.bias)
+        self.linear = nn.Linear(num_descriptors, num_targets) if num_descriptors else None
+        if self.linear is not None:
+            # Fitted beforehand, and not by the gradients of this model.
+            self.linear.requires_grad_(False)
+            self.register_buffer("linear_share", torch.zeros(num_targets))
 
-    def begin_with_linear(self, weight: Tensor, bias: Tensor) -> None:
-        """Begin as the linear model with ``weight`` (num_targets, num_descriptors) and ``bias`` (num_targets,).
+    def set_linear(self, weight: Tensor, bias: Tensor, share: Tensor) -> None:
+        """Set the linear model of descriptors, and its share (num_targets,) in each output, 0 to 1.
 
-        The head adds nothing to it yet, so that training learns what the linear model cannot tell.
+        ``weight`` is (num_targets, num_descriptors), ``bias`` (num_targets,).
         """
-        assert self.descriptor_head is not None
-        with torch.no_grad():
-            self.descriptor_head.weight.copy_(weight)
-            self.descriptor_head.bias.copy_(bias)
-            self.head.out.weight.zero_()
-            self.head.out.bias.zero_()
+        assert self.linear is not None
+        self.linear.weight.copy_(weight)
+        self.linear.bias.copy_(bias)
+        self.linear_share.copy_(share)
 
     def forward(self, batch: MoleculeBatch, descriptors: Tensor | None = None) -> Tensor:
         """(B, num_targets) predictions: values for regression, logits for classification.
 
-        ``descriptors`` (B, num_descriptors), scaled, are for models that read them; a linear map of them is added.
+        With ``descriptors`` (B, num_descriptors), scaled, they are weighted means of those of the encoder and of the linear
+        model. Without them, as in training, they are those of the encoder alone.
         """
         if self.readout.relations == "2d":
             batch = batch.without_coordinates()
         blend = only_geometry(batch) if self.readout.relations == "3d" else None
         encoded: EncoderOutput = self.encoder(batch, blend)
+        output = at_least_float32(self._read(encoded, batch))
         # Never in bfloat16: these are large sums that nearly cancel.
         with torch.autocast(self.reference.device.type, enabled=False):
             known = element_counts(batch).to(self.reference.dtype) @ self.reference
-            if self.descriptor_head is not None:
-                assert descriptors is not None
-                shown = dropout(descriptors, self.readout.dropout, training=self.training)
-                known = known + self.descriptor_head(shown)
-        return at_least_float32(self._read(encoded, batch)) + known
+            if descriptors is not None:
+                assert self.linear is not None
+                output = torch.lerp(output, self.linear(descriptors), self.linear_share)
+            return output + known
 
     def _read(self, encoded: EncoderOutput, batch: MoleculeBatch) -> Tensor:
         if self.readout.readout == "token":

@@ -492,13 +492,12 @@ def test_each_molecule_keeps_its_descriptors_whatever_its_conformers(
     scale = Standardisation(mean=np.zeros(1), std=np.ones(1))
     trained = TrainedProperty.of(NUMBER, flexible.columns, scale, conformers=3, descriptors=inputs)
     model = build_model(pretrained, 1, QUICK, 0, num_descriptors=3).eval()
-    assert model.descriptor_head is not None
     rows = np.array([6, 0, 1, 2])
-    without = predict_mean(model, trained, described, rows, 3, CPU)
-    torch.nn.init.ones_(model.descriptor_head.weight)
-    added = predict_mean(model, trained, described, rows, 3, CPU) - without
-    expected = inputs.of(described.descriptors).sum(1, keepdims=True)[rows]
-    np.testing.assert_allclose(added, expected, atol=1e-5)
+    encoder = predict_mean(model, trained, described, rows, 3, CPU)
+    model.set_linear(torch.ones(1, 3), torch.zeros(1), torch.full((1,), 0.25))
+    found = predict_mean(model, trained, described, rows, 3, CPU)
+    linear = inputs.of(described.descriptors).sum(1, keepdims=True)[rows]
+    np.testing.assert_allclose(found, 0.75 * encoder + 0.25 * linear, atol=1e-5)
 
 
 def test_taking_molecules_takes_their_conformers(flexible: LabelledMolecules) -> None:
