@@ -311,7 +311,8 @@ def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tup
     """
     batch = step.batch
     parts = list(zip(step.molecules, step.blends, strict=True))
-    counts = sum_over_ranks(step.counts)
+    # A copy: the sum is made in place, and who takes the same step again must find this rank's counts.
+    counts = sum_over_ranks(step.counts.clone())
     losses = [
         _backward(learner, micro, part, counts, is_last=index == len(parts) - 1)
         for index, (micro, part) in enumerate(zip(batch.micro_batches, parts, strict=True))

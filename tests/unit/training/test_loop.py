@@ -159,6 +159,17 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing(
     assert after[1]["state"][0]["step"].item() == 1.0
 
 
+def test_a_prepared_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = toy.learner()
+    step = learner.prepare(next(toy.steps()))
+    before = step.counts.clone()
+    # In place, as over two ranks that have the same molecules.
+    monkeypatch.setattr(loop, "sum_over_ranks", lambda values: values.mul_(2.0))
+    for _ in range(2):
+        train_step(learner, step)
+        torch.testing.assert_close(step.counts, before, rtol=0, atol=0)
+
+
 def test_a_stop_ends_after_the_current_step() -> None:
     answers = iter([False, False, True])
     result = fit(
