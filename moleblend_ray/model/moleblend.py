@@ -190,8 +190,14 @@ class PropertyModel(nn.Module):
         """(B, num_targets) predictions: values for regression, logits for classification.
 
         With ``descriptors`` (B, num_descriptors), scaled, they are weighted means of those of the encoder and of the linear
-        model. Without them, as in training, they are those of the encoder alone.
+        model. In training, without them, they are those of the encoder alone. ConfigError in evaluation mode if a model
+        that reads descriptors gets none.
         """
+        if descriptors is None and self.linear is not None and not self.training:
+            raise ConfigError(
+                f"this model predicts from {self.linear.in_features} descriptors of each molecule, and got none; pass them as "
+                "descriptors, or let PropertyPredictor compute them"
+            )
         if self.readout.relations == "2d":
             batch = batch.without_coordinates()
         blend = only_geometry(batch) if self.readout.relations == "3d" else None

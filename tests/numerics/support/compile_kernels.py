@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for an H100 on a machine without GPU.
 
-Prints a JSON object with the bytes of registers that each kernel spills, by kernel and tile.
+Prints a JSON object for each kernel, by kernel and tile: the bytes of registers that each thread spills, and the
+instructions of the code times its warps (of kernels without loops, what a program executes).
 This needs a process of its own: that of the tests runs Triton's interpreter, which accepts more than the compiler.
 """
 
@@ -105,8 +106,8 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     yield philox_kernels._philox, {"BLOCK": 1024}, 4
 
 
-def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
-    """Bytes of local memory that each thread needs because registers did not suffice."""
+def compiled_size(kernel: Any, constants: Mapping[str, Any], warps: int) -> dict[str, int]:
+    """``spilled``, bytes of local memory of each thread, as registers did not suffice, and ``instructions`` of all warps."""
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     source = ASTSource(
@@ -123,13 +124,17 @@ def spilled(kernel: Any, constants: Mapping[str, Any], warps: int) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return int(re.findall(r"STACK:(\d+)", report.stdout + report.stderr)[0])
+        usage, code = (dump(option, file.name) for option in ("-res-usage", "-sass"))
+    return {
+        "spilled": int(re.findall(r"STACK:(\d+)", usage)[0]),
+        "instructions": warps * len(re.findall(r"/\*[0-9a-f]{4}\*/\s+\S", code)),
+    }
+
+
+def dump(option: str, file: str) -> str:
+    command = [TOOLS / "cuobjdump", option, file]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def name_of(kernel: Any, constants: Mapping[str, Any]) -> str:
@@ -143,7 +148,7 @@ if __name__ == "__main__":
     print(
         json.dumps(
             {
-                name_of(kernel, constants): spilled(kernel, constants, warps)
+                name_of(kernel, constants): compiled_size(kernel, constants, warps)
                 for kernel, constants, warps in cases()
             }
         )
