@@ -26,6 +26,7 @@ from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_getters
 from moleblend_ray.chemistry.molecule import molecules_from_records
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
@@ -59,8 +60,8 @@ def main() -> None:
 
 def prefixed(name: str, figures: dict[str, float | str]) -> dict[str, float | str]:
     stem = name.split(".", 1)[0]
-    kept = ("molecules_per_s", "ratio_to_parse")
-    return {f"{stem}_{key}": figures[key] for key in kept}
+    kept = ("molecules_per_s", "ratio_to_parse", "descriptors_per_s")
+    return {f"{stem}_{key}": figures[key] for key in kept if key in figures}
 
 
 def smiles_sources() -> dict[str, list[str]]:
@@ -93,6 +94,7 @@ def measure_smiles(records: Sequence[str], repeats: int) -> dict[str, float | st
             "binary": lambda part: each(to_binary, molecules[part]),
             "arrays": lambda part: graph_arrays(binaries[part]),
             "arrays_by_getters": lambda part: each(graph_arrays_by_getters, molecules[part]),
+            "descriptors": lambda part: stored_descriptors(records[part]),
         },
         len(records),
         repeats,
@@ -136,11 +138,17 @@ def measured(
 
 
 def rates(seconds: dict[str, float], records: int) -> dict[str, float | str]:
+    described = (
+        {"descriptors_per_s": round(records / seconds["descriptors"])}
+        if "descriptors" in seconds
+        else {}
+    )
     return {
         "records": records,
         "molecules_per_s": round(records / seconds["whole"]),
         "parse_molecules_per_s": round(records / seconds["parse"]),
         "ratio_to_parse": round(seconds["parse"] / seconds["whole"], 3),
+        **described,
         **{f"us_{name}": round(value / records * 1e6, 1) for name, value in seconds.items()},
     }
 

@@ -54,6 +54,9 @@ class PlainModel(nn.Module):
             environments=None
             if model.environment_head is None
             else model.environment_head(tokens[:, 0]),
+            descriptors=None
+            if model.descriptor_head is None
+            else model.descriptor_head(tokens[:, 0]),
         )
 
 

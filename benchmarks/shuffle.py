@@ -109,9 +109,18 @@ def shuffle(path: str, arguments: argparse.Namespace) -> dict[str, float | dict[
             for index in range(-(-arguments.molecules // molecules.num_rows))
         ]
         exchange, units_of_passes = plan_exchange(
-            out, ["source"], (), chunks, row_group_rows=1024, rows_per_shard=65536, shuffle=True,
-            deduplicate=arguments.deduplicate, memory_bytes=int(arguments.memory_gib * 2**30),
-        )  # fmt: skip
+            out,
+            ["source"],
+            (),
+            chunks,
+            ConvertOptions(
+                row_group_rows=1024,
+                rows_per_shard=65536,
+                shuffle=True,
+                deduplicate="inchikey" if arguments.deduplicate else "none",
+            ),
+            memory_bytes=int(arguments.memory_gib * 2**30),
+        )
         passes: dict[str, float] = {}
         for units in units_of_passes:
             start = time.perf_counter()

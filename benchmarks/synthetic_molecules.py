@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 
 PCQM_SHARES = {
@@ -45,6 +45,7 @@ def synthetic_block(num_molecules: int, seed: int = 0) -> MoleculeBlock:
         bond_features=rng.integers(0, BOND_VOCAB_SIZES, (total_bonds, 3)).astype(np.uint8),
         positions=np.concatenate([positions for _, positions in graphs]),
         position_mask=np.ones(atoms, np.bool_),
+        descriptors=undescribed(num_molecules),
     )
 
 

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow as pa
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import FORMAT_VERSION, Counts, Manifest, ShardInfo, fingerprint
+from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.data.manifest import (
+    FORMAT_VERSION,
+    Counts,
+    DescriptorInfo,
+    Manifest,
+    ShardInfo,
+    fingerprint,
+)
 from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import encode_shard, shard_schema
-from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
+from moleblend_ray.vocabulary import (
+    ATOM_VOCAB_SIZES,
+    BOND_VOCAB_SIZES,
+    NUM_DESCRIPTORS,
+    STORED_DESCRIPTORS,
+)
 
 
 def random_bonds(rng: np.random.Generator, num_atoms: int, extra: float = 0.15) -> np.ndarray:
@@ -46,13 +61,27 @@ def random_block(
         bond_features=rng.integers(0, BOND_VOCAB_SIZES, (total_bonds, 3)).astype(np.uint8),
         positions=rng.normal(size=(atoms, 3)).astype(np.float32),
         position_mask=rng.random(atoms) < 0.9,
+        descriptors=undescribed(num_molecules),
     )
+
+
+def with_random_descriptors(
+    rng: np.random.Generator, block: MoleculeBlock
+) -> tuple[MoleculeBlock, DescriptorInfo]:
+    """The block with descriptors of several sizes, a tenth of them unknown, and their scaling."""
+    shape = len(block), NUM_DESCRIPTORS
+    values = rng.normal(rng.normal(size=NUM_DESCRIPTORS), 10.0 ** rng.uniform(-2, 3), shape)
+    values[rng.random(shape) < 0.1] = np.nan
+    scaling = DescriptorScaling.fit(values).to_json()
+    info = DescriptorInfo(names=STORED_DESCRIPTORS, scaling=scaling)
+    return replace(block, descriptors=values.astype(np.float32)), info
 
 
 def shard_table(block: MoleculeBlock, conformers: np.ndarray) -> pa.Table:
     """The block as shard rows; conformer c of a molecule is the block's moved by ``c`` angstrom."""
+    schema = shard_schema([], descriptors=block.descriptors.shape[1] > 0)
     atom_ends, bond_ends = np.cumsum(block.num_atoms), np.cumsum(block.num_bonds)
-    columns: dict[str, list[object]] = {field.name: [] for field in shard_schema([])}
+    columns: dict[str, list[object]] = {field.name: [] for field in schema}
     for i, molecule in enumerate(block.molecule_ids):
         atoms = slice(atom_ends[i] - block.num_atoms[i], atom_ends[i])
         bonds = slice(bond_ends[i] - block.num_bonds[i], bond_ends[i])
@@ -71,10 +100,10 @@ def shard_table(block: MoleculeBlock, conformers: np.ndarray) -> pa.Table:
             "num_conformers": int(conformers[i]),
             "positions": np.array(positions, np.float32).ravel(),
             "position_mask": np.tile(block.position_mask[atoms], conformers[i]),
+            "descriptors": block.descriptors[i],
         }
         for name, values in columns.items():
             values.append(row[name])
-    schema = shard_schema([])
     arrays = [pa.array(columns[field.name], field.type) for field in schema]
     return pa.Table.from_arrays(arrays, schema=schema)
 
@@ -89,8 +118,10 @@ def write_dataset(
     shard_rows: int = 300,
     row_group_rows: int = 64,
     far_molecule: int | None = None,
+    described: bool = False,
 ) -> MoleculeBlock:
-    """Write a prepared data set with one split ``train`` at ``uri`` and return its molecules.
+    """Write a prepared data set with one split ``train`` at ``uri`` and return its molecules; ``described``: with random
+    descriptors, some of them unknown.
 
     The coordinates of ``far_molecule`` are so large that their distances overflow.
     """
@@ -98,6 +129,9 @@ def write_dataset(
     block = random_block(rng, num_molecules, max_atoms)
     if far_molecule is not None:
         block.positions[np.repeat(block.molecule_ids, block.num_atoms) == far_molecule] *= 1e30
+    info = None
+    if described:
+        block, info = with_random_descriptors(rng, block)
     conformers = rng.integers(min(1, max_conformers), max_conformers + 1, num_molecules)
     table = shard_table(block, conformers)
     shards: list[ShardInfo] = []
@@ -126,7 +160,8 @@ def write_dataset(
         shards=tuple(shards),
         counts=counts,
         row_group_rows=row_group_rows,
-        fingerprint=fingerprint(1, {}, (), shards),
+        fingerprint=fingerprint(1, {}, (), shards, descriptors=info),
+        descriptors=info,
     )
     storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
     return block

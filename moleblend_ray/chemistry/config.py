@@ -82,6 +82,8 @@ class FeaturizeConfig:
     """Number the atoms as in the canonical SMILES instead of as in the source."""
     conformers: ConformerConfig = field(default_factory=ConformerConfig)
     """How to make coordinates for records that have none."""
+    descriptors: bool = False
+    """Store RDKit's descriptors of each molecule, as targets of pretraining (``model.descriptor_head``); about 5 ms each."""
 
     def __post_init__(self) -> None:
         check_all(*within(self, 1, ATOM_LIMIT, "max_atoms"))

@@ -1,4 +1,4 @@
-"""RDKit's two-dimensional descriptors, for baselines."""
+"""RDKit's two-dimensional descriptors: inputs of baselines, and targets of pretraining."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 from rdkit.Chem import Descriptors
+
+from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
 logger = logging.getLogger(__name__)
 
@@ -36,4 +38,20 @@ def descriptors(smiles: Sequence[str]) -> NDArray[np.float64]:
                 values[row] = [found[name] for name in DESCRIPTOR_NAMES]
     if unreadable:
         logger.warning("%d of %d SMILES have no descriptors: unreadable", unreadable, len(smiles))
+    return values
+
+
+def stored_descriptors(smiles: Sequence[str]) -> NDArray[np.float32]:
+    """(M, ``vocabulary.NUM_DESCRIPTORS``) float32: those of :func:`descriptors` that shards hold, in their order.
+
+    What does not fit into float32 is NaN, as is what this RDKit does not compute.
+    """
+    found = descriptors(smiles)
+    place = {name: index for index, name in enumerate(DESCRIPTOR_NAMES)}
+    known = np.array([name in place for name in STORED_DESCRIPTORS])
+    values = np.full((len(smiles), len(STORED_DESCRIPTORS)), np.nan, np.float32)
+    # An overflow becomes infinite, and is one of those that are left out.
+    with np.errstate(over="ignore"):
+        values[:, known] = found[:, [place[name] for name in STORED_DESCRIPTORS if name in place]]
+    values[~np.isfinite(values)] = np.nan
     return values

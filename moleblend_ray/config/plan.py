@@ -62,6 +62,8 @@ class PlanConfig:
     """`train.fsdp_replicas`."""
     conformers: bool = False
     """Let `prepare` make a conformer of each molecule."""
+    descriptors: bool = False
+    """Let `prepare` store RDKit's descriptors of each molecule. With `data`, its shards say whether they are streamed."""
     gpus_per_node: int = 8
     """GPUs of one machine."""
     cpu_nodes: int | None = None

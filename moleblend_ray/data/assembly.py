@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +21,11 @@ from moleblend_ray.data.dataset_files import (
     SPLITS,
     listed_shards,
 )
+from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import (
     FORMAT_VERSION,
     Counts,
+    DescriptorInfo,
     LabelInfo,
     Manifest,
     ShardInfo,
@@ -31,16 +34,21 @@ from moleblend_ray.data.manifest import (
 )
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import IDS, Receipt, Statistics, UnitReceipt, sum_statistics
-from moleblend_ray.data.shards import DUPLICATE
+from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.shards import DESCRIPTOR_FIELD, DUPLICATE
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import DataError, without_credentials
-from moleblend_ray.vocabulary import FEATURIZER_VERSION
+from moleblend_ray.vocabulary import FEATURIZER_VERSION, STORED_DESCRIPTORS
 
 _MAX_HASHES_IN_MEMORY: Final = 1 << 23
 """64 MiB, and the same again while they are sorted."""
 _PARTITIONS: Final = 256
 """Temporary files of hashes, one per leading byte."""
 _THREADS: Final = 32
+
+_SAMPLED_STRETCHES: Final = 32
+_SAMPLED_ROWS: Final = 1 << 15
+"""28 MB of descriptors; the standard deviation of one that varies is then known to 1 %."""
 
 
 def write_manifest(
@@ -88,6 +96,8 @@ def write_manifest(
         row_group_rows=options.row_group_rows,
         fingerprint=fingerprint(FEATURIZER_VERSION, options.to_json(), labels, shards),
     )
+    if options.featurize.descriptors:
+        manifest = _described(out, manifest)
     named = {storage.join(out, shard.path) for shard in shards}
     for uri in listed_shards(out):
         if uri not in named:
@@ -97,6 +107,43 @@ def write_manifest(
     storage.write_json(storage.join(out, MANIFEST_NAME), manifest.to_json())
     remove_work_files(out)
     return manifest
+
+
+def _described(out: str, manifest: Manifest) -> Manifest:
+    """The manifest with the scaling of the descriptors, from a sample of the molecules of the first split with any."""
+    info = DescriptorInfo(names=STORED_DESCRIPTORS, scaling={})
+    manifest = replace(manifest, descriptors=info)
+    split = next((split for split in SPLITS if manifest.num_molecules(split)), SPLITS[0])
+    reader = ShardReader(out, manifest, split, columns=[DESCRIPTOR_FIELD.name])
+    table = reader.read(_sample(reader.num_rows, manifest.row_group_rows))
+    values = table[DESCRIPTOR_FIELD.name].combine_chunks().flatten().to_numpy()
+    if not len(values):  # everything is in the quarantine
+        values = np.zeros(len(info.names))
+    scaling = DescriptorScaling.fit(values.reshape(-1, len(info.names)))
+    info = replace(info, scaling=scaling.to_json())
+    return replace(
+        manifest,
+        descriptors=info,
+        fingerprint=fingerprint(
+            manifest.featurizer_version,
+            manifest.options,
+            manifest.labels,
+            manifest.shards,
+            descriptors=info,
+        ),
+    )
+
+
+def _sample(num_rows: int, group_rows: int) -> NDArray[np.int64]:
+    """Rows of at most ``_SAMPLED_STRETCHES`` stretches, evenly spread, of at most ``_SAMPLED_ROWS`` in all.
+
+    A stretch is as long as a row group, which is read as a whole.
+    """
+    last = max(0, num_rows - 1) // group_rows
+    chosen = group_rows * np.unique(np.linspace(0, last, _SAMPLED_STRETCHES).astype(np.int64))
+    rows = (chosen[:, None] + np.arange(group_rows)).ravel()
+    rows = rows[rows < num_rows]
+    return rows[:: max(1, -(-len(rows) // _SAMPLED_ROWS))]
 
 
 def _require_every_chunk(ordered: Sequence[Receipt]) -> None:

@@ -8,6 +8,7 @@ section               bytes           15 atoms
 ====================  ==============  ==================
 molecule_ids          8               8
 num_atoms             4               4
+descriptors           432 or 0        432 or 0
 positions             12 n            180
 position_mask         n               15
 atom_features         9 n             135
@@ -16,8 +17,8 @@ spd                   n * n           225
 path_words            4 n * n         900
 ====================  ==============  ==================
 
-which is 1,482 bytes for 15 atoms, besides the header of 80 bytes per micro-batch. A path word holds five bond codes of
-6 bits each. Both directions of a pair are stored, as the first five bonds of a longer path differ by direction.
+which is 1,482 bytes for 15 atoms without descriptors, besides the header of 88 bytes per micro-batch. A path word holds
+five bond codes of 6 bits each. Both directions of a pair are stored, as the first five bonds of a longer path differ by direction.
 
 Everything that is computed per atom works on the packed rows, without padding. Attention pads the molecules of a
 micro-batch to the size of the largest. The molecules of one (step, stream) are sorted by size before they are cut into
@@ -60,7 +61,7 @@ from moleblend_ray.relations.topology import (
     unpack_path_words,
     workspace,
 )
-from moleblend_ray.vocabulary import NUM_HOPS
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS, NUM_HOPS
 
 if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
     import pyarrow as pa
@@ -68,7 +69,7 @@ if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
     BufferLike: TypeAlias = bytes | memoryview | pa.Buffer | NDArray[np.uint8]
 
 _MAGIC: Final = int.from_bytes(b"MOLBATCH", "little")
-_VERSION: Final = 2
+_VERSION: Final = 3
 HEADER_FIELDS: Final = (
     "magic",
     "version",
@@ -79,13 +80,17 @@ HEADER_FIELDS: Final = (
     "num_molecules",
     "num_atoms",
     "num_pairs",
+    "num_described",
     "num_hops",
 )
 _WORD_BYTES: Final = 8
 """Bytes of a word of the header; sections begin at multiples of it."""
 _HEADER_WORDS: Final = len(HEADER_FIELDS)
 _HEADER_BYTES: Final = _WORD_BYTES * _HEADER_WORDS
-_COUNTS: Final = [HEADER_FIELDS.index(name) for name in ("num_molecules", "num_atoms", "num_pairs")]
+_COUNTS: Final = [
+    HEADER_FIELDS.index(name)
+    for name in ("num_molecules", "num_atoms", "num_pairs", "num_described")
+]
 
 
 class Section(NamedTuple):
@@ -94,7 +99,7 @@ class Section(NamedTuple):
     name: str
     dtype: np.dtype[Any]
     rows: int
-    """What it has one row for: ``_MOLECULES``, ``_ATOMS`` or ``_PAIRS``."""
+    """What it has one row for: ``_MOLECULES``, ``_ATOMS``, ``_PAIRS`` or ``_DESCRIBED``."""
     width: int
     """Items per row."""
     row_bytes: int
@@ -106,10 +111,12 @@ def _section(name: str, dtype: type[np.generic], rows: int, width: int = 1) -> S
     return Section(name, kind, rows, width, width * kind.itemsize)
 
 
-_MOLECULES, _ATOMS, _PAIRS = range(3)
+_MOLECULES, _ATOMS, _PAIRS, _DESCRIBED = range(4)
 SECTIONS: Final = (
     _section("molecule_ids", np.int64, _MOLECULES),
     _section("num_atoms", np.int32, _MOLECULES),
+    # Enough digits for targets between -5 and 5.
+    _section("descriptors", np.float16, _DESCRIBED, NUM_DESCRIPTORS),
     _section("positions", np.float32, _ATOMS, NUM_AXES),
     _section("position_mask", np.bool_, _ATOMS),
     _section("atom_features", np.uint8, _ATOMS, NUM_ATOM_FEATURES),
@@ -132,13 +139,15 @@ _PATH_WORDS: Final = _SECTION_NAMES.index("path_words")
 _MAX_DEGREE: Final = np.iinfo(np.uint8).max
 
 
-def mean_molecule_bytes(atom_counts: Mapping[int, int]) -> float:
-    """Bytes per molecule of a buffer, from the number of molecules by their number of atoms."""
+def mean_molecule_bytes(atom_counts: Mapping[int, int], *, described: bool) -> float:
+    """Bytes per molecule of a buffer, from the number of molecules by their number of atoms; ``described``: with
+    descriptors."""
     num_molecules = max(1, sum(atom_counts.values()))
     rows: list[float] = [
         sum(count * atoms**power for atoms, count in atom_counts.items()) / num_molecules
         for power in range(3)
     ]
+    rows.append(float(described))
     return sum((rows[section.rows] * section.row_bytes for section in SECTIONS), 0.0)
 
 
@@ -219,6 +228,9 @@ class MicroBatch:
     num_atoms: NDArray[np.int32]
     """(B,) int32."""
 
+    descriptors: NDArray[np.float16]
+    """(B, D) float16, targets of pretraining, NaN where unknown; (0, D) if the molecules have none."""
+
     atom_features: NDArray[np.uint8]
     """(A, 9) uint8 OGB codes, molecule-major."""
 
@@ -293,7 +305,10 @@ def build_steps(
     order = np.lexsort((block.num_atoms, np.repeat(np.arange(len(steps)), size)))
     cuts = np.linspace(0, size, num_micro_batches(size, micro_batch_size) + 1).astype(np.int64)
     begins = (np.arange(len(steps))[:, None] * size + cuts[:-1]).reshape(-1)
-    headers = _headers(steps, stream, len(cuts) - 1, begins, block.num_atoms[order])
+    described = block.descriptors.shape[1] > 0
+    headers = _headers(
+        steps, stream, len(cuts) - 1, begins, block.num_atoms[order], described=described
+    )
     return _pack(block, order, begins, headers)
 
 
@@ -329,10 +344,15 @@ def _pack(
     if damaged >= 0:
         raise damaged_bonds(int(damaged), *sizes, block.bonds, block.bond_features)
     cut = pairwise([0, *ends.tolist()])
-    return [
+    micros = [
         _view(buffer[begin:end], header)
         for (begin, end), header in zip(cut, headers.tolist(), strict=True)
     ]
+    if block.descriptors.shape[1]:
+        # Not in the kernel: Numba knows no float16 on CPUs.
+        for micro, begin in zip(micros, begins.tolist(), strict=True):
+            micro.descriptors[:] = block.descriptors[order[begin : begin + len(micro)]]
+    return micros
 
 
 def _headers(
@@ -341,10 +361,13 @@ def _headers(
     num_micro: int,
     begins: NDArray[np.int64],
     num_atoms: NDArray[np.int32],
+    *,
+    described: bool,
 ) -> NDArray[np.int64]:
     """(micro-batches, fields), the headers of micro-batches that begin at ``begins`` in the sorted molecules."""
     atoms = num_atoms.astype(np.int64)
     headers = np.empty((len(begins), len(HEADER_FIELDS)), np.int64)
+    num_molecules = np.diff(begins, append=len(atoms))
     columns: dict[str, Any] = {
         "magic": _MAGIC,
         "version": _VERSION,
@@ -352,9 +375,10 @@ def _headers(
         "step": np.repeat(np.arange(steps.start, steps.stop), num_micro),
         "stream": stream,
         "index": np.tile(np.arange(num_micro), len(steps)),
-        "num_molecules": np.diff(begins, append=len(atoms)),
+        "num_molecules": num_molecules,
         "num_atoms": np.add.reduceat(atoms, begins),
         "num_pairs": np.add.reduceat(atoms * atoms, begins),
+        "num_described": num_molecules * described,
         "num_hops": NUM_HOPS,
     }
     for place, name in enumerate(HEADER_FIELDS):
@@ -366,7 +390,7 @@ def _headers(
 def _section_begins(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n, sections + 1), the byte where each section begins, and last where the buffer ends.
 
-    ``counts`` (n, 3) are the numbers of molecules, atoms and pairs of n micro-batches.
+    ``counts`` (n, 4) are the numbers of molecules, atoms, pairs and described molecules of n micro-batches.
     """
     rows = counts[:, [section.rows for section in SECTIONS]]
     begins = np.full((len(counts), len(SECTIONS) + 1), _HEADER_BYTES, np.int64)
@@ -473,7 +497,8 @@ def _read_header(payload: NDArray[np.uint8]) -> list[int]:
             "all nodes must run the same version of moleblend-ray"
         )
     counts = [words[place] for place in _COUNTS]
-    if min(counts) < 0 or header["num_hops"] != NUM_HOPS:
+    is_described = header["num_described"] in (0, header["num_molecules"])
+    if min(counts) < 0 or header["num_hops"] != NUM_HOPS or not is_described:
         raise DataError(f"a micro-batch buffer has a damaged header: {header}")
     expected = _HEADER_BYTES + sum(_section_bytes(section, counts) for section in SECTIONS)
     if not header["num_bytes"] == expected == len(payload):

@@ -14,7 +14,7 @@ from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError
-from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
+from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_DESCRIPTORS
 
 if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
     import pyarrow as pa
@@ -55,6 +55,9 @@ class MoleculeBlock:
     position_mask: NDArray[np.bool_]
     """(A,) bool, True where the atom has coordinates."""
 
+    descriptors: NDArray[np.float32]
+    """(M, D) float32, NaN where unknown; D is ``vocabulary.NUM_DESCRIPTORS``, or 0 if they were not read."""
+
     def __len__(self) -> int:
         return len(self.molecule_ids)
 
@@ -71,6 +74,7 @@ class MoleculeBlock:
             bond_features=self.bond_features[bonds],
             positions=self.positions[atoms],
             position_mask=self.position_mask[atoms],
+            descriptors=self.descriptors[indices],
         )
 
 
@@ -96,8 +100,11 @@ class GraphColumns:
     position_mask: NDArray[np.bool_]
     """(C,) bool."""
 
+    descriptors: NDArray[np.float32]
+    """(R, D) float32; D is 0 if they were not read."""
+
     addresses: NDArray[np.uint64] = field(init=False, repr=False)
-    """(6,) uint64, the memory address of each of the arrays above, in their order."""
+    """(7,) uint64, the memory address of each of the arrays above, in their order."""
 
     def __post_init__(self) -> None:
         """Note the addresses: a kernel that reads from many of these objects gets them in one array."""
@@ -119,6 +126,10 @@ class GraphColumns:
         bond_features, _ = _ragged(table, "bond_features", np.uint8, NUM_BOND_FEATURES, num_bonds)
         positions, _ = _ragged(table, "positions", np.float32, NUM_AXES, conformer_atoms)
         position_mask, _ = _ragged(table, "position_mask", np.bool_, 1, conformer_atoms)
+        descriptors = undescribed(table.num_rows)
+        if "descriptors" in table.column_names:
+            once = np.ones(table.num_rows, np.int64)
+            descriptors, _ = _ragged(table, "descriptors", np.float32, NUM_DESCRIPTORS, once)
         first_atom, first_bond, first_position = (
             np.cumsum(counts) - counts for counts in (num_atoms, num_bonds, conformer_atoms)
         )
@@ -137,6 +148,7 @@ class GraphColumns:
             bond_features=bond_features,
             positions=positions,
             position_mask=position_mask.reshape(-1),
+            descriptors=descriptors,
         )
 
 
@@ -167,6 +179,7 @@ _BONDS: Final = _ARRAYS.index("bonds")
 _BOND_FEATURES: Final = _ARRAYS.index("bond_features")
 _POSITIONS: Final = _ARRAYS.index("positions")
 _POSITION_MASK: Final = _ARRAYS.index("position_mask")
+_DESCRIPTORS: Final = _ARRAYS.index("descriptors")
 
 
 def block_from_table(table: pa.Table, molecule_ids: NDArray[np.int64]) -> MoleculeBlock:
@@ -189,7 +202,7 @@ def gather(
 
     ``conformer`` (M,) is a non-negative draw per molecule, which is taken modulo its number of conformers; None takes
     the first conformer. A molecule without conformers gets an all-False ``position_mask``. It is not checked that
-    ``group`` and ``row`` are valid indices.
+    ``group`` and ``row`` are valid indices, and that all groups have descriptors or none has.
     """
     # The groups are in different places of memory: with their addresses, one call of a kernel reads from all of them.
     addresses = np.array([columns.addresses for columns in groups], np.uint64)
@@ -198,6 +211,7 @@ def gather(
     _gather_rows(addresses, group, row, rows)
     num_atoms, num_bonds = rows[:, _NUM_ATOMS], rows[:, _NUM_BONDS]
     atoms, bonds = num_atoms.sum(), num_bonds.sum()
+    num_descriptors = groups[0].descriptors.shape[1] if groups else 0
     block = MoleculeBlock(
         molecule_ids=np.asarray(molecule_ids, dtype=np.int64),
         num_atoms=num_atoms.astype(np.int32),
@@ -207,10 +221,12 @@ def gather(
         bond_features=np.empty((bonds, NUM_BOND_FEATURES), np.uint8),
         positions=np.empty((atoms, NUM_AXES), np.float32),
         position_mask=np.empty(atoms, np.bool_),
+        descriptors=np.empty((len(row), num_descriptors), np.float32),
     )
     _gather_values(
         addresses,
         group,
+        row,
         rows,
         np.zeros(len(row), np.int64) if conformer is None else conformer,
         block.atom_features.reshape(-1),
@@ -218,6 +234,7 @@ def gather(
         block.bond_features.reshape(-1),
         block.positions.reshape(-1),
         block.position_mask,
+        block.descriptors,
     )
     return block
 
@@ -256,9 +273,19 @@ def _gather_rows(addresses, group, row, rows):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _gather_values(  # type: ignore[no-untyped-def]
-    addresses, group, rows, draw, atom_features, bonds, bond_features, positions, position_mask
+    addresses,
+    group,
+    row,
+    rows,
+    draw,
+    atom_features,
+    bonds,
+    bond_features,
+    positions,
+    position_mask,
+    descriptors,
 ):
-    """Copy the values of each molecule behind those of the one before; all destinations are flat."""
+    """Copy the values of each molecule behind those of the one before; all destinations but the last are flat."""
     atom, bond = 0, 0
     for i in range(group.shape[0]):
         array = addresses[group[i]]
@@ -278,6 +305,7 @@ def _gather_values(  # type: ignore[no-untyped-def]
         else:
             positions[NUM_AXES * atom : NUM_AXES * (atom + n)] = 0
             position_mask[atom : atom + n] = False
+        _copy(descriptors[i], 0, array[_DESCRIPTORS], row[i], 1, descriptors.shape[1])
         atom += n
         bond += num_bonds
 
@@ -289,6 +317,11 @@ def _copy(target, begin, address, source_begin, num_rows, width):  # type: ignor
     source = carray(_pointer(first), num_rows * width, target.dtype)
     for item in range(num_rows * width):
         target[begin * width + item] = source[item]
+
+
+def undescribed(num_molecules: int) -> NDArray[np.float32]:
+    """(M, 0), the descriptors of molecules that have none."""
+    return np.empty((num_molecules, 0), np.float32)
 
 
 def ragged_rows(counts: NDArray[np.int32], indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,11 +20,12 @@ from moleblend_ray.data.batch import (
     build_steps,
 )
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.descriptors import with_targets
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.data.shards import training_columns
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.relations.geometry import random_rotations, rotate
 from moleblend_ray.relations.hashing import keyed_hash
@@ -51,11 +52,12 @@ class MicroBatchBuilder:
         self._shared = NodeCache(manifest.fingerprint[:32], stream.cache_bytes) if shared else None
         self._order = DataOrder(manifest.num_molecules(split), order)
         self._stream = stream
+        self._scaling = manifest.descriptor_scaling
         self._reader = ShardReader(
             data_uri,
             manifest,
             split,
-            columns=GRAPH_COLUMNS,
+            columns=training_columns(manifest),
             cache_bytes=stream.cache_bytes,
             shared=self._shared,
         )
@@ -78,6 +80,7 @@ class MicroBatchBuilder:
         # Without the lowest bit, a draw is a non-negative int64.
         draw = keyed_hash(seed, _CONFORMER, steps, molecule_ids) >> np.uint64(1)
         block = self._reader.read_block(molecule_ids, draw.astype(np.int64))
+        block = with_targets(block, self._scaling)
         if not self._stream.random_rotation:
             return block
         rotations = random_rotations(keyed_hash(seed, _ROTATION, steps, molecule_ids))

@@ -34,7 +34,7 @@ from moleblend_ray.data.manifest import (
 )
 from moleblend_ray.data.receipts import Statistics, sum_statistics, valid_receipts
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import shard_schema
+from moleblend_ray.data.shards import manifest_schema
 from moleblend_ray.errors import DataError
 
 _THREADS: Final = 8
@@ -258,7 +258,7 @@ def _quarantine_tables(
 
 def _schema(manifest: Manifest) -> dict[str, str]:
     schema = {}
-    for field in shard_schema(manifest.labels):
+    for field in manifest_schema(manifest):
         unit = (field.metadata or {}).get(b"unit", b"").decode()
         schema[field.name] = f"{field.type}{f' ({unit})' if unit else ''}"
     return schema

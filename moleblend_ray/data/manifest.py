@@ -15,9 +15,11 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
+from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.errors import DataError
+from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 """Increased whenever older code could not read what newer code writes. All versions up to this one can be read."""
 
 
@@ -105,6 +107,16 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DescriptorInfo:
+    """The descriptors of the data set."""
+
+    names: tuple[str, ...]
+    """RDKit's names, in the order of the numbers in the column ``descriptors``."""
+    scaling: dict[str, list[float]]
+    """``median``, ``mean`` and ``scale`` of each, of a sample of the training molecules (:class:`DescriptorScaling`)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     """The files of a prepared data set, and how they were made; the only way to find its files."""
 
@@ -120,7 +132,16 @@ class Manifest:
     row_group_rows: int
     """Rows of each row group of a shard, except the last one."""
     fingerprint: str
-    """SHA-256 over versions, options, labels and the checksums of train, valid and test shards."""
+    """SHA-256 over versions, options, labels, descriptors and the checksums of train, valid and test shards."""
+    descriptors: DescriptorInfo | None = None
+    """None if the shards hold no descriptors."""
+
+    @property
+    def descriptor_scaling(self) -> DescriptorScaling | None:
+        """How descriptors become targets of pretraining; None if the shards hold none."""
+        if self.descriptors is None:
+            return None
+        return DescriptorScaling.from_json(self.descriptors.scaling)
 
     def shards_of(self, split: str) -> tuple[ShardInfo, ...]:
         """The files of a split, in the order that defines the positions of its molecules."""
@@ -150,7 +171,22 @@ class Manifest:
         if foreign:
             raise TypeError(f"{foreign[0]!r} lies outside of the data set")
         fields["counts"] = Counts(**value["counts"])
+        fields["descriptors"] = _descriptor_info(value.get("descriptors"))
         return cls(**fields)
+
+
+def _descriptor_info(value: Mapping[str, Any] | None) -> DescriptorInfo | None:
+    if value is None:
+        return None
+    info = DescriptorInfo(names=tuple(value["names"]), scaling=dict(value["scaling"]))
+    lengths = {name: len(numbers) for name, numbers in info.scaling.items()}
+    if info.names != STORED_DESCRIPTORS or set(lengths.values()) != {len(STORED_DESCRIPTORS)}:
+        raise TypeError(
+            f"it has {len(info.names)} descriptors, with numbers {lengths}; this version of moleblend-ray reads its own "
+            f"{len(STORED_DESCRIPTORS)}"
+        )
+    DescriptorScaling.from_json(info.scaling)
+    return info
 
 
 def _leads_out(path: str) -> bool:
@@ -164,6 +200,7 @@ def fingerprint(
     shards: Sequence[ShardInfo],
     *,
     format_version: int = FORMAT_VERSION,
+    descriptors: DescriptorInfo | None = None,
 ) -> str:
     """The identity of a data set's molecules, wherever the data set and its sources are stored.
 
@@ -178,6 +215,8 @@ def fingerprint(
             [shard.path, shard.num_rows, shard.sha256] for shard in shards if shard.split in SPLITS
         ],
     }
+    if descriptors is not None:
+        content["descriptors"] = asdict(descriptors)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -212,6 +251,7 @@ def load_manifest(uri: str) -> Manifest:
         manifest.labels,
         manifest.shards,
         format_version=manifest.format_version,
+        descriptors=manifest.descriptors,
     )
     if found != manifest.fingerprint:
         raise DataError(

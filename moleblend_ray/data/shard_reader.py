@@ -24,9 +24,9 @@ from moleblend_ray.data.shards import (
     damaged_shard,
     footer_bytes,
     footer_crc32,
+    manifest_schema,
     read_file,
     read_shard_range,
-    shard_schema,
 )
 from moleblend_ray.errors import DataError
 
@@ -83,7 +83,7 @@ class ShardReader:
         """
         self._uri = uri
         self._shards = manifest.shards_of(split)
-        self._schema = shard_schema(manifest.labels, manifest.format_version)
+        self._schema = manifest_schema(manifest)
         self._columns = list(columns) if columns is not None else self._schema.names
         unknown = [name for name in self._columns if name not in self._schema.names]
         if unknown:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.chemistry.inchi import inchi_keys
 from moleblend_ray.chemistry.molecule import Molecule, molecules_from_records
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
@@ -41,7 +42,12 @@ from moleblend_ray.data.receipts import (
     shard_info,
     write_part,
 )
-from moleblend_ray.data.shards import NOT_IN_SPLIT_FILE, QUARANTINE_SCHEMA, shard_schema
+from moleblend_ray.data.shards import (
+    DESCRIPTOR_FIELD,
+    NOT_IN_SPLIT_FILE,
+    QUARANTINE_SCHEMA,
+    shard_schema,
+)
 from moleblend_ray.data.shuffle import encode_segment, quarantined_molecules, staged_table
 from moleblend_ray.data.sources import (
     LabelColumn,
@@ -64,7 +70,7 @@ class Featurized:
     """A chunk's records as molecules and rejections."""
 
     molecules: pa.Table
-    """Schema ``shards.shard_schema(labels)``, in source order."""
+    """Schema ``shards.shard_schema``, in source order."""
     quarantine: pa.Table
     """Schema ``shards.QUARANTINE_SCHEMA``, in source order."""
     unreadable_labels: dict[str, int]
@@ -212,7 +218,7 @@ def featurize_records(
     records, molecules = [records[i] for i in kept], [molecules[i] for i in kept]
     rejected.sort(key=lambda pair: pair[0].row)
     return Featurized(
-        molecules=_molecule_table(records, molecules, uri, labels),
+        molecules=_molecule_table(records, molecules, uri, labels, descriptors=config.descriptors),
         quarantine=_quarantine_table(rejected, uri),
         unreadable_labels=dict(Counter(name for record in records for name in record.unreadable)),
     )
@@ -245,8 +251,10 @@ def _molecule_table(
     molecules: Sequence[Molecule],
     uri: str,
     labels: Sequence[LabelColumn],
+    *,
+    descriptors: bool,
 ) -> pa.Table:
-    schema = shard_schema(labels)
+    schema = shard_schema(labels, descriptors=descriptors)
     columns: dict[str, Any] = {
         "mol_id": [_row_id(record, uri) for record in records],
         "source_row": [record.row for record in records],
@@ -262,6 +270,9 @@ def _molecule_table(
         "positions": [molecule.positions for molecule in molecules],
         "position_mask": [molecule.position_mask for molecule in molecules],
     }
+    if descriptors:
+        # One row each, as the arrays of the other columns of lists.
+        columns[DESCRIPTOR_FIELD.name] = list(stored_descriptors(columns["smiles"]))
     arrays = [
         _list_array(columns[field.name], field.type)
         if pa.types.is_list(field.type)

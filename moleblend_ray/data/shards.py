@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import FORMAT_VERSION, LabelInfo, ShardInfo
+from moleblend_ray.data.manifest import FORMAT_VERSION, LabelInfo, Manifest, ShardInfo
 from moleblend_ray.errors import DataError
 
 LABEL_PREFIX: Final = "label:"
@@ -42,6 +42,9 @@ MOLECULE_FIELDS: Final = (
 """Columns of every shard, before its label columns. The graph columns are adjacent, so one range read fetches them."""
 
 _SINCE_VERSION_2: Final = frozenset({"conformer_detail", "conformer_energies"})
+
+DESCRIPTOR_FIELD: Final = pa.field("descriptors", pa.list_(pa.float32()))
+"""``vocabulary.NUM_DESCRIPTORS`` numbers per molecule, NaN where unknown; in data sets with ``featurize.descriptors``."""
 
 GRAPH_COLUMNS: Final = (
     "num_atoms",
@@ -81,9 +84,23 @@ PARQUET_MAGIC: Final = b"PAR1"
 """The last bytes of every Parquet file."""
 
 
+def training_columns(manifest: Manifest) -> tuple[str, ...]:
+    """The columns that pretraining reads: those of the graph, and descriptors if the data set has them."""
+    return (*GRAPH_COLUMNS, *([DESCRIPTOR_FIELD.name] if manifest.descriptors else []))
+
+
+def manifest_schema(manifest: Manifest) -> pa.Schema:
+    """The schema of the shards of a data set."""
+    return shard_schema(
+        manifest.labels, manifest.format_version, descriptors=manifest.descriptors is not None
+    )
+
+
 def shard_schema(
     labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]],
     format_version: int = FORMAT_VERSION,
+    *,
+    descriptors: bool = False,
 ) -> pa.Schema:
     """The schema of a shard with these labels (``LabelInfo`` or (name, unit)) in a version of the format."""
     label_fields = []
@@ -92,8 +109,11 @@ def shard_schema(
         metadata = {"unit": unit} if unit else None
         label_fields.append(pa.field(LABEL_PREFIX + name, pa.float64(), metadata=metadata))
     absent = _SINCE_VERSION_2 if format_version < 2 else ()
+    fields = [field for field in MOLECULE_FIELDS if field.name not in absent]
+    # Next to the graph columns, so that one range read fetches these as well.
+    fields += [DESCRIPTOR_FIELD] if descriptors else []
     return pa.schema(
-        [*(field for field in MOLECULE_FIELDS if field.name not in absent), *label_fields],
+        [*fields, *label_fields],
         metadata={"moleblend.format_version": str(format_version)},
     )
 

@@ -49,6 +49,7 @@ from moleblend_ray.data.dataset_files import (
     unit_receipt_uri,
 )
 from moleblend_ray.data.manifest import ShardInfo
+from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import (
     STAGED,
     Receipt,
@@ -267,6 +268,8 @@ class Exchange:
     """URIs of the source files, without credentials."""
     labels: tuple[tuple[str, str | None], ...]
     """Name and unit of each label."""
+    descriptors: bool
+    """Whether molecules have descriptors."""
     row_group_rows: int
     shuffle: bool
     """Whether shards are in the order of the keys instead of the source's order."""
@@ -291,7 +294,7 @@ class Exchange:
     @property
     def schema(self) -> pa.Schema:
         """Schema of the shards."""
-        return shard_schema(self.labels)
+        return shard_schema(self.labels, descriptors=self.descriptors)
 
     @property
     def staged_schema(self) -> pa.Schema:
@@ -311,11 +314,8 @@ def plan_exchange(
     source_uris: Sequence[str],
     labels: Sequence[tuple[str, str | None]],
     chunks: Iterable[StagedChunk],
+    options: ConvertOptions,
     *,
-    row_group_rows: int,
-    rows_per_shard: int,
-    shuffle: bool,
-    deduplicate: bool,
     memory_bytes: int,
 ) -> tuple[Exchange, list[list[Unit]]]:
     """The exchange of these chunks, and its passes, by processes that each have ``memory_bytes`` for molecules.
@@ -325,7 +325,10 @@ def plan_exchange(
     ordered = sorted(chunks)
     num_rows = sum(chunk.num_rows for chunk in ordered)
     num_bytes = sum(chunk.memory_bytes for chunk in ordered)
-    num_buckets = max(1, -(-num_rows // rows_per_shard), -(-num_bytes // _MAX_BUCKET_BYTES))
+    shards = -(-num_rows // options.rows_per_shard)
+    num_buckets = max(1, shards, -(-num_bytes // _MAX_BUCKET_BYTES))
+    shuffle, deduplicate = options.shuffle, options.deduplicate != "none"
+    row_group_rows = options.row_group_rows
     digest = hashlib.blake2b(digest_size=16)
     settings = [shuffle, deduplicate, num_buckets, row_group_rows, [list(pair) for pair in labels]]
     digest.update(json.dumps(settings).encode())
@@ -336,6 +339,7 @@ def plan_exchange(
         out=out,
         source_uris=tuple(source_uris),
         labels=tuple((name, unit) for name, unit in labels),
+        descriptors=options.featurize.descriptors,
         row_group_rows=row_group_rows,
         shuffle=shuffle,
         deduplicate=deduplicate,

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.evaluation.descriptor_inputs import DescriptorScaling
+from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.evaluation.linear_model import fit_linear, linear_grid
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.tasks import Task, TaskKind

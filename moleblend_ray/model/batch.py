@@ -28,6 +28,7 @@ from moleblend_ray.vocabulary import NUM_HOPS
 _TORCH_TYPES: Final = {
     np.dtype(np.int64): torch.int64,
     np.dtype(np.float32): torch.float32,
+    np.dtype(np.float16): torch.float16,
     np.dtype(np.uint8): torch.uint8,
     np.dtype(np.bool_): torch.bool,
 }
@@ -77,6 +78,8 @@ class MoleculeBatch:
     """(B, N, N) uint8, shortest-path distance in bonds; 255 in different fragments; padding is 0."""
     path_codes: Tensor
     """(B, N, N, L) uint8, bond code of each hop from atom a to atom b, 0 for no hop; padding is 0."""
+    descriptors: Tensor
+    """(B, D) float16, targets of pretraining, NaN where unknown; (0, D) if the molecules have none."""
     atom_index: Tensor
     """(A,) int64, row of each real atom in the flattened (B * N) rectangle."""
     token_index: Tensor
@@ -106,6 +109,7 @@ class MoleculeBatch:
             "token_index": (np.int64, (A + B,)),
             "token_molecule": (np.int64, (A + B,)),
             "positions": (np.float32, (B, N, 3)),
+            "descriptors": (np.float16, micro.descriptors.shape),
             "atom_mask": (np.bool_, (B, N)),
             "position_mask": (np.bool_, (B, N)),
             "atom_features": (np.uint8, (B, N, NUM_ATOM_FEATURES)),
@@ -117,6 +121,7 @@ class MoleculeBatch:
         host = staging.arrays
         host["molecule_ids"][:] = micro.molecule_ids
         host["num_atoms"][:] = micro.num_atoms
+        host["descriptors"][:] = micro.descriptors
         _index(
             N,
             micro.num_atoms,
@@ -228,7 +233,7 @@ class _Staging:
         shapes: dict[str, tuple[type[np.generic], tuple[int, ...]]],
         device: torch.device,
     ) -> None:
-        """``shapes``: dtype and shape of each array; items of 8 bytes first, then of 4, then of 1, for alignment."""
+        """``shapes``: dtype and shape of each array; items of 8 bytes first, then of 4, of 2 and of 1, for alignment."""
         self._device = device
         self._shapes = {name: shape for name, (_, shape) in shapes.items()}
         dtypes = [np.dtype(dtype) for dtype, _ in shapes.values()]

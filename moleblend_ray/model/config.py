@@ -15,7 +15,15 @@ PAPER_EDGE_VOCAB: Final = (4, 3, 2)
 NUM_PAPER_EDGE_CLASSES: Final = 24
 """Product of PAPER_EDGE_VOCAB."""
 
-LOSS_NAMES: Final = ("spd", "edge", "direction", "distance", "denoise", "environment")
+LOSS_NAMES: Final = (
+    "spd",
+    "edge",
+    "direction",
+    "distance",
+    "denoise",
+    "environment",
+    "descriptor",
+)
 """The pretraining losses, in the order of ``losses.loss_counts``."""
 
 
@@ -46,8 +54,11 @@ class ModelConfig:
     """Predict the distance of each atom pair, which is invariant to rotations."""
     environment_bins: int = 0
     """Number of bins into which circular atom environments (radius 0 to 2) are folded; their counts are predicted from
-    the graph token. 0: no such head. The graph token, which no other loss reads, then only passes information among
-    the atoms."""
+    the graph token. 0: no such head."""
+    descriptor_head: bool = False
+    """Predict RDKit's descriptors of the molecule from the graph token, for data sets prepared with
+    ``featurize.descriptors``. Without this and ``environment_bins`` the graph token, which no other loss reads, only
+    passes information among the atoms."""
     missing_positions: Literal["mask", "origin"] = "mask"
     """``mask``: atoms without coordinates take no part in 3D relations. ``origin``: they take part as if at (0, 0, 0),
     as in the official code."""
@@ -81,7 +92,7 @@ class ModelConfig:
 
     @property
     def environment_head(self) -> bool:
-        """Whether the graph token has a target."""
+        """Whether the graph token predicts atom environments."""
         return self.environment_bins > 0
 
     @property
@@ -135,6 +146,9 @@ class LossConfig:
     environment_weight: float = 0.0
     """Atom environments: squared error of log(1 + count), sum over bins, mean over molecules. Needs
     ``model.environment_bins``."""
+    descriptor_weight: float = 0.0
+    """RDKit's descriptors: squared error in standard deviations of the data set, mean over all known ones. Needs
+    ``model.descriptor_head``."""
     visible_pair_weight: float = 1.0
     """Weight in each pair loss of the pairs whose relation the encoder was shown; the weight of the others is 1."""
     ignore_other_bonds: bool = False
@@ -189,7 +203,7 @@ def check_objective(model: ModelConfig, loss: LossConfig) -> None:
                 f"loss.{name}_weight: expected 0 while model.{name}_head is off, "
                 f"found {loss.weight(name):g}",
             )
-            for name in ("direction", "distance")
+            for name in ("direction", "distance", "descriptor")
         ),
         (
             loss.environment_weight <= 0.0 or model.environment_head,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.vocabulary import NUM_HOPS
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS, NUM_HOPS
 
 if TYPE_CHECKING:
     from moleblend_ray.model.config import ModelConfig
@@ -82,8 +82,8 @@ def pretraining_flops(config: ModelConfig) -> ForwardFlops:
     outputs = [config.num_spd_classes, NUM_HOPS * config.num_edge_classes]
     outputs += [3] if config.direction_head else []
     outputs += [1] if config.distance_head else []
-    environments = 2 * config.dim * config.environment_bins
-    total = ForwardFlops(constant=environments, linear=0.0, quadratic=0.0)
+    targets = config.environment_bins + NUM_DESCRIPTORS * config.descriptor_head
+    total = ForwardFlops(constant=2 * config.dim * targets, linear=0.0, quadratic=0.0)
     total = total + encoder_flops(config) + denoising_head_flops(config)
     for num_outputs in outputs:
         total = total + pair_head_flops(config, num_outputs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import AtomFeature, Blend, Relation
 from moleblend_ray.model.config import (
@@ -88,7 +89,7 @@ def count_other_bonds(batch: MoleculeBatch) -> Tensor:
 
 
 def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
-    """(6,) float64: divisor of each sum of ``pretraining_loss_sums``; needs no forward pass."""
+    """(7,) float64: divisor of each sum of ``pretraining_loss_sums``; needs no forward pass."""
     spd = _pair_weight(
         batch.pair_mask & (batch.spd > 0) & (batch.spd != UNREACHABLE), blend, config, Relation.SPD
     )
@@ -97,7 +98,8 @@ def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tenso
     )
     molecules = _pair_weight(has_direction(batch), blend, config, Relation.GEOMETRY).sum((1, 2)) > 0
     atoms = noised_atoms(batch, blend, config)
-    counts = (spd, edge, molecules, molecules, atoms, batch.num_atoms > 0)
+    described = ~batch.descriptors.isnan()
+    counts = (spd, edge, molecules, molecules, atoms, batch.num_atoms > 0, described)
     return torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
 
@@ -120,13 +122,16 @@ def pretraining_loss_sums(
             "environment": nothing
             if output.environments is None
             else _environment_sum(output.environments, batch),
+            "descriptor": nothing
+            if output.descriptors is None
+            else _descriptor_sum(output.descriptors, batch),
         }
 
 
 def total_loss(sums: Mapping[str, Tensor], global_counts: Tensor, config: LossConfig) -> Tensor:
     """() float32: this micro-batch's part of the loss of the step, the sum of ``weight * sum / count`` over the losses.
 
-    ``global_counts`` (6,) are those of the whole step, over all micro-batches and ranks; a loss whose count is 0
+    ``global_counts`` (7,) are those of the whole step, over all micro-batches and ranks; a loss whose count is 0
     contributes 0.
     """
     means = loss_means(sums, global_counts)
@@ -242,6 +247,17 @@ def _mean_per_molecule(loss: Tensor, weight: Tensor) -> Tensor:
 def _environment_sum(predicted: Tensor, batch: MoleculeBatch) -> Tensor:
     counts = environment_counts(batch, predicted.shape[-1])
     return (at_least_float32(predicted) - counts.log1p()).square().sum()
+
+
+def _descriptor_sum(predicted: Tensor, batch: MoleculeBatch) -> Tensor:
+    if not len(batch.descriptors):
+        raise ConfigError(
+            "the model predicts descriptors, and the molecules have none; prepare them with featurize.descriptors=true, or "
+            "use a model with descriptor_head=false"
+        )
+    target = batch.descriptors.float()
+    error = at_least_float32(predicted) - target.nan_to_num()
+    return error.square().masked_fill(target.isnan(), 0.0).sum()
 
 
 def _denoise_sum(

@@ -21,7 +21,12 @@ from moleblend_ray.model.encoder import Encoder, EncoderOutput
 from moleblend_ray.model.heads import PairHead, PropertyHead, map_together
 from moleblend_ray.model.initialization import fill_constants, init_weights
 from moleblend_ray.model.precision import at_least_float32
-from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ATOM_VOCAB_SIZES, NUM_HOPS
+from moleblend_ray.vocabulary import (
+    ATOM_FEATURE_NAMES,
+    ATOM_VOCAB_SIZES,
+    NUM_DESCRIPTORS,
+    NUM_HOPS,
+)
 
 __all__ = ["ModelConfig", "MoleBlendModel", "MoleBlendOutput", "PropertyModel", "ReadoutConfig"]
 
@@ -53,6 +58,8 @@ class MoleBlendOutput:
     """(B, N, 3), parallel to the noise on an atom."""
     environments: Tensor | None
     """(B, bins), log(1 + count) of each bin of atom environments; None without the head."""
+    descriptors: Tensor | None
+    """(B, ``vocabulary.NUM_DESCRIPTORS``), in standard deviations of the data set; None without the head."""
 
 
 class MoleBlendModel(nn.Module):
@@ -70,9 +77,12 @@ class MoleBlendModel(nn.Module):
             self.direction_head = PairHead(config, (3,)) if config.direction_head else None
             self.distance_head = PairHead(config, ()) if config.distance_head else None
             self.denoising_head = DenoisingHead(config)
-            # Linear, so that the graph token itself must hold the counts.
+            # Linear, so that the graph token itself must hold the targets.
             self.environment_head = (
                 nn.Linear(config.dim, config.environment_bins) if config.environment_head else None
+            )
+            self.descriptor_head = (
+                nn.Linear(config.dim, NUM_DESCRIPTORS) if config.descriptor_head else None
             )
         if device.type != "meta":
             self.to_empty(device=device)
@@ -115,6 +125,7 @@ class MoleBlendModel(nn.Module):
         spd, edge, direction, distance = self._pair_predictions(atoms, batch)
         assert spd is not None
         assert edge is not None
+        graphs = _graph_states(encoded, batch)
         return MoleBlendOutput(
             tokens=encoded.tokens,
             spd_logits=spd,
@@ -124,9 +135,8 @@ class MoleBlendModel(nn.Module):
             noise=self.denoising_head(
                 atoms, encoded.bias, encoded.displacement, batch, encoded.shared_bias
             ),
-            environments=None
-            if self.environment_head is None
-            else self.environment_head(_graph_states(encoded, batch)),
+            environments=None if self.environment_head is None else self.environment_head(graphs),
+            descriptors=None if self.descriptor_head is None else self.descriptor_head(graphs),
         )
 
     def _pair_predictions(self, atoms: Tensor, batch: MoleculeBatch) -> list[Tensor | None]:

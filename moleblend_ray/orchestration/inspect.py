@@ -24,6 +24,7 @@ from moleblend_ray.data.inspect import (
     UnfinishedReport,
     inspect_data_set,
 )
+from moleblend_ray.data.shards import DESCRIPTOR_FIELD
 from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
 from moleblend_ray.quantities import bytes_text
 from moleblend_ray.training.inventory import (
@@ -32,6 +33,7 @@ from moleblend_ray.training.inventory import (
     compare_checkpoints,
     take_inventory,
 )
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +119,8 @@ def _overview(report: DataSetReport) -> Table:
         + (f"; {counts.duplicate_ids:,} ids repeat" if counts.duplicate_ids else ""),
     )
     table.add_row("conformers", _shares(counts.conformer_status, counts.rows_out))
+    if DESCRIPTOR_FIELD.name in report.schema:
+        table.add_row("descriptors", f"{NUM_DESCRIPTORS} of RDKit for each molecule")
     elements = sorted(counts.elements.items(), key=lambda item: -item[1])
     shown = dict(elements[:_MAX_ELEMENTS])
     more = f" and {len(elements) - len(shown)} more" if len(elements) > len(shown) else ""

@@ -121,22 +121,25 @@ def _job(config: PlanConfig, setup: Setup, workers: int, manifest: Manifest | No
     return Job(
         molecules=molecules,
         presentations=presentations,
-        prepare_per_core_s=_prepare_rate(conformers=config.conformers),
+        prepare_per_core_s=_prepare_rate(config),
         embed_per_trainer_s=_embed_rate(setup),
         first_step_s=bundled("first_step_s"),
     )
 
 
-def _prepare_rate(*, conformers: bool) -> Figure:
+def _prepare_rate(config: PlanConfig) -> Figure:
     rows = bundled("prepare_rows_per_core_s")
     per_core = measured(rows.value / 2, "molecules/s", f"half of {rows.value:,.0f}: {rows.source}")
-    if not conformers:
-        return per_core
-    made = bundled("conformers_per_core_s")
-    seconds = 1 / per_core.value + 1 / made.value
-    return computed(
-        1 / seconds, "molecules/s", f"with a conformer each: {made.source}", per_core, made
-    )
+    for wanted, name, what in (
+        (config.conformers, "conformers_per_core_s", "a conformer"),
+        (config.descriptors, "descriptors_per_core_s", "descriptors"),
+    ):
+        if wanted:
+            made = bundled(name)
+            seconds = 1 / per_core.value + 1 / made.value
+            source = f"with {what} each: {made.source}"
+            per_core = computed(1 / seconds, "molecules/s", source, per_core, made)
+    return per_core
 
 
 def _embed_rate(setup: Setup) -> Figure:

@@ -191,10 +191,7 @@ def _exchanged(
         [without_credentials(layout.file.uri) for layout in sources.layouts],
         sources.labels,
         map(staged_chunk, receipts),
-        row_group_rows=options.row_group_rows,
-        rows_per_shard=options.rows_per_shard,
-        shuffle=options.shuffle,
-        deduplicate=options.deduplicate != "none",
+        options,
         memory_bytes=int(config.shuffle_memory_gib * GIB),
     )
     return run_exchange(

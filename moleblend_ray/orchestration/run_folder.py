@@ -74,6 +74,8 @@ def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
         del settings["blend"]["view_probabilities"]
     if not config.model.environment_head:
         del settings["model"]["environment_bins"]
+    if not config.model.descriptor_head:
+        del settings["model"]["descriptor_head"]
     return {
         "data_fingerprint": manifest.fingerprint,
         # Part of the fingerprint; named here as well, to show why data that were prepared again are different.
@@ -94,6 +96,7 @@ def open_run(
     if manifest.num_molecules("train") == 0:
         raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
     _require_coordinates(config, manifest)
+    _require_descriptors(config, manifest)
     identity = run_identity(config, manifest)
     commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
@@ -133,6 +136,15 @@ def _require_coordinates(config: PretrainConfig, manifest: Manifest) -> None:
             total,
             without_credentials(config.data),
             remedy,
+        )
+
+
+def _require_descriptors(config: PretrainConfig, manifest: Manifest) -> None:
+    if config.model.descriptor_head and manifest.descriptors is None:
+        raise DataError(
+            f"{config.data} has no descriptors, which model.descriptor_head=true is to predict. Prepare the molecules into "
+            "another `out` with featurize.descriptors=true, or pretrain without: model.descriptor_head=false "
+            "loss.descriptor_weight=0"
         )
 
 
@@ -179,7 +191,9 @@ def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_
 def _with_later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         "blend": {"view_probabilities": to_dict(BlendConfig())["view_probabilities"]},
-        "model": {"environment_bins": ModelConfig().environment_bins},
+        "model": {
+            name: getattr(ModelConfig(), name) for name in ("environment_bins", "descriptor_head")
+        },
     }
     complete = {
         name: {**values, **identity[name]} for name, values in defaults.items() if name in identity

@@ -196,8 +196,11 @@ def _groups_of(
     data_uri: str, order: OrderConfig, stream: StreamConfig, num_steps: int, budget: int
 ) -> _Groups:
     """Groups for at least ``num_steps`` steps; ConfigError if their blocks are too large for ``budget`` bytes."""
-    atom_counts = load_manifest(data_uri).counts.molecules_by_atoms
-    step_bytes = order.stream_batch_size * mean_molecule_bytes(atom_counts)
+    manifest = load_manifest(data_uri)
+    molecule_bytes = mean_molecule_bytes(
+        manifest.counts.molecules_by_atoms, described=manifest.descriptors is not None
+    )
+    step_bytes = order.stream_batch_size * molecule_bytes
     group_steps = min(stream.block_steps(order.num_streams, step_bytes, budget), max(1, num_steps))
     return _Groups(
         num_groups=max(1, -(-num_steps // group_steps)),

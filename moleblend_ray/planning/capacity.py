@@ -115,7 +115,7 @@ class Setup:
     def molecule_bytes(self) -> float:
         """Bytes per molecule on the way to a trainer."""
         weights = {atoms: round(1e6 * count) for atoms, count in self.atom_counts.items()}
-        return mean_molecule_bytes(weights)
+        return mean_molecule_bytes(weights, described=self.model.descriptor_head)
 
     @property
     def mean_atoms(self) -> float:

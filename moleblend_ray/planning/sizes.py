@@ -14,6 +14,7 @@ from moleblend_ray.vocabulary import (
     ATOM_VOCAB_SIZES,
     BOND_VOCAB_SIZES,
     ELEMENT_SYMBOLS,
+    NUM_DESCRIPTORS,
     NUM_HOPS,
 )
 
@@ -21,7 +22,7 @@ _NUM_DEGREES: Final = 16
 _NUM_SPD_CODES: Final = 256
 _TENSORS_OF_A_BLOCK: Final = 12
 _TENSORS_OF_A_PAIR_HEAD: Final = 10
-_TENSORS_OF_THE_ENVIRONMENT_HEAD: Final = 2
+_TENSORS_OF_A_GRAPH_HEAD: Final = 2
 _OTHER_TENSORS: Final = 27
 _SHARDED_STATES: Final = 3
 """Tensors that a checkpoint holds per parameter tensor, each in as many pieces as there are shards: the weights and two
@@ -61,14 +62,15 @@ def model_size(config: ModelConfig) -> ModelSize:
     atoms = (sum(ATOM_VOCAB_SIZES) + _NUM_DEGREES + 1) * D
     topology = (_NUM_SPD_CODES + sum(BOND_VOCAB_SIZES) + NUM_HOPS * H + 1) * H
     geometry = 2 * K + 4 * E + (K * K + K) + (K * H + H) + (K * D + D)
-    heads = pair_heads + 3 * (D * D + D) + 3 * D + 3 + config.environment_bins * (D + 1)
+    graph_targets = config.environment_bins + NUM_DESCRIPTORS * config.descriptor_head
+    heads = pair_heads + 3 * (D * D + D) + 3 * D + 3 + graph_targets * (D + 1)
     return ModelSize(
         parameters=atoms + topology + geometry + 2 * D + L * block + heads,
         layer_parameters=L * block,
         tensors=_OTHER_TENSORS
         + L * _TENSORS_OF_A_BLOCK
         + len(outputs) * _TENSORS_OF_A_PAIR_HEAD
-        + (_TENSORS_OF_THE_ENVIRONMENT_HEAD if config.environment_head else 0),
+        + (config.environment_head + config.descriptor_head) * _TENSORS_OF_A_GRAPH_HEAD,
     )
 
 

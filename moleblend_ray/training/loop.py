@@ -140,7 +140,7 @@ class PretrainingObjective(nn.Module):
         self.loss = loss
 
     def forward(self, batch: MoleculeBatch, blend: Blend, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """() this micro-batch's part of the step's loss, and (6,) float64 its sums in order of LOSS_NAMES, detached."""
+        """() this micro-batch's part of the step's loss, and (7,) float64 its sums in order of LOSS_NAMES, detached."""
         sums = pretraining_loss_sums(self.model(batch, blend), batch, blend, self.loss)
         detached = torch.stack([sums[name].detach().double() for name in LOSS_NAMES])
         return total_loss(sums, counts, self.loss), detached
@@ -360,7 +360,7 @@ def _backward(
     *,
     is_last: bool,
 ) -> Tensor:
-    """Add this micro-batch's gradient; (7,) float64 its part of the loss of the step, and its loss sums, detached."""
+    """Add this micro-batch's gradient; (8,) float64 its part of the loss of the step, and its loss sums, detached."""
     # Dropout belongs to the micro-batch, wherever and whenever it is computed.
     torch.manual_seed(dropout_seed(learner.seed, micro))
     with gradient_sync(learner.objective, enabled=is_last):
@@ -459,6 +459,7 @@ def named_losses(learner: Learner, sums: Tensor, counts: Tensor) -> Record:
         "direction": model.direction_head,
         "distance": model.distance_head,
         "environment": model.environment_head,
+        "descriptor": model.descriptor_head,
     }
     lacking = {name for name, head in optional.items() if head is None}
     total = sum(learner.loss.weight(name) * float(mean) for name, mean in means.items())

@@ -36,7 +36,7 @@ class DeviceStep:
     blends: tuple[Blend, ...]
     """What each of them shows."""
     counts: Tensor
-    """(6,) float64, sum of :func:`~moleblend_ray.model.losses.loss_counts` over them."""
+    """(7,) float64, sum of :func:`~moleblend_ray.model.losses.loss_counts` over them."""
 
     def record_stream(self, stream: torch.cuda.Stream) -> None:
         """Tell CUDA's allocator that ``stream`` uses the tensors, which were made on another stream."""

@@ -10,9 +10,10 @@ import torch
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.descriptors import DescriptorScaling, with_targets
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.data.shards import training_columns
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.losses import LOSS_NAMES, loss_counts
@@ -44,8 +45,8 @@ def build_validation(
     total = min(learner.train.validation_molecules, manifest.num_molecules("valid"))
     if total == 0 or learner.train.validate_every == 0:
         return None
-    reader = ShardReader(data_uri, manifest, "valid", columns=GRAPH_COLUMNS)
-    shares = _shares(reader, total, micro_batch_size, learner.ranks)
+    reader = ShardReader(data_uri, manifest, "valid", columns=training_columns(manifest))
+    shares = _shares(reader, total, micro_batch_size, learner.ranks, manifest.descriptor_scaling)
 
     def validate() -> Record:
         device = learner.ranks.device
@@ -66,7 +67,13 @@ def build_validation(
     return validate
 
 
-def _shares(reader: ShardReader, total: int, micro_batch_size: int, ranks: Ranks) -> list[_Share]:
+def _shares(
+    reader: ShardReader,
+    total: int,
+    micro_batch_size: int,
+    ranks: Ranks,
+    scaling: DescriptorScaling | None,
+) -> list[_Share]:
     """This rank's micro-batches. Every rank has the same number, the last ones perhaps only for company."""
     cuts = np.arange(0, total, micro_batch_size)
     rounds = -(-len(cuts) // ranks.world_size)
@@ -75,7 +82,7 @@ def _shares(reader: ShardReader, total: int, micro_batch_size: int, ranks: Ranks
         counts = index < len(cuts)
         first = int(cuts[index]) if counts else 0
         positions = np.arange(first, min(first + micro_batch_size, total), dtype=np.int64)
-        block = block_from_table(reader.read(positions), positions)
+        block = with_targets(block_from_table(reader.read(positions), positions), scaling)
         (micro,) = build_micro_batches(block, _STEP, 0, micro_batch_size)
         shares.append(_Share(MoleculeBatch.from_micro_batch(micro), counts))
     return shares

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.model.blending import BlendConfig
 from moleblend_ray.model.config import ModelConfig
@@ -60,6 +60,7 @@ def molecule(molecule_id: int) -> MoleculeBlock:
         bond_features=rng.integers(0, [4, 3, 2], (atoms - 1, 3)).astype(np.uint8),
         positions=rng.normal(0, 2, (atoms, 3)).astype(np.float32),
         position_mask=np.full(atoms, molecule_id % 5 != 0),
+        descriptors=undescribed(1),
     )
 
 

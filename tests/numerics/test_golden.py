@@ -23,7 +23,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig
@@ -164,6 +164,7 @@ def rebuild_batch(golden: Arrays, folder: Path) -> MoleculeBatch:
         molecule_ids=np.arange(len(blocks), dtype=np.int64),
         num_atoms=sizes,
         num_bonds=np.array([len(block["bonds"]) for block in blocks], np.int32),
+        descriptors=undescribed(len(blocks)),
         **joined,
     )
     (micro,) = build_micro_batches(block, step=0, stream=0, micro_batch_size=len(blocks))

@@ -70,10 +70,13 @@ def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes
     placed = []
     if options.needs_exchange:
         exchange, ((unit,),) = plan_exchange(
-            str(out), [layout.file.uri for layout in sources.layouts], sources.labels,
-            map(staged_chunk, receipts), row_group_rows=16, rows_per_shard=options.rows_per_shard,
-            shuffle=options.shuffle, deduplicate=True, memory_bytes=1 << 30,
-        )  # fmt: skip
+            str(out),
+            [layout.file.uri for layout in sources.layouts],
+            sources.labels,
+            map(staged_chunk, receipts),
+            options,
+            memory_bytes=1 << 30,
+        )
         placed.append(run_unit(exchange, unit))
     write_manifest(str(out), sources, options, receipts, placed)
 

@@ -23,7 +23,7 @@ from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import fingerprint, load_manifest
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module
 from moleblend_ray.orchestration import pretrain_worker
 from moleblend_ray.orchestration.pretrain import WorkersLostError, _train_until_done, pretrain
@@ -46,16 +46,18 @@ from moleblend_ray.training.metrics import Record, read_records
 from moleblend_ray.training.tracking import NoTracker, TrackerError
 
 NUM_STEPS = 24
+HEADS = ("spd", "edge", "direction", "denoise", "descriptor")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """300 random molecules, the last 60 of them the valid split."""
     uri = str(tmp_path_factory.mktemp("data"))
-    write_dataset(uri, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
+    write_dataset(uri, 300, shard_rows=60, row_group_rows=32, max_conformers=2, described=True)
     manifest = load_manifest(uri)
     shards = (*manifest.shards[:-1], replace(manifest.shards[-1], split="valid"))
-    manifest = replace(manifest, shards=shards, fingerprint=fingerprint(1, {}, (), shards))
+    identity = fingerprint(1, {}, (), shards, descriptors=manifest.descriptors)
+    manifest = replace(manifest, shards=shards, fingerprint=identity)
     storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
     return uri
 
@@ -78,7 +80,9 @@ def settings(data: str, out: str, num_workers: int = 2) -> PretrainConfig:
             attention_dropout=0.0,
             activation_dropout=0.0,
             drop_path=0.0,
+            descriptor_head=True,
         ),
+        loss=LossConfig(descriptor_weight=1.0),
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=5),
         train=TrainConfig(
             num_steps=NUM_STEPS, validate_every=10, validation_molecules=50, max_failures=2
@@ -104,7 +108,7 @@ def assert_same_steps(found: list[Record], expected: list[Record]) -> None:
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for ours, theirs in zip(found, expected, strict=True):
         assert ours["molecules_checksum"] == theirs["molecules_checksum"]
-        for name in ("loss", "loss_spd", "loss_edge", "loss_direction", "loss_denoise"):
+        for name in ("loss", *(f"loss_{head}" for head in HEADS)):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5), (ours["step"], name)
 
 

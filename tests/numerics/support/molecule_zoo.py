@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES
 
@@ -110,6 +110,7 @@ def block(molecules: Sequence[ZooMolecule], ids: Sequence[int] | None = None) ->
         bond_features=joined("bond_features"),
         positions=joined("positions"),
         position_mask=joined("position_mask"),
+        descriptors=undescribed(len(molecules)),
     )
 
 

@@ -9,7 +9,9 @@ import pytest
 from rdkit import Chem
 from rdkit.Chem import Crippen, Descriptors, rdMolDescriptors
 
-from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
+from moleblend_ray.chemistry import descriptors as module
+from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors, stored_descriptors
+from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
 ODD = ["CCO", "c1ccccc1", "Cn1cnc2c1c(=O)n(C)c(=O)n2C", "[Na+].[Cl-]", "[H][H]", "C[Si](C)(C)C"]
 
@@ -57,3 +59,30 @@ def test_a_smiles_that_is_none_has_no_values_and_shifts_no_other(
     assert "1 of 3 SMILES" in caplog.text
     assert np.isnan(values[1]).all()
     np.testing.assert_array_equal(values[[0, 2]], descriptors(["CCO", "c1ccccc1"]))
+
+
+def test_shards_store_all_but_one_of_rdkits_descriptors_under_fixed_names() -> None:
+    assert sorted(STORED_DESCRIPTORS) == sorted({*DESCRIPTOR_NAMES} - {"Ipc"})
+    stored, values = stored_descriptors(ODD), descriptors(ODD)
+    assert stored.dtype == np.float32
+    for place, name in enumerate(STORED_DESCRIPTORS):
+        known = np.isfinite(column(values, name))
+        expected = np.where(known, column(values, name), np.nan).astype(np.float32)
+        np.testing.assert_array_equal(stored[:, place], expected)
+
+
+def test_a_descriptor_that_this_rdkit_lacks_or_that_overflows_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    everything = stored_descriptors(["CCO"])[0]
+    names = tuple(reversed([name for name in DESCRIPTOR_NAMES if name != "TPSA"]))
+    values = descriptors(["CCO"])[:, [DESCRIPTOR_NAMES.index(name) for name in names]]
+    values[0, names.index("MolWt")] = 1e60
+    monkeypatch.setattr(module, "DESCRIPTOR_NAMES", names)
+    monkeypatch.setattr(module, "descriptors", lambda _: values)
+    (found,) = stored_descriptors(["CCO"])
+    lacking = [STORED_DESCRIPTORS.index(name) for name in ("TPSA", "MolWt")]
+    assert np.isnan(found[lacking]).all()
+    expected = everything.copy()
+    expected[lacking] = np.nan
+    np.testing.assert_array_equal(found, expected)

@@ -22,9 +22,10 @@ from moleblend_ray.data.batch import (
     num_micro_batches,
     unpack_micro_batch,
 )
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.topology import topology
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 ARRAYS = [item.name for item in fields(MicroBatch) if item.name not in ("step", "stream", "index")]
 
@@ -32,6 +33,14 @@ ARRAYS = [item.name for item in fields(MicroBatch) if item.name not in ("step", 
 @pytest.fixture
 def block() -> MoleculeBlock:
     return random_block(np.random.default_rng(2), 30)
+
+
+def with_descriptors(block: MoleculeBlock) -> MoleculeBlock:
+    """The molecules with random descriptors, some of them not known."""
+    rng = np.random.default_rng(4)
+    drawn = rng.normal(size=(len(block), NUM_DESCRIPTORS)).astype(np.float32)
+    drawn[rng.random(drawn.shape) < 0.1] = np.nan
+    return dataclasses.replace(block, descriptors=drawn)
 
 
 @pytest.mark.parametrize(("size", "parts"), [(30, 1), (64, 1), (15, 2), (8, 4), (1, 30), (29, 2)])
@@ -124,13 +133,13 @@ def test_degrees_saturate_at_255() -> None:
 
 
 def test_unpacking_views_the_buffer_and_gives_back_every_array(block: MoleculeBlock) -> None:
-    micro = build_micro_batches(block, 3, 1, 30)[0]
+    micro = build_micro_batches(with_descriptors(block), 3, 1, 30)[0]
     payload = bytes(micro.payload)
     found = unpack_micro_batch(payload)
     assert (found.step, found.stream, found.index) == (3, 1, 0)
     for name in ARRAYS:
         assert getattr(found, name).dtype == getattr(micro, name).dtype
-        assert np.array_equal(getattr(found, name), getattr(micro, name)), name
+        np.testing.assert_array_equal(getattr(found, name), getattr(micro, name), name)
         assert np.shares_memory(getattr(found, name), np.frombuffer(payload, np.uint8))
     off_by_one = memoryview(b"\0" + payload)[1:]
     assert np.array_equal(unpack_micro_batch(off_by_one).spd, micro.spd)
@@ -142,7 +151,7 @@ def test_a_15_atom_molecule_takes_the_1482_bytes_of_the_documented_layout() -> N
     block = whole.take(np.flatnonzero(whole.num_atoms == 15)[:64])
     assert len(block) == 64
     payload = build_micro_batches(block, 0, 0, 64)[0].payload
-    assert len(payload) == 80 + 64 * 1482
+    assert len(payload) == 88 + 64 * 1482
 
 
 @given(st.binary(max_size=400))
@@ -159,12 +168,13 @@ def test_truncated_or_altered_buffers_are_refused(block: MoleculeBlock) -> None:
             unpack_micro_batch(payload[:length])
     words = np.frombuffer(payload, np.int64).copy()
     for place, value, message in [
-        (1, 3, "has version 3, this program reads 2"),
+        (1, 4, "has version 4, this program reads 3"),
         (6, 2**62, "was cut off or damaged"),
         (6, 31, "was cut off or damaged"),
         (7, -1, "damaged header"),
         (9, 4, "damaged header"),
-        (10 + 30, 2**33 + 1, "do not add up"),
+        (10, 4, "damaged header"),
+        (11 + 30, 2**33 + 1, "do not add up"),
     ]:
         altered = words.copy()
         altered[place] = value
@@ -172,9 +182,29 @@ def test_truncated_or_altered_buffers_are_refused(block: MoleculeBlock) -> None:
             unpack_micro_batch(altered.tobytes())
 
 
-def test_the_mean_bytes_of_a_molecule_are_those_of_its_buffer(block: MoleculeBlock) -> None:
+def test_descriptors_travel_with_their_molecules(block: MoleculeBlock) -> None:
+    block = with_descriptors(block)
+    micro_batches = build_steps(block, range(3, 5), 1, 7)
+    assert sum(map(len, micro_batches)) == 30
+    for micro in micro_batches:
+        expected = block.descriptors[micro.molecule_ids].astype(np.float16)
+        received = unpack_micro_batch(bytes(micro.payload))
+        assert received.descriptors.dtype == np.float16
+        np.testing.assert_array_equal(received.descriptors, expected)
+        np.testing.assert_array_equal(received.path_words, micro.path_words)
+    bare = build_steps(dataclasses.replace(block, descriptors=undescribed(30)), range(2), 1, 7)
+    assert all(micro.descriptors.shape == (0, NUM_DESCRIPTORS) for micro in bare)
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_the_mean_bytes_of_a_molecule_are_those_of_its_buffer(
+    block: MoleculeBlock, described: bool
+) -> None:
+    block = with_descriptors(block) if described else block
     sizes, counts = np.unique(block.num_atoms, return_counts=True)
-    mean = mean_molecule_bytes(dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
+    mean = mean_molecule_bytes(
+        dict(zip(sizes.tolist(), counts.tolist(), strict=True)), described=described
+    )
     (micro,) = build_micro_batches(block, 0, 0, len(block))
     header, padding = 8 * len(HEADER_FIELDS), 8 * 8
     assert 0 <= len(micro.payload) - header - mean * len(block) < padding

@@ -17,14 +17,19 @@ import pytest
 
 from moleblend_ray.chemistry import conformers
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
+from moleblend_ray.data.assembly import _sample, write_manifest
+from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.claim import claim_output, finished_manifest
 from moleblend_ray.data.dataset_files import receipt_uri
+from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import _closest_distances, convert_chunk, featurize_chunk
@@ -36,6 +41,7 @@ from moleblend_ray.data.sources import (
     read_chunks,
 )
 from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
 BAD_TABLE = """smiles,id,y
 CCO,ethanol,1.5
@@ -50,6 +56,7 @@ C[N](C)(C)(C)C,valence,8
 c1ccccc1,ethanol,10
 """
 ALKANE_500 = "C" * 500
+DESCRIBED = FeaturizeConfig(descriptors=True)
 
 
 def write_source(directory: Path, name: str = "bad.csv") -> Path:
@@ -223,6 +230,90 @@ def test_bad_geometry_in_an_sd_file(tmp_path: Path) -> None:
     required = FeaturizeConfig(require_coordinates=True)
     manifest = convert(source, tmp_path / "3d", featurize=required)
     assert manifest.counts.quarantined_by_reason["no_coordinates"] == 2
+
+
+def test_descriptors_are_those_of_the_stored_smiles_and_scaled_by_the_training_molecules(
+    tmp_path: Path,
+) -> None:
+    source, out = write_source(tmp_path / "in"), str(tmp_path / "out")
+    settings = {"rows_per_chunk": 3, "valid_fraction": 0.4, "split_seed": 1}
+    manifest = convert(source, out, featurize=DESCRIBED, **settings)
+    assert load_manifest(out) == manifest
+    assert manifest.descriptors is not None
+    assert manifest.descriptors.names == STORED_DESCRIPTORS
+    assert manifest.num_molecules("valid") > 0
+    values = {}
+    for split in ("train", "valid"):
+        reader = ShardReader(out, manifest, split)
+        table = reader.read(np.arange(reader.num_rows))
+        values[split] = np.array(table["descriptors"].to_pylist(), np.float32)
+        expected = stored_descriptors(table["smiles"].to_pylist())
+        np.testing.assert_array_equal(values[split], expected)
+    scaling = manifest.descriptor_scaling
+    assert scaling is not None
+    assert scaling.to_json() == DescriptorScaling.fit(values["train"]).to_json()
+    # The manifest holds them beside the molecules, so they are part of its identity.
+    changed = dataclasses.replace(
+        manifest.descriptors, scaling={**scaling.to_json(), "mean": [0.0]}
+    )
+    document = {**manifest.to_json(), "descriptors": dataclasses.asdict(changed)}
+    storage.write_json(storage.join(out, "manifest.json"), document)
+    with pytest.raises(
+        DataError, match=r"damaged: it has 216 descriptors, with numbers .*'mean': 1"
+    ):
+        load_manifest(out)
+    changed = dataclasses.replace(
+        manifest.descriptors, scaling={**scaling.to_json(), "mean": [0.0] * 216}
+    )
+    document = {**manifest.to_json(), "descriptors": dataclasses.asdict(changed)}
+    storage.write_json(storage.join(out, "manifest.json"), document)
+    with pytest.raises(DataError, match="was changed after it was written"):
+        load_manifest(out)
+
+
+def test_micro_batches_carry_the_scaled_descriptors_of_their_molecules(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "in"), str(tmp_path / "out")
+    manifest = convert(source, out, featurize=DESCRIBED, valid_fraction=0.0)
+    reader = ShardReader(out, manifest, "train")
+    raw = np.array(reader.read(np.arange(5))["descriptors"].to_pylist(), np.float32)
+    scaling = manifest.descriptor_scaling
+    assert scaling is not None
+    expected = scaling.targets(raw).astype(np.float16)
+    assert np.isnan(expected).any()
+    order = OrderConfig(global_batch_size=4, num_streams=2)
+    stream = StreamConfig(micro_batch_size=1)
+    seen = set()
+    for step in local_step_batches(out, order, stream, first_step=0, num_steps=5):
+        for micro in step.micro_batches:
+            np.testing.assert_array_equal(micro.descriptors, expected[micro.molecule_ids])
+            seen.update(micro.molecule_ids.tolist())
+    assert seen == set(range(5))
+
+
+def test_a_data_set_of_which_nothing_is_left_has_descriptors_too(tmp_path: Path) -> None:
+    source = tmp_path / "none.csv"
+    source.write_text("smiles\nC1CC\n")
+    manifest = convert(source, tmp_path / "out", featurize=DESCRIBED)
+    assert manifest.counts.rows_out == 0
+    assert load_manifest(str(tmp_path / "out")).descriptors == manifest.descriptors
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "group_rows", "expected"),
+    [(0, 8, 0), (5, 8, 5), (1000, 8, 32 * 8), (10**6, 2048, 1 << 15), (10**9, 2048, 1 << 15)],
+)
+def test_scales_come_from_a_bounded_sample_from_everywhere(
+    num_rows: int, group_rows: int, expected: int
+) -> None:
+    rows = _sample(num_rows, group_rows)
+    assert expected / 2 < len(rows) + 1
+    assert len(rows) <= expected
+    assert len(np.unique(rows)) == len(rows)
+    assert len(np.unique(rows // group_rows)) <= 32
+    if len(rows):
+        assert rows.min() == 0
+        assert rows.max() >= num_rows - group_rows
+        assert rows.max() < num_rows
 
 
 def test_unreadable_labels_are_those_of_molecules_in_shards(tmp_path: Path) -> None:

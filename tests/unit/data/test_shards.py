@@ -280,7 +280,8 @@ def test_a_manifest_of_a_newer_version_asks_for_an_upgrade(tmp_path: Path) -> No
     newer = {**manifest.to_json(), "format_version": FORMAT_VERSION + 1, "unheard_of": True}
     storage.write_json(str(tmp_path / "manifest.json"), newer)
     with pytest.raises(
-        DataError, match=r"format version 4; this installation reads up to 3.*Upgrade"
+        DataError,
+        match=rf"version {FORMAT_VERSION + 1}; this installation reads up to {FORMAT_VERSION}.*Upgrade",
     ):
         load_manifest(str(tmp_path))
 

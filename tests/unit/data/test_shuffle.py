@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import count_repeats, write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
@@ -64,10 +65,7 @@ def prepare(
         [layout.file.uri for layout in sources.layouts],
         sources.labels,
         map(staged_chunk, receipts),
-        row_group_rows=options.row_group_rows,
-        rows_per_shard=options.rows_per_shard,
-        shuffle=options.shuffle,
-        deduplicate=options.deduplicate != "none",
+        options,
         memory_bytes=memory_bytes,
     )
     placed = run_passes(exchange, passes, reverse=reverse)
@@ -160,14 +158,33 @@ def test_shards_of_large_molecules_have_fewer_rows(
     assert len(manifest.shards_of("train")) > 10
 
 
+@pytest.mark.parametrize(
+    "settings", [{"shuffle": True}, {"deduplicate": "inchikey"}], ids=["shuffled", "in order"]
+)
+@pytest.mark.parametrize("memory_bytes", [SMALL, LARGE])
+def test_descriptors_stay_with_their_molecules(
+    source: Path, tmp_path: Path, settings: dict[str, Any], memory_bytes: int
+) -> None:
+    featurize = FeaturizeConfig(descriptors=True)
+    out = tmp_path / "out"
+    prepare(source, out, memory_bytes=memory_bytes, featurize=featurize, **settings)
+    rows = rows_of(out)
+    assert len(rows) > 20
+    found = np.array([row["descriptors"] for row in rows], np.float32)
+    np.testing.assert_array_equal(found, stored_descriptors([row["smiles"] for row in rows]))
+
+
 def test_groups_fit_into_memory_with_the_copies_that_their_work_makes() -> None:
     def group_sizes(memory_bytes: int) -> list[list[int]]:
         chunks = [StagedChunk(0, i, 10 * i, 10, size, "") for i, size in enumerate((5, 5, 4, 9, 1))]
         exchange, (runs, *_) = plan_exchange(
-            "out", ["a.csv"], [], reversed(chunks),
-            row_group_rows=8, rows_per_shard=8, shuffle=True, deduplicate=False,
+            "out",
+            ["a.csv"],
+            [],
+            reversed(chunks),
+            ConvertOptions(row_group_rows=8, rows_per_shard=8, shuffle=True),
             memory_bytes=memory_bytes,
-        )  # fmt: skip
+        )
         assert exchange.group_starts == tuple(unit.chunks[0].first_row for unit in runs)
         return [[chunk.memory_bytes for chunk in unit.chunks] for unit in runs]
 
@@ -398,9 +415,13 @@ def test_a_damaged_staged_file_is_told(source: Path, tmp_path: Path) -> None:
     (chunk,) = read_chunks(layout, 0, 100)
     receipt = convert_chunk(chunk, layout, sources.labels, options, str(tmp_path / "out"))
     exchange, passes = plan_exchange(
-        str(tmp_path / "out"), [layout.file.uri], sources.labels, [staged_chunk(receipt)],
-        row_group_rows=8, rows_per_shard=8, shuffle=True, deduplicate=False, memory_bytes=LARGE,
-    )  # fmt: skip
+        str(tmp_path / "out"),
+        [layout.file.uri],
+        sources.labels,
+        [staged_chunk(receipt)],
+        ConvertOptions(row_group_rows=8, rows_per_shard=8, shuffle=True),
+        memory_bytes=LARGE,
+    )
     with pytest.raises(DataError, match=r"00000-000000\.segment is damaged\. Delete it and run"):
         damage_and_run(exchange, passes[0][0])
 

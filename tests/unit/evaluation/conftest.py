@@ -9,7 +9,7 @@ import pytest
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.model.config import ModelConfig
@@ -45,6 +45,7 @@ def make_labelled() -> MakeLabelled:
             bond_features=np.concatenate([molecule.bond_features for molecule in molecules]),
             positions=np.zeros((int(num_atoms.sum()), 3), dtype=np.float32),
             position_mask=np.zeros(int(num_atoms.sum()), dtype=np.bool_),
+            descriptors=undescribed(len(molecules)),
         )
         labels = np.asarray(labels, dtype=np.float64).reshape(len(molecules), -1)
         return LabelledMolecules(

@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from moleblend_ray.chemistry.descriptors import descriptors
 from moleblend_ray.chemistry.fingerprints import ecfp
+from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.evaluation import baselines
 from moleblend_ray.evaluation.baseline_runs import (
     fit_seed,
@@ -27,7 +28,6 @@ from moleblend_ray.evaluation.baselines import (
     MAX_FOREST_LABELS,
     BaselineData,
     BaselineKind,
-    DescriptorScaling,
     FeatureKind,
     Settings,
     candidate_groups,

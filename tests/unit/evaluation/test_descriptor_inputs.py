@@ -15,14 +15,11 @@ from sklearn.linear_model import Ridge
 import moleblend_ray as mb
 from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.data.descriptors import DESCRIPTOR_LIMIT
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.atom_reference import element_counts
 from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.descriptor_inputs import (
-    DESCRIPTOR_LIMIT,
-    DescriptorInputs,
-    DescriptorTable,
-)
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs, DescriptorTable
 from moleblend_ray.evaluation.finetune import (
     LINEAR_SHARE,
     FinetuneResult,

@@ -15,6 +15,7 @@ from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 CONFIG = ModelConfig(
     num_layers=2,
@@ -31,6 +32,7 @@ CONFIGS = {
     "paper": CONFIG,
     "distance": dataclasses.replace(CONFIG, direction_head=False, distance_head=True),
     "deep": dataclasses.replace(CONFIG, num_layers=5, dim=32, num_heads=2),
+    "graph": dataclasses.replace(CONFIG, environment_bins=24, descriptor_head=True),
 }
 
 
@@ -39,9 +41,13 @@ def counted(config: ModelConfig, num_atoms: int, *, train: bool) -> int:
     torch.manual_seed(0)
     model = MoleBlendModel(config).train(train)
     batch = zoo.batch([zoo.ring(num_atoms, seed=seed) for seed in range(3)])
+    batch = dataclasses.replace(batch, descriptors=torch.zeros(3, NUM_DESCRIPTORS).half())
     blend = draw_blend(batch, BlendConfig(), seed=0)
     loss = LossConfig(
-        direction_weight=float(config.direction_head), distance_weight=float(config.distance_head)
+        direction_weight=float(config.direction_head),
+        distance_weight=float(config.distance_head),
+        environment_weight=float(config.environment_head),
+        descriptor_weight=float(config.descriptor_head),
     )
     counts = loss_counts(batch, blend, loss)
     # Always with gradients: without them attention uses a fused kernel that the counter does not know.

@@ -18,6 +18,7 @@ from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
 
@@ -28,7 +29,9 @@ MOLECULES = [
     zoo.ring(5, tail=14),
     zoo.chain(4).without_positions(),
 ]
-EVERY_HEAD = dataclasses.replace(SMALL_MODEL, distance_head=True, environment_bins=16)
+EVERY_HEAD = dataclasses.replace(
+    SMALL_MODEL, distance_head=True, environment_bins=16, descriptor_head=True
+)
 VIEWS = BlendConfig(view_probabilities=(0.4, 0.2, 0.2, 0.2))
 
 
@@ -44,6 +47,8 @@ def step(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, or without a blend the sum of weighted predictions, and the gradients of all parameters that have one."""
     batch = zoo.batch(MOLECULES, device=DEVICE)
+    targets = torch.linspace(-5, 5, len(MOLECULES) * NUM_DESCRIPTORS, device=DEVICE).half()
+    batch = dataclasses.replace(batch, descriptors=targets.view(len(MOLECULES), -1))
     torch.manual_seed(3)
     model.zero_grad()
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
@@ -53,7 +58,9 @@ def step(
             loss = (tokens * weight.to(tokens)).sum()
         else:
             drawn = draw_blend(batch, blend, seed=5)
-            settings = LossConfig(distance_weight=0.5, environment_weight=0.1)
+            settings = LossConfig(
+                distance_weight=0.5, environment_weight=0.1, descriptor_weight=1.0
+            )
             sums = pretraining_loss_sums(model(batch, drawn), batch, drawn, settings)
             loss = total_loss(sums, loss_counts(batch, drawn, settings), settings)
     loss.backward()

@@ -12,7 +12,9 @@ from torch import nn
 from moleblend_ray.model.initialization import INIT_STD, fill_constants, init_weights
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
-FULL = dataclasses.replace(SMALL_MODEL, distance_head=True, environment_bins=8)
+FULL = dataclasses.replace(
+    SMALL_MODEL, distance_head=True, environment_bins=8, descriptor_head=True
+)
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -34,7 +36,12 @@ def test_the_seed_decides_all_weights() -> None:
 
 def test_a_head_or_a_block_more_leaves_the_other_weights_as_they_are() -> None:
     all_heads = drawn(1)
-    for changes in ({"distance_head": False}, {"environment_bins": 0}, {"num_layers": 1}):
+    for changes in (
+        {"distance_head": False},
+        {"environment_bins": 0},
+        {"descriptor_head": False},
+        {"num_layers": 1},
+    ):
         fewer = drawn(1, **changes)
         assert len(fewer) < len(all_heads)
         assert all(torch.equal(value, all_heads[name]) for name, value in fewer.items())

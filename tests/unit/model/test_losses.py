@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import molecule_zoo as zoo
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig, ModelConfig, check_objective
 from moleblend_ray.model.environments import environment_counts
@@ -25,6 +27,7 @@ from moleblend_ray.model.losses import (
     total_loss,
 )
 from moleblend_ray.model.moleblend import MoleBlendModel, MoleBlendOutput
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 TINY = ModelConfig(
     num_layers=2, dim=16, ffn_dim=24, num_heads=2, num_kernels=4, pair_dim=4, distance_head=True
@@ -44,6 +47,7 @@ def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
         distance=torch.zeros(B, N, N),
         noise=torch.zeros(B, N, 3),
         environments=None,
+        descriptors=None,
     )
 
 
@@ -281,7 +285,7 @@ def test_step_loss_and_gradient_do_not_depend_on_how_molecules_are_cut_into_micr
 
 def test_total_is_the_weighted_sum_of_means() -> None:
     sums = {name: torch.tensor(float(k + 1)) for k, name in enumerate(LOSS_NAMES)}
-    counts = torch.tensor([2.0, 4.0, 1.0, 0.0, 10.0, 0.0], dtype=torch.float64)
+    counts = torch.tensor([2.0, 4.0, 1.0, 0.0, 10.0, 0.0, 0.0], dtype=torch.float64)
     total = total_loss(sums, counts, LossConfig(distance_weight=3.0))
     assert total.item() == pytest.approx(0.1 * 0.5 + 0.1 * 0.5 + 0.5 * 3.0 + 0.0 + 6 * 0.5)
 
@@ -289,8 +293,11 @@ def test_total_is_the_weighted_sum_of_means() -> None:
 def test_objective_that_the_model_cannot_serve_is_refused_naming_every_problem() -> None:
     model = ModelConfig(edge_other_class=False, direction_head=False)
     with pytest.raises(ConfigError) as caught:
-        check_objective(model, LossConfig(distance_weight=1.0, environment_weight=1.0))
-    parts = ("direction_weight", "distance_weight", "environment_weight", "ignore_other_bonds")
+        check_objective(
+            model, LossConfig(distance_weight=1.0, environment_weight=1.0, descriptor_weight=1.0)
+        )
+    weights = ("direction", "distance", "environment", "descriptor")
+    parts = (*(f"{name}_weight" for name in weights), "ignore_other_bonds")
     for part in (f"loss.{part}" for part in parts):
         assert part in str(caught.value)
     with pytest.raises(ConfigError, match="edge_weight"):
@@ -344,3 +351,50 @@ def test_the_graph_token_learns_from_the_environments_alone() -> None:
     assert model.encoder.atoms.graph_token.grad.abs().sum() > 0
     assert model.environment_head.weight.grad.abs().sum() > 0
     assert model.spd_head.weight.grad is None
+
+
+def described(batch: MoleculeBatch, unknown: Sequence[tuple[int, int]] = ()) -> MoleculeBatch:
+    """The molecules with random descriptors, of which those at ``unknown`` are not known."""
+    drawn = torch.randn(batch.num_molecules, NUM_DESCRIPTORS, generator=torch.manual_seed(1)).half()
+    for place in unknown:
+        drawn[place] = math.nan
+    return dataclasses.replace(batch, descriptors=drawn)
+
+
+def test_descriptors_cost_the_mean_squared_error_of_those_that_are_known() -> None:
+    batch = described(zoo.batch([zoo.ring(5), zoo.chain(3)]), unknown=[(0, 7), (1, 0)])
+    predicted = batch.descriptors.float().nan_to_num(100.0)
+    output = dataclasses.replace(nothing_predicted(batch), descriptors=predicted)
+    blend, config = full_blend(batch), LossConfig(descriptor_weight=0.5)
+    assert loss_counts(batch, blend, config)[-1] == 2 * NUM_DESCRIPTORS - 2
+    assert means(output, batch, blend, config)["descriptor"] == 0.0
+    off = predicted.clone()
+    off[1, 3] += 2.0
+    output = dataclasses.replace(output, descriptors=off)
+    expected = 4.0 / (2 * NUM_DESCRIPTORS - 2)
+    assert means(output, batch, blend, config)["descriptor"] == pytest.approx(expected)
+
+
+def test_the_graph_token_learns_from_the_descriptors_alone_and_not_from_unknown_ones() -> None:
+    batch = described(zoo.batch([zoo.ring(5), zoo.chain(3)]), unknown=[(0, 7), (1, 7)])
+    model = MoleBlendModel(dataclasses.replace(TINY, descriptor_head=True)).eval()
+    blend = draw_blend(batch, BlendConfig(), 0)
+    sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
+    sums["descriptor"].backward()
+    assert model.encoder.atoms.graph_token.grad.abs().sum() > 0
+    gradient = model.descriptor_head.weight.grad
+    assert gradient.isfinite().all()
+    assert gradient[7].abs().sum() == 0
+    assert (gradient.abs().sum(1) > 0).sum() == NUM_DESCRIPTORS - 1
+    assert model.spd_head.weight.grad is None
+
+
+def test_a_model_of_descriptors_refuses_molecules_without() -> None:
+    batch = zoo.batch([zoo.ring(5)])
+    model = MoleBlendModel(dataclasses.replace(TINY, descriptor_head=True)).eval()
+    blend = draw_blend(batch, BlendConfig(), 0)
+    assert loss_counts(batch, blend, LossConfig())[-1] == 0
+    with pytest.raises(
+        ConfigError, match=r"featurize\.descriptors=true, or .*descriptor_head=false"
+    ):
+        pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())

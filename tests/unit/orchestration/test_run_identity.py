@@ -16,6 +16,7 @@ from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.orchestration.run_folder import (
     _require_coordinates,
+    _require_descriptors,
     _require_same_run,
     run_identity,
 )
@@ -51,6 +52,15 @@ def test_few_coordinates_are_told_and_most_are_not(caplog: pytest.LogCaptureFixt
     assert caplog.messages[0].startswith("6 of 10 molecules of data have no coordinates")
 
 
+def test_descriptors_to_predict_must_be_in_the_data() -> None:
+    bare = cast("Manifest", SimpleNamespace(descriptors=None))
+    _require_descriptors(CONFIG, bare)
+    described = dataclasses.replace(CONFIG, model=ModelConfig(descriptor_head=True))
+    with pytest.raises(DataError, match=r"data has no descriptors.*featurize\.descriptors=true"):
+        _require_descriptors(described, bare)
+    _require_descriptors(described, cast("Manifest", SimpleNamespace(descriptors=object())))
+
+
 def test_where_a_run_is_computed_may_change() -> None:
     _require_same_run(identity(), identity(cluster=ClusterConfig(num_workers=4)), "run")
 
@@ -58,17 +68,19 @@ def test_where_a_run_is_computed_may_change() -> None:
 def test_runs_from_before_a_choice_existed_are_those_without_it() -> None:
     before = identity()
     assert "view_probabilities" not in before["blend"]
-    assert "environment_bins" not in before["model"]
+    assert {"environment_bins", "descriptor_head"}.isdisjoint(before["model"])
     blended = BlendConfig(view_probabilities=(1.0, 0.0, 0.0, 0.0))
     _require_same_run(before, identity(blend=blended), "run")
     blend = identity(blend=BlendConfig(view_probabilities=(0.0, 0.0, 0.0, 1.0)))
     model = identity(model=ModelConfig(environment_bins=512))
+    described = identity(model=ModelConfig(descriptor_head=True))
     usual, shown = r"\[1\.0, 0\.0, 0\.0, 0\.0\]", r"\[0\.0, 0\.0, 0\.0, 1\.0\]"
     for one, other, told in (
         (before, blend, rf"blend\.view_probabilities: the run has {usual}, .* asks for {shown}"),
         (blend, before, rf"blend\.view_probabilities: the run has {shown}, .* asks for {usual}"),
         (before, model, r"model\.environment_bins: the run has 0, .* asks for 512"),
         (model, before, r"model\.environment_bins: the run has 512, .* asks for 0"),
+        (before, described, r"model\.descriptor_head: the run has False, .* asks for True"),
     ):
         with pytest.raises(CheckpointError, match=told):
             _require_same_run(one, other, "run")

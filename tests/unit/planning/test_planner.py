@@ -261,12 +261,16 @@ def test_costs_add_up_and_name_what_has_no_price() -> None:
     assert all(stage.cost is None for stage in without.stages)
 
 
-def test_conformers_are_most_of_prepare() -> None:
-    plain, made = (
-        planned("molecules=1e6", "gpus=8", f"conformers={word}").stages[0].hours.value
-        for word in ("false", "true")
-    )
+def test_conformers_and_then_descriptors_are_most_of_prepare() -> None:
+    hours = [
+        planned("molecules=1e6", "gpus=8", *asked).stages[0].hours.value
+        for asked in ([], ["descriptors=true"], ["conformers=true"])
+    ]
+    both = planned("molecules=1e6", "gpus=8", "conformers=true", "descriptors=true")
+    plain, described, made = hours
+    assert described > 3 * plain
     assert made > 50 * plain
+    assert both.stages[0].hours.value == pytest.approx(made + described - plain, rel=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- honesty

@@ -36,6 +36,7 @@ ODD = ModelConfig(
     direction_head=False,
     distance_head=True,
     environment_bins=6,
+    descriptor_head=True,
 )
 
 

@@ -81,7 +81,7 @@ def test_every_molecule_counts_once_and_all_ranks_have_equal_rounds(
     uri, manifest = dataset
     reader = ShardReader(uri, manifest, "valid", columns=GRAPH_COLUMNS)
     shares = [
-        _shares(reader, 20, 3, Ranks(rank=rank, world_size=world_size))
+        _shares(reader, 20, 3, Ranks(rank=rank, world_size=world_size), None)
         for rank in range(world_size)
     ]
     assert len({len(of_rank) for of_rank in shares}) == 1
