@@ -21,6 +21,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from rdkit import Chem, rdBase
 
@@ -31,6 +32,8 @@ from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_gette
 from moleblend_ray.chemistry.molecule import molecules_from_records
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.samples import make_samples
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.shards import DESCRIPTOR_FIELD, encode_shard
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDS = 1500
@@ -51,6 +54,7 @@ def main() -> None:
         figures = measure_smiles(records, repeats)
         print(f"{name}: {figures}")
         result |= prefixed(name, figures) if "ratio_to_parse" in result else figures
+    result["descriptor_bytes"] = round(descriptor_bytes(records), 1)
     for name, records in molblock_sources().items():
         figures = measure_molblocks(records, repeats)
         print(f"{name}: {figures}")
@@ -99,6 +103,13 @@ def measure_smiles(records: Sequence[str], repeats: int) -> dict[str, float | st
         len(records),
         repeats,
     )
+
+
+def descriptor_bytes(records: Sequence[str]) -> float:
+    """Bytes per molecule that descriptors take in a shard."""
+    column = pa.array(list(stored_descriptors(records)), DESCRIPTOR_FIELD.type)
+    table = pa.table({DESCRIPTOR_FIELD.name: column})
+    return len(encode_shard(table, ConvertOptions().row_group_rows)) / len(records)
 
 
 def measure_molblocks(records: Sequence[str], repeats: int) -> dict[str, float | str]:

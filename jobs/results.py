@@ -46,6 +46,7 @@ LOSS_TITLES = {
     "loss_distance": "distance (angstrom)",
     "loss_denoise": "denoising (1 - cosine)",
     "loss_environment": "atom environments (squared)",
+    "loss_descriptor": "descriptors (squared)",
 }
 
 STAGES = ("pretrain", "qm9", "moleculenet", "large")

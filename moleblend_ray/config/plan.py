@@ -63,7 +63,7 @@ class PlanConfig:
     conformers: bool = False
     """Let `prepare` make a conformer of each molecule."""
     descriptors: bool = False
-    """Let `prepare` store RDKit's descriptors of each molecule. With `data`, its shards say whether they are streamed."""
+    """Let `prepare` store RDKit's descriptors of each molecule; `model.descriptor_head` implies it."""
     gpus_per_node: int = 8
     """GPUs of one machine."""
     cpu_nodes: int | None = None

@@ -241,7 +241,7 @@ def load_manifest(uri: str) -> Manifest:
         )
     try:
         manifest = Manifest.from_json(value)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{manifest_uri} is damaged: {error!s}. Prepare the data set again."
         ) from error

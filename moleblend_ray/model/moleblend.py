@@ -125,7 +125,8 @@ class MoleBlendModel(nn.Module):
         spd, edge, direction, distance = self._pair_predictions(atoms, batch)
         assert spd is not None
         assert edge is not None
-        graphs = _graph_states(encoded, batch)
+        has_graph_head = self.environment_head is not None or self.descriptor_head is not None
+        graphs = _graph_states(encoded, batch) if has_graph_head else None
         return MoleBlendOutput(
             tokens=encoded.tokens,
             spd_logits=spd,

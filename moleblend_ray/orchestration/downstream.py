@@ -92,6 +92,12 @@ _TASK_SETTINGS: Final = {
 }
 """What the settings of `prepare` are called where a task has its own."""
 
+_LATER_SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "model": {"environment_bins": 0, "descriptor_head": False},
+    "finetune": {"descriptors": False},
+}
+"""Section -> settings that results of earlier versions do not name, and what these were made with."""
+
 DATA_DIR = "data"
 """Folder in ``out`` into which a raw source is prepared."""
 
@@ -449,9 +455,20 @@ def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[
     return {"data_fingerprint": load_manifest(prepare()).fingerprint}
 
 
+def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the settings that a note of an earlier version lacks, as it worked then; in the section ``config``, too."""
+    found = dict(settings)
+    for section, later in _LATER_SETTINGS.items():
+        if isinstance(found.get(section), Mapping):
+            found[section] = {**later, **found[section]}
+    if isinstance(found.get("config"), Mapping):
+        found["config"] = _completed(found["config"])
+    return found
+
+
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     # Credentials may differ between a command and its repetition; both are compared without them.
-    differing = differences(redact(stored), redact(asked))
+    differing = differences(redact(_completed(stored)), redact(_completed(asked)))
     if differing:
         listed = "; ".join(
             f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items()

@@ -132,7 +132,11 @@ def _prepare_rate(config: PlanConfig) -> Figure:
     per_core = measured(rows.value / 2, "molecules/s", f"half of {rows.value:,.0f}: {rows.source}")
     for wanted, name, what in (
         (config.conformers, "conformers_per_core_s", "a conformer"),
-        (config.descriptors, "descriptors_per_core_s", "descriptors"),
+        (
+            config.descriptors or config.model.descriptor_head,
+            "descriptors_per_core_s",
+            "descriptors",
+        ),
     ):
         if wanted:
             made = bundled(name)
@@ -187,6 +191,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         message_s=times.message_s,
         ray_cores=times.ray_cores,
         shard_bytes=_shard_bytes(config, atom_counts, manifest),
+        described=_described(config, manifest),
     )
 
 
@@ -232,12 +237,29 @@ def _shard_bytes(
             size / max(1, rows), "B/molecule", f"train shards of {redact(str(config.data))}"
         )
     figure = bundled("shard_bytes")
-    return computed(
+    graph = computed(
         figure.value * mean_atoms(atom_counts) / ATOMS_PER_MOLECULE,
         "B/molecule",
         f"in proportion to the atoms: {figure.source}",
         figure,
     )
+    if not _described(config, manifest):
+        return graph
+    stored = bundled("descriptor_bytes")
+    together = graph.value + stored.value
+    return computed(together, "B/molecule", f"with descriptors: {stored.source}", graph, stored)
+
+
+def _described(config: PlanConfig, manifest: Manifest | None) -> bool:
+    """Whether the stream carries descriptors, which it does if the data set has them."""
+    if manifest is not None:
+        if config.model.descriptor_head and manifest.descriptors is None:
+            raise ConfigError(
+                f"model.descriptor_head: {redact(str(config.data))} has no descriptors to predict; plan without it, or for "
+                "data prepared with featurize.descriptors=true"
+            )
+        return manifest.descriptors is not None
+    return config.descriptors or config.model.descriptor_head
 
 
 def _data_costs(found: Found | None) -> DataCosts:

@@ -27,6 +27,7 @@ from moleblend_ray.planning.rates import ATOM_SHARES, ATOMS_PER_MOLECULE
 from moleblend_ray.planning.settings import NetworkSettings, StorageSettings
 from moleblend_ray.planning.sizes import Exchange, exchange
 from moleblend_ray.training.config import Precision, Strategy
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 GB: Final = 1e9
 HEADROOM: Final = 1.25
@@ -42,6 +43,8 @@ _MOST_INTERRUPTED: Final = 0.9
 """Largest share of the time that Ray's processes are assumed to interrupt trainers."""
 DECODED_BYTES: Final = 445 / ATOMS_PER_MOLECULE
 """Bytes per atom in a decoded row group (`relations-2026-11-26.json`, limit_us.decoded_bytes)."""
+DECODED_DESCRIPTOR_BYTES: Final = 4 * NUM_DESCRIPTORS
+"""Bytes per molecule with descriptors, besides."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +100,8 @@ class Setup:
     """Without GPUs: cores that Ray's own processes use all the time; None: 0."""
     shard_bytes: Figure
     """Bytes per molecule in storage."""
+    described: bool = False
+    """Whether molecules come with descriptors."""
     steps_per_block: int | None = None
     """None: as many as the stream takes by default, more where Ray's executor would be the limit."""
     order: OrderConfig = field(default_factory=OrderConfig)
@@ -115,7 +120,12 @@ class Setup:
     def molecule_bytes(self) -> float:
         """Bytes per molecule on the way to a trainer."""
         weights = {atoms: round(1e6 * count) for atoms, count in self.atom_counts.items()}
-        return mean_molecule_bytes(weights, described=self.model.descriptor_head)
+        return mean_molecule_bytes(weights, described=self.described)
+
+    @property
+    def decoded_bytes(self) -> float:
+        """Bytes per molecule of decoded row groups."""
+        return DECODED_BYTES * self.mean_atoms + self.described * DECODED_DESCRIPTOR_BYTES
 
     @property
     def mean_atoms(self) -> float:

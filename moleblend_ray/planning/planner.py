@@ -10,7 +10,6 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, ForwardFlops, pretraining_flops
 from moleblend_ray.planning.alternatives import changes, hints, scaling
 from moleblend_ray.planning.capacity import (
-    DECODED_BYTES,
     GB,
     WINDOWS_IN_WORK,
     Throughput,
@@ -99,7 +98,7 @@ def _settings(premises: Premises, run: Pretraining) -> dict[str, str]:
     window = setup.order.shuffle_window
     # A machine keeps one copy of each row group of the windows that the blocks in work belong to.
     rows = WINDOWS_IN_WORK * max(window, found.workers * setup.batch * found.blocks.steps)
-    cache = rows * DECODED_BYTES * setup.mean_atoms
+    cache = rows * setup.decoded_bytes
     if setup.on_gpu and cache > StreamConfig().cache_bytes:
         settings["stream.cache_bytes"] = str(math.ceil(cache / 2**28) * 2**28)
     if setup.on_gpu:

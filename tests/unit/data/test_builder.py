@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from synthetic import write_dataset
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.errors import ConfigError
 
@@ -39,6 +41,35 @@ def test_steps_hold_the_molecules_of_the_data_order(
             own = molecules.take(micro.molecule_ids)
             assert np.array_equal(micro.num_atoms, own.num_atoms)
             assert np.array_equal(micro.atom_features, own.atom_features)
+
+
+@pytest.mark.parametrize("cache_bytes", [1, 1 << 20])
+def test_descriptors_come_from_all_row_groups_scaled_and_with_their_molecule(
+    tmp_path: Path, cache_bytes: int
+) -> None:
+    molecules = write_dataset(str(tmp_path), 500, max_conformers=3, described=True)
+    scaling = load_manifest(str(tmp_path)).descriptor_scaling
+    assert scaling is not None
+    expected = scaling.targets(molecules.descriptors)
+    known = ~np.isnan(molecules.descriptors)
+    np.testing.assert_array_equal(known, ~np.isnan(expected))
+    np.testing.assert_allclose(
+        expected[known], scaling.apply(molecules.descriptors)[known], atol=1e-5
+    )
+    stream = dataclasses.replace(STREAM, cache_bytes=cache_bytes)
+    builders = [
+        MicroBatchBuilder(str(tmp_path), ORDER, stream, shared=shared) for shared in (False, True)
+    ]
+    try:
+        alone, together = (builder.build(18, 7, 1) for builder in builders)
+    finally:
+        for builder in builders:
+            builder.close()
+    for micro, other in zip(alone, together, strict=True):
+        assert bytes(micro.payload) == bytes(other.payload)
+        own = expected[micro.molecule_ids].astype(np.float16)
+        np.testing.assert_array_equal(micro.descriptors, own)
+    assert len({int(i) // 64 for micro in alone for i in micro.molecule_ids}) > 3
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

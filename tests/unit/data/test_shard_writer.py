@@ -262,6 +262,10 @@ def test_descriptors_are_those_of_the_stored_smiles_and_scaled_by_the_training_m
         DataError, match=r"damaged: it has 216 descriptors, with numbers .*'mean': 1"
     ):
         load_manifest(out)
+    document = {**manifest.to_json(), "descriptors": "none"}
+    storage.write_json(storage.join(out, "manifest.json"), document)
+    with pytest.raises(DataError, match="is damaged"):
+        load_manifest(out)
     changed = dataclasses.replace(
         manifest.descriptors, scaling={**scaling.to_json(), "mean": [0.0] * 216}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.results import RESULTS_VERSION
+from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -246,3 +248,22 @@ def test_results_of_another_layout_are_refused_saying_what_to_do(tmp_path: Path)
     storage.write_json(storage.join(config.out, "results.json"), {"results_version": 1})
     with pytest.raises(ConfigError, match=r"layout version 1, .* reads 2.*another `out`"):
         finished_results(config)
+
+
+@pytest.mark.parametrize("checkpoint", ["run", None])
+def test_results_of_before_a_setting_existed_are_those_without_it(
+    tmp_path: Path, checkpoint: str | None
+) -> None:
+    config = FinetuneConfig(
+        task=TaskConfig(source="a.csv", name="esol"), out="out", checkpoint=checkpoint
+    )
+    note = {"config": question(config), "data_fingerprint": "d"}
+    before = json.loads(json.dumps(note))
+    del before["config"]["finetune"]["descriptors"]
+    for name in ("environment_bins", "descriptor_head"):
+        del before["config"]["model"][name]
+    claim(str(tmp_path), before)
+    claim(str(tmp_path), note)
+    changed = dataclasses.replace(config, finetune=FinetuneSettings(descriptors=True))
+    with pytest.raises(ConfigError, match=r"finetune\.descriptors: False there, True here"):
+        claim(str(tmp_path), {**note, "config": question(changed)})

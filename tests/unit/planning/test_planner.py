@@ -9,17 +9,20 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.plan import PlanConfig
+from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.plan import (
     CHART_NAME,
     PLAN_NAME,
+    _described,
     build_setup,
     plan,
     show_plan,
@@ -30,6 +33,7 @@ from moleblend_ray.planning.figures import Basis, measured
 from moleblend_ray.planning.plan import Plan
 from moleblend_ray.planning.planner import flops_per_molecule
 from moleblend_ray.training.rehearsal import Found
+from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
@@ -271,6 +275,23 @@ def test_conformers_and_then_descriptors_are_most_of_prepare() -> None:
     assert described > 3 * plain
     assert made > 50 * plain
     assert both.stages[0].hours.value == pytest.approx(made + described - plain, rel=1e-6)
+
+
+def test_descriptors_take_room_in_shards_stream_and_cache() -> None:
+    plain, described = (
+        build_setup(config("molecules=1e9", "gpus=64", setting), None, None)
+        for setting in ("descriptors=false", "descriptors=true")
+    )
+    assert described.molecule_bytes - plain.molecule_bytes == 2 * NUM_DESCRIPTORS
+    assert described.decoded_bytes - plain.decoded_bytes == 4 * NUM_DESCRIPTORS
+    assert described.shard_bytes.value > 1.5 * plain.shard_bytes.value
+    implied = build_setup(
+        config("molecules=1e9", "gpus=64", "model.descriptor_head=true"), None, None
+    )
+    assert implied.molecule_bytes == described.molecule_bytes
+    bare = cast("Manifest", SimpleNamespace(descriptors=None))
+    with pytest.raises(ConfigError, match="runs/data has no descriptors to predict"):
+        _described(config("data=runs/data", "gpus=8", "model.descriptor_head=true"), bare)
 
 
 # ------------------------------------------------------------------------------------------------- honesty

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -14,6 +16,7 @@ from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.model.config import LossConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.validation import _shares, build_validation
 
@@ -101,3 +104,27 @@ def test_there_is_none_without_valid_molecules_or_interval(dataset: tuple[str, M
     assert build_validation(uri, without, toy.learner(), micro_batch_size=8) is None
     never = toy.learner(validate_every=0)
     assert build_validation(uri, manifest, never, micro_batch_size=8) is None
+
+
+def test_descriptors_are_validated_on_the_scale_of_the_data_set(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    molecules = write_dataset(uri, 50, described=True)
+    manifest = load_manifest(uri)
+    (shard,) = manifest.shards
+    manifest = replace(manifest, shards=(replace(shard, split="valid"),))
+    learner = toy.learner(
+        model=replace(toy.MODEL, descriptor_head=True), loss=LossConfig(descriptor_weight=2.0)
+    )
+    with torch.no_grad():
+        for parameter in learner.model.descriptor_head.parameters():
+            parameter.zero_()
+    validate = build_validation(uri, manifest, learner, micro_batch_size=8)
+    assert validate is not None
+    losses = validate()
+    # What a model costs that predicts the mean of each.
+    targets = manifest.descriptor_scaling.targets(molecules.descriptors)
+    expected = np.nanmean(targets.astype(np.float64) ** 2)
+    assert losses["valid_loss_descriptor"] == pytest.approx(expected, rel=1e-3)
+    # More than 1, as the tenth that is unknown counts as the median in the standard deviation.
+    assert expected == pytest.approx(1 / 0.9, abs=0.05)
+    assert losses["valid_loss"] > 2.0 * losses["valid_loss_descriptor"]
