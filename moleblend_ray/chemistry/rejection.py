@@ -14,7 +14,7 @@ class RejectionCode(StrEnum):
     UNPARSABLE_SMILES = "unparsable_smiles"
     """RDKit rejects the SMILES, because of its syntax or its chemistry."""
     INVALID_RECORD = "invalid_record"
-    """An SDF record or geometry row is malformed."""
+    """An SDF record or geometry row is malformed, or a record of a text is too large to be read."""
     SANITIZATION_FAILED = "sanitization_failed"
     """The record is well formed but chemically impossible (valence, kekulization)."""
     EMPTY_MOLECULE = "empty_molecule"

@@ -84,6 +84,7 @@ _CHUNK_SCHEMA: Final = pa.schema(
         ("chunk_index", pa.int64()),
         ("first_row", pa.int64()),
         ("num_rows", pa.int64()),
+        ("is_text", pa.bool_()),
         ("payload", pa.large_binary()),
         ("damage", pa.string()),
         ("failure", pa.string()),
@@ -483,6 +484,7 @@ def _read(
                 chunk_index=chunk.chunk_index,
                 first_row=chunk.first_row,
                 num_rows=chunk.num_rows,
+                is_text=chunk.is_text,
                 payload=None if is_done else chunk.payload,
             )
     except DataError as error:

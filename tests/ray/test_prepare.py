@@ -94,14 +94,17 @@ def smiles(count: int) -> list[str]:
 
 
 def write_sources(directory: Path) -> None:
-    """120 rows of CSV (one bad), 130 of Parquet and 2 records of SDF."""
+    """120 rows of CSV (one bad), 130 of Parquet and 3 records of SDF (one too large)."""
     directory.mkdir()
     lines = [f"{text},{row % 7}" for row, text in enumerate(smiles(119))]
     (directory / "a.csv").write_text("\n".join(["smiles,y", "C1CC,0", *lines]) + "\n")
     table = pa.table({"smiles": smiles(250)[120:], "z": np.arange(130) / 3})
     pq.write_table(table, directory / "b.parquet", row_group_size=20)
     record = "m\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n    0.0000    0.0000    1.0000 C   0  0\nM  END\n"
-    (directory / "c.sdf").write_text(f"{record}$$$$\n{record}>  <y>\n7\n\n$$$$\n")
+    image = f">  <image>\n{'x' * (17 << 20)}\n\n"
+    (directory / "c.sdf").write_text(
+        f"{record}$$$$\n{record}{image}$$$$\n{record}>  <y>\n7\n\n$$$$\n"
+    )
 
 
 def test_prepare_equals_the_job_in_one_process_and_a_rerun_does_nothing(
@@ -114,12 +117,12 @@ def test_prepare_equals_the_job_in_one_process_and_a_rerun_does_nothing(
     in_process(tmp_path / "in", tmp_path / "reference")
     assert content_of(tmp_path / "out") == content_of(tmp_path / "reference")
     assert summary.status == "prepared"
-    assert (summary.rows_in, summary.rows_out, summary.rows_quarantined) == (252, 251, 1)
+    assert (summary.rows_in, summary.rows_out, summary.rows_quarantined) == (253, 251, 2)
     assert summary.train + summary.valid == 251
     assert summary.test == 0
-    assert summary.quarantined_by_reason == {"unparsable_smiles": 1}
+    assert summary.quarantined_by_reason == {"invalid_record": 1, "unparsable_smiles": 1}
     manifest = load_manifest(str(tmp_path / "out"))
-    assert [source.rows for source in manifest.sources] == [120, 130, 2]
+    assert [source.rows for source in manifest.sources] == [120, 130, 3]
     assert [(label.name, label.count) for label in manifest.labels] == [("y", 120), ("z", 130)]
     reader = ShardReader(str(tmp_path / "out"), manifest, "train", verify=True)
     assert reader.read(np.arange(reader.num_rows)).num_rows == summary.train
@@ -164,8 +167,12 @@ def test_a_shuffle_by_several_actors_is_that_of_one_process(
     monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_GROUP_BYTES", 1)
     summary = prepare(config_for(tmp_path / "in", tmp_path / "pieces", **settings))
     assert content_of(tmp_path / "pieces") == content_of(tmp_path / "whole")
-    assert (summary.rows_in, summary.rows_out) == (252, 245)
-    assert summary.quarantined_by_reason == {"unparsable_smiles": 1, "duplicate": 6}
+    assert (summary.rows_in, summary.rows_out) == (253, 245)
+    assert summary.quarantined_by_reason == {
+        "duplicate": 6,
+        "invalid_record": 1,
+        "unparsable_smiles": 1,
+    }
     assert 0 < summary.converting_seconds < summary.seconds
 
 

@@ -33,6 +33,7 @@ from moleblend_ray.data.sources.records import (
 )
 from moleblend_ray.data.sources.text import (
     DELIMITERS,
+    Beginning,
     DamageError,
     decode,
     fields,
@@ -271,7 +272,9 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> _View:
     with open_records(file) as records:
         sample = _first_records(file, records, _SAMPLE_RECORDS)
         is_whole = _is_at_end(records)
-    properties = [sd_properties(sd_text(record))[1] for record in sample]
+    whole = [record for record in sample if not isinstance(record, Beginning)]
+    is_whole = is_whole and len(whole) == len(sample)
+    properties = [sd_properties(sd_text(record))[1] for record in whole]
     names = tuple(dict.fromkeys(name for record in properties for name in record))
     if config.id_column is not None and is_whole and sample:
         _require(file, "id_column", config.id_column, names)
@@ -391,6 +394,10 @@ def _first_items(file: SourceFile, items: Iterator[Item], count: int) -> list[It
 
 
 def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
+    if isinstance(record, Beginning):
+        raise DataError(
+            f"{file.uri}: its first line, in which names of columns are expected, has {record.problem}. Is it a table?"
+        )
     cells = fields(record.removeprefix(b"\xef\xbb\xbf"), DELIMITERS[file.format]) or []
     columns = tuple(cell.strip() for cell in cells)
     _require_distinct(file, columns)

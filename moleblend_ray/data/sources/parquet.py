@@ -168,6 +168,7 @@ def parquet_chunks(
                 chunk_index=part.chunk_index,
                 first_row=part.first_row,
                 num_rows=part.num_rows,
+                is_text=False,
                 payload=to_ipc(table),
             )
 

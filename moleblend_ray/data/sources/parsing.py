@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 import numpy as np
-import pyarrow as pa
 
 from moleblend_ray.chemistry.composition import formula_of_molblock, formula_of_smiles
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
@@ -15,7 +14,7 @@ from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources.cells import read_labels, sd_properties, sd_text, smiles_and_name
 from moleblend_ray.data.sources.parquet import parse_parquet
-from moleblend_ray.data.sources.reading import Item
+from moleblend_ray.data.sources.reading import Item, items_of_payload
 from moleblend_ray.data.sources.records import (
     EXCERPT_CHARACTERS,
     RawRecord,
@@ -24,6 +23,7 @@ from moleblend_ray.data.sources.records import (
 )
 from moleblend_ray.data.sources.text import (
     DELIMITERS,
+    Beginning,
     csv_records,
     decode,
     fields,
@@ -43,14 +43,15 @@ def parse_chunk(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
 
 
 def _items(chunk: RowChunk, layout: SourceLayout) -> Iterable[Item]:
-    if not layout.is_plain_text:
-        columns = pa.ipc.open_stream(chunk.payload).read_all().to_pydict()
-        return map(Item, columns["text"], columns["geometry"], columns["excluded"])
+    if not chunk.is_text:
+        return items_of_payload(chunk.payload)
+    # None is too large, or the chunk would not be a text.
+    max_bytes = len(chunk.payload)
     if layout.file.format == "sdf":
-        return map(Item, sd_records([chunk.payload]))
+        return map(Item, sd_records([chunk.payload], max_bytes))
     if layout.file.format == "smi":
-        return map(Item, lines_of([chunk.payload]))
-    return map(Item, csv_records([chunk.payload], DELIMITERS[layout.file.format]))
+        return map(Item, lines_of([chunk.payload], max_bytes))
+    return map(Item, csv_records([chunk.payload], DELIMITERS[layout.file.format], max_bytes))
 
 
 def parse_items(items: Iterable[Item], layout: SourceLayout, first_row: int) -> Iterator[RawRecord]:
@@ -59,8 +60,22 @@ def parse_items(items: Iterable[Item], layout: SourceLayout, first_row: int) -> 
         layout.file.format, _parse_row
     )
     for row, item in enumerate(items, first_row):
-        record = parse(row, item, layout)
+        if isinstance(item.text, Beginning):
+            record = _too_large(row, item.text, layout)
+        else:
+            record = parse(row, item, layout)
         yield _excluded(record, layout) if item.excluded else record
+
+
+def _too_large(row: int, beginning: Beginning, layout: SourceLayout) -> RawRecord:
+    detail = f"the record has {beginning.problem}"
+    rejection = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
+    if layout.file.format != "sdf":
+        return _rejected(row, rejection, decode(beginning), layout)
+    text = sd_text(beginning)
+    title, line_end, _ = text.partition("\n")
+    mol_id = title.strip() if line_end and not layout.id_column else ""
+    return _rejected(row, rejection, text, layout)._replace(mol_id=mol_id or None)
 
 
 def _excluded(record: RawRecord, layout: SourceLayout) -> RawRecord:
@@ -131,7 +146,10 @@ def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
 
 
 def _geometry(raw: bytes, smiles: str | None, mol_id: str) -> MolBlock | Rejection:
-    """The molblock; a rejection if it cannot be of the same molecule as its row."""
+    """The molblock; a rejection if it is too large, or cannot be of the same molecule as its row."""
+    if isinstance(raw, Beginning):
+        detail = f"the geometry has {raw.problem}"
+        return Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
     text = sd_text(raw)
     block, _ = sd_properties(text)
     if smiles is not None:

@@ -23,8 +23,10 @@ from moleblend_ray.data.sources.records import (
 )
 from moleblend_ray.data.sources.text import (
     DELIMITERS,
+    Beginning,
     DamageError,
     decode,
+    size_of,
     split_records,
     unreadable,
 )
@@ -34,12 +36,15 @@ MAX_CHUNK_BYTES: Final = 64 << 20
 RECORD_SCHEMA: Final = pa.schema(
     [
         pa.field("text", pa.binary(), nullable=False),
+        pa.field("text_size", pa.int64(), nullable=False),
         pa.field("geometry", pa.binary()),
+        pa.field("geometry_size", pa.int64()),
         pa.field("excluded", pa.bool_(), nullable=False),
     ]
 )
 """Schema of a chunk whose records have several parts: the text (a row, or an XYZ file), the SD record that belongs to
-it, and whether a published list excludes it."""
+it, and whether a published list excludes it. Chunks of other texts have it too if a record is too large. The sizes are
+those in the file, and larger than what is here of such a record."""
 
 _QM9_NUMBER: Final = re.compile(rb"\A(?:gdb_(\d+)\b|[^\n]*\n\s*gdb\w*\s+(\d+)\b)")
 """Number of a QM9 molecule: in the first cell of a row, or in the second line of an XYZ file."""
@@ -54,8 +59,9 @@ class Item(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all parts."""
-        return len(self.text) + len(self.geometry or b"")
+        """Bytes of all parts in their files."""
+        size = size_of(self.text)
+        return size if self.geometry is None else size + size_of(self.geometry)
 
 
 def read_chunks(
@@ -89,12 +95,18 @@ def _text_chunks(layout: SourceLayout, file_index: int, rows_per_chunk: int) -> 
                 raise unreadable(layout.file.uri, first_row + len(pending), damage) from damage
             if not pending:
                 return
+            is_text = layout.is_plain_text and not any(
+                isinstance(item.text, Beginning) for item in pending
+            )
             yield RowChunk(
                 file_index=file_index,
                 chunk_index=chunk_index,
                 first_row=first_row,
                 num_rows=len(pending),
-                payload=_payload(pending, layout),
+                is_text=is_text,
+                payload=b"".join(item.text for item in pending)
+                if is_text
+                else _payload_of_items(pending),
             )
             chunk_index, first_row = chunk_index + 1, first_row + len(pending)
 
@@ -119,12 +131,33 @@ def take(
     return taken, None
 
 
-def _payload(items: Sequence[Item], layout: SourceLayout) -> bytes:
-    if layout.is_plain_text:
-        return b"".join(item.text for item in items)
-    columns = zip(*items, strict=True)
-    arrays = [pa.array(list(c), f.type) for c, f in zip(columns, RECORD_SCHEMA, strict=True)]
-    return to_ipc(pa.table(arrays, schema=RECORD_SCHEMA))
+def _payload_of_items(items: Sequence[Item]) -> bytes:
+    """The items as an Arrow stream, which :func:`items_of_payload` reads."""
+    rows = [
+        {
+            "text": item.text,
+            "text_size": size_of(item.text),
+            "geometry": item.geometry,
+            "geometry_size": None if item.geometry is None else size_of(item.geometry),
+            "excluded": item.excluded,
+        }
+        for item in items
+    ]
+    return to_ipc(pa.Table.from_pylist(rows, schema=RECORD_SCHEMA))
+
+
+def items_of_payload(payload: bytes) -> Iterator[Item]:
+    """The items of a chunk whose payload has ``RECORD_SCHEMA``."""
+    for row in pa.ipc.open_stream(payload).read_all().to_pylist():
+        text = _restored(row["text"], row["text_size"])
+        geometry = row["geometry"]
+        if geometry is not None:
+            geometry = _restored(geometry, row["geometry_size"])
+        yield Item(text, geometry, row["excluded"])
+
+
+def _restored(record: bytes, num_bytes: int) -> bytes:
+    return record if len(record) == num_bytes else Beginning(record, num_bytes)
 
 
 @contextmanager
@@ -144,7 +177,8 @@ def open_items(file: SourceFile) -> Iterator[Iterator[Item]]:
 
 @contextmanager
 def open_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
-    """The raw records of a text file, including the header of a table, each with its line end.
+    """The raw records of a text file, including the header of a table, each with its line end; of one that is too
+    large, its ``Beginning``.
 
     Iterating raises DamageError where the file is damaged.
     """
@@ -161,13 +195,16 @@ def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
             if header is None:
                 header = first
                 records = chain([first], records) if first is not None else records
-            elif first is not None and _bare(first) != _bare(header):
+            elif first is not None and (
+                isinstance(first, Beginning) or _bare(first) != _bare(header)
+            ):
                 raise DamageError(
                     f"the header of {name} is not that of the files before it: {_shown(first)} and not {_shown(header)}"
                 )
         end = b"$$$$\n" if file.format == "sdf" else b"\n"
         for record in records:
-            yield record if record.endswith(end) else _with_end(record, file.format)
+            is_whole = record.endswith(end) or isinstance(record, Beginning)
+            yield record if is_whole else _with_end(record, file.format)
 
 
 def _bare(header: bytes) -> bytes:

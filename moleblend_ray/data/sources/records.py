@@ -77,7 +77,7 @@ class SourceLayout:
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether the payload of a chunk is the text of its records, one after the other."""
+        """Whether a record is a piece of the file's text and nothing else."""
         file = self.file
         return file.format not in ("parquet", "xyz") and not (file.geometry or file.exclusions)
 
@@ -108,15 +108,18 @@ class RowChunk:
     first_row: int
     """Index of the first record in the file."""
     num_rows: int
+    is_text: bool
+    """Whether the payload is the text of its records, one after the other."""
     payload: bytes
-    """The bytes of the file (without the header) if ``SourceLayout.is_plain_text``, else an Arrow stream of Parquet
-    rows or of ``reading.RECORD_SCHEMA``."""
+    """The bytes of the file (without the header) if ``is_text``, else an Arrow stream of Parquet rows or of
+    ``reading.RECORD_SCHEMA``."""
 
     def digest(self, layout: SourceLayout) -> str:
         """Digest of all that decides what is made of the chunk: its bytes, its place in the file, and how they are read."""
         read_as = (
             self.first_row,
             self.num_rows,
+            self.is_text,
             layout.columns,
             layout.smiles_column,
             layout.id_column,

@@ -7,23 +7,27 @@ import contextlib
 import csv
 import io
 import lzma
+import math
 import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Self
 
 import pyarrow as pa
 
-from moleblend_ray.data.sources.records import Format
+from moleblend_ray.data.sources.records import EXCERPT_CHARACTERS, Format
 from moleblend_ray.errors import DataError
 
 MAX_RECORD_BYTES: Final = 16 << 20
+"""Most bytes of a record; of a larger one only the beginning is kept, for the quarantine."""
 # With the csv module's default of 128 KiB, a long cell would make its row unreadable.
 csv.field_size_limit(MAX_RECORD_BYTES)
 
+_KEPT_BYTES: Final = 4 * EXCERPT_CHARACTERS
+"""Bytes that are kept of a record that is too large: enough for an excerpt, as a character has at most four."""
 _BLOCK_BYTES: Final = 1 << 20
 _ZSTD_BYTES: Final = 1 << 15
 _MAX_EXPANSION: Final = 200
@@ -45,6 +49,31 @@ _RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n", re.MULTILINE)
 
 class DamageError(Exception):
     """The rest of a text file cannot be read; the caller knows from which record on."""
+
+
+class Beginning(bytes):
+    """The first bytes of a record that is too large, in its place."""
+
+    num_bytes: int
+    """Bytes of the whole record."""
+
+    def __new__(cls, record: bytes, num_bytes: int) -> Self:
+        """Of ``record`` the first bytes are kept."""
+        beginning = super().__new__(cls, record[:_KEPT_BYTES])
+        beginning.num_bytes = num_bytes
+        return beginning
+
+    @property
+    def problem(self) -> str:
+        """Its size and the limit, for messages."""
+        # Rounded up, so that it is never the limit itself.
+        size = math.ceil(10 * self.num_bytes / (1 << 20)) / 10
+        return f"{size:,.1f} MiB, more than the {MAX_RECORD_BYTES >> 20} MiB that a record may have"
+
+
+def size_of(record: bytes) -> int:
+    """Bytes that a record has in its file."""
+    return record.num_bytes if isinstance(record, Beginning) else len(record)
 
 
 def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
@@ -182,25 +211,27 @@ _UNPACK: Final[dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]]] = {
 
 
 def split_records(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
-    """Raw records, each with its line end: of a table including the header, of ``smi`` without one."""
+    """Raw records, each with its line end: of a table including the header, of ``smi`` without one.
+
+    In the place of one that is too large there is its :class:`Beginning`.
+    """
     if form == "xyz":
-        return _whole(blocks)
+        return _whole(blocks, MAX_RECORD_BYTES)
     blocks = _with_line_feeds(blocks)
     if form == "sdf":
-        return sd_records(blocks)
+        return sd_records(blocks, MAX_RECORD_BYTES)
     if form == "smi":
-        return _smiles_lines(blocks)
-    return csv_records(blocks, DELIMITERS[form])
+        return _smiles_lines(blocks, MAX_RECORD_BYTES)
+    return csv_records(blocks, DELIMITERS[form], MAX_RECORD_BYTES)
 
 
-def _whole(blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _whole(blocks: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:
     """The whole text as one record."""
-    content = b""
+    content, num_bytes = b"", 0
     for block in blocks:
-        content += block
-        if len(content) > MAX_RECORD_BYTES:
-            raise DamageError(f"a record of more than {MAX_RECORD_BYTES >> 20} MiB")
-    yield content
+        content += block[: max_bytes - len(content)]
+        num_bytes += len(block)
+    yield Beginning(content, num_bytes) if num_bytes > max_bytes else content
 
 
 def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -213,49 +244,68 @@ def _with_line_feeds(blocks: Iterator[bytes]) -> Iterator[bytes]:
     return iter(())
 
 
-def sd_records(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The records of an SD file, each including its ``$$$$`` line."""
-    rest = b""
+def sd_records(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    """The records of an SD file, each including its ``$$$$`` line; of one that is larger, its :class:`Beginning`."""
+    rest, num_dropped = b"", 0
     for block in blocks:
         rest += block
         start = 0
         for match in _RECORD_END.finditer(rest):
-            yield rest[start : match.end()]
-            start = match.end()
+            yield _bounded_record(rest[start : match.end()], num_dropped, max_bytes)
+            start, num_dropped = match.end(), 0
         rest = rest[start:]
-        if len(rest) > MAX_RECORD_BYTES:
-            raise DamageError(
-                f"no $$$$ line within {MAX_RECORD_BYTES >> 20} MiB, the most that an SD record may have. If it is an SD "
-                "file, remove what is so large from that record (an image, perhaps)"
-            )
-    if rest.strip():
+        if num_dropped + len(rest) > max_bytes:
+            kept = _both_ends(rest)
+            num_dropped += len(rest) - len(kept)
+            rest = kept
+    if num_dropped or rest.strip():
         # The last record may lack its $$$$ line; if the file was cut off, the parser rejects the molblock.
-        yield rest
+        yield _bounded_record(rest, num_dropped, max_bytes)
 
 
-def lines_of(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines, each including its line end."""
-    rest = b""
+def _bounded_record(record: bytes, num_dropped: int, max_bytes: int) -> bytes:
+    """A record from which ``num_dropped`` bytes were left out; its :class:`Beginning` if it is larger than ``max_bytes``."""
+    num_bytes = num_dropped + len(record)
+    return Beginning(record, num_bytes) if num_bytes > max_bytes else record
+
+
+def _both_ends(record: bytes) -> bytes:
+    """The first lines of an unfinished SD record, and of its last line as much as tells whether it ends the record."""
+    last = record.rfind(b"\n") + 1
+    head = record[: min(last, _KEPT_BYTES)]
+    if head and not head.endswith(b"\n"):
+        head += b"\n"
+    return head + record[last : last + _KEPT_BYTES]
+
+
+def lines_of(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
+    """Lines, each including its line end; of one that is larger, its :class:`Beginning`."""
+    rest, num_dropped = b"", 0
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
         for line in lines:
-            yield line + b"\n"
-        if len(rest) > MAX_RECORD_BYTES:
-            raise DamageError(f"a line of more than {MAX_RECORD_BYTES >> 20} MiB; is it text?")
+            num_bytes = num_dropped + len(line) + 1
+            yield line + b"\n" if num_bytes <= max_bytes else Beginning(line, num_bytes)
+            num_dropped = 0
+        if num_dropped + len(rest) > max_bytes:
+            num_dropped += max(0, len(rest) - _KEPT_BYTES)
+            rest = rest[:_KEPT_BYTES]
     if rest:
-        yield rest
+        yield _bounded_record(rest, num_dropped, max_bytes)
 
 
-def csv_records(blocks: Iterable[bytes], delimiter: str) -> Iterator[bytes]:
+def csv_records(blocks: Iterable[bytes], delimiter: str, max_bytes: int) -> Iterator[bytes]:
     """The rows of a table, in which quoted fields may contain line ends; blank lines between rows are skipped.
 
     The rows of a part that ends with a row are the same as in the whole: a chunk is divided once more when it is parsed.
+    A line of more than ``max_bytes`` is a row of its own, whatever its quotes; its :class:`Beginning` is in its place.
     """
-    lines = _Lines(lines_of(blocks))
+    lines = _Lines(lines_of(blocks, max_bytes))
     for line in lines:
-        if not line.strip(b"\r\n"):
-            continue
-        yield _whole_row(line, lines, delimiter) if b'"' in line else line
+        if isinstance(line, Beginning):
+            yield line
+        elif line.strip(b"\r\n"):
+            yield _whole_row(line, lines, delimiter) if b'"' in line else line
 
 
 class _Lines(Iterator[bytes]):
@@ -276,8 +326,8 @@ class _Lines(Iterator[bytes]):
 def _whole_row(first: bytes, following: _Lines, delimiter: str) -> bytes:
     """The row that begins with line ``first``, with the lines that its quoted fields go on over.
 
-    If these lines are no row (a stray quote ends in the middle of another row's cell, or is never closed), ``first``
-    alone: whoever parses it finds that it is not one.
+    If these lines are no row (a stray quote ends in the middle of another row's cell, or is not closed before the end
+    or a line that is too large), ``first`` alone: whoever parses it finds that it is not one.
     """
     taken: list[bytes] = []
     is_open = False
@@ -286,6 +336,8 @@ def _whole_row(first: bytes, following: _Lines, delimiter: str) -> bytes:
         nonlocal is_open
         for line in chain([first], following):
             taken.append(line)
+            if isinstance(line, Beginning):
+                break
             yield decode(line)
         is_open = True
 
@@ -306,12 +358,13 @@ def _is_strict(lines: Sequence[bytes], delimiter: str) -> bool:
     return True
 
 
-def _smiles_lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def _smiles_lines(blocks: Iterable[bytes], max_bytes: int) -> Iterator[bytes]:
     """The lines that are not blank, except a header."""
     is_first = True
-    for line in lines_of(blocks):
-        if line.strip():
-            if not (is_first and is_smiles_header(line)):
+    for line in lines_of(blocks, max_bytes):
+        is_too_large = isinstance(line, Beginning)
+        if is_too_large or line.strip():
+            if is_too_large or not (is_first and is_smiles_header(line)):
                 yield line
             is_first = False
 

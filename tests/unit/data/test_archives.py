@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
+from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources import (
     ColumnConfig,
@@ -143,6 +144,30 @@ def test_a_member_without_a_line_end_does_not_run_into_the_next(
         blocks = [record.content for record in records]
         assert all(isinstance(block, MolBlock) for block in blocks)
         assert [str(block.block).splitlines()[0] for block in blocks] == ["m0", "m1", "m2"]
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+@pytest.mark.parametrize("end", [b"$$$$\n", b"$$$$", b"\n", b""])
+def test_a_record_that_is_too_large_does_not_run_into_the_next_member(
+    tmp_path: Path,
+    pack: Callable[[dict[str, bytes]], bytes],
+    end: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+    first, large, last = (METHANE.format(title=f"m{i}", mu=i).encode() for i in range(3))
+    large = large.removesuffix(b"$$$$\n") + b"> <image>\n" + b"x" * (2 << 20) + b"\n" + end
+    path = tmp_path / ("set.tar" if pack is tar else "set.zip")
+    path.write_bytes(pack({"a.sdf": first + large, "b.sdf.gz": gzip.compress(large + last)}))
+    if end != b"$$$$\n":
+        path.write_bytes(pack({"a.sdf": first + large, "b.sdf.gz": gzip.compress(last)}))
+    records = records_of(path)
+    too_large = [isinstance(record.content, Rejection) for record in records]
+    assert too_large == ([False, True, True, False] if end == b"$$$$\n" else [False, True, False])
+    assert [record.mol_id for record in records if isinstance(record.content, MolBlock)] == [
+        "m0",
+        "m2",
+    ]
 
 
 @pytest.mark.parametrize("pack", [tar, zipped])

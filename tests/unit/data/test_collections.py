@@ -24,7 +24,13 @@ from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    find_sources,
+    inspect_sources,
+    read_chunks,
+    text,
+)
 from moleblend_ray.data.sources.published import read_exclusions
 from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.errors import ConfigError, DataError
@@ -211,6 +217,23 @@ def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
     assert "the geometry has heavy atoms C" in rejected[0]["detail"]
 
 
+def test_a_geometry_that_is_too_large_costs_no_other_row(
+    tmp_path: Path, samples: list[SampleMolecule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+    geometry = sdf(samples[:3]).removesuffix(b"$$$$\n") + b"x" * (1 << 20) + b"\n$$$$\n"
+    geometry += sdf(samples[3:NUM_WITH_GEOMETRY])
+    manifest = convert(write_pcqm(tmp_path / "raw", samples, geometry), tmp_path / "out")
+    (rejected,) = molecules(tmp_path / "out", manifest, "quarantine").to_pylist()
+    assert (rejected["source_row"], rejected["reason"]) == (2, "invalid_record")
+    assert rejected["excerpt"] == samples[2].smiles
+    assert rejected["detail"] == (
+        "the geometry has 1.1 MiB, more than the 1 MiB that a record may have"
+    )
+    assert manifest.counts.rows_out == NUM_MOLECULES - 1
+    assert manifest.counts.with_coordinates == NUM_WITH_GEOMETRY - 1
+
+
 def test_a_geometry_that_does_not_belong_to_the_table_is_refused_before_anything_is_written(
     tmp_path: Path, samples: list[SampleMolecule]
 ) -> None:
@@ -284,6 +307,24 @@ def test_qm9_as_published_has_geometry_bonds_labels_and_units(tmp_path: Path) ->
     ]
     assert table["label:A"].to_pylist()[0] == 1.0
     assert table["label:cv"].to_pylist()[2] == 3.14
+
+
+def test_a_file_of_qm9_that_is_too_large_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+    files = qm9_files()
+    files["dsgdb9nsd_000003.xyz"] += b"x" * (3 << 20)
+    source = tmp_path / "dsgdb9nsd.xyz.tar.bz2"
+    source.write_bytes(tar_of(files, bz2.compress))
+    manifest = convert(source, tmp_path / "out", rows_per_chunk=3)
+    (rejected,) = molecules(tmp_path / "out", manifest, "quarantine").to_pylist()
+    assert (rejected["source_row"], rejected["reason"]) == (2, "invalid_record")
+    assert rejected["detail"] == (
+        "the record has 3.1 MiB, more than the 1 MiB that a record may have"
+    )
+    assert rejected["excerpt"] == files["dsgdb9nsd_000003.xyz"][:200].decode()
+    assert manifest.counts.rows_out == len(SMALL) - 1
 
 
 def test_a_list_of_exclusions_beside_qm9_fills_the_quarantine(tmp_path: Path) -> None:

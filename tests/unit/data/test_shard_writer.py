@@ -39,6 +39,7 @@ from moleblend_ray.data.sources import (
     find_sources,
     inspect_sources,
     read_chunks,
+    text,
 )
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.vocabulary import STORED_DESCRIPTORS
@@ -135,6 +136,36 @@ def test_every_row_is_a_molecule_or_in_quarantine_with_its_reason(tmp_path: Path
     assert table["label:y"].to_pylist() == [1.5, 4, None, 6, 10]
     assert [label.count for label in manifest.labels] == [4]
     assert load_manifest(str(tmp_path / "out")) == manifest
+
+
+def test_a_record_that_is_too_large_is_a_row_in_quarantine_also_of_a_continued_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+    block = (
+        "\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n" + "    0.0000" * 3 + " C   0  0\nM  END\n"
+    )
+    image = f">  <image>\n{'x' * (3 << 19)}\n\n"
+    records = [f"m{row}{block}{image if row in (1, 6) else ''}$$$$\n" for row in range(7)]
+    source, out = tmp_path / "in.sdf", tmp_path / "out"
+    source.write_text("".join(records).removesuffix("$$$$\n"))
+    whole = convert(source, tmp_path / "whole", rows_per_chunk=2)
+    counts = whole.counts
+    assert (counts.rows_in, counts.rows_out, counts.rows_quarantined) == (7, 5, 2)
+    for row, rejected in zip((1, 6), quarantine_of(tmp_path / "whole", whole), strict=True):
+        assert rejected == {
+            "source_uri": str(source),
+            "source_row": row,
+            "mol_id": f"m{row}",
+            "excerpt": records[row][:200],
+            "reason": "invalid_record",
+            "detail": "the record has 1.6 MiB, more than the 1 MiB that a record may have",
+        }
+    convert_first(source, out, 2, rows_per_chunk=2)
+    converted: list[int] = []
+    assert convert(source, out, converted, rows_per_chunk=2) == whole
+    assert converted == [2, 3]
+    assert content_of(out) == content_of(tmp_path / "whole")
 
 
 def test_shards_hold_what_the_featurizer_gives(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import gzip
 import io
 import json
 import logging
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText
@@ -226,10 +227,10 @@ def test_rows_are_divided_alike_in_a_file_and_in_its_chunks_and_keep_every_line(
     content: str, rows_per_chunk: int
 ) -> None:
     raw = content.encode()
-    rows = list(text.csv_records([raw], ","))
+    rows = list(text.csv_records([raw], ",", 1 << 20))
     for first in range(0, len(rows), rows_per_chunk):
         chunk = rows[first : first + rows_per_chunk]
-        assert list(text.csv_records([b"".join(chunk)], ",")) == chunk
+        assert list(text.csv_records([b"".join(chunk)], ",", 1 << 20)) == chunk
     lines = [line for line in raw.split(b"\n") if line.strip(b"\r")]
     found = [line for row in rows for line in row.split(b"\n") if line.strip(b"\r")]
     assert found == lines
@@ -310,16 +311,206 @@ def test_a_record_without_end_is_passed_on_whole(tmp_path: Path) -> None:
     assert fine.mol_id == "fine"
 
 
-def test_a_file_without_delimiters_is_not_read_to_its_end(
+# --- records that are too large ---------------------------------------------------------------------
+
+LIMIT = 1 << 20
+"""Of these tests."""
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "MAX_RECORD_BYTES", LIMIT)
+
+
+def assert_too_large(record: RawRecord, size: str) -> None:
+    assert isinstance(record.content, Rejection)
+    assert record.content.code == "invalid_record"
+    expected = f"the record has {size} MiB, more than the 1 MiB that a record may have"
+    assert record.content.detail == expected
+    assert np.isnan(record.labels).all()
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 10])
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["m.sdf", "m.sdf.gz"])
+def test_an_sd_record_that_is_too_large_costs_no_other(
+    tmp_path: Path, name: str, ending: str, rows_per_chunk: int
+) -> None:
+    image = "A" * LIMIT + "\n" + "$$$$ is not at the beginning of a line here: $$$$\n".rjust(LIMIT)
+    records = [
+        sd_record("a", mu=1),
+        sd_record("b", mu="no number", image=image),
+        sd_record("c", mu=3),
+        sd_record("d", image=image, mu=4),
+        sd_record("e", mu=5),
+    ]
+    raw = "".join(records).replace("\n", ending).encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    found = records_of(tmp_path / name, rows_per_chunk)
+    assert [record.row for record in found] == [0, 1, 2, 3, 4]
+    assert [record.mol_id for record in found] == ["a", "b", "c", "d", "e"]
+    for index in (0, 2, 4):
+        title = found[index].mol_id
+        assert found[index].content == MolBlock(METHANE.format(title=title))
+    # The label is found although the records that are too large seem to have something else in it, or nothing.
+    assert [found[index].labels.tolist() for index in (0, 2, 4)] == [[1], [3], [5]]
+    for index in (1, 3):
+        assert_too_large(found[index], "2.1")
+        assert found[index].excerpt == records[index][:200]
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("num_bytes", [LIMIT - 1, LIMIT, LIMIT + 1, LIMIT + 5])
+@pytest.mark.parametrize("end", ["$$$$\n", "$$$$", "\n", ""])
+def test_the_limit_is_that_of_the_record_whatever_the_blocks_and_the_end_of_the_file(
+    tmp_path: Path, num_bytes: int, end: str
+) -> None:
+    record = METHANE.format(title="m") + ">  <note>\n"
+    record += "x" * (num_bytes - len(record) - len(end)) + end
+    for before in ("", sd_record("a"), sd_record("a", note="y" * 1000)):
+        (tmp_path / "m.sdf").write_text(before + record)
+        last = records_of(tmp_path / "m.sdf")[-1]
+        if num_bytes <= LIMIT:
+            assert last.content == MolBlock(METHANE.format(title="m"))
+        else:
+            assert_too_large(last, "1.1")
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("before", ["", sd_record("a")])
+@pytest.mark.parametrize("content", ["not an SD file\n" * 300_000, "\0" * 4_500_000])
+def test_what_is_too_large_and_goes_on_to_the_end_of_an_sd_file_is_one_record(
+    tmp_path: Path, before: str, content: str
+) -> None:
+    (tmp_path / "m.sdf").write_text(before + content)
+    *others, last = records_of(tmp_path / "m.sdf")
+    assert [record.mol_id for record in others] == (["a"] if before else [])
+    assert_too_large(last, "4.3")
+    assert last.excerpt == content[:200]
+
+
+sd_pieces = st.sampled_from(["$$$$", "$", "\n", "\r\n", "x", "a longer piece", "\n$$$$\n"])
+
+
+@settings(deadline=None)
+@given(st.lists(sd_pieces, max_size=40), st.integers(1, 30), st.integers(1, 20))
+def test_sd_records_are_the_same_with_and_without_a_limit(
+    pieces: list[str], block_bytes: int, max_bytes: int
+) -> None:
+    raw = "".join(pieces).encode() + b"end"
+    blocks = [raw[start : start + block_bytes] for start in range(0, len(raw), block_bytes)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "_KEPT_BYTES", 5)
+        found = list(text.sd_records(blocks, max_bytes))
+    whole = list(text.sd_records([raw], len(raw)))
+    assert list(map(text.size_of, found)) == list(map(len, whole))
+    for record, expected in zip(found, whole, strict=True):
+        is_too_large = len(expected) > max_bytes
+        assert isinstance(record, text.Beginning) == is_too_large
+        assert record == (expected[:5] if is_too_large else expected)
+
+
+@pytest.mark.parametrize("line_bytes", [80, 64 << 20])
+def test_of_a_record_that_is_too_large_no_more_than_the_limit_is_held(line_bytes: int) -> None:
+    line = b"x" * (line_bytes - 1) + b"\n"
+    content = line * ((64 << 20) // line_bytes) + b"$$$$\n"
+
+    def blocks() -> Iterator[bytes]:
+        for start in range(0, len(content), 1 << 18):
+            yield content[start : start + (1 << 18)]
+
+    for read in (text.sd_records, text.lines_of):
+        tracemalloc.start()
+        sizes = [text.size_of(record) for record in read(blocks(), LIMIT)]
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert sum(sizes) == len(content)
+        assert peak_bytes < 4 * LIMIT + 200 * len(sizes)
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 10])
+@pytest.mark.parametrize(
+    ("name", "header"), [("t.csv", "smiles,y\n"), ("t.tsv", "smiles\ty\n"), ("t.smi", "")]
+)
+def test_a_line_that_is_too_large_costs_no_other(
+    tmp_path: Path, name: str, header: str, rows_per_chunk: int
+) -> None:
+    mark = "\t" if name == "t.tsv" else "," if header else " "
+    lines = [f"{smiles}{mark}{y}\n" for y, smiles in enumerate(["C", "N" * LIMIT, "CC", "CCC"])]
+    blank = " " * (LIMIT + 1)
+    (tmp_path / name).write_text(header + "".join(lines) + blank)
+    records = records_of(tmp_path / name, rows_per_chunk)
+    assert [record.row for record in records] == [0, 1, 2, 3, 4]
+    assert smiles_of(records) == ["C", "CC", "CCC"]
+    assert_too_large(records[1], "1.1")
+    assert (records[1].mol_id, records[1].excerpt) == (None, "N" * 200)
+    assert_too_large(records[4], "1.1")
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 10])
+@pytest.mark.parametrize(
+    ("before", "large", "kept"),
+    [
+        (['CN,"a', 'b",2'], "CO,{large},3", ["C", "CN", "CC", "CCC"]),
+        ([], 'CO,"{large},3', ["C", "CC", "CCC"]),  # never closed
+        (['CN,"a'], '{large}",3', ["C", "CC", "CCC"]),  # opened before
+        (['CN,"a', "b"], "{large}", ["C", "CC", "CCC"]),
+    ],
+)
+def test_a_line_that_is_too_large_is_a_row_of_its_own_whatever_its_quotes(
+    tmp_path: Path, before: list[str], large: str, kept: list[str], rows_per_chunk: int
+) -> None:
+    lines = ["smiles,name,y", "C,x,1", *before, large.format(large="z" * LIMIT)]
+    lines += ['CC,"two\nlines",4', "CCC,x,5"]
+    (tmp_path / "t.csv").write_text("\n".join(lines))
+    records = records_of(tmp_path / "t.csv", rows_per_chunk)
+    assert smiles_of(records) == kept
+    assert_too_large(records[-3], "1.1")
+    assert sum(isinstance(record.content, Rejection) for record in records) == len(records) - len(
+        kept
+    )
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_a_first_line_that_is_too_large_is_no_header(tmp_path: Path) -> None:
+    large = "smiles" * LIMIT
+    (tmp_path / "t.smi").write_text(f"{large}\nC a\n")
+    first, second = records_of(tmp_path / "t.smi")
+    assert_too_large(first, "6.1")
+    assert (second.row, second.mol_id) == (1, "a")
+    (tmp_path / "t.csv").write_text(f"{large},y\nC,1\n")
+    with pytest.raises(DataError, match=r"t\.csv: its first line, in .*6\.1 MiB.*Is it a table"):
+        inspected(tmp_path / "t.csv")
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_the_place_and_the_size_of_a_record_that_is_too_large_are_in_the_digest(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "m.sdf"
+    digests = []
+    for size in (0, 1, 1, 2):
+        path.write_text(sd_record("a") + sd_record("b", image="x" * (LIMIT + size)))
+        (layout,) = inspected(path).layouts
+        (chunk,) = read_chunks(layout, 0, 10)
+        assert len(chunk.payload) < 10_000
+        digests.append(chunk.digest(layout))
+    assert digests[1] == digests[2]
+    assert len(set(digests)) == 3
+
+
+@pytest.mark.usefixtures("small_limit")
+def test_chunks_end_where_they_would_if_records_that_are_too_large_were_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "MAX_CHUNK_BYTES", 3 * LIMIT)
     path = tmp_path / "m.sdf"
-    path.write_bytes(b"not an SD file\n" * 300_000)
-    with pytest.raises(
-        DataError, match=r"m\.sdf is damaged after record 0.*no \$\$\$\$ line within 1 MiB"
-    ):
-        inspected(path)
+    path.write_text("".join(sd_record(f"m{i}", image="x" * LIMIT) for i in range(7)))
+    (layout,) = inspected(path).layouts
+    assert [chunk.num_rows for chunk in read_chunks(layout, 0, 10)] == [3, 3, 1]
 
 
 # --- Parquet ----------------------------------------------------------------------------------------
