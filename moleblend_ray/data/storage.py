@@ -179,7 +179,7 @@ def open_read(uri: str) -> BinaryIO:
             remote = _RemoteFile(uri, size(uri))
             return cast(BinaryIO, io.BufferedReader(remote, _READ_AHEAD_BYTES))
         stream = _call("open", uri, filesystem.open, path, "rb", block_size=_READ_AHEAD_BYTES)
-        return cast(BinaryIO, stream)
+        return cast(BinaryIO, _WebFile(uri, stream) if _is_web(uri) else stream)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -431,6 +431,69 @@ class _RemoteFile(PartialFile):
             return content
 
         return retried("read", self._uri, read)
+
+
+class _WebFile(io.RawIOBase):
+    """A file of a web server. StorageError if reading needs range requests and the server does not support them."""
+
+    def __init__(self, uri: str, stream: Any) -> None:
+        super().__init__()
+        self._uri = uri
+        self._stream = stream
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes, if the server supports range requests."""
+        return True
+
+    def tell(self) -> int:
+        """The position of the next byte that is read."""
+        return int(self._stream.tell())
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to ``offset`` from the beginning, the position or the end; returns the new position."""
+        with _needing_ranges(self._uri):
+            self._stream.seek(offset, whence)
+        return self.tell()
+
+    def read(self, length: int | None = -1) -> bytes:
+        """The next ``length`` bytes, fewer at the end of the file; all that follow if negative or None."""
+        with _needing_ranges(self._uri):
+            return bytes(self._stream.read(-1 if length is None else length))
+
+    def readall(self) -> bytes:
+        """All bytes that follow."""
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` with the next bytes; returns how many there were."""
+        view = memoryview(buffer).cast("B")
+        content = self.read(len(view))
+        view[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._stream.close()
+        super().close()
+
+
+@contextmanager
+def _needing_ranges(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        # fsspec has no exception of its own for it; other ValueErrors are about the arguments.
+        if not any(text in str(error) for text in ("range requests", "seek streaming HTTP file")):
+            raise
+        raise StorageError(
+            f"Cannot read {uri}: the server does not support range requests, which reading Parquet files, zip archives "
+            f"and files of more than {_READ_AHEAD_BYTES >> 20} MiB needs. Download the file first (curl -O '{uri}') and "
+            "give its path, or put it into object storage."
+        ) from error
 
 
 def _call(action: str, uri: str, function: Any, *arguments: Any, **options: Any) -> Any:

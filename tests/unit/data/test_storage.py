@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources
 from moleblend_ray.errors import DataError, StorageError
 
 
@@ -50,6 +57,74 @@ def test_a_web_server_without_range_requests_gives_the_range(tmp_path: Path) -> 
             expected = content[offset : offset + length]
             assert storage.read_range(uri, offset, length) == expected
         server.shutdown()
+
+
+class WithoutRanges(SimpleHTTPRequestHandler):
+    """Python's own server, which ignores the header "Range" and sends the whole file; it may also say so."""
+
+    def __init__(self, *arguments: Any, says_so: bool, **options: Any) -> None:
+        self.says_so = says_so
+        super().__init__(*arguments, **options)
+
+    def end_headers(self) -> None:
+        if self.says_so:
+            self.send_header("Accept-Ranges", "none")
+        super().end_headers()
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        with contextlib.suppress(ConnectionError):  # the client has seen enough
+            super().copyfile(source, outputfile)
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture(params=[False, True], ids=["silent", "says so"])
+def rangeless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Address of a web server without range requests that serves the test's folder."""
+    handler = partial(WithoutRanges, directory=str(tmp_path), says_so=request.param)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_web_server_without_range_requests_is_named_where_they_are_needed(
+    rangeless: str, tmp_path: Path
+) -> None:
+    noise = np.random.default_rng(0).bytes(9 << 20).hex()
+    table = pa.table({"smiles": ["C", "C"], "noise": [noise[::2], noise[1::2]]})
+    pq.write_table(table, tmp_path / "m.parquet")
+    with zipfile.ZipFile(tmp_path / "m.zip", "w") as archive:
+        archive.writestr("m.csv", "smiles,noise\nC," + noise)
+    for name in ("m.parquet", "m.zip"):
+        assert (tmp_path / name).stat().st_size > 9 << 20
+        with pytest.raises(StorageError) as caught:
+            inspect_sources(find_sources(f"{rangeless}/{name}?token=hunter2"), ColumnConfig())
+        uri = f"{rangeless}/{name}?token=***"
+        assert str(caught.value) == (
+            f"Cannot read {uri}: the server does not support range requests, which reading Parquet files, zip archives "
+            f"and files of more than 8 MiB needs. Download the file first (curl -O '{uri}') and give its path, or put it "
+            "into object storage."
+        )
+
+
+@pytest.mark.parametrize("num_bytes", [2048, 9 << 20])
+def test_a_file_from_a_web_server_without_range_requests_is_read_in_order(
+    rangeless: str, tmp_path: Path, num_bytes: int, request: pytest.FixtureRequest
+) -> None:
+    content = bytes(range(256)) * (num_bytes >> 8)
+    (tmp_path / "file").write_bytes(content)
+    with storage.open_read(f"{rangeless}/file") as stream:
+        assert stream.read(100) == content[:100]
+        assert stream.tell() == 100
+        assert stream.seek(0, io.SEEK_CUR) == 100
+        rest = iter(lambda: stream.read(1000), b"")
+        if num_bytes > 8 << 20 and "silent" in request.node.name:
+            with pytest.raises(StorageError, match=r"/file: the server does not support range"):
+                list(rest)
+        else:
+            assert b"".join(rest) == content[100:]
 
 
 class AnsweringWith(BaseHTTPRequestHandler):
