@@ -27,6 +27,7 @@ from infra.checks.model import (
 )
 from infra.checks.quantity import amount, text
 from infra.checks.render import Manifest, identity
+from moleblend_ray.errors import SECRET_NAME
 
 PART_OF: Final = "app.kubernetes.io/part-of"
 COMPONENT: Final = "app.kubernetes.io/component"
@@ -38,7 +39,6 @@ _LEAST_STOP_S: Final = 30
 """The workers may wait ten seconds for the data of their step; then they write a checkpoint."""
 _RESOURCES: Final = ("cpu", "memory", "ephemeral-storage")
 _EXPOSING: Final = ("Ingress", "HTTPRoute", "Gateway", "VirtualService", "Route")
-_SECRET_NAME: Final = re.compile(r"secret|token|passw|credential|api_?key|access_?key", re.I)
 _SECRET_TEXT: Final = re.compile(
     r"(?<![A-Z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Z0-9])|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
@@ -413,11 +413,9 @@ def _ends(manifest: Manifest) -> Iterator[Problem]:
 
 def _graces(manifest: Manifest) -> Iterator[Problem]:
     spec, where = manifest["spec"], f"{identity(manifest)} spec"
-    try:
-        loaded = yaml.safe_load(spec.get("runtimeEnvYAML") or "")
-    except yaml.YAMLError:
-        return  # another rule reports this
-    variables = section(loaded, "env_vars") if isinstance(loaded, dict) else {}
+    variables = _variables(spec)
+    if variables is None:
+        return
     wait = _seconds(variables.get(STOP_WAIT))
     if wait is None or wait < _LEAST_STOP_S:
         yield Problem(
@@ -429,6 +427,15 @@ def _graces(manifest: Manifest) -> Iterator[Problem]:
     for pods in pods_of(manifest):
         if pods.role in ("head", "worker"):
             yield from _grace(pods, wait)
+
+
+def _variables(spec: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The variables of a job's runtime environment; None if this is no YAML, which another rule reports."""
+    try:
+        loaded = yaml.safe_load(spec.get("runtimeEnvYAML") or "")
+    except yaml.YAMLError:
+        return None
+    return section(loaded, "env_vars") if isinstance(loaded, dict) else {}
 
 
 def _grace(pods: Pods, wait: int) -> Iterator[Problem]:
@@ -477,21 +484,19 @@ def _secrets(manifest: Manifest) -> Iterator[Problem]:
             )
         if (
             isinstance(node, dict)
-            and _SECRET_NAME.search(str(node.get("name", "")))
+            and SECRET_NAME.search(str(node.get("name", "")))
             and node.get("value")
         ):
             yield Problem(
                 f"{where} {path}",
                 f"variable {node['name']} with a value (not shown): refer to a Secret",
             )
-    text_of = section(manifest, "spec").get("runtimeEnvYAML")
-    if text_of and re.search(
-        r"^\s*\w*(secret|token|passw|access_key)\w*\s*:", text_of, re.I | re.M
-    ):
-        yield Problem(
-            f"{where} spec.runtimeEnvYAML",
-            "a secret by its name (not shown): Ray shows runtime environments to all",
-        )
+    for name in _variables(section(manifest, "spec")) or ():
+        if SECRET_NAME.search(str(name)):
+            yield Problem(
+                f"{where} spec.runtimeEnvYAML env_vars.{name}",
+                "a secret by its name (value not shown): Ray shows runtime environments to all",
+            )
 
 
 def _walk(node: Any, path: str) -> Iterator[tuple[str, Any]]:
