@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -29,6 +30,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("moleblend", deadline=None)
+hypothesis.settings.load_profile("moleblend")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -566,14 +566,14 @@ def assert_sound(outcome: Outcome) -> None:
     outcome.smiles.encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.text(max_size=40))
 def test_no_text_raises(text: str) -> None:
     assert_sound(molecule_from_smiles(text, CONFIG))
     assert_sound(molecule_from_molblock(text, CONFIG))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="CNOSPFclnos[]()=#$:.-+/\\@H123%*~<>", max_size=30))
 def test_nothing_that_looks_like_a_smiles_raises(text: str) -> None:
     assert_sound(molecule_from_smiles(text, CONFIG))
@@ -582,7 +582,7 @@ def test_nothing_that_looks_like_a_smiles_raises(text: str) -> None:
 BLOCK = Chem.MolToMolBlock(embedded("C[C@H](N)C(=O)O"))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.integers(0, len(BLOCK) - 1), st.text(max_size=6), st.integers(0, 6), st.sampled_from([0, 1])
 )
@@ -591,7 +591,7 @@ def test_no_damaged_record_raises(start: int, text: str, removed: int, crlf: int
     assert_sound(molecule_from_molblock(block.replace("\n", "\r\n") if crlf else block, CONFIG))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     numbers=st.lists(st.integers(-1, 120), max_size=5),
     charges=st.lists(st.integers(-9, 9), max_size=5),

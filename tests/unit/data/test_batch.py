@@ -155,7 +155,7 @@ def test_a_15_atom_molecule_takes_the_1482_bytes_of_the_documented_layout() -> N
 
 
 @given(st.binary(max_size=400))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_random_bytes_are_refused(content: bytes) -> None:
     with pytest.raises(DataError, match="micro-batch"):
         unpack_micro_batch(content)

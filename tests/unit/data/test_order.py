@@ -19,7 +19,7 @@ def order(num_molecules: int, **settings: int) -> DataOrder:
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_keyed_permutation_is_a_bijection_with_its_inverse(size: int, key: int) -> None:
     index = np.arange(size)
     sizes, keys = np.full(size, size), np.full(size, key, np.uint64)
@@ -34,7 +34,7 @@ def test_keyed_permutation_is_a_bijection_with_its_inverse(size: int, key: int) 
     chunk=st.integers(1, 300),
     seed=st.integers(-(2**62), 2**62),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_molecule_comes_exactly_once_an_epoch(
     num_molecules: int, window: int, chunk: int, seed: int
 ) -> None:

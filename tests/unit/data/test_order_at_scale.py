@@ -69,7 +69,7 @@ def sampled(total: int, count: int, seed: int) -> Molecules:
     ),
     key=st.integers(0, 2**64 - 1),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_permutation_of_any_size_stays_inside_and_can_be_undone(size: int, key: int) -> None:
     random = np.random.default_rng(key)
     index = np.unique(np.r_[0, size - 1, random.integers(0, size, 500)])

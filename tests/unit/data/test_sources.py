@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText
@@ -393,7 +393,6 @@ def test_what_is_too_large_and_goes_on_to_the_end_of_an_sd_file_is_one_record(
 sd_pieces = st.sampled_from(["$$$$", "$", "\n", "\r\n", "x", "a longer piece", "\n$$$$\n"])
 
 
-@settings(deadline=None)
 @given(st.lists(sd_pieces, max_size=40), st.integers(1, 30), st.integers(1, 20))
 def test_sd_records_are_the_same_with_and_without_a_limit(
     pieces: list[str], block_bytes: int, max_bytes: int

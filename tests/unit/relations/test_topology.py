@@ -91,7 +91,7 @@ def assert_equals_plain(sizes: list[int], bonds: list[np.ndarray], seed: int) ->
     sizes=st.lists(st.integers(1, 24), min_size=1, max_size=6),
     extra=st.floats(0, 1.5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_block_equals_plain_floyd_warshall_on_random_graphs(
     seed: int, sizes: list[int], extra: float
 ) -> None:
@@ -161,7 +161,7 @@ def hop_codes(distance: np.ndarray, middle: np.ndarray, code: np.ndarray) -> np.
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_path_back_is_the_path_reversed(seed: int, n: int) -> None:
     bonds = random_bonds(np.random.default_rng(seed), n)
     found, _ = one(n, bonds)
@@ -175,7 +175,7 @@ def test_path_back_is_the_path_reversed(seed: int, n: int) -> None:
 
 
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 20))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_order_and_direction_of_the_bonds_do_not_matter(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)
     bonds = random_bonds(rng, n, extra=0.5)
