@@ -27,6 +27,7 @@ HARDWARE: Final = {
     "relations-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
     "scaling-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
     "plan-2026-11-27": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
+    "2026-11-28": "2 vCPU of an AMD EPYC server (AVX-512 with bfloat16)",
 }
 """Name of a result, or a date for all results of that day -> the machine, as the file of the result names it."""
 
