@@ -463,7 +463,8 @@ def test_data_without_training_molecules_are_refused_before_anything_starts(
 ) -> None:
     manifest = load_manifest(data)
     shards = manifest.shards_of("valid")
-    empty = replace(manifest, shards=shards, fingerprint=fingerprint(1, {}, (), shards))
+    identity = fingerprint(1, {}, (), shards, descriptors=manifest.descriptors)
+    empty = replace(manifest, shards=shards, fingerprint=identity)
     storage.write_json(str(tmp_path / "data" / MANIFEST_NAME), empty.to_json())
     with pytest.raises(DataError, match="train split is empty"):
         pretrain(settings(str(tmp_path / "data"), str(tmp_path / "run")))
