@@ -21,6 +21,10 @@ MAX_ATOMS: Final = 256
 """Most kept atoms of a molecule, unless a setting says otherwise: relation matrices grow with the square of it."""
 
 
+TIMEOUT_S: Final = 30.0
+"""Seconds for each step of RDKit with a molecule of many rings, unless a setting says otherwise."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerConfig:
     """How to make coordinates if the source has none: ETKDGv3, then MMFF94, or UFF if MMFF94 lacks parameters."""
@@ -39,8 +43,8 @@ class ConformerConfig:
     """Seeds the embedding together with the canonical SMILES, so that the result does not depend on the order of the
     file."""
     timeout_s: float = 3.0
-    """Seconds for all conformers of a molecule: embedding, force field and pruning. Only by this limit can the result
-    depend on the speed of the machine; the molecule's ``conformer_detail`` then says so."""
+    """Seconds for all conformers of a molecule: embedding, force field and pruning. By this limit the result
+    can depend on the speed of the machine; the molecule's ``conformer_detail`` then says so."""
     mmff_max_iterations: int = 200
     """Force-field iterations per conformer; 0 leaves the embedded geometry as it is."""
     on_failure: Literal["keep_2d", "reject"] = "keep_2d"
@@ -84,6 +88,10 @@ class FeaturizeConfig:
     """How to make coordinates for records that have none."""
     descriptors: bool = False
     """Store RDKit's descriptors of each molecule, as targets of pretraining (``model.descriptor_head``); about 5 ms each."""
+    timeout_s: float = TIMEOUT_S
+    """Seconds that RDKit may take to read a record of many rings, without conformers, and as many for its descriptors and
+    for its InChIKey. A record that takes longer is rejected (``too_complex``). Only by this limit and that of conformers
+    can the result depend on the speed of the machine; ordinary molecules take less than a millisecond."""
 
     def __post_init__(self) -> None:
-        check_all(*within(self, 1, ATOM_LIMIT, "max_atoms"))
+        check_all(*within(self, 1, ATOM_LIMIT, "max_atoms"), *above(self, 0, "timeout_s"))

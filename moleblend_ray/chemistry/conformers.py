@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from moleblend_ray.chemistry.killable import (
     KillableWorker,
     WorkerCrashedError,
     WorkerTimeoutError,
+    shared_worker,
 )
 
 FRAGMENT_GAP: Final = 4.0
@@ -86,24 +85,8 @@ def conformer_seed(seed: int, canonical_smiles: str) -> int:
 # -- in a process that can be killed ------------------------------------------------------------------
 
 
-class _Maker:
-    """The child process that makes conformers for this process."""
-
-    def __init__(self) -> None:
-        self.pid = os.getpid()
-        self.worker = KillableWorker(("-m", _WORKER_MODULE))
-
-
-_maker: _Maker | None = None
-
-
 def _worker() -> KillableWorker:
-    global _maker
-    # A forked process has inherited the pipes of its parent's child, and must not use them.
-    if _maker is None or _maker.pid != os.getpid():
-        _maker = _Maker()
-        atexit.register(_maker.worker.close)
-    return _maker.worker
+    return shared_worker("-m", _WORKER_MODULE)
 
 
 def make_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfig) -> Embedding:
@@ -113,18 +96,24 @@ def make_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConfi
     child can be started.
     """
     request = ConformerRequest(mol.ToBinary(), canonical_smiles, config)
+    return request_conformers(request, mol.GetNumAtoms())
+
+
+def request_conformers(request: ConformerRequest, num_atoms: int) -> Embedding:
+    """:func:`make_conformers` of a molecule of which this process has the binary form only."""
+    timeout_s = request.config.timeout_s
     try:
-        embedding: Embedding = _worker().call(request, config.timeout_s)
+        embedding: Embedding = _worker().call(request, timeout_s)
     except WorkerTimeoutError:
-        return _failed(mol, f"timeout: not done after {config.timeout_s:g} s")
+        return _failed(num_atoms, f"timeout: not done after {timeout_s:g} s")
     except WorkerCrashedError as error:
-        return _failed(mol, f"crashed: {error}")
+        return _failed(num_atoms, f"crashed: {error}")
     return embedding
 
 
-def _failed(mol: Chem.Mol, detail: str) -> Embedding:
+def _failed(num_atoms: int, detail: str) -> Embedding:
     return Embedding(
-        np.empty((0, mol.GetNumAtoms(), 3), dtype=np.float32),
+        np.empty((0, num_atoms, 3), dtype=np.float32),
         np.empty(0, dtype=np.float32),
         ConformerStatus.FAILED,
         detail,
@@ -157,14 +146,14 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
     try:
         details = _embed(full, canonical_smiles, config, deadline)
         if not full.GetNumConformers():
-            return _failed(mol, DETAIL_SEPARATOR.join(details))
+            return _failed(mol.GetNumAtoms(), DETAIL_SEPARATOR.join(details))
         _separate_fragments(full)
         relaxation = _relax(full, config.mmff_max_iterations)
         kept = _kept_conformers(full, relaxation.energies, config)
     # RDKit raises C++ errors as RuntimeError, ValueError and classes of its own.
     except Exception as error:
         text = " ".join(str(error).replace(";", ",").split())
-        return _failed(mol, f"embedding failed: {text[:200]}")
+        return _failed(mol.GetNumAtoms(), f"embedding failed: {text[:200]}")
     positions = np.stack([conformer.GetPositions() for conformer in full.GetConformers()])[kept]
     # AddHs appends, so the molecule's own atoms come first.
     return Embedding(

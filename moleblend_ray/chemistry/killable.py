@@ -7,6 +7,7 @@ through pipes, in frames of 8 bytes for the length (little endian) and a pickle.
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import os
 import pickle
@@ -103,6 +104,19 @@ class KillableWorker:
         child, self._child = self._child, None
         child.finalizer()
         return child.process.returncode or 0
+
+
+_shared: Final[dict[tuple[int, tuple[str, ...]], KillableWorker]] = {}
+
+
+def shared_worker(*arguments: str) -> KillableWorker:
+    """The one child of this process with these arguments, which ends with this process."""
+    # A forked process has inherited the pipes of its parent's child, and must not use them.
+    key = (os.getpid(), arguments)
+    if key not in _shared:
+        _shared[key] = KillableWorker(arguments)
+        atexit.register(_shared[key].close)
+    return _shared[key]
 
 
 class _Child:

@@ -20,9 +20,16 @@ from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.config import FeaturizeConfig
-from moleblend_ray.chemistry.conformers import ConformerStatus, Embedding, make_conformers
+from moleblend_ray.chemistry.conformers import (
+    ConformerRequest,
+    ConformerStatus,
+    Embedding,
+    request_conformers,
+)
+from moleblend_ray.chemistry.cost import may_be_slow
 from moleblend_ray.chemistry.features import GraphArrays, graph_arrays
 from moleblend_ray.chemistry.killable import WorkerStartError
+from moleblend_ray.chemistry.limited import LimitExceededError, limited
 from moleblend_ray.chemistry.record_reader import ReadMolecule, read_record
 from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText, SourceRecord
 from moleblend_ray.chemistry.rejection import RejectedError, Rejection, RejectionCode, one_line
@@ -122,6 +129,15 @@ def molecule_from_geometry(row: GeometryRow, config: FeaturizeConfig) -> Outcome
     return molecules_from_records([row], config)[0]
 
 
+class _Template(NamedTuple):
+    """A molecule of N atoms of which conformers are to be made, in the order of atoms of its canonical SMILES."""
+
+    binary: bytes
+    """RDKit's binary form."""
+    order: list[int]
+    """(N,), index of each of its atoms in the featurized molecule."""
+
+
 class _Named(NamedTuple):
     """A molecule with its canonical SMILES and its coordinates."""
 
@@ -129,6 +145,8 @@ class _Named(NamedTuple):
     smiles: str
     made: Embedding
     position_mask: NDArray[np.bool_]
+    template: _Template | None
+    """None if no conformers are to be made."""
 
 
 class _Draft(NamedTuple):
@@ -138,6 +156,7 @@ class _Draft(NamedTuple):
     binary: bytes
     made: Embedding
     position_mask: NDArray[np.bool_]
+    template: _Template | None
 
 
 _Made = TypeVar("_Made")
@@ -146,10 +165,37 @@ _Made = TypeVar("_Made")
 def _drafts(
     batch: Sequence[SourceRecord | Rejection], config: FeaturizeConfig
 ) -> list[_Draft | Rejection]:
+    slow = {
+        place: _limited_draft(record, config)
+        for place, record in enumerate(batch)
+        if not isinstance(record, Rejection) and may_be_slow(record)
+    }
+    others = [record for place, record in enumerate(batch) if place not in slow]
     read, name = partial(read_record, config=config), partial(_name, config=config)
-    kept = [_attempt(read, record) for record in batch]
+    kept = [_attempt(read, record) for record in others]
     named = [_attempt(name, molecule) for molecule in kept]
-    return [_attempt(_draft, molecule) for molecule in named]
+    quick = iter([_attempt(_draft, molecule) for molecule in named])
+    drafts = [slow[place] if place in slow else next(quick) for place in range(len(batch))]
+    if not config.conformers.generate:
+        return drafts
+    return [_attempt(partial(_with_conformers, config=config), draft) for draft in drafts]
+
+
+def _limited_draft(record: SourceRecord, config: FeaturizeConfig) -> _Draft | Rejection:
+    """The draft as a child process makes it, which is killed if it takes too long."""
+    try:
+        draft: _Draft | Rejection = limited(
+            draft_of_record, record, config, timeout_s=config.timeout_s
+        )
+    except LimitExceededError as error:
+        return Rejection(code=RejectionCode.TOO_COMPLEX, detail=one_line(error))
+    return draft
+
+
+def draft_of_record(record: SourceRecord, config: FeaturizeConfig) -> _Draft | Rejection:
+    """All that RDKit does with a record but for conformers; to be called in a process that can be killed."""
+    kept = _attempt(partial(read_record, config=config), record)
+    return _attempt(_draft, _attempt(partial(_name, config=config), kept))
 
 
 def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
@@ -162,6 +208,10 @@ def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
         return rejected.rejection
     except WorkerStartError:
         raise  # not the record's fault: all others would fail in the same way
+    except MemoryError:
+        return Rejection(
+            code=RejectionCode.TOO_COMPLEX, detail="memory: RDKit got less than it needs"
+        )
     # RDKit raises C++ errors as RuntimeError, ValueError and several classes of its own; one odd row of a hundred
     # million must not end a job.
     except Exception as error:
@@ -171,15 +221,23 @@ def _attempt(step: Callable[[Any], _Made], given: object) -> _Made | Rejection:
 def _name(kept: ReadMolecule, config: FeaturizeConfig) -> _Named:
     mol, num_placed = kept
     smiles = Chem.MolToSmiles(mol)
-    made, placed = _coordinates(mol, smiles, num_placed, config)
+    made, placed = _coordinates(mol, num_placed, config)
+    lacks_conformers = config.conformers.generate and made.status is ConformerStatus.NONE
+    template = None
     if config.canonical_order:
         mol, order = _in_canonical_order(mol, smiles)
         made, placed = made._replace(positions=made.positions[:, order]), placed[:, order]
-    return _Named(mol, smiles, made, placed)
+        if lacks_conformers:
+            template = _Template(mol.ToBinary(), list(range(mol.GetNumAtoms())))
+    elif lacks_conformers:
+        template = _template(mol, smiles)
+    return _Named(mol, smiles, made, placed, template)
 
 
 def _draft(named: _Named) -> _Draft:
-    return _Draft(named.smiles, to_binary(named.mol), named.made, named.position_mask)
+    return _Draft(
+        named.smiles, to_binary(named.mol), named.made, named.position_mask, named.template
+    )
 
 
 def _finished(draft: _Draft, graph: GraphArrays, config: FeaturizeConfig) -> Outcome:
@@ -209,10 +267,8 @@ class _Coordinates(NamedTuple):
     position_mask: NDArray[np.bool_]
 
 
-def _coordinates(
-    mol: Chem.Mol, smiles: str, num_placed: int, config: FeaturizeConfig
-) -> _Coordinates:
-    """The source's coordinates, which the first ``num_placed`` atoms have; without these, generated ones or none."""
+def _coordinates(mol: Chem.Mol, num_placed: int, config: FeaturizeConfig) -> _Coordinates:
+    """The source's coordinates, which the first ``num_placed`` atoms have, or none."""
     num_atoms = mol.GetNumAtoms()
     if mol.GetNumConformers():
         positions = mol.GetConformer().GetPositions().astype(np.float32)[None]
@@ -220,31 +276,41 @@ def _coordinates(
         mask[:, num_placed:] = False
         unknown = np.full(1, np.nan, dtype=np.float32)
         return _Coordinates(Embedding(positions, unknown, ConformerStatus.SOURCE, ""), mask)
-    if config.conformers.generate:
-        made = _made_coordinates(mol, smiles, config)
-        return _Coordinates(made, np.ones(made.positions.shape[:2], dtype=np.bool_))
-    if config.require_coordinates:
+    if config.require_coordinates and not config.conformers.generate:
         raise RejectedError(RejectionCode.NO_COORDINATES, "the source has no 3D coordinates")
     return _no_coordinates(num_atoms)
 
 
-def _made_coordinates(mol: Chem.Mol, smiles: str, config: FeaturizeConfig) -> Embedding:
-    """Generated conformers, which depend on the canonical SMILES only, not on the order of atoms in the source."""
+def _template(mol: Chem.Mol, smiles: str) -> _Template:
+    """For conformers that depend on the canonical SMILES only, not on the order of atoms in the source."""
     try:
         canonical, order = _in_canonical_order(mol, smiles)
     except RejectedError:
         # RDKit writes a few SMILES that it cannot read; these conformers depend on the source's order.
         canonical, order = mol, list(range(mol.GetNumAtoms()))
-    made = make_conformers(canonical, smiles, config.conformers)
+    return _Template(canonical.ToBinary(), order)
+
+
+def _with_conformers(draft: _Draft, config: FeaturizeConfig) -> _Draft:
+    """The draft with generated conformers, if it lacks them."""
+    if draft.template is None:
+        return draft
+    binary, order = draft.template
+    request = ConformerRequest(binary, draft.smiles, config.conformers)
+    made = request_conformers(request, len(order))
     if made.status is ConformerStatus.FAILED and (
         config.require_coordinates or config.conformers.on_failure == "reject"
     ):
         raise RejectedError(
-            RejectionCode.CONFORMER_FAILED, one_line(f"{made.detail}, for {smiles}")
+            RejectionCode.CONFORMER_FAILED, one_line(f"{made.detail}, for {draft.smiles}")
         )
     positions = np.empty_like(made.positions)
     positions[:, order] = made.positions
-    return made._replace(positions=positions)
+    return draft._replace(
+        made=made._replace(positions=positions),
+        position_mask=np.ones(positions.shape[:2], dtype=np.bool_),
+        template=None,
+    )
 
 
 @lru_cache(maxsize=1024)

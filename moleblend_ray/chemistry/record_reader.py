@@ -97,6 +97,8 @@ def _why_unparsable(smiles: str) -> str:
         if mol is None or "\0" in smiles:
             return f"not a SMILES: {shown}"
         Chem.SanitizeMol(mol)
+    except MemoryError:
+        raise  # not what is wrong with the record
     except Exception as error:  # RDKit raises various classes; only the text matters
         return one_line(f"{error} in {shown}")
     return f"stereo or hydrogens cannot be resolved in {shown}"
@@ -148,6 +150,8 @@ def _why_invalid(block: str) -> RejectedError:
     if mol is not None:
         try:
             Chem.SanitizeMol(mol)
+        except MemoryError:
+            raise  # not what is wrong with the record
         except Exception as error:  # RDKit raises various classes; only the text matters
             return RejectedError(RejectionCode.SANITIZATION_FAILED, one_line(error))
         return RejectedError(RejectionCode.SANITIZATION_FAILED, "stereo cannot be resolved")
@@ -168,6 +172,8 @@ def _read_geometry(row: GeometryRow, config: FeaturizeConfig) -> ReadMolecule:
     mol = _mol_of(row, config)
     try:
         Chem.SanitizeMol(mol)
+    except MemoryError:
+        raise  # not what is wrong with the record
     except Exception as error:  # RDKit raises various classes; only the text matters
         raise RejectedError(RejectionCode.SANITIZATION_FAILED, one_line(error)) from error
     if positions is not None:

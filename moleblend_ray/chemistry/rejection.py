@@ -21,6 +21,8 @@ class RejectionCode(StrEnum):
     """The record has no atoms."""
     TOO_MANY_ATOMS = "too_many_atoms"
     """More kept atoms than ``FeaturizeConfig.max_atoms``."""
+    TOO_COMPLEX = "too_complex"
+    """RDKit takes longer than ``FeaturizeConfig.timeout_s`` or too much memory to read the record, or crashes."""
     UNSUPPORTED_ATOM = "unsupported_atom"
     """A dummy, query or unknown element."""
     MULTIPLE_FRAGMENTS = "multiple_fragments"

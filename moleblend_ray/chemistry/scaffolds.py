@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.chemistry.cost import smiles_may_be_slow
+from moleblend_ray.chemistry.limited import LimitExceededError, limited
 from moleblend_ray.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -33,8 +35,25 @@ class Split(NamedTuple):
 def murcko_scaffold(smiles: str) -> str:
     """SMILES, without stereo, of the ring systems and the linkers between them; empty for a molecule without rings.
 
-    Raises DataError if RDKit cannot read the molecule or finds no scaffold of it.
+    Raises DataError if RDKit cannot read the molecule or finds no scaffold of it, or takes longer than half a minute
+    (only for molecules of many rings).
     """
+    if not smiles_may_be_slow(smiles):
+        found: str | DataError = scaffold_or_error(smiles)
+    else:
+        try:
+            found = limited(scaffold_or_error, smiles)
+        except LimitExceededError as error:
+            raise DataError(
+                f"no scaffold of {smiles!r}: it is too complex for RDKit ({error})"
+            ) from error
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
+def scaffold_or_error(smiles: str) -> str | DataError:
+    """What :func:`murcko_scaffold` returns or raises, however long it takes."""
     # Imported here, as machines that only train use splits too, but have no RDKit.
     from rdkit import Chem, rdBase
     from rdkit.Chem.Scaffolds import MurckoScaffold
@@ -42,13 +61,13 @@ def murcko_scaffold(smiles: str) -> str:
     with rdBase.BlockLogs():
         mol: Chem.Mol | None = Chem.MolFromSmiles(smiles)
         if mol is None:
-            raise DataError(f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read")
+            return DataError(f"no scaffold of {smiles!r}: it is not a SMILES that RDKit can read")
         try:
             scaffold = MurckoScaffold.GetScaffoldForMol(mol)  # type: ignore[no-untyped-call]
             return Chem.MolToSmiles(scaffold, isomericSmiles=False)
         except Exception as error:  # RDKit raises various classes, such as AtomValenceException
             reason = " ".join(str(error).split())
-            raise DataError(f"no scaffold of {smiles!r}: {reason}") from error
+            return DataError(f"no scaffold of {smiles!r}: {reason}")
 
 
 def scaffold_split(

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
+from moleblend_ray.chemistry.cost import smiles_may_be_slow
+from moleblend_ray.chemistry.limited import LimitExceededError, limited
 from moleblend_ray.chemistry.records import GeometryRow
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 
@@ -44,6 +46,8 @@ _HYDROGEN_REACH: Final = 1.35
 _LONG_MULTIPLE_BOND: Final = 0.93
 """A double or triple bond longer than this multiple of the sum of radii may be elsewhere in a symmetric skeleton."""
 _MAX_MAPPINGS: Final = 64
+_MANY_ATOMS: Final = 64
+"""More than twice as many as the largest molecule of QM9 has. For many atoms, mappings can be hard to find."""
 
 
 class XyzRecord(NamedTuple):
@@ -98,6 +102,19 @@ def bonded_geometry(record: XyzRecord) -> GeometryRow | Rejection:
     if not np.isfinite(record.positions).all():
         detail = "a coordinate is not finite"
         return Rejection(code=RejectionCode.NON_FINITE_COORDINATES, detail=detail)
+    if len(record.atomic_numbers) <= _MANY_ATOMS and not any(
+        map(smiles_may_be_slow, record.smiles)
+    ):
+        return fitted_geometry(record)
+    try:
+        row: GeometryRow | Rejection = limited(fitted_geometry, record)
+    except LimitExceededError as error:
+        return Rejection(code=RejectionCode.TOO_COMPLEX, detail=str(error))
+    return row
+
+
+def fitted_geometry(record: XyzRecord) -> GeometryRow | Rejection:
+    """What :func:`bonded_geometry` returns, however long it takes."""
     with rdBase.BlockLogs():
         for smiles in record.smiles:
             row = _with_bonds_of(smiles, record)

@@ -100,7 +100,8 @@ def convert_chunk(
     staged = None
     keys: list[str | None] = []
     if options.needs_exchange:
-        keys = inchi_keys(molecules["smiles"].to_pylist()) if options.deduplicate != "none" else []
+        if options.deduplicate != "none":
+            keys = inchi_keys(molecules["smiles"].to_pylist(), options.featurize.timeout_s)
         staged = staged_table(
             molecules,
             chunk.file_index,
@@ -218,7 +219,7 @@ def featurize_records(
     records, molecules = [records[i] for i in kept], [molecules[i] for i in kept]
     rejected.sort(key=lambda pair: pair[0].row)
     return Featurized(
-        molecules=_molecule_table(records, molecules, uri, labels, descriptors=config.descriptors),
+        molecules=_molecule_table(records, molecules, uri, labels, config),
         quarantine=_quarantine_table(rejected, uri),
         unreadable_labels=dict(Counter(name for record in records for name in record.unreadable)),
     )
@@ -251,10 +252,9 @@ def _molecule_table(
     molecules: Sequence[Molecule],
     uri: str,
     labels: Sequence[LabelColumn],
-    *,
-    descriptors: bool,
+    config: FeaturizeConfig,
 ) -> pa.Table:
-    schema = shard_schema(labels, descriptors=descriptors)
+    schema = shard_schema(labels, descriptors=config.descriptors)
     columns: dict[str, Any] = {
         "mol_id": [_row_id(record, uri) for record in records],
         "source_row": [record.row for record in records],
@@ -270,9 +270,10 @@ def _molecule_table(
         "positions": [molecule.positions for molecule in molecules],
         "position_mask": [molecule.position_mask for molecule in molecules],
     }
-    if descriptors:
+    if config.descriptors:
         # One row each, as the arrays of the other columns of lists.
-        columns[DESCRIPTOR_FIELD.name] = list(stored_descriptors(columns["smiles"]))
+        described = stored_descriptors(columns["smiles"], config.timeout_s)
+        columns[DESCRIPTOR_FIELD.name] = list(described)
     arrays = [
         _list_array(columns[field.name], field.type)
         if pa.types.is_list(field.type)

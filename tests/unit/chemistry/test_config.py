@@ -15,6 +15,7 @@ from moleblend_ray.errors import ConfigError
     [
         (FeaturizeConfig, {"max_atoms": 0}, ["max_atoms", "found 0"]),
         (FeaturizeConfig, {"max_atoms": 70_000}, ["max_atoms", "65535"]),
+        (FeaturizeConfig, {"timeout_s": 0.0}, ["timeout_s", "found 0.0"]),
         (ConformerConfig, {"count": 0}, ["count", "found 0"]),
         (ConformerConfig, {"timeout_s": float("nan")}, ["timeout_s", "nan"]),
         (

@@ -79,7 +79,7 @@ def test_a_descriptor_that_this_rdkit_lacks_or_that_overflows_is_missing(
     values = descriptors(["CCO"])[:, [DESCRIPTOR_NAMES.index(name) for name in names]]
     values[0, names.index("MolWt")] = 1e60
     monkeypatch.setattr(module, "DESCRIPTOR_NAMES", names)
-    monkeypatch.setattr(module, "descriptors", lambda _: values)
+    monkeypatch.setattr(module, "descriptors", lambda *_: values)
     (found,) = stored_descriptors(["CCO"])
     lacking = [STORED_DESCRIPTORS.index(name) for name in ("TPSA", "MolWt")]
     assert np.isnan(found[lacking]).all()

@@ -12,17 +12,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from many_rings import assert_identical
 from rdkit import Chem
 
+from moleblend_ray.chemistry import molecule as featurizer
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus
+from moleblend_ray.chemistry.cost import smiles_may_be_slow
 from moleblend_ray.chemistry.molecule import (
     Molecule,
     molecule_from_geometry,
     molecule_from_molblock,
     molecule_from_smiles,
+    molecules_from_records,
 )
-from moleblend_ray.chemistry.records import GeometryRow
+from moleblend_ray.chemistry.records import GeometryRow, SmilesText
 from moleblend_ray.chemistry.rejection import RejectionCode
 
 pytestmark = pytest.mark.shared_data
@@ -133,6 +137,22 @@ def test_sdf_record_and_table_row_of_one_molecule_agree(shared_data: Path) -> No
         assert isinstance(from_record, Molecule)
         assert isinstance(from_row, Molecule)
         np.testing.assert_allclose(from_record.positions, from_row.positions, atol=1e-4)
+
+
+def test_records_of_many_rings_have_the_same_outcome_in_the_process_that_can_be_killed(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with gzip.open(shared_data / "moleculenet" / "hiv.csv.gz", "rt") as file:
+        smiles = [row["smiles"] for row in csv.DictReader(file)]
+    records = [SmilesText(text) for text in smiles if smiles_may_be_slow(text)]
+    assert 200 < len(records) < len(smiles) / 100
+    records += [SmilesText(text) for text in smiles[::100]]
+    outcomes = []
+    for is_slow in (True, False):
+        monkeypatch.setattr(featurizer, "may_be_slow", lambda record, is_slow=is_slow: is_slow)
+        outcomes.append(molecules_from_records(records, CANONICAL))
+    for there, here in zip(*outcomes, strict=True):
+        assert_identical(there, here)
 
 
 def test_every_qm9_sdf_record_featurizes(shared_data: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from many_rings import C60, cyclodextrin, cycloparaphenylene
 
 from moleblend_ray.chemistry import conformers
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
@@ -28,6 +29,7 @@ from moleblend_ray.data.claim import claim_output, finished_manifest
 from moleblend_ray.data.dataset_files import receipt_uri
 from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.manifest import fingerprint as manifest_fingerprint
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.receipts import Receipt
@@ -166,6 +168,50 @@ def test_a_record_that_is_too_large_is_a_row_in_quarantine_also_of_a_continued_r
     assert convert(source, out, converted, rows_per_chunk=2) == whole
     assert converted == [2, 3]
     assert content_of(out) == content_of(tmp_path / "whole")
+
+
+def test_a_record_that_hangs_rdkit_costs_its_limit_and_its_neighbours_nothing(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "in.csv"
+    source.write_text(f"smiles\nCCO\n{cycloparaphenylene(18)}\n{C60}\n{cyclodextrin(14)}\n")
+    manifest = convert(
+        source,
+        tmp_path / "out",
+        featurize=FeaturizeConfig(timeout_s=1.0, descriptors=True),
+        valid_fraction=0.0,
+    )
+    (rejected,) = quarantine_of(tmp_path / "out", manifest)
+    assert rejected["source_row"] == 1
+    assert (rejected["reason"], rejected["detail"]) == (
+        "too_complex",
+        "timeout: not done after 1 s",
+    )
+    assert manifest.counts.quarantined_by_reason == {"too_complex": 1}
+    table = ShardReader(str(tmp_path / "out"), manifest, "train").read(np.arange(3))
+    assert table["num_atoms"].to_pylist() == [3, 60, 154]
+    # The sugars are read in time, and their descriptors would take hours.
+    described = np.array(table["descriptors"].to_pylist())
+    assert np.isnan(described).all(axis=1).tolist() == [False, False, True]
+
+
+def test_a_data_set_from_before_the_time_limit_is_that_of_its_default(tmp_path: Path) -> None:
+    source = write_source(tmp_path / "in")
+    out = str(tmp_path / "out")
+    convert(source, out)
+    sources, options = plan(source)
+    document = storage.read_json(storage.join(out, "manifest.json"))
+    del document["options"]["featurize"]["timeout_s"]
+    manifest = Manifest.from_json(document)
+    document["fingerprint"] = manifest_fingerprint(
+        manifest.featurizer_version, manifest.options, manifest.labels, manifest.shards
+    )
+    storage.write_json(storage.join(out, "manifest.json"), document)
+    files = [layout.file for layout in sources.layouts]
+    assert finished_manifest(out, files, options) is not None
+    hasty = dataclasses.replace(options, featurize=FeaturizeConfig(timeout_s=1.0))
+    with pytest.raises(ConfigError, match=r"featurize\.timeout_s: there 30\.0, now 1\.0"):
+        finished_manifest(out, files, hasty)
 
 
 def test_shards_hold_what_the_featurizer_gives(tmp_path: Path) -> None:
