@@ -201,7 +201,7 @@ def test_a_run_of_four_workers_stopped_damaged_and_continued_by_one_takes_the_st
 def test_skipped_steps_are_counted_and_kept_across_a_lost_worker(tmp_path: Path) -> None:
     data, run = str(tmp_path / "data"), str(tmp_path / "run")
     # So far away that distances overflow: not what `prepare` lets through, but what may be in a damaged world.
-    write_dataset(data, 300, shard_rows=60, row_group_rows=32, far_molecule=7)
+    write_dataset(data, 300, shard_rows=60, row_group_rows=32, far_molecule=7, described=True)
     config = settings(data, run)
     train = replace(config.train, on_non_finite="skip", num_steps=40, validate_every=0)
     config = replace(config, train=train, checkpoint=CheckpointConfig(every_steps=2))
