@@ -18,7 +18,8 @@ path_words            4 n * n         900
 ====================  ==============  ==================
 
 which is 1,482 bytes for 15 atoms without descriptors, besides the header of 88 bytes per micro-batch. A path word holds
-five bond codes of 6 bits each. Both directions of a pair are stored, as the first five bonds of a longer path differ by direction.
+five bond codes of 6 bits each. Both directions of a pair are stored, as the first five bonds of a longer path differ by
+direction.
 
 Everything that is computed per atom works on the packed rows, without padding. Attention pads the molecules of a
 micro-batch to the size of the largest. The molecules of one (step, stream) are sorted by size before they are cut into

@@ -21,7 +21,7 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
-from moleblend_ray.data.differences import differences
+from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, SourceInfo, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, valid_receipts
@@ -42,7 +42,7 @@ def finished_manifest(
     made_of = [_identity(source, with_members=tells_members) for source in manifest.sources]
     wanted = [_identity(file, with_members=tells_members) for file in files]
     # A setting that the manifest lacks was introduced later: its default is what the data set was made with.
-    there = _filled(manifest.options, ConvertOptions().to_json())
+    there = with_defaults(manifest.options, ConvertOptions().to_json())
     problems = _changes(there, options.to_json())
     if manifest.featurizer_version != FEATURIZER_VERSION:
         problems.append(
@@ -124,7 +124,7 @@ def _shown(identities: Sequence[tuple[str, int, str]]) -> str:
 
 
 def _check_plan(out: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changes = _changes(_filled(there, {"options": ConvertOptions().to_json()}), now)
+    changes = _changes(with_defaults(there, {"options": ConvertOptions().to_json()}), now)
     if changes:
         raise ConfigError(
             f"out: {out} holds an unfinished data set begun otherwise. {'; '.join(changes)}. "
@@ -136,12 +136,3 @@ def _changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: there {old!r}, now {new!r}" for key, (old, new) in differences(there, now).items()
     ]
-
-
-def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with the defaults of the settings that they lack, at every depth."""
-    filled = {**defaults, **values}
-    for key, default in defaults.items():
-        if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
-            filled[key] = _filled(filled[key], default)
-    return filled

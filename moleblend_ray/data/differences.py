@@ -1,4 +1,4 @@
-"""Where two nested settings differ."""
+"""Where two nested settings differ, and settings of before a key existed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
         elif before != after:
             found[key] = (before, after)
     return dict(sorted(found.items()))
+
+
+def with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the defaults of the settings that they lack, at every depth."""
+    found = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, Mapping) and isinstance(found[key], Mapping):
+            found[key] = with_defaults(found[key], default)
+    return found
 
 
 def _with_lists(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A file object whose content is fetched range by range."""
+"""File objects that get their content from elsewhere, such as range by range."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ import io
 from typing import Any
 
 
-class PartialFile(io.RawIOBase):
+class ReadableFile(io.RawIOBase):
+    """A file of which a subclass gives ``read``, ``seek`` and ``tell``."""
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readall(self) -> bytes:
+        """All bytes that follow."""
+        content = self.read()
+        assert content is not None, "nothing here is non-blocking"
+        return content
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill ``buffer`` with the next bytes; returns how many there were."""
+        view = memoryview(buffer).cast("B")
+        content = self.read(len(view))
+        assert content is not None, "nothing here is non-blocking"
+        view[: len(content)] = content
+        return len(content)
+
+
+class PartialFile(ReadableFile):
     """A readable file of ``size`` bytes; a subclass fetches them in :meth:`_range`."""
 
     def __init__(self, size: int) -> None:
@@ -18,14 +44,6 @@ class PartialFile(io.RawIOBase):
     @abc.abstractmethod
     def _range(self, start: int, end: int) -> bytes:
         """Bytes ``[start, end)``, where 0 <= start < end <= size."""
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
 
     def tell(self) -> int:
         """The position of the next byte that is read."""
@@ -48,14 +66,3 @@ class PartialFile(io.RawIOBase):
         content = self._range(self._position, self._position + count)
         self._position += count
         return content
-
-    def readall(self) -> bytes:
-        """All bytes that follow."""
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` with the next bytes; returns how many there were."""
-        view = memoryview(buffer).cast("B")
-        content = self.read(len(view))
-        view[: len(content)] = content
-        return len(content)

@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from moleblend_ray.data.partial_file import PartialFile
+from moleblend_ray.data.partial_file import PartialFile, ReadableFile
 from moleblend_ray.data.retry import (
     ShortReadError,
     http_status,
@@ -433,21 +433,13 @@ class _RemoteFile(PartialFile):
         return retried("read", self._uri, read)
 
 
-class _WebFile(io.RawIOBase):
+class _WebFile(ReadableFile):
     """A file of a web server. StorageError if reading needs range requests and the server does not support them."""
 
     def __init__(self, uri: str, stream: Any) -> None:
         super().__init__()
         self._uri = uri
         self._stream = stream
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes, if the server supports range requests."""
-        return True
 
     def tell(self) -> int:
         """The position of the next byte that is read."""
@@ -463,17 +455,6 @@ class _WebFile(io.RawIOBase):
         """The next ``length`` bytes, fewer at the end of the file; all that follow if negative or None."""
         with _needing_ranges(self._uri):
             return bytes(self._stream.read(-1 if length is None else length))
-
-    def readall(self) -> bytes:
-        """All bytes that follow."""
-        return self.read()
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` with the next bytes; returns how many there were."""
-        view = memoryview(buffer).cast("B")
-        content = self.read(len(view))
-        view[: len(content)] = content
-        return len(content)
 
     def close(self) -> None:
         """Close the connection."""

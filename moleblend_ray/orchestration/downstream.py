@@ -25,7 +25,7 @@ from moleblend_ray.config.downstream import (
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.differences import differences
+from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.data.splits import NamedSplits
@@ -455,15 +455,11 @@ def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[
     return {"data_fingerprint": load_manifest(prepare()).fingerprint}
 
 
-def _completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the settings that a note of an earlier version lacks, as it worked then; in the section ``config``, too."""
-    found = dict(settings)
-    for section, later in _LATER_SETTINGS.items():
-        if isinstance(found.get(section), Mapping):
-            found[section] = {**later, **found[section]}
-    if isinstance(found.get("config"), Mapping):
-        found["config"] = _completed(found["config"])
-    return found
+def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
+    """With the settings that a note of an earlier version lacks, as it worked then."""
+    if "config" in note:
+        return {**note, "config": with_defaults(note["config"], _LATER_SETTINGS)}
+    return with_defaults(note, _LATER_SETTINGS)
 
 
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

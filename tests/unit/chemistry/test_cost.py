@@ -119,7 +119,7 @@ def test_what_is_no_record_is_no_error(value: Any) -> None:
     may_be_slow(GeometryRow(*[value] * 6))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(20, 60), st.integers(25, 70), st.integers(0, 1 << 32))
 def test_a_molblock_or_row_is_slow_exactly_if_it_has_too_many_rings(
     num_atoms: int, num_bonds: int, seed: int
@@ -139,7 +139,7 @@ def test_a_molblock_or_row_is_slow_exactly_if_it_has_too_many_rings(
         assert may_be_slow(record) == (num_rings > FEW_RINGS)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(alphabet="CNO[]()=123456789%0@H+.-", max_size=60))
 def test_no_quick_smiles_has_many_rings(text: str) -> None:
     with rdBase.BlockLogs():
@@ -148,7 +148,7 @@ def test_no_quick_smiles_has_many_rings(text: str) -> None:
         assert mol.GetNumBonds() - mol.GetNumAtoms() + len(Chem.GetMolFrags(mol)) <= FEW_RINGS
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2000), st.text(max_size=20), st.integers(0, 5), st.booleans())
 def test_no_damaged_molblock_raises(start: int, text: str, removed: int, v3000: bool) -> None:
     block = block_of(drawn(TRIANGLES), v3000=v3000)
