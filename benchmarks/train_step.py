@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py [--preset base] [--batch 64 ...] [--micro-batch N] [--device cpu|cuda]
                                     [--dtype fp32|bf16] [--steps 10] [--compile] [--plain] [--operators]
+                                    [--strategy none|fsdp|ddp]
 
 The step is the trainer's own (`training/loop.py`): forward, losses, backward, clipping, optimizer. Copies to the device and
 random choices happen in the background, beside the step before; alone they take ``prepare_s``.
@@ -12,7 +13,8 @@ allocator's on a GPU. ``--plain`` times the step of `plain_model.py` in turn wit
 a GPU), after a check that both give the same losses. ``--operators`` adds the shares of the step's time by operator (on a GPU: by
 kernel), from PyTorch's profiler, and on a GPU ``device_s``, the time of all kernels of a step, ``launches``, and ``host_waits``,
 how often the host waits for the device in a step. Several batch sizes are measured one after the other by the same (compiled)
-model; a micro-batch is the whole batch unless given. Molecules are synthetic, with PCQM4Mv2's sizes. Needs neither Ray nor RDKit.
+model; a micro-batch is the whole batch unless given. ``--strategy`` is that of the trainer, with this one process as its only worker
+(NCCL on a GPU, gloo on a CPU): what sharding or replication adds to a step before anything is sent to others. Molecules are synthetic, with PCQM4Mv2's sizes. Needs neither Ray nor RDKit.
 Prints one JSON line for each batch size last.
 """
 
@@ -24,13 +26,14 @@ import json
 import platform
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
+import torch.distributed as dist
 from plain_model import PlainModel
 from synthetic_molecules import synthetic_block
 
@@ -39,7 +42,7 @@ from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.training.config import OptimConfig, Precision, TrainConfig
+from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks, autocast, evaluating
 from moleblend_ray.training.loop import Learner, PretrainingObjective, build_learner, train_step
 from moleblend_ray.training.prefetch import DeviceStep
@@ -60,9 +63,30 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     config = preset(arguments.preset)
-    learner = new_learner(config, arguments.dtype, device, compiled=arguments.compile)
-    for batch in arguments.batch:
-        print(json.dumps(line_of(learner, batch, arguments)), flush=True)
+    with process_group(arguments.strategy, device):
+        learner = new_learner(
+            config,
+            arguments.dtype,
+            device,
+            compiled=arguments.compile,
+            strategy=arguments.strategy,
+        )
+        for batch in arguments.batch:
+            print(json.dumps(line_of(learner, batch, arguments)), flush=True)
+
+
+@contextlib.contextmanager
+def process_group(strategy: Strategy, device: torch.device) -> Iterator[None]:
+    """Within, this process is the only member of a process group, if ``strategy`` needs one."""
+    if strategy == "none":
+        yield
+        return
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -84,6 +108,7 @@ def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "compile": arguments.compile,
+        "strategy": arguments.strategy,
         **measure(learner, steps, arguments.steps, arguments.dtype),
         "prepare_s": round(
             statistics.median(seconds_of(partial(learner.prepare, one), device) for one in batches),
@@ -184,7 +209,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--operators", action="store_true")
-    return parser.parse_args()
+    parser.add_argument("--strategy", choices=get_args(Strategy), default="none")
+    arguments = parser.parse_args()
+    if arguments.plain and arguments.strategy != "none":
+        parser.error("--plain compares models of one process; leave --strategy out")
+    return arguments
 
 
 def preset(name: str) -> ModelConfig:
@@ -195,11 +224,18 @@ def preset(name: str) -> ModelConfig:
 
 
 def new_learner(
-    config: ModelConfig, precision: Precision, device: torch.device, *, compiled: bool = False
+    config: ModelConfig,
+    precision: Precision,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    strategy: Strategy = "none",
 ) -> Learner:
     return build_learner(
         config,
-        train=TrainConfig(num_steps=10**6, strategy="none", precision=precision, compile=compiled),
+        train=TrainConfig(
+            num_steps=10**6, strategy=strategy, precision=precision, compile=compiled
+        ),
         optim=OptimConfig(),
         blend=BlendConfig(),
         loss=LossConfig(),
