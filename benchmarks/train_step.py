@@ -26,6 +26,7 @@ import json
 import platform
 import re
 import statistics
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -82,11 +83,12 @@ def process_group(strategy: Strategy, device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group(backend, init_method=f"file://{folder}/group", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
 
 
 def line_of(learner: Learner, batch: int, arguments: argparse.Namespace) -> dict[str, Any]:
