@@ -13,6 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 HAS_GPU = Path("/dev/nvidiactl").exists()
+# Where tests that start clusters or commands lie; `make test` looks for them there alone.
+CLUSTER_TESTS = tuple(REPOSITORY / "tests" / name for name in ("ray", "e2e"))
 
 # One thread for each of the processes a test starts: they share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -48,6 +50,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if item.get_closest_marker("ray") and not any(map(item.path.is_relative_to, CLUSTER_TESTS)):
+            raise pytest.UsageError(
+                f"{item.nodeid} has the marker `ray`: it belongs into tests/ray or tests/e2e"
+            )
         if "s3_endpoint" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.s3)
     lacking = {}

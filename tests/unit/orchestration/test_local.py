@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import pytest
 import ray
@@ -86,18 +85,3 @@ def test_local_paths_are_refused_on_several_machines(
         local.require_shared_paths({"data": "s3://bucket/data", "out": "/tmp/run"})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
     local.require_shared_paths({"out": "/tmp/run"})
-
-
-@pytest.mark.ray
-def test_a_cluster_without_an_autoscaler_does_not_grow(ray_cluster: None) -> None:
-    with pytest.raises(ConfigError, match="1000 workers need 1000 CPU"):
-        local.require_resources({"CPU": 1000}, "1000 workers")
-
-
-@pytest.mark.ray
-def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:
-    before = dict(os.environ)
-    with local.ray_session(ClusterConfig()):
-        assert ray.is_initialized()
-    assert ray.is_initialized()
-    assert dict(os.environ) == before

@@ -6,29 +6,9 @@ import logging
 from types import SimpleNamespace
 
 import pytest
-import ray
 
 from moleblend_ray.orchestration import progress
-from moleblend_ray.orchestration.progress import Progress, Reporter
-
-
-@ray.remote(num_cpus=0)
-def work(reporter: Reporter) -> None:
-    reporter.forward_logs("rank 1: ")
-    logging.getLogger("moleblend_ray.somewhere").warning("odd molecule %d", 5)
-    for done in range(4):
-        reporter({"done": done + 1, "total": 4, "loss": 0.25})
-
-
-@pytest.mark.ray
-def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
-    ray_cluster: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    with Progress("pretrain", unit="step") as shown:
-        ray.get(work.remote(shown.reporter))
-    assert "rank 1: odd molecule 5" in caplog.messages
-    assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
+from moleblend_ray.orchestration.progress import Reporter
 
 
 def test_records_are_kept_until_the_driver_has_them() -> None:

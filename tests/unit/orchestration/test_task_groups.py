@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -115,7 +116,13 @@ def test_nothing_is_prepared_again_for_tasks_that_are_finished(
     assert prepared == [str(tmp_path / "out/data/qm9")]
 
 
-@pytest.mark.ray
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is run for each task here needs none."""
+    monkeypatch.setattr(task_groups, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(task_groups, "check_cluster", lambda _: None)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -126,7 +133,7 @@ def test_nothing_is_prepared_again_for_tasks_that_are_finished(
     ],
 )
 def test_a_task_that_fails_is_recorded_the_next_one_is_done_and_the_end_names_it(
-    tmp_path: Path, ray_cluster: None, error: Exception
+    tmp_path: Path, no_cluster: None, error: Exception
 ) -> None:
     fill(tmp_path, "esol.csv", "bbbp.csv")
 
@@ -144,9 +151,8 @@ def test_a_task_that_fails_is_recorded_the_next_one_is_done_and_the_end_names_it
     ]
 
 
-@pytest.mark.ray
 def test_a_checkpoint_that_cannot_be_read_ends_the_command_at_once(
-    tmp_path: Path, ray_cluster: None
+    tmp_path: Path, no_cluster: None
 ) -> None:
     fill(tmp_path, "esol.csv", "bbbp.csv")
     tried = []

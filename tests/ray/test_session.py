@@ -1,0 +1,47 @@
+"""A session on a cluster: what it leaves as it was, what it refuses, and how its processes' records reach the driver."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import pytest
+import ray
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration import local
+from moleblend_ray.orchestration.progress import Progress, Reporter
+
+pytestmark = pytest.mark.ray
+
+
+def test_a_cluster_without_an_autoscaler_does_not_grow(ray_cluster: None) -> None:
+    with pytest.raises(ConfigError, match="1000 workers need 1000 CPU"):
+        local.require_resources({"CPU": 1000}, "1000 workers")
+
+
+def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:
+    before = dict(os.environ)
+    with local.ray_session(ClusterConfig()):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+    assert dict(os.environ) == before
+
+
+@ray.remote(num_cpus=0)
+def work(reporter: Reporter) -> None:
+    reporter.forward_logs("rank 1: ")
+    logging.getLogger("moleblend_ray.somewhere").warning("odd molecule %d", 5)
+    for done in range(4):
+        reporter({"done": done + 1, "total": 4, "loss": 0.25})
+
+
+def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
+    ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with Progress("pretrain", unit="step") as shown:
+        ray.get(work.remote(shown.reporter))
+    assert "rank 1: odd molecule 5" in caplog.messages
+    assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
