@@ -37,6 +37,8 @@ MEASURED_BLOCK_MOLECULES: Final = 8192
 _LARGEST_BLOCK_BYTES: Final = 128 << 20
 """The largest block that a plan proposes. Nothing above 12 MiB was tried, but no difference is expected."""
 _MOST_NODES: Final = 4096
+_NEARLY: Final = 0.95
+"""Share of the best that is taken where the rest would need many more CPU nodes."""
 WINDOWS_IN_WORK: Final = 2
 """Shuffle windows of which blocks are being built at the same time."""
 _MOST_INTERRUPTED: Final = 0.9
@@ -407,18 +409,21 @@ def _data_capacities(
 
 
 def _enough_nodes(setup: Setup, workers: int, blocks: Blocks, rate: float) -> int:
-    """The fewest CPU nodes for ``rate`` with headroom; if no number is enough, the largest that still brings a gain."""
-    best, best_rate = 1, 0.0
+    """The fewest CPU nodes for ``rate`` with headroom; if no number is enough, the fewest that carry ``rate``, or nearly what the
+    best number carries.
+
+    Machines that share a shuffle window all read it, so where storage limits, many more of them bring next to nothing.
+    """
+    carried: dict[int, float] = {}
     nodes = 1
     while nodes <= _MOST_NODES:
         data = _data_capacities(setup, workers, blocks, nodes)
-        carried = min(capacity.figure.value for capacity in data.values())
-        if carried >= HEADROOM * rate:
+        carried[nodes] = min(capacity.figure.value for capacity in data.values())
+        if carried[nodes] >= HEADROOM * rate:
             return nodes
-        if carried > 1.02 * best_rate:
-            best, best_rate = nodes, carried
         nodes += max(1, nodes // 16)
-    return best
+    good = min(rate, _NEARLY * max(carried.values()))
+    return next(nodes for nodes, capacity in carried.items() if capacity >= good)
 
 
 def _network(setup: Setup) -> Figure:

@@ -205,6 +205,17 @@ def test_the_data_side_is_sized_with_room_to_spare() -> None:
     assert data.use > 1 / 1.25
 
 
+def test_nodes_that_bring_next_to_nothing_are_not_asked_for() -> None:
+    # Every machine reads nearly every row group with its descriptors: storage limits two as it limits twenty.
+    setup = setup_of("gpus=64", "descriptors=true")
+    found = throughput(setup, 64)
+    assert found.binding == "storage"
+    best = max(throughput(setup, 64, nodes).rate.value for nodes in range(1, 64))
+    assert found.rate.value >= 0.95 * best
+    assert throughput(setup, 64, found.cpu_nodes - 1).rate.value < 0.95 * best
+    assert found.cpu_nodes == 2
+
+
 def test_machines_that_share_windows_fetch_row_groups_again() -> None:
     setup = setup_of("gpus=64")
     assert amplification(setup, 64, 8, 1) == 1.0
