@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +25,12 @@ from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.orchestration.terminal import (
+    ShellCommand,
+    facts_table,
+    headed_table,
+    stacked,
+)
 from moleblend_ray.planning.capacity import DataCosts, Setup, mean_atoms
 from moleblend_ray.planning.figures import Basis, Figure, assumed, computed, given, measured
 from moleblend_ray.planning.plan import Job, Plan, Premises, Stage
@@ -497,16 +502,15 @@ def _scaling(plan: Plan) -> Table:
     return table
 
 
-def _command(plan: Plan, config: PlanConfig) -> Text:
-    settings = " ".join(f"{name}={value}" for name, value in plan.settings.items())
+def _command(plan: Plan, config: PlanConfig) -> Group:
     data = str(redact(config.data)) if config.data else "DATA"
-    return Text.assemble(
-        ("settings that the plan assumes\n", "bold"),
-        f"moleblend pretrain data={data} out=RUN {_model_words(config.model)} {settings}",
-    )
+    settings = [f"{name}={value}" for name, value in plan.settings.items()]
+    words = ["moleblend", "pretrain", f"data={data}", "out=RUN", *_model_words(config.model)]
+    title = Text("settings that the plan assumes", style="bold")
+    return Group(title, ShellCommand(words=[*words, *settings]))
 
 
-def _model_words(model: ModelConfig) -> str:
+def _model_words(model: ModelConfig) -> list[str]:
     """The model as words of a command line: the most similar preset, and the settings that differ."""
     wanted = to_dict(model)
     presets = {
@@ -519,7 +523,7 @@ def _model_words(model: ModelConfig) -> str:
     }
     nearest = min(changes, key=lambda name: len(changes[name]))
     words = [f"model.{key}={str(value).lower()}" for key, value in changes[nearest].items()]
-    return " ".join([f"model={nearest}", *words])
+    return [f"model={nearest}", *words]
 
 
 def _foot(report: PlanReport) -> Text:

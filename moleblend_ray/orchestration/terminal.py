@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Final
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import json_values
+
+_CONTINUED: Final = " \\"
 
 
 def json_text(value: Any) -> str:
@@ -57,4 +61,24 @@ def headed_table(
 
 def stacked(*parts: RenderableType) -> Group:
     """The parts one below the other, with an empty line between them."""
-    return Group(*(Padding(part, (0, 0, 1, 0)) for part in parts[:-1]), *parts[-1:])
+    # Not as padding, which fills lines with spaces: after a backslash they would end a command that is copied.
+    spaced = [shown for part in parts for shown in (part, Text())]
+    return Group(*spaced[:-1])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShellCommand:
+    """A command to copy: what the terminal is too narrow for goes on in the next line, after a backslash."""
+
+    words: Sequence[str]
+    """The command and its arguments, not quoted."""
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width - len(_CONTINUED)
+        lines: list[str] = []
+        for word in map(shlex.quote, self.words):
+            if lines and len(lines[-1]) + 1 + len(word) <= width:
+                lines[-1] += f" {word}"
+            else:
+                lines.append(f"  {word}" if lines else word)
+        yield Text(f"{_CONTINUED}\n".join(lines))

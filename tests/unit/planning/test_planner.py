@@ -349,10 +349,10 @@ def test_one_worker_on_this_machine_sends_nothing() -> None:
     assert result.rate.value == pytest.approx(64 / 0.2, rel=0.05)
 
 
-def shown(*words: str) -> str:
+def shown(*words: str, width: int = 160) -> str:
     from rich.console import Console
 
-    console = Console(width=160, record=True, file=io.StringIO())
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(show_plan(plan(config("molecules=1e9", "gpus=64", *words))))
     return console.export_text()
 
@@ -371,6 +371,25 @@ def test_every_row_of_the_tables_says_its_basis() -> None:
         assert any(line.startswith(row) and "computed" in line for line in lines), row
     assert "assumed, not measured: " in text
     assert "moleblend pretrain data=DATA out=RUN model=base cluster.num_workers=64" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_proposed_command_may_be_copied_from_a_terminal_of_any_width(width: int) -> None:
+    lines = shown("model.dropout=0.2", width=width).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("moleblend pretrain"))
+    length = next(i for i, line in enumerate(lines[first:]) if not line.endswith("\\")) + 1
+    copied = "\n".join(lines[first : first + length])
+    assert max(map(len, lines[first : first + length])) <= width
+    words = subprocess.run(
+        ["bash", "-c", f"moleblend() {{ printf '%s\\n' \"$@\"; }}\n{copied}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    plan_words = planned("molecules=1e9", "gpus=64", "model.dropout=0.2").settings.items()
+    settings = [f"{name}={value}" for name, value in plan_words]
+    first_words = ["pretrain", "data=DATA", "out=RUN", "model=base", "model.dropout=0.2"]
+    assert words == [*first_words, *settings]
 
 
 def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
