@@ -139,8 +139,9 @@ def positive_weights(labels: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def build_pretrained(start: StartingPoint) -> MoleBlendModel:
-    """A model with the starting encoder. Its relation heads are new; no property needs them."""
-    model = MoleBlendModel(start.model)
+    """A model with the starting encoder, on the CPU and in float32. Its relation heads are new; no property needs them."""
+    with torch.device("cpu"):
+        model = MoleBlendModel(start.model).float()
     if start.encoder is not None:
         model.encoder.load_state_dict(start.encoder)
     return model

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
@@ -210,12 +211,14 @@ def load_property_model(uri: str) -> SavedProperty:
         trained = _trained(document)
         pretrained = MoleBlendModel.without_weights(ModelConfig(**document["model"]))
         state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
-        model = PropertyModel(
-            pretrained,
-            len(trained.columns),
-            _readout(document),
-            num_descriptors=trained.num_descriptors,
-        )
+        # On the CPU and in float32 like the encoder, whatever PyTorch's defaults are.
+        with torch.device("cpu"):
+            model = PropertyModel(
+                pretrained,
+                len(trained.columns),
+                _readout(document),
+                num_descriptors=trained.num_descriptors,
+            ).float()
         # Models of the first version have no element reference, so atoms add 0.
         state.setdefault("reference", model.reference)
         model.load_state_dict(state)

@@ -243,7 +243,9 @@ class _Staging:
         ]
         ends = list(itertools.accumulate(sizes))
         # From page-locked memory the copy runs in the background.
-        self._buffer = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._buffer = torch.zeros(
+            ends[-1], dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda"
+        )
         host = self._buffer.numpy()
         self._parts = dict(zip(shapes, zip(dtypes, sizes, ends, strict=True), strict=True))
         self.arrays: dict[str, NDArray[Any]] = {

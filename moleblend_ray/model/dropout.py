@@ -41,7 +41,7 @@ def draw_kept(like: Tensor, probability: float) -> tuple[Tensor | None, float]:
     if probability == 0.0:
         return None, 1.0
     dropped = min(round(probability * _LEVELS), _LEVELS - 1)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64)
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device="cpu")
     words.random_(-(1 << 63), None)
     levels = words.view(torch.int16)[: like.numel()].view(like.shape)
     return levels >= dropped - _LEVELS // 2, _LEVELS / (_LEVELS - dropped)

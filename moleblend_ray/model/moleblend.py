@@ -90,9 +90,10 @@ class MoleBlendModel(nn.Module):
 
     @classmethod
     def without_weights(cls, config: ModelConfig) -> MoleBlendModel:
-        """A model on the CPU whose weights are still to be loaded: its memory holds anything."""
+        """A float32 model on the CPU, whatever PyTorch's defaults are, whose weights are still to be loaded: its memory holds
+        anything."""
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(config).float()
         model.to_empty(device="cpu")
         fill_constants(model)
         return model

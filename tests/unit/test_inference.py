@@ -85,6 +85,37 @@ def test_what_cannot_be_read_is_named_or_a_row_of_nan(encoder: mb.MoleculeEncode
         encoder.encode("CCO")
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["asked", "loaded and asked"])
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16], ids=str)
+def test_defaults_that_other_code_gave_pytorch_change_nothing(
+    tmp_path: Path, default: torch.dtype | str, loaded: bool
+) -> None:
+    # The meta device stands for a GPU that this machine may not have.
+    MoleBlendModel(TINY).save_pretrained(str(tmp_path / "encoder"))
+    uri = fine_tuned(tmp_path / "property", 0)
+
+    def models() -> tuple[mb.MoleculeEncoder, mb.PropertyPredictor]:
+        encoder = mb.MoleculeEncoder.from_pretrained(tmp_path / "encoder")
+        return encoder, mb.PropertyPredictor.from_pretrained(uri)
+
+    def answers(encoder: mb.MoleculeEncoder, predictor: mb.PropertyPredictor) -> list[Any]:
+        return [encoder.encode(SMILES[:2]), predictor.predict(SMILES[:2])["prediction:y"]]
+
+    asked = models()
+    expected = answers(*asked)
+    set_default = (
+        torch.set_default_dtype if isinstance(default, torch.dtype) else torch.set_default_device
+    )
+    set_default(default)  # type: ignore[arg-type]
+    try:
+        found = answers(*(models() if loaded else asked))
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert found[1] == expected[1]
+
+
 def test_an_ensemble_predicts_in_the_unit_with_its_spread(tmp_path: Path) -> None:
     uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("ab")]
     table = mb.PropertyPredictor.from_pretrained(uris).predict(["CCO", "C1CC", "CCCl"])
