@@ -84,7 +84,8 @@ class DataSetReport:
     sources: tuple[SourceInfo, ...]
     labels: tuple[LabelInfo, ...]
     counts: Counts
-    """With the histograms of atoms and elements, also if the manifest lacks them."""
+    """With the histograms of atoms and elements, also if the manifest lacks them; they are empty if it does and molecules cannot
+    be read."""
     splits: Mapping[str, SplitSize]
     """Those of ``train``, ``valid``, ``test`` and ``quarantine`` that are not empty."""
     quarantine: Mapping[str, QuarantineReason]
@@ -94,8 +95,8 @@ class DataSetReport:
     verified: bool
     """Whether every file was read and compared with its checksum."""
     damages: tuple[str, ...]
-    """The path of each damaged file and what is wrong with it, in the manifest's order. Without ``verify`` only missing
-    files and wrong sizes are found."""
+    """The path of each damaged file and what is wrong with it, in the manifest's order. Without ``verify``: missing
+    files, wrong sizes, and what the report itself would have to read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +131,9 @@ def inspect_data_set(
         return _unfinished(uri)
     manifest = load_manifest(uri)
     damages = _damages(uri, manifest, verify=verify, progress=progress)
+    # These read files, and may find damage that sizes do not show.
+    counts = _counts(uri, manifest, damages)
+    quarantine = _quarantine(uri, manifest, num_examples, damages)
     return DataSetReport(
         uri=uri,
         format_version=manifest.format_version,
@@ -137,7 +141,7 @@ def inspect_data_set(
         options=manifest.options,
         sources=manifest.sources,
         labels=manifest.labels,
-        counts=_counts(uri, manifest),
+        counts=counts,
         splits={
             split: SplitSize(
                 molecules=sum(shard.num_rows for shard in shards),
@@ -147,10 +151,14 @@ def inspect_data_set(
             for split in (*SPLITS, QUARANTINE_DIR)
             if (shards := manifest.shards_of(split))
         },
-        quarantine=_quarantine(uri, manifest, num_examples, damaged=damages),
+        quarantine=quarantine,
         schema=_schema(manifest),
         verified=verify,
-        damages=tuple(f"{path} {reason}" for path, reason in damages.items()),
+        damages=tuple(
+            f"{shard.path} {damages[shard.path]}"
+            for shard in manifest.shards
+            if shard.path in damages
+        ),
     )
 
 
@@ -196,16 +204,27 @@ def _damages(
     return found
 
 
-def _counts(uri: str, manifest: Manifest) -> Counts:
-    """The manifest's counts, with histograms from the shards if it has none."""
+def _counts(uri: str, manifest: Manifest, damages: dict[str, str]) -> Counts:
+    """The manifest's counts, with histograms from the shards if it has none and all can be read; else the reasons are added to
+    ``damages``."""
     counts = manifest.counts
-    if counts.atom_count_histogram or not counts.rows_out:
+    shards = [shard.path for split in SPLITS for shard in manifest.shards_of(split)]
+    if counts.atom_count_histogram or not counts.rows_out or not damages.keys().isdisjoint(shards):
         return counts
-    statistics = sum_statistics(
-        Statistics.of(table)
-        for split in SPLITS
-        for table in ShardReader(uri, manifest, split, columns=_STATISTICS_COLUMNS).iter_tables()
-    )
+    try:
+        statistics = sum_statistics(
+            Statistics.of(table)
+            for split in SPLITS
+            for table in ShardReader(
+                uri, manifest, split, columns=_STATISTICS_COLUMNS
+            ).iter_tables()
+        )
+    except DataError:
+        # The error tells of one file; this finds all of them.
+        damages.update(_damages(uri, manifest, verify=True, progress=None))
+        if not damages:
+            raise
+        return counts
     return replace(
         counts,
         atom_count_histogram=statistics.atom_count_histogram,
@@ -214,13 +233,14 @@ def _counts(uri: str, manifest: Manifest) -> Counts:
 
 
 def _quarantine(
-    uri: str, manifest: Manifest, num_examples: int, damaged: Mapping[str, str]
+    uri: str, manifest: Manifest, num_examples: int, damages: dict[str, str]
 ) -> dict[str, QuarantineReason]:
-    """Each reason with its first rows; files are read only until every reason has enough of them."""
+    """Each reason with its first rows; files are read only until every reason has enough of them, and those that cannot be are
+    added to ``damages``."""
     rows = manifest.counts.quarantined_by_reason
     wanted = {reason: min(count, num_examples) for reason, count in rows.items()}
     examples: dict[str, list[QuarantinedRow]] = {reason: [] for reason in rows}
-    for table in _quarantine_tables(uri, manifest, damaged):
+    for table in _quarantine_tables(uri, manifest, damages):
         if all(len(examples[reason]) >= count for reason, count in wanted.items()):
             break
         for row in table.to_pylist():
@@ -240,20 +260,15 @@ def _quarantine(
     }
 
 
-def _quarantine_tables(
-    uri: str, manifest: Manifest, damaged: Mapping[str, str]
-) -> Iterator[pa.Table]:
+def _quarantine_tables(uri: str, manifest: Manifest, damages: dict[str, str]) -> Iterator[pa.Table]:
     for shard in manifest.shards_of(QUARANTINE_DIR):
-        if shard.path in damaged:
+        if shard.path in damages:
             continue
         content = storage.read_bytes(storage.join(uri, shard.path))
         try:
             yield pq.read_table(pa.BufferReader(content))
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{storage.join(uri, shard.path)} is damaged: {' '.join(str(error).split())}. "
-                "Look at all files with verify=true."
-            ) from error
+            damages[shard.path] = f"cannot be read: {' '.join(str(error).split())}"
 
 
 def _schema(manifest: Manifest) -> dict[str, str]:

@@ -124,7 +124,8 @@ def _overview(report: DataSetReport) -> Table:
     elements = sorted(counts.elements.items(), key=lambda item: -item[1])
     shown = dict(elements[:_MAX_ELEMENTS])
     more = f" and {len(elements) - len(shown)} more" if len(elements) > len(shown) else ""
-    table.add_row("elements", _shares(shown, counts.rows_out) + more)
+    if elements or not counts.rows_out:
+        table.add_row("elements", _shares(shown, counts.rows_out) + more)
     changed = {
         key: value
         for key, value in report.options.items()

@@ -152,6 +152,46 @@ def test_a_damaged_quarantine_does_not_hide_the_rest(prepared: str) -> None:
     assert report.counts.rows_quarantined == 3
 
 
+def test_a_quarantine_that_cannot_be_read_is_damage_beside_the_rest(prepared: str) -> None:
+    first, *_ = sorted((Path(prepared) / "quarantine").iterdir())
+    flipped = bytearray(first.read_bytes())
+    flipped[-6] ^= 0xFF
+    first.write_bytes(flipped)
+    report = report_of(prepared)
+    (damage,) = report.damages
+    assert damage.startswith(f"quarantine/{first.name} cannot be read: ")
+    assert report.counts.rows_quarantined == 3
+    rows = [row.source_row for one in report.quarantine.values() for row in one.examples]
+    assert rows
+    assert min(rows) >= 4, "those of the file that is whole"
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("missing", [False, True])
+def test_damage_in_a_data_set_without_histograms_is_reported(
+    prepared: str, missing: bool, verify: bool
+) -> None:
+    path = Path(prepared) / "manifest.json"
+    value = json.loads(path.read_text())
+    del value["counts"]["atom_count_histogram"], value["counts"]["elements"]
+    path.write_text(json.dumps(value))
+    files = sorted((Path(prepared) / "train").iterdir())
+    for file in files:
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    if missing:
+        files[0].unlink()
+    report = report_of(prepared, verify=verify)
+    damaged = files[:1] if missing and not verify else files
+    assert [text.split(" ")[0] for text in report.damages] == [
+        f"train/{file.name}" for file in damaged
+    ]
+    assert report.counts.rows_out == 4
+    assert report.counts.elements == {}
+    assert "elements" not in shown(prepared)
+
+
 def test_verification_reports_its_progress_in_bytes(prepared: str) -> None:
     seen: list[tuple[int, int]] = []
     report = report_of(prepared, verify=True, progress=lambda *step: seen.append(step))
