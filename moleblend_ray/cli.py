@@ -7,7 +7,9 @@ import contextlib
 import difflib
 import importlib
 import logging
+import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -136,6 +138,30 @@ continues. It is not 0, so that job systems with retries run the command again."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of this process); returns the exit status."""
+    try:
+        status = _main(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_lost_its_reader():
+            raise
+        return EXIT_ERROR
+    return status
+
+
+def _has_lost_its_reader() -> bool:
+    """Whether nobody reads standard output any longer (`| head`). What is left of it is then dropped, so that the interpreter does not
+    complain at its end."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+    return True
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = _parse(sys.argv[1:] if arguments is None else arguments)
     if options.version:
         print(importlib.import_module("moleblend_ray").__version__)

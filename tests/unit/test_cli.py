@@ -234,6 +234,25 @@ def test_the_package_runs_as_a_module() -> None:
     assert "did you mean pretrain?" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments", ["pretrain --help", "plan molecules=1e6 gpus=1 --json", "--version"]
+)
+def test_a_reader_that_has_seen_enough_gets_no_traceback(arguments: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "moleblend_ray", *arguments.split()],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("job", list(cli.JOBS))
 def test_every_command_has_a_script_to_submit(
     job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
