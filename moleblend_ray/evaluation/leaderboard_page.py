@@ -24,7 +24,12 @@ from moleblend_ray.evaluation.leaderboard import (
     is_elsewhere,
 )
 from moleblend_ray.evaluation.results import Spread
-from moleblend_ray.evaluation.score_text import mean_and_std_text, score_text, values_text
+from moleblend_ray.evaluation.score_text import (
+    figure_text,
+    mean_and_std_text,
+    score_text,
+    values_text,
+)
 from moleblend_ray.evaluation.tasks import Metric
 
 FIGURE_PATH = "figures/leaderboard.png"
@@ -306,7 +311,7 @@ def draw_gains(board: Leaderboard) -> Figure | None:
     for index, model in enumerate(models):
         _draw_model(axes, rows, model, index, len(models))
     axes.axvline(0.0, color=_GREY, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_yticks(range(len(rows)), [figure_text(row.name) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for line in range(1, len(rows)):
         axes.axhline(line - 0.5, color=_GREY, linewidth=0.4, alpha=0.5)
@@ -343,7 +348,7 @@ def _draw_model(
         markersize=4.5 if model.is_baseline else 6.5,
         color=_COLOURS[index % len(_COLOURS)],
         elinewidth=1.2,
-        label=model.name,
+        label=figure_text(model.name),
     )
 
 

@@ -18,6 +18,7 @@ from sklearn.metrics import roc_curve
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.score_text import (
+    figure_text,
     mean_and_std_text,
     score_text,
     values_text,
@@ -264,7 +265,8 @@ def _test_figure(
         _draw_roc(axes, results["task"]["columns"], labels, predictions)
     else:
         _draw_parity(axes, results["task"], labels, predictions)
-    axes.set_title(f"{results['task']['name']}: test molecules, seed {_first_seed(results)}")
+    name = figure_text(results["task"]["name"])
+    axes.set_title(f"{name}: test molecules, seed {_first_seed(results)}")
     return _png(figure)
 
 
@@ -280,7 +282,8 @@ def _draw_roc(
         if len(np.unique(labels[known, index])) < 2:
             continue
         false_rate, true_rate, _ = roc_curve(labels[known, index], predictions[known, index])
-        axes.plot(false_rate, true_rate, label=column if few else None, alpha=1.0 if few else 0.3)
+        label = figure_text(column) if few else None
+        axes.plot(false_rate, true_rate, label=label, alpha=1.0 if few else 0.3)
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     if few:
@@ -294,11 +297,12 @@ def _draw_parity(
     predictions: NDArray[np.float64],
 ) -> None:
     for index, column in enumerate(task["columns"]):
-        axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=column)
+        label = figure_text(column)
+        axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)
     low = float(min(np.nanmin(labels), predictions.min()))
     high = float(max(np.nanmax(labels), predictions.max()))
     axes.plot([low, high], [low, high], color="grey", linestyle=":", linewidth=1)
-    unit = f" ({task['unit']})" if task["unit"] else ""
+    unit = f" ({figure_text(task['unit'])})" if task["unit"] else ""
     axes.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
     if 1 < len(task["columns"]) <= 6:
         axes.legend(fontsize=8)
@@ -323,7 +327,7 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
         if name in ("learning_rate", "weight_decay"):
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())
-    row[0].set_ylabel(f"validation {_metric_name(results['task'])}")
+    row[0].set_ylabel(f"validation {figure_text(_metric_name(results['task']))}")
     row[0].legend(fontsize="small")
     return _png(figure)
 

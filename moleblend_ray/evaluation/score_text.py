@@ -1,4 +1,4 @@
-"""Scores as text in reports and leaderboards, with as many digits as their size needs."""
+"""Text of reports and leaderboards: scores with as many digits as their size needs, and names that users chose."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Final
 
 _SMALLEST_EXPONENT: Final = -4
 """Scores below 10^-4 are written with a power of ten."""
+
+
+def figure_text(text: str) -> str:
+    """A name or unit for a figure. Matplotlib would read what stands between two dollars as a formula, and fail if it is none."""
+    return text.replace("$", r"\$")
 
 
 def score_text(score: float, like: float | None = None) -> str:

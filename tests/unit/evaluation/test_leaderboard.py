@@ -272,6 +272,13 @@ def test_the_figure_has_a_dot_for_each_model_and_task_with_a_baseline() -> None:
         assert [(high - low) / 2 for low, high in bars] == pytest.approx([std for _, std in gains])
 
 
+def test_dollars_in_names_are_no_formula_in_the_figure() -> None:
+    rows = [row_of_results(ESOL, "esol")]
+    labelled = compare({"$_$": Leaderboard(title="a", rows=tuple(rows)), "b": board()})
+    named = [dataclasses.replace(row, name="price $_$") for row in labelled.rows]
+    assert gain_figure(Leaderboard(title="a", rows=tuple(named)))
+
+
 def write_results(out: Path, folder: str, value: dict[str, Any]) -> None:
     storage.write_json(str(out / folder / "results.json"), value)
 

@@ -177,3 +177,23 @@ def test_absent_baselines_are_named_with_their_reason(tmp_path: Path) -> None:
     assert names_in_table(text) == ["**MoleBLEND, fine-tuned**"]
     assert "than" not in text
     assert "## Baselines" not in report_of(tmp_path, results_of(baselines=[]))
+
+
+@pytest.mark.parametrize("kind", ["regression", "classification"])
+def test_dollars_in_names_and_units_are_no_formula(tmp_path: Path, kind: str) -> None:
+    results = results_of(kind=kind)
+    results["task"] |= {"name": "price $_$", "columns": ["$_$"], "unit": "$/mol_$"}
+    results["trials"] = [
+        {
+            "number": n,
+            "settings": {"epochs": n},
+            "epochs": n,
+            "status": "finished",
+            "valid_score": n,
+        }
+        | {"error": None}
+        for n in (3, 4)
+    ]
+    assert "# price $_$" in report_of(tmp_path, results)
+    assert (tmp_path / "figures" / "test.png").stat().st_size > 0
+    assert (tmp_path / "figures" / "trials.png").stat().st_size > 0
