@@ -159,7 +159,8 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
             for name in metrics
         ]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
-    heads = [_metric_name({**task, "metric": name}) for name in metrics]
+    # A unit such as log|S| must not end a cell.
+    heads = [_metric_name({**task, "metric": name}).replace("|", "\\|") for name in metrics]
     return [
         "Other scores of the same test predictions, by which nothing was chosen:",
         "",

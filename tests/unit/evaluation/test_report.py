@@ -127,6 +127,9 @@ def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
     text = report_of(tmp_path, results_of(final=final))
     assert "| model | MAE in eV | R² |" in text
     assert "| MoleBLEND, fine-tuned | 0.5000 ± 0.3536 | 0.2500 ± 0.1768 |" in text
+    results = results_of(final=final)
+    results["task"]["unit"] = "log|S|"
+    assert "| model | MAE in log\\|S\\| | R² |" in report_of(tmp_path, results)
     # Results of before had only the score by which everything was chosen.
     assert "| ECFP4 + random forest |  |  |" in text
 
