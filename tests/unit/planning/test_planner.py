@@ -276,6 +276,16 @@ def test_costs_add_up_and_name_what_has_no_price() -> None:
     assert all(stage.cost is None for stage in without.stages)
 
 
+def test_each_core_prepares_what_each_of_two_actors_did() -> None:
+    measured_rows_s = recorded("prepare-2026-11-26.json")["result"]["qm9"]["molecules_per_s_2"]
+    for nodes in (1, 2):
+        found = planned("molecules=1e9", "gpus=8", f"cpu_nodes={nodes}", "cpu_node_cores=2")
+        (rate,) = (row.figure for row in found.stages[0].rows if row.what == "rate")
+        assert rate is not None
+        assert rate.value == pytest.approx(nodes * measured_rows_s)
+        assert found.stages[0].hours.value == pytest.approx(1e9 / rate.value / 3600)
+
+
 def test_conformers_and_then_descriptors_are_most_of_prepare() -> None:
     hours = [
         planned("molecules=1e6", "gpus=8", *asked).stages[0].hours.value
