@@ -26,6 +26,7 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR
 from moleblend_ray.orchestration.terminal import (
+    ExplainedTable,
     ShellCommand,
     facts_table,
     headed_table,
@@ -435,8 +436,8 @@ def _summary(plan: Plan) -> Table:
     return table
 
 
-def _stage(stage: Stage) -> Table:
-    table = headed_table("", "value", "basis", "how", unwrapped=(0, 1), title=stage.name)
+def _stage(stage: Stage) -> ExplainedTable:
+    table = ExplainedTable("", "value", "basis", "how", title=stage.name)
     rows: list[tuple[str, Figure, str]] = [("hours", stage.hours, "")]
     rows += [("cost", stage.cost, "")] if stage.cost is not None else []
     rows += [(row.what, row.figure, row.remark) for row in stage.rows]
@@ -446,16 +447,10 @@ def _stage(stage: Stage) -> Table:
     return table
 
 
-def _resources(plan: Plan) -> Table:
-    table = headed_table(
-        "resource",
-        "carries",
-        "in use",
-        "basis",
-        "",
-        numbers=(1, 2),
-        unwrapped=(0, 1, 2, 3),
-        title="what could limit pretraining",
+def _resources(plan: Plan) -> ExplainedTable:
+    title = "what could limit pretraining"
+    table = ExplainedTable(
+        "resource", "carries", "in use", "basis", "", numbers=(1, 2), title=title
     )
     for resource in plan.resources:
         table.add_row(

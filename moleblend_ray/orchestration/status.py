@@ -59,12 +59,12 @@ def status(config: StatusConfig) -> Status:
     if has_data_set(uri):
         return data_status(uri)
     document = _document(uri)
-    if document is not None and "job" in document.get("config", {}):
-        job = document["config"]["job"]
-        if job in SUMMARY_NAMES:
+    settings = document.get("config")
+    if isinstance(settings, Mapping) and "job" in settings:
+        if settings["job"] in SUMMARY_NAMES:
             return parts_status(uri, document)
         return sweep_status(uri, document)
-    if document is not None and "order" in document.get("config", {}):
+    if isinstance(settings, Mapping) and "order" in settings:
         return run_status(uri, document)
     if storage.exists(storage.join(uri, LEADERBOARD_NAME)):
         return tasks_status(uri)
@@ -74,17 +74,18 @@ def status(config: StatusConfig) -> Status:
     )
 
 
-def _document(uri: str) -> Mapping[str, Any] | None:
+def _document(uri: str) -> Mapping[str, Any]:
+    """What the file of the settings holds; nothing if there is none, or one of another program."""
     try:
         value = storage.read_json(storage.join(uri, CONFIG_NAME))
     except storage.NotFoundError:
-        return None
+        return {}
     except StorageError as error:
         # A path below a file: there is nothing.
         if isinstance(error.__cause__, NotADirectoryError):
-            return None
+            return {}
         raise
-    return value if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def show_status(report: Status) -> RenderableType:

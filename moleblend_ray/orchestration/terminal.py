@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,8 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import json_values
 
 _CONTINUED: Final = " \\"
+_PROSE_WIDTH: Final = 40
+"""Least characters of a line of prose beside other columns."""
 
 
 def json_text(value: Any) -> str:
@@ -64,6 +67,43 @@ def stacked(*parts: RenderableType) -> Group:
     # Not as padding, which fills lines with spaces: after a backslash they would end a command that is copied.
     spaced = [shown for part in parts for shown in (part, Text())]
     return Group(*spaced[:-1])
+
+
+class ExplainedTable:
+    """A table whose last column is prose, which stands below each row where the terminal is too narrow for it."""
+
+    def __init__(self, *names: str, numbers: Sequence[int] = (), title: str) -> None:
+        self._names = names
+        self._options: dict[str, Any] = {
+            "numbers": numbers,
+            "unwrapped": range(len(names) - 1),
+            "title": title,
+        }
+        self._rows: list[tuple[str, ...]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """A cell for each name, with Rich's markup."""
+        self._rows.append(cells)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = self._table(len(self._names) - 1)
+        if options.max_width - console.measure(table, options=options).maximum >= _PROSE_WIDTH:
+            yield self._table(len(self._names))
+            return
+        # Title and names come first, then a line for each row.
+        lines = console.render_lines(table, options, pad=False, new_lines=True)
+        above = len(lines) - len(self._rows)
+        for index, line in enumerate(lines):
+            yield from line
+            if index >= above:
+                prose = Text.from_markup(self._rows[index - above][-1], style="dim")
+                yield Padding(prose, (0, 0, 0, 4), expand=False)
+
+    def _table(self, num_columns: int) -> Table:
+        table = headed_table(*self._names[:num_columns], **self._options)
+        for row in self._rows:
+            table.add_row(*row[:num_columns])
+        return table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -152,4 +152,7 @@ def hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, 
     best = max(rates, key=rates.__getitem__, default="")
     if not best or rates[best] < 1.03 * found.rate.value:
         return ()
-    return (f"{best} would train on {rates[best]:,.0f} molecules/s, as less is sent between nodes",)
+    whom = "nodes" if found.nodes > 1 else "trainers"
+    return (
+        f"{best} would train on {rates[best]:,.0f} molecules/s, as less is sent between {whom}",
+    )

@@ -148,10 +148,11 @@ def _step_rows(premises: Premises, found: Throughput) -> tuple[Row, ...]:
         "",
         f"{step_molecules:,} molecules and {1e3 * found.step_s:,.1f} ms per step",
     )
-    times = f"each molecule {job.presentations / job.molecules:.3g} times"
+    times = f"{job.presentations / job.molecules:.3g}"
+    seen = "each molecule once" if times == "1" else f"each molecule {times} times"
     return (
         Row(what="rate", figure=found.rate, remark=f"limited by: {found.binding}"),
-        Row(what="steps", figure=steps, remark=times),
+        Row(what="steps", figure=steps, remark=seen),
     )
 
 

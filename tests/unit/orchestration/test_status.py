@@ -230,6 +230,15 @@ def test_a_directory_of_no_command_is_an_error_that_says_what_is_expected(
         status(StatusConfig(run=str(tmp_path / where)))
 
 
+@pytest.mark.parametrize("document", [[], {}, {"config": None}, {"config": "job"}], ids=str)
+def test_settings_of_another_program_are_those_of_no_command(
+    tmp_path: Path, document: object
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="holds nothing that a command of moleblend began"):
+        status(StatusConfig(run=str(tmp_path)))
+
+
 def test_an_empty_uri_is_refused() -> None:
     with pytest.raises(ConfigError, match="run: expected a path or URI"):
         load_config(StatusConfig, "status", ["run=''"])

@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console, RenderableType
 
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, json_text, stacked
+from moleblend_ray.orchestration.terminal import (
+    ExplainedTable,
+    facts_table,
+    headed_table,
+    json_text,
+    stacked,
+)
 from moleblend_ray.quantities import bytes_text, duration_text, number_text
 
 
@@ -129,3 +135,32 @@ def test_json_hides_secrets_and_has_no_number_that_is_not_finite() -> None:
     assert json.loads(found) == {"uri": "s3://***@bucket/x", "eta_s": None}
     assert json.loads(json_text({"path": ["ä"]})) == {"path": ["ä"]}
     assert "ä" in json_text({"path": "ä"})
+
+
+def explained() -> ExplainedTable:
+    table = ExplainedTable("", "value", "how", title="stage")
+    table.add_row("rate", "98,080 molecules/s", "64 cores, one actor on each of them, all day")
+    table.add_row("bytes", "190 GB", "190 bytes per molecule")
+    return table
+
+
+def test_prose_stands_beside_its_row_where_there_is_room() -> None:
+    assert lines_of(explained(), 100) == [
+        "stage",
+        "       value               how",
+        "rate   98,080 molecules/s  64 cores, one actor on each of them, all day",
+        "bytes  190 GB              190 bytes per molecule",
+    ]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60])
+def test_prose_stands_below_its_row_in_a_narrow_terminal_and_no_word_is_cut(width: int) -> None:
+    lines = lines_of(explained(), width)
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for prose in ("64 cores, one actor on each of them, all day", "190 bytes per molecule"):
+        assert prose in " ".join(words)
+    rows = [index for index, line in enumerate(lines) if line.startswith(("rate", "bytes"))]
+    assert len(rows) == 2
+    assert lines[rows[0] + 1].startswith("    64 cores,")
+    assert lines[rows[1] + 1].startswith("    190 bytes")
