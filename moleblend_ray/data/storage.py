@@ -150,7 +150,7 @@ def size(uri: str) -> int:
         info = _call("look at", uri, filesystem.info, path)
     if info["type"] == "directory":
         raise StorageError(f"{uri} is a directory, where a file is expected.")
-    return int(info["size"] or 0)
+    return _size(uri, info)
 
 
 def read_bytes(uri: str) -> bytes:
@@ -252,7 +252,7 @@ def list_files(uri: str) -> list[FileInfo]:
             else:
                 found = {path: info}
     files = (
-        FileInfo(_with_protocol(uri, name), int(info["size"] or 0))
+        FileInfo(file := _with_protocol(uri, name), _size(file, info))
         for name, info in found.items()
         # Some clients of object stores represent a folder by an empty object "prefix/".
         if info["type"] != "directory"
@@ -475,6 +475,24 @@ def _needing_ranges(uri: str) -> Iterator[None]:
             f"and files of more than {_READ_AHEAD_BYTES >> 20} MiB needs. Download the file first (curl -O '{uri}') and "
             "give its path, or put it into object storage."
         ) from error
+
+
+def _size(uri: str, info: Mapping[str, Any]) -> int:
+    """Bytes of the file that its storage describes by ``info``.
+
+    A web server need not say how large a file is, or may say 0 of one that it makes only when it is asked for. Such a
+    file is read once, and its bytes are counted: it must not be taken for an empty one.
+    """
+    if info["size"] or not _is_web(uri):
+        return int(info["size"] or 0)
+    with translate_errors("read", uri):
+        return int(_call("read", uri, _count_bytes, uri))
+
+
+def _count_bytes(uri: str) -> int:
+    filesystem, path = _resolve(uri)
+    with filesystem.open(path, "rb", block_size=0) as stream:  # 0: no range requests
+        return sum(map(len, iter(partial(stream.read, 1 << 20), b"")))
 
 
 def _call(action: str, uri: str, function: Any, *arguments: Any, **options: Any) -> Any:

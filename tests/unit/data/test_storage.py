@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError, StorageError
 
 
@@ -125,6 +125,72 @@ def test_a_file_from_a_web_server_without_range_requests_is_read_in_order(
                 list(rest)
         else:
             assert b"".join(rest) == content[100:]
+
+
+class WithoutLength(BaseHTTPRequestHandler):
+    """A server that makes files when they are asked for, and does not know their size before; a path names the way."""
+
+    protocol_version = "HTTP/1.1"
+    content: ClassVar = b"smiles,y\n" + b"CC,1\n" * 500_000
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        if self.path.startswith("/zero"):
+            self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        whole, middle = self.content, len(self.content) // 2
+        if self.path.startswith("/zero"):
+            self.send_header("Content-Length", str(len(whole)))
+            pieces = [whole]
+        elif self.path.startswith("/closing"):
+            self.send_header("Connection", "close")
+            pieces = [whole]
+        else:
+            self.send_header("Transfer-Encoding", "chunked")
+            parts = [whole[:middle], whole[middle:], b""]
+            pieces = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
+            if self.path.startswith("/broken"):
+                self.close_connection = True
+                pieces = pieces[:1]
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # the client has seen enough
+            for piece in pieces:
+                self.wfile.write(piece)
+
+    def log_message(self, *_: object) -> None:
+        """Be silent."""
+
+
+@pytest.fixture
+def lengthless(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a web server that does not say how large files are."""
+    monkeypatch.setenv("MOLEBLEND_STORAGE_RETRY_S", "0")
+    with ThreadingHTTPServer(("127.0.0.1", 0), WithoutLength) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("way", ["chunked", "closing", "zero"])
+def test_a_source_whose_size_a_web_server_does_not_say_is_read_whole(
+    lengthless: str, way: str
+) -> None:
+    uri = f"{lengthless}/{way}.csv"
+    size = len(WithoutLength.content)
+    assert storage.size(uri) == size
+    assert storage.list_files(uri) == [storage.FileInfo(uri, size)]
+    (layout,) = inspect_sources(find_sources(uri), ColumnConfig()).layouts
+    assert (layout.file.size, layout.columns) == (size, ("smiles", "y"))
+    assert sum(chunk.num_rows for chunk in read_chunks(layout, 0, 100_000)) == 500_000
+
+
+def test_a_file_of_unknown_size_that_breaks_off_is_an_error(lengthless: str) -> None:
+    uri = f"{lengthless}/broken.csv"
+    with pytest.raises(StorageError, match=rf"Cannot read {uri}: .*[Pp]ayload"):
+        find_sources(uri)
 
 
 class AnsweringWith(BaseHTTPRequestHandler):
