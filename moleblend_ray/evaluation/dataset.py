@@ -111,7 +111,7 @@ def load_labelled(
     out.
     """
     manifest = load_manifest(uri)
-    columns = _label_columns(uri, manifest, task)
+    columns = labels_of_task(uri, manifest, task)
     names = [LABEL_PREFIX + column for column in columns]
     table = _read_molecules(
         uri, manifest, ["mol_id", "source_row", "smiles", *GRAPH_COLUMNS, *names]
@@ -275,7 +275,8 @@ def _past_copies(smiles: Sequence[str], order: NDArray[np.int64], cut: int) -> i
     return cut
 
 
-def _label_columns(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
+def labels_of_task(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
+    """The label columns of a task, or all if it names none; DataError if the prepared dataset at ``uri`` lacks one."""
     available = manifest.label_names()
     if not available:
         raise DataError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -27,6 +28,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
@@ -38,6 +40,7 @@ from moleblend_ray.errors import (
     without_credentials,
 )
 from moleblend_ray.evaluation.dataset import (
+    labels_of_task,
     load_labelled,
     only_used,
     split_molecules,
@@ -119,15 +122,36 @@ class Bench:
     """Hash of the split of all labelled molecules of the dataset."""
 
 
-def set_up(config: PropertyConfig) -> Bench:
-    """Prepare, load and split the molecules and load the starting weights; check that ``out`` belongs to this
-    question."""
-    check_cluster(config)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What is read before Ray is started, which takes seconds: what is wrong with it needs no cluster to be found."""
+
+    start: StartingPoint
+    """Weights to start from."""
+    named: NamedSplits | None
+    """Splits that come with the data."""
+    sources: SourceSet | None
+    """Files and columns of raw molecules; None for a prepared dataset."""
+
+
+def read_inputs(config: PropertyConfig) -> Inputs:
+    """The starting weights, the named splits and the columns of the source; a ConfigError or DataError if the source
+    lacks one that the task needs."""
     task = config.task.resolve()
-    # Before molecules are prepared, which takes longest: what can be wrong without them.
     start = starting_point(config)
     named = named_splits(config.task)
-    data_uri = prepare_task(config)
+    sources = look_at_source(config.task, task.columns or None)
+    if sources is None:
+        labels_of_task(config.task.source, load_manifest(config.task.source), task)
+    return Inputs(start=start, named=named, sources=sources)
+
+
+def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
+    """Prepare, load and split the molecules; check that ``out`` belongs to this question."""
+    check_cluster(config)
+    task = config.task.resolve()
+    start, named = inputs.start, inputs.named
+    data_uri = prepare_task(config, inputs.sources)
     molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
     split = with_fewer_labels(
         split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
@@ -188,13 +212,46 @@ def check_cluster(config: PropertyConfig) -> None:
     require_resources(need, "one training", cluster.worker_labels)
     # The checkpoint and prepared molecules are read by this process alone, and sent to the others.
     source = config.task.source
-    is_prepared = storage.exists(storage.join(source, MANIFEST_NAME))
-    require_shared_paths({"out": config.out, **({} if is_prepared else {"task.source": source})})
+    raw = {} if _is_prepared(source) else {"task.source": source}
+    require_shared_paths({"out": config.out, **raw})
     warn_of_unused_gpus(cluster)
 
 
-def prepare_task(config: PropertyConfig) -> str:
-    """URI of the task's prepared molecules."""
+def _is_prepared(source: str) -> bool:
+    return storage.exists(storage.join(source, MANIFEST_NAME))
+
+
+def look_at_source(
+    molecules: TaskConfig | EmbedConfig | PredictConfig, label_columns: tuple[str, ...] | None
+) -> SourceSet | None:
+    """Files and columns of raw molecules, for :func:`prepare_molecules`; None for a prepared dataset.
+
+    Raises ColumnError if there is no column of a name that is asked for.
+    """
+    if _is_prepared(molecules.source):
+        return None
+    columns = ColumnConfig(
+        smiles_column=molecules.smiles_column,
+        id_column=molecules.id_column,
+        label_columns=label_columns,
+    )
+    with _settings_named_as_in(molecules):
+        return inspect_sources(find_sources(molecules.source), columns)
+
+
+@contextmanager
+def _settings_named_as_in(molecules: TaskConfig | EmbedConfig | PredictConfig) -> Iterator[None]:
+    """Let a ColumnError name the setting as the command does."""
+    try:
+        yield
+    except ColumnError as error:
+        if not isinstance(molecules, TaskConfig):
+            raise
+        raise ColumnError(_TASK_SETTINGS[error.setting], error.reason) from error
+
+
+def prepare_task(config: PropertyConfig, sources: SourceSet | None = None) -> str:
+    """URI of the task's prepared molecules; ``sources`` as in :func:`prepare_molecules`."""
     task = config.task
     return prepare_molecules(
         task,
@@ -203,6 +260,7 @@ def prepare_task(config: PropertyConfig) -> str:
         conformers=task.conformers,
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=config.cluster,
+        sources=sources,
     )
 
 
@@ -214,12 +272,14 @@ def prepare_molecules(
     conformers: int,
     rows_per_chunk: int,
     cluster: ClusterConfig,
+    sources: SourceSet | None = None,
 ) -> str:
     """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
-    All molecules are in one split, in the order of the source.
+    All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
+    it was called.
     """
-    if storage.exists(storage.join(molecules.source, MANIFEST_NAME)):
+    if _is_prepared(molecules.source):
         return molecules.source
     config = PrepareConfig(
         source=molecules.source,
@@ -238,12 +298,8 @@ def prepare_molecules(
             cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
         ),
     )
-    try:
-        prepare(config, wants_coordinates=bool(conformers))
-    except ColumnError as error:
-        if not isinstance(molecules, TaskConfig):
-            raise
-        raise ColumnError(_TASK_SETTINGS[error.setting], error.reason) from error
+    with _settings_named_as_in(molecules):
+        prepare(config, wants_coordinates=bool(conformers), sources=sources)
     return out
 
 

@@ -15,6 +15,7 @@ from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
     finished_results,
+    read_inputs,
     set_up,
     train_seeds,
     write_results,
@@ -62,8 +63,9 @@ def finetune(config: FinetuneConfig) -> FinetuneSummary:
     stored = finished_results(config)
     if stored is not None:
         return summarise(config.out, stored, already_finished=True)
+    inputs = read_inputs(config)
     with ray_session(config.cluster):
-        bench = set_up(config)
+        bench = set_up(config, inputs)
         model = train(config, bench)
         baselines = run_baselines(config, bench, config.seeds, train)
         results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)

@@ -12,7 +12,7 @@ import pickle
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,7 @@ from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS, QUARANTINE_SCHEMA, read_file
+from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import (
     CheckpointError,
     DataError,
@@ -44,6 +45,7 @@ from moleblend_ray.orchestration.downstream import (
     check_finished,
     claim,
     data_inputs,
+    look_at_source,
     prepare_molecules,
 )
 from moleblend_ray.orchestration.local import (
@@ -66,6 +68,9 @@ DATA_DIR = "prepared"
 
 ROWS_PER_CHUNK = 4096
 """Rows per task when preparing, and so the most rows of a part."""
+
+_LABEL_COLUMNS: Final[tuple[str, ...]] = ()
+"""Labels that are kept of a raw source: none."""
 
 PLACE_SETTINGS = ("out", "cluster", "batch_size")
 """Settings that change where and how fast the work is done, but not its result."""
@@ -140,9 +145,11 @@ def run_parts(job: PartsJob) -> Outcome:
         return Outcome(summary=stored, already_finished=True)
     # Read here as well, to find errors of the model before molecules are prepared and actors are started.
     maker = job.load(torch.device("cpu"))
+    # Likewise those of the source, before Ray is started.
+    sources = look_at_source(config, _LABEL_COLUMNS)
     with ray_session(config.cluster):
         _check_cluster(job)
-        data_uri = _prepare(job, maker)
+        data_uri = _prepare(job, maker, sources)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
             raise DataError(
@@ -182,16 +189,17 @@ def part_path(number: int) -> str:
     return f"parts/part-{number:05d}.parquet"
 
 
-def _prepare(job: PartsJob, maker: PartMaker) -> str:
+def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) -> str:
     """URI of the prepared molecules."""
     asked = job.config.conformers
     return prepare_molecules(
         job.config,
         storage.join(job.config.out, DATA_DIR),
-        label_columns=(),
+        label_columns=_LABEL_COLUMNS,
         conformers=maker.conformers if asked is None else int(asked),
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=job.config.cluster,
+        sources=sources,
     )
 
 

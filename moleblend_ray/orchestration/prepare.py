@@ -146,12 +146,22 @@ class PrepareSummary:
     seconds: float
 
 
-def prepare(config: PrepareConfig, *, wants_coordinates: bool = True) -> PrepareSummary:
+def prepare(
+    config: PrepareConfig, *, wants_coordinates: bool = True, sources: SourceSet | None = None
+) -> PrepareSummary:
     """Prepare ``config.source`` into ``config.out``. A finished data set stays as it is, an unfinished one is
-    finished. Molecules without coordinates are warned of if ``wants_coordinates``."""
+    finished. Molecules without coordinates are warned of if ``wants_coordinates``.
+
+    ``sources`` is what :func:`inspect_sources` has told of the source and the columns of ``config``, if it was asked
+    before.
+    """
     start_s = time.monotonic()
     config = with_absolute_paths(config)  # The actors have another working directory.
-    files = find_sources(*config.sources())
+    files = (
+        find_sources(*config.sources())
+        if sources is None
+        else [layout.file for layout in sources.layouts]
+    )
     _check_apart(config, [file.uri for file in files])
     splits = _named_splits(config, len(files))
     options = _options(config, splits)
@@ -161,7 +171,8 @@ def prepare(config: PrepareConfig, *, wants_coordinates: bool = True) -> Prepare
         logger.info("%s is prepared already: nothing to do", shown_out)
         remove_work_files(config.out)  # The run that wrote the manifest may have ended before this.
         return _summary(config.out, "already prepared", manifest, _Effort(), start_s)
-    sources = inspect_sources(files, options.columns)
+    if sources is None:
+        sources = inspect_sources(files, options.columns)
     done = claim_output(config.out, sources, options)
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))

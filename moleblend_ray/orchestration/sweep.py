@@ -41,6 +41,7 @@ from moleblend_ray.orchestration.downstream import (
     Bench,
     LostWorkError,
     finished_results,
+    read_inputs,
     set_up,
     train_seeds,
     worker_resources,
@@ -124,8 +125,9 @@ def sweep(config: SweepConfig) -> SweepSummary:
     warn_of_searched(config)
     # A searcher that cannot be used fails now, not after the molecules were prepared.
     search_method(config, config.task.resolve())
+    inputs = read_inputs(config)
     with ray_session(config.cluster):
-        bench = set_up(config)
+        bench = set_up(config, inputs)
         model = search_and_train(config, bench)
         baselines = run_baselines(config, bench, config.final_seeds, search_and_train)
         results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)

@@ -14,12 +14,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.given_split import rows_of_column
 from moleblend_ray.evaluation.leaderboard import Leaderboard, Status, TaskRow, rows_of_states
@@ -31,6 +35,7 @@ from moleblend_ray.orchestration.downstream import (
     IDENTITY_NAME,
     check_cluster,
     check_finished,
+    look_at_source,
     prepare_molecules,
     question,
 )
@@ -105,15 +110,16 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     configs = _task_configs(config, sources)
     _check_questions(config.out, configs)
     finished_before = {name for name in configs if _is_finished(config.out, name)}
+    # What is finished needs its molecules no more: nothing is prepared again for it.
+    prepares = finished_before != set(configs) or _is_shared_prepared(config, sources)
+    shared = _look_at_shared(config, sources) if prepares else {}
     # A session takes seconds to start; finished tasks only look at files.
     session = ray_session(config.cluster)
     with contextlib.nullcontext() if finished_before == set(configs) else session:
         if finished_before != set(configs):
             check_cluster(config)
         board = _write_board(config.out, states)
-        # What is finished needs its molecules no more: nothing is prepared again for it.
-        if finished_before != set(configs) or _is_shared_prepared(config, sources):
-            _prepare_shared(config, sources)
+        _prepare_shared(config, shared)
         for number, (name, task_config) in enumerate(configs.items(), start=1):
             logger.info("task %d of %d: %s", number, len(configs), name)
             error = _error_of(run, task_config)
@@ -242,13 +248,33 @@ def _is_shared_prepared(config: PropertyConfig, sources: TaskSources) -> bool:
     )
 
 
-def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:
+class _Shared(NamedTuple):
+    """What is read of a shared source before Ray is started."""
+
+    sources: SourceSet | None
+    """Files and columns."""
+    rows: dict[str, NDArray[np.int64]] | None
+    """Word in the split column -> rows; None without such a column."""
+
+
+def _look_at_shared(config: PropertyConfig, sources: TaskSources) -> dict[str, _Shared]:
+    """Each source that several tasks share; ConfigError or DataError if it lacks a column that all of them need."""
+    column = config.task.split_column
+    return {
+        source: _Shared(
+            look_at_source(dataclasses.replace(config.task, source=source), None),
+            None if column is None else rows_of_column(source, column),
+        )
+        for source in _shared_sources(sources)
+    }
+
+
+def _prepare_shared(config: PropertyConfig, shared: Mapping[str, _Shared]) -> None:
     """Prepare, check or complete the molecules that several tasks share, with every numeric column as a label."""
-    for source in _shared_sources(sources):
+    for source, found in shared.items():
         split = _shared_split(config, source)
-        if split is not None and config.task.split_column is not None:
-            rows = rows_of_column(source, config.task.split_column)
-            storage.write_json(split, {word: found.tolist() for word, found in rows.items()})
+        if split is not None and found.rows is not None:
+            storage.write_json(split, {word: rows.tolist() for word, rows in found.rows.items()})
         prepare_molecules(
             dataclasses.replace(config.task, source=source),
             _shared_data(config.out, source),
@@ -256,6 +282,7 @@ def _prepare_shared(config: PropertyConfig, sources: TaskSources) -> None:
             conformers=config.task.conformers,
             rows_per_chunk=SHARED_ROWS_PER_CHUNK,
             cluster=config.cluster,
+            sources=found.sources,
         )
 
 

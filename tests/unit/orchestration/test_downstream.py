@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import ray
 import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
+from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.results import RESULTS_VERSION
@@ -25,7 +26,10 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import downstream
+from moleblend_ray.orchestration import finetune as finetune_module
+from moleblend_ray.orchestration import sweep as sweep_module
 from moleblend_ray.orchestration.downstream import (
+    Inputs,
     LostWorkError,
     check_cluster,
     check_finished,
@@ -34,6 +38,7 @@ from moleblend_ray.orchestration.downstream import (
     finished_results,
     prepare_task,
     question,
+    read_inputs,
     set_up,
     starting_point,
 )
@@ -54,6 +59,17 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return asked
 
 
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No command may start Ray."""
+
+    def fail(cluster: ClusterConfig) -> None:
+        raise AssertionError("Ray was started")
+
+    for module in (finetune_module, sweep_module):
+        monkeypatch.setattr(module, "ray_session", fail)
+
+
 def finetuning(folder: Path, **changes: object) -> FinetuneConfig:
     source = folder / "esol.csv"
     source.write_text("smiles,y,part\nCCO,1,train\n")
@@ -69,13 +85,15 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
         labels=labels, columns=("y",), smiles=("C",) * 6, parts=np.array([0, 0, 1, 1, 2, 2])
     )
     monkeypatch.setattr(downstream, "check_cluster", lambda config: None)
-    monkeypatch.setattr(downstream, "prepare_task", lambda config: "data")
+    monkeypatch.setattr(downstream, "prepare_task", lambda config, sources: "data")
     monkeypatch.setattr(downstream, "load_labelled", lambda *_, **__: molecules)
     task = TaskConfig(
         name="hits", source="a.csv", columns=("y",), kind="classification", split="given"
     )
+    config = FinetuneConfig(task=task, out=str(tmp_path / "out"))
+    inputs = Inputs(start=starting_point(config), named=None, sources=None)
     with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
-        set_up(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+        set_up(config, inputs)
     assert not (tmp_path / "out").exists()
 
 
@@ -106,40 +124,78 @@ def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
         ({"split_file": "/no/such/splits.csv"}, StorageError, "splits.csv"),
     ],
 )
-def test_what_can_be_wrong_without_molecules_is_found_before_they_are_prepared(
+def test_what_can_be_wrong_without_molecules_is_found_before_ray_is_started(
     tmp_path: Path,
-    checks: list[object],
-    monkeypatch: pytest.MonkeyPatch,
+    no_ray: None,
     changes: dict[str, object],
     error: type[Exception],
     message: str,
 ) -> None:
-    prepared: list[object] = []
-    monkeypatch.setattr(downstream, "prepare_task", prepared.append)
     config = finetuning(tmp_path, **changes)
     if changes:
         config = dataclasses.replace(config, checkpoint=None)
     with pytest.raises(error, match=message):
-        set_up(config)
-    assert prepared == []
+        finetune_module.finetune(config)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"columns": ("pIC50",)},
-            r"^task\.columns: .*esol\.csv has no 'pIC50'; it has 'smiles', 'y'",
-        ),
-        ({"columns": ("y",), "smiles_column": "SMILES"}, r"^task\.smiles_column: .*mean 'smiles'"),
-        ({"columns": ("y",), "id_column": "name"}, r"^task\.id_column: .*has no 'name'"),
-    ],
-)
+MISSING_COLUMNS = [
+    (
+        {"columns": ("pIC50",)},
+        r"^task\.columns: .*esol\.csv has no 'pIC50'; it has 'smiles', 'y'",
+    ),
+    ({"columns": ("y",), "smiles_column": "SMILES"}, r"^task\.smiles_column: .*mean 'smiles'"),
+    ({"columns": ("y",), "id_column": "name"}, r"^task\.id_column: .*has no 'name'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISSING_COLUMNS)
 def test_a_missing_column_is_told_by_the_setting_of_the_task(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         prepare_task(finetuning(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("job", ["finetune", "sweep"])
+@pytest.mark.parametrize(("changes", "message"), MISSING_COLUMNS)
+def test_a_missing_column_is_found_before_ray_is_started(
+    tmp_path: Path, no_ray: None, changes: dict[str, object], message: str, job: str
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, **changes), checkpoint=None)
+    run: Callable[[], object] = partial(finetune_module.finetune, config)
+    if job == "sweep":
+        run = partial(sweep_module.sweep, SweepConfig(task=config.task, out=config.out))
+    with pytest.raises(ConfigError, match=message):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_that_a_prepared_dataset_lacks_is_found_before_ray_is_started(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    manifest = SimpleNamespace(label_names=lambda: ("y",))
+    monkeypatch.setattr(downstream, "load_manifest", lambda uri: manifest)
+    task = TaskConfig(
+        name="mine", source=str(tmp_path / "data"), columns=("pIC50",), kind="regression"
+    )
+    with pytest.raises(DataError, match=r"needs the label columns \['pIC50'\].*it has: y\."):
+        finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+
+
+def test_the_source_that_was_looked_at_is_what_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    sources = read_inputs(config).sources
+    assert sources is not None
+    assert [label.name for label in sources.labels] == ["y"]
+    given: list[object] = []
+    monkeypatch.setattr(downstream, "prepare", lambda *_, sources, **__: given.append(sources))
+    prepare_task(config, sources)
+    assert given == [sources]
 
 
 class Tasks:

@@ -20,12 +20,12 @@ from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
-from moleblend_ray.errors import CheckpointError
+from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import parts
-from moleblend_ray.orchestration.embed import embed_job
+from moleblend_ray.orchestration.embed import embed, embed_job
 from moleblend_ray.orchestration.parts import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
 
@@ -159,6 +159,34 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
     parts._prepare(predict_job(config), SimpleNamespace(conformers=4))  # type: ignore[arg-type]
     assert found == [made]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"smiles_column": "SMILES"}, r"^smiles_column: .*has no 'SMILES'; .*mean 'smiles'"),
+        ({"id_column": "name"}, r"^id_column: .*has no 'name'; it has 'smiles'"),
+    ],
+)
+def test_a_missing_column_is_found_before_ray_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+
+    def fail(cluster: ClusterConfig) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(parts, "ray_session", fail)
+    config = EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "library.csv"),
+        out=str(tmp_path / "out"),
+        **changes,
+    )
+    with pytest.raises(ConfigError, match=message):
+        embed(config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:

@@ -116,6 +116,32 @@ def test_nothing_is_prepared_again_for_tasks_that_are_finished(
     assert prepared == [str(tmp_path / "out/data/qm9")]
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"smiles_column": "SMILES"}, ConfigError, r"^task\.smiles_column: .*has no 'SMILES'"),
+        ({"split_column": "part"}, DataError, r"^task\.split_column: .*has no column 'part'"),
+    ],
+)
+def test_a_column_that_a_shared_source_lacks_is_found_before_ray_is_started(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    error: type[Exception],
+    message: str,
+) -> None:
+    fill(tmp_path, "qm9.csv")
+    config = config_for(tmp_path, "qm9_gap", "qm9_mu")
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, **changes))
+    started: list[object] = []
+    monkeypatch.setattr(task_groups, "ray_session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(task_groups, "check_cluster", started.append)
+    with pytest.raises(error, match=message):
+        _run_tasks(config, started.append)
+    assert started == []
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run for each task here needs none."""
