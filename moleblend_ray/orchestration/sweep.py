@@ -15,7 +15,7 @@ import pickle
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,7 +265,7 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     experiment_path = storage.join(storage_path, SEARCH_DIR)
     # First, as restoring a stored search needs the same classes.
     searcher, scheduler = search_method(config, task)
-    if _can_continue(experiment_path):
+    if _can_continue(experiment_path, config.search.dimensions(task.epochs)):
         logger.info("continuing the search in %s", experiment_path)
         # Failed trials are run again: they may have failed for the reason that interrupted the command.
         return tune.Tuner.restore(experiment_path, trainable=trainable, resume_errored=True)
@@ -292,8 +292,9 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     )
 
 
-def _can_continue(experiment_path: str) -> bool:
-    """Whether an interrupted search left a complete state to continue from; incomplete ones are removed.
+def _can_continue(experiment_path: str, varied: Collection[str]) -> bool:
+    """Whether an interrupted search left a complete state to continue from; incomplete ones are removed, and searches
+    that vary other settings than ``varied``.
 
     Tune writes its settings at the start, and the state seconds later as several files, none of them atomically. From
     settings without a state it would run a single trial and call the search finished.
@@ -304,13 +305,31 @@ def _can_continue(experiment_path: str) -> bool:
     if _unpickled(settings_uri) is not None:
         for state in _states(experiment_path):
             if _is_whole(*state):
-                return True
+                return _varies_only(experiment_path, state[0], varied)
             for uri in state:
                 storage.delete(uri)
     logger.warning(
         "the search in %s was interrupted before its state was stored, and begins again; trials that were over are "
         "not trained again",
         without_credentials(experiment_path),
+    )
+    storage.delete_tree(experiment_path)
+    return False
+
+
+def _varies_only(experiment_path: str, trials_uri: str, varied: Collection[str]) -> bool:
+    """Whether the stored trials vary none but these settings; a search that varies others is removed.
+
+    Its searcher would go on to draw them. An earlier version drew frozen blocks for an encoder from scratch.
+    """
+    trials = storage.read_json(trials_uri)["trial_data"]
+    others = {name for trial, _ in trials for name in json.loads(trial)["config"]} - set(varied)
+    if not others:
+        return True
+    logger.warning(
+        "the search in %s was begun by an earlier version, which varied %s there too, and begins again",
+        without_credentials(experiment_path),
+        ", ".join(sorted(others)),
     )
     storage.delete_tree(experiment_path)
     return False

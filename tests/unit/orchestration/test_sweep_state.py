@@ -17,12 +17,18 @@ from moleblend_ray.orchestration.searchers import build_searcher
 from moleblend_ray.orchestration.sweep import _can_continue
 
 OLD, NEW = "2026-01-01_08-00-00", "2026-01-01_09-00-00"
+VARIED = ("patience", "readout")
+
+
+def trial_state(trial_id: str, **drawn: object) -> str:
+    """A trial as Ray Tune 2.60 writes it, as far as it is looked at."""
+    return json.dumps({"trial_id": trial_id, "config": {"patience": 3, **drawn}})
 
 
 def write_state(search: Path, start: str, num_trials: int) -> None:
     """As Ray Tune 2.60 writes it, as far as it is looked at."""
     ids = [f"id-{number}" for number in range(num_trials)]
-    state = {"trial_data": [[json.dumps({"trial_id": one}), "{}"] for one in ids]}
+    state = {"trial_data": [[trial_state(one), "{}"] for one in ids]}
     (search / f"experiment_state-{start}.json").write_text(json.dumps(state))
     searcher = {"_ot_trials": dict.fromkeys(ids)}
     (search / f"searcher-state-{start}.pkl").write_bytes(pickle.dumps(searcher))
@@ -50,11 +56,11 @@ def states(search: Path) -> set[str]:
 
 
 def test_a_search_that_never_began_is_not_continued(tmp_path: Path) -> None:
-    assert not _can_continue(str(tmp_path / "search"))
+    assert not _can_continue(str(tmp_path / "search"), VARIED)
 
 
 def test_a_whole_state_is_continued_and_left_as_it_is(search: Path) -> None:
-    assert _can_continue(str(search))
+    assert _can_continue(str(search), VARIED)
     assert states(search) == {OLD, NEW}
 
 
@@ -65,7 +71,7 @@ def test_a_state_that_is_not_whole_gives_way_to_the_one_before(
 ) -> None:
     (path,) = search.glob(f"{kind}-{NEW}*")
     damage(path)
-    assert _can_continue(str(search))
+    assert _can_continue(str(search), VARIED)
     if kind == "experiment_state" and damage is Path.unlink:
         return  # Tune goes by this file: without it the others are of no state
     assert states(search) == {OLD}
@@ -74,7 +80,7 @@ def test_a_state_that_is_not_whole_gives_way_to_the_one_before(
 def test_files_of_two_moments_are_no_state(search: Path) -> None:
     newer = search / f"searcher-state-{NEW}.pkl"
     (search / f"searcher-state-{OLD}.pkl").replace(newer)
-    assert not _can_continue(str(search))
+    assert not _can_continue(str(search), VARIED)
     assert not search.exists()
 
 
@@ -84,9 +90,21 @@ def test_a_search_without_settings_or_state_begins_again(
 ) -> None:
     for path in search.glob("*tuner.pkl" if lacking == "settings" else "*state-*"):
         cut(path) if lacking == "settings" else path.unlink()
-    assert not _can_continue(str(search))
+    assert not _can_continue(str(search), VARIED)
     assert not search.exists()
     assert "begins again" in caplog.text
+
+
+def test_a_search_that_draws_what_is_varied_no_more_begins_again(
+    search: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = search / f"experiment_state-{NEW}.json"
+    state = json.loads(path.read_text())
+    state["trial_data"][-1][0] = trial_state("id-3", frozen_blocks=2)
+    path.write_text(json.dumps(state))
+    assert not _can_continue(str(search), VARIED)
+    assert not search.exists()
+    assert "earlier version, which varied frozen_blocks there too, and begins again" in caplog.text
 
 
 class Counting(Searcher):
@@ -128,7 +146,7 @@ def searched(folder: Path, searcher: str, num_trials: int) -> None:
         made.suggest(one)
     generator._counter = num_trials
     generator.save_to_dir(str(folder), NEW)
-    state = {"trial_data": [[json.dumps({"trial_id": one}), "{}"] for one in ids]}
+    state = {"trial_data": [[trial_state(one), "{}"] for one in ids]}
     (folder / f"experiment_state-{NEW}.json").write_text(json.dumps(state))
 
 
@@ -143,9 +161,9 @@ def test_the_state_of_every_searcher_is_continued_if_it_is_of_one_moment(
         searched(folder, searcher, 3)
         state = json.loads((folder / f"experiment_state-{NEW}.json").read_text())
         for number in range(trials_of_later_moment):
-            state["trial_data"].append([json.dumps({"trial_id": f"later-{number}"}), "{}"])
+            state["trial_data"].append([trial_state(f"later-{number}"), "{}"])
         (folder / f"experiment_state-{NEW}.json").write_text(json.dumps(state))
-        assert _can_continue(str(folder)) == (name == "whole")
+        assert _can_continue(str(folder), VARIED) == (name == "whole")
 
 
 def test_optuna_s_state_of_as_many_but_other_trials_is_no_state(tmp_path: Path) -> None:
@@ -153,10 +171,10 @@ def test_optuna_s_state_of_as_many_but_other_trials_is_no_state(tmp_path: Path) 
     searched(tmp_path, "random", 3)
     path = tmp_path / f"experiment_state-{NEW}.json"
     path.write_text(path.read_text().replace("id-2", "id-7"))
-    assert not _can_continue(str(tmp_path))
+    assert not _can_continue(str(tmp_path), VARIED)
 
 
 def test_a_search_whose_searcher_stores_nothing_begins_again(tmp_path: Path) -> None:
     (tmp_path / "tuner.pkl").write_bytes(pickle.dumps({"_tune_config": "x"}))
     searched(tmp_path, f"{__name__}.Forgetful", 3)
-    assert not _can_continue(str(tmp_path))
+    assert not _can_continue(str(tmp_path), VARIED)
