@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bz2
-import contextlib
 import csv
 import io
 import lzma
@@ -11,10 +10,10 @@ import math
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain
-from typing import Any, BinaryIO, Final, Self
+from typing import Any, BinaryIO, Final, Literal, Self
 
 import pyarrow as pa
 
@@ -23,8 +22,9 @@ from moleblend_ray.errors import DataError
 
 MAX_RECORD_BYTES: Final = 16 << 20
 """Most bytes of a record; of a larger one only the beginning is kept, for the quarantine."""
-# With the csv module's default of 128 KiB, a long cell would make its row unreadable.
-csv.field_size_limit(MAX_RECORD_BYTES)
+# With the csv module's default of 128 KiB, a long cell would make its row unreadable. Cells are limited as their rows
+# are, in parts of up to twice the limit and a line.
+csv.field_size_limit(3 * MAX_RECORD_BYTES)
 
 _KEPT_BYTES: Final = 4 * EXCERPT_CHARACTERS
 """Bytes that are kept of a record that is too large: enough for an excerpt, as a character has at most four."""
@@ -298,14 +298,15 @@ def csv_records(blocks: Iterable[bytes], delimiter: str, max_bytes: int) -> Iter
     """The rows of a table, in which quoted fields may contain line ends; blank lines between rows are skipped.
 
     The rows of a part that ends with a row are the same as in the whole: a chunk is divided once more when it is parsed.
-    A line of more than ``max_bytes`` is a row of its own, whatever its quotes; its :class:`Beginning` is in its place.
+    A line of more than ``max_bytes`` is a row of its own, whatever its quotes. In the place of a row that is larger there
+    is its :class:`Beginning`.
     """
     lines = _Lines(lines_of(blocks, max_bytes))
     for line in lines:
         if isinstance(line, Beginning):
             yield line
         elif line.strip(b"\r\n"):
-            yield _whole_row(line, lines, delimiter) if b'"' in line else line
+            yield _whole_row(line, lines, delimiter, max_bytes) if b'"' in line else line
 
 
 class _Lines(Iterator[bytes]):
@@ -323,36 +324,75 @@ class _Lines(Iterator[bytes]):
         self._returned.extendleft(reversed(list(lines)))
 
 
-def _whole_row(first: bytes, following: _Lines, delimiter: str) -> bytes:
-    """The row that begins with line ``first``, with the lines that its quoted fields go on over.
+def _whole_row(first: bytes, following: _Lines, delimiter: str, max_bytes: int) -> bytes:
+    """The row that begins with line ``first``, with the lines that its quoted fields go on over; its ``Beginning`` if it
+    is larger than ``max_bytes``.
 
-    If these lines are no row (a stray quote ends in the middle of another row's cell, or is not closed before the end
-    or a line that is too large), ``first`` alone: whoever parses it finds that it is not one.
+    If these lines are no row (a stray quote ends in the middle of another row's cell, or is not closed before the end,
+    a line that is too large or long after ``max_bytes``), ``first`` alone: whoever parses it finds that it is not one.
+    """
+    lines, ending = _part_of_row(chain([first], following), delimiter, max_bytes)
+    if ending is None:
+        following.give_back(lines[1:])
+        return first
+    record = b"".join(lines)
+    num_bytes = len(record)
+    if num_bytes > max_bytes:
+        record = Beginning(record, num_bytes)
+    while ending == "open":
+        lines, ending = _part_of_row(following, delimiter, max_bytes, is_continued=True)
+        if ending is None:
+            following.give_back(lines)
+        else:
+            num_bytes += sum(map(len, lines))
+            record = Beginning(record, num_bytes)
+    return record
+
+
+def _part_of_row(
+    lines: Iterator[bytes], delimiter: str, max_bytes: int, *, is_continued: bool = False
+) -> tuple[list[bytes], Literal["closed", "open"] | None]:
+    """The lines up to the end of a row; if they exceed twice ``max_bytes`` before, these, and the row is open.
+
+    None if they are no row, or no part of one: quotes are not where they belong, or the last cell of an open row exceeds
+    ``max_bytes``, as the rows after a stray quote do. A row that is continued begins within quotes.
     """
     taken: list[bytes] = []
-    is_open = False
+    ending: Literal["closed", "open"] | None = "closed"
 
     def feed() -> Iterator[str]:
-        nonlocal is_open
-        for line in chain([first], following):
+        nonlocal ending
+        num_bytes = 0
+        yield from opening
+        for line in lines:
             taken.append(line)
             if isinstance(line, Beginning):
                 break
             yield decode(line)
-        is_open = True
+            num_bytes += len(line)
+            if num_bytes > 2 * max_bytes:
+                ending = "open"
+                return
+        ending = None
 
-    with contextlib.suppress(csv.Error):
-        next(csv.reader(feed(), delimiter=delimiter))
-        if not is_open and (len(taken) == 1 or _is_strict(taken, delimiter)):
-            return b"".join(taken)
-    following.give_back(taken[1:])
-    return first
+    opening = ['"'] if is_continued else []
+    try:
+        cells = next(csv.reader(feed(), delimiter=delimiter))
+    except csv.Error:
+        return taken, None
+    if ending == "closed" and len(taken) == 1 and not is_continued:
+        return taken, ending
+    if ending is None or (ending == "open" and len(cells[-1].encode()) > max_bytes):
+        return taken, None
+    closing = ['"'] if ending == "open" else []
+    is_row = _is_strict(chain(opening, map(decode, taken), closing), delimiter)
+    return taken, ending if is_row else None
 
 
-def _is_strict(lines: Sequence[bytes], delimiter: str) -> bool:
+def _is_strict(lines: Iterator[str], delimiter: str) -> bool:
     """Whether these lines are a row whose quotes are where they belong."""
     try:
-        next(csv.reader(map(decode, lines), delimiter=delimiter, strict=True))
+        next(csv.reader(lines, delimiter=delimiter, strict=True))
     except csv.Error:
         return False
     return True

@@ -473,6 +473,70 @@ def test_a_line_that_is_too_large_is_a_row_of_its_own_whatever_its_quotes(
     )
 
 
+ROW_OF_MANY_LINES = '{smiles},"' + '","'.join(["a\nb" + "z" * (LIMIT // 4)] * 7) + '"\n'
+"""A row of 1.8 MiB in lines of a quarter of that."""
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("rows_per_chunk", [1, 2, 10])
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_row_whose_cells_together_are_too_large_costs_no_other(
+    tmp_path: Path, num_rows: int, rows_per_chunk: int
+) -> None:
+    header = "smiles," + ",".join(f"c{number}" for number in range(7)) + "\n"
+    small = ROW_OF_MANY_LINES.replace("z", "")
+    large = "".join(ROW_OF_MANY_LINES.format(smiles="CO") for _ in range(num_rows))
+    (tmp_path / "t.csv").write_text(
+        header + small.format(smiles="C") + large + small.format(smiles="CC")
+    )
+    records = records_of(tmp_path / "t.csv", rows_per_chunk, label_columns=())
+    assert [record.row for record in records] == list(range(num_rows + 2))
+    assert smiles_of(records) == ["C", "CC"]
+    for record in records[1:-1]:
+        assert_too_large(record, "1.8")
+        assert record.excerpt == large[:200]
+
+
+@pytest.mark.parametrize("num_cells", [3, 12, 200])
+def test_of_a_row_of_many_lines_no_more_than_the_limit_is_held(num_cells: int) -> None:
+    cell = b"x" * (LIMIT // 2) + b'\n"'
+    row = b'CO,"' + b',"'.join([cell] * num_cells) + b"\n"
+
+    def blocks() -> Iterator[bytes]:
+        yield b'C,1\nCO,"'
+        for number in range(num_cells):
+            yield (b',"' if number else b"") + cell
+        yield b"\nCC,2\n"
+
+    tracemalloc.start()
+    first, large, last = text.csv_records(blocks(), ",", LIMIT)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (first, last) == (b"C,1\n", b"CC,2\n")
+    assert isinstance(large, text.Beginning)
+    assert (large, large.num_bytes) == (row[:800], len(row))
+    assert peak_bytes < 16 * LIMIT
+
+
+@pytest.mark.parametrize("letter", ["x", "\N{CJK UNIFIED IDEOGRAPH-6C34}"])
+def test_a_quote_that_is_not_closed_before_many_rows_costs_one_row(letter: str) -> None:
+    line = f"CC,{letter * 20},2\n".encode()
+    lines = [b'CO,"two\nlines",1\n', b'CO,"x,1\n', *[line] * (4 * LIMIT // len(line))]
+    assert list(text.csv_records([b"".join(lines)], ",", LIMIT)) == lines
+
+
+@pytest.mark.parametrize("rest", ["z,1\n", ""])
+def test_a_row_too_large_that_turns_out_to_be_none_ends_before_its_last_part(rest: str) -> None:
+    half = "x" * (LIMIT // 2) + "\n"
+    large = 'CO,"' + '","'.join([half] * 5)
+    tail = ['z"z,2\n', *["C,3\n"] * 3]
+    found = list(text.csv_records([(large + rest + "".join(tail)).encode()], ",", LIMIT))
+    assert isinstance(found[0], text.Beginning)
+    assert 2 * LIMIT < found[0].num_bytes <= len(large)
+    assert found[-3:] == [b"C,3\n"] * 3
+    assert sum(map(text.size_of, found)) == len(large + rest + "".join(tail))
+
+
 @pytest.mark.usefixtures("small_limit")
 def test_a_first_line_that_is_too_large_is_no_header(tmp_path: Path) -> None:
     large = "smiles" * LIMIT
