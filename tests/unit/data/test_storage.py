@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moleblend_ray.data import storage
+from moleblend_ray.data import storage, storage_clients
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError, StorageError
 
@@ -427,7 +427,7 @@ def test_a_denied_file_is_told_as_such(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    filesystem, _ = storage._resolve(str(tmp_path))
+    filesystem, _ = storage_clients.resolve(str(tmp_path))
     monkeypatch.setattr(filesystem, "cat_file", refuse)
     with pytest.raises(StorageError, match=r"access was denied .*owner and the rights"):
         storage.read_bytes(str(tmp_path / "x"))

@@ -14,7 +14,7 @@ from aiohttp import ClientConnectionError, ClientResponseError
 from botocore.exceptions import ClientError, IncompleteReadError, ReadTimeoutError
 from fault_proxy import FaultProxy
 
-from moleblend_ray.data import retry, storage
+from moleblend_ray.data import retry, storage, storage_clients
 from moleblend_ray.errors import ConfigError, StorageError
 
 
@@ -134,7 +134,7 @@ def test_a_range_that_came_short_is_fetched_again(monkeypatch: pytest.MonkeyPatc
         return content[start : end - next(cuts)]
 
     monkeypatch.setattr(storage, "size", lambda uri: 100)
-    monkeypatch.setattr(storage, "_resolve", lambda uri: (Mock(cat_file=cat_file), "x"))
+    monkeypatch.setattr(storage_clients, "resolve", lambda uri: (Mock(cat_file=cat_file), "x"))
     with storage.open_read("s3://bucket/x") as stream:
         assert stream.read() == content
     assert next(cuts, None) == 0, "one range was fetched twice"
@@ -221,7 +221,7 @@ def google(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("time.sleep", lambda _: None)
 
     def put(bucket: Bucket) -> None:
-        monkeypatch.setattr(storage, "_filesystem", lambda *_: bucket)
+        monkeypatch.setattr(storage_clients, "_filesystem", lambda *_: bucket)
 
     return put
 
