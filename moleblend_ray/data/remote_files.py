@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any, Final
+
+from fsspec.asyn import sync
 
 from moleblend_ray.data import storage_clients
 from moleblend_ray.data.partial_file import PartialFile, ReadableFile
@@ -33,6 +36,35 @@ class RemoteFile(PartialFile):
             return content
 
         return retried("read", self._uri, read)
+
+
+def read_web_range(uri: str, offset: int, length: int) -> bytes:
+    """Bytes ``[offset, offset + length)`` of a file of a web server, fewer if it ends earlier.
+
+    A server without range requests sends the whole file: what lies before the range is dropped as it comes, and what
+    lies behind it is not waited for.
+    """
+    if not length:
+        return b""
+    filesystem, path = storage_clients.resolve(uri)
+
+    async def read() -> bytes:
+        session = await filesystem.set_session()
+        options = dict(filesystem.kwargs)  # of fsspec's own configuration
+        wanted = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        options["headers"] = {**options.get("headers", {}), **wanted}
+        async with session.get(filesystem.encode_url(path), **options) as response:
+            filesystem._raise_not_found_for_status(response, path)
+            start = 0 if response.status == HTTPStatus.PARTIAL_CONTENT else offset
+            content, position = bytearray(), 0
+            async for piece in response.content.iter_any():
+                content += piece[max(0, start - position) : start + length - position]
+                position += len(piece)
+                if len(content) == length:
+                    break
+            return bytes(content)
+
+    return bytes(sync(filesystem.loop, read))
 
 
 class WebFile(ReadableFile):

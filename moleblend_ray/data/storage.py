@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from moleblend_ray.data import storage_clients
-from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RemoteFile, WebFile
+from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RemoteFile, WebFile, read_web_range
 from moleblend_ray.data.retry import retried
 from moleblend_ray.data.storage_clients import (
     RANGED,
@@ -117,11 +117,11 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
     """Bytes ``[offset, offset + length)`` of a file, fewer if it ends earlier."""
     filesystem, path = storage_clients.resolve(uri)
     with translate_errors("read", uri):
-        content = bytes(
+        if is_web(uri):
+            return bytes(_call("read", uri, read_web_range, uri, offset, length))
+        return bytes(
             _call("read", uri, filesystem.cat_file, path, start=offset, end=offset + length)
         )
-    # A web server without range requests sends the whole file.
-    return content if len(content) <= length else content[offset : offset + length]
 
 
 def open_read(uri: str) -> BinaryIO:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import sys
 import threading
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -87,6 +88,21 @@ def rangeless(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("offset", [0, 100, (32 << 20) - 50])
+def test_a_range_of_a_large_file_takes_the_memory_of_the_range(
+    rangeless: str, tmp_path: Path, offset: int
+) -> None:
+    content = bytes(range(256)) * (32 << 12)
+    (tmp_path / "large").write_bytes(content)
+    storage.exists(f"{rangeless}/large")  # imports the client
+    tracemalloc.start()
+    found = storage.read_range(f"{rangeless}/large", offset, 70)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == content[offset : offset + 70]
+    assert peak_bytes < 4 << 20
 
 
 def test_a_web_server_without_range_requests_is_named_where_they_are_needed(
