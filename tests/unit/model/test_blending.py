@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import molecule_zoo as zoo
 import numpy as np
 import pytest
@@ -107,6 +109,39 @@ def test_draws_depend_on_molecule_step_and_seed_but_not_on_the_batch() -> None:
         other = draw_blend(zoo.batch(molecules[1:2], ids=ids, step=step), BlendConfig(), seed)
         assert not torch.equal(other.pair_choice, alone.pair_choice)
         assert not torch.equal(other.noise, alone.noise)
+
+
+def test_every_draw_is_that_of_the_documented_counter() -> None:
+    molecule_id, step, seed = (5 << 32) + 7, 3, 2**40 + 9
+    quarters = (0.25, 0.25, 0.25, 0.25)
+    config = BlendConfig(
+        pair_probabilities=(0.25, 0.25, 0.5),
+        atom_probabilities=(0.5, 0.5),
+        view_probabilities=quarters,
+        noise_std_angstrom=1.0,
+    )
+    found = draw_blend(zoo.batch([zoo.chain(6)], ids=[molecule_id], step=step), config, seed)
+
+    def uniforms(purpose: int, first: int = 0, second: int = 0) -> list[float]:
+        words = (first << 16 | second, 7, purpose << 24 | 5, step)
+        drawn = philox(tuple(torch.tensor(word) for word in words), seed)
+        return [word.item() / 2**32 for word in drawn]
+
+    for first in range(6):
+        for second in range(6):
+            uniform, *_ = uniforms(0, first, second)
+            assert found.pair_choice[0, first, second] == (uniform >= 0.25) + (uniform >= 0.5)
+        assert found.atom_choice[0, first] == (uniforms(1, first)[0] >= 0.5)
+        pairs = uniforms(2, first)
+        sizes = [math.sqrt(-2 * math.log(uniform + 2**-32)) for uniform in pairs[::2]]
+        turns = [2 * math.pi * uniform for uniform in pairs[1::2]]
+        normal = [
+            sizes[0] * math.cos(turns[0]),
+            sizes[0] * math.sin(turns[0]),
+            sizes[1] * math.cos(turns[1]),
+        ]
+        assert found.noise[0, first].tolist() == pytest.approx(normal, rel=1e-5)
+    assert found.view.tolist() == [int(4 * uniforms(3)[0])]
 
 
 def test_paper_mode_shares_one_map_among_all_molecules_of_a_step() -> None:

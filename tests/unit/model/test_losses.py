@@ -183,6 +183,21 @@ def test_counts_are_what_the_sums_are_divided_by() -> None:
     assert counts["denoise"] == (blend.atom_choice[1:][batch.position_mask[1:]] == 1).sum()
 
 
+def test_counts_add_up_exactly_however_a_step_is_cut_into_micro_batches() -> None:
+    # A tenth is no number of float32: sums of it in that type depend on their order, and with it on the cut.
+    config = LossConfig(visible_pair_weight=0.1)
+    molecules = [*zoo.drug_like(40), zoo.salt(), zoo.ring(6).without_positions()]
+
+    def counts(indices: range) -> torch.Tensor:
+        batch = zoo.batch([molecules[i] for i in indices], list(indices))
+        return loss_counts(batch, draw_blend(batch, BlendConfig(), 0), config)
+
+    whole = counts(range(42))
+    for size in (1, 4, 21):
+        parts = [counts(range(first, min(first + size, 42))) for first in range(0, 42, size)]
+        assert torch.equal(torch.stack(parts).sum(0), whole)
+
+
 def test_visible_pairs_can_weigh_less() -> None:
     batch = zoo.batch([zoo.chain(3)])
     blend = full_blend(batch, choice=1)
