@@ -75,14 +75,19 @@ def test_the_gradient_under_dropout_is_that_of_the_masked_function() -> None:
     assert not torch.equal(attend(qkv, finite), attend_by_rows(qkv, bias, rows))
 
 
-def test_weights_of_attention_are_dropped_as_often_as_asked() -> None:
+@pytest.mark.parametrize("by_rows", [True, False])
+def test_weights_of_attention_are_dropped_as_often_as_asked(by_rows: bool) -> None:
     batch = zoo.batch([zoo.chain(20, seed=k) for k in range(60)])
     S, T = len(batch.token_index), batch.max_atoms + 1
     # Equal scores and values of 1: an output is the share of kept weights, times 1 / (1 - 0.25).
     qkv = torch.cat([torch.zeros(S, 2 * D), torch.ones(S, D)], 1)
     bias = torch.zeros(batch.num_molecules, H, T, T)
     torch.manual_seed(0)
-    output = attend_by_rows(qkv, bias, head_rows(batch, H), 0.25)
+    output = (
+        attend_by_rows(qkv, bias, head_rows(batch, H), 0.25)
+        if by_rows
+        else attend_padded(qkv, bias, batch, 0.25)
+    )
     assert output.mean().item() == pytest.approx(1.0, abs=0.02)
     left = output[:, :: D // H] * T * 0.75
     torch.testing.assert_close(left, left.round(), rtol=0, atol=1e-2)

@@ -84,6 +84,25 @@ def test_denoising_head_equals_the_attention_over_displaced_values() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_under_bfloat16_the_denoising_head_adds_up_in_float32() -> None:
+    batch = zoo.batch([zoo.chain(6)])
+    head = DenoisingHead(CONFIG)
+    with torch.no_grad():
+        for linear in (head.query, head.key, head.value, head.axes):
+            linear.weight.zero_()
+            linear.bias.zero_()
+        head.value.bias.fill_(1.0)
+        # In each head the values project to 1 / 512; in bfloat16 the two weights would cancel.
+        head.axes.weight[:, 0::4] = 1.0 + 2**-9
+        head.axes.weight[:, 1::4] = -1.0
+    bias, displacement = torch.randn(1, 3, 7, 7), torch.randn(1, 6, 6, 3)
+    weight = bias[0, :, 1:, 1:].double().softmax(-1).sum(0)
+    expected = (weight[..., None] * displacement[0].double()).sum(1) / 512
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = head(torch.randn(6, 12), bias, displacement, batch)[0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-8)
+
+
 def test_attention_of_the_denoising_head_is_dropped_in_training_alone() -> None:
     batch = zoo.batch([zoo.ring(6)])
     head = drawn(DenoisingHead(dataclasses.replace(CONFIG, attention_dropout=0.5)))

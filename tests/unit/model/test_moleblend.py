@@ -160,6 +160,57 @@ def test_a_handful_of_molecules_is_learnt_by_heart() -> None:
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.parametrize(
+    "kind", ["dropout", "attention_dropout", "activation_dropout", "drop_path"]
+)
+def test_each_dropout_acts_in_training_and_none_in_evaluation(kind: str) -> None:
+    quiet, model = MoleBlendModel(QUIET), MoleBlendModel(dataclasses.replace(QUIET, **{kind: 0.4}))
+    model.load_state_dict(quiet.state_dict())
+    batch = zoo.batch(zoo.drug_like(4))
+    blend = draw_blend(batch, BlendConfig(), 0)
+    expected = quiet(batch, blend)
+    assert not torch.equal(model(batch, blend).tokens, model(batch, blend).tokens)
+    model.eval()
+    found = model(batch, blend)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.noise, expected.noise)
+    with torch.no_grad():
+        assert torch.equal(model.embed(batch), model.embed(batch))
+
+
+@pytest.mark.parametrize(
+    ("kind", "behind"),
+    [("attention_dropout", "attention.out"), ("activation_dropout", "ffn_out")],
+)
+def test_a_dropout_of_one_place_leaves_the_others_alone(kind: str, behind: str) -> None:
+    model = MoleBlendModel(dataclasses.replace(QUIET, **{kind: 0.4}))
+    with torch.no_grad():
+        for layer in model.encoder.layers:
+            linear = layer.get_submodule(behind)
+            # What was dropped before this map does not come through it; what would be dropped after it does.
+            linear.weight.zero_()
+            linear.bias.normal_()
+    batch = zoo.batch(zoo.drug_like(4))
+    assert torch.equal(model.encoder(batch, None).tokens, model.encoder(batch, None).tokens)
+
+
+@pytest.mark.parametrize("place", ["input", "attention.out", "ffn_out"])
+def test_dropout_acts_on_the_embedded_tokens_and_on_both_branches(place: str) -> None:
+    model = MoleBlendModel(dataclasses.replace(QUIET, num_layers=1, dropout=0.4))
+    (layer,) = model.encoder.layers
+    with torch.no_grad():
+        for branch in {"attention.out", "ffn_out"} - {place}:
+            linear = layer.get_submodule(branch)
+            linear.weight.zero_()
+            linear.bias.zero_()
+        if place != "input":
+            # All tokens enter as zeros, so dropout leaves them as they are.
+            model.encoder.input_norm.weight.zero_()
+            layer.get_submodule(place).bias.normal_()
+    batch = zoo.batch(zoo.drug_like(4))
+    assert not torch.equal(model.encoder(batch, None).tokens, model.encoder(batch, None).tokens)
+
+
 def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
     torch.manual_seed(0)
     config = dataclasses.replace(QUIET, num_layers=3, drop_path=0.5)
@@ -170,6 +221,8 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
             kept = torch.isclose(path_scale, torch.tensor(1 / (1 - rate)))
             assert (kept | (path_scale == 0)).all()
             assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.1)
+        # Each branch by itself: both are skipped as often as chance has it.
+        assert (path_scales == 0).all(0).float().mean().item() == pytest.approx(rate**2, abs=0.1)
     tokens, hidden = torch.randn(2, len(batch.token_index), 32)
     linear, norm = encoder.layers[0].attention.out, encoder.layers[0].ffn_norm
     molecule = batch.token_molecule
