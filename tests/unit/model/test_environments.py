@@ -78,6 +78,13 @@ def test_the_numbering_of_the_atoms_changes_nothing(seed: int) -> None:
     assert torch.equal(*counts([molecule, molecule.permuted(order)]))
 
 
+def test_chirality_codes_which_depend_on_the_numbering_change_nothing() -> None:
+    molecule = zoo.chain(9)
+    codes = molecule.atom_features.copy()
+    codes[:, CHIRALITY_COLUMN] = (codes[:, CHIRALITY_COLUMN] + 1) % 4
+    assert torch.equal(*counts([molecule, dataclasses.replace(molecule, atom_features=codes)]))
+
+
 def test_padding_and_other_molecules_change_nothing() -> None:
     small = zoo.chain(3)
     assert torch.equal(counts([small])[0], counts([small, zoo.ring(12)])[0])

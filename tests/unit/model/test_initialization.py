@@ -86,6 +86,9 @@ def test_a_model_takes_one_number_of_the_generator_whatever_its_size() -> None:
         MoleBlendModel(dataclasses.replace(FULL, num_layers=layers))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+    torch.manual_seed(9)
+    torch.randint(2**62, ())
+    assert torch.equal(torch.get_rng_state(), states[0])
 
 
 def test_linear_and_embedding_weights_have_the_standard_deviation_of_the_official_code() -> None:

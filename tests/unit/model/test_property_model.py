@@ -132,6 +132,17 @@ def test_the_element_reference_is_added_to_the_outputs() -> None:
         torch.testing.assert_close(model(batch), expected)
 
 
+def test_the_element_reference_is_float32_under_bfloat16() -> None:
+    model = property_model()
+    batch = zoo.batch([zoo.ring(6, seed=1), zoo.chain(4)])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(batch)
+        # In bfloat16 energies of 1000 would be multiples of 4.
+        model.reference.fill_(1000.125)
+        expected = before.double() + 1000.125 * element_counts(batch).double().sum(1, keepdim=True)
+        torch.testing.assert_close(model(batch).double(), expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
