@@ -84,6 +84,23 @@ def test_an_update_follows_the_clipped_gradient_at_the_recorded_rate() -> None:
     assert record["learning_rate"] == learning_rate(0, learner.optim, 6)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_have_the_precision_asked_for_and_weights_and_gradients_stay_float32(
+    precision: str,
+) -> None:
+    learner = toy.learner(precision=precision)
+    products, gradients = set(), set()
+    for layer in learner.model.encoder.layers:
+        layer.attention.qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
+    for parameter in learner.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: gradients.add(p.grad.dtype))
+    train_step(learner, learner.prepare(next(toy.steps())))
+    assert products == {torch.bfloat16 if precision == "bf16" else torch.float32}
+    assert gradients == {torch.float32}
+    kept = [*learner.model.parameters(), *tree_leaves(learner.optimizer.state_dict()["state"])]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+
+
 def test_records_say_what_a_step_saw() -> None:
     order = DataOrder(toy.NUM_MOLECULES, toy.ORDER)
     learner = toy.learner(num_steps=2)
@@ -157,6 +174,32 @@ def test_a_non_finite_loss_names_its_molecules_and_changes_nothing(
         for value, old in zip(tensors, expected, strict=True):
             torch.testing.assert_close(value, old, rtol=0, atol=0)
     assert after[1]["state"][0]["step"].item() == 1.0
+
+
+@pytest.mark.parametrize("overflows", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_overflows_alone_changes_nothing_either(
+    overflows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = toy.learner()
+    first, batch = islice(toy.steps(), 2)
+    train_step(learner, learner.prepare(first))
+    before = copy.deepcopy(learner.model.state_dict())
+    moments = copy.deepcopy(learner.optimizer.state_dict()["state"])
+    if overflows == "gradient":
+        learner.model.spd_head.bias.register_hook(lambda gradient: gradient * torch.inf)
+        told = "every micro-batch's loss is finite: the gradient overflowed"
+    else:
+        backward = loop._backward
+        monkeypatch.setattr(
+            loop, "_backward", lambda *given, **how: backward(*given, **how) + torch.inf
+        )
+        told = "in the micro-batches with molecule ids"
+    with pytest.raises(NotFiniteError, match=told):
+        train_step(learner, learner.prepare(batch))
+    for name, value in learner.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    after = learner.optimizer.state_dict()["state"]
+    assert all(map(torch.equal, tree_leaves(after), tree_leaves(moments)))
 
 
 def test_a_prepared_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,6 +307,17 @@ def test_dropout_differs_between_micro_batches_and_repeats_with_its_key() -> Non
     again = {dropout_seed(5, micro) for micro in next(toy.steps()).micro_batches}
     assert seeds == again
     assert not seeds & {dropout_seed(6, micro) for micro in batch.micro_batches}
+
+
+def test_dropout_does_not_depend_on_what_was_drawn_before() -> None:
+    first, second = islice(toy.steps(), 2)
+
+    def losses_of(batches: list[StepBatch]) -> float:
+        learner = toy.learner(model=toy.DROPOUT_MODEL)
+        learner.optimizer.step = lambda **_: None  # the same weights in each step
+        return losses(train_step(learner, learner.prepare(batch))[0] for batch in batches)[-1]
+
+    assert losses_of([second]) == losses_of([first, second])
 
 
 def test_ignored_bonds_are_counted() -> None:

@@ -113,6 +113,23 @@ def test_a_long_gradient_is_scaled_to_the_clip_norm_and_a_short_one_is_left() ->
         torch.testing.assert_close(parameter.grad, grad, rtol=0, atol=0)
 
 
+def test_the_norm_does_not_depend_on_how_gradients_are_cut_into_shards() -> None:
+    generator = torch.Generator().manual_seed(4)
+
+    def with_gradient(gradient: torch.Tensor) -> nn.Parameter:
+        parameter = nn.Parameter(torch.zeros_like(gradient))
+        parameter.grad = gradient.clone()
+        return parameter
+
+    for shape in ((1000, 7), (5000,)):
+        for _ in range(20):
+            gradient = torch.randn(shape, generator=generator)
+            whole = gradient_norm([with_gradient(gradient)])
+            for size in (100, shape[0] // 4, shape[0] // 2):
+                shards = [with_gradient(part) for part in gradient.split(size)]
+                assert torch.equal(gradient_norm(shards), whole)
+
+
 def test_settings_out_of_range_are_named_all_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         OptimConfig(learning_rate=-1.0, betas=(0.9, 1.0), clip_norm=0.0)

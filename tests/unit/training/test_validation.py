@@ -65,6 +65,22 @@ def test_the_molecules_are_the_first_of_the_valid_split(dataset: tuple[str, Mani
     assert losses(manifest, 8) != first
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_products_have_the_precision_of_training(
+    dataset: tuple[str, Manifest], precision: str, dtype: torch.dtype
+) -> None:
+    learner = toy.learner(precision=precision)
+    products = set()
+    for layer in learner.model.encoder.layers:
+        layer.attention.qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
+    validate = build_validation(*dataset, learner, micro_batch_size=8)
+    assert validate is not None
+    validate()
+    assert products == {dtype}
+
+
 def test_it_leaves_the_model_in_training_without_gradients(dataset: tuple[str, Manifest]) -> None:
     learner = toy.learner()
     validate = build_validation(*dataset, learner, micro_batch_size=8)
