@@ -18,7 +18,14 @@ import toy
 from moleblend_ray.errors import CheckpointError, StorageError, TrainingError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state, training_state
-from moleblend_ray.training.commits import CommittedFile, committed_steps, latest_committed
+from moleblend_ray.training.commits import (
+    COMMIT_NAME,
+    CommittedFile,
+    committed_steps,
+    latest_committed,
+    read_commit,
+    step_uri,
+)
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, Learner, fit
@@ -129,6 +136,20 @@ def test_shards_are_on_disk_before_the_marker_that_vouches_for_them(
     shards = {path.name for path in tmp_path.rglob("*.distcp")}
     assert shards
     assert shards <= set(done[:marker])
+
+
+def test_what_an_interrupted_save_left_is_no_part_of_the_checkpoint_of_its_step(
+    tmp_path: Path,
+) -> None:
+    folder = Path(step_uri(str(tmp_path), 2))
+    folder.mkdir(parents=True)
+    left = [folder / "__0_1.distcp", folder / "__3_0.distcp"]  # the latter of a fourth worker
+    for path in left:
+        path.write_bytes(b"half a shard")
+    fit(toy.learner(num_steps=2), toy.steps(), checkpoints=writer(tmp_path))
+    named = {file.name for file in read_commit(str(tmp_path), 2).files}
+    assert not named & {path.name for path in left}
+    assert {path.name for path in folder.iterdir()} == {*named, COMMIT_NAME}
 
 
 def test_a_synchronous_commit_returns_with_its_marker(tmp_path: Path) -> None:
