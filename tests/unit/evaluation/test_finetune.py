@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.evaluation import finetune
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import (
     EpochReport,
@@ -207,6 +208,28 @@ def test_a_diverging_run_stops_with_an_error_that_names_step_and_remedy(
     broken = StartingPoint(model=tiny_start.model, encoder=_poisoned(tiny_start), fingerprint=None)
     with pytest.raises(TrainingError, match=r"step 0: loss nan.*finetune\.learning_rate"):
         run(sized, ATOMS, broken)
+
+
+@pytest.mark.parametrize(
+    ("overflows", "told"),
+    [
+        ("gradient_norm", r"step 0: loss [\d.]+, gradient norm inf"),
+        ("masked_loss", r"step 0: loss inf, gradient norm [\d.]+;"),
+    ],
+)
+def test_a_loss_or_gradient_that_overflows_alone_stops_a_run_as_well(
+    sized: LabelledMolecules,
+    tiny_start: StartingPoint,
+    monkeypatch: pytest.MonkeyPatch,
+    overflows: str,
+    told: str,
+) -> None:
+    usual = getattr(finetune, overflows)
+    monkeypatch.setattr(
+        finetune, overflows, lambda *given, **how: usual(*given, **how) + float("inf")
+    )
+    with pytest.raises(TrainingError, match=told):
+        run(sized, ATOMS, tiny_start)
 
 
 def test_a_saved_model_comes_back_with_its_weights_units_and_columns(

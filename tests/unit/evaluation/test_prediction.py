@@ -196,6 +196,12 @@ def test_similarity_is_to_the_nearest_training_molecule_of_every_model(table: pa
     inside = [values >= domain.threshold for values, domain in zip(nearest, domains, strict=True)]
     assert mixed["in_domain"].to_pylist() == (inside[0] & inside[1]).tolist()
 
+    # At least as similar as the threshold says, so what was trained on is inside, if all models were trained on it.
+    first, second = member(0, training=smiles[:3]), member(1, training=smiles[2:5])
+    for members in ((first, second), (second, first)):
+        common = predictor(*members, threshold=1.0).part(table)["in_domain"]
+        assert common.to_pylist() == [row == 2 for row in range(len(smiles))]
+
     alike = predictor(member(0), threshold=0.3).part(table)
     np.testing.assert_array_equal(alike["similarity"].to_numpy(), nearest[0])
     assert alike["in_domain"].to_pylist() == (nearest[0] >= 0.3).tolist()
