@@ -26,8 +26,10 @@ from moleblend_ray.training.checkpoint import (
 from moleblend_ray.training.commits import (
     COMMIT_NAME,
     abandon_after,
+    checkpoint_steps,
     committed_steps,
     delete_checkpoint,
+    delete_old_checkpoints,
     latest_committed,
     read_commit,
     require_same_run,
@@ -219,6 +221,27 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         "step-00000006",
     ]
     assert [record["step"] for record in read_records(run)] == list(range(6))
+
+
+def test_a_checkpoint_that_is_only_half_deleted_is_not_believed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(uri: str) -> None:
+        raise StorageError(f"{uri}: out of reach")
+
+    monkeypatch.setattr(storage, "delete_tree", fail)
+    with pytest.raises(StorageError):
+        delete_checkpoint(str(run), 4)
+    assert shard(run, 4).exists()
+    assert committed_steps(str(run)) == [6, 2]
+
+
+def test_a_save_under_way_is_not_deleted_with_the_old_checkpoints(run: Path) -> None:
+    for step in (1, 8):
+        Path(step_uri(str(run), step)).mkdir()
+        (Path(step_uri(str(run), step)) / "__0_0.distcp").write_bytes(b"no marker yet")
+    delete_old_checkpoints(str(run), lambda steps: {max(steps)})
+    assert checkpoint_steps(str(run)) == [6, 8]
 
 
 def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart(

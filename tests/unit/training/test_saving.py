@@ -20,6 +20,7 @@ from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state, training_state
 from moleblend_ray.training.commits import (
     COMMIT_NAME,
+    Commit,
     CommittedFile,
     committed_steps,
     latest_committed,
@@ -150,6 +151,21 @@ def test_what_an_interrupted_save_left_is_no_part_of_the_checkpoint_of_its_step(
     named = {file.name for file in read_commit(str(tmp_path), 2).files}
     assert not named & {path.name for path in left}
     assert {path.name for path in folder.iterdir()} == {*named, COMMIT_NAME}
+
+
+def test_records_are_on_file_before_the_marker_of_their_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is killed in between has no checkpoint of which steps are missing."""
+    write_commit = saving.write_commit
+
+    def check_and_write(run_uri: str, commit: Commit) -> None:
+        assert [record["step"] for record in read_records(run_uri)] == list(range(commit.step))
+        write_commit(run_uri, commit)
+
+    monkeypatch.setattr(saving, "write_commit", check_and_write)
+    fit(toy.learner(num_steps=4), toy.steps(), checkpoints=writer(tmp_path))
+    assert committed_steps(str(tmp_path)) == [4, 2]
 
 
 def test_a_synchronous_commit_returns_with_its_marker(tmp_path: Path) -> None:
