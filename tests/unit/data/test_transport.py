@@ -62,6 +62,33 @@ def test_each_rank_gets_every_step_with_its_streams_in_order(world_size: int) ->
             assert tags == [(batch.step, stream, i) for stream in streams for i in range(2)]
 
 
+def test_blocks_cut_out_of_a_longer_table_give_their_own_micro_batches() -> None:
+    blocks = stream_blocks(1, groups=3)
+    merged = pa.concat_tables(blocks).combine_chunks()
+    cut = [merged.slice(row, 1) for row in range(3)]
+    ours, expected = (
+        [
+            bytes(micro.payload)
+            for step in step_batches(tables, rank=0, world_size=1, num_streams=1, num_micro=2)
+            for micro in step.micro_batches
+        ]
+        for tables in (cut, blocks)
+    )
+    assert ours == expected
+    assert len(ours) == 18
+
+
+def test_micro_batches_of_a_step_in_another_order_are_an_error_naming_both() -> None:
+    first, second, *others = build_steps(
+        random_block(np.random.default_rng(3), 12), range(4, 6), 0, 3
+    )
+    table = pack_block([second, first, *others])
+    with pytest.raises(
+        TrainingError, match=r"expected step 4, stream 0, micro-batch 0, found .* micro-batch 1"
+    ):
+        list(step_batches([table], rank=0, world_size=1, num_streams=1, num_micro=2))
+
+
 def test_a_step_views_the_memory_of_its_blocks() -> None:
     blocks = stream_blocks(1, groups=1)
     data = np.frombuffer(blocks[0].column("payloads").chunk(0).flatten().buffers()[2], np.uint8)

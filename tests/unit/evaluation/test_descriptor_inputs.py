@@ -27,6 +27,7 @@ from moleblend_ray.evaluation.finetune import (
     finetune_once,
     predict_mean,
 )
+from moleblend_ray.evaluation.linear_model import fit_linear
 from moleblend_ray.evaluation.property_model import load_property_model, save_property_model
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -180,6 +181,16 @@ def test_the_linear_model_tells_only_what_an_element_reference_leaves(
     # 72 molecules do not determine the reference exactly beside what descriptors add.
     error = np.abs(values - molecules.labels)[rows % 4 == 0].mean()
     assert error < 0.5 * np.std(molecules.labels - elements)
+
+
+def test_balanced_classes_weigh_alike_in_the_linear_model() -> None:
+    labels = np.zeros((20, 1))
+    labels[0] = 1.0
+    # Inputs that tell next to nothing of the class: what is left is how common each class counts.
+    inputs = np.random.default_rng(0).normal(0.0, 1e-3, (20, 3))
+    for balanced, expected in ((True, 0.5), (False, 0.05)):
+        model = fit_linear(TaskKind.CLASSIFICATION, inputs, labels, {"C": 1.0}, balanced=balanced)
+        assert 1 / (1 + np.exp(-model(inputs[:1]))) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_column_of_one_class_is_left_to_the_encoder(
