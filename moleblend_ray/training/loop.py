@@ -277,7 +277,6 @@ class _Watch:
                 )
                 raise NotFiniteError(replace(error.anomaly, detail=detail)) from error
             self._skipped += 1
-            learner.optimizer.zero_grad(set_to_none=True)
             record, stop = dict(error.anomaly.record), error.stop
         else:
             if problem := self._spikes.update(float(record[TOTAL_LOSS])):
