@@ -11,7 +11,7 @@ TEST_PROCESSES ?= 2
 DATA ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo results results-quick lint audit audit-offline manifests cluster-test format clean
+.PHONY: help install test demo results results-quick lint style types audit audit-offline manifests cluster-test format clean
 
 help:
 	@echo 'make install   create $(VENV) with the package, its tests and its linters'
@@ -19,7 +19,7 @@ help:
 	@echo 'make results   what pretraining is worth, with the molecules in DATA=DIR (hours; see docs/results.md)'
 	@echo 'make results-quick   a reduced version (minutes)'
 	@echo 'make test      all tests but those of a GPU (of real molecules: where they lie beside this folder)'
-	@echo 'make lint      ruff and mypy'
+	@echo 'make lint      ruff and mypy (style, types: one of them)'
 	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
 	@echo 'make manifests   render and check the KubeRay manifests'
 	@echo 'make cluster-test   all jobs submitted to a local Ray head with token, two nodes and S3 storage (minutes)'
@@ -52,9 +52,13 @@ results: install
 results-quick: install
 	$(BIN)/python jobs/results.py $(if $(DATA),--data $(DATA)) --out runs/results-quick --quick
 
-lint: install
+lint: style types
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: install
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 

@@ -21,7 +21,7 @@ def train(folder: Path, num_steps: int, start: int = 0) -> list[str]:
     with trace_steps(str(folder), start, CPU) as after_step:
         fit(
             toy.learner(num_steps=num_steps),
-            toy.steps(start=start),
+            toy.steps(start=start, micro_batch_size=4),
             start_step=start,
             hooks=Hooks(after_step=after_step),
         )
