@@ -2,7 +2,8 @@
 
 :func:`attention_of_blocks` chooses among them.
 
-Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
+Shape legend: B molecules, T tokens of the largest, P the length of their rows in the kernels' bias, S real tokens packed,
+H heads, D width, d = D / H.
 """
 
 from __future__ import annotations
@@ -226,12 +227,12 @@ class SharedBias:
     def __init__(self, bias: Tensor) -> None:
         """``bias`` (B, H, T, T) float32."""
         self.gradient: Tensor | None = None
-        """(B, H, T, T) float32: sum over the blocks whose backward pass is done; None before the first."""
+        """(B, H, T, P) float32: sum over the blocks whose backward pass is done; None before the first."""
         self.values: Tensor = _Share.apply(bias, self, product_type(bias))  # type: ignore[no-untyped-call]
-        """(B, H, T, T), the bias that the blocks read."""
+        """(B, H, T, P), the bias that the blocks read, with rows that end in undefined numbers."""
 
     def accumulator(self) -> Tensor:
-        """The tensor (B, H, T, T) float32 to which a block adds its gradient."""
+        """The tensor (B, H, T, P) float32 to which a block adds its gradient."""
         if self.gradient is None:
             self.gradient = torch.zeros_like(self.values, dtype=torch.float32)
         return self.gradient
@@ -250,16 +251,23 @@ class _Share(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, shared: SharedBias, dtype: torch.dtype) -> Tensor:
-        ctx.shared = shared
+        # The module imports Triton, which CPU builds of PyTorch lack.
+        from moleblend_ray.model.attention_kernels import row_length
+
+        ctx.shared, ctx.num_tokens = shared, bias.shape[-1]
         ctx.set_materialize_grads(False)
-        return bias.view_as(bias) if bias.dtype == dtype else bias.to(dtype)
+        values = bias.new_empty(*bias.shape[:-1], row_length(ctx.num_tokens), dtype=dtype)
+        values[..., : ctx.num_tokens] = bias
+        return values
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, None, None]:
-        grad_bias = ctx.shared.take_gradient()
+        grad_values = ctx.shared.take_gradient()
         if grad_output is not None:
-            grad_bias = grad_output.float() if grad_bias is None else grad_bias + grad_output
-        return grad_bias, None, None
+            grad_values = grad_output.float() if grad_values is None else grad_values + grad_output
+        if grad_values is None:
+            return None, None, None
+        return grad_values[..., : ctx.num_tokens], None, None
 
 
 def attend_packed(

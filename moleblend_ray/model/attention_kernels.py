@@ -5,7 +5,12 @@ output of their linear map, and their gradients are written in the same layout. 
 All blocks add the gradient of the pair bias to one tensor in turn. The backward pass also sums the gradient of the
 linear map's bias over each molecule, which saves a pass over the gradient of its output.
 
-Shape legend: B molecules, T tokens of the largest, S real tokens packed, H heads, D width, d = D / H.
+Rows of the pair bias have a few undefined numbers at their end, so that each begins at a multiple of 16 bytes and is
+read and written in pieces of that size; single numbers, each with its address and condition, were a seventh of all
+instructions.
+
+Shape legend: B molecules, T tokens of the largest, P = :func:`row_length` of T, S real tokens packed, H heads, D width,
+d = D / H.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ __all__ = [
     "attention_forward",
     "attention_weights",
     "launch_settings",
+    "row_length",
 ]
 
 MAX_TOKENS = 128
@@ -34,6 +40,17 @@ MAX_TOKENS = 128
 
 _SMALLEST_TILE = 16
 """Smallest side of a tensor-core matrix product, here along the width of a head."""
+
+
+_ROW_STEP = 8
+"""Rows of the pair bias have a multiple of this length: 16 bytes of bfloat16. A kernel is compiled for each length."""
+
+_LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+def row_length(num_tokens: int) -> int:
+    """Numbers in a row of the pair bias of ``num_tokens`` tokens, as the kernels expect it."""
+    return -(-num_tokens // _ROW_STEP) * _ROW_STEP
 
 
 @on_its_device
@@ -46,7 +63,7 @@ def attention_forward(
     seed: Tensor,
     dropout_probability: float,
 ) -> Tensor:
-    """(S, D) attention of ``qkv`` (S, 3 * D) with ``bias`` (B, H, T, T), both contiguous.
+    """(S, D) attention of ``qkv`` (S, 3 * D) with ``bias`` (B, H, T, P), both contiguous.
 
     ``first_token`` and ``num_atoms`` (B,) int64: the ``num_atoms`` + 1 rows of a molecule begin at its ``first_token``.
     ``groups`` cover all molecules. ``seed`` (1,) int64 on the device decides what dropout removes.
@@ -54,7 +71,7 @@ def attention_forward(
     output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     for group in groups:
         grid, constants = launch_settings(
-            bias.shape[1], qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
+            bias, qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
         )
         _forward[grid](
             qkv, bias, first_token, num_atoms, seed, output,
@@ -77,7 +94,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``qkv`` (S, 3 * D) and, in float32, of a bias (3 * D,) in it, from that of the output (S, D).
 
-    The gradient of the bias is added to ``grad_bias`` (B, H, T, T) float32.
+    The gradient of the bias is added to ``grad_bias`` (B, H, T, P) float32; 0 is added at the end of its rows.
     """
     grad_qkv = torch.empty_like(qkv)
     grad_linear_bias_parts = torch.empty(
@@ -85,7 +102,7 @@ def attention_backward(
     )
     for group in groups:
         grid, constants = launch_settings(
-            bias.shape[1], qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
+            bias, qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
         )
         _backward[grid](
             grad_output, qkv, bias, first_token, num_atoms, seed, grad_qkv, grad_linear_bias_parts, grad_bias,
@@ -95,13 +112,15 @@ def attention_backward(
 
 
 def launch_settings(
-    num_heads: int, width: int, dtype: torch.dtype, group: SizeGroup, dropout_probability: float
+    bias: Tensor, width: int, dtype: torch.dtype, group: SizeGroup, dropout_probability: float
 ) -> tuple[tuple[int], dict[str, object]]:
-    """Grid and constants of a kernel whose programs compute one of ``num_heads`` heads of one molecule of ``group``."""
+    """Grid and constants of a kernel whose programs compute one head of one molecule of ``group``, with ``bias`` (B, H, T, P)."""
+    _, num_heads, _, length = bias.shape
     tile, head_width = group.tile, width // num_heads
     return (group.molecules * num_heads,), {
         "NUM_HEADS": num_heads,
         "HEAD_WIDTH": head_width,
+        "LENGTH": length,
         "TILE": tile,
         "WIDTH_TILE": max(_SMALLEST_TILE, triton.next_power_of_2(head_width)),
         "DROPS": dropout_probability > 0.0,
@@ -115,7 +134,7 @@ def launch_settings(
 @triton.jit
 def _places(  # type: ignore[no-untyped-def]
     first_token, num_atoms, first_molecule, T,
-    NUM_HEADS: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, LENGTH: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
 ):  # fmt: skip
     """Which molecule and head this program computes, and where their numbers lie in memory."""
     molecule = first_molecule + tl.program_id(0) // NUM_HEADS
@@ -127,7 +146,20 @@ def _places(  # type: ignore[no-untyped-def]
     feature = tl.arange(0, WIDTH_TILE)[None, :]
     # Token rows of (S, 3, H, d) and (S, H, d), int64: a batch can have more than 2**31 numbers.
     packed = tl.load(first_token + molecule) + row
-    return tokens, row, column, feature, packed, molecule, head, number, row * T + column
+    # The square of pairs of this head, and places in it.
+    square = number.to(tl.int64) * T * LENGTH
+    return (
+        tokens,
+        row,
+        column,
+        feature,
+        packed,
+        molecule,
+        head,
+        number,
+        square,
+        row * LENGTH + column,
+    )
 
 
 @triton.jit
@@ -145,14 +177,17 @@ def _load_three(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def attention_weights(  # type: ignore[no-untyped-def]
-    query, key, bias, pair, tokens, row, column, scale, PRECISION: tl.constexpr
+    query, key, bias, pair, readable, tokens, column, scale, PRECISION: tl.constexpr
 ):
-    """(TILE, TILE) float32 attention weights of each token; rows of padding are undefined."""
-    real = (row < tokens) & (column < tokens)
+    """(TILE, TILE) float32 attention weights of each token; rows of padding are undefined.
+
+    ``readable`` are the ``pair`` of ``bias`` that may be read: all of real tokens, and any others.
+    """
     score = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
-    score += tl.load(bias + pair, mask=real, other=0.0).to(tl.float32)
+    score += tl.load(bias + pair, mask=readable, other=0.0).to(tl.float32)
     score = tl.where(column < tokens, score, float("-inf"))
-    weight = tl.exp(score - tl.max(score, 1)[:, None])
+    # exp2 is an instruction of its own; exp would take four.
+    weight = tl.exp2((score - tl.max(score, 1)[:, None]) * _LOG2_E)
     # One division for each row: those of single elements were a sixth of all instructions.
     return weight * (1.0 / tl.sum(weight, 1))[:, None]
 
@@ -170,19 +205,20 @@ def _forward(  # type: ignore[no-untyped-def]
     dropout_probability,
     NUM_HEADS: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, row, column, feature, packed, _, head, number, place = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE, WIDTH_TILE
+    tokens, row, column, feature, packed, _, head, number, square, place = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, LENGTH, TILE, WIDTH_TILE
     )
-    square = number.to(tl.int64) * T * T
     held = (row < tokens) & (feature < HEAD_WIDTH)
     query, key, value, _ = _load_three(qkv, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH)
+    readable = (row < tokens) & (column < LENGTH)
     weight = attention_weights(
-        query, key, bias + square, place, tokens, row, column, HEAD_WIDTH**-0.5, PRECISION
+        query, key, bias + square, place, readable, tokens, column, HEAD_WIDTH**-0.5, PRECISION
     )
     if DROPS:
         survives = kept_in_tile(tl.load(seed), number, place, dropout_probability)
@@ -208,20 +244,21 @@ def _backward(  # type: ignore[no-untyped-def]
     dropout_probability,
     NUM_HEADS: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
+    LENGTH: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH_TILE: tl.constexpr,
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, row, column, feature, packed, molecule, head, number, place = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE, WIDTH_TILE
+    tokens, row, column, feature, packed, molecule, head, number, square, place = _places(
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, LENGTH, TILE, WIDTH_TILE
     )
-    square = number.to(tl.int64) * T * T
     held = (row < tokens) & (feature < HEAD_WIDTH)
     query, key, value, at = _load_three(qkv, packed, head, feature, held, NUM_HEADS, HEAD_WIDTH)
     scale = HEAD_WIDTH**-0.5
+    readable = (row < tokens) & (column < LENGTH)
     weight = attention_weights(
-        query, key, bias + square, place, tokens, row, column, scale, PRECISION
+        query, key, bias + square, place, readable, tokens, column, scale, PRECISION
     )
 
     output_at = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature
@@ -239,9 +276,8 @@ def _backward(  # type: ignore[no-untyped-def]
     # From here on gradients are 0 in rows of padding, as they are in `grad_attended`.
     grad_score = weight * (grad_weight - tl.sum(grad_weight * weight, 1)[:, None])
 
-    real = (row < tokens) & (column < tokens)
-    before = tl.load(grad_bias + square + place, mask=real, other=0.0)
-    tl.store(grad_bias + square + place, before + grad_score, mask=real)
+    before = tl.load(grad_bias + square + place, mask=readable, other=0.0)
+    tl.store(grad_bias + square + place, before + grad_score, mask=readable)
     grad_product = (grad_score * scale).to(query.dtype)
     grad_query = tl.dot(grad_product, key, input_precision=PRECISION)
     grad_key = tl.dot(tl.trans(grad_product), query, input_precision=PRECISION)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moleblend_ray.model.dropout_kernels import kept
+from moleblend_ray.model.dropout_kernels import kept_in_tile
 from moleblend_ray.model.fused import on_its_device
 
 __all__ = [
@@ -28,11 +28,8 @@ _PROGRAMS = 1024
 """Programs that share the rows of a backward pass. Each sums the gradients of weights over its rows; PyTorch adds these
 sums."""
 
-_BLOCK = 2048
-"""Elements of one program of the forward pass of GELU."""
-
 _ROWS, _COLUMNS = 8, 256
-"""Rows and columns that the backward pass of GELU holds in registers."""
+"""Rows and columns that a program of GELU holds in registers."""
 
 
 @on_its_device
@@ -110,10 +107,10 @@ def gelu_forward(
 ) -> Tensor:
     """Exact GELU (by the error function) of ``product`` (S, F) plus ``linear_bias`` (F,), then dropout."""
     output = torch.empty_like(product)
-    count = product.numel()
-    _gelu[(triton.cdiv(count, _BLOCK),)](
+    count, width = product.shape
+    _gelu[(triton.cdiv(count, _ROWS), triton.cdiv(width, _COLUMNS))](
         product, linear_bias, product if seed is None else seed, output, count, dropout_probability,
-        WIDTH=product.shape[1], DROPS=seed is not None, BLOCK=_BLOCK, num_warps=8,
+        WIDTH=width, DROPS=seed is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip
     return output
 
@@ -142,16 +139,15 @@ def gelu_backward(
 
 @triton.jit
 def _branch_scale(  # type: ignore[no-untyped-def]
-    row, column, molecule, path_scale, seed, probability,
-    WIDTH: tl.constexpr, SCALES: tl.constexpr, DROPS: tl.constexpr,
+    row, column, molecule, path_scale, seed, probability, SCALES: tl.constexpr, DROPS: tl.constexpr
 ):  # fmt: skip
     """The factor of each element of the branch: its path scale, times 0 or 1 / (1 - probability) for dropout."""
     scale = column.to(tl.float32) * 0.0 + 1.0
     if SCALES:
         scale *= tl.load(path_scale + tl.load(molecule + row))
     if DROPS:
-        survives = kept(tl.load(seed), row * WIDTH + column, probability)
-        scale = tl.where(survives, scale / (1.0 - probability), 0.0)
+        survives = kept_in_tile(tl.load(seed), row, column, probability)
+        scale = tl.where(survives, scale * (1.0 / (1.0 - probability)), 0.0)
     return scale
 
 
@@ -175,9 +171,7 @@ def _add_and_norm(  # type: ignore[no-untyped-def]
     column = tl.arange(0, TILE)
     inside = column < WIDTH
     at = row * WIDTH + column
-    scale = _branch_scale(
-        row, column, molecule, path_scale, seed, probability, WIDTH, SCALES, DROPS
-    )
+    scale = _branch_scale(row, column, molecule, path_scale, seed, probability, SCALES, DROPS)
     total = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
     branch = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
     branch += tl.load(linear_bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -210,9 +204,7 @@ def _add_and_norm_backward(  # type: ignore[no-untyped-def]
     row = program.to(tl.int64)
     while row < count:
         at = row * WIDTH + column
-        scale = _branch_scale(
-            row, column, molecule, path_scale, seed, probability, WIDTH, SCALES, DROPS
-        )
+        scale = _branch_scale(row, column, molecule, path_scale, seed, probability, SCALES, DROPS)
         total = tl.load(tokens + at, mask=inside, other=0.0).to(tl.float32)
         total += scale * (tl.load(product + at, mask=inside, other=0.0).to(tl.float32) + bias)
         rstd = tl.load(statistics + count + row)
@@ -235,15 +227,18 @@ def _add_and_norm_backward(  # type: ignore[no-untyped-def]
 @triton.jit
 def _gelu(  # type: ignore[no-untyped-def]
     product, linear_bias, seed, output, count, probability,
-    WIDTH: tl.constexpr, DROPS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    at = row * WIDTH + column
+    inside = (row < count) & (column < WIDTH)
     value = tl.load(product + at, mask=inside, other=0.0).to(tl.float32)
-    value += tl.load(linear_bias + at % WIDTH, mask=inside, other=0.0).to(tl.float32)
+    value += tl.load(linear_bias + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     result = 0.5 * value * (1.0 + tl.erf(value * 0.7071067811865476))
     if DROPS:
-        result = tl.where(kept(tl.load(seed), at, probability), result / (1.0 - probability), 0.0)
+        survives = kept_in_tile(tl.load(seed), row, column, probability)
+        result = tl.where(survives, result * (1.0 / (1.0 - probability)), 0.0)
     tl.store(output + at, result.to(output.dtype.element_ty), mask=inside)
 
 
@@ -265,11 +260,12 @@ def _gelu_backward(  # type: ignore[no-untyped-def]
         upstream = tl.load(grad_output + at, mask=inside, other=0.0).to(tl.float32)
         # GELU is x * Phi(x), with the normal distribution Phi; its derivative is Phi(x) + x * density(x).
         distribution = 0.5 * (1.0 + tl.erf(value * 0.7071067811865476))
-        density = tl.exp(-0.5 * value * value) * 0.3989422804014327
+        # exp(-x^2 / 2) as a power of two, an instruction of its own.
+        density = tl.exp2(-0.7213475204444817 * value * value) * 0.3989422804014327
         result = upstream * (distribution + value * density)
         if DROPS:
-            survives = kept(tl.load(seed), at, probability)
-            result = tl.where(survives, result / (1.0 - probability), 0.0)
+            survives = kept_in_tile(tl.load(seed), row[:, None], column[None, :], probability)
+            result = tl.where(survives, result * (1.0 / (1.0 - probability)), 0.0)
         grad_linear_bias += result
         tl.store(grad_product + at, result.to(grad_product.dtype.element_ty), mask=inside)
         row += tl.num_programs(0) * ROWS

@@ -3,7 +3,8 @@
 Scores, weights and their products with the displacements never reach memory. Each program writes what its head adds to
 the prediction; PyTorch sums over heads.
 
-Shape legend: B molecules, N atoms of the largest, T = N + 1 tokens, A real atoms packed, H heads, D width, d = D / H.
+Shape legend: B molecules, N atoms of the largest, T = N + 1 tokens, P the length of their rows in the bias, A real atoms packed, H heads, D width,
+d = D / H.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ def denoising_forward(
 ) -> Tensor:
     """(A, 3) float32: sums over heads and atoms b of ``attention[h, a, b] displacement[a, b] value[b, h]``, axis by axis.
 
-    ``mapped`` (A, 2 * D + 3 * H), contiguous, has queries, keys and values of each atom; ``bias`` is (B, H, T, T),
+    ``mapped`` (A, 2 * D + 3 * H), contiguous, has queries, keys and values of each atom; ``bias`` is (B, H, T, P),
     ``displacement`` (B, N, N, 3) float32. ``first_token``, ``num_atoms``, ``groups`` and ``seed`` are as in
     :func:`~moleblend_ray.model.attention_kernels.attention_forward`.
     """
     H = bias.shape[1]
     parts = torch.empty(H, len(mapped), 3, dtype=torch.float32, device=mapped.device)
     for group in groups:
-        grid, constants = _launch_settings(mapped, H, group, dropout_probability)
+        grid, constants = _launch_settings(mapped, bias, group, dropout_probability)
         _forward[grid](
             mapped, bias, displacement.contiguous(), first_token, num_atoms, seed, parts,
             group.first, bias.shape[2], len(mapped), dropout_probability, **constants,
@@ -68,12 +69,11 @@ def denoising_backward(
 ) -> Tensor:
     """Gradient of ``mapped``, from that of the output (A, 3) float32.
 
-    The gradient of the bias is added to ``grad_bias`` (B, H, T, T) float32.
+    The gradient of the bias is added to ``grad_bias`` (B, H, T, P) float32.
     """
-    H = bias.shape[1]
     grad_mapped = torch.empty_like(mapped)
     for group in groups:
-        grid, constants = _launch_settings(mapped, H, group, dropout_probability)
+        grid, constants = _launch_settings(mapped, bias, group, dropout_probability)
         _backward[grid](
             grad_output, mapped, bias, displacement.contiguous(), first_token, num_atoms, seed,
             grad_mapped, grad_bias, group.first, bias.shape[2], dropout_probability, **constants,
@@ -82,10 +82,10 @@ def denoising_backward(
 
 
 def _launch_settings(
-    mapped: Tensor, num_heads: int, group: SizeGroup, dropout_probability: float
+    mapped: Tensor, bias: Tensor, group: SizeGroup, dropout_probability: float
 ) -> tuple[tuple[int], dict[str, object]]:
-    width = (mapped.shape[1] - 3 * num_heads) // 2
-    grid, constants = launch_settings(num_heads, width, mapped.dtype, group, dropout_probability)
+    width = (mapped.shape[1] - 3 * bias.shape[1]) // 2
+    grid, constants = launch_settings(bias, width, mapped.dtype, group, dropout_probability)
     if group.tile == 64:
         # With fewer, registers of the backward pass spill: three displacements for each pair are at hand at once.
         constants["num_warps"] = 8
@@ -95,7 +95,7 @@ def _launch_settings(
 @triton.jit
 def _places(  # type: ignore[no-untyped-def]
     first_token, num_atoms, first_molecule, T,
-    NUM_HEADS: tl.constexpr, TILE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, LENGTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Which molecule and head this program computes, and where their numbers lie in memory."""
     molecule = first_molecule + tl.program_id(0) // NUM_HEADS
@@ -106,8 +106,8 @@ def _places(  # type: ignore[no-untyped-def]
     column = tl.arange(0, TILE)[None, :]
     # Tokens are atoms and one graph token for each molecule. int64: a batch can have more than 2**31 numbers.
     first = tl.load(first_token + molecule) - molecule
-    # Pairs in (B, H, T, T), without the graph token, and in (B, N, N, 3).
-    pair = number.to(tl.int64) * T * T + (row + 1) * T + column + 1
+    # Pairs in (B, H, T, P), without the graph token, and in (B, N, N, 3).
+    pair = number.to(tl.int64) * T * LENGTH + (row + 1) * LENGTH + column + 1
     vector = (molecule.to(tl.int64) * (T - 1) * (T - 1) + row * (T - 1) + column) * _AXES
     return atoms, row, column, first, head, number, pair, vector
 
@@ -131,22 +131,22 @@ def _queries_and_keys(  # type: ignore[no-untyped-def]
 def _forward(  # type: ignore[no-untyped-def]
     mapped, bias, displacement, first_token, num_atoms, seed, parts,
     first_molecule, T, count, dropout_probability,
-    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, LENGTH: tl.constexpr, TILE: tl.constexpr,
+    WIDTH_TILE: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     atoms, row, column, first, head, number, pair, vector = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, LENGTH, TILE
     )
     query, key, _, _ = _queries_and_keys(
         mapped, first, row, head, atoms, NUM_HEADS, HEAD_WIDTH, WIDTH_TILE
     )
+    real = (row < atoms) & (column < atoms)
     weight = attention_weights(
-        query, key, bias, pair, atoms, row, column, HEAD_WIDTH**-0.5, PRECISION
+        query, key, bias, pair, real, atoms, column, HEAD_WIDTH**-0.5, PRECISION
     )
     if DROPS:
         survives = kept_in_tile(tl.load(seed), number, row * TILE + column, dropout_probability)
         weight = tl.where(survives, weight * (1.0 / (1.0 - dropout_probability)), 0.0)
-    real = (row < atoms) & (column < atoms)
     stride = 2 * NUM_HEADS * HEAD_WIDTH + _AXES * NUM_HEADS
     values = (first + column) * stride + 2 * NUM_HEADS * HEAD_WIDTH + head * _AXES
     to = (head.to(tl.int64) * count + first + row) * _AXES
@@ -161,24 +161,24 @@ def _forward(  # type: ignore[no-untyped-def]
 def _backward(  # type: ignore[no-untyped-def]
     grad_output, mapped, bias, displacement, first_token, num_atoms, seed, grad_mapped, grad_bias,
     first_molecule, T, dropout_probability,
-    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, TILE: tl.constexpr, WIDTH_TILE: tl.constexpr,
-    DROPS: tl.constexpr, PRECISION: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_WIDTH: tl.constexpr, LENGTH: tl.constexpr, TILE: tl.constexpr,
+    WIDTH_TILE: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     atoms, row, column, first, head, number, pair, vector = _places(
-        first_token, num_atoms, first_molecule, T, NUM_HEADS, TILE
+        first_token, num_atoms, first_molecule, T, NUM_HEADS, LENGTH, TILE
     )
     query, key, at, held = _queries_and_keys(
         mapped, first, row, head, atoms, NUM_HEADS, HEAD_WIDTH, WIDTH_TILE
     )
     scale = HEAD_WIDTH**-0.5
-    weight = attention_weights(query, key, bias, pair, atoms, row, column, scale, PRECISION)
+    real = (row < atoms) & (column < atoms)
+    weight = attention_weights(query, key, bias, pair, real, atoms, column, scale, PRECISION)
     kept_weight = weight
     factor = column.to(tl.float32) * 0.0 + row.to(tl.float32) * 0.0 + 1.0
     if DROPS:
         survives = kept_in_tile(tl.load(seed), number, row * TILE + column, dropout_probability)
         factor = tl.where(survives, 1.0 / (1.0 - dropout_probability), 0.0)
         kept_weight = weight * factor
-    real = (row < atoms) & (column < atoms)
     width = NUM_HEADS * HEAD_WIDTH
     values = (first + column) * (2 * width + _AXES * NUM_HEADS) + 2 * width + head * _AXES
     dtype = grad_mapped.dtype.element_ty

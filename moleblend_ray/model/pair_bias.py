@@ -105,7 +105,7 @@ class _PairBias(torch.autograd.Function):
 
         shapes, dtypes = zip(*ctx.kinds, strict=True)
         found = pair_bias_backward(
-            grad_output.contiguous(),
+            grad_output,
             *ctx.saved_tensors,
             num_rows=(shapes[0][0], shapes[1][0]),
             dtype=dtypes[2],

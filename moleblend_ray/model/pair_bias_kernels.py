@@ -83,10 +83,13 @@ def pair_bias_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``spd_table``, ``hop_table``, ``geometry`` and ``virtual`` from that of the bias.
 
-    ``grad_output`` is (B, H, T, T) float32. The gradient of ``geometry`` is in ``dtype``, the others are float32.
+    ``grad_output`` is (B, H, T, T) float32, contiguous but for what may follow each row. The gradient of ``geometry`` is in ``dtype``, the others are float32.
     ``num_rows`` are the numbers of rows of the two tables.
     """
     B, H, T, _ = grad_output.shape
+    row_stride = grad_output.stride(2)
+    if grad_output.stride() != (H * T * row_stride, T * row_stride, row_stride, 1):
+        grad_output, row_stride = grad_output.contiguous(), T
     device, programs = grad_output.device, min(_PROGRAMS, B * T)
     grad_geometry = torch.empty(B, T - 1, T - 1, H, dtype=dtype, device=device)
     grad_spd_table_parts = torch.empty(programs, num_rows[0], H, dtype=torch.float32, device=device)
@@ -103,10 +106,10 @@ def pair_bias_backward(
     relations = spd if shown is None else shown, num_atoms
     _distances_backward[(programs,)](
         grad_output, spd, *relations, grad_geometry, grad_virtual_parts, grad_spd_table_parts,
-        B * T, T, **_row_constants(num_rows[0]), **constants,
+        B * T, T, row_stride, **_row_constants(num_rows[0]), **constants,
     )  # fmt: skip
     _hops_backward[(programs,)](
-        grad_output, spd, path_codes, *relations, grad_hop_table_parts, B * T, T,
+        grad_output, spd, path_codes, *relations, grad_hop_table_parts, B * T, T, row_stride,
         **_row_constants(num_rows[1]), **_path_constants(path_codes), **constants,
     )  # fmt: skip
     return (
@@ -199,20 +202,21 @@ def _pair_bias(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _upstream(  # type: ignore[no-untyped-def]
-    grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS: tl.constexpr
+    grad_blended, molecule, row, column, head, atoms, T, row_stride, NUM_HEADS: tl.constexpr
 ):
     """(COLUMNS, HEADS) gradient of the bias of one row, 0 in padding."""
-    at = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * T + column
+    at = ((molecule.to(tl.int64) * NUM_HEADS + head) * T + row) * row_stride + column
     inside = (column <= atoms) & (row <= atoms) & (head < NUM_HEADS)
     return tl.load(grad_blended + at, mask=inside, other=0.0)
 
 
 @triton.jit(
-    do_not_specialize=["T", "rows"],
+    do_not_specialize=["T", "row_stride", "rows"],
     do_not_specialize_on_alignment=["spd", "shown", "num_atoms"],
 )
 def _distances_backward(  # type: ignore[no-untyped-def]
     grad_blended, spd, shown, num_atoms, grad_geometry, grad_virtual_parts, grad_table_parts, rows, T,
+    row_stride,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, LONGEST: tl.constexpr, BLENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +233,9 @@ def _distances_backward(  # type: ignore[no-untyped-def]
         while first < T:
             place = first + tl.arange(0, COLUMNS)
             column = place[:, None]
-            upstream = _upstream(grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            upstream = _upstream(
+                grad_blended, molecule, row, column, head, atoms, T, row_stride, NUM_HEADS
+            )
             pair, _, _, visible, _ = _relations(
                 spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
             )
@@ -257,11 +263,12 @@ def _distances_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(
-    do_not_specialize=["T", "rows"],
+    do_not_specialize=["T", "row_stride", "rows"],
     do_not_specialize_on_alignment=["spd", "path_codes", "shown", "num_atoms"],
 )
 def _hops_backward(  # type: ignore[no-untyped-def]
     grad_blended, spd, path_codes, shown, num_atoms, grad_table_parts, rows, T,
+    row_stride,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, HOPS: tl.constexpr, CODES: tl.constexpr, LONGEST: tl.constexpr,
     BLENDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -280,7 +287,9 @@ def _hops_backward(  # type: ignore[no-untyped-def]
         while first < end:
             place = first + tl.arange(0, COLUMNS)
             column = place[:, None]
-            upstream = _upstream(grad_blended, molecule, row, column, head, atoms, T, NUM_HEADS)
+            upstream = _upstream(
+                grad_blended, molecule, row, column, head, atoms, T, row_stride, NUM_HEADS
+            )
             _, _, length, _, _ = _relations(
                 spd, shown, molecule, row, column, atoms, T, LONGEST, BLENDS
             )

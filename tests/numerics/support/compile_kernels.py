@@ -55,7 +55,7 @@ TYPES: Mapping[str, str] = {
     "bias": "*bf16",
     "known": "*i1",
     **dict.fromkeys(["spd", "path_codes", "shown", "features", "degrees"], "*u8"),
-    **dict.fromkeys(["T", "N", "first_molecule", "count", "pairs", "rows"], "i32"),
+    **dict.fromkeys(["T", "N", "row_stride", "first_molecule", "count", "pairs", "rows"], "i32"),
     **dict.fromkeys(["low", "high"], "i64"),
     **dict.fromkeys(
         ["dropout_probability", "probability", "epsilon", "norm", "merged_scale"], "fp32"
@@ -66,7 +66,7 @@ TYPES: Mapping[str, str] = {
 
 def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Kernels, constants and numbers of warps, as the preset ``base`` launches them."""
-    heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "WIDTH_TILE": 32, "DROPS": True}
+    heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "LENGTH": 24, "WIDTH_TILE": 32, "DROPS": True}
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
         for module, extra in ((attention_kernels, 1), (denoising_kernels, 2 if tile == 64 else 1)):
             for kernel in (module._forward, module._backward):
@@ -74,9 +74,9 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
     yield block_kernels._add_and_norm, row, 4
     yield block_kernels._add_and_norm_backward, row, 4
-    yield block_kernels._gelu, {"WIDTH": 768, "DROPS": True, "BLOCK": 2048}, 8
     part = {"ROWS": 8, "COLUMNS": 256}
-    yield block_kernels._gelu_backward, {"WIDTH": 768, "DROPS": True, **part}, 4
+    for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
+        yield kernel, {"WIDTH": 768, "DROPS": True, **part}, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
     for kernel in (loss_kernels._cross_entropy, loss_kernels._cross_entropy_backward):
