@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 REPORT_NAME = "report.md"
 
 _MAX_TRIAL_ROWS = 50
+_MAX_COLUMN_ROWS = 50
 
 
 def write_report(
@@ -59,7 +60,8 @@ def _text(
     lines = [
         f"# {task['name']}",
         "",
-        f"{metric} ({direction}) on {split['test']} test molecules that took no part in training or in any choice.",
+        f"{metric} ({direction}) on {split['test']} test molecules that took no part in training or in any choice."
+        + _left_out_remark(task, results["final"]),
         "",
         "| model | validation | test, mean ± std | test, each seed |",
         "|---|---|---|---|",
@@ -79,6 +81,7 @@ def _text(
         f"- data fingerprint `{data['fingerprint']}`",
         f"- source: {task['citation']}",
         "",
+        *_columns_section(task, data.get("labels", {}), results["final"]),
         "## Model",
         "",
         _start_sentence(results["checkpoint"]),
@@ -99,6 +102,52 @@ def _unreadable_line(count: int) -> list[str]:
     return [
         f"- {count:,} label(s) in the source are no numbers (such as `>10`) and count as missing"
     ]
+
+
+def _left_out_remark(task: Mapping[str, Any], final: Mapping[str, Any]) -> str:
+    """Says how many columns the score is of, if not of all."""
+    num_left_out = len(final["seeds"][0]["columns_left_out"])
+    if not num_left_out:
+        return ""
+    total = len(task["columns"])
+    return (
+        f" It is the mean over {total - num_left_out} of the {total} label columns; the others cannot be scored there "
+        "([label columns](#label-columns))."
+    )
+
+
+def _columns_section(
+    task: Mapping[str, Any], labels: Mapping[str, Any], final: Mapping[str, Any]
+) -> list[str]:
+    """How many labels each column has in each part, and its test score; missing labels make both differ by column."""
+    if not labels:
+        return []
+    counted = "labels (of these, class 1)" if task["kind"] == "classification" else "labels"
+    lines = [
+        "## Label columns",
+        "",
+        f"The {counted} of each part, and the test score of {final['name']}, mean over seeds.",
+        "",
+        f"| column | training | validation | test | {_cell(_metric_name(task))} |",
+        "|---|---|---|---|---|",
+    ]
+    for column, parts in list(labels.items())[:_MAX_COLUMN_ROWS]:
+        counts = [_count_text(parts[part]) for part in ("train", "valid", "test")]
+        scores = [
+            seed["test_columns"][column]
+            for seed in final["seeds"]
+            if column in seed["test_columns"]
+        ]
+        score = score_text(float(np.mean(scores))) if scores else "none"
+        lines.append(f"| {' | '.join([_cell(column), *counts, score])} |")
+    if len(labels) > _MAX_COLUMN_ROWS:
+        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(labels)} are in `results.json`."]
+    return [*lines, ""]
+
+
+def _count_text(counts: Mapping[str, int]) -> str:
+    positives = f" ({counts['positives']:,})" if "positives" in counts else ""
+    return f"{counts['labels']:,}{positives}"
 
 
 def _score_rows(
@@ -160,7 +209,7 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         ]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
     # A unit such as log|S| must not end a cell.
-    heads = [_metric_name({**task, "metric": name}).replace("|", "\\|") for name in metrics]
+    heads = [_cell(_metric_name({**task, "metric": name})) for name in metrics]
     return [
         "Other scores of the same test predictions, by which nothing was chosen:",
         "",
@@ -249,6 +298,11 @@ def _short(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _cell(text: str) -> str:
+    """A name or unit as a cell of a table."""
+    return text.replace("|", "\\|")
 
 
 def _metric_name(task: Mapping[str, Any]) -> str:

@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.evaluation.tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +215,26 @@ def data_entry(
         "unreadable_labels": molecules.num_unreadable,
         "split": {"kind": task.split.value, "fractions": list(FRACTIONS), **split},
     }
+
+
+def labels_entry(
+    kind: TaskKind, molecules: LabelledMolecules, split: Split
+) -> dict[str, dict[str, dict[str, int]]]:
+    """The part of ``results.json`` about the labels: column -> part -> number of known labels, of classes also of ones."""
+    parts = split._asdict()
+    return {
+        column: {
+            part: _label_counts(kind, molecules.labels[rows, index]) for part, rows in parts.items()
+        }
+        for index, column in enumerate(molecules.columns)
+    }
+
+
+def _label_counts(kind: TaskKind, labels: NDArray[np.float64]) -> dict[str, int]:
+    counts = {"labels": int((~np.isnan(labels)).sum())}
+    if kind is TaskKind.CLASSIFICATION:
+        counts["positives"] = int((labels == 1).sum())
+    return counts
 
 
 def versions() -> dict[str, str]:

@@ -58,6 +58,7 @@ from moleblend_ray.evaluation.results import (
     Training,
     baseline_entry,
     data_entry,
+    labels_entry,
     seeds_entry,
     task_entry,
     versions,
@@ -402,17 +403,20 @@ def write_results(
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
         "task": task_entry(experiment.task, experiment.molecules),
-        "data": data_entry(
-            bench.data_uri,
-            experiment.molecules,
-            experiment.task,
-            {
-                "seed": config.split_seed,
-                "hash": bench.split_hash,
-                **({"fractions": None} if experiment.task.split is SplitKind.GIVEN else {}),
-                **parts,
-            },
-        ),
+        "data": {
+            **data_entry(
+                bench.data_uri,
+                experiment.molecules,
+                experiment.task,
+                {
+                    "seed": config.split_seed,
+                    "hash": bench.split_hash,
+                    **({"fractions": None} if experiment.task.split is SplitKind.GIVEN else {}),
+                    **parts,
+                },
+            ),
+            "labels": labels_entry(experiment.task.kind, experiment.molecules, split),
+        },
         "checkpoint": {
             "uri": config.checkpoint,
             "fingerprint": start.fingerprint,

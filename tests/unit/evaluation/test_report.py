@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.results import (
@@ -16,8 +19,10 @@ from moleblend_ray.evaluation.results import (
     Candidate,
     SeedResult,
     baseline_entry,
+    labels_entry,
     seeds_entry,
 )
+from moleblend_ray.evaluation.tasks import TaskKind
 
 LABELS = np.array([[0.0], [1.0], [2.0]])
 
@@ -92,7 +97,8 @@ def results_of(**changes: Any) -> dict[str, Any]:
 
 
 def report_of(tmp_path: Path, results: dict[str, Any]) -> str:
-    return Path(write_report(str(tmp_path), results, LABELS % 2, LABELS)).read_text()
+    labels = np.tile(LABELS, len(results["task"]["columns"]))
+    return Path(write_report(str(tmp_path), results, labels % 2, labels)).read_text()
 
 
 def names_in_table(text: str) -> list[str]:
@@ -139,6 +145,26 @@ def test_labels_that_were_no_numbers_are_counted(tmp_path: Path) -> None:
     assert "no numbers" not in report_of(tmp_path, results)
     results["data"]["unreadable_labels"] = 1200
     assert "- 1,200 label(s) in the source are no numbers" in report_of(tmp_path, results)
+
+
+def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_path: Path) -> None:
+    """With missing labels, a score over several columns is of fewer molecules than the test part has."""
+    found = [
+        dataclasses.replace(seed, test_columns={"a|b": seed.test_score}, columns_left_out=("c",))
+        for seed in seeds(0.5, 0.6, 0.8)
+    ]
+    results = results_of(kind="classification", final=seeds_entry("MoleBLEND", found))
+    results["task"]["columns"] = ["a|b", "c"]
+    labels = np.array([[0, 1], [1, np.nan], [1, np.nan], [np.nan, 1], [0, np.nan], [1, 1]])
+    split = Split(*map(np.array, ([0, 1, 2], [3], [4, 5])))
+    molecules = SimpleNamespace(columns=("a|b", "c"), labels=labels)
+    results["data"]["labels"] = labels_entry(TaskKind.CLASSIFICATION, molecules, split)  # type: ignore[arg-type]
+    assert results["data"]["labels"]["c"]["test"] == {"labels": 1, "positives": 1}
+    text = report_of(tmp_path, results)
+    assert "It is the mean over 1 of the 2 label columns; the others cannot be scored" in text
+    assert "| a\\|b | 3 (2) | 0 (0) | 2 (1) | 0.7000 |" in text
+    assert "| c | 1 (1) | 1 (1) | 1 (1) | none |" in text
+    assert "cannot be scored" not in report_of(tmp_path, results_of())
 
 
 def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
