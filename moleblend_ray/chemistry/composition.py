@@ -23,6 +23,12 @@ def formula_of_smiles(smiles: str) -> str:
     return _formula(match["bracket"] or match["organic"] for match in _SMILES_ATOM.finditer(text))
 
 
+def num_heavy_atoms(smiles: str) -> int:
+    """The number of heavy atoms of a SMILES without name."""
+    symbols = (match["bracket"] or match["organic"] for match in _SMILES_ATOM.finditer(smiles))
+    return sum(symbol.capitalize() not in _HYDROGENS for symbol in symbols)
+
+
 def formula_of_molblock(block: str) -> str | None:
     """The same formula of a V2000 or V3000 block; None if it is malformed."""
     lines = block.split("\n", 4)

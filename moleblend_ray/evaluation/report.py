@@ -60,9 +60,10 @@ def _text(
     lines = [
         f"# {task['name']}",
         "",
-        f"{metric} ({direction}) on {split['test']} test molecules that took no part in training or in any choice."
+        f"{metric} ({direction}) on {split['test']} test molecules{_unseen_remark(data)}."
         + _left_out_remark(task, results["final"]),
         "",
+        *_seen_lines(data),
         "| model | validation | test, mean ± std | test, each seed |",
         "|---|---|---|---|",
         *_score_rows(task, results["final"], results["baselines"]),
@@ -77,6 +78,7 @@ def _text(
         f"{len(task['columns'])} label column(s); {data['unlabelled']:,} without a label and "
         f"{data['quarantined']:,} unusable rows left out",
         *_unreadable_line(data.get("unreadable_labels", 0)),
+        *_distinct_line(data),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
         f"- data fingerprint `{data['fingerprint']}`",
         f"- source: {task['citation']}",
@@ -102,6 +104,38 @@ def _unreadable_line(count: int) -> list[str]:
     return [
         f"- {count:,} label(s) in the source are no numbers (such as `>10`) and count as missing"
     ]
+
+
+def _distinct_line(data: Mapping[str, Any]) -> list[str]:
+    distinct = data.get("repeats", {}).get("distinct", data["molecules"])
+    if distinct == data["molecules"]:
+        return []
+    return [
+        f"- {distinct:,} of them are different: the others are repeats, or other salts, protonation states or tautomers"
+    ]
+
+
+def _unseen_remark(data: Mapping[str, Any]) -> str:
+    if data.get("repeats", {}).get("test_seen"):
+        return ""
+    return " that took no part in training or in any choice"
+
+
+def _seen_lines(data: Mapping[str, Any]) -> list[str]:
+    """Says that scores are of molecules that took part in training or in choices."""
+    repeats, split = data.get("repeats", {}), data["split"]
+    lines = []
+    if repeats.get("test_seen"):
+        lines.append(
+            f"**{repeats['test_seen']:,} of the {split['test']:,} test molecules are also among those for training or "
+            "validation**, as they are or as another salt, protonation state or tautomer. Their scores may be better than those of new ones."
+        )
+    if repeats.get("valid_seen"):
+        lines.append(
+            f"{repeats['valid_seen']:,} of the {split['valid']:,} validation molecules are among those for training in "
+            "this way."
+        )
+    return [*lines, ""] if lines else []
 
 
 def _left_out_remark(task: Mapping[str, Any], final: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
+from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 
@@ -214,6 +215,15 @@ def data_entry(
         "quarantined": molecules.num_quarantined,
         "unreadable_labels": molecules.num_unreadable,
         "split": {"kind": task.split.value, "fractions": list(FRACTIONS), **split},
+    }
+
+
+def repeats_entry(repeats: Repeats) -> dict[str, int]:
+    """The part of ``results.json`` about molecules that occur more than once."""
+    return {
+        "distinct": repeats.distinct,
+        "test_seen": repeats.test_seen,
+        "valid_seen": repeats.valid_seen,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import ray
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
-from moleblend_ray.chemistry.scaffolds import split_hash
+from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.describe import redact
@@ -40,6 +40,7 @@ from moleblend_ray.errors import (
     without_credentials,
 )
 from moleblend_ray.evaluation.dataset import (
+    LabelledMolecules,
     labels_of_task,
     load_labelled,
     only_used,
@@ -50,6 +51,7 @@ from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
 from moleblend_ray.evaluation.property_model import require_learnable
+from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import (
     RESULTS_NAME,
     RESULTS_VERSION,
@@ -59,6 +61,7 @@ from moleblend_ray.evaluation.results import (
     baseline_entry,
     data_entry,
     labels_entry,
+    repeats_entry,
     seeds_entry,
     task_entry,
     versions,
@@ -121,6 +124,8 @@ class Bench:
     """Reference to the experiment in the object store (``ray.ObjectRef``)."""
     split_hash: str
     """Hash of the split of all labelled molecules of the dataset."""
+    repeats: Repeats
+    """Molecules that occur more than once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +179,8 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     claim(config.out, identity)
     hash_of_split = split_hash(split)
     molecules, split = only_used(molecules, split)
+    repeats = Repeats.of(molecules.smiles, split)
+    _warn_of_seen(repeats, molecules, split)
     if may_read_descriptors(config):
         logger.info("computing the descriptors of %d molecules", len(molecules))
         molecules = molecules.with_descriptors()
@@ -192,6 +199,27 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         experiment=experiment,
         shared=ray.put(experiment),
         split_hash=hash_of_split,
+        repeats=repeats,
+    )
+
+
+def _warn_of_seen(repeats: Repeats, molecules: LabelledMolecules, split: Split) -> None:
+    """Say that scores may be too good, as molecules of the test or validation part are in an earlier part, too."""
+    if repeats.example is None:
+        return
+    shown, other = (
+        f"{molecules.mol_ids[row]!r} ({molecules.smiles[row]})" for row in repeats.example
+    )
+    logger.warning(
+        "%d of %d test molecules are also in the training or validation part, and %d of %d validation molecules in the "
+        "training part, as they are or as another salt, protonation state or tautomer: %s is %s. Their scores may be "
+        "better than those of new molecules. Keep one row of each molecule, or put all its rows into one part by task.split_column or task.split_file",
+        repeats.test_seen,
+        len(split.test),
+        repeats.valid_seen,
+        len(split.valid),
+        shown,
+        other,
     )
 
 
@@ -415,6 +443,7 @@ def write_results(
                     **parts,
                 },
             ),
+            "repeats": repeats_entry(bench.repeats),
             "labels": labels_entry(experiment.task.kind, experiment.molecules, split),
         },
         "checkpoint": {

@@ -167,6 +167,24 @@ def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_
     assert "cannot be scored" not in report_of(tmp_path, results_of())
 
 
+def test_molecules_that_were_seen_in_another_part_are_told_beside_the_scores(
+    tmp_path: Path,
+) -> None:
+    results = results_of()
+    results["data"]["repeats"] = {"distinct": 12, "test_seen": 0, "valid_seen": 0}
+    text = report_of(tmp_path, results)
+    assert "on 3 test molecules that took no part in training" in text
+    assert "different" not in text
+    assert "among those" not in text
+    results["data"]["repeats"] = {"distinct": 9, "test_seen": 2, "valid_seen": 1}
+    text = report_of(tmp_path, results)
+    assert "took no part" not in text
+    assert "**2 of the 3 test molecules are also among those for training" in text
+    assert text.index("2 of the 3") < text.index("| model |")
+    assert "1 of the 1 validation molecules are" in text
+    assert "\n- 9 of them are different" in text
+
+
 def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
     """Potencies in mol/L, or energies in hartree."""
     trial = {"number": 0, "settings": {"epochs": 3}, "epochs": 3, "status": "finished"}

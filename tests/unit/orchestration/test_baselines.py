@@ -24,7 +24,9 @@ def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyP
     start = StartingPoint(model=ModelConfig(num_layers=4), encoder={}, fingerprint="f")
     task = resolve_task("esol")
     experiment = Experiment(task=task, molecules=unused, split=unused, start=start)
-    bench = Bench(data_uri="d", experiment=experiment, shared=experiment, split_hash="h")
+    bench = Bench(
+        data_uri="d", experiment=experiment, shared=experiment, split_hash="h", repeats=unused
+    )
     config = SweepConfig(
         task=TaskConfig(name="esol", source="esol.csv"),
         checkpoint="run",

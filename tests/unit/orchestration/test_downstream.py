@@ -10,16 +10,19 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 
+from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.model.config import ModelConfig
@@ -95,6 +98,20 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
         set_up(config, inputs)
     assert not (tmp_path / "out").exists()
+
+
+def test_molecules_in_two_parts_are_told_with_an_example_before_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    smiles = ("CCN", "CCO", "CCC", "Cl.CCN")
+    molecules: Any = SimpleNamespace(smiles=smiles, mol_ids=("a", "b", "c", "d"))
+    split = Split(*map(np.array, ([0], [1], [2])))
+    downstream._warn_of_seen(Repeats.of(smiles, split), molecules, split)
+    assert not caplog.text
+    split = Split(*map(np.array, ([0], [1], [2, 3])))
+    downstream._warn_of_seen(Repeats.of(smiles, split), molecules, split)
+    assert "1 of 2 test molecules are also in the training or validation part" in caplog.text
+    assert "'d' (Cl.CCN) is 'a' (CCN)" in caplog.text
 
 
 def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
