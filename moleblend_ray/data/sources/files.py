@@ -25,6 +25,7 @@ _EXPECTED: Final = (
     "QM9's .xyz, or .parquet"
 )
 _PARQUET: Final = (".parquet", ".pq")
+_WORKBOOKS: Final = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 _THREADS: Final = 16
 _NAMED: Final = 3
 """Files that a message names; the others it counts."""
@@ -72,7 +73,9 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
     files = [file for file in looked if file is not None]
     if not files and not (lists and len(listed) == 1):
         found = ", ".join(storage.name_of(info.uri) for info in listed[:5]) or "no files"
-        raise DataError(f"No molecules at {uri}: found {found}; expected {_EXPECTED}.")
+        is_workbook = any(info.uri.lower().endswith(_WORKBOOKS) for info in listed)
+        hint = " Save the sheet of a workbook as CSV in UTF-8." if is_workbook else ""
+        raise DataError(f"No molecules at {uri}: found {found}; expected {_EXPECTED}.{hint}")
     if len(files) < len(others):
         left_out = [
             storage.name_of(info.uri)

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 
 _DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+")
 
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+_DELIMITED: Final[tuple[Format, ...]] = ("csv", "semicolon", "tsv")
+
 _THREADS: Final = 16
 _SAMPLE_RECORDS: Final = 1000
 """Records from which is decided which columns or properties are numeric, and whether a geometry fits its table."""
@@ -141,23 +144,29 @@ def _look_at(file: SourceFile, config: ColumnConfig) -> _View:
 
 
 def delimited_form(file: SourceFile, column: str) -> SourceFile:
-    """The file as a table with the delimiter of its header, if its ending left that open (CSV, lines of SMILES).
+    """The file as a table with the delimiter of its header, which its ending does not tell (CSV from spreadsheets, lines
+    of SMILES).
 
-    ``column`` is one that is looked for: a name may contain the other delimiter.
+    ``column`` is one that is looked for: a name may contain another delimiter.
     """
     if file.format == "smi":
         return _delimited(file) or file
-    if file.format == "csv":
-        with open_records(file) as records:
-            header = _first_records(file, records, 1)
-        by_comma, by_semicolon = (
-            [cell.strip() for cell in fields(header[0], mark) or ()] if header else []
-            for mark in ",;"
-        )
-        has_more = len(by_comma) <= 1 < len(by_semicolon)
-        if column not in by_comma and (has_more or column in by_semicolon):
-            return replace(file, format="semicolon")
-    return file
+    if file.format not in ("csv", "tsv"):
+        return file
+    with open_records(file) as records:
+        header = _first_records(file, records, 1)
+    if not header:
+        return file
+    cells = {form: _cells_of_header(header[0], form) for form in _DELIMITED}
+    forms = [form for form in (file.format, *_DELIMITED) if column in cells[form]]
+    if not forms and len(cells[file.format]) <= 1:
+        forms = [form for form in _DELIMITED if len(cells[form]) > 1]
+    return replace(file, format=forms[0]) if forms else file
+
+
+def _cells_of_header(record: bytes, form: Format) -> list[str]:
+    cells = fields(record.removeprefix(_BYTE_ORDER_MARK), DELIMITERS[form]) or []
+    return [cell.strip() for cell in cells]
 
 
 def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
@@ -182,7 +191,7 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
         if name and name not in (smiles_column, id_column)
     ]
     numeric = [columns[i] for i in others if rows and is_numeric(row[i] for row in rows)]
-    if file.format == "semicolon":
+    if file.format != "csv":
         _warn_of_decimal_commas(file, columns, rows)
     if known.labels is not None:
         numeric = [name for name in known.labels if name in columns]
@@ -398,8 +407,12 @@ def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
         raise DataError(
             f"{file.uri}: its first line, in which names of columns are expected, has {record.problem}. Is it a table?"
         )
-    cells = fields(record.removeprefix(b"\xef\xbb\xbf"), DELIMITERS[file.format]) or []
-    columns = tuple(cell.strip() for cell in cells)
+    if b"\0" in record:
+        raise DataError(
+            f"{file.uri}: its first line, in which names of columns are expected, is no text in UTF-8. Is it a workbook, or "
+            "text in UTF-16? Save it as CSV in UTF-8."
+        )
+    columns = tuple(_cells_of_header(record, file.format))
     _require_distinct(file, columns)
     return columns
 
@@ -467,6 +480,8 @@ def _no_column(where: str, setting: str, name: str, columns: Sequence[str]) -> C
     hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
     shown = ", ".join(repr(column) for column in columns[:20]) or "none"
     more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+    if any("\ufffd" in column for column in columns):
+        hint = " The names are not in UTF-8, save the file as such." + hint
     return ColumnError(setting, f"{where} has no {name!r}; it has {shown}{more}.{hint}")
 
 

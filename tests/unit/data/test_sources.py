@@ -120,6 +120,9 @@ def test_a_table_with_semicolons_is_read_as_one(tmp_path: Path, name: str, quote
         ('smiles;y;"IC50, nM"', "smiles", "CCO;1;2", "CCO"),
         ("SMILES (canonical; RDKit)", "SMILES (canonical; RDKit)", "CCO", "CCO"),
         ('"a;b",smiles', "smiles", "1,CCO", "CCO"),
+        ("smiles;y, z\tnote", "smiles", "CCO;1", "CCO"),
+        ("\ufeffsmiles;IC50 (nM, 24 h)", "smiles", "CCO;1", "CCO"),
+        ('\ufeff"smiles";"IC50 (nM, 24 h)"', "smiles", '"CCO";"1"', "CCO"),
     ],
 )
 def test_the_column_that_is_looked_for_says_which_delimiter_is_meant(
@@ -130,11 +133,53 @@ def test_the_column_that_is_looked_for_says_which_delimiter_is_meant(
     assert smiles_of(records_of(path, smiles_column=column)) == [expected]
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz", "table.tsv", "table.txt"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_the_header_says_which_delimiter_is_meant_whatever_the_ending(
+    tmp_path: Path, name: str, delimiter: str, mark: str
+) -> None:
+    rows = (("smiles", "id", "pIC50"), ('"C\nC"', "a", "5.5"), ("CCN", "b", "6"))
+    text = mark + "".join(delimiter.join(row) + "\r\n" for row in rows)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    records = records_of(path, rows_per_chunk=1, id_column="id")
+    assert [record.mol_id for record in records] == ["a", "b"]
+    assert [record.labels.tolist() for record in records] == [[5.5], [6.0]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"PK\x03\x04\x14\0\x06\0" + bytes(range(256)) * 40,
+        "smiles,y\nCCO,1\n".encode("utf-16"),
+        "smiles\ty\nCCO\t1\n".encode("utf-16-le"),
+    ],
+)
+@pytest.mark.parametrize("name", ["table.csv", "table.tsv"])
+def test_a_workbook_or_utf16_is_told_without_its_bytes(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"no text in UTF-8.*Save it as CSV in UTF-8\.$") as raised:
+        inspected(path)
+    assert str(raised.value).isprintable()
+
+
+def test_names_in_another_encoding_are_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes("smiles,IC50 µM\nCCO,1\n".encode("cp1252"))
+    with pytest.raises(ConfigError, match=r"has no 'IC50 µM'.*not in UTF-8, save the file as such"):
+        inspected(path, label_columns=("IC50 µM",))
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
 def test_numbers_with_commas_are_told_and_not_guessed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str
 ) -> None:
     path = tmp_path / "table.csv"
-    path.write_text("smiles;y;z\nC;1,500;2\nCC;;3\n")
+    path.write_text("smiles;y;z\nC;1,500;2\nCC;;3\n".replace(";", delimiter))
     with caplog.at_level(logging.WARNING):
         assert [label.name for label in inspected(path).labels] == ["z"]
     assert "columns y hold numbers with commas" in caplog.text
@@ -809,6 +854,9 @@ def test_no_molecule_files_and_unknown_kinds_are_told(tmp_path: Path) -> None:
             find_sources(str(uri))
     with pytest.raises(StorageError, match=r"missing\.csv: it does not exist"):
         find_sources(str(tmp_path / "missing.csv"))
+    (tmp_path / "Assay.XLSX").write_text("PK")
+    with pytest.raises(DataError, match=r"found Assay\.XLSX; .* Save the sheet of a workbook as"):
+        find_sources(str(tmp_path / "Assay.XLSX"))
 
 
 def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:
