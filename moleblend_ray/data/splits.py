@@ -28,6 +28,8 @@ _CODE_OF_NAME: Final = {
     "testing": _TEST,
 }
 
+_TEST_PARTS: Final = ("test-", "test_")
+
 
 def text_hashes(texts: Sequence[str], key: bytes = b"") -> NDArray[np.uint64]:
     """(M,), 64 bits of the keyed BLAKE2b hash of each text."""
@@ -129,13 +131,16 @@ def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.
     return codes
 
 
-def _code(name: str, uri: str) -> int:
+def is_split_name(name: str) -> bool:
+    """Whether a word names a split: train, valid (validation, val, dev) or test (testing, test-...)."""
     folded = name.strip().lower()
-    if folded.startswith(("test-", "test_")):
-        return _TEST
-    if folded not in _CODE_OF_NAME:
+    return folded in _CODE_OF_NAME or folded.startswith(_TEST_PARTS)
+
+
+def _code(name: str, uri: str) -> int:
+    if not is_split_name(name):
         raise ConfigError(
             f"split_file: {uri} has a split {name!r}; expected train, valid (validation, val, dev) or test "
             "(also test-dev and the like)."
         )
-    return _CODE_OF_NAME[folded]
+    return _CODE_OF_NAME.get(name.strip().lower(), _TEST)

@@ -23,7 +23,7 @@ from moleblend_ray.data.sources.text import (
     without_empty_end,
 )
 from moleblend_ray.data.split_file import read_split_file
-from moleblend_ray.data.splits import NamedSplits
+from moleblend_ray.data.splits import NamedSplits, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
 
 
@@ -39,7 +39,17 @@ def splits_of_column(source: str, column: str) -> NamedSplits:
     Rows whose cell is empty or missing are in no split. Raises ConfigError if the source has several files or a
     word is none of these (validation, val and dev mean valid), DataError if there is no such column.
     """
-    return NamedSplits(rows_of_column(source, column), None, f"column {column!r} of {source}")
+    rows = rows_of_column(source, column)
+    others = {word: int(found[0]) for word, found in rows.items() if not is_split_name(word)}
+    if others:
+        row, word = min((row, word) for word, row in others.items())
+        raise ConfigError(
+            f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
+            f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
+            "row. For a split by date or project write a column of these words, such as test in the latest tenth of "
+            "the rows"
+        )
+    return NamedSplits(rows, None, f"column {column!r} of {source}")
 
 
 def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:

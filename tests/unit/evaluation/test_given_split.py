@@ -149,8 +149,19 @@ def test_a_column_that_is_not_there_or_says_something_else_is_refused(tmp_path: 
     source = write_csv(tmp_path)
     with pytest.raises(DataError, match=r"no column 'split'; its columns: smiles, y, part"):
         splits_of_column(source, "split")
-    with pytest.raises(ConfigError, match=r"column 'y' of .*'1'.*train, valid"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^task\.split_column: column 'y' of .* says '1' in row 0.* 5 such words in all.*train, valid",
+    ):
         splits_of_column(source, "y")
+
+
+def test_a_column_of_dates_is_answered_with_how_to_split_by_date(tmp_path: Path) -> None:
+    rows = [("CCO", "1", "train"), ("CCN", "2", "2024-05-01"), ("CCF", "3", "2023-01-07")]
+    with pytest.raises(
+        ConfigError, match=r"says '2024-05-01' in row 1 .* 2 such words .*split by date"
+    ):
+        splits_of_column(write_csv(tmp_path, rows), "part")
 
 
 def test_rows_of_several_files_and_of_prepared_datasets_are_refused(tmp_path: Path) -> None:
