@@ -72,27 +72,28 @@ class Standardisation:
 def require_learnable(
     kind: TaskKind, labels: NDArray[np.float64], columns: tuple[str, ...]
 ) -> None:
-    """Raise DataError if (M, T) training ``labels`` teach nothing; name the columns of classes that have only one.
+    """Raise DataError if (M, T) training ``labels`` teach nothing; name the columns whose known labels are all equal.
 
-    A regression column needs a value, as :meth:`Standardisation.fit` says, and classes need one column with both.
+    A column of numbers needs a value, as :meth:`Standardisation.fit` says, and one column needs labels that differ.
     """
     if kind is TaskKind.REGRESSION:
         Standardisation.fit(kind, labels, columns)
-        return
-    has_both = (labels == 0).any(axis=0) & (labels == 1).any(axis=0)
-    lacking = [column for column, both in zip(columns, has_both, strict=True) if not both]
+    needed = "both classes" if kind is TaskKind.CLASSIFICATION else "labels that differ"
+    differ = [len(np.unique(values[~np.isnan(values)])) > 1 for values in labels.T]
+    lacking = [column for column, does in zip(columns, differ, strict=True) if not does]
     if len(lacking) == len(columns):
         raise DataError(
-            f"nothing to learn: none of the {len(columns)} label columns has both classes among the {len(labels)} "
+            f"nothing to learn: none of the {len(columns)} label columns has {needed} among the {len(labels)} "
             "training molecules; use more molecules or another split"
         )
     if lacking:
         shown = ", ".join(lacking[:_NAMED]) + (" ..." if len(lacking) > _NAMED else "")
         logger.warning(
-            "%d of %d columns do not have both classes among the %d training molecules, and predictions of them mean "
+            "%d of %d columns do not have %s among the %d training molecules, and predictions of them mean "
             "nothing: %s",
             len(lacking),
             len(columns),
+            needed,
             len(labels),
             shown,
         )
