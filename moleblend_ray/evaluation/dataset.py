@@ -26,6 +26,9 @@ from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_LABEL = 1e100
+"""The squares of larger numbers, which programs write for missing ones, would overflow."""
+
 FRACTIONS = (0.8, 0.1, 0.1)
 """Shares of training, validation and test."""
 
@@ -128,10 +131,11 @@ def load_labelled(
         )
     table = table.filter(pa.array(known)).combine_chunks()
     labels = labels[known]
-    _check_labels(uri, task, columns, labels)
+    mol_ids = tuple(table["mol_id"].to_pylist())
+    _check_labels(uri, task, columns, labels, mol_ids)
     return LabelledMolecules(
         block=block_from_table(table, np.arange(len(labels), dtype=np.int64)),
-        mol_ids=tuple(table["mol_id"].to_pylist()),
+        mol_ids=mol_ids,
         smiles=tuple(table["smiles"].to_pylist()),
         labels=labels,
         columns=columns,
@@ -293,20 +297,24 @@ def labels_of_task(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
 
 
 def _check_labels(
-    uri: str, task: Task, columns: tuple[str, ...], labels: NDArray[np.float64]
+    uri: str,
+    task: Task,
+    columns: tuple[str, ...],
+    labels: NDArray[np.float64],
+    mol_ids: tuple[str, ...],
 ) -> None:
-    infinite = np.isinf(labels)
-    if infinite.any():
-        column = columns[int(np.flatnonzero(infinite.any(axis=0))[0])]
-        raise DataError(f"{uri}: column {column!r} has infinite values; leave such cells empty")
     if task.kind is TaskKind.REGRESSION:
-        return
-    wrong = ~np.isnan(labels) & (labels != 0) & (labels != 1)
+        # Infinite ones included.
+        wrong = np.abs(labels) > _LARGEST_LABEL
+        expected = f"expected numbers up to {_LARGEST_LABEL:g}; leave cells without a value empty"
+    else:
+        wrong = ~np.isnan(labels) & (labels != 0) & (labels != 1)
+        expected = "classification labels are 0, 1 or empty. For numbers set task.kind=regression"
     if wrong.any():
         row, index = np.argwhere(wrong)[0]
         raise DataError(
-            f"{uri}: column {columns[index]!r} of task {task.name!r} has the value {labels[row, index]:g}; "
-            "classification labels are 0, 1 or empty. For numbers set task.kind=regression"
+            f"{uri}: column {columns[index]!r} of task {task.name!r} has the value {labels[row, index]:g} for molecule "
+            f"{mol_ids[row]!r}, the first of {int(wrong.sum())}; {expected}"
         )
 
 

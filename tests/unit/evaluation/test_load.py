@@ -98,3 +98,24 @@ def test_cells_that_hold_no_number_are_counted_and_told_where_there_is_nothing_e
 def test_a_folder_that_is_no_prepared_dataset_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="manifest"):
         load_labelled(str(tmp_path), number("a"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "cells", "message"),
+    [
+        ("classification", "0,-1,1,-1", r"value -1 for molecule '\S+_1', the first of 2; class"),
+        (
+            "classification",
+            "1,1,0,2",
+            r"value 2 for molecule '\S+_3', the first of 1; .*0, 1 or empty",
+        ),
+        ("regression", "1,,1.7976931348623157e308,2", r"1.79769e\+308 for molecule '\S+_2'.*empty"),
+    ],
+)
+def test_labels_that_cannot_be_used_are_told_with_their_molecule(
+    prepare: Prepare, kind: str, cells: str, message: str
+) -> None:
+    rows = zip(("CCO", "CCN", "CCC", "CO"), cells.split(","), strict=True)
+    uri = prepare("smiles,y\n" + "".join(f"{smiles},{cell}\n" for smiles, cell in rows))
+    with pytest.raises(DataError, match=message):
+        load_labelled(uri, resolve_task("own", columns=("y",), kind=TaskKind(kind)))
