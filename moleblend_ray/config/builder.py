@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import json
 import re
 import types
 import typing
@@ -275,7 +276,10 @@ def _keys_of(cls: type, path: str) -> str:
 
 def _hint(expected: str, value: object, path: str) -> str:
     if expected.startswith("str") and isinstance(value, bool | int | float):
-        return f""" (quote it to make it text: '{path}="{value}"')"""
+        text = f'"{json.dumps(value)}"'
+        # Hydra takes no index: an item is given in its list.
+        shown = f"{path.rpartition('[')[0]}=[{text}]" if path.endswith("]") else f"{path}={text}"
+        return f" (quote it to make it text: '{shown}')"
     if expected.startswith("list") and isinstance(value, str):
         return f" (write a list: {path}=[a,b])"
     if expected.startswith("one of") and isinstance(value, str):

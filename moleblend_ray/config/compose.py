@@ -191,7 +191,7 @@ def _unreadable(overrides: Sequence[str]) -> str | None:
         except HydraException:
             return (
                 f"{override.lstrip('+')} cannot be read: a bracket, brace or quote is missing, or it needs quotes (lists are KEY=[a,b], "
-                "in quotes for the shell)"
+                'names with brackets or other signs KEY=["a (b)"], all in single quotes for the shell)'
             )
     return None
 

@@ -75,7 +75,14 @@ def test_a_setting_may_be_one_text_or_several(value: object, built: object) -> N
     ("value", "message"),
     [
         (3, "place: expected str or list of str, found 3 (int) (quote it"),
-        (["a", 3], "place[1]: expected str, found 3 (int)"),
+        (
+            ["a", 3],
+            "place[1]: expected str, found 3 (int) (quote it to make it text: 'place=[\"3\"]')",
+        ),
+        (
+            True,
+            "place: expected str or list of str, found True (bool) (quote it to make it text: 'place=\"true\"')",
+        ),
         (None, "place: expected str or list of str, found null"),
     ],
 )

@@ -122,3 +122,18 @@ def test_errors_name_the_file_that_holds_the_value() -> None:
         ConfigError, match=r"cluster\.use_gpu: unknown key .*conf/cluster/gpu\.yaml"
     ):
         load_config(_WithoutCluster, "prepare", ["cluster=gpu"])
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [("[10]", r"""task\.columns=\["10"\]"""), ("[IC50 (nM)]", r"""KEY=\["a \(b\)"\]""")],
+)
+def test_a_name_that_needs_quotes_is_answered_with_one_that_can_be_read(
+    written: str, shown: str
+) -> None:
+    own = ["task.name=own", "task.source=a.csv", "task.kind=regression", "out=o"]
+    with pytest.raises(ConfigError, match=shown):
+        load_config(FinetuneConfig, "finetune", [*own, f"task.columns={written}"])
+    name = written.strip("[]")
+    config = load_config(FinetuneConfig, "finetune", [*own, f'task.columns=["{name}"]'])
+    assert config.task.columns == (name,)
