@@ -92,6 +92,9 @@ K = TypeVar("K")
 IDENTITY_NAME = "config.json"
 """File that says what question the results in a directory answer; another question needs another directory."""
 
+_MANY_MOLECULES: Final = 10_000
+"""Molecules of which it takes seconds to find those that occur more than once."""
+
 _TASK_SETTINGS: Final = {
     "smiles_column": "task.smiles_column",
     "id_column": "task.id_column",
@@ -179,6 +182,8 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     claim(config.out, identity)
     hash_of_split = split_hash(split)
     molecules, split = only_used(molecules, split)
+    if len(molecules) >= _MANY_MOLECULES:
+        logger.info("looking for molecules that occur more than once among %d", len(molecules))
     repeats = Repeats.of(molecules.smiles, split)
     _warn_of_seen(repeats, molecules, split)
     if may_read_descriptors(config):
