@@ -38,7 +38,7 @@ BASELINES_DIR = "baselines"
 
 
 def compute_features(kind: FeatureKind, smiles: Sequence[str]) -> NDArray[np.uint8 | np.float64]:
-    """(M, F) features of the molecules; 0.2 ms (fingerprints) or 6 ms (descriptors) per molecule."""
+    """(M, F) features of the molecules; 0.2 ms (fingerprints) or 5 ms (descriptors) per drug-like molecule."""
     return ecfp(smiles) if kind is FeatureKind.FINGERPRINTS else descriptors(smiles)
 
 

@@ -23,7 +23,7 @@ class DescriptorTable(NamedTuple):
 
     @classmethod
     def of(cls, smiles: Sequence[str]) -> DescriptorTable:
-        """All descriptors of RDKit; about 6 ms per drug-like molecule."""
+        """All descriptors of RDKit; about 5 ms per drug-like molecule."""
         # Here, as models that read no descriptors need no RDKit.
         from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
 
