@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray import cli
+from moleblend_ray.config.builder import leaf_paths
 from moleblend_ray.errors import MoleBlendError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -17,6 +18,7 @@ PAGES = [
     REPOSITORY / "infra" / "README.md",
     *sorted((REPOSITORY / "docs").glob("*.md")),
 ]
+FILE_ENDINGS = (".csv", ".json", ".md", ".npz", ".parquet", ".png", ".py", ".safetensors", ".yaml")
 
 
 def commands(page: Path) -> list[str]:
@@ -75,3 +77,38 @@ def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page: Path) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             lost.append(link)
     assert lost == []
+
+
+def settings() -> set[str]:
+    """Every setting of every command, with its section."""
+    classes = [cli.load_reference(job.config) for job in cli.JOBS.values()]
+    return {path for cls in classes for path in leaf_paths(cls)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=lambda page: page.stem)
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    """`section.name` or `section.name=value`; what stands behind a mapping (`search.ranges.NAME`) is free."""
+    known = settings()
+    mappings = {
+        "search.ranges",
+        "search.choices",
+        "search.searcher_options",
+        "search.scheduler_options",
+    }
+    assert mappings <= known
+    sections = {path.partition(".")[0] for path in known if "." in path}
+    unknown = []
+    for span in re.findall(r"`([^`\n]+)`", page.read_text()):
+        for name in re.findall(r"(?<![\w./-])[a-z_]+(?:\.[a-z_0-9]+)+(?=[=\s]|$)", span):
+            is_setting = name.partition(".")[0] in sections and not name.endswith(FILE_ENDINGS)
+            if is_setting and name not in known and name.rpartition(".")[0] not in mappings:
+                unknown.append(name)
+    assert unknown == []
+
+
+def test_the_table_of_the_model_names_every_module() -> None:
+    text = (REPOSITORY / "docs" / "model.md").read_text()
+    modules = [file.name for file in (REPOSITORY / "moleblend_ray" / "model").glob("*.py")]
+    named = [*re.findall(r"`(\w+\.py)`", text), "__init__.py"]
+    lacking = [name for name in modules if name not in named and not name.endswith("_kernels.py")]
+    assert lacking == []
