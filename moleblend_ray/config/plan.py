@@ -63,7 +63,8 @@ class PlanConfig:
     conformers: bool = False
     """Let `prepare` make a conformer of each molecule."""
     descriptors: bool = False
-    """Let `prepare` store RDKit's descriptors of each molecule; `model.descriptor_head` implies it."""
+    """Let `prepare` store RDKit's descriptors of each molecule; implied by `model.descriptor_head`, and by `data` that have
+    them."""
     gpus_per_node: int = 8
     """GPUs of one machine."""
     cpu_nodes: int | None = None

@@ -127,22 +127,18 @@ def _job(config: PlanConfig, setup: Setup, workers: int, manifest: Manifest | No
     return Job(
         molecules=molecules,
         presentations=presentations,
-        prepare_per_core_s=_prepare_rate(config),
+        prepare_per_core_s=_prepare_rate(config, described=setup.described),
         embed_per_trainer_s=_embed_rate(setup),
         first_step_s=bundled("first_step_s"),
     )
 
 
-def _prepare_rate(config: PlanConfig) -> Figure:
+def _prepare_rate(config: PlanConfig, *, described: bool) -> Figure:
     rows = bundled("prepare_rows_per_core_s")
     per_core = measured(rows.value, "molecules/s", rows.source)
     for wanted, name, what in (
         (config.conformers, "conformers_per_core_s", "a conformer"),
-        (
-            config.descriptors or config.model.descriptor_head,
-            "descriptors_per_core_s",
-            "descriptors",
-        ),
+        (described, "descriptors_per_core_s", "descriptors"),
     ):
         if wanted:
             made = bundled(name)
@@ -239,32 +235,33 @@ def _shard_bytes(
     if manifest is not None:
         rows = sum(shard.num_rows for shard in manifest.shards_of("train"))
         size = sum(shard.num_bytes for shard in manifest.shards_of("train"))
-        return measured(
-            size / max(1, rows), "B/molecule", f"train shards of {redact(str(config.data))}"
+        there = f"train shards of {redact(str(config.data))}"
+        found = measured(size / max(1, rows), "B/molecule", there)
+    else:
+        figure = bundled("shard_bytes")
+        found = computed(
+            figure.value * mean_atoms(atom_counts) / ATOMS_PER_MOLECULE,
+            "B/molecule",
+            f"in proportion to the atoms: {figure.source}",
+            figure,
         )
-    figure = bundled("shard_bytes")
-    graph = computed(
-        figure.value * mean_atoms(atom_counts) / ATOMS_PER_MOLECULE,
-        "B/molecule",
-        f"in proportion to the atoms: {figure.source}",
-        figure,
-    )
-    if not _described(config, manifest):
-        return graph
+    counted = manifest is not None and manifest.descriptors is not None
+    if counted or not _described(config, manifest):
+        return found
     stored = bundled("descriptor_bytes")
-    together = graph.value + stored.value
-    return computed(together, "B/molecule", f"with descriptors: {stored.source}", graph, stored)
+    together = found.value + stored.value
+    return computed(together, "B/molecule", f"with descriptors: {stored.source}", found, stored)
 
 
 def _described(config: PlanConfig, manifest: Manifest | None) -> bool:
-    """Whether the stream carries descriptors, which it does if the data set has them."""
+    """Whether molecules are prepared with descriptors, which the stream then carries, whether or not a head predicts them."""
     if manifest is not None:
         if config.model.descriptor_head and manifest.descriptors is None:
             raise ConfigError(
                 f"model.descriptor_head: {redact(str(config.data))} has no descriptors to predict; plan without it, or for "
                 "data prepared with featurize.descriptors=true"
             )
-        return manifest.descriptors is not None
+        return config.descriptors or manifest.descriptors is not None
     return config.descriptors or config.model.descriptor_head
 
 

@@ -14,10 +14,11 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from synthetic import write_dataset
 
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.plan import PlanConfig
-from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.plan import (
     CHART_NAME,
@@ -296,6 +297,24 @@ def test_conformers_and_then_descriptors_are_most_of_prepare() -> None:
     assert described > 3 * plain
     assert made > 50 * plain
     assert both.stages[0].hours.value == pytest.approx(made + described - plain, rel=1e-6)
+
+
+def test_data_with_descriptors_are_planned_with_them(tmp_path: Path) -> None:
+    """Time of `prepare` and bytes of shards are those of the same molecules."""
+    bare, described = str(tmp_path / "bare"), str(tmp_path / "described")
+    write_dataset(bare, 20)
+    write_dataset(described, 20, described=True)
+
+    def hours_and_bytes(data: str, *asked: str) -> tuple[float, float]:
+        given = config(f"data={data}", "molecules=1e6", "gpus=8", *asked)
+        setup = build_setup(given, load_manifest(data), None)
+        return plan(given).plan.stages[0].hours.value, setup.shard_bytes.value
+
+    there = hours_and_bytes(described)
+    assert there == hours_and_bytes(described, "descriptors=true")
+    without, asked = hours_and_bytes(bare), hours_and_bytes(bare, "descriptors=true")
+    assert there[0] == asked[0] > 3 * without[0]
+    assert asked[1] > without[1] + NUM_DESCRIPTORS
 
 
 def test_descriptors_take_room_in_shards_stream_and_cache() -> None:
