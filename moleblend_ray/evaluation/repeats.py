@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moleblend_ray.chemistry.inchi import parent_keys
 from moleblend_ray.chemistry.scaffolds import Split
 
 
@@ -28,6 +27,9 @@ class Repeats:
     @classmethod
     def of(cls, smiles: Sequence[str], split: Split) -> Repeats:
         """Among the molecules of ``split``, by (M,) SMILES of all."""
+        # Here, as results are read and written where there is no RDKit.
+        from moleblend_ray.chemistry.inchi import parent_keys
+
         rows = [int(row) for part in split for row in part]
         keys = dict(zip(rows, parent_keys([smiles[row] for row in rows]), strict=True))
         first: dict[str, int] = {}
