@@ -24,7 +24,7 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration.baselines import run_baselines
-from moleblend_ray.orchestration.downstream import Bench, LostWorkError, set_up
+from moleblend_ray.orchestration.downstream import Bench, LostWorkError, read_inputs, set_up
 from moleblend_ray.orchestration.finetune import finetune
 from moleblend_ray.orchestration.sweep import sweep
 
@@ -123,7 +123,7 @@ def test_an_interrupted_command_repeats_no_finished_step(
 def test_an_encoder_that_cannot_be_trained_from_scratch_is_absent_with_its_reason_but_not_if_it_was_lost(
     config: FinetuneConfig, results: dict[str, Any]
 ) -> None:
-    bench = set_up(config)
+    bench = set_up(config, read_inputs(config))
     config = dataclasses.replace(config, baseline=BaselineConfig(kinds=(BaselineKind.SCRATCH,)))
 
     def diverges(config: FinetuneConfig, bench: Bench) -> Training:
