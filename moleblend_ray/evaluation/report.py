@@ -217,12 +217,14 @@ def _comparison(
     best = min(baselines, key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]))
     gain = best["test"]["mean"] - final["test"]["mean"]
     gain = -gain if task["higher_is_better"] else gain
-    verdict = "better" if gain >= 0 else "worse"
+    verdict = "better" if gain > 0 else "worse"
     means = [entry["test"]["mean"] for entry in (best, final)]
     smallest = min(filter(None, means), key=abs, default=0.0)
+    than = f"{score_text(abs(gain), smallest)} {verdict} in {_metric_name(task)} than"
+    if gain == 0:
+        than = f"as good in {_metric_name(task)} as"
     return [
-        f"On the test molecules {final['name']} is {score_text(abs(gain), smallest)} {verdict} in {_metric_name(task)} than {best['name']}, "
-        "the best of the baselines by validation.",
+        f"On the test molecules {final['name']} is {than} {best['name']}, the best of the baselines by validation.",
         "",
     ]
 

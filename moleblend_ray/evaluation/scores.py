@@ -79,9 +79,13 @@ def require_scorable(
         if not _is_scorable(metric, values[~np.isnan(values)])
     ]
     if len(cannot) == len(columns):
+        # Errors can be computed where correlations cannot; all metrics of classes need both.
+        remedy = (
+            ", another split or task.metric=mae" if _has_error_for(metric) else " or another split"
+        )
         raise DataError(
             f"{metric.value} cannot be computed on the {len(labels)} molecules of the {part} part: none of the "
-            f"{len(columns)} label columns has {_needs(metric)} there; use more molecules, another split or another metric"
+            f"{len(columns)} label columns has {_needs(metric)} there; use more molecules{remedy}"
         )
     if cannot:
         shown = ", ".join(cannot[:_NAMED]) + (" ..." if len(cannot) > _NAMED else "")
@@ -188,6 +192,11 @@ _FORMULAS: Final[Mapping[Metric, Callable[[NDArray[np.float64], NDArray[np.float
     Metric.R2: r2,
     Metric.SPEARMAN: spearman,
 }
+
+
+def _has_error_for(metric: Metric) -> bool:
+    """Whether the task has another metric that needs less: an error in the task's units."""
+    return metric.kind is TaskKind.REGRESSION and not metric.is_error
 
 
 def _needs(metric: Metric) -> str:

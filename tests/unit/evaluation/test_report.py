@@ -121,6 +121,12 @@ def test_rows_are_sorted_by_validation_and_the_model_stands_out(tmp_path: Path, 
 def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) -> None:
     text = report_of(tmp_path, results_of())
     assert "fine-tuned is 0.1000 better in RMSE in eV than ECFP4 + random forest, the best" in text
+    equal = results_of()
+    for entry in equal["baselines"]:
+        entry["test"] = equal["final"]["test"]
+    assert "is as good in RMSE in eV as ECFP4 + random forest, the best" in report_of(
+        tmp_path, equal
+    )
     text = report_of(tmp_path, results_of(kind="classification"))
     assert "0.6000 better in ROC-AUC than RDKit descriptors + linear model, the best" in text
     text = report_of(tmp_path, results_of(baselines=[baseline(BaselineKind.FOREST, 0.1, 0.2)]))

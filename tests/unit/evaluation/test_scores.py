@@ -108,8 +108,12 @@ def test_labels_that_allow_no_score_are_found_without_predictions(
     with caplog.at_level("INFO"):
         require_scorable(metric, labels, ("both", "one", "none"), "test")
     assert f"2 of 3 columns have no {metric.value} in the test part: one, none" in caplog.text
-    with pytest.raises(DataError, match="2 molecules of the validation part: none of the 2 label"):
+    with pytest.raises(
+        DataError, match="2 molecules of the validation part: none of the 2 label"
+    ) as error:
         require_scorable(metric, labels[:, 1:], ("one", "none"), "validation")
+    # Another metric helps only where there is one that needs less.
+    assert ("task.metric=mae" in str(error.value)) == (metric in (Metric.R2, Metric.SPEARMAN))
     require_scorable(Metric.MAE, labels[:, 1:], ("one", "none"), "test")
 
 
