@@ -147,19 +147,8 @@ def _places(  # type: ignore[no-untyped-def]
     # Token rows of (S, 3, H, d) and (S, H, d), int64: a batch can have more than 2**31 numbers.
     packed = tl.load(first_token + molecule) + row
     # The square of pairs of this head, and places in it.
-    square = number.to(tl.int64) * T * LENGTH
-    return (
-        tokens,
-        row,
-        column,
-        feature,
-        packed,
-        molecule,
-        head,
-        number,
-        square,
-        row * LENGTH + column,
-    )
+    square, place = number.to(tl.int64) * T * LENGTH, row * LENGTH + column
+    return tokens, row, column, feature, packed, molecule, head, number, square, place
 
 
 @triton.jit

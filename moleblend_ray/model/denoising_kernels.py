@@ -3,8 +3,8 @@
 Scores, weights and their products with the displacements never reach memory. Each program writes what its head adds to
 the prediction; PyTorch sums over heads.
 
-Shape legend: B molecules, N atoms of the largest, T = N + 1 tokens, P the length of their rows in the bias, A real atoms packed, H heads, D width,
-d = D / H.
+Shape legend: B molecules, N atoms of the largest, T = N + 1 tokens, P the length of their rows in the bias, A real atoms
+packed, H heads, D width, d = D / H.
 """
 
 from __future__ import annotations

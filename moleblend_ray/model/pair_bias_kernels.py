@@ -215,8 +215,8 @@ def _upstream(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=["spd", "shown", "num_atoms"],
 )
 def _distances_backward(  # type: ignore[no-untyped-def]
-    grad_blended, spd, shown, num_atoms, grad_geometry, grad_virtual_parts, grad_table_parts, rows, T,
-    row_stride,
+    grad_blended, spd, shown, num_atoms, grad_geometry, grad_virtual_parts, grad_table_parts,
+    rows, T, row_stride,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, LONGEST: tl.constexpr, BLENDS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -267,8 +267,8 @@ def _distances_backward(  # type: ignore[no-untyped-def]
     do_not_specialize_on_alignment=["spd", "path_codes", "shown", "num_atoms"],
 )
 def _hops_backward(  # type: ignore[no-untyped-def]
-    grad_blended, spd, path_codes, shown, num_atoms, grad_table_parts, rows, T,
-    row_stride,
+    grad_blended, spd, path_codes, shown, num_atoms, grad_table_parts,
+    rows, T, row_stride,
     ROWS: tl.constexpr, ROW_TILE: tl.constexpr, NUM_HEADS: tl.constexpr, HEADS: tl.constexpr,
     COLUMNS: tl.constexpr, HOPS: tl.constexpr, CODES: tl.constexpr, LONGEST: tl.constexpr,
     BLENDS: tl.constexpr, PRECISION: tl.constexpr,

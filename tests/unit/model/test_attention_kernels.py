@@ -72,6 +72,26 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
 
 
+def test_what_follows_a_row_of_the_bias_changes_nothing() -> None:
+    batch = zoo.batch(SMALL, device=DEVICE)
+    T = batch.max_atoms + 1
+    found = []
+    for filler in (0.0, float("nan"), float("inf")):
+        qkv, linear_bias, bias = inputs(batch, 4, 96)
+        shared = SharedBias(bias)
+        assert shared.values.shape[-1] > T
+        with torch.no_grad():
+            shared.values[..., T:] = filler
+        output = attend_packed(qkv, linear_bias, shared, batch, no_seed())
+        output.square().sum().backward()
+        assert bias.grad is not None
+        assert bias.grad.shape == bias.shape
+        found.append((output.detach(), qkv.grad, bias.grad))
+    for other in found[1:]:
+        for ours, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 @pytest.mark.gpu  # Triton's interpreter does not multiply bfloat16
 def test_in_bfloat16_the_rounding_is_all_that_differs() -> None:
     batch = zoo.batch(SMALL, device=DEVICE)
