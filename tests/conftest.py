@@ -12,14 +12,13 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
-HAS_GPU = Path("/dev/nvidiactl").exists()
 # Where tests that start clusters or commands lie; `make test` looks for them there alone.
 CLUSTER_TESTS = tuple(REPOSITORY / "tests" / name for name in ("ray", "e2e"))
 
 # One thread for each of the processes a test starts: they share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Kernels for GPUs run in Triton's interpreter, which must be chosen before Triton is imported.
-if not HAS_GPU:
+if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # A loopback cluster for tests needs no token; see "Token authentication" in docs.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -56,15 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             )
         if "s3_endpoint" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.s3)
-    lacking = {}
-    if not SHARED_DATA.is_dir():
-        lacking["shared_data"] = "the real molecules are not beside this checkout"
-    if not HAS_GPU:
-        lacking["gpu"] = "there is no GPU"
-    for item in items:
-        for marker, reason in lacking.items():
-            if item.get_closest_marker(marker):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("shared_data") and not SHARED_DATA.is_dir():
+            item.add_marker(
+                pytest.mark.skip(reason="the real molecules are not beside this checkout")
+            )
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,12 @@ import functools
 import molecule_zoo as zoo
 import pytest
 import torch
-from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
+from kernel_device import (
+    DEVICE,
+    SMALL_MODEL,
+    skip_if_not_interpreted,
+    use_bfloat16_as_a_gpu_does,
+)
 from torch import Tensor
 
 from moleblend_ray.model import attention
@@ -92,8 +97,8 @@ def test_what_follows_a_row_of_the_bias_changes_nothing() -> None:
             torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 
-@pytest.mark.gpu  # Triton's interpreter does not multiply bfloat16
-def test_in_bfloat16_the_rounding_is_all_that_differs() -> None:
+def test_in_bfloat16_the_rounding_is_all_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_bfloat16_as_a_gpu_does(monkeypatch)
     batch = zoo.batch(SMALL, device=DEVICE)
     width = 96
     upstream = torch.randn(len(batch.token_index), width, device=DEVICE)

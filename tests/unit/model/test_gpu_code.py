@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import molecule_zoo as zoo
 import pytest
 import torch
-from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
+from kernel_device import (
+    DEVICE,
+    SMALL_MODEL,
+    skip_if_not_interpreted,
+    use_bfloat16_as_a_gpu_does,
+)
 from torch import Tensor
 
 from moleblend_ray.model import device
@@ -43,19 +49,22 @@ def interpreted() -> None:
 
 
 def step(
-    model: MoleBlendModel, blend: BlendConfig | None, dtype: torch.dtype
+    model: MoleBlendModel,
+    molecules: list[zoo.ZooMolecule],
+    blend: BlendConfig | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, or without a blend the sum of weighted predictions, and the gradients of all parameters that have one."""
-    batch = zoo.batch(MOLECULES, device=DEVICE)
-    targets = torch.linspace(-5, 5, len(MOLECULES) * NUM_DESCRIPTORS, device=DEVICE).half()
-    batch = dataclasses.replace(batch, descriptors=targets.view(len(MOLECULES), -1))
+    batch = zoo.batch(molecules, device=DEVICE)
+    targets = torch.linspace(-5, 5, len(molecules) * NUM_DESCRIPTORS, device=DEVICE).half()
+    batch = dataclasses.replace(batch, descriptors=targets.view(len(molecules), -1))
     torch.manual_seed(3)
     model.zero_grad()
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         if blend is None:
             tokens = model(batch).tokens
             weight = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1))
-            loss = (tokens * weight.to(tokens)).sum()
+            loss = (tokens.float() * weight.to(DEVICE)).sum()
         else:
             drawn = draw_blend(batch, blend, seed=5)
             settings = LossConfig(
@@ -75,18 +84,20 @@ def both_codes(
     dtype: torch.dtype,
     *,
     recompute: bool = False,
+    more: Sequence[zoo.ZooMolecule] = (),
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
     """The same step by the code for GPUs, and by the plain code."""
     torch.manual_seed(0)
     model = MoleBlendModel(config).to(DEVICE)
     zoo.spread_weights(model)
+    molecules = [*MOLECULES, *more]
     plain = plain_code() if DEVICE.type == "cuda" else contextlib.nullcontext()
     with plain:
-        expected = step(model, blend, dtype)
+        expected = step(model, molecules, blend, dtype)
     model.encoder.recompute_blocks(enabled=recompute)
     with monkeypatch.context() as patch:
         patch.setattr(device, "GPU_TYPES", frozenset({"cpu", "cuda"}))
-        return step(model, blend, dtype), expected
+        return step(model, molecules, blend, dtype), expected
 
 
 @pytest.mark.parametrize(
@@ -112,15 +123,21 @@ def test_the_loss_and_all_gradients_are_those_of_the_plain_code(
         assert difference <= 1e-4 * expected.norm() + 1e-6, name
 
 
-@pytest.mark.gpu  # Triton's interpreter does not multiply bfloat16
-@pytest.mark.parametrize("blend", [None, BlendConfig(), VIEWS], ids=["shown", "pairs", "views"])
-def test_in_bfloat16_gradients_point_where_those_of_the_plain_code_do(
+@pytest.mark.parametrize("blend", [None, VIEWS], ids=["shown", "blended"])
+def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_plain_code(
     monkeypatch: pytest.MonkeyPatch, blend: BlendConfig | None
 ) -> None:
-    ours, plain = both_codes(monkeypatch, EVERY_HEAD, blend, torch.bfloat16)
-    exact, _ = both_codes(monkeypatch, EVERY_HEAD, blend, torch.float32)
+    use_bfloat16_as_a_gpu_does(monkeypatch)
+    # The gradient of an absolute error is its sign: of few pairs, rounding could turn the sum.
+    more = [zoo.ring(6, tail=k, seed=k) for k in range(1, 6)]
+    ours, plain = both_codes(monkeypatch, EVERY_HEAD, blend, torch.bfloat16, more=more)
+    exact, _ = both_codes(monkeypatch, EVERY_HEAD, blend, torch.float32, more=more)
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-2, atol=1e-2)
+    errors = []
     for name, expected in exact[1].items():
         # Both are rounded; the kernels must not lose more than PyTorch's operations do.
         lost, allowed = (gradients[1][name].float() - expected for gradients in (ours, plain))
         assert lost.norm() <= 2.0 * allowed.norm() + 0.02 * expected.norm() + 1e-6, name
+        errors.append((lost.norm() / expected.norm(), allowed.norm() / expected.norm()))
+    typical, allowed = torch.tensor(errors).median(0).values
+    assert typical <= 1.3 * allowed
