@@ -42,8 +42,8 @@ class PlainModel(nn.Module):
         packed = batch.pack_atoms(padded)
         return MoleBlendOutput(
             tokens=batch.pack_tokens(tokens),
-            spd_logits=plain_head(model.spd_head, padded),
-            edge_logits=plain_head(model.edge_head, padded),
+            spd=plain_head(model.spd_head, padded),
+            edge=plain_head(model.edge_head, padded),
             direction=None
             if model.direction_head is None
             else plain_head(model.direction_head, padded),

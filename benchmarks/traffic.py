@@ -87,7 +87,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = f"triton::{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
         total = sum(map(bytes_of, tensors(args)))
         if "first_molecule" in kernel.arg_names:
-            total = total * grid[0] // (self.num_molecules * constants["NUM_HEADS"])
+            programs = constants.get("NUM_HEADS") or constants["SHARES"]
+            total = total * grid[0] // (self.num_molecules * programs)
         self.launches.append(Launch(name, place(), total, 0))
 
 

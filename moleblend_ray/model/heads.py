@@ -1,13 +1,14 @@
 """The heads of pair relations and of properties.
 
 Shape legend: B molecules, N atoms (padded), A real atoms packed, D width, P width of a pair head's row and column
-vectors, C outputs of a pair head.
+vectors, C outputs of a pair head (of a :class:`PairForm`, in each of its G groups).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import dropout
+from moleblend_ray.model.fused import kernels_fit
 from moleblend_ray.model.initialization import draw_normal
 from moleblend_ray.model.precision import product_type
 
@@ -39,6 +41,32 @@ def map_together(atoms: Tensor, maps: Sequence[nn.Linear]) -> list[Tensor]:
     bias = torch.cat([linear.bias for linear in maps])
     mapped = F.linear(atoms, weight, bias)
     return list(torch.split(mapped, [linear.out_features for linear in maps], dim=1))
+
+
+class PairForm(NamedTuple):
+    """The logits of G groups of C classes for each atom pair, as a bilinear form whose last sum is still to be done.
+
+    The kernels of the loss do this sum where they need it. To write the logits and their gradient, and to read them again,
+    was most of what the heads moved on a GPU.
+    """
+
+    forms: Tensor
+    """(A, G, C, P), the weight times the row vector of each atom."""
+    columns: Tensor
+    """(A, P), the column vector of each atom."""
+    bias: Tensor
+    """(G, C)."""
+    batch: MoleculeBatch
+    output_shape: tuple[int, ...]
+    """(C,) or (G, C)."""
+
+    def logits(self) -> Tensor:
+        """(B, N, N, *output_shape) logits."""
+        forms = self.batch.pad_atoms(self.forms.flatten(1))
+        B, N, _ = forms.shape
+        columns = self.batch.pad_atoms(self.columns)[:, None].expand(B, N, N, -1).flatten(0, 1)
+        pairs = torch.bmm(columns, forms.view(B * N, -1, columns.shape[-1]).transpose(1, 2))
+        return (pairs + self.bias.flatten().to(pairs.dtype)).view(B, N, N, *self.output_shape)
 
 
 class PairHead(nn.Module):
@@ -71,6 +99,21 @@ class PairHead(nn.Module):
         """
         return self.combine(self.row_norm(F.gelu(row)), self.column_norm(F.gelu(column)), batch)
 
+    def form(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> PairForm:
+        """The same for the kernels of the loss, which sum over the columns' vectors themselves."""
+        P = self.weight.shape[1]
+        dtype = product_type(row)
+        row, column = self.row_norm(F.gelu(row)), self.column_norm(F.gelu(column))
+        forms = row.to(dtype) @ self.weight.transpose(0, 1).flatten(1).to(dtype)
+        groups = self.bias.view(-1, self.output_shape[-1])
+        return PairForm(
+            forms=forms.view(-1, *groups.shape, P),
+            columns=column.to(dtype),
+            bias=groups,
+            batch=batch,
+            output_shape=self.output_shape,
+        )
+
     def combine(self, row: Tensor, column: Tensor, batch: MoleculeBatch) -> Tensor:
         """The bilinear form of packed ``row`` and ``column`` vectors, both (A, P) -> (B, N, N, *output_shape)."""
         if on_gpu(row):
@@ -81,6 +124,20 @@ class PairHead(nn.Module):
             pairs = columns_first(row, column, self.weight, batch)
             output = pairs + self.bias
         return output.view(*pairs.shape[:3], *self.output_shape)
+
+
+def predict_classes(
+    head: PairHead, row: Tensor, column: Tensor, batch: MoleculeBatch
+) -> Tensor | PairForm:
+    """What ``head`` predicts: a :class:`PairForm` if the kernels of the loss can take it, else its logits."""
+    if kernels_fit(row):
+        # The module imports Triton, which CPU builds of PyTorch lack.
+        from moleblend_ray.model.pair_loss_kernels import MAX_ATOMS
+
+        if batch.max_atoms <= MAX_ATOMS:
+            return head.form(row, column, batch)
+    logits: Tensor = head(row, column, batch)
+    return logits
 
 
 def columns_first(row: Tensor, column: Tensor, weight: Tensor, batch: MoleculeBatch) -> Tensor:

@@ -24,7 +24,7 @@ from moleblend_ray.model.config import (
     LossConfig,
 )
 from moleblend_ray.model.environments import environment_counts
-from moleblend_ray.model.fused import kernels_fit
+from moleblend_ray.model.heads import PairForm
 from moleblend_ray.model.moleblend import MoleBlendOutput
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import BOND_VOCAB_SIZES, UNREACHABLE
@@ -107,8 +107,8 @@ def pretraining_loss_sums(
     output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> dict[str, Tensor]:
     """The numerator of each loss of LOSS_NAMES, () float32; 0 for heads that the model does not have."""
-    nothing = output.spd_logits.new_zeros((), dtype=torch.float32)
-    with torch.autocast(output.spd_logits.device.type, enabled=False):
+    nothing = output.noise.new_zeros((), dtype=torch.float32)
+    with torch.autocast(output.noise.device.type, enabled=False):
         return {
             "spd": _spd_sum(output, batch, blend, config),
             "edge": _edge_sum(output, batch, blend, config),
@@ -170,27 +170,34 @@ def _pair_weight(mask: Tensor, blend: Blend, config: LossConfig, relation: Relat
 def _spd_sum(
     output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
-    target = spd_targets(batch, output.spd_logits.shape[-1])
+    classes = (
+        output.spd.output_shape[-1] if isinstance(output.spd, PairForm) else output.spd.shape[-1]
+    )
+    target = spd_targets(batch, classes)
     weight = _pair_weight(batch.pair_mask, blend, config, Relation.SPD)
-    return _weighted_cross_entropy(output.spd_logits, target, weight)
+    return _weighted_cross_entropy(output.spd, target, weight)
 
 
 def _edge_sum(
     output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig
 ) -> Tensor:
     target = edge_targets(batch, config)
-    weight = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)[..., None]
-    logits = output.edge_logits[..., : target.shape[-1], :]
-    return _weighted_cross_entropy(logits, target, weight.expand_as(target))
+    weight = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)
+    return _weighted_cross_entropy(output.edge, target, weight)
 
 
-def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    if kernels_fit(logits):
-        flat = logits.flatten(0, -2), target.flatten(), weight.flatten()
-        total: Tensor = _WeightedCrossEntropy.apply(*flat)  # type: ignore[no-untyped-call]
+def _weighted_cross_entropy(predicted: Tensor | PairForm, target: Tensor, weight: Tensor) -> Tensor:
+    """Sum over pairs of their ``weight`` (B, N, N) times the cross entropies of ``target`` (B, N, N), or (B, N, N, hops) of
+    the first hops that are ``predicted``."""
+    if isinstance(predicted, PairForm):
+        forms, columns, bias, batch, _ = predicted
+        total: Tensor = _PairLoss.apply(forms, columns, bias, target, weight, batch)  # type: ignore[no-untyped-call]
         return total
+    if target.dim() > weight.dim():
+        predicted = predicted[..., : target.shape[-1], :]
+        weight = weight[..., None].expand_as(target)
     loss = F.cross_entropy(
-        at_least_float32(logits).flatten(0, -2),
+        at_least_float32(predicted).flatten(0, -2),
         target.flatten(),
         ignore_index=IGNORE,
         reduction="none",
@@ -198,22 +205,36 @@ def _weighted_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> T
     return (loss * weight.flatten()).sum()
 
 
-class _WeightedCrossEntropy(torch.autograd.Function):
-    """The same by Triton kernels, from logits (M, C) of any type."""
+class _PairLoss(torch.autograd.Function):
+    """The same by Triton kernels."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-        from moleblend_ray.model.loss_kernels import cross_entropy_forward
+    def forward(
+        ctx: Any,
+        forms: Tensor,
+        columns: Tensor,
+        bias: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        batch: MoleculeBatch,
+    ) -> Tensor:
+        from moleblend_ray.model.pair_loss_kernels import pair_loss_forward
 
-        loss, normaliser = cross_entropy_forward(logits, target, weight)
-        ctx.save_for_backward(logits, target, weight, normaliser)
-        return loss.sum()
+        ctx.groups = batch.size_groups
+        given = forms, columns, bias, target.view(*weight.shape, -1), weight
+        molecules = batch.graph_token, batch.num_atoms
+        ctx.save_for_backward(*given, *molecules)
+        return pair_loss_forward(*given, *molecules, ctx.groups)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
-        from moleblend_ray.model.loss_kernels import cross_entropy_backward
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        from moleblend_ray.model.pair_loss_kernels import pair_loss_backward
 
-        return cross_entropy_backward(grad_output, *ctx.saved_tensors), None, None
+        forms, columns, bias, target, weight, first_token, num_atoms = ctx.saved_tensors
+        gradients = pair_loss_backward(
+            grad_output, forms, columns, bias, target, weight, first_token, num_atoms, ctx.groups
+        )
+        return *gradients, None, None, None
 
 
 def _direction_sum(

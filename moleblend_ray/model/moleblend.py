@@ -18,7 +18,13 @@ from moleblend_ray.model.blending import Blend, only_geometry
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.denoising import DenoisingHead
 from moleblend_ray.model.encoder import Encoder, EncoderOutput
-from moleblend_ray.model.heads import PairHead, PropertyHead, map_together
+from moleblend_ray.model.heads import (
+    PairForm,
+    PairHead,
+    PropertyHead,
+    map_together,
+    predict_classes,
+)
 from moleblend_ray.model.initialization import fill_constants, init_weights
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import (
@@ -46,10 +52,10 @@ class MoleBlendOutput:
 
     tokens: Tensor
     """(S, D) packed token states of the last block."""
-    spd_logits: Tensor
-    """(B, N, N, classes): class c is a path of c + 1 bonds; the last class includes all longer ones."""
-    edge_logits: Tensor
-    """(B, N, N, 5, classes) for each hop of the path from atom a to atom b."""
+    spd: Tensor | PairForm
+    """Predicted shortest paths, as :attr:`spd_logits` or in the form that the loss takes on a GPU."""
+    edge: Tensor | PairForm
+    """Predicted bonds of paths, likewise."""
     direction: Tensor | None
     """(B, N, N, 3), parallel to position b - position a; None without the head."""
     distance: Tensor | None
@@ -60,6 +66,16 @@ class MoleBlendOutput:
     """(B, bins), log(1 + count) of each bin of atom environments; None without the head."""
     descriptors: Tensor | None
     """(B, ``vocabulary.NUM_DESCRIPTORS``), in standard deviations of the data set; None without the head."""
+
+    @property
+    def spd_logits(self) -> Tensor:
+        """(B, N, N, classes): class c is a path of c + 1 bonds; the last class includes all longer ones."""
+        return self.spd.logits() if isinstance(self.spd, PairForm) else self.spd
+
+    @property
+    def edge_logits(self) -> Tensor:
+        """(B, N, N, 5, classes) for each hop of the path from atom a to atom b."""
+        return self.edge.logits() if isinstance(self.edge, PairForm) else self.edge
 
 
 class MoleBlendModel(nn.Module):
@@ -124,14 +140,12 @@ class MoleBlendModel(nn.Module):
         encoded: EncoderOutput = self.encoder(batch, blend)
         atoms = encoded.tokens.index_select(0, batch.atom_token)
         spd, edge, direction, distance = self._pair_predictions(atoms, batch)
-        assert spd is not None
-        assert edge is not None
         has_graph_head = self.environment_head is not None or self.descriptor_head is not None
         graphs = _graph_states(encoded, batch) if has_graph_head else None
         return MoleBlendOutput(
             tokens=encoded.tokens,
-            spd_logits=spd,
-            edge_logits=edge,
+            spd=spd,
+            edge=edge,
             direction=direction,
             distance=distance,
             noise=self.denoising_head(
@@ -141,12 +155,22 @@ class MoleBlendModel(nn.Module):
             descriptors=None if self.descriptor_head is None else self.descriptor_head(graphs),
         )
 
-    def _pair_predictions(self, atoms: Tensor, batch: MoleculeBatch) -> list[Tensor | None]:
-        """What each head of pairs predicts; None for those that the model does not have."""
+    def _pair_predictions(
+        self, atoms: Tensor, batch: MoleculeBatch
+    ) -> tuple[Tensor | PairForm, Tensor | PairForm, Tensor | None, Tensor | None]:
+        """What the heads of paths, bonds, directions and distances predict; None for those that the model does not have."""
         heads = [self.spd_head, self.edge_head, self.direction_head, self.distance_head]
         maps = [one for head in heads if head is not None for one in (head.row, head.column)]
         mapped = iter(map_together(atoms, maps))
-        return [None if head is None else head(next(mapped), next(mapped), batch) for head in heads]
+        spd, edge = (
+            predict_classes(head, next(mapped), next(mapped), batch)
+            for head in (self.spd_head, self.edge_head)
+        )
+        direction, distance = (
+            None if head is None else head(next(mapped), next(mapped), batch)
+            for head in (self.direction_head, self.distance_head)
+        )
+        return spd, edge, direction, distance
 
     def embed(self, batch: MoleculeBatch) -> Tensor:
         """(B, D) state of each molecule's graph token, every relation visible."""

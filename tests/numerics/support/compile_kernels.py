@@ -25,8 +25,8 @@ from moleblend_ray.model import (
     block_kernels,
     denoising_kernels,
     geometry_kernels,
-    loss_kernels,
     pair_bias_kernels,
+    pair_loss_kernels,
     philox_kernels,
     token_embedding_kernels,
 )
@@ -35,7 +35,7 @@ H100 = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 
 BFLOAT16 = (
-    "qkv grad_qkv output grad_output product grad_product density grad_density logits grad_logits "
+    "qkv grad_qkv output grad_output product grad_product density grad_density forms grad_forms columns "
     "geometry grad_geometry hop_table mapped grad_mapped merged grad_merged embedded grad_embedded"
 )
 FLOAT32 = (
@@ -43,7 +43,7 @@ FLOAT32 = (
     "norm_weight grad_norm_weight_parts norm_bias grad_norm_bias_parts "
     "path_scale statistics tokens grad_tokens "
     "value grad_value mean grad_mean_parts width grad_width_parts sums grad_sums "
-    "weight loss normaliser "
+    "weight loss_parts grad_columns_parts grad_bias_parts "
     "spd_table grad_table_parts virtual grad_virtual_parts blended grad_blended "
     "displacement parts categories degree graph_token"
 )
@@ -55,7 +55,9 @@ TYPES: Mapping[str, str] = {
     "bias": "*bf16",
     "known": "*i1",
     **dict.fromkeys(["spd", "path_codes", "shown", "features", "degrees"], "*u8"),
-    **dict.fromkeys(["T", "N", "row_stride", "first_molecule", "count", "pairs", "rows"], "i32"),
+    **dict.fromkeys(
+        ["T", "N", "row_stride", "first_molecule", "count", "pairs", "rows", "A"], "i32"
+    ),
     **dict.fromkeys(["low", "high"], "i64"),
     **dict.fromkeys(
         ["dropout_probability", "probability", "epsilon", "norm", "merged_scale"], "fp32"
@@ -79,8 +81,13 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield kernel, {"WIDTH": 768, "DROPS": True, **part}, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
-    for kernel in (loss_kernels._cross_entropy, loss_kernels._cross_entropy_backward):
-        yield kernel, {"CLASSES": 25, "TILE": 32, "ROWS": 32}, 4
+    forms = {"SHARES": 4, "WIDTH": 32, "WIDTH_TILE": 32, "PRECISION": "tf32"}
+    for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 8)):
+        for hops, classes in ((1, 11), (5, 25)):
+            sizes = {"GROUPS": hops, "TARGETS": hops, "CLASSES": classes, "TILE": tile}
+            for kernel in (pair_loss_kernels._forward, pair_loss_kernels._backward):
+                constants = {**forms, **sizes, "CLASS_TILE": 16 if classes == 11 else 32}
+                yield kernel, constants, warps
     paths = {"HOPS": 5, "CODES": 61}
     pair = {"NUM_HEADS": 32, "HEADS": 32, "LONGEST": 5, "BLENDS": True}
     yield pair_bias_kernels._pair_bias, {**pair, **paths, "COLUMNS": 32}, 4

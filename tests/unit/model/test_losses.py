@@ -41,8 +41,8 @@ def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
     B, N = batch.atom_mask.shape
     return MoleBlendOutput(
         tokens=torch.zeros(len(batch.token_index), 4),
-        spd_logits=torch.zeros(B, N, N, 11),
-        edge_logits=torch.zeros(B, N, N, 5, edge_classes),
+        spd=torch.zeros(B, N, N, 11),
+        edge=torch.zeros(B, N, N, 5, edge_classes),
         direction=torch.zeros(B, N, N, 3),
         distance=torch.zeros(B, N, N),
         noise=torch.zeros(B, N, 3),
@@ -79,7 +79,7 @@ def test_cross_entropy_by_hand_on_a_chain_of_three() -> None:
     logits = torch.zeros(1, 3, 3, 11)
     logits[0, 0, 1, 0] = 2.0  # right for the bonded pair (0, 1)
     logits[0, 0, 2, 0] = 2.0  # wrong for the pair at distance 2
-    output = dataclasses.replace(nothing_predicted(batch), spd_logits=logits)
+    output = dataclasses.replace(nothing_predicted(batch), spd=logits)
     flat, normalizer = math.log(11), math.log(math.e**2 + 10)
     expected = (normalizer - 2.0 + normalizer + 4 * flat) / 6
     assert means(output, batch, full_blend(batch))["spd"] == pytest.approx(expected)
@@ -204,7 +204,7 @@ def test_visible_pairs_can_weigh_less() -> None:
     blend.pair_choice[0, 0, 1] = 0  # the only pair that shows its distance
     logits = torch.zeros(1, 3, 3, 11)
     logits[0, 0, 1, 5] = 9.0
-    output = dataclasses.replace(nothing_predicted(batch), spd_logits=logits)
+    output = dataclasses.replace(nothing_predicted(batch), spd=logits)
     wrong, flat = math.log(math.e**9 + 10), math.log(11)
     for weight in (0.0, 0.25, 1.0):
         expected = (weight * wrong + 5 * flat) / (weight + 5)

@@ -11,7 +11,7 @@ import torch
 from kernel_device import DEVICE, SMALL_MODEL, skip_if_not_interpreted
 from torch import Tensor
 
-from moleblend_ray.model import embeddings, losses, pair_bias
+from moleblend_ray.model import embeddings, heads, losses, pair_bias
 from moleblend_ray.model.blending import BlendConfig, draw_blend, philox
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig
 from moleblend_ray.model.lookup import _SumOfRows
@@ -23,12 +23,12 @@ pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, o
 
 @pytest.fixture
 def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    from moleblend_ray.model import loss_kernels
+    from moleblend_ray.model import pair_loss_kernels
 
-    skip_if_not_interpreted(loss_kernels._cross_entropy)
+    skip_if_not_interpreted(pair_loss_kernels._forward)
 
     def switch(chosen: bool) -> None:
-        for module in (embeddings, losses, pair_bias):
+        for module in (embeddings, heads, pair_bias):
             monkeypatch.setattr(module, "kernels_fit", lambda values: chosen)
 
     return switch
@@ -107,29 +107,67 @@ def test_the_bias_of_pairs_and_its_gradients(
         torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance)
 
 
-def test_cross_entropy_leaves_out_what_has_no_target_even_if_it_is_infinite(
+@pytest.mark.parametrize(
+    ("output_shape", "molecules"),
+    [
+        ((11,), [zoo.single_atom(), zoo.chain(17), zoo.ring(6, tail=2), zoo.salt()]),
+        # Fewer hops than the head has, and the largest molecule in a tile of its own.
+        ((5, 25), [zoo.chain(2), zoo.chain(4), zoo.ring(6, tail=30)]),
+    ],
+)
+def test_losses_of_forms_are_those_of_their_logits(
     by_kernels: Callable[[bool], None],
+    output_shape: tuple[int, ...],
+    molecules: list[zoo.ZooMolecule],
 ) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(70, 25, device=DEVICE) * 3
-    target = torch.randint(0, 25, (70,), device=DEVICE)
-    target[::3] = losses.IGNORE
-    weight = torch.rand(70, device=DEVICE)
+    batch = zoo.batch(molecules, device=DEVICE)
+    head = heads.PairHead(SMALL_MODEL, output_shape).to(DEVICE)
+    torch.nn.init.normal_(head.bias)
+    row, column = torch.randn(2, len(batch.atom_index), SMALL_MODEL.pair_dim, device=DEVICE)
+    B, N, _ = batch.pair_mask.shape
+    hops = (3,) if len(output_shape) == 2 else ()
+    target = torch.randint(0, output_shape[-1], (B, N, N, *hops), device=DEVICE)
+    target[torch.rand(target.shape, device=DEVICE) < 0.3] = losses.IGNORE
+    target[~batch.pair_mask] = losses.IGNORE
+    weight = torch.rand(B, N, N, device=DEVICE) * batch.pair_mask
     found = []
     for chosen in (True, False):
         by_kernels(chosen)
-        given = logits.clone().requires_grad_()
-        loss = losses._weighted_cross_entropy(given, target, weight)
-        found.append([loss, *gradients_of(2.0 * loss, [given])])
-    assert len(found[0]) == 2
+        given = row.clone().requires_grad_(), column.clone().requires_grad_()
+        predicted = heads.predict_classes(head, *given, batch)
+        assert isinstance(predicted, heads.PairForm) is chosen
+        loss = losses._weighted_cross_entropy(predicted, target, weight)
+        logits = predicted.logits() if isinstance(predicted, heads.PairForm) else predicted
+        gradients = gradients_of(2.0 * loss, [*given, *head.parameters()])
+        found.append([logits[batch.pair_mask], loss, *gradients])
+    assert len(found[0]) == 2 + 2 + len([*head.row_norm.parameters()]) * 2 + 2
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_pairs_of_a_molecule_that_is_not_finite_leave_others_alone(
+    by_kernels: Callable[[bool], None],
+) -> None:
+    batch = zoo.batch([zoo.chain(3), zoo.ring(6, tail=12), zoo.chain(4)], device=DEVICE)
+    torch.manual_seed(0)
+    head = heads.PairHead(SMALL_MODEL, (11,)).to(DEVICE)
+    row, column = torch.randn(2, len(batch.atom_index), SMALL_MODEL.pair_dim, device=DEVICE)
     by_kernels(True)
-    broken = logits.clone()
-    broken[0] = float("inf")
-    broken.requires_grad_()
-    (gradient,) = gradients_of(losses._weighted_cross_entropy(broken, target, weight), [broken])
-    assert torch.isfinite(gradient).all()
+    found = []
+    for broken in (False, True):
+        given = row.clone(), column.clone()
+        if broken:
+            given[0][4] = float("inf")
+            given[1][5] = float("nan")
+        rows, columns = (values.requires_grad_() for values in given)
+        form = head.form(rows, columns, batch)
+        target = losses.spd_targets(batch, 11)
+        loss = losses._weighted_cross_entropy(form, target, batch.pair_mask.float())
+        found.append(torch.cat(gradients_of(loss, [rows, columns]), 1))
+    assert found[1].isnan().any()
+    others = [0, 1, 2, -1, -2, -3, -4]
+    torch.testing.assert_close(found[1][others], found[0][others], rtol=0, atol=0)
 
 
 def test_losses_and_gradients_of_the_whole_model(by_kernels: Callable[[bool], None]) -> None:
