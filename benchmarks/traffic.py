@@ -85,7 +85,8 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_kernel(self, kernel: Any, *args: Any, grid: tuple[int, ...], **constants: Any) -> None:
         """A launch for a group of molecules touches their share of the tensors."""
         name = f"triton::{kernel.fn.__module__.rpartition('.')[2]}.{kernel.fn.__name__}"
-        total = sum(map(bytes_of, tensors(args)))
+        # The same tensor again stands for one that a kernel does not use.
+        total = sum(map(bytes_of, {id(values): values for values in tensors(args)}.values()))
         if "first_molecule" in kernel.arg_names:
             programs = constants.get("NUM_HEADS") or constants["SHARES"]
             total = total * grid[0] // (self.num_molecules * programs)

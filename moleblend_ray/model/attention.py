@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.dropout import draw_kept
-from moleblend_ray.model.fused import linear_and_residual, uses_triton
+from moleblend_ray.model.fused import PathScale, linear_and_residual, uses_triton
 from moleblend_ray.model.precision import product_type
 
 NUM_PARTS = 3
@@ -28,10 +28,11 @@ NUM_PARTS = 3
 LARGEST_SEED: Final = (1 << 62) - 1
 """Largest seed that is drawn for the dropout of a kernel."""
 
-Attend = Callable[[Tensor, nn.Linear, float], tuple[Tensor, Tensor]]
-"""Tokens (S, D), the linear map to queries, keys and values (S, 3 * D), probability of dropout -> two (S, D).
+Attend = Callable[[Tensor, nn.Linear, float, PathScale | None], tuple[Tensor, Tensor]]
+"""Tokens (S, D), the linear map to queries, keys and values (S, 3 * D), probability of dropout, path scale -> two (S, D).
 
-These are the result of attention before its last linear map, and the tokens, for the residual sum.
+These are the result of attention before its last linear map, times the path scale if there is one, and the tokens, for the
+residual sum.
 """
 
 
@@ -68,15 +69,29 @@ def share_bias(bias: Tensor) -> SharedBias | None:
 
 
 def _by_rows(
-    bias: Tensor, rows: HeadRows, tokens: Tensor, to_qkv: nn.Linear, probability: float
+    bias: Tensor,
+    rows: HeadRows,
+    tokens: Tensor,
+    to_qkv: nn.Linear,
+    probability: float,
+    path: PathScale | None,
 ) -> tuple[Tensor, Tensor]:
-    return attend_by_rows(to_qkv(tokens), bias, rows, probability), tokens
+    return _scaled(attend_by_rows(to_qkv(tokens), bias, rows, probability), path), tokens
 
 
 def _padded(
-    bias: Tensor, batch: MoleculeBatch, tokens: Tensor, to_qkv: nn.Linear, probability: float
+    bias: Tensor,
+    batch: MoleculeBatch,
+    tokens: Tensor,
+    to_qkv: nn.Linear,
+    probability: float,
+    path: PathScale | None,
 ) -> tuple[Tensor, Tensor]:
-    return attend_padded(to_qkv(tokens), bias, batch, probability), tokens
+    return _scaled(attend_padded(to_qkv(tokens), bias, batch, probability), path), tokens
+
+
+def _scaled(attended: Tensor, path: PathScale | None) -> Tensor:
+    return attended if path is None else attended * path.of_tokens().to(attended.dtype)
 
 
 def _packed(
@@ -86,10 +101,11 @@ def _packed(
     tokens: Tensor,
     to_qkv: nn.Linear,
     probability: float,
+    path: PathScale | None,
 ) -> tuple[Tensor, Tensor]:
     # The matrix product adds the bias at no cost; only its gradient comes from the attention kernel, which has it at hand.
     qkv, tokens = linear_and_residual(tokens, to_qkv.weight, to_qkv.bias)
-    return attend_packed(qkv, to_qkv.bias, shared, batch, seed, probability), tokens
+    return attend_packed(qkv, to_qkv.bias, shared, batch, seed, probability, path), tokens
 
 
 class HeadRows(NamedTuple):
@@ -277,13 +293,15 @@ def attend_packed(
     batch: MoleculeBatch,
     seed: Tensor,
     dropout_probability: float = 0.0,
+    path: PathScale | None = None,
 ) -> Tensor:
     """The same as :func:`attend_padded` of ``qkv`` (S, 3 * D), by Triton kernels.
 
-    ``linear_bias`` (3 * D,) is a detached part of ``qkv`` and gets its gradient here. Nothing is padded or copied to another layout. ``seed`` (1,) int64 decides what dropout removes.
+    ``linear_bias`` (3 * D,) is a detached part of ``qkv`` and gets its gradient here. Nothing is padded or copied to another
+    layout. ``seed`` (1,) int64 decides what dropout removes. The result is multiplied with ``path``.
     """
     output: Tensor = _PackedAttention.apply(  # type: ignore[no-untyped-call]
-        qkv, linear_bias, shared.values, shared, batch, seed, dropout_probability
+        qkv, linear_bias, shared.values, shared, batch, seed, dropout_probability, path
     )
     return output
 
@@ -299,15 +317,16 @@ class _PackedAttention(torch.autograd.Function):
         batch: MoleculeBatch,
         seed: Tensor,
         dropout_probability: float,
+        path: PathScale | None,
     ) -> Tensor:
         from moleblend_ray.model.attention_kernels import attention_forward
 
         ctx.save_for_backward(qkv, bias, batch.graph_token, batch.num_atoms, seed)
         ctx.linear_bias_dtype = linear_bias.dtype
-        ctx.shared, ctx.dropout_probability = shared, dropout_probability
+        ctx.shared, ctx.dropout_probability, ctx.path = shared, dropout_probability, path
         ctx.groups = batch.size_groups
         molecules = batch.graph_token, batch.num_atoms, batch.size_groups
-        return attention_forward(qkv, bias, *molecules, seed, dropout_probability)
+        return attention_forward(qkv, bias, *molecules, seed, dropout_probability, path)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -323,6 +342,7 @@ class _PackedAttention(torch.autograd.Function):
             ctx.groups,
             seed,
             ctx.dropout_probability,
+            ctx.path,
             ctx.shared.accumulator(),
         )
-        return grad_qkv, grad_linear_bias.to(ctx.linear_bias_dtype), None, None, None, None, None
+        return grad_qkv, grad_linear_bias.to(ctx.linear_bias_dtype), *[None] * 6

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from moleblend_ray.model.batch import SizeGroup
 from moleblend_ray.model.dropout_kernels import kept_in_tile
-from moleblend_ray.model.fused import on_its_device
+from moleblend_ray.model.fused import PathScale, on_its_device
 
 __all__ = [
     "MAX_TOKENS",
@@ -62,11 +62,13 @@ def attention_forward(
     groups: Sequence[SizeGroup],
     seed: Tensor,
     dropout_probability: float,
+    path: PathScale | None = None,
 ) -> Tensor:
     """(S, D) attention of ``qkv`` (S, 3 * D) with ``bias`` (B, H, T, P), both contiguous.
 
     ``first_token`` and ``num_atoms`` (B,) int64: the ``num_atoms`` + 1 rows of a molecule begin at its ``first_token``.
-    ``groups`` cover all molecules. ``seed`` (1,) int64 on the device decides what dropout removes.
+    ``groups`` cover all molecules. ``seed`` (1,) int64 on the device decides what dropout removes. The result is multiplied
+    with ``path``.
     """
     output = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
     for group in groups:
@@ -74,8 +76,8 @@ def attention_forward(
             bias, qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
         )
         _forward[grid](
-            qkv, bias, first_token, num_atoms, seed, output,
-            group.first, bias.shape[2], dropout_probability, **constants,
+            qkv, bias, first_token, num_atoms, seed, bias if path is None else path.factor, output,
+            group.first, bias.shape[2], dropout_probability, SCALES=path is not None, **constants,
         )  # fmt: skip
     return output
 
@@ -90,6 +92,7 @@ def attention_backward(
     groups: Sequence[SizeGroup],
     seed: Tensor,
     dropout_probability: float,
+    path: PathScale | None,
     grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``qkv`` (S, 3 * D) and, in float32, of a bias (3 * D,) in it, from that of the output (S, D).
@@ -105,8 +108,9 @@ def attention_backward(
             bias, qkv.shape[1] // 3, qkv.dtype, group, dropout_probability
         )
         _backward[grid](
-            grad_output, qkv, bias, first_token, num_atoms, seed, grad_qkv, grad_linear_bias_parts, grad_bias,
-            group.first, bias.shape[2], dropout_probability, **constants,
+            grad_output, qkv, bias, first_token, num_atoms, seed,
+            bias if path is None else path.factor, grad_qkv, grad_linear_bias_parts, grad_bias,
+            group.first, bias.shape[2], dropout_probability, SCALES=path is not None, **constants,
         )  # fmt: skip
     return grad_qkv, grad_linear_bias_parts.sum(0)
 
@@ -181,6 +185,22 @@ def attention_weights(  # type: ignore[no-untyped-def]
     return weight * (1.0 / tl.sum(weight, 1))[:, None]
 
 
+@triton.jit
+def _kept_factor(  # type: ignore[no-untyped-def]
+    seed, number, place, probability, path_scale, SCALES: tl.constexpr, DROPS: tl.constexpr
+):
+    """What dropout and stochastic depth multiply each weight with."""
+    kept = 1.0
+    if SCALES:
+        kept = tl.load(path_scale)
+    if DROPS:
+        survives = kept_in_tile(tl.load(seed), number, place, probability)
+        factor = tl.where(survives, kept * (1.0 / (1.0 - probability)), 0.0)
+    else:
+        factor = place.to(tl.float32) * 0.0 + kept
+    return factor
+
+
 @triton.jit(do_not_specialize=["first_molecule"])
 def _forward(  # type: ignore[no-untyped-def]
     qkv,
@@ -188,10 +208,12 @@ def _forward(  # type: ignore[no-untyped-def]
     first_token,
     num_atoms,
     seed,
+    path_scale,
     output,
     first_molecule,
     T,
     dropout_probability,
+    SCALES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -200,7 +222,7 @@ def _forward(  # type: ignore[no-untyped-def]
     DROPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    tokens, row, column, feature, packed, _, head, number, square, place = _places(
+    tokens, row, column, feature, packed, molecule, head, number, square, place = _places(
         first_token, num_atoms, first_molecule, T, NUM_HEADS, LENGTH, TILE, WIDTH_TILE
     )
     held = (row < tokens) & (feature < HEAD_WIDTH)
@@ -209,10 +231,10 @@ def _forward(  # type: ignore[no-untyped-def]
     weight = attention_weights(
         query, key, bias + square, place, readable, tokens, column, HEAD_WIDTH**-0.5, PRECISION
     )
-    if DROPS:
-        survives = kept_in_tile(tl.load(seed), number, place, dropout_probability)
-        weight = tl.where(survives, weight * (1.0 / (1.0 - dropout_probability)), 0.0)
-    attended = tl.dot(weight.to(value.dtype), value, input_precision=PRECISION)
+    factor = _kept_factor(
+        seed, number, place, dropout_probability, path_scale + molecule, SCALES, DROPS
+    )
+    attended = tl.dot((weight * factor).to(value.dtype), value, input_precision=PRECISION)
     output_at = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature
     tl.store(output + output_at, attended.to(output.dtype.element_ty), mask=held)
 
@@ -225,12 +247,14 @@ def _backward(  # type: ignore[no-untyped-def]
     first_token,
     num_atoms,
     seed,
+    path_scale,
     grad_qkv,
     grad_linear_bias_parts,
     grad_bias,
     first_molecule,
     T,
     dropout_probability,
+    SCALES: tl.constexpr,
     NUM_HEADS: tl.constexpr,
     HEAD_WIDTH: tl.constexpr,
     LENGTH: tl.constexpr,
@@ -253,14 +277,12 @@ def _backward(  # type: ignore[no-untyped-def]
     output_at = (packed * NUM_HEADS + head) * HEAD_WIDTH + feature
     grad_attended = tl.load(grad_output + output_at, mask=held, other=0.0)
     grad_weight = tl.dot(grad_attended, tl.trans(value), input_precision=PRECISION)
-    kept_weight = weight
-    if DROPS:
-        survives = kept_in_tile(tl.load(seed), number, place, dropout_probability)
-        factor = tl.where(survives, 1.0 / (1.0 - dropout_probability), 0.0)
-        kept_weight = weight * factor
-        grad_weight = grad_weight * factor
+    factor = _kept_factor(
+        seed, number, place, dropout_probability, path_scale + molecule, SCALES, DROPS
+    )
+    grad_weight *= factor
     grad_value = tl.dot(
-        tl.trans(kept_weight.to(value.dtype)), grad_attended, input_precision=PRECISION
+        tl.trans((weight * factor).to(value.dtype)), grad_attended, input_precision=PRECISION
     )
     # From here on gradients are 0 in rows of padding, as they are in `grad_attended`.
     grad_score = weight * (grad_weight - tl.sum(grad_weight * weight, 1)[:, None])

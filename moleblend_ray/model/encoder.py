@@ -33,7 +33,7 @@ from moleblend_ray.model.embeddings import (
     GeometryFeatures,
     TopologyBias,
 )
-from moleblend_ray.model.fused import add_and_norm, gelu_and_dropout
+from moleblend_ray.model.fused import PathScale, add_and_norm, gelu_and_dropout, kernels_fit
 from moleblend_ray.model.pair_bias import attention_bias
 from moleblend_ray.model.token_embedding import embed_tokens
 
@@ -45,6 +45,13 @@ class Draws(NamedTuple):
     """(2, B), factor of each residual branch of each molecule: 0 or 1 / (1 - rate); None: all are 1."""
     seeds: Tensor | None
     """(3,) int64, seed of each dropout on a GPU; None on a CPU, where PyTorch's generator decides."""
+
+    def paths(self, molecule: Tensor) -> tuple[PathScale | None, PathScale | None]:
+        """The scales of the branches of attention and feed-forward, for tokens of the given ``molecule`` (S,)."""
+        if self.path_scales is None:
+            return None, None
+        attention, ffn = self.path_scales.unbind(0)
+        return PathScale(attention, molecule), PathScale(ffn, molecule)
 
 
 class Attention(nn.Module):
@@ -87,7 +94,11 @@ class Block(nn.Module):
     def compute(self, tokens: Tensor, attend: Attend, molecule: Tensor, draws: Draws) -> Tensor:
         """The block itself, with the arguments of :meth:`forward`."""
         probability = self.attention.dropout if self.training else 0.0
-        attended, tokens = attend(tokens, self.attention.qkv, probability)
+        path = None
+        if self.compiled is None and kernels_fit(tokens):
+            # What follows expects its input already multiplied with it, see PathScale.
+            path, _ = draws.paths(molecule)
+        attended, tokens = attend(tokens, self.attention.qkv, probability, path)
         after_attention = self.compiled or self.after_attention
         return after_attention(tokens, attended, molecule, draws)
 
@@ -95,30 +106,26 @@ class Block(nn.Module):
         self, tokens: Tensor, attended: Tensor, molecule: Tensor, draws: Draws
     ) -> Tensor:
         """The block after attention: the last linear map of ``attended`` (S, D), and the feed-forward branch."""
-        attention_scale, ffn_scale = (
-            (None, None) if draws.path_scales is None else draws.path_scales.unbind(0)
-        )
+        attention_path, ffn_path = draws.paths(molecule)
         first, second, third = (
             (None,) * 3 if draws.seeds is None else draws.seeds[:, None].unbind(0)
         )
         rate, activation_rate = (
             (self.dropout, self.activation_dropout) if self.training else (0.0, 0.0)
         )
-        add_branch = functools.partial(add_and_norm, molecule=molecule, probability=rate)
+        add_branch = functools.partial(add_and_norm, probability=rate)
         tokens = add_branch(
             tokens,
             attended,
             self.attention.out,
             self.attention_norm,
-            path_scale=attention_scale,
+            path=attention_path,
             seed=first,
         )
         hidden, tokens = gelu_and_dropout(
-            tokens, self.ffn_in, probability=activation_rate, seed=second
+            tokens, self.ffn_in, path=ffn_path, probability=activation_rate, seed=second
         )
-        return add_branch(
-            tokens, hidden, self.ffn_out, self.ffn_norm, path_scale=ffn_scale, seed=third
-        )
+        return add_branch(tokens, hidden, self.ffn_out, self.ffn_norm, path=ffn_path, seed=third)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -98,48 +98,69 @@ def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
     return launch_there
 
 
+class PathScale(NamedTuple):
+    """What stochastic depth multiplies a branch with: 0, or more than 1.
+
+    On a GPU the input of the branch's last linear map is multiplied, and its bias. The gradient of the branch is then that
+    of the residual sum, and needs no tensor of its own.
+    """
+
+    factor: Tensor
+    """(B,), of each molecule."""
+    molecule: Tensor
+    """(S,) int64, the molecule of each token."""
+
+    def of_tokens(self) -> Tensor:
+        """(S, 1), the factor of each token."""
+        return self.factor[self.molecule, None]
+
+
 def add_and_norm(
     tokens: Tensor,
     inputs: Tensor,
     linear: nn.Linear,
     norm: nn.LayerNorm,
     *,
-    molecule: Tensor,
-    path_scale: Tensor | None,
+    path: PathScale | None,
     probability: float,
     seed: Tensor | None,
 ) -> Tensor:
     """(S, D) LayerNorm of ``tokens`` (S, D) plus a branch.
 
-    The branch is ``linear`` of ``inputs``, after dropout with ``probability``, times the ``path_scale`` (B,) of the
-    token's ``molecule`` (S,), for stochastic depth. ``seed`` (1,) int64 decides what is dropped on a GPU. There the
-    result has the type of the branch, bfloat16 under autocast.
+    The branch is ``linear`` of ``inputs``, after dropout with ``probability``, times ``path``. ``seed`` (1,) int64 decides
+    what is dropped on a GPU. There the result has the type of the branch, bfloat16 under autocast, and the ``inputs`` must
+    already be multiplied with ``path``.
     """
-    if kernels_fit(tokens) and kernels_fit(inputs):
+    if kernels_fit(tokens):
         product = F.linear(inputs, linear.weight)
         output: Tensor = _AddAndNorm.apply(  # type: ignore[no-untyped-call]
-            tokens, product, linear.bias, norm.weight, norm.bias, norm.eps, molecule, path_scale,
+            tokens, product, linear.bias, norm.weight, norm.bias, norm.eps, path,
             seed if probability > 0.0 else None, probability,
         )  # fmt: skip
         return output
     branch = dropout(linear(inputs), probability, training=True)
-    if path_scale is not None:
-        branch = branch * path_scale[molecule, None]
+    if path is not None:
+        branch = branch * path.of_tokens()
     plain: Tensor = norm(tokens + branch)
     return plain
 
 
 def gelu_and_dropout(
-    tokens: Tensor, linear: nn.Linear, *, probability: float, seed: Tensor | None
+    tokens: Tensor,
+    linear: nn.Linear,
+    *,
+    path: PathScale | None,
+    probability: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(S, F) GELU of ``linear`` of ``tokens`` (S, D), then dropout; and ``tokens``, for the residual sum.
 
-    ``seed`` is as in :func:`add_and_norm`.
+    On a GPU the result is multiplied with ``path``. ``seed`` is as in :func:`add_and_norm`.
     """
     if kernels_fit(tokens):
         product, tokens = linear_and_residual(tokens, linear.weight)
         seed = seed if probability > 0.0 else None
-        output: Tensor = _GeluAndDropout.apply(product, linear.bias, seed, probability)  # type: ignore[no-untyped-call]
+        output: Tensor = _GeluAndDropout.apply(product, linear.bias, path, seed, probability)  # type: ignore[no-untyped-call]
         return output, tokens
     return dropout(F.gelu(linear(tokens)), probability, training=True), tokens
 
@@ -168,38 +189,24 @@ class _AddAndNorm(torch.autograd.Function):
         norm_weight: Tensor,
         norm_bias: Tensor,
         epsilon: float,
-        molecule: Tensor,
-        path_scale: Tensor | None,
+        path: PathScale | None,
         seed: Tensor | None,
         probability: float,
     ) -> Tensor:
         from moleblend_ray.model.block_kernels import add_and_norm_forward
 
         output, statistics = add_and_norm_forward(
-            tokens,
-            product,
-            linear_bias,
-            norm_weight,
-            norm_bias,
-            epsilon,
-            molecule,
-            path_scale,
-            seed,
-            probability,
+            tokens, product, linear_bias, norm_weight, norm_bias, epsilon, path, seed, probability
         )
-        ctx.save_for_backward(
-            tokens, product, linear_bias, norm_weight, statistics, molecule, path_scale, seed
-        )
-        ctx.probability, ctx.norm_bias_dtype = probability, norm_bias.dtype
+        ctx.save_for_backward(tokens, product, linear_bias, norm_weight, statistics, seed)
+        ctx.path, ctx.probability, ctx.norm_bias_dtype = path, probability, norm_bias.dtype
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.block_kernels import add_and_norm_backward
 
-        tokens, product, linear_bias, norm_weight, statistics, molecule, path_scale, seed = (
-            ctx.saved_tensors
-        )
+        tokens, product, linear_bias, norm_weight, statistics, seed = ctx.saved_tensors
         grad_tokens, grad_product, sums = add_and_norm_backward(
             grad_output.contiguous(),
             tokens,
@@ -207,14 +214,13 @@ class _AddAndNorm(torch.autograd.Function):
             linear_bias,
             norm_weight,
             statistics,
-            molecule,
-            path_scale,
+            ctx.path,
             seed,
             ctx.probability,
         )
         dtypes = linear_bias.dtype, norm_weight.dtype, ctx.norm_bias_dtype
         grad_parameters = (total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True))
-        return grad_tokens, grad_product, *grad_parameters, None, None, None, None, None
+        return grad_tokens, grad_product, *grad_parameters, None, None, None, None
 
 
 class _LinearAndResidual(torch.autograd.Function):
@@ -248,20 +254,25 @@ class _GeluAndDropout(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, product: Tensor, linear_bias: Tensor, seed: Tensor | None, probability: float
+        ctx: Any,
+        product: Tensor,
+        linear_bias: Tensor,
+        path: PathScale | None,
+        seed: Tensor | None,
+        probability: float,
     ) -> Tensor:
         from moleblend_ray.model.block_kernels import gelu_forward
 
         ctx.save_for_backward(product, linear_bias, seed)
-        ctx.probability = probability
-        return gelu_forward(product, linear_bias, seed, probability)
+        ctx.path, ctx.probability = path, probability
+        return gelu_forward(product, linear_bias, path, seed, probability)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         from moleblend_ray.model.block_kernels import gelu_backward
 
         product, linear_bias, seed = ctx.saved_tensors
         grad_product, grad_linear_bias = gelu_backward(
-            grad_output.contiguous(), product, linear_bias, seed, ctx.probability
+            grad_output.contiguous(), product, linear_bias, ctx.path, seed, ctx.probability
         )
-        return grad_product, grad_linear_bias.to(linear_bias.dtype), None, None
+        return grad_product, grad_linear_bias.to(linear_bias.dtype), None, None, None

@@ -72,13 +72,14 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
         for module, extra in ((attention_kernels, 1), (denoising_kernels, 2 if tile == 64 else 1)):
             for kernel in (module._forward, module._backward):
-                yield kernel, {**heads, "TILE": tile, "PRECISION": "tf32"}, warps * extra
+                scales = {"SCALES": True} if module is attention_kernels else {}
+                yield kernel, {**heads, **scales, "TILE": tile, "PRECISION": "tf32"}, warps * extra
     row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
     yield block_kernels._add_and_norm, row, 4
-    yield block_kernels._add_and_norm_backward, row, 4
+    yield block_kernels._add_and_norm_backward, {**row, "SAME": False}, 4
     part = {"ROWS": 8, "COLUMNS": 256}
     for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
-        yield kernel, {"WIDTH": 768, "DROPS": True, **part}, 4
+        yield kernel, {"WIDTH": 768, "SCALES": True, "DROPS": True, **part}, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
     forms = {"SHARES": 4, "WIDTH": 32, "WIDTH_TILE": 32, "PRECISION": "tf32"}

@@ -18,6 +18,7 @@ from torch import Tensor
 from moleblend_ray.model import attention
 from moleblend_ray.model.attention import SharedBias, attend_packed, attend_padded
 from moleblend_ray.model.batch import MoleculeBatch
+from moleblend_ray.model.fused import PathScale
 from moleblend_ray.model.moleblend import MoleBlendModel
 
 pytest.importorskip("triton", reason="Triton comes with GPU builds of PyTorch, or by itself")
@@ -71,6 +72,25 @@ def test_two_blocks_give_what_padded_attention_gives_and_the_same_gradients(
         read = bias.masked_fill(bias.isinf(), 0.0).square().sum()
         ((first * upstream[0]).sum() + (second * upstream[1]).sum() + read).backward()
         found.append((first.detach(), second.detach(), qkv.grad, linear_bias.grad, bias.grad))
+    for ours, expected in zip(*found, strict=True):
+        assert ours is not None
+        assert expected is not None
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_path_scale_multiplies_the_result_and_its_gradient(rate: float) -> None:
+    batch = zoo.batch(SMALL, device=DEVICE)
+    factor = torch.tensor([0.0, 1.0, 1.25, 2.0, 1.0], device=DEVICE)
+    upstream = torch.randn(len(batch.token_index), 96, device=DEVICE)
+    found = []
+    for path in (PathScale(factor, batch.token_molecule), None):
+        qkv, linear_bias, bias = inputs(batch, 4, 96)
+        output = attend_packed(qkv, linear_bias, SharedBias(bias), batch, no_seed(), rate, path)
+        if path is None:
+            output = output * factor[batch.token_molecule, None]
+        (output * upstream).sum().backward()
+        found.append((output.detach(), qkv.grad, linear_bias.grad, bias.grad))
     for ours, expected in zip(*found, strict=True):
         assert ours is not None
         assert expected is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 import sysconfig
 from pathlib import Path
@@ -40,7 +41,7 @@ def linear(width: int = WIDTH) -> torch.nn.Linear:
     return layer
 
 
-def inputs() -> tuple[Tensor, Tensor, torch.nn.Linear, torch.nn.LayerNorm, Tensor, Tensor]:
+def inputs() -> tuple[Tensor, Tensor, torch.nn.Linear, torch.nn.LayerNorm, fused.PathScale]:
     torch.manual_seed(0)
     tokens, branch = torch.randn(2, ROWS, WIDTH, device=DEVICE) * 2 + 0.5
     norm = torch.nn.LayerNorm(WIDTH, device=DEVICE)
@@ -49,25 +50,24 @@ def inputs() -> tuple[Tensor, Tensor, torch.nn.Linear, torch.nn.LayerNorm, Tenso
     molecule = torch.arange(ROWS, device=DEVICE) * MOLECULES // ROWS
     path_scale = torch.tensor([0.0, 1.0, 1.25, 0.0, 2.0], device=DEVICE)
     both = tokens.requires_grad_(), branch.detach().requires_grad_()
-    return *both, linear(), norm, molecule, path_scale
+    return *both, linear(), norm, fused.PathScale(path_scale, molecule)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: bool) -> None:
     found = []
     for plain in (False, True):
-        tokens, branch, layer, norm, molecule, path_scale = inputs()
+        tokens, branch, layer, norm, path = inputs()
         if plain:
             added = layer(branch)
-            output = norm(tokens + (added * path_scale[molecule, None] if scaled else added))
+            output = norm(tokens + (added * path.of_tokens() if scaled else added))
         else:
             output = fused.add_and_norm(
                 tokens,
-                branch,
+                branch * path.of_tokens() if scaled else branch,
                 layer,
                 norm,
-                molecule=molecule,
-                path_scale=path_scale if scaled else None,
+                path=path if scaled else None,
                 probability=0.0,
                 seed=None,
             )
@@ -81,21 +81,20 @@ def test_sum_and_norm_give_what_plain_code_gives_and_the_same_gradients(scaled: 
 
 
 def test_a_branch_in_bfloat16_gives_a_result_in_bfloat16_computed_in_float32() -> None:
-    tokens, branch, layer, norm, molecule, path_scale = inputs()
+    tokens, branch, layer, norm, path = inputs()
     half, in_half = branch.detach().bfloat16(), copy.deepcopy(layer).bfloat16()
     output = fused.add_and_norm(
         tokens,
         half,
         in_half,
         norm,
-        molecule=molecule,
-        path_scale=path_scale,
+        path=path,
         probability=0.0,
         seed=None,
     )
     assert output.dtype == torch.bfloat16
-    added = half.float() + in_half.bias.float()
-    expected = norm(tokens + added * path_scale[molecule, None]).bfloat16()
+    added = half.float() + in_half.bias.float() * path.of_tokens()
+    expected = norm(tokens + added).bfloat16()
     torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)
     output.float().square().sum().backward()
     assert in_half.bias.grad is not None
@@ -109,7 +108,6 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
     layer = linear(width)
     torch.nn.init.ones_(layer.bias)
     norm = torch.nn.LayerNorm(width, device=DEVICE)
-    molecule = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
 
     def run(number: int) -> Tensor:
         return fused.add_and_norm(
@@ -117,8 +115,7 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
             branch,
             layer,
             norm,
-            molecule=molecule,
-            path_scale=None,
+            path=None,
             probability=rate,
             seed=seed(number),
         )
@@ -137,21 +134,26 @@ def test_dropout_of_a_branch_is_the_same_forward_and_backward_and_as_often_as_as
 
 
 @pytest.mark.parametrize("width", [20, 300])
-def test_gelu_and_its_dropout(width: int) -> None:
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gelu_its_dropout_and_its_path_scale(width: int, scaled: bool) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(300, width, device=DEVICE, requires_grad=True)
     layer = linear(width)
+    molecule = torch.arange(300, device=DEVICE) // 60
+    path = fused.PathScale(torch.tensor([0.0, 1.0, 1.25, 1.0, 2.0], device=DEVICE), molecule)
+    run = functools.partial(fused.gelu_and_dropout, hidden, layer, path=path if scaled else None)
     plain = F.gelu(layer(hidden))
-    torch.testing.assert_close(
-        fused.gelu_and_dropout(hidden, layer, probability=0.0, seed=None)[0],
-        plain,
-        rtol=1e-5,
-        atol=1e-6,
-    )
+    if scaled:
+        plain = plain * path.of_tokens()
+    largest = path.factor.max().item() if scaled else 1.0
+    without, _ = run(probability=0.0, seed=None)
+    torch.testing.assert_close(without, plain, rtol=1e-5, atol=1e-6 * largest)
     rate = 0.4
-    output, _ = fused.gelu_and_dropout(hidden, layer, probability=rate, seed=seed(3))
+    output, _ = run(probability=rate, seed=seed(3))
+    seen = (path.of_tokens() != 0).expand_as(output) if scaled else output == output
     kept = output != 0
-    assert kept.float().mean().item() == pytest.approx(1 - rate, abs=0.02)
+    assert kept[seen].float().mean().item() == pytest.approx(1 - rate, abs=0.02)
+    assert not kept[~seen].any()
     torch.testing.assert_close(
         output, torch.where(kept, plain / (1 - rate), 0.0), rtol=1e-5, atol=1e-5
     )
@@ -169,7 +171,7 @@ def test_what_is_kept_looks_random_along_every_bit_of_place_and_seed() -> None:
 
     def kept(number: int) -> Tensor:
         output, _ = fused.gelu_and_dropout(
-            hidden, layer, probability=0.5, seed=torch.tensor([number], device=DEVICE)
+            hidden, layer, path=None, probability=0.5, seed=torch.tensor([number], device=DEVICE)
         )
         return (output[0] != 0).cpu()
 

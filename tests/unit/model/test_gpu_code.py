@@ -19,8 +19,10 @@ from kernel_device import (
 from torch import Tensor
 
 from moleblend_ray.model import device
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig, ModelConfig
+from moleblend_ray.model.encoder import Encoder
 from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.losses import loss_counts, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -46,6 +48,19 @@ def interpreted() -> None:
     from moleblend_ray.model import denoising_kernels
 
     skip_if_not_interpreted(denoising_kernels._forward)
+
+
+@pytest.fixture(autouse=True)
+def same_stochastic_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both codes get the same path scales; they would draw other ones."""
+
+    def path_scales(encoder: Encoder, batch: MoleculeBatch) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shape = len(encoder.layers), 2, batch.num_molecules
+        kept = torch.rand(shape, generator=generator) >= 0.3
+        return list((kept / 0.7).to(DEVICE))
+
+    monkeypatch.setattr(Encoder, "_path_scales", path_scales)
 
 
 def step(
@@ -128,10 +143,11 @@ def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_plain_code(
     monkeypatch: pytest.MonkeyPatch, blend: BlendConfig | None
 ) -> None:
     use_bfloat16_as_a_gpu_does(monkeypatch)
-    # The gradient of an absolute error is its sign: of few pairs, rounding could turn the sum.
     more = [zoo.ring(6, tail=k, seed=k) for k in range(1, 6)]
-    ours, plain = both_codes(monkeypatch, EVERY_HEAD, blend, torch.bfloat16, more=more)
-    exact, _ = both_codes(monkeypatch, EVERY_HEAD, blend, torch.float32, more=more)
+    # Without the absolute errors of distances: their gradient is a sign, which rounding turns.
+    config = dataclasses.replace(EVERY_HEAD, distance_head=False)
+    ours, plain = both_codes(monkeypatch, config, blend, torch.bfloat16, more=more)
+    exact, _ = both_codes(monkeypatch, config, blend, torch.float32, more=more)
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-2, atol=1e-2)
     errors = []
     for name, expected in exact[1].items():

@@ -14,7 +14,7 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.blending import BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.embeddings import GaussianDistance
-from moleblend_ray.model.fused import add_and_norm
+from moleblend_ray.model.fused import PathScale, add_and_norm
 from moleblend_ray.model.losses import loss_counts, loss_means, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel, ReadoutConfig
 
@@ -225,18 +225,9 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
         assert (path_scales == 0).all(0).float().mean().item() == pytest.approx(rate**2, abs=0.1)
     tokens, hidden = torch.randn(2, len(batch.token_index), 32)
     linear, norm = encoder.layers[0].attention.out, encoder.layers[0].ffn_norm
-    molecule = batch.token_molecule
-    added = add_and_norm(
-        tokens,
-        hidden,
-        linear,
-        norm,
-        molecule=molecule,
-        path_scale=path_scale,
-        probability=0.0,
-        seed=None,
-    )
-    scaled = linear(hidden) * path_scale[molecule, None]
+    path = PathScale(path_scale, batch.token_molecule)
+    added = add_and_norm(tokens, hidden, linear, norm, path=path, probability=0.0, seed=None)
+    scaled = linear(hidden) * path_scale[batch.token_molecule, None]
     torch.testing.assert_close(added, norm(tokens + scaled))
     encoder.eval()
     assert encoder._path_scales(batch) == [None] * 3
