@@ -18,7 +18,7 @@ help:
 	@echo 'make demo      the whole way on sample molecules: prepare, pretrain, sweep, embed'
 	@echo 'make results   what pretraining is worth, with the molecules in DATA=DIR (hours; see docs/results.md)'
 	@echo 'make results-quick   a reduced version (minutes)'
-	@echo 'make test      all tests but those of a GPU (of real molecules: where they lie beside this folder)'
+	@echo 'make test      all tests (of real molecules: where they lie beside this folder)'
 	@echo 'make lint      ruff and mypy (style, types: one of them)'
 	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
 	@echo 'make manifests   render and check the KubeRay manifests'
@@ -40,8 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 # First what needs one core a test, a file on each of $(TEST_PROCESSES); then, one after the other, what starts clusters and
 # commands: two at a time take as long on two cores. 5: of the tests asked for, none is of that kind.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m 'not ray and not gpu' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'ray and not gpu' --durations=10 $(or $(ARGS),tests/ray tests/e2e) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m 'not ray' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray --durations=10 $(or $(ARGS),tests/ray tests/e2e) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 demo: install
 	$(BIN)/python jobs/demo.py

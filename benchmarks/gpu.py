@@ -2,11 +2,11 @@
 
     python benchmarks/gpu.py [--out runs/gpu] [--seconds 540] [--parts train_step fsdp ...]
 
-Runs the tests that need a GPU (where pytest is installed) and then the other benchmarks of this folder, each in a process of its
-own, so that a part that fails or hangs costs the others nothing. Needs PyTorch with CUDA and Triton, but neither Ray nor RDKit nor
-a network, and so runs on a bare machine. ``OUT/PART.log`` is what a part printed, written while it runs; ``OUT/PART.jsonl`` are its
-results. The last line of the output is JSON: for each part ``ok``, ``failed``, ``out of time`` or ``not begun``, and its seconds.
-The exit status is 1 unless all are ``ok``.
+Runs the tests of a whole step in bfloat16 (where pytest is installed) and the other benchmarks of this folder, each in a process
+of its own, so that a part that fails or hangs costs the others nothing. Needs PyTorch with CUDA and Triton, but neither Ray nor
+RDKit nor a network, and so runs on a bare machine. ``OUT/PART.log`` is what a part printed, written while it runs;
+``OUT/PART.jsonl`` are its results. The last line of the output is JSON: for each part ``ok``, ``failed``, ``out of time`` or
+``not begun``, and its seconds. The exit status is 1 unless all are ``ok``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ PARTS = (
     ),
     Part(
         name="tests",
-        arguments=("-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/unit/model"),
+        arguments=(
+            *("-m", "pytest", "-q", "-k", "bfloat16", "-p", "no:cacheprovider"),
+            "tests/unit/model/test_gpu_code.py",
+        ),
         purpose="whether the kernels compute in bfloat16 what PyTorch's operations do",
     ),
     Part(
