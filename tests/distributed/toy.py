@@ -17,7 +17,7 @@ from moleblend_ray.data.order import DataOrder, OrderConfig
 from moleblend_ray.model.blending import BlendConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig
-from moleblend_ray.training.config import OptimConfig, TrainConfig
+from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, Learner, build_learner, fit
 from moleblend_ray.training.metrics import Record
@@ -103,7 +103,7 @@ def steps(
 def learner(
     ranks: Ranks | None = None,
     *,
-    strategy: str = "none",
+    strategy: Strategy = "none",
     num_steps: int = 8,
     model: ModelConfig = MODEL,
     loss: LossConfig = LossConfig(),  # noqa: B008 (frozen)

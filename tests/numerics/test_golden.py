@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def replay(run_file: Path) -> Replay:
         "denoise_out": output.noise,
         "pos_noised": batch.positions + blend.noise,
         "loss_total_weighted": total,
-        "loss_logged_unweighted": sum(means[name] for name in GOLDEN_LOSS_NAMES),
+        "loss_logged_unweighted": torch.stack([means[name] for name in GOLDEN_LOSS_NAMES]).sum(),
         **{f"loss_{theirs}": means[ours] for ours, theirs in GOLDEN_LOSS_NAMES.items()},
     }
     tensors |= cosines(tensors, batch, blend)
@@ -178,8 +178,10 @@ def in_given_order(batch: MoleculeBatch) -> MoleculeBatch:
     """Undo the pipeline's sort by size, so that molecules have the order of the run."""
     order = torch.argsort(batch.molecule_ids)
     sizes = batch.num_atoms[order]
-    padded = ("molecule_ids", "num_atoms", "atom_mask", "atom_features", "degrees", "positions")
-    padded += ("position_mask", "spd", "path_codes")
+    padded = [
+        *("molecule_ids", "num_atoms", "atom_mask", "atom_features", "degrees", "positions"),
+        *("position_mask", "spd", "path_codes"),
+    ]
     mask = batch.atom_mask[order]
     tokens = F.pad(mask, (1, 0), value=True)
     molecule = torch.arange(len(order))
@@ -258,7 +260,7 @@ def given_blend(golden: Arrays, batch: MoleculeBatch) -> Blend:
 
 def watch(
     model: MoleBlendModel, batch: MoleculeBatch, blend: Blend, seen: dict[str, Tensor]
-) -> Any:
+) -> Callable[[], None]:
     """Record the intermediates of the next forward pass in ``seen``; returns a function that stops it."""
     encoder = model.encoder
 
@@ -303,10 +305,17 @@ def watch(
     ]
     for number, layer in enumerate(encoder.layers):
         handles += [
-            layer.attention.out.register_forward_hook(note(f"layer{number}_attn_out")),
+            layer.get_submodule("attention.out").register_forward_hook(
+                note(f"layer{number}_attn_out")
+            ),
             layer.register_forward_hook(note(f"layer{number}_out")),
         ]
-    return lambda: [handle.remove() for handle in handles]
+
+    def stop() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return stop
 
 
 def cosines(tensors: Mapping[str, Tensor], batch: MoleculeBatch, blend: Blend) -> dict[str, Tensor]:

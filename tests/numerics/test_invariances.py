@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -31,7 +32,9 @@ def model(request: pytest.FixtureRequest) -> MoleBlendModel:
     return one
 
 
-def predictions(model: MoleBlendModel, batch, blend: Blend, row: int) -> dict[str, torch.Tensor]:
+def predictions(
+    model: MoleBlendModel, batch: MoleculeBatch, blend: Blend, row: int
+) -> dict[str, torch.Tensor]:
     """All predictions of one molecule, without padding."""
     output = model(batch, blend)
     n = int(batch.num_atoms[row])
@@ -48,7 +51,7 @@ def predictions(model: MoleBlendModel, batch, blend: Blend, row: int) -> dict[st
     }
 
 
-def double(batch, seed: int = 0):
+def double(batch: MoleculeBatch, seed: int = 0) -> tuple[MoleculeBatch, Blend]:
     batch = zoo.in_double(batch)
     blend = draw_blend(batch, BlendConfig(), seed)
     return batch, dataclasses.replace(blend, noise=blend.noise.double())
@@ -111,7 +114,7 @@ def test_float32_agrees_with_float64_after_a_rotation() -> None:
     "molecule", [zoo.chain(9), zoo.ring(5, tail=4), zoo.salt()], ids=["chain", "odd ring", "salt"]
 )
 def test_numbering_atoms_differently_permutes_the_predictions(
-    model: MoleBlendModel, molecule
+    model: MoleBlendModel, molecule: zoo.ZooMolecule
 ) -> None:
     """For molecules without ties between shortest paths: ties are broken by the numbering."""
     order = np.random.default_rng(0).permutation(molecule.num_atoms)

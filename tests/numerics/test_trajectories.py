@@ -57,7 +57,7 @@ def run_in_double(num_steps: int) -> list[Record]:
     records = []
     for step in islice(steps, num_steps):
         device_step = learner.prepare(step)
-        in_double = [zoo.in_double(molecules) for molecules in device_step.molecules]
+        in_double = tuple(zoo.in_double(molecules) for molecules in device_step.molecules)
         records.append(train_step(learner, replace(device_step, molecules=in_double))[0])
     return records
 

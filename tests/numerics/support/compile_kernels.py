@@ -68,29 +68,35 @@ TYPES: Mapping[str, str] = {
 
 def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
     """Kernels, constants and numbers of warps, as the preset ``base`` launches them."""
-    heads = {"NUM_HEADS": 32, "HEAD_WIDTH": 24, "LENGTH": 24, "WIDTH_TILE": 32, "DROPS": True}
+    heads: dict[str, Any] = {
+        "NUM_HEADS": 32,
+        "HEAD_WIDTH": 24,
+        "LENGTH": 24,
+        "WIDTH_TILE": 32,
+        "DROPS": True,
+    }
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 16)):
         for module, extra in ((attention_kernels, 1), (denoising_kernels, 2 if tile == 64 else 1)):
             for kernel in (module._forward, module._backward):
-                scales = {"SCALES": True} if module is attention_kernels else {}
+                scales: dict[str, Any] = {"SCALES": True} if module is attention_kernels else {}
                 yield kernel, {**heads, **scales, "TILE": tile, "PRECISION": "tf32"}, warps * extra
-    row = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
+    row: dict[str, Any] = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
     yield block_kernels._add_and_norm, row, 4
     yield block_kernels._add_and_norm_backward, {**row, "SAME": False}, 4
-    part = {"ROWS": 8, "COLUMNS": 256}
+    part: dict[str, Any] = {"ROWS": 8, "COLUMNS": 256}
     for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
         yield kernel, {"WIDTH": 768, "SCALES": True, "DROPS": True, **part}, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
-    forms = {"SHARES": 4, "WIDTH": 32, "WIDTH_TILE": 32, "PRECISION": "tf32"}
+    forms: dict[str, Any] = {"SHARES": 4, "WIDTH": 32, "WIDTH_TILE": 32, "PRECISION": "tf32"}
     for tile, warps in ((16, 1), (32, 2), (64, 4), (128, 8)):
         for hops, classes in ((1, 11), (5, 25)):
             sizes = {"GROUPS": hops, "TARGETS": hops, "CLASSES": classes, "TILE": tile}
             for kernel in (pair_loss_kernels._forward, pair_loss_kernels._backward):
                 constants = {**forms, **sizes, "CLASS_TILE": 16 if classes == 11 else 32}
                 yield kernel, constants, warps
-    paths = {"HOPS": 5, "CODES": 61}
-    pair = {"NUM_HEADS": 32, "HEADS": 32, "LONGEST": 5, "BLENDS": True}
+    paths: dict[str, Any] = {"HOPS": 5, "CODES": 61}
+    pair: dict[str, Any] = {"NUM_HEADS": 32, "HEADS": 32, "LONGEST": 5, "BLENDS": True}
     yield pair_bias_kernels._pair_bias, {**pair, **paths, "COLUMNS": 32}, 4
     # float32, without a blend, and the most heads.
     for changes in (
@@ -103,14 +109,14 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
         yield pair_bias_kernels._distances_backward, {**sums, **rows}, 16
         rows = {"ROWS": 305, "ROW_TILE": 512}
         yield pair_bias_kernels._hops_backward, {**sums, **rows, **paths}, 16
-    token = {"WIDTH": 768, "TILE": 1024}
+    token: dict[str, Any] = {"WIDTH": 768, "TILE": 1024}
     categories = {"NUM_FEATURES": 9, "NUM_DEGREES": 16}
     yield token_embedding_kernels._embed, {**token, **categories}, 4
     yield token_embedding_kernels._norm_backward, token, 4
     sums = {"NUM_CATEGORIES": 174, "ROW_TILE": 256, "WIDTH": 768, "COLUMNS": 64, "TOKENS": 32}
     for precision in ("tf32", "tf32x3"):
-        part = {**categories, **sums, "PRECISION": precision}
-        yield token_embedding_kernels._tables_backward, part, 8
+        constants = {**categories, **sums, "PRECISION": precision}
+        yield token_embedding_kernels._tables_backward, constants, 8
     yield philox_kernels._philox, {"BLOCK": 1024}, 4
 
 
@@ -140,7 +146,7 @@ def compiled_size(kernel: Any, constants: Mapping[str, Any], warps: int) -> dict
 
 
 def dump(option: str, file: str) -> str:
-    command = [TOOLS / "cuobjdump", option, file]
+    command = [str(TOOLS / "cuobjdump"), option, file]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
 

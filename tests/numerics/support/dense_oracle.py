@@ -162,7 +162,7 @@ def run_oracle(
         "direction": direction_means,
         "denoise": noise_terms,
     }
-    nothing = sum(value.sum() for value in P.values()) * 0.0
+    nothing = torch.stack([value.sum() for value in P.values()]).sum() * 0.0
     for name, values in terms.items():
         result.losses[name] = torch.stack(values).mean() if values else nothing
     L = result.losses
@@ -348,4 +348,5 @@ def _layer_norm(P: Parameters, name: str, value: Tensor, eps: float = 1e-5) -> T
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b) / (a.norm() * b.norm()).clamp(min=1e-16)
+    cosine: Tensor = (a @ b) / (a.norm() * b.norm()).clamp(min=1e-16)
+    return cosine

@@ -37,7 +37,7 @@ class ZooMolecule:
         mask[atoms], positions[atoms] = False, np.nan
         return dataclasses.replace(self, position_mask=mask, positions=positions)
 
-    def moved(self, positions: NDArray[np.float32]) -> ZooMolecule:
+    def moved(self, positions: NDArray[np.floating]) -> ZooMolecule:
         return dataclasses.replace(self, positions=positions.astype(np.float32))
 
     def permuted(self, order: NDArray[np.int64]) -> ZooMolecule:

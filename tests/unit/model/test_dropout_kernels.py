@@ -17,8 +17,8 @@ from moleblend_ray.model.dropout_kernels import kept_in_tile  # noqa: E402
 TILES, PLACES = 256, 1024
 
 
-@triton.jit
-def _mask(seed, output, probability, PLACES: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def _mask(seed, output, probability, PLACES: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.arange(0, PLACES)
     survives = kept_in_tile(tl.load(seed), tl.program_id(0), place, probability)
     tl.store(output + tl.program_id(0) * PLACES + place, survives.to(tl.int8))

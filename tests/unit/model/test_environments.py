@@ -2,19 +2,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import molecule_zoo as zoo
 import numpy as np
 import pytest
 import torch
 
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.environments import CHIRALITY_COLUMN, environment_counts
 
 BINS = 4096
 """So many that no two environments of these tests share a bin."""
 
 
-def counts(molecules, bins: int = BINS) -> torch.Tensor:
+def counts(molecules: Sequence[zoo.ZooMolecule], bins: int = BINS) -> torch.Tensor:
     return environment_counts(zoo.batch(molecules), bins)
 
 
@@ -31,7 +33,7 @@ def multiplicities(row: torch.Tensor) -> list[int]:
     return sorted(int(value) for value in row[row > 0])
 
 
-def named_environments(batch, row: int) -> Counter[str]:
+def named_environments(batch: MoleculeBatch, row: int) -> Counter[str]:
     """Environments written out as nested text, which is different for different ones."""
     n = int(batch.num_atoms[row])
     codes = np.delete(batch.atom_features[row, :n].numpy(), CHIRALITY_COLUMN, axis=1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import molecule_zoo as zoo
 import torch
@@ -16,7 +17,10 @@ CONFIG = ModelConfig(
 )
 
 
-def drawn(module: nn.Module) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def drawn(module: Module) -> Module:
     module = module.double()
     zoo.spread_weights(module)
     return module
@@ -50,7 +54,8 @@ def test_pair_head_passes_the_numerical_gradient_check() -> None:
     atoms = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
 
     def predictions(atoms: torch.Tensor) -> torch.Tensor:
-        return head(head.row(atoms), head.column(atoms), batch)[batch.pair_mask]
+        padded: torch.Tensor = head(head.row(atoms), head.column(atoms), batch)
+        return padded[batch.pair_mask]
 
     assert torch.autograd.gradcheck(predictions, atoms)
 
@@ -66,7 +71,8 @@ def test_denoising_head_equals_the_attention_over_displaced_values() -> None:
     ours = head(atoms, links_too, displacement, batch)[batch.atom_mask]
 
     def heads(linear: nn.Linear) -> torch.Tensor:
-        return linear(batch.pad_atoms(atoms)).view(2, 5, 3, 4).transpose(1, 2)
+        mapped: torch.Tensor = linear(batch.pad_atoms(atoms))
+        return mapped.view(2, 5, 3, 4).transpose(1, 2)
 
     score = heads(head.query) @ heads(head.key).transpose(2, 3) / 4**0.5 + bias
     moved = score.softmax(-1)[..., None] * displacement[:, None]

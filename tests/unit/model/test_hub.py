@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import dense_oracle
 import molecule_zoo as zoo
@@ -81,7 +82,8 @@ def test_official_parameters_load_from_a_file(tmp_path: Path, suffix: str) -> No
     }
     path = tmp_path / f"official{suffix}"
     if suffix == ".npz":
-        np.savez(path, **{name: value.numpy() for name, value in parameters.items()})
+        arrays: dict[str, Any] = {name: value.numpy() for name, value in parameters.items()}
+        np.savez(path, **arrays)
     else:
         torch.save({"model": parameters}, path)
     model = from_pretrained(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def drawn(seed: int, **changes: object) -> dict[str, torch.Tensor]:
+def drawn(seed: int, **changes: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed)
     return weights(MoleBlendModel(dataclasses.replace(FULL, **changes)))
 

@@ -37,7 +37,7 @@ TINY = ModelConfig(
 ALL = (0.0, 0.0, 0.0, 1.0)
 
 
-def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
+def nothing_predicted(batch: MoleculeBatch, edge_classes: int = 25) -> MoleBlendOutput:
     B, N = batch.atom_mask.shape
     return MoleBlendOutput(
         tokens=torch.zeros(len(batch.token_index), 4),
@@ -51,7 +51,7 @@ def nothing_predicted(batch, edge_classes: int = 25) -> MoleBlendOutput:
     )
 
 
-def full_blend(batch, choice: int = 2) -> Blend:
+def full_blend(batch: MoleculeBatch, choice: int = 2) -> Blend:
     B, N = batch.atom_mask.shape
     return Blend(
         pair_choice=torch.full((B, N, N), choice, dtype=torch.uint8),
@@ -60,7 +60,14 @@ def full_blend(batch, choice: int = 2) -> Blend:
     )
 
 
-def means(output, batch, blend, config=None) -> dict[str, float]:
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def means(
+    output: MoleBlendOutput, batch: MoleculeBatch, blend: Blend, config: LossConfig | None = None
+) -> dict[str, float]:
     config = config or LossConfig()
     sums = pretraining_loss_sums(output, batch, blend, config)
     return {k: v.item() for k, v in loss_means(sums, loss_counts(batch, blend, config)).items()}
@@ -124,7 +131,7 @@ def test_one_atom_molecules_do_not_blow_up_the_gradient_of_a_new_model() -> None
     blend = full_blend(batch)
     sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
     total_loss(sums, loss_counts(batch, blend, LossConfig()), LossConfig()).backward()
-    assert max(p.grad.abs().max().item() for p in model.parameters()) < 1e4
+    assert max(gradient_of(p).abs().max().item() for p in model.parameters()) < 1e4
 
 
 def test_distance_is_an_absolute_error_in_angstrom() -> None:
@@ -281,7 +288,8 @@ def test_step_loss_and_gradient_do_not_depend_on_how_molecules_are_cut_into_micr
             for a, b in pairwise(cuts)
         ]
         blends = [draw_blend(part, BlendConfig(), 1) for part in parts]
-        counts = sum(loss_counts(p, b, config) for p, b in zip(parts, blends, strict=True))
+        counted = [loss_counts(p, b, config) for p, b in zip(parts, blends, strict=True)]
+        counts = torch.stack(counted).sum(0)
         model.zero_grad()
         total = 0.0
         for part, blend in zip(parts, blends, strict=True):
@@ -289,7 +297,7 @@ def test_step_loss_and_gradient_do_not_depend_on_how_molecules_are_cut_into_micr
             loss = total_loss(sums, counts, config)
             loss.backward()
             total += loss.item()
-        return total, [p.grad.clone() for p in model.parameters()]
+        return total, [gradient_of(p).clone() for p in model.parameters()]
 
     whole, whole_gradients = step([0, 6])
     cut, cut_gradients = step([0, 1, 3, 6])
@@ -363,8 +371,9 @@ def test_the_graph_token_learns_from_the_environments_alone() -> None:
     blend = draw_blend(batch, BlendConfig(), 0)
     sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
     sums["environment"].backward()
-    assert model.encoder.atoms.graph_token.grad.abs().sum() > 0
-    assert model.environment_head.weight.grad.abs().sum() > 0
+    assert gradient_of(model.encoder.atoms.graph_token).abs().sum() > 0
+    assert model.environment_head is not None
+    assert gradient_of(model.environment_head.weight).abs().sum() > 0
     assert model.spd_head.weight.grad is None
 
 
@@ -396,8 +405,9 @@ def test_the_graph_token_learns_from_the_descriptors_alone_and_not_from_unknown_
     blend = draw_blend(batch, BlendConfig(), 0)
     sums = pretraining_loss_sums(model(batch, blend), batch, blend, LossConfig())
     sums["descriptor"].backward()
-    assert model.encoder.atoms.graph_token.grad.abs().sum() > 0
-    gradient = model.descriptor_head.weight.grad
+    assert gradient_of(model.encoder.atoms.graph_token).abs().sum() > 0
+    assert model.descriptor_head is not None
+    gradient = gradient_of(model.descriptor_head.weight)
     assert gradient.isfinite().all()
     assert gradient[7].abs().sum() == 0
     assert (gradient.abs().sum(1) > 0).sum() == NUM_DESCRIPTORS - 1

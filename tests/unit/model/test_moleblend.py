@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import molecule_zoo as zoo
 import pytest
@@ -11,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moleblend_ray.config.builder import build
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import BlendConfig, draw_blend
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.embeddings import GaussianDistance
+from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.fused import PathScale, add_and_norm
 from moleblend_ray.model.losses import loss_counts, loss_means, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel, ReadoutConfig
@@ -28,7 +31,7 @@ ODD = [
 ]
 
 
-def loss_of(model: MoleBlendModel, batch) -> torch.Tensor:
+def loss_of(model: MoleBlendModel, batch: MoleculeBatch) -> torch.Tensor:
     config = LossConfig()
     blend = draw_blend(batch, BlendConfig(), 0)
     sums = pretraining_loss_sums(model(batch, blend), batch, blend, config)
@@ -40,7 +43,9 @@ def loss_of(model: MoleBlendModel, batch) -> torch.Tensor:
     [ODD, [zoo.single_atom()], [zoo.chain(3).without_positions()]],
     ids=["odd", "single", "no 3D"],
 )
-def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_lacks(molecules) -> None:
+def test_every_parameter_gets_a_finite_gradient_whatever_the_batch_lacks(
+    molecules: list[zoo.ZooMolecule],
+) -> None:
     model = MoleBlendModel(TINY)
     loss_of(model, zoo.batch(molecules)).backward()
     for name, parameter in model.named_parameters():
@@ -89,6 +94,7 @@ def test_gaussian_kernels_have_the_gradient_of_their_formula() -> None:
 
     def kernels(distance: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         named = dict(zip(parameters, values, strict=True))
+        found: torch.Tensor
         found, sums = torch.func.functional_call(layer, named, (distance, element, known))
         assert torch.equal(sums, found.sum(2))
         return found
@@ -118,7 +124,9 @@ def test_bfloat16_autocast_stays_close_and_finite() -> None:
     assert total.dtype is torch.float32
     for name, value in exact.items():
         assert rounded[name].item() == pytest.approx(value.item(), rel=0.03, abs=0.03), name
-    assert all(p.grad.isfinite().all() for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 def test_weights_in_bfloat16_give_finite_losses() -> None:
@@ -160,11 +168,17 @@ def test_a_handful_of_molecules_is_learnt_by_heart() -> None:
     assert time.monotonic() - started < 60
 
 
+def dropping(kind: str) -> ModelConfig:
+    """A model without randomness but for the dropout ``kind``."""
+    changes: dict[str, Any] = {kind: 0.4}
+    return dataclasses.replace(QUIET, **changes)
+
+
 @pytest.mark.parametrize(
     "kind", ["dropout", "attention_dropout", "activation_dropout", "drop_path"]
 )
 def test_each_dropout_acts_in_training_and_none_in_evaluation(kind: str) -> None:
-    quiet, model = MoleBlendModel(QUIET), MoleBlendModel(dataclasses.replace(QUIET, **{kind: 0.4}))
+    quiet, model = MoleBlendModel(QUIET), MoleBlendModel(dropping(kind))
     model.load_state_dict(quiet.state_dict())
     batch = zoo.batch(zoo.drug_like(4))
     blend = draw_blend(batch, BlendConfig(), 0)
@@ -183,13 +197,12 @@ def test_each_dropout_acts_in_training_and_none_in_evaluation(kind: str) -> None
     [("attention_dropout", "attention.out"), ("activation_dropout", "ffn_out")],
 )
 def test_a_dropout_of_one_place_leaves_the_others_alone(kind: str, behind: str) -> None:
-    model = MoleBlendModel(dataclasses.replace(QUIET, **{kind: 0.4}))
+    model = MoleBlendModel(dropping(kind))
     with torch.no_grad():
         for layer in model.encoder.layers:
-            linear = layer.get_submodule(behind)
             # What was dropped before this map does not come through it; what would be dropped after it does.
-            linear.weight.zero_()
-            linear.bias.normal_()
+            layer.get_parameter(f"{behind}.weight").zero_()
+            layer.get_parameter(f"{behind}.bias").normal_()
     batch = zoo.batch(zoo.drug_like(4))
     assert torch.equal(model.encoder(batch, None).tokens, model.encoder(batch, None).tokens)
 
@@ -200,13 +213,12 @@ def test_dropout_acts_on_the_embedded_tokens_and_on_both_branches(place: str) ->
     (layer,) = model.encoder.layers
     with torch.no_grad():
         for branch in {"attention.out", "ffn_out"} - {place}:
-            linear = layer.get_submodule(branch)
-            linear.weight.zero_()
-            linear.bias.zero_()
+            layer.get_parameter(f"{branch}.weight").zero_()
+            layer.get_parameter(f"{branch}.bias").zero_()
         if place != "input":
             # All tokens enter as zeros, so dropout leaves them as they are.
             model.encoder.input_norm.weight.zero_()
-            layer.get_submodule(place).bias.normal_()
+            layer.get_parameter(f"{place}.bias").normal_()
     batch = zoo.batch(zoo.drug_like(4))
     assert not torch.equal(model.encoder(batch, None).tokens, model.encoder(batch, None).tokens)
 
@@ -217,6 +229,7 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
     encoder = MoleBlendModel(config).encoder
     batch = zoo.batch([zoo.chain(3, seed=k) for k in range(400)])
     for path_scales, rate in zip(encoder._path_scales(batch), (0.0, 0.25, 0.5), strict=True):
+        assert path_scales is not None
         for path_scale in path_scales:
             kept = torch.isclose(path_scale, torch.tensor(1 / (1 - rate)))
             assert (kept | (path_scale == 0)).all()
@@ -224,7 +237,9 @@ def test_stochastic_depth_skips_whole_molecules_and_only_in_training() -> None:
         # Each branch by itself: both are skipped as often as chance has it.
         assert (path_scales == 0).all(0).float().mean().item() == pytest.approx(rate**2, abs=0.1)
     tokens, hidden = torch.randn(2, len(batch.token_index), 32)
-    linear, norm = encoder.layers[0].attention.out, encoder.layers[0].ffn_norm
+    layer = encoder.layers[0]
+    assert isinstance(layer, Block)
+    linear, norm = layer.attention.out, layer.ffn_norm
     path = PathScale(path_scale, batch.token_molecule)
     added = add_and_norm(tokens, hidden, linear, norm, path=path, probability=0.0, seed=None)
     scaled = linear(hidden) * path_scale[batch.token_molecule, None]
@@ -283,7 +298,7 @@ def test_missing_coordinates_may_hold_anything_without_changing_a_prediction() -
         ({"missing_positions": "zero"}, "missing_positions"),
     ],
 )
-def test_impossible_sizes_are_refused(change, named) -> None:
+def test_impossible_sizes_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         dataclasses.replace(TINY, **change)
 
@@ -314,7 +329,9 @@ def test_presets_have_the_documented_number_of_parameters(name: str) -> None:
 class ForbidQuestions(TorchDispatchMode):
     """Raises at every operation that makes the host wait for the device."""
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = operation.overloadpacket.__name__
         if name in {"_local_scalar_dense", "nonzero", "item", "masked_select", "_unique2", "equal"}:
             raise AssertionError(f"{name} waits for the device")

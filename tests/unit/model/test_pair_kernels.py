@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import molecule_zoo as zoo
 import pytest
@@ -35,7 +35,8 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 
 def gradients_of(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    # Of unused parameters there is None.
+    found: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
 
 

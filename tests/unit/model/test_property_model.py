@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import molecule_zoo as zoo
 import numpy as np
@@ -34,7 +35,7 @@ MODEL = ModelConfig(
 READOUTS = ("token", "mean", "token+mean", "sum")
 
 
-def property_model(num_targets: int = 2, **readout: object) -> PropertyModel:
+def property_model(num_targets: int = 2, **readout: Any) -> PropertyModel:
     torch.manual_seed(3)
     model = PropertyModel(MoleBlendModel(MODEL), num_targets, ReadoutConfig(**readout)).eval()
     # With the small initial weights the relations would hardly affect the outputs.
@@ -45,7 +46,8 @@ def property_model(num_targets: int = 2, **readout: object) -> PropertyModel:
 
 @torch.no_grad()
 def outputs(model: PropertyModel, *molecules: zoo.ZooMolecule) -> np.ndarray:
-    return model(zoo.batch(list(molecules))).numpy()
+    found: torch.Tensor = model(zoo.batch(list(molecules)))
+    return found.numpy()
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -151,6 +153,6 @@ def test_the_element_reference_is_float32_under_bfloat16() -> None:
         ({"dropout": 1.0}, "dropout"),
     ],
 )
-def test_impossible_readouts_are_refused(change: dict[str, object], named: str) -> None:
+def test_impossible_readouts_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ReadoutConfig(**change)
