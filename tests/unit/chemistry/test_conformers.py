@@ -111,7 +111,7 @@ def test_energies_are_those_of_rdkit_for_the_stored_conformers_lowest_first() ->
     found = embed_conformers(mol, IBUPROFEN, config)
     full = Chem.AddHs(mol)
     parameters = rdDistGeom.ETKDGv3()
-    parameters.randomSeed = conformer_seed(config.seed, IBUPROFEN)
+    parameters.randomSeed = conformer_seed(config.seed, IBUPROFEN)  # type: ignore[assignment]
     rdDistGeom.EmbedMultipleConfs(full, 6, parameters)
     rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(full, maxIters=config.mmff_max_iterations)
     properties = rdForceFieldHelpers.MMFFGetMoleculeProperties(full)

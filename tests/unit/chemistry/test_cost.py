@@ -105,7 +105,7 @@ def test_ordinary_molecules_are_quick(smiles: str) -> None:
         MolBlock(block_of(drawn(TRIANGLES), v3000=True).replace(" 1 1 1 2", " 1 1 1 2 -", 1)),
         row_of(drawn(TRIANGLES))._replace(bond_begin=[40] * 27),
         row_of(drawn(TRIANGLES))._replace(bond_begin=[0] * 28),
-        row_of(drawn(TRIANGLES))._replace(bond_begin=["a"] * 27),
+        row_of(drawn(TRIANGLES))._replace(bond_begin=["a"] * 27),  # type: ignore[list-item]
     ],
 )
 def test_what_is_large_or_cannot_be_told_may_be_slow(record: SourceRecord) -> None:
@@ -134,8 +134,11 @@ def test_a_molblock_or_row_is_slow_exactly_if_it_has_too_many_rings(
             mol.AddBond(begin, end, Chem.BondType.SINGLE)
     mol.UpdatePropertyCache(strict=False)
     num_rings = num_bonds - num_atoms + len(Chem.GetMolFrags(mol))
-    blocks = [MolBlock(block_of(mol, v3000=v3000)) for v3000 in (False, True)]
-    for record in (*blocks, row_of(mol)):
+    records: list[SourceRecord] = [
+        *(MolBlock(block_of(mol, v3000=v3000)) for v3000 in (False, True)),
+        row_of(mol),
+    ]
+    for record in records:
         assert may_be_slow(record) == (num_rings > FEW_RINGS)
 
 
@@ -143,7 +146,7 @@ def test_a_molblock_or_row_is_slow_exactly_if_it_has_too_many_rings(
 @given(st.text(alphabet="CNO[]()=123456789%0@H+.-", max_size=60))
 def test_no_quick_smiles_has_many_rings(text: str) -> None:
     with rdBase.BlockLogs():
-        mol = Chem.MolFromSmiles(text, sanitize=False)
+        mol: Chem.Mol | None = Chem.MolFromSmiles(text, sanitize=False)
     if mol is not None and not smiles_may_be_slow(text):
         assert mol.GetNumBonds() - mol.GetNumAtoms() + len(Chem.GetMolFrags(mol)) <= FEW_RINGS
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from rdkit import Chem
@@ -80,7 +82,7 @@ ODD_SMILES = [
 ]
 
 
-def code(values: list[object], value: object) -> int:
+def code(values: Sequence[object], value: object) -> int:
     return values.index(value) if value in values else len(values) - 1
 
 

@@ -24,7 +24,7 @@ from moleblend_ray.chemistry.molecule import (
     molecule_from_smiles,
     molecules_from_records,
 )
-from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText
+from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText, SourceRecord
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 
 CONFIG = FeaturizeConfig()
@@ -523,7 +523,7 @@ def test_a_molecule_that_cannot_be_embedded_is_kept_flat_or_rejected_never_silen
 def test_records_at_once_have_the_outcomes_that_each_has_alone() -> None:
     block = Chem.MolToMolBlock(embedded("C[C@H](N)C(=O)O"))
     refused = Rejection(code=RejectionCode.INVALID_RECORD, detail="refused before")
-    kinds = [
+    kinds: list[SourceRecord | Rejection] = [
         SmilesText("c1ccccc1"),
         SmilesText("C(C"),
         MolBlock(block),

@@ -94,7 +94,11 @@ def test_real_files_are_split_as_by_a_second_implementation_and_share_no_scaffol
 ) -> None:
     smiles = real_molecules(shared_data, name)
     scaffolds = second_scaffolds(smiles)
-    for variant, seed in (("deepchem", 0), ("chemprop-balanced", 0), ("chemprop-balanced", 7)):
+    ways: list[tuple[ScaffoldVariant, int]] = [
+        *((variant, 0) for variant in VARIANTS),
+        ("chemprop-balanced", 7),
+    ]
+    for variant, seed in ways:
         split = scaffold_split(smiles, variant=variant, seed=seed)
         assert [set(part.tolist()) for part in split] == second_split(scaffolds, variant, seed)
         train, valid, test = ({scaffolds[index] for index in part} for part in split)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def test_tuples_and_lists_of_equal_values_are_equal() -> None:
 
 @given(SETTINGS, SETTINGS)
 def test_settings_read_back_from_json_do_not_differ_and_the_order_only_turns_the_values(
-    old: dict, new: dict
+    old: dict[str, Any], new: dict[str, Any]
 ) -> None:
     assert differences(old, json.loads(json.dumps(old))) == {}
     turned = {key: (after, before) for key, (before, after) in differences(old, new).items()}

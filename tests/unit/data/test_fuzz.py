@@ -46,7 +46,7 @@ def test_damaged_molecules_have_the_codes_that_the_getters_give(
 ) -> None:
     parse = Chem.MolFromSmiles if inputs is smiles_inputs else Chem.MolFromMolBlock
     with rdBase.BlockLogs():
-        parsed = (
+        parsed: Iterator[Chem.Mol | None] = (
             parse(text) for text in inputs(1500, seed=2) if len(text) < 5000 and text != "C\ud800C"
         )
         mols = [mol for mol in parsed if mol is not None and 0 < mol.GetNumAtoms() <= 600]

@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +31,16 @@ def never() -> pa.Table:
 
 def test_a_table_is_made_once_for_all_users_and_threads(tmp_path: Path) -> None:
     caches = [NodeCache("a", 1 << 20, tmp_path) for _ in range(2)]
-    made = []
+    made: list[int] = []
     barrier = threading.Barrier(8)
 
     def ask(index: int) -> pa.Table:
+        def make() -> pa.Table:
+            made.append(index)
+            return table(3)
+
         barrier.wait()
-        return caches[index % 2].table("t", lambda: made.append(index) or table(3))
+        return caches[index % 2].table("t", make)
 
     with ThreadPoolExecutor(8) as pool:
         assert all(found.equals(table(3)) for found in pool.map(ask, range(8)))
@@ -47,7 +52,7 @@ def test_a_table_is_made_once_for_all_users_and_threads(tmp_path: Path) -> None:
 def test_the_bound_is_kept_and_the_least_recently_used_table_goes_first(tmp_path: Path) -> None:
     cache = NodeCache("a", 8 * TABLE_BYTES, tmp_path)
     for index in range(40):
-        cache.table(str(index), lambda index=index: table(index))
+        cache.table(str(index), partial(table, index))
         os.utime(cache.folder / f"{index}.arrow", ns=(index, index))
         if index:
             os.utime(cache.folder / "0.arrow", ns=(1000, 1000))

@@ -56,7 +56,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_holds_is_ke
         for _ in range(2)
     ]
     try:
-        killed, living = (Path(process.stdout.readline().strip()) for process in processes)
+        killed, living = (
+            Path(process.stdout.readline().strip()) for process in processes if process.stdout
+        )
         for folder in (killed, living):
             assert folder.parent == tmp_path
             age(folder)

@@ -9,6 +9,7 @@ import http.server
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,13 +69,13 @@ def write_source(directory: Path, name: str = "bad.csv") -> Path:
     return directory / name
 
 
-def plan(source: Path | str, **options: object) -> tuple[SourceSet, ConvertOptions]:
-    chosen = ConvertOptions(**options)  # type: ignore[arg-type]
+def plan(source: Path | str, **options: Any) -> tuple[SourceSet, ConvertOptions]:
+    chosen = ConvertOptions(**options)
     return inspect_sources(find_sources(str(source)), chosen.columns), chosen
 
 
 def convert(
-    source: Path | str, out: Path | str, converted: list[int] | None = None, **options: object
+    source: Path | str, out: Path | str, converted: list[int] | None = None, **options: Any
 ) -> Manifest:
     """Run the whole job in this process; the chunks that are converted are appended to ``converted``."""
     sources, chosen = plan(source, **options)
@@ -313,7 +314,7 @@ def test_descriptors_are_those_of_the_stored_smiles_and_scaled_by_the_training_m
     tmp_path: Path,
 ) -> None:
     source, out = write_source(tmp_path / "in"), str(tmp_path / "out")
-    settings = {"rows_per_chunk": 3, "valid_fraction": 0.4, "split_seed": 1}
+    settings: dict[str, Any] = {"rows_per_chunk": 3, "valid_fraction": 0.4, "split_seed": 1}
     manifest = convert(source, out, featurize=DESCRIBED, **settings)
     assert load_manifest(out) == manifest
     assert manifest.descriptors is not None
@@ -450,7 +451,7 @@ def test_the_split_is_a_property_of_the_molecule(tmp_path: Path) -> None:
     assert valid["a", 1] != valid["a", 0]
 
 
-def convert_first(source: Path, out: Path, num_chunks: int, **options: object) -> None:
+def convert_first(source: Path, out: Path, num_chunks: int, **options: Any) -> None:
     """The files of a run that was killed after ``num_chunks`` chunks."""
     sources, chosen = plan(source, **options)
     claim_output(str(out), sources, chosen)
@@ -478,7 +479,7 @@ def test_a_source_changed_between_two_runs_keeps_equal_chunks_and_nothing_stale(
     source, out = tmp_path / "in.csv.gz", tmp_path / "out"
     alkanes = ["C" * length for length in range(1, 13)]
     repaired = [*alkanes[:4], "not a molecule", *alkanes[5:8]]
-    options = {"rows_per_chunk": 2, "valid_fraction": 0.0}
+    options: dict[str, Any] = {"rows_per_chunk": 2, "valid_fraction": 0.0}
     source.write_bytes(gzip.compress("\n".join(["smiles", *alkanes]).encode()))
     convert_first(source, out, 6, **options)
     source.write_bytes(gzip.compress("\n".join(["smiles", *repaired]).encode()))
@@ -508,7 +509,7 @@ def test_chunks_that_are_read_in_another_way_are_converted_again(
     tmp_path: Path, before: str, after: str
 ) -> None:
     source, out = tmp_path / "in.csv", tmp_path / "out"
-    options = {"rows_per_chunk": 2, "valid_fraction": 0.0}
+    options: dict[str, Any] = {"rows_per_chunk": 2, "valid_fraction": 0.0}
     source.write_text(before)
     convert_first(source, out, 1, **options)
     source.write_text(after)

@@ -304,7 +304,7 @@ def test_coordinates_of_the_source_count_more_than_those_made_here(tmp_path: Pat
     (folder / "a.csv").write_text("smiles\nCO\nCC\nCC\n")
     write_geometry(folder / "b.parquet", ["CO"], [True])
     made = FeaturizeConfig(conformers=ConformerConfig(generate=True))
-    settings = {"deduplicate": "inchikey", "featurize": made, "valid_fraction": 0.0}
+    settings: dict[str, Any] = {"deduplicate": "inchikey", "featurize": made, "valid_fraction": 0.0}
     manifest = prepare(folder, tmp_path / "out", **settings)
     assert [row["mol_id"] for row in rows_of(tmp_path / "out")] == ["a_1", "b-0"]
     assert manifest.counts.with_coordinates == 2
@@ -382,7 +382,7 @@ def test_a_run_killed_at_any_change_of_the_storage_ends_with_the_same_bytes(
 
 def test_a_changed_source_leaves_nothing_stale(tmp_path: Path) -> None:
     source = tmp_path / "in.csv"
-    settings = {"shuffle": True, "rows_per_shard": 20, "memory_bytes": SMALL}
+    settings: dict[str, Any] = {"shuffle": True, "rows_per_shard": 20, "memory_bytes": SMALL}
     source.write_text("\n".join(["smiles", *alkanes(100)]) + "\n")
     prepare(source, tmp_path / "out", **settings)
     (tmp_path / "out" / "manifest.json").unlink()

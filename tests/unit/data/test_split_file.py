@@ -9,6 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.errors import DataError, StorageError
 
-SPLITS = {
+SPLITS: dict[str, Any] = {
     "train": np.array([0, 3, 1]),
     "valid": np.array([4]),
     "test-dev": np.array([2, 6]),
@@ -58,7 +59,7 @@ class _Runs:
 
 class _Huge:
     def __reduce__(self) -> tuple[object, ...]:
-        from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+        from numpy._core.multiarray import _reconstruct
 
         return (_reconstruct, (np.ndarray, (1 << 50,), b"b"))
 

@@ -475,8 +475,8 @@ def test_hidden_files_are_not_listed(tmp_path: Path) -> None:
         assert [storage.name_of(file.uri) for file in storage.list_files(listed)] == ["seen"]
     # What was asked for by its name is not hidden.
     asked = tmp_path / ".*/b*/seen"
-    for listed in (copy, copy.parent, copy.parent.parent, copy.parent / "s*", asked):
-        (found,) = storage.list_files(str(listed))
+    for named in (copy, copy.parent, copy.parent.parent, copy.parent / "s*", asked):
+        (found,) = storage.list_files(str(named))
         assert found.uri.endswith(".ipynb_checkpoints/below/seen")
 
 

@@ -43,7 +43,7 @@ def test_a_transient_failure_is_tried_again_and_a_refusal_is_not(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     for error, expected in ((ConnectionResetError(), 3), (PermissionError(), 1)):
-        calls = []
+        calls: list[int] = []
 
         def call(error: Exception = error, calls: list[int] = calls) -> int:
             calls.append(1)
@@ -202,7 +202,7 @@ class Bucket:
 @pytest.fixture
 def google(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Puts a bucket behind gs://, with the exceptions of packages that are optional."""
-    content = {
+    content: dict[str, dict[str, type[Exception]]] = {
         "gcsfs.retry": {"HttpError": HttpError, "ChecksumError": ChecksumError},
         "google.auth.exceptions": {
             "GoogleAuthError": GoogleAuthError,
