@@ -33,8 +33,11 @@ def make_labelled() -> MakeLabelled:
     """Builds LabelledMolecules from SMILES and labels (M, T)."""
 
     def build(smiles: Sequence[str], labels: np.ndarray) -> LabelledMolecules:
-        molecules = [molecule_from_smiles(text, FeaturizeConfig()) for text in smiles]
-        assert all(isinstance(molecule, Molecule) for molecule in molecules)
+        molecules = []
+        for text in smiles:
+            outcome = molecule_from_smiles(text, FeaturizeConfig())
+            assert isinstance(outcome, Molecule), outcome
+            molecules.append(outcome)
         num_atoms = np.array([molecule.num_atoms for molecule in molecules], dtype=np.int32)
         block = MoleculeBlock(
             molecule_ids=np.arange(len(molecules), dtype=np.int64),

@@ -41,7 +41,7 @@ from .conftest import all_smiles
 KINDS = [kind for kind in BaselineKind if kind is not BaselineKind.SCRATCH]
 TREES = [BaselineKind.FOREST, BaselineKind.BOOSTING]
 SMILES = all_smiles()
-FEATURES = {
+FEATURES: dict[FeatureKind, np.ndarray] = {
     FeatureKind.FINGERPRINTS: ecfp(SMILES),
     FeatureKind.DESCRIPTORS: descriptors(SMILES),
 }
@@ -255,7 +255,7 @@ def test_descriptors_that_are_missing_too_large_or_constant_do_no_harm() -> None
     )
     scaling = DescriptorScaling.fit(train)
     found = scaling.apply(np.concatenate([train, [[1e9, 5.0, 8.0, -np.inf]]]))
-    deviation = np.std([1.0, 3.0, 2.0])  # the median of 1 and 3 stands for the infinite one
+    deviation = float(np.std([1.0, 3.0, 2.0]))  # the median of 1 and 3 stands for the infinite one
     np.testing.assert_allclose(found[:, 0], [-1 / deviation, 1 / deviation, 0.0, 5.0])
     assert (found[:, 1:3] == 0).all()
     np.testing.assert_allclose(found[[0, 3], 3], 0.0, atol=1e-12)
@@ -279,7 +279,7 @@ def test_small_tasks_get_the_whole_grid_and_those_of_many_labels_stay_affordable
     assert max(settings[name] for settings in small) == asked
     assert len(many) < len(small)
     limit = MAX_FOREST_LABELS if kind is BaselineKind.FOREST else MAX_BOOSTING_LABELS
-    assert 20 <= max(settings[name] for settings in many) <= limit / (617 * 2000)
+    assert 20 <= max(int(settings[name]) for settings in many) <= limit / (617 * 2000)
     assert asked * 617 * 2000 > FULL_GRID_LABELS
     # A forest draws so many molecules for a tree and no more.
     if kind is BaselineKind.FOREST:

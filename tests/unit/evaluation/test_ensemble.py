@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,7 +107,7 @@ def test_a_finished_fine_tuning_stands_for_the_models_of_all_its_seeds(tmp_path:
     ],
 )
 def test_models_of_two_questions_are_refused_naming_both(
-    tmp_path: Path, changes: dict[str, object]
+    tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     first = save_model(tmp_path / "first", 0)
     second = save_model(tmp_path / "second", 1, dataclasses.replace(SOLUBILITY, **changes))

@@ -98,6 +98,7 @@ def test_missing_labels_add_nothing_to_the_loss_and_its_gradient(kind: TaskKind)
     known = ~torch.isnan(targets)
     assert loss.item() == pytest.approx(masked_loss(kind, outputs[known], targets[known]).item())
     loss.backward()
+    assert outputs.grad is not None
     assert torch.isfinite(outputs.grad).all()
     assert (outputs.grad[~known] == 0).all()
     assert (outputs.grad[known] != 0).all()

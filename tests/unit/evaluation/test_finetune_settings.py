@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.chemistry.molecule import Molecule
+from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation import finetune
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
@@ -37,6 +42,7 @@ from moleblend_ray.evaluation.property_model import (
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind, resolve_task
+from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.moleblend import HYDROGEN, PropertyModel
 from moleblend_ray.training.config import OptimConfig
 from moleblend_ray.training.optim import build_optimizer, gradient_norm, set_learning_rate
@@ -119,9 +125,12 @@ def test_fresh_blocks_are_drawn_anew_and_the_others_stay_as_they_were_pretrained
     model = build_model(pretrained, 1, settings, 0)
     assert changed(model, pretrained) == new
     again, other = (build_model(pretrained, 1, settings, seed) for seed in (0, 1))
-    weight = model.encoder.layers[-1].attention.qkv.weight
-    assert torch.equal(weight, again.encoder.layers[-1].attention.qkv.weight)
-    assert torch.equal(weight, other.encoder.layers[-1].attention.qkv.weight) == (fresh == 0)
+    weight, same, another = (
+        one.encoder.layers[-1].get_parameter("attention.qkv.weight")
+        for one in (model, again, other)
+    )
+    assert torch.equal(weight, same)
+    assert torch.equal(weight, another) == (fresh == 0)
 
 
 def test_more_fresh_blocks_than_there_are_is_an_error_that_says_how_many(
@@ -159,7 +168,9 @@ def test_the_settings_of_the_optimizer_reach_it(
     clipped: list[float] = []
     decays: set[float] = set()
 
-    def build(model, config, lr_factor):
+    def build(
+        model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float]
+    ) -> torch.optim.Optimizer:
         optimizer = build_optimizer(model, config, lr_factor)
         decays.update(group["weight_decay"] for group in optimizer.param_groups)
         step = optimizer.step
@@ -265,7 +276,8 @@ def test_a_lower_rate_below_moves_the_lower_blocks_less(
         result = train(molecules, pretrained, dataclasses.replace(QUICK, layer_decay=layer_decay))
         assert pretrained.encoder is not None
         before = pretrained.encoder["layers.0.ffn_in.weight"]
-        return float((result.model.encoder.layers[0].ffn_in.weight.detach() - before).norm())
+        after = result.model.encoder.get_parameter("layers.0.ffn_in.weight").detach()
+        return float((after - before).norm())
 
     assert moved(0.1) < 0.1 * moved(1.0)
 
@@ -273,8 +285,10 @@ def test_a_lower_rate_below_moves_the_lower_blocks_less(
 def test_dropout_of_fine_tuning_replaces_that_of_pretraining(pretrained: StartingPoint) -> None:
     settings = FinetuneSettings(attention_dropout=0.3, activation_dropout=0.2, drop_path=0.1)
     model = build_model(pretrained, 1, settings, 0)
-    assert model.encoder.layers[0].attention.dropout == 0.3
-    assert model.encoder.layers[0].activation_dropout == 0.2
+    layer = model.encoder.layers[0]
+    assert isinstance(layer, Block)
+    assert layer.attention.dropout == 0.3
+    assert layer.activation_dropout == 0.2
     assert model.encoder.drop_path == 0.1
     usual = build_model(pretrained, 1, FinetuneSettings(), 0)
     assert usual.config == pretrained.model
@@ -437,6 +451,7 @@ def flexible(make_labelled: MakeLabelled) -> LabelledMolecules:
     start = 0
     for text, count in zip(smiles, counts, strict=True):
         molecule = molecule_from_smiles(text, featurize)
+        assert isinstance(molecule, Molecule)
         end = start + molecule.num_atoms
         if start > 0:
             for number in range(3):
@@ -487,8 +502,9 @@ def test_each_molecule_keeps_its_descriptors_whatever_its_conformers(
     flexible: LabelledMolecules, pretrained: StartingPoint
 ) -> None:
     values = np.random.default_rng(2).normal(0, 1, (len(flexible), 3))
-    described = dataclasses.replace(flexible, descriptors=DescriptorTable(("a", "b", "c"), values))
-    inputs = DescriptorInputs.fit(DescriptorTable(("a", "b", "c"), values))
+    table = DescriptorTable(("a", "b", "c"), values)
+    described = dataclasses.replace(flexible, descriptors=table)
+    inputs = DescriptorInputs.fit(table)
     scale = Standardisation(mean=np.zeros(1), std=np.ones(1))
     trained = TrainedProperty.of(NUMBER, flexible.columns, scale, conformers=3, descriptors=inputs)
     model = build_model(pretrained, 1, QUICK, 0, num_descriptors=3).eval()
@@ -496,7 +512,7 @@ def test_each_molecule_keeps_its_descriptors_whatever_its_conformers(
     encoder = predict_mean(model, trained, described, rows, 3, CPU)
     model.set_linear(torch.ones(1, 3), torch.zeros(1), torch.full((1,), 0.25))
     found = predict_mean(model, trained, described, rows, 3, CPU)
-    linear = inputs.of(described.descriptors).sum(1, keepdims=True)[rows]
+    linear = inputs.of(table).sum(1, keepdims=True)[rows]
     np.testing.assert_allclose(found, 0.75 * encoder + 0.25 * linear, atol=1e-5)
 
 
@@ -517,7 +533,9 @@ def test_training_draws_conformers_anew_each_epoch_by_the_seed(
     drawn: list[list[tuple[int, int]]] = []
     posed = LabelledMolecules.posed
 
-    def record(self, indices, numbers=None):
+    def record(
+        self: LabelledMolecules, indices: np.ndarray, numbers: np.ndarray | None = None
+    ) -> MoleculeBlock:
         drawn[-1] += zip(
             indices.tolist(), [] if numbers is None else numbers.tolist(), strict=False
         )
@@ -548,6 +566,6 @@ def test_training_draws_conformers_anew_each_epoch_by_the_seed(
         ({"attention_dropout": 1.0}, "attention_dropout"),
     ],
 )
-def test_impossible_settings_are_refused(change: dict[str, float], named: str) -> None:
+def test_impossible_settings_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         FinetuneSettings(**change)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
+from matplotlib.container import ErrorbarContainer
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, DataError
@@ -263,11 +265,12 @@ def test_the_figure_has_a_dot_for_each_model_and_task_with_a_baseline() -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["esol", "bbbp"]
     for number, name in enumerate((MODEL, FOREST, MEAN)):
         points = axes.containers[number]
+        assert isinstance(points, ErrorbarContainer)
         assert points.get_label() == name
         rows = [(row, row.models[number]) for row in board().finished]
         gains = [gain for row, model in rows if (gain := row.gain(model)) is not None]
         assert points.lines[0].get_xdata() == pytest.approx([mean for mean, _ in gains])
-        assert [round(y) for y in points.lines[0].get_ydata()] == [0, 1]
+        assert np.asarray(points.lines[0].get_ydata(), float).round().tolist() == [0, 1]
         bars = [segment[:, 0] for segment in points.lines[2][0].get_segments()]
         assert [(high - low) / 2 for low, high in bars] == pytest.approx([std for _, std in gains])
 

@@ -15,7 +15,7 @@ from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.dataset import load_labelled
-from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
 
 Prepare = Callable[..., str]
 
@@ -43,7 +43,7 @@ def prepare(tmp_path: Path) -> Prepare:
     return run
 
 
-def number(*columns: str) -> object:
+def number(*columns: str) -> Task:
     return resolve_task("number", columns=columns, kind=TaskKind.REGRESSION)
 
 

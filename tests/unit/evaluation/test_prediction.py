@@ -33,8 +33,11 @@ FLAT = ("c1ccncc1", "CC(C)CO")
 
 def molecules(smiles: Sequence[str], conformers: ConformerConfig) -> list[Molecule]:
     config = FeaturizeConfig(conformers=conformers)
-    found = [molecule_from_smiles(text, config) for text in smiles]
-    assert all(isinstance(molecule, Molecule) for molecule in found)
+    found = []
+    for text in smiles:
+        outcome = molecule_from_smiles(text, config)
+        assert isinstance(outcome, Molecule), outcome
+        found.append(outcome)
     return found
 
 

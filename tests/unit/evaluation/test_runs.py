@@ -84,6 +84,7 @@ def test_a_model_knows_the_fingerprints_of_its_training_part_alone(
     experiment: Experiment, tmp_path: Path
 ) -> None:
     found = train_and_test(experiment, SETTINGS, 4, str(tmp_path), torch.device("cpu"))
+    assert found.model is not None
     domain = load_domain(str(tmp_path / found.model))
     assert domain is not None
     trained_on = [experiment.molecules.smiles[row] for row in experiment.split.train]

@@ -25,6 +25,7 @@ from moleblend_ray.errors import CheckpointError, ConfigError, DataError, Storag
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -73,7 +74,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "ray_session", fail)
 
 
-def finetuning(folder: Path, **changes: object) -> FinetuneConfig:
+def finetuning(folder: Path, **changes: Any) -> FinetuneConfig:
     source = folder / "esol.csv"
     source.write_text("smiles,y,part\nCCO,1,train\n")
     task = TaskConfig(name="esol", source=str(source), **changes)
@@ -91,7 +92,11 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     monkeypatch.setattr(downstream, "prepare_task", lambda config, sources: "data")
     monkeypatch.setattr(downstream, "load_labelled", lambda *_, **__: molecules)
     task = TaskConfig(
-        name="hits", source="a.csv", columns=("y",), kind="classification", split="given"
+        name="hits",
+        source="a.csv",
+        columns=("y",),
+        kind=TaskKind.CLASSIFICATION,
+        split=SplitKind.GIVEN,
     )
     config = FinetuneConfig(task=task, out=str(tmp_path / "out"))
     inputs = Inputs(start=starting_point(config), named=None, sources=None)
@@ -196,7 +201,7 @@ def test_a_label_that_a_prepared_dataset_lacks_is_found_before_ray_is_started(
     manifest = SimpleNamespace(label_names=lambda: ("y",))
     monkeypatch.setattr(downstream, "load_manifest", lambda uri: manifest)
     task = TaskConfig(
-        name="mine", source=str(tmp_path / "data"), columns=("pIC50",), kind="regression"
+        name="mine", source=str(tmp_path / "data"), columns=("pIC50",), kind=TaskKind.REGRESSION
     )
     with pytest.raises(DataError, match=r"needs the label columns \['pIC50'\].*it has: y\."):
         finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moleblend_ray.orchestration import metrics, train_metrics
+from moleblend_ray.orchestration import train_metrics
 from moleblend_ray.orchestration.metrics import METRICS, JobMetrics, Publisher
 from moleblend_ray.orchestration.train_metrics import TrainMetrics
 from moleblend_ray.training.anomalies import Anomaly
@@ -248,7 +248,7 @@ def test_progress_is_when_something_was_done_not_when_it_was_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     page, now = Page(), [1000.0]
-    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     told = job(page)
     told.show({"done": 3, "total": 9}, {})
     now[0] = 1500.0
@@ -265,7 +265,7 @@ def test_progress_is_when_something_was_done_not_when_it_was_looked_at(
 
 def test_the_pieces_of_a_shuffle_are_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     page, now = Page(), [1000.0]
-    monkeypatch.setattr(metrics.time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0])
     told = job(page)
     for second, shown in (
         (1000, ("place", "1/9")),

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -157,7 +158,7 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
         parts, "prepare_molecules", lambda *_, conformers, **__: found.append(conformers)
     )
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
-    parts._prepare(predict_job(config), SimpleNamespace(conformers=4))  # type: ignore[arg-type]
+    parts._prepare(predict_job(config), SimpleNamespace(conformers=4))
     assert found == [made]
 
 
@@ -169,7 +170,7 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     ],
 )
 def test_a_missing_column_is_found_before_ray_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "library.csv").write_text("smiles\nCCO\n")
     save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))

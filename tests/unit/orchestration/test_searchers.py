@@ -47,8 +47,12 @@ OPTUNA_BY_PATH = "ray.tune.search.optuna.OptunaSearch"
 
 def draws(search: SearchSpace, count: int = 40, seed: int = 0) -> list[dict[str, Any]]:
     searcher = build_searcher(search, DIMENSIONS, "max", seed)
-    found = [searcher.suggest(f"trial-{number}") for number in range(count)]
-    return [plain_values(values) for values in found]
+    found = []
+    for number in range(count):
+        values = searcher.suggest(f"trial-{number}")
+        assert values is not None
+        found.append(plain_values(values))
+    return found
 
 
 @pytest.mark.parametrize("searcher", ["optuna", "random", OPTUNA_BY_PATH])
@@ -171,7 +175,7 @@ def test_schedulers_are_made_for_the_trials_metric(name: str, kind: type[TrialSc
 def test_the_median_rule_counts_epochs_and_pauses_no_trial() -> None:
     rule = build_scheduler(SearchSpace(scheduler="median"), "max", grace_epochs=5, longest=40)
     trials = [Trial("any", stub=True) for _ in range(5)]
-    others_wait = SimpleNamespace(get_live_trials=lambda: trials)
+    others_wait: Any = SimpleNamespace(get_live_trials=lambda: trials)
     for number, trial in enumerate(trials):
         rule.on_trial_add(others_wait, trial)
         # Seconds pass at once; epochs decide. The last one is worse than the others.
@@ -189,7 +193,9 @@ def test_the_median_rule_counts_epochs_and_pauses_no_trial() -> None:
 
 def test_asha_s_grace_is_never_longer_than_a_trial_and_options_count_more() -> None:
     short = build_scheduler(SearchSpace(), "min", grace_epochs=5, longest=2)
+    assert isinstance(short, ASHAScheduler)
     assert (short._max_t, short._brackets[0]._rungs[-1][0]) == (2, 2)
     options = {"reduction_factor": 4, "grace_period": 1}
     own = build_scheduler(SearchSpace(scheduler_options=options), "min", grace_epochs=5, longest=64)
+    assert isinstance(own, ASHAScheduler)
     assert [level for level, _ in own._brackets[0]._rungs] == [64, 16, 4, 1]

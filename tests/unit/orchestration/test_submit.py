@@ -9,7 +9,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,21 @@ class Away(Exception):
     """Raised by a scripted stream: the connection breaks here."""
 
 
+Event = str | type[Away] | Callable[[], Any]
+
+
 class Cluster:
     """Ray's client, as far as it is used to follow: each stream brings what the script says, from the log's
     beginning."""
 
     def __init__(
         self,
-        streams: list[list[str | type[Away] | Callable[[], Any]]],
+        streams: Iterable[Sequence[Event]],
         end: JobDetails,
         *,
         log: str = LOG,
     ) -> None:
-        self.streams, self.end, self.log = streams, end, log
+        self.streams, self.end, self.log = list(streams), end, log
         self.ended = False
         self.stopped: list[str] = []
         self.unreachable = 0

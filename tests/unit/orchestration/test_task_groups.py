@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -126,7 +127,7 @@ def test_nothing_is_prepared_again_for_tasks_that_are_finished(
 def test_a_column_that_a_shared_source_lacks_is_found_before_ray_is_started(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    changes: dict[str, str],
+    changes: dict[str, Any],
     error: type[Exception],
     message: str,
 ) -> None:

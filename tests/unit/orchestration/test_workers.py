@@ -43,9 +43,10 @@ class Trials:
 
     def run(self, folder: Path, **drawn: Any) -> None:
         self.trained, self.reported = 0, []
+        data: Any = SimpleNamespace(molecules=None, train=None, valid=None, task=None, start=None)
         workers.run_trial(
             drawn,
-            SimpleNamespace(molecules=None, train=None, valid=None, task=None, start=None),
+            data,
             FinetuneSettings(epochs=3),
             0,
             ClusterConfig(),

@@ -91,7 +91,8 @@ def test_products_have_the_precision_asked_for_and_weights_and_gradients_stay_fl
     learner = toy.learner(precision=precision)
     products, gradients = set(), set()
     for layer in learner.model.encoder.layers:
-        layer.attention.qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
+        qkv = layer.get_submodule("attention.qkv")
+        qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
     for parameter in learner.model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: gradients.add(p.grad.dtype))
     train_step(learner, learner.prepare(next(toy.steps())))
@@ -314,7 +315,8 @@ def test_dropout_does_not_depend_on_what_was_drawn_before() -> None:
 
     def losses_of(batches: list[StepBatch]) -> float:
         learner = toy.learner(model=toy.DROPOUT_MODEL)
-        learner.optimizer.step = lambda **_: None  # the same weights in each step
+        # The same weights in each step.
+        learner.optimizer.step = lambda **_: None  # type: ignore[method-assign]
         return losses(train_step(learner, learner.prepare(batch))[0] for batch in batches)[-1]
 
     assert losses_of([second]) == losses_of([first, second])

@@ -15,6 +15,7 @@ import pytest
 import torch
 import toy
 
+from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError, StorageError, TrainingError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state, training_state
@@ -26,6 +27,7 @@ from moleblend_ray.training.commits import (
     latest_committed,
     read_commit,
     step_uri,
+    write_commit,
 )
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
@@ -157,7 +159,6 @@ def test_records_are_on_file_before_the_marker_of_their_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever is killed in between has no checkpoint of which steps are missing."""
-    write_commit = saving.write_commit
 
     def check_and_write(run_uri: str, commit: Commit) -> None:
         assert [record["step"] for record in read_records(run_uri)] == list(range(commit.step))
@@ -288,12 +289,11 @@ def test_shards_that_find_no_local_space_are_an_error_of_that_save_alone(
 ) -> None:
     run = f"memory://{uuid.uuid4().hex}/run"  # not on a disk: shards go through a local folder
     failing = iter([True, False, False])
-    make = saving.scratch_folder
 
     def refuse_once(purpose: str) -> AbstractContextManager[Path]:
         if next(failing):
             raise OSError(28, "No space left on device")
-        return make(purpose)
+        return scratch_folder(purpose)
 
     monkeypatch.setattr(saving, "scratch_folder", refuse_once)
     fit(toy.learner(num_steps=6), toy.steps(), checkpoints=writer(run))

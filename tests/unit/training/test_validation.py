@@ -74,7 +74,8 @@ def test_products_have_the_precision_of_training(
     learner = toy.learner(precision=precision)
     products = set()
     for layer in learner.model.encoder.layers:
-        layer.attention.qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
+        qkv = layer.get_submodule("attention.qkv")
+        qkv.register_forward_hook(lambda *call: products.add(call[-1].dtype))
     validate = build_validation(*dataset, learner, micro_batch_size=8)
     assert validate is not None
     validate()
@@ -131,14 +132,17 @@ def test_descriptors_are_validated_on_the_scale_of_the_data_set(tmp_path: Path) 
     learner = toy.learner(
         model=replace(toy.MODEL, descriptor_head=True), loss=LossConfig(descriptor_weight=2.0)
     )
+    head, scaling = learner.model.descriptor_head, manifest.descriptor_scaling
+    assert head is not None
+    assert scaling is not None
     with torch.no_grad():
-        for parameter in learner.model.descriptor_head.parameters():
+        for parameter in head.parameters():
             parameter.zero_()
     validate = build_validation(uri, manifest, learner, micro_batch_size=8)
     assert validate is not None
     losses = validate()
     # What a model costs that predicts the mean of each.
-    targets = manifest.descriptor_scaling.targets(molecules.descriptors)
+    targets = scaling.targets(molecules.descriptors)
     expected = np.nanmean(targets.astype(np.float64) ** 2)
     assert losses["valid_loss_descriptor"] == pytest.approx(expected, rel=1e-3)
     # More than 1, as the tenth that is unknown counts as the median in the standard deviation.
