@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -75,7 +76,11 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     ray.init(
-        "local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level="warning"
+        "local",
+        num_cpus=8,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     yield
     ray.shutdown()

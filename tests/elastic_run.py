@@ -130,7 +130,7 @@ def writers(out: str) -> list[int]:
 def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[Any]]:
     """A head and two nodes with ``labels``, of one CPU each."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    driver.train_worker = train_with_pauses
+    driver.train_worker = train_with_pauses  # type: ignore[attr-defined]
     head = {
         "num_cpus": 1,
         "include_dashboard": False,
@@ -138,7 +138,7 @@ def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[A
     }
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, labels=labels or {}) for _ in range(2)]
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     return cluster, nodes
 
 
@@ -163,7 +163,7 @@ def main(data: str, out: str) -> None:
     run.join(LIMIT_S)
     (summary,) = summaries
     ray.shutdown()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
     # Ray prints what it has to say about lost nodes until its end.
     print(json.dumps({"summary": asdict(summary), "world_sizes": world_sizes(out)}))
 
@@ -194,7 +194,7 @@ def wait_in_vain(data: str, out: str, labels: dict[str, str] | None) -> None:
     waited_s = time.monotonic() - asked_s[0]
     newest = max(committed_steps(out))
     ray.shutdown()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
     print(json.dumps({"summary": asdict(summary), "newest": newest, "waited_s": waited_s}))
 
 

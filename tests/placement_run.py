@@ -64,7 +64,7 @@ def main(data: str, out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     # Nothing here starts nodes by itself, and such a cluster is refused at once.
     local._may_grow = lambda: True
     summaries: list[Any] = []
@@ -96,7 +96,7 @@ def main(data: str, out: str) -> None:
         "actors": actor_nodes(),
     }
     ray.shutdown()
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
     # Ray prints what it has to say until its end.
     print(json.dumps(found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ def test_python_example_of_the_readme_runs_as_printed(
         rows.writerow(["not a molecule", 0.0])
     (example,) = python_examples()
 
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(example, str(README), "exec"), names)
 
     prepared, run, vectors = names["prepared"], names["run"], names["vectors"]

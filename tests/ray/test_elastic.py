@@ -13,7 +13,9 @@ from typing import Any
 
 import elastic_run
 import pytest
+import ray
 from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
     FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
@@ -21,7 +23,6 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from synthetic import write_dataset
 
 from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.orchestration import elastic, stopping
 from moleblend_ray.orchestration.elastic import (
     GracefulElasticPolicy,
     count_workers,
@@ -170,13 +171,7 @@ class Group:
 
 def policy_that_sees(monkeypatch: pytest.MonkeyPatch, sizes: list[int], flag: Flag) -> list[Any]:
     """The policy's decisions for a running group of two workers while the room is for ``sizes``, look after look."""
-    policy = GracefulElasticPolicy(
-        None,
-        (1, 2, 4),
-        (1, 1.0),
-        flag,  # type: ignore[arg-type]
-        "run",
-    )
+    policy = GracefulElasticPolicy(None, (1, 2, 4), (1, 1.0), flag, "run")
     looks = iter(sizes)
 
     def look(self: Any, state: Any, status: Any) -> Any:
@@ -184,9 +179,7 @@ def policy_that_sees(monkeypatch: pytest.MonkeyPatch, sizes: list[int], flag: Fl
         size = next(looks)
         return ResizeDecision(size, {}) if size != state.num_workers else NoopDecision()
 
-    monkeypatch.setattr(
-        elastic.ElasticScalingPolicy, "make_decision_for_running_worker_group", look
-    )
+    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_running_worker_group", look)
     policy._latest_monitor_time = 0.0
     return [policy.make_decision_for_running_worker_group(Group, None) for _ in sizes]
 
@@ -216,11 +209,11 @@ def test_workers_that_took_the_place_of_the_data_actors_are_resized_though_they_
 
 def test_a_new_group_is_not_asked_what_the_one_before_was(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = Flag()
-    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")  # type: ignore[arg-type]
+    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")
     decisions = iter([NoopDecision(), ResizeDecision(2, {})])
-    monkeypatch.setattr(elastic.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(ray, "get", lambda reason, timeout: reason)
     monkeypatch.setattr(
-        elastic.ElasticScalingPolicy,
+        ElasticScalingPolicy,
         "make_decision_for_non_running_worker_group",
         lambda _: next(decisions),
     )
@@ -232,13 +225,13 @@ def test_a_new_group_is_not_asked_what_the_one_before_was(monkeypatch: pytest.Mo
 
 def test_sigterm_ends_a_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = Flag()
-    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")  # type: ignore[arg-type]
+    policy = GracefulElasticPolicy(None, (1, 2), (1, 1.0), flag, "run")
     monkeypatch.setattr(
-        elastic.ElasticScalingPolicy,
+        ElasticScalingPolicy,
         "make_decision_for_non_running_worker_group",
         lambda _: NoopDecision(),
     )
-    monkeypatch.setattr(stopping.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(ray, "get", lambda reason, timeout: reason)
     policy.make_decision_for_non_running_worker_group()
     flag.ask("sigterm")
     with pytest.raises(StoppedWhileWaitingError, match="SIGTERM"):
@@ -247,9 +240,9 @@ def test_sigterm_ends_a_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sigterm_ends_a_wait_of_a_fixed_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     flag = Flag()
-    policy = StoppableFixedPolicy(None, flag)  # type: ignore[arg-type]
+    policy = StoppableFixedPolicy(None, flag)
     started = ResizeDecision(2, {})
-    monkeypatch.setattr(stopping.ray, "get", lambda reason, timeout: reason)
+    monkeypatch.setattr(ray, "get", lambda reason, timeout: reason)
     monkeypatch.setattr(
         FixedScalingPolicy, "make_decision_for_non_running_worker_group", lambda _: started
     )

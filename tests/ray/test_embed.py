@@ -16,6 +16,7 @@ import torch
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -125,7 +126,7 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_run_with_its_own_error(
     config: EmbedConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The driver reads the weights first; what the actors find must not make Ray start actors for ever.
-    loaded = embed_module.load_encoder(config.checkpoint)
+    loaded = load_encoder(config.checkpoint)
     other = loaded._replace(start=dataclasses.replace(loaded.start, fingerprint="0" * 64))
     monkeypatch.setattr(embed_module, "load_encoder", lambda _: other)
     with pytest.raises(CheckpointError, match="changed while"):

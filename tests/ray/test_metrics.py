@@ -222,7 +222,9 @@ def test_rows_and_quarantine_of_prepare_are_counted(page: Page) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_workers_write_json_lines_among_the_logs_of_the_session(page: Page) -> None:
-    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    logs = Path(node.get_logs_dir_path())
     lines = [
         json.loads(line)
         for path in logs.glob("moleblend-*.jsonl")

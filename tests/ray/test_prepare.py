@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,24 +36,24 @@ pytestmark = pytest.mark.ray
 ROWS_PER_CHUNK = 50
 
 
-def config_for(source: Path, out: Path, **changes: object) -> PrepareConfig:
+def config_for(source: Path, out: Path, **changes: Any) -> PrepareConfig:
     return PrepareConfig(
         source=str(source),
         out=str(out),
         rows_per_chunk=ROWS_PER_CHUNK,
         row_group_rows=16,
         cluster=ClusterConfig(num_data_actors=2),
-        **changes,  # type: ignore[arg-type]
+        **changes,
     )
 
 
-def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes: object) -> None:
+def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes: Any) -> None:
     """The same job without Ray; with ``num_chunks`` left as a kill after as many chunks leaves it."""
     options = ConvertOptions(
         columns=ColumnConfig(),
         rows_per_chunk=ROWS_PER_CHUNK,
         row_group_rows=16,
-        **changes,  # type: ignore[arg-type]
+        **changes,
     )
     sources = inspect_sources(find_sources(str(source)), options.columns)
     claim_output(str(out), sources, options)
@@ -161,7 +162,7 @@ def test_a_shuffle_by_several_actors_is_that_of_one_process(
     ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sources(tmp_path / "in")
-    settings = {"shuffle": True, "deduplicate": "inchikey", "rows_per_shard": 60}
+    settings: dict[str, Any] = {"shuffle": True, "deduplicate": "inchikey", "rows_per_shard": 60}
     in_process(tmp_path / "in", tmp_path / "whole", **settings)
     # The source is now of more groups than one: runs are written, and buckets read from them.
     monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_GROUP_BYTES", 1)

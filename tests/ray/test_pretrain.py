@@ -428,7 +428,7 @@ def worker_settings(data: str, out: str) -> WorkerSettings:
         start_step=0,
         began=0.0,
         reporter=NoReporter(),  # type: ignore[arg-type]
-        stop_flag=None,
+        stop_flag=None,  # type: ignore[arg-type]
     )
 
 

@@ -83,7 +83,9 @@ def leaks(*folders: Path) -> list[str]:
 
 
 def session_logs() -> Path:
-    return Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    node = ray._private.worker.global_worker.node
+    assert node is not None
+    return Path(node.get_logs_dir_path())
 
 
 def run(

@@ -161,7 +161,7 @@ def checksum(batch: StepBatch) -> int:
     """Of the step and its micro-batches in their order."""
     value = batch.step
     for micro in batch.micro_batches:
-        value = zlib.crc32(micro.payload, value)
+        value = zlib.crc32(micro.payload.data, value)
     return value
 
 

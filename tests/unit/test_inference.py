@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +42,13 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> mb.MoleculeEncoder:
     return mb.MoleculeEncoder.from_pretrained(uri)
 
 
-def fine_tuned(folder: Path, seed: int, *, relations: str = "2d+3d", conformers: int = 1) -> str:
+def fine_tuned(
+    folder: Path,
+    seed: int,
+    *,
+    relations: Literal["2d+3d", "2d", "3d"] = "2d+3d",
+    conformers: int = 1,
+) -> str:
     torch.manual_seed(seed)
     model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig(relations=relations))
     trained = dataclasses.replace(SOLUBILITY, conformers=conformers)
@@ -177,7 +183,8 @@ def test_columns_of_tables_are_taken_by_place_with_their_gaps(
     with pytest.raises(DataError, match=r"1: 'C1CC' \(unparsable_smiles"):
         encoder.encode(pd.Series(["CCO", "C1CC"], index=[1, 0]))
     predictor = mb.PropertyPredictor.from_pretrained(Path(fine_tuned(tmp_path / "m", 0)))
-    for gap in (None, float("nan"), pd.NA):
+    gaps: tuple[Any, ...] = (None, float("nan"), pd.NA)
+    for gap in gaps:
         table = predictor.predict(["CCO", gap, "C"])
         assert table["smiles"].to_pylist() == ["CCO", None, "C"]
         (reason,) = table["rejected"].drop_null().to_pylist()
@@ -187,14 +194,15 @@ def test_columns_of_tables_are_taken_by_place_with_their_gaps(
 
 def test_wrong_arguments_are_named(tmp_path: Path, encoder: mb.MoleculeEncoder) -> None:
     model = fine_tuned(tmp_path / "m", 0)
-    for options, told in (
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"models": []}, "models: expected a path"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"conformers": -1}, "conformers: expected 0 to 255, found -1"),
         ({"conformers": 300}, "conformers: expected 0 to 255, found 300"),
         ({"device": "gpu"}, "device: 'gpu' cannot be used"),
         ({"device": "meta:3x"}, "device: "),
-    ):
+    )
+    for options, told in refused:
         with pytest.raises(ConfigError, match=told):
             mb.PropertyPredictor.from_pretrained(**{"models": model, **options})
     with pytest.raises(ConfigError, match="batch_size: expected at least 1"):

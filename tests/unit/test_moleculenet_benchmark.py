@@ -50,7 +50,8 @@ def test_jobs_are_shared_a_failure_stops_no_other_and_is_tried_again(
     (tmp_path / "chores.py").write_text(CHORES)
     monkeypatch.syspath_prepend(str(tmp_path))
     chore = importlib.import_module("chores").chore
-    out, reported = tmp_path / "out", []
+    out = tmp_path / "out"
+    reported: list[int] = []
 
     def jobs(numbers: list[int], kind: str = "a") -> list[Any]:
         return [

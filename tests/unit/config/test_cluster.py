@@ -24,7 +24,8 @@ def test_a_private_cluster_without_room_for_workers_and_a_data_actor_is_refused(
     ):
         PretrainConfig(data="data", out="out", stream=stream, cluster=cluster)
     cluster = ClusterConfig(num_workers=2, local_cpus=3)
-    assert PretrainConfig(data="data", out="out", stream=stream, cluster=cluster)
+    config = PretrainConfig(data="data", out="out", stream=stream, cluster=cluster)
+    assert config.cluster == cluster
 
 
 def test_every_data_actor_that_must_start_is_counted() -> None:

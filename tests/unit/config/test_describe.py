@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_changed_settings_are_those_that_differ_from_their_defaults() -> None:
 
 
 def test_local_paths_become_absolute_and_uris_stay(
-    tmp_path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     config = with_absolute_paths(PrepareConfig(source="s3://b/x", out="runs/o"))

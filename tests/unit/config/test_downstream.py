@@ -25,14 +25,15 @@ TASK = TaskConfig(name="esol", source="esol.csv")
 
 
 def test_words_stand_for_the_members_of_enumerations() -> None:
-    own = {"name": "mine", "source": "a.csv", "columns": ("y",)}
-    found = TaskConfig(**own, kind="regression", metric="mae", split="random")
+    own: dict[str, Any] = {"name": "mine", "source": "a.csv", "columns": ("y",)}
+    words: dict[str, Any] = {"kind": "regression", "metric": "mae", "split": "random"}
+    found = TaskConfig(**own, **words)
     assert found == TaskConfig(
         **own, kind=TaskKind.REGRESSION, metric=Metric.MAE, split=SplitKind.RANDOM
     )
     # Code asks by identity: the word alone would be split in another way.
     assert found.resolve().split is SplitKind.RANDOM
-    assert BaselineConfig(kinds=["forest"]).kinds == (BaselineKind.FOREST,)
+    assert BaselineConfig(kinds=["forest"]).kinds == (BaselineKind.FOREST,)  # type: ignore[arg-type]
     for told, wrong in (
         ("kind: expected one of classification, regression, found 'classes'", {"kind": "classes"}),
         ("metric: expected one of roc_auc, .*, found 'auc'", {"metric": "auc"}),
@@ -41,7 +42,7 @@ def test_words_stand_for_the_members_of_enumerations() -> None:
         with pytest.raises(ConfigError, match=told):
             TaskConfig(**{**own, "kind": TaskKind.REGRESSION, **wrong})
     with pytest.raises(ConfigError, match=r"kinds: expected one of forest, .*, found 'xgboost'"):
-        BaselineConfig(kinds=("xgboost",))
+        BaselineConfig(kinds=("xgboost",))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1), (0, -1), (2**32,)])
@@ -78,7 +79,7 @@ def test_every_setting_has_a_description_for_help(config: type) -> None:
     ],
 )
 def test_predictions_that_cannot_be_made_are_refused(
-    settings: dict[str, object], message: str
+    settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         PredictConfig(**{"source": "a.csv", "out": "out", **settings})
@@ -140,7 +141,8 @@ def _spelled(value: Any) -> str:
 
 
 def test_a_split_column_or_file_makes_the_split_given() -> None:
-    for given in ({"split_column": "part"}, {"split_file": "split.csv"}):
+    ways: tuple[dict[str, Any], ...] = ({"split_column": "part"}, {"split_file": "split.csv"})
+    for given in ways:
         assert TaskConfig(name="esol", source="x", **given).resolve().split is SplitKind.GIVEN
 
 

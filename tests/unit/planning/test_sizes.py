@@ -113,7 +113,7 @@ def test_bfloat16_halves_what_is_gathered_on_gpus_alone() -> None:
         ).within_bytes
         for precision in ("bf16", "fp32")
         for on_gpu in (True, False)
-    }  # type: ignore[misc]
+    }
     layers = model_size(model).layer_parameters
     assert sent["fp32", True] - sent["bf16", True] == pytest.approx(7 / 8 * 4 * layers)
     assert sent["fp32", False] == sent["bf16", False]
