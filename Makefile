@@ -19,7 +19,7 @@ help:
 	@echo 'make results   what pretraining is worth, with the molecules in DATA=DIR (hours; see docs/results.md)'
 	@echo 'make results-quick   a reduced version (minutes)'
 	@echo 'make test      all tests (of real molecules: where they lie beside this folder)'
-	@echo 'make lint      ruff and mypy (style, types: one of them)'
+	@echo 'make lint      ruff and mypy, of tests and benchmarks too (style, types: one of them)'
 	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
 	@echo 'make manifests   render and check the KubeRay manifests'
 	@echo 'make cluster-test   all jobs submitted to a local Ray head with token, two nodes and S3 storage (minutes)'
@@ -60,7 +60,6 @@ style: install
 
 types: install
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks/*.py
 
 # Published advisories for the pinned versions: what could not be looked up is a failure.
 audit: install

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any, Final
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from infra.checks.model import (
     REPOSITORY,

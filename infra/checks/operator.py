@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from infra.checks.model import Bundle, Problem, cluster_of, entries, section, whole, worker_groups
 from infra.checks.render import Manifest, identity
