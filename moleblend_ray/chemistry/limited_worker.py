@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import re
 import resource
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from rdkit import rdBase
 
 from moleblend_ray.chemistry.killable import serve
 from moleblend_ray.chemistry.limited import GIB, MEMORY_LIMIT, Answer, Call
+from moleblend_ray.host import status_bytes
 
 _CALLED: Final = ("descriptors", "inchi", "molecule", "scaffolds", "xyz")
 """Modules of this package with functions that are called here."""
 
-_STATUS: Final = Path("/proc/self/status")
 _HARD_LIMIT: Final = MEMORY_LIMIT + GIB // 2
 
 
@@ -27,7 +25,7 @@ def answer(call: Call, *, memory_before: int) -> Answer:
         value = call.function(*call.arguments)
     except MemoryError:
         return Answer(None, _HARD_LIMIT)
-    return Answer(value, _memory("VmHWM") - memory_before)
+    return Answer(value, status_bytes("VmHWM") - memory_before)
 
 
 def limit_memory() -> None:
@@ -36,22 +34,10 @@ def limit_memory() -> None:
     Some libraries reserve gigabytes of addresses when they are imported, so this comes afterwards.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = _memory("VmData") + _HARD_LIMIT
-    if _STATUS.exists() and (hard == resource.RLIM_INFINITY or wanted < hard):
+    in_use = status_bytes("VmData")
+    wanted = in_use + _HARD_LIMIT
+    if in_use and (hard == resource.RLIM_INFINITY or wanted < hard):
         resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
-
-
-def _memory(name: str) -> int:
-    """A value of this process in bytes: ``VmHWM`` (peak memory) or ``VmData``; 0 where there is no /proc.
-
-    The peak in ``resource.getrusage`` includes the parent, as it was when it started this process.
-    """
-    try:
-        status = _STATUS.read_text()
-    except FileNotFoundError:
-        return 0
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 if __name__ == "__main__":
@@ -60,4 +46,4 @@ if __name__ == "__main__":
     for module in _CALLED:
         importlib.import_module(f"moleblend_ray.chemistry.{module}")
     limit_memory()
-    serve(partial(answer, memory_before=_memory("VmHWM")))
+    serve(partial(answer, memory_before=status_bytes("VmHWM")))

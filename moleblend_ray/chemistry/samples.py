@@ -27,6 +27,7 @@ from rdkit.Chem import rdMolDescriptors
 from moleblend_ray.chemistry.config import ConformerConfig
 from moleblend_ray.chemistry.conformers import ConformerStatus, embed_conformers
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.host import available_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,7 @@ def make_samples(
     """Yield ``num_molecules`` distinct molecules; ``num_processes`` (default: one per core) changes only the speed."""
     if num_molecules < 1:
         raise ConfigError(f"num_molecules must be 1 or more, found {num_molecules}")
-    processes = num_processes or _usable_cores()
+    processes = num_processes or available_cpus()
     # Starting processes takes longer than a hundred molecules do.
     processes = min(processes, max(1, num_molecules // 50))
     candidates = _candidates(seed)
@@ -239,11 +240,6 @@ def write_samples(
     unfinished.replace(target)
     logger.info("wrote %d molecules to %s", num_molecules, target)
     return num_molecules
-
-
-def _usable_cores() -> int:
-    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _candidates(seed: int) -> Iterator[str]:

@@ -19,6 +19,7 @@ import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.placement import (
     Labels,
     cluster_resources,
@@ -167,14 +168,6 @@ def _may_grow() -> bool:
     status = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
     report = (json.loads(status).get("autoscaler_report") or {}) if status else {}
     return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
-
-
-def available_cpus() -> int:
-    """Number of CPUs that this process may run on."""
-    # Linux knows the CPU set of a process or container; other systems only know the CPUs of the machine.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def object_store_bytes(cluster: ClusterConfig) -> int:

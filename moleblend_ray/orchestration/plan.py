@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -23,6 +22,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.host import available_cpus
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR
 from moleblend_ray.orchestration.terminal import (
@@ -187,7 +187,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         precision=_precision(config),
         replicas=config.fsdp_replicas,
         gpus_per_node=config.gpus_per_node if on_gpu else 0,
-        node_cores=config.cpu_node_cores or (32 if on_gpu else _own_cores()),
+        node_cores=config.cpu_node_cores or (32 if on_gpu else available_cpus()),
         contention=times.contention,
         exchange_gb_s=times.exchange_gb_s,
         message_s=times.message_s,
@@ -205,13 +205,6 @@ class _Times(NamedTuple):
     exchange_gb_s: Figure | None = None
     message_s: Figure | None = None
     ray_cores: Figure | None = None
-
-
-def _own_cores() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _precision(config: PlanConfig) -> Precision:

@@ -12,8 +12,6 @@ import json
 import logging
 import os
 import platform
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +52,7 @@ from moleblend_ray.data.sources import (
 from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
+from moleblend_ray.host import peak_memory_bytes
 from moleblend_ray.orchestration.exchange import run_exchange
 from moleblend_ray.orchestration.local import GIB, ray_session, require_labels
 from moleblend_ray.orchestration.metrics import JobMetrics
@@ -537,14 +536,8 @@ class _Converter:
             process=f"{platform.node()}:{os.getpid()}",
             started_s=started_s,
             ended_s=time.time(),
-            peak_bytes=_peak_bytes(),
+            peak_bytes=peak_memory_bytes(),
         )
-
-
-def _peak_bytes() -> int:
-    """Peak memory of this process in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _row(schema: pa.Schema, **values: Any) -> pa.Table:

@@ -36,6 +36,7 @@ from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
@@ -48,7 +49,7 @@ from moleblend_ray.orchestration.downstream import (
     write_results,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
-from moleblend_ray.orchestration.local import available_cpus, ray_session
+from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher

@@ -6,18 +6,16 @@ process, not against a data sheet: what a step could reach here and now.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from moleblend_ray import host
 from moleblend_ray.training.config import Precision
 from moleblend_ray.training.metrics import Record
 
@@ -28,7 +26,6 @@ _LONG_ENOUGH_S: Final = {"cpu": 0.03, "cuda": 0.001}
 _REPEATS: Final = 5
 MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of the factors of matrix products at each setting of ``train.precision``."""
-_LINUX_STATUS: Final = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,13 +92,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory so far: that of the allocator on a GPU, of this whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if _LINUX_STATUS.exists():
-        # getrusage begins with the peak of the parent process.
-        for line in _LINUX_STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak << 10
+    return host.peak_memory_bytes()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -19,6 +19,7 @@ LAYERS = (
     "checks",
     "vocabulary",
     "quantities",
+    "host",
     "chemistry",
     "relations",
     "data",
