@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -22,9 +21,8 @@ from moleblend_ray.training.commits import (
     CONFIG_NAME,
     FINISHED_NAME,
     Commit,
-    committed_steps,
     latest_committed,
-    read_commit,
+    newest_identity,
     require_same_run,
 )
 from moleblend_ray.training.export import export_uri
@@ -167,20 +165,12 @@ def read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary
     except (TypeError, ValueError) as error:
         raise DataError(f"{uri} is not the summary of a run: {error}") from error
     if identity is None:  # an earlier version wrote it
-        identity = _committed_identity(config.out)
+        identity = newest_identity(config.out)
     if identity is None:  # and the checkpoints were deleted
         identity = {"data_fingerprint": summary.data_fingerprint}
     _require_same_run(identity, run_identity(config, manifest), config.out)
     # The stored URIs have no credentials, and the folder may have been moved.
     return replace(summary, out=config.out, export=export_uri(config.out))
-
-
-def _committed_identity(run_uri: str) -> Mapping[str, Any] | None:
-    """The settings that the newest readable marker holds; None without one."""
-    for step in committed_steps(run_uri):
-        with contextlib.suppress(CheckpointError):
-            return read_commit(run_uri, step).identity
-    return None
 
 
 def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:

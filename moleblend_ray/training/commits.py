@@ -17,13 +17,14 @@ step to run: data order and all randomness are functions of the step, so it is t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, DataError
@@ -81,6 +82,25 @@ class Commit:
     """Random name of the worker group that wrote it: a run has one writer at a time."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Examined:
+    """One checkpoint folder, and what was found there."""
+
+    step: int
+    state: Literal["whole", "damaged", "newer", "incomplete"]
+    """``newer``: a newer version wrote it, and it is not to be touched; ``incomplete``: it has no marker, as a crash left it or
+    a running command is writing it."""
+    detail: str
+    """What is damaged, or which format is newer; else empty."""
+    commit: Commit | None
+    """Its marker, if it could be read."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the files that the marker names."""
+        return sum(file.num_bytes for file in self.commit.files) if self.commit else 0
+
+
 def step_uri(run_uri: str, step: int) -> str:
     """Folder of the checkpoint at ``step``."""
     return storage.join(run_uri, "checkpoints", f"step-{step:08d}")
@@ -121,6 +141,49 @@ def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | 
             + ". Restore the files, or start anew under another `out`."
         )
     return None
+
+
+def newest_identity(run_uri: str) -> dict[str, Any] | None:
+    """The identity of the run, by the newest marker that can be read; None without one."""
+    for step in committed_steps(run_uri):
+        with contextlib.suppress(CheckpointError):
+            return read_commit(run_uri, step).identity
+    return None
+
+
+def examine_checkpoints(
+    run_uri: str,
+    *,
+    verify_content: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Examined]:
+    """Every checkpoint folder of the run, newest first, but for those that a running command deletes meanwhile.
+
+    ``verify_content`` reads every byte; ``progress`` is told how many folders are done, and of how many.
+    """
+    files = _checkpoint_files(run_uri)
+    found: list[Examined] = []
+    for done, step in enumerate(sorted(files, reverse=True), 1):
+        one = _examine(run_uri, step, COMMIT_NAME in files[step], verify_content)
+        if one.state != "damaged" or step in _checkpoint_files(run_uri):
+            found.append(one)
+        if progress is not None:
+            progress(done, len(files))
+    return found
+
+
+def _examine(run_uri: str, step: int, is_marked: bool, verify_content: bool) -> Examined:
+    if not is_marked:
+        return Examined(step=step, state="incomplete", detail="", commit=None)
+    commit: Commit | None = None
+    try:
+        commit = read_commit(run_uri, step)
+        check_files(run_uri, commit, verify_content=verify_content)
+    except NewerFormatError as error:
+        return Examined(step=step, state="newer", detail=str(error), commit=None)
+    except CheckpointError as error:
+        return Examined(step=step, state="damaged", detail=str(error), commit=commit)
+    return Examined(step=step, state="whole", detail="", commit=commit)
 
 
 def read_commit(run_uri: str, step: int) -> Commit:
@@ -178,11 +241,6 @@ def _sha256_of(uri: str) -> str:
         while chunk := stream.read(_HASH_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def checkpoint_steps(run_uri: str) -> list[int]:
-    """Steps of all checkpoint folders, those without a marker included."""
-    return list(_checkpoint_files(run_uri))
 
 
 def _checkpoint_files(run_uri: str) -> dict[int, set[str]]:

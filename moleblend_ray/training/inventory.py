@@ -16,13 +16,12 @@ from moleblend_ray.training.checkpoint import MODEL_PREFIX, load_all_tensors
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
-    NewerFormatError,
-    check_files,
-    checkpoint_steps,
-    committed_steps,
+    Examined,
     delete_checkpoint,
+    examine_checkpoints,
     flat_differences,
     latest_committed,
+    newest_identity,
     read_commit,
     step_uri,
 )
@@ -117,21 +116,14 @@ def take_inventory(
     damaged checkpoints newer than the ones kept, and folders without a marker newer than the newest whole one: a running
     command may be writing there. Raises CheckpointError where there is no run.
     """
-    steps = sorted(checkpoint_steps(run_uri), reverse=True)
+    examined = examine_checkpoints(run_uri, verify_content=verify_content, progress=progress)
     finished = storage.exists(storage.join(run_uri, FINISHED_NAME))
-    if not steps and not finished:
+    if not examined and not finished:
         raise CheckpointError(
             f"{run_uri} holds no checkpoints: expected the folder of a run, the `out` of `moleblend pretrain`"
         )
-    losses, marked = _losses(run_uri), set(committed_steps(run_uri))
-    found: list[CheckpointReport] = []
-    for done, step in enumerate(steps, 1):
-        report = _look_at(run_uri, step, losses, step in marked, verify_content)
-        # A running command may have deleted it while it was read.
-        if report.state != "damaged" or step in checkpoint_steps(run_uri):
-            found.append(report)
-        if progress is not None:
-            progress(done, len(steps))
+    losses = _losses(run_uri)
+    found = [_report(one, losses) for one in examined]
     deleted = () if keep_last is None else _prune(run_uri, found, keep_last)
     left = tuple(report for report in found if report.step not in deleted)
     whole = [report.step for report in left if report.state == "whole"]
@@ -141,7 +133,7 @@ def take_inventory(
         finished=finished,
         checkpoints=left,
         continues_at=None if not whole or newer else whole[0],
-        identity=_identity(run_uri),
+        identity=newest_identity(run_uri) or {},
         verified=verify_content,
         deleted=deleted,
         damages=tuple(
@@ -150,37 +142,19 @@ def take_inventory(
     )
 
 
-def _look_at(
-    run_uri: str,
-    step: int,
-    losses: Sequence[Mapping[str, float]],
-    is_marked: bool,
-    verify_content: bool,
-) -> CheckpointReport:
-    state, detail = "whole", ""
-    commit: Commit | None = None
-    if not is_marked:
-        state = "incomplete"
-    else:
-        try:
-            commit = read_commit(run_uri, step)
-            check_files(run_uri, commit, verify_content=verify_content)
-        except NewerFormatError as error:
-            state, detail = "newer", str(error)
-        except CheckpointError as error:
-            state, detail = "damaged", str(error)
-    files = commit.files if commit else ()
-    before = [record for record in losses if record["step"] < step]
+def _report(found: Examined, losses: Sequence[Mapping[str, float]]) -> CheckpointReport:
+    commit = found.commit
+    before = [record for record in losses if record["step"] < found.step]
     last = before[-1] if before else {}
-    own = last if last.get("step") == step - 1 else {}
+    own = last if last.get("step") == found.step - 1 else {}
     return CheckpointReport(
-        step=step,
-        state=state,
-        detail=detail,
+        step=found.step,
+        state=found.state,
+        detail=found.detail,
         created=commit.created if commit else "",
         world_size=commit.world_size if commit else 0,
-        num_files=len(files),
-        num_bytes=sum(file.num_bytes for file in files),
+        num_files=len(commit.files) if commit else 0,
+        num_bytes=found.num_bytes,
         loss=last.get(TOTAL_LOSS),
         valid_loss=own.get(VALID_PREFIX + TOTAL_LOSS),
     )
@@ -191,15 +165,6 @@ def _losses(run_uri: str) -> list[dict[str, float]]:
     return [
         {name: record[name] for name in names if name in record} for record in read_records(run_uri)
     ]
-
-
-def _identity(run_uri: str) -> dict[str, Any]:
-    for step in committed_steps(run_uri):
-        try:
-            return read_commit(run_uri, step).identity
-        except CheckpointError:
-            continue
-    return {}
 
 
 def _prune(run_uri: str, found: Sequence[CheckpointReport], keep_last: int) -> tuple[int, ...]:

@@ -18,16 +18,12 @@ from typing import Any, Final, NamedTuple
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.errors import HIDDEN, CheckpointError, DataError, StorageError
+from moleblend_ray.errors import HIDDEN, DataError, StorageError
 from moleblend_ray.training.anomalies import ANOMALIES_DIR
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
     Commit,
-    NewerFormatError,
-    check_files,
-    checkpoint_steps,
-    committed_steps,
-    read_commit,
+    examine_checkpoints,
 )
 from moleblend_ray.training.metrics import (
     TOTAL_LOSS,
@@ -247,33 +243,19 @@ def _state_without_commit(checkpoints: Sequence[CheckpointStatus]) -> _State:
 
 def _checkpoints(uri: str) -> tuple[tuple[CheckpointStatus, ...], list[Commit]]:
     """Every checkpoint folder, newest first, and the markers of whole ones."""
-    marked = set(committed_steps(uri))
-    found: list[CheckpointStatus] = []
-    commits: list[Commit] = []
-    for step in sorted(checkpoint_steps(uri), reverse=True):
-        state, detail = "incomplete", ""
-        commit: Commit | None = None
-        if step in marked:
-            state = "whole"
-            try:
-                commit = read_commit(uri, step)
-                check_files(uri, commit, verify_content=False)
-                commits.append(commit)
-            except NewerFormatError as error:
-                state, detail = "newer", str(error)
-            except CheckpointError as error:
-                state, detail = "damaged", str(error)
-        found.append(
-            CheckpointStatus(
-                step=step,
-                state=state,
-                created=commit.created if commit else "",
-                num_bytes=sum(file.num_bytes for file in commit.files) if commit else 0,
-                workers=commit.world_size if commit else 0,
-                detail=detail,
-            )
+    found = examine_checkpoints(uri)
+    checkpoints = tuple(
+        CheckpointStatus(
+            step=one.step,
+            state=one.state,
+            created=one.commit.created if one.commit else "",
+            num_bytes=one.num_bytes,
+            workers=one.commit.world_size if one.commit else 0,
+            detail=one.detail,
         )
-    return tuple(found), commits
+        for one in found
+    )
+    return checkpoints, [one.commit for one in found if one.commit and one.state == "whole"]
 
 
 def _finished(uri: str) -> Mapping[str, Any] | None:

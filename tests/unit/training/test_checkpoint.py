@@ -26,10 +26,10 @@ from moleblend_ray.training.checkpoint import (
 from moleblend_ray.training.commits import (
     COMMIT_NAME,
     abandon_after,
-    checkpoint_steps,
     committed_steps,
     delete_checkpoint,
     delete_old_checkpoints,
+    examine_checkpoints,
     latest_committed,
     read_commit,
     require_same_run,
@@ -241,7 +241,7 @@ def test_a_save_under_way_is_not_deleted_with_the_old_checkpoints(run: Path) -> 
         Path(step_uri(str(run), step)).mkdir()
         (Path(step_uri(str(run), step)) / "__0_0.distcp").write_bytes(b"no marker yet")
     delete_old_checkpoints(str(run), lambda steps: {max(steps)})
-    assert checkpoint_steps(str(run)) == [6, 8]
+    assert [one.step for one in examine_checkpoints(str(run))] == [8, 6]
 
 
 def test_milestones_and_the_best_validated_checkpoints_are_kept_across_a_restart(

@@ -116,6 +116,22 @@ def test_a_stop_on_request_is_told_from_a_killed_run(tmp_path: Path) -> None:
     assert look(run, timedelta(hours=3), num_steps=8).state == "stalled"
 
 
+def test_a_checkpoint_that_a_running_command_deletes_meanwhile_is_not_called_damaged(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_json = storage.read_json
+
+    def deleting_first(uri: str) -> Any:
+        if uri.endswith(f"step-00000020/{COMMIT_NAME}"):
+            shutil.rmtree(Path(uri).parent)
+        return read_json(uri)
+
+    monkeypatch.setattr(storage, "read_json", deleting_first)
+    found = look(unfinished(run), timedelta(seconds=1))
+    assert {one.state for one in found.checkpoints} == {"whole"}
+    assert 20 not in [one.step for one in found.checkpoints]
+
+
 def rewrite_marker(run: Path, step: int, **changes: Any) -> None:
     marker = run / "checkpoints" / f"step-{step:08d}" / COMMIT_NAME
     marker.write_text(json.dumps({**json.loads(marker.read_text()), **changes}))
