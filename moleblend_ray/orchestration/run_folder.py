@@ -13,6 +13,7 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.differences import with_defaults
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
 from moleblend_ray.model.config import BlendConfig, ModelConfig
@@ -179,13 +180,11 @@ def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_
 
 
 def _with_later_settings(identity: Mapping[str, Any]) -> dict[str, Any]:
-    defaults = {
+    later = {
         "blend": {"view_probabilities": to_dict(BlendConfig())["view_probabilities"]},
         "model": {
             name: getattr(ModelConfig(), name) for name in ("environment_bins", "descriptor_head")
         },
     }
-    complete = {
-        name: {**values, **identity[name]} for name, values in defaults.items() if name in identity
-    }
-    return {**identity, **complete}
+    # A section that was not stored stays out: what is not known is not compared.
+    return with_defaults(identity, {name: later[name] for name in later if name in identity})

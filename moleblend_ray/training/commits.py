@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.differences import differences
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.training.config import CheckpointConfig
 
@@ -262,39 +263,16 @@ def require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_u
     What an earlier version did not store is not compared.
     """
     comparable = {name: value for name, value in wanted.items() if name in stored}
-    differences = [
+    changed = [
         f"{key}: the run has {old!r}, the configuration asks for {new!r}"
-        for key, old, new in flat_differences(stored, comparable)
+        for key, (old, new) in differences(stored, comparable).items()
     ]
-    if differences:
+    if changed:
         raise CheckpointError(
             f"{run_uri} cannot be continued with this configuration:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(changed)
             + "\nGive the run's own settings, or start a new run under another `out`."
         )
-
-
-def flat_differences(
-    one: Mapping[str, Any], other: Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
-    """Key path and both values (None where there is none) of every setting that differs, in order of the path."""
-    old, new = _flatten(one), _flatten(other)
-    return [
-        (key, old.get(key), new.get(key))
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            # A marker comes from JSON, where tuples are lists.
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def write_commit(run_uri: str, commit: Commit) -> None:

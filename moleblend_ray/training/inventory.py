@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.differences import differences
 from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.training.checkpoint import MODEL_PREFIX, load_all_tensors
@@ -19,7 +20,6 @@ from moleblend_ray.training.commits import (
     Examined,
     delete_checkpoint,
     examine_checkpoints,
-    flat_differences,
     latest_committed,
     newest_identity,
     read_commit,
@@ -183,7 +183,7 @@ def compare_checkpoints(first_uri: str, second_uri: str) -> DifferenceReport:
     """How two checkpoints differ; each is a run (its newest whole checkpoint) or one checkpoint folder of a run."""
     first, second = _commit_of(first_uri), _commit_of(second_uri)
     ours, theirs = _tensors(*first), _tensors(*second)
-    settings = flat_differences(
+    settings = differences(
         {**first[1].identity, "versions": first[1].versions},
         {**second[1].identity, "versions": second[1].versions},
     )
@@ -193,7 +193,7 @@ def compare_checkpoints(first_uri: str, second_uri: str) -> DifferenceReport:
     return DifferenceReport(
         first=step_uri(first[0], first[1].step),
         second=step_uri(second[0], second[1].step),
-        settings=tuple(f"{name}: {old!r} and {new!r}" for name, old, new in settings),
+        settings=tuple(f"{name}: {old!r} and {new!r}" for name, (old, new) in settings.items()),
         tensors=tuple(
             sorted(
                 (tensor for tensor in tensors if tensor.max_abs > 0), key=lambda one: -one.relative
