@@ -27,6 +27,11 @@ TOTAL_LOSS: Final = "loss"
 VALID_PREFIX: Final = "valid_"
 
 
+def is_loss(name: str) -> bool:
+    """Whether a number of a record is a loss of training, the total or that of a head."""
+    return name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_")
+
+
 class RecordFile(NamedTuple):
     """One file of records of a run."""
 
@@ -111,6 +116,6 @@ def _mean_losses(records: Sequence[Record]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_"):
+            if is_loss(name):
                 values.setdefault(name, []).append(value)
     return {name: sum(found) / len(found) for name, found in values.items()}

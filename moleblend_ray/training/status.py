@@ -30,6 +30,7 @@ from moleblend_ray.training.metrics import (
     VALID_PREFIX,
     Record,
     RecordFile,
+    is_loss,
     record_files,
 )
 
@@ -103,7 +104,8 @@ class RunStatus:
     window: int
     """Steps that the following means are over."""
     rates: Mapping[str, float]
-    """Means of molecules_per_s, atoms_per_s, mfu, data_wait_share, padding_share; newest peak_memory_mib, learning_rate."""
+    """Means of molecules_per_s, atoms_per_s, mfu, data_wait_share, padding_share; newest peak_memory_mib, learning_rate,
+    grad_norm."""
     losses: tuple[LossStatus, ...]
     curve: tuple[float, ...]
     """The optimised loss at points of the run, oldest first."""
@@ -117,9 +119,11 @@ class RunStatus:
     checkpoints: tuple[CheckpointStatus, ...]
     """Newest first."""
     data: Mapping[str, Any]
-    """uri; and, if its manifest could be read: molecules, quarantined, epochs (presentations over molecules)."""
+    """uri, fingerprint; and, if its manifest could be read: molecules, quarantined, rows_in, epochs (presentations over
+    molecules), else perhaps a problem."""
     settings: Mapping[str, Any]
-    """Some of the run's settings, for reading: seed, strategy, precision, global_batch_size, model, versions."""
+    """Some of the run's settings, for reading: seed, strategy, precision, global_batch_size, num_layers, dim, every_steps; and
+    versions."""
 
 
 def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = None) -> RunStatus:
@@ -129,7 +133,7 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
     newest = commits[0] if commits else None
     finished = _finished(uri)
     files = record_files(uri)
-    records = _tail(files, 2 * _WINDOW)
+    records = _tail(files)
     step = newest.step if newest else 0
     seconds = _seconds_a_step(commits, records)
     schedule = _Schedule(
@@ -158,7 +162,7 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
         window=len(window),
         rates=_rates(window),
         losses=_losses(_head(files), records),
-        curve=_curve(files),
+        curve=_curve(files, records),
         validation=_validation(records, files),
         skipped_steps=int(records[-1].get("skipped_steps", 0)) if records else 0,
         anomalies=_anomalies(uri),
@@ -288,8 +292,9 @@ def _seconds_a_step(commits: Sequence[Commit], records: Sequence[Record]) -> flo
 # ------------------------------------------------------------------------------------------------ records
 
 
-def _tail(files: Sequence[RecordFile], count: int) -> list[Record]:
-    """The newest ``count`` records, in step order, each step once; the end of the newest files is read."""
+def _tail(files: Sequence[RecordFile]) -> list[Record]:
+    """The records of the newest two windows, in step order, each step once; the end of the newest files is read."""
+    count = 2 * _WINDOW
     found: dict[int, Record] = {}
     for info in reversed(files):
         for record in _part(info, max(0, info.size - _TAIL_BYTES), _TAIL_BYTES):
@@ -328,12 +333,10 @@ def _part(info: RecordFile, offset: int, length: int) -> list[Record]:
     return records
 
 
-def _curve(files: Sequence[RecordFile]) -> tuple[float, ...]:
-    """The loss of the last step of files over the whole run."""
+def _curve(files: Sequence[RecordFile], newest: Sequence[Record]) -> tuple[float, ...]:
+    """The loss at the ends of files over the whole run; of a run of one file, of its ``newest`` records."""
     if len(files) < 2:
-        # One file: points of what is read anyway.
-        records = _tail(files, 2 * _WINDOW)
-        losses = [float(record[TOTAL_LOSS]) for record in records if TOTAL_LOSS in record]
+        losses = [float(record[TOTAL_LOSS]) for record in newest if TOTAL_LOSS in record]
         stride = max(1, len(losses) // _CURVE_POINTS)
         return tuple(
             statistics.fmean(losses[i : i + stride]) for i in range(0, len(losses), stride)
@@ -375,13 +378,8 @@ def _rates(window: Sequence[Record]) -> dict[str, float]:
 
 def _losses(head: Sequence[Record], records: Sequence[Record]) -> tuple[LossStatus, ...]:
     half = min(_WINDOW, len(records) // 2)
-    newest = records[-_WINDOW:] if half < _WINDOW else records[-half:]
-    names = dict.fromkeys(
-        name
-        for record in records[-_WINDOW:]
-        for name in sorted(record)
-        if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_")
-    )
+    newest = records[-_WINDOW:]
+    names = dict.fromkeys(name for record in newest for name in sorted(record) if is_loss(name))
     first = head[: max(1, min(_WINDOW, len(head) // 4))]
     return tuple(
         LossStatus(
