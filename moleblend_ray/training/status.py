@@ -221,9 +221,7 @@ def _state(
         return _state_without_commit(checkpoints)
     interval_s = schedule.interval_s
     if interval_s is not None and age_s <= _OVERDUE_INTERVALS * interval_s + _OVERDUE_S:
-        return _State(
-            "running", f"the newest checkpoint is not older than {_OVERDUE_INTERVALS:g} intervals"
-        )
+        return _State("running", "the next checkpoint is not overdue")
     if not schedule.is_due(step):
         return _State(
             "stopped",
