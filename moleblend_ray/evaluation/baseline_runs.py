@@ -25,6 +25,7 @@ from moleblend_ray.evaluation.baselines import (
     predict_group,
     validation_scores,
 )
+from moleblend_ray.evaluation.result_files import BASELINES_DIR
 from moleblend_ray.evaluation.results import (
     Candidate,
     SeedResult,
@@ -32,9 +33,6 @@ from moleblend_ray.evaluation.results import (
     write_seed_result,
 )
 from moleblend_ray.evaluation.scores import other_scores, score
-
-BASELINES_DIR = "baselines"
-"""Folder in ``out`` for the results of these steps."""
 
 
 def compute_features(kind: FeatureKind, smiles: Sequence[str]) -> NDArray[np.uint8 | np.float64]:

@@ -12,11 +12,9 @@ import numpy as np
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.evaluation.results import RESULTS_NAME, Spread
+from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, RESULTS_NAME
+from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.tasks import Metric
-
-LEADERBOARD_NAME = "leaderboard"
-"""Name of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html`` without ending."""
 
 LEADERBOARD_VERSION = 1
 """Version of the layout of ``leaderboard.json``."""

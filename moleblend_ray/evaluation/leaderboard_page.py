@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from moleblend_ray.data import storage
 from moleblend_ray.errors import without_credentials
 from moleblend_ray.evaluation.leaderboard import (
-    LEADERBOARD_NAME,
     Leaderboard,
     ModelScore,
     Standing,
@@ -23,6 +22,7 @@ from moleblend_ray.evaluation.leaderboard import (
     TaskRow,
     is_elsewhere,
 )
+from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME
 from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.score_text import (
     figure_text,

@@ -26,7 +26,6 @@ from moleblend_ray.evaluation.tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
 
-RESULTS_NAME = "results.json"
 RESULTS_VERSION = 2
 """Version of the layout of ``results.json``. In version 1 there was a single ``baseline`` instead of a list."""
 

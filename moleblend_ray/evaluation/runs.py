@@ -24,13 +24,13 @@ from moleblend_ray.evaluation.finetune import (
     predict_mean,
 )
 from moleblend_ray.evaluation.property_model import save_property_model
+from moleblend_ray.evaluation.result_files import MODELS_DIR, SEED_RESULT_NAME
 from moleblend_ray.evaluation.results import SeedResult, read_seed_result, write_seed_result
 from moleblend_ray.evaluation.scores import other_scores, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 
-SEED_RESULT_NAME = "result.json"
-PREDICTIONS_NAME = "predictions.parquet"
+_TABLE_NAME = "predictions.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ def train_and_test(
     storage.delete(_result_uri(out, seed))
     save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
     save_property_model(result.model, result.trained, folder)
-    _write_predictions(storage.join(folder, PREDICTIONS_NAME), experiment, predictions)
+    _write_predictions(storage.join(folder, _TABLE_NAME), experiment, predictions)
     last = result.history[-1]
     found = SeedResult(
         seed=seed,
@@ -114,12 +114,12 @@ def _result_uri(out: str, seed: int) -> str:
 
 def model_path(seed: int) -> str:
     """Folder of a seed's model, relative to the results."""
-    return f"models/seed-{seed}"
+    return f"{MODELS_DIR}/seed-{seed}"
 
 
 def read_test_predictions(out: str, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Labels and predictions (M, T) of the test molecules, as the run of this seed stored them."""
-    content = storage.read_bytes(storage.join(out, model_path(seed), PREDICTIONS_NAME))
+    content = storage.read_bytes(storage.join(out, model_path(seed), _TABLE_NAME))
     table = pq.read_table(pa.BufferReader(content))
     table = table.filter(pc.equal(table["part"], "test"))
     labels, predictions = (

@@ -5,25 +5,45 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.result_files import (
+    BASELINES_DIR,
+    DATA_DIR,
+    EMBEDDINGS_NAME,
+    EPOCHS_DIR,
+    LEADERBOARD_NAME,
+    MODELS_DIR,
+    PARTS_DIR,
+    PREDICTIONS_NAME,
+    PREPARED_DIR,
+    RESULTS_NAME,
+    SEED_RESULT_NAME,
+)
 
 logger = logging.getLogger(__name__)
 
-# Names of the files that commands write. They are repeated here because the modules that define them import torch and
-# Ray, which takes seconds; a test compares them.
-RESULTS_NAME: Final = "results.json"
-LEADERBOARD_NAME: Final = "leaderboard.json"
-SUMMARY_NAMES: Final = {"EmbedConfig": "embeddings.json", "PredictConfig": "predictions.json"}
-PREPARED_DIRS: Final = {"EmbedConfig": "prepared", "PredictConfig": "prepared"}
-_DATA_DIR: Final = "data"
-_TRIALS: Final = "tune/epochs"
-_COUNTED: Final = {"EmbedConfig": "embeddings", "PredictConfig": "predictions"}
+
+class PartsKind(NamedTuple):
+    """A command that makes parts."""
+
+    command: str
+    summary_name: str
+    """File that is written last."""
+    counted: str
+    """Key of the number of molecules in that file."""
+
+
+PARTS_KINDS: Final = {
+    "EmbedConfig": PartsKind("embed", EMBEDDINGS_NAME, "embeddings"),
+    "PredictConfig": PartsKind("predict", PREDICTIONS_NAME, "predictions"),
+}
+"""Name of its configuration -> command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,7 +118,7 @@ class TasksStatus:
 
 def tasks_status(uri: str) -> TasksStatus:
     """The status of a directory with a leaderboard."""
-    board = storage.read_json(storage.join(uri, LEADERBOARD_NAME))
+    board = storage.read_json(storage.join(uri, f"{LEADERBOARD_NAME}.json"))
     tasks = tuple(
         TaskStatus(name=row["name"], state=row["status"], reason=row.get("reason", ""))
         for row in board["tasks"]
@@ -118,27 +138,26 @@ def tasks_status(uri: str) -> TasksStatus:
 
 def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     """The status of an embedding or prediction whose config.json is ``identity``."""
-    job = identity["config"]["job"]
-    kind = {"EmbedConfig": "embed", "PredictConfig": "predict"}[job]
-    there = _listed(uri, "parts")
+    kind = PARTS_KINDS[identity["config"]["job"]]
+    there = _listed(uri, PARTS_DIR)
     size = sum(info.size for info in there)
-    summary = _read(uri, SUMMARY_NAMES[job])
+    summary = _read(uri, kind.summary_name)
     if summary is not None:
         return PartsStatus(
-            kind=kind,
+            kind=kind.command,
             uri=uri,
             state="finished",
-            detail=f"its summary ({SUMMARY_NAMES[job]}) is there",
+            detail=f"its summary ({kind.summary_name}) is there",
             parts_done=len(there),
             parts=len(summary["parts"]),
-            molecules=summary.get(_COUNTED[job]),
+            molecules=summary.get(kind.counted),
             bytes=size,
             rejected=summary.get("rejected"),
             molecules_per_s=summary.get("molecules_per_s"),
         )
-    parts, molecules, detail = _planned(uri, PREPARED_DIRS[job], identity["config"].get("source"))
+    parts, molecules, detail = _planned(uri, identity["config"].get("source"))
     return PartsStatus(
-        kind=kind,
+        kind=kind.command,
         uri=uri,
         state="unfinished",
         detail=detail + "; the same command continues",
@@ -151,9 +170,10 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     )
 
 
-def _planned(uri: str, prepared: str, source: str | None) -> tuple[int | None, int | None, str]:
+def _planned(uri: str, source: str | None) -> tuple[int | None, int | None, str]:
     """The expected numbers of parts and molecules, and what is being done."""
-    for data_uri in (storage.join(uri, prepared), source):
+    prepared = storage.join(uri, PREPARED_DIR)
+    for data_uri in (prepared, source):
         if data_uri and storage.exists(storage.join(data_uri, MANIFEST_NAME)):
             manifest = load_manifest(data_uri)
             parts = sum(len(manifest.shards_of(split)) for split in SPLITS)
@@ -162,7 +182,7 @@ def _planned(uri: str, prepared: str, source: str | None) -> tuple[int | None, i
                 manifest.counts.rows_out,
                 "its molecules are prepared, parts are being made",
             )
-    return None, None, _preparing(storage.join(uri, prepared))
+    return None, None, _preparing(prepared)
 
 
 def _preparing(data_uri: str) -> str:
@@ -176,10 +196,10 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     config = identity["config"]
     is_sweep = config["job"] == "SweepConfig"
     results = _read(uri, RESULTS_NAME)
-    trials = [record for info in _listed(uri, _TRIALS) if (record := _json(info.uri))]
+    trials = [record for info in _listed(uri, EPOCHS_DIR) if (record := _json(info.uri))]
     wanted = config.get("final_seeds") or config.get("seeds") or [0]
-    seeds = _with_result(uri, "models")
-    baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, "baselines"))
+    seeds = sum(storage.name_of(info.uri) == SEED_RESULT_NAME for info in _listed(uri, MODELS_DIR))
+    baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
     higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
     return SweepStatus(
@@ -209,10 +229,10 @@ def _sweep_detail(uri: str, results: Any, trials: list[Any], seeds: int, *, is_s
         what = "the chosen settings are trained with each seed, and baselines"
     elif trials:
         what = "the search is under way"
-    elif storage.exists(storage.join(uri, _DATA_DIR, MANIFEST_NAME)) or not is_sweep:
+    elif storage.exists(storage.join(uri, DATA_DIR, MANIFEST_NAME)) or not is_sweep:
         what = "its molecules are prepared, no training is recorded yet"
     else:
-        what = _preparing(storage.join(uri, _DATA_DIR))
+        what = _preparing(storage.join(uri, DATA_DIR))
     return f"{what}; the same command continues"
 
 
@@ -245,13 +265,9 @@ def _test_scores(results: Any) -> dict[str, float]:
     return {model["name"]: float(model["test"]["mean"]) for model in models}
 
 
-def _with_result(uri: str, folder: str) -> int:
-    return sum(storage.name_of(info.uri) == "result.json" for info in _listed(uri, folder))
-
-
 def _baseline_of(file_uri: str) -> str:
     """The kind in .../baselines/KIND/seed-0.json."""
-    return file_uri.rpartition("/baselines/")[2].partition("/")[0]
+    return file_uri.rpartition(f"/{BASELINES_DIR}/")[2].partition("/")[0]
 
 
 def _listed(uri: str, folder: str) -> list[storage.FileInfo]:

@@ -52,8 +52,8 @@ from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
+from moleblend_ray.evaluation.result_files import DATA_DIR, IDENTITY_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
-    RESULTS_NAME,
     RESULTS_VERSION,
     Baselines,
     SeedResult,
@@ -89,9 +89,6 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 
-IDENTITY_NAME = "config.json"
-"""File that says what question the results in a directory answer; another question needs another directory."""
-
 _MANY_MOLECULES: Final = 10_000
 """Molecules of which it takes seconds to find those that occur more than once."""
 
@@ -107,9 +104,6 @@ _LATER_SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
     "finetune": {"descriptors": False},
 }
 """Section -> settings that results of earlier versions do not name, and what these were made with."""
-
-DATA_DIR = "data"
-"""Folder in ``out`` into which a raw source is prepared."""
 
 ROWS_PER_CHUNK = 256
 """Rows per task when preparing labelled molecules: the sets are small, and a conformer takes about 0.1 s."""

@@ -12,10 +12,8 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import property_fingerprint
+from moleblend_ray.evaluation.result_files import EMBEDDINGS_NAME
 from moleblend_ray.orchestration.parts import PartsJob, run_parts
-
-SUMMARY_NAME = "embeddings.json"
-"""File that lists every part with its rows, bytes and checksum; written last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +68,7 @@ def embed_job(config: EmbedConfig) -> PartsJob:
         name="embed",
         config=config,
         model=config.checkpoint,
-        summary_name=SUMMARY_NAME,
+        summary_name=EMBEDDINGS_NAME,
         counted="embeddings",
         load=partial(load_embedder, config),
     )

@@ -40,6 +40,7 @@ from moleblend_ray.errors import (
     without_credentials,
 )
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
+from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.downstream import (
     check_finished,
@@ -62,9 +63,6 @@ from moleblend_ray.orchestration.workers import use_reserved
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.parquet"
-
-DATA_DIR = "prepared"
-"""Folder in ``out`` into which a raw source is prepared."""
 
 ROWS_PER_CHUNK = 4096
 """Rows per task when preparing, and so the most rows of a part."""
@@ -186,7 +184,7 @@ def _check_cluster(job: PartsJob) -> None:
 
 def part_path(number: int) -> str:
     """Path of the part with this number in ``out``."""
-    return f"parts/part-{number:05d}.parquet"
+    return f"{PARTS_DIR}/part-{number:05d}.parquet"
 
 
 def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) -> str:
@@ -194,7 +192,7 @@ def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) 
     asked = job.config.conformers
     return prepare_molecules(
         job.config,
-        storage.join(job.config.out, DATA_DIR),
+        storage.join(job.config.out, PREPARED_DIR),
         label_columns=_LABEL_COLUMNS,
         conformers=maker.conformers if asked is None else int(asked),
         rows_per_chunk=ROWS_PER_CHUNK,
@@ -422,7 +420,7 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     summary: dict[str, Any] = storage.read_json(uri)
-    data_uri = storage.join(out, DATA_DIR)
+    data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:
         maker = job.load(torch.device("cpu"))

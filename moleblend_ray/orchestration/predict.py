@@ -19,10 +19,8 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.ensemble import load_members
 from moleblend_ray.evaluation.prediction import Predictor
+from moleblend_ray.evaluation.result_files import PREDICTIONS_NAME
 from moleblend_ray.orchestration.parts import PartsJob, run_parts
-
-SUMMARY_NAME = "predictions.json"
-"""File that lists every part with its rows, bytes and checksum; written last."""
 
 CSV_NAME = "predictions.csv"
 """File with all parts as one table, written if asked for."""
@@ -89,7 +87,7 @@ def predict_job(config: PredictConfig) -> PartsJob:
         name="predict",
         config=config,
         model=", ".join(config.model_uris()),
-        summary_name=SUMMARY_NAME,
+        summary_name=PREDICTIONS_NAME,
         counted="predictions",
         load=partial(load_predictor, config),
         other_settings=("csv",),

@@ -17,9 +17,9 @@ from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.status import DataStatus, data_status, has_data_set
 from moleblend_ray.errors import DataError, StorageError
+from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME
 from moleblend_ray.evaluation.status import (
-    LEADERBOARD_NAME,
-    SUMMARY_NAMES,
+    PARTS_KINDS,
     PartsStatus,
     SweepStatus,
     TasksStatus,
@@ -61,12 +61,12 @@ def status(config: StatusConfig) -> Status:
     document = _document(uri)
     settings = document.get("config")
     if isinstance(settings, Mapping) and "job" in settings:
-        if settings["job"] in SUMMARY_NAMES:
+        if settings["job"] in PARTS_KINDS:
             return parts_status(uri, document)
         return sweep_status(uri, document)
     if isinstance(settings, Mapping) and "order" in settings:
         return run_status(uri, document)
-    if storage.exists(storage.join(uri, LEADERBOARD_NAME)):
+    if storage.exists(storage.join(uri, f"{LEADERBOARD_NAME}.json")):
         return tasks_status(uri)
     raise DataError(
         f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, "

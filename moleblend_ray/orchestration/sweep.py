@@ -31,6 +31,7 @@ from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
+from moleblend_ray.evaluation.result_files import EPOCHS_DIR, TUNE_DIR
 from moleblend_ray.evaluation.results import Training, TrialResult
 from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
@@ -56,9 +57,6 @@ from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
-
-TUNE_DIR = "tune"
-"""Folder in ``out`` for everything about trials."""
 
 SEARCH_DIR = "search"
 """Folder in ``TUNE_DIR`` for the state of the search, whose files Ray Tune names."""
@@ -174,7 +172,7 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
             settings=config.finetune,
             seed=config.search_seed,
             cluster=config.cluster,
-            records=storage.join(config.out, TUNE_DIR, "epochs"),
+            records=storage.join(config.out, EPOCHS_DIR),
         ),
         _tune_resources(config),
     )

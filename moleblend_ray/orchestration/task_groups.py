@@ -28,11 +28,14 @@ from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, T
 from moleblend_ray.evaluation.given_split import rows_of_column
 from moleblend_ray.evaluation.leaderboard import Leaderboard, Status, TaskRow, rows_of_states
 from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
-from moleblend_ray.evaluation.results import RESULTS_NAME
-from moleblend_ray.evaluation.sources import TaskSources, task_sources
-from moleblend_ray.orchestration.downstream import (
+from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
     IDENTITY_NAME,
+    LEADERBOARD_NAME,
+    RESULTS_NAME,
+)
+from moleblend_ray.evaluation.sources import TaskSources, task_sources
+from moleblend_ray.orchestration.downstream import (
     check_cluster,
     check_finished,
     look_at_source,
@@ -290,7 +293,7 @@ def _summary(out: str, board: Leaderboard, seconds: float, already_finished: boo
     standings = board.standings()
     return TasksSummary(
         out=out,
-        leaderboard=storage.join(out, "leaderboard.html"),
+        leaderboard=storage.join(out, f"{LEADERBOARD_NAME}.html"),
         tasks=len(board.rows),
         tasks_finished=len(board.finished),
         tasks_absent=sum(row.status is Status.ABSENT for row in board.rows),

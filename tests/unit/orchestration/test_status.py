@@ -20,7 +20,7 @@ from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.evaluation import status as names
+from moleblend_ray.evaluation import result_files
 from moleblend_ray.orchestration.status import show_status, status
 from moleblend_ray.orchestration.terminal import json_text
 
@@ -168,7 +168,7 @@ def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
     assert document(out)["parts"] is None
     assert "not prepared yet" in shown(out)
     summary = {"parts": [{}], "embeddings": 30, "rejected": 2, "molecules_per_s": 10.5}
-    storage.write_json(str(out / names.SUMMARY_NAMES["EmbedConfig"]), summary)
+    storage.write_json(str(out / result_files.EMBEDDINGS_NAME), summary)
     assert "1 of 1 parts" in shown(out)
     assert "30, 2 rows rejected" in shown(out)
 
@@ -212,7 +212,7 @@ def test_several_tasks_are_listed_with_what_failed(tmp_path: Path) -> None:
         {"name": "bbbp", "status": "failed", "reason": "no column"},
         {"name": "bace", "status": "waiting"},
     ]
-    storage.write_json(str(tmp_path / names.LEADERBOARD_NAME), {"tasks": rows})
+    storage.write_json(str(tmp_path / "leaderboard.json"), {"tasks": rows})
     found = document(tmp_path)
     assert (found["state"], found["detail"][:35]) == (
         "failed",
@@ -262,16 +262,20 @@ def test_neither_ray_nor_torch_is_imported() -> None:
     assert not {"ray", "torch", "rdkit"} & set(done.stdout.split())
 
 
-def test_names_of_files_are_those_that_commands_write() -> None:
-    from moleblend_ray.evaluation.leaderboard import LEADERBOARD_NAME
-    from moleblend_ray.evaluation.results import RESULTS_NAME
-    from moleblend_ray.orchestration import embed, parts, predict
-
-    assert f"{LEADERBOARD_NAME}.json" == names.LEADERBOARD_NAME
-    assert RESULTS_NAME == names.RESULTS_NAME
-    assert names.SUMMARY_NAMES == {
-        "EmbedConfig": embed.SUMMARY_NAME,
-        "PredictConfig": predict.SUMMARY_NAME,
+def test_names_of_files_are_those_of_results_that_exist() -> None:
+    assert {name: value for name, value in vars(result_files).items() if name.isupper()} == {
+        "IDENTITY_NAME": "config.json",
+        "RESULTS_NAME": "results.json",
+        "DATA_DIR": "data",
+        "MODELS_DIR": "models",
+        "SEED_RESULT_NAME": "result.json",
+        "BASELINES_DIR": "baselines",
+        "TUNE_DIR": "tune",
+        "EPOCHS_DIR": "tune/epochs",
+        "LEADERBOARD_NAME": "leaderboard",
+        "PREPARED_DIR": "prepared",
+        "PARTS_DIR": "parts",
+        "EMBEDDINGS_NAME": "embeddings.json",
+        "PREDICTIONS_NAME": "predictions.json",
     }
-    assert set(names.PREPARED_DIRS.values()) == {parts.DATA_DIR}
     assert MANIFEST_NAME == "manifest.json"

@@ -1,0 +1,47 @@
+"""Names within the ``out`` of fine-tuning, sweeps, embeddings and predictions that several modules know.
+
+They are apart from what writes these files, as reading them must not take the import of torch, RDKit and Ray.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+IDENTITY_NAME: Final = "config.json"
+"""What question the results in a directory answer; another question needs another directory."""
+
+RESULTS_NAME: Final = "results.json"
+"""The results of a fine-tuning or sweep; its presence means that everything is done."""
+
+DATA_DIR: Final = "data"
+"""Folder into which fine-tuning and sweeps prepare a raw source."""
+
+MODELS_DIR: Final = "models"
+"""Folder of the models, one per seed."""
+
+SEED_RESULT_NAME: Final = "result.json"
+"""The result of a seed, beside its model; written last."""
+
+BASELINES_DIR: Final = "baselines"
+"""Folder of the results of baselines, by kind."""
+
+TUNE_DIR: Final = "tune"
+"""Folder of everything about trials."""
+
+EPOCHS_DIR: Final = f"{TUNE_DIR}/epochs"
+"""Folder of the reported epochs, with a file for each trial."""
+
+LEADERBOARD_NAME: Final = "leaderboard"
+"""Name of the files ``leaderboard.json``, ``.csv``, ``.md`` and ``.html`` without ending."""
+
+PREPARED_DIR: Final = "prepared"
+"""Folder into which embeddings and predictions prepare a raw source."""
+
+PARTS_DIR: Final = "parts"
+"""Folder of the parts of embeddings and predictions."""
+
+EMBEDDINGS_NAME: Final = "embeddings.json"
+"""Every part of embeddings with its rows, bytes and checksum; written last."""
+
+PREDICTIONS_NAME: Final = "predictions.json"
+"""Every part of predictions with its rows, bytes and checksum; written last."""
