@@ -23,6 +23,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import DataError
 
 _EXPECTED: Final = (
@@ -80,6 +81,12 @@ def read_split_file(uri: str) -> SplitTable:
     if name.endswith((".csv", ".tsv")):
         return _from_table(uri, "\t" if name.endswith(".tsv") else ",")
     return _from_directory(uri)
+
+
+def splits_of_file(uri: str) -> NamedSplits:
+    """The splits that a split file names (:func:`read_split_file`)."""
+    table = read_split_file(uri)
+    return NamedSplits(table.by_row, table.by_id, uri)
 
 
 def _read(uri: str) -> bytes:

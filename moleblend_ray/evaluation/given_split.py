@@ -1,4 +1,4 @@
-"""Splits that come with the data: from a column of the table or a split file."""
+"""Splits that come with the data, in a column of the table."""
 
 from __future__ import annotations
 
@@ -22,15 +22,8 @@ from moleblend_ray.data.sources.text import (
     unreadable,
     without_empty_end,
 )
-from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.data.splits import NamedSplits, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
-
-
-def splits_of_file(uri: str) -> NamedSplits:
-    """The splits that a split file names (:func:`moleblend_ray.data.split_file.read_split_file`)."""
-    table = read_split_file(uri)
-    return NamedSplits(table.by_row, table.by_id, uri)
 
 
 def splits_of_column(source: str, column: str) -> NamedSplits:

@@ -30,6 +30,7 @@ from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
+from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     CheckpointError,
@@ -49,7 +50,7 @@ from moleblend_ray.evaluation.dataset import (
 )
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.given_split import splits_of_column, splits_of_file
+from moleblend_ray.evaluation.given_split import splits_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.result_files import DATA_DIR, IDENTITY_NAME, RESULTS_NAME

@@ -49,7 +49,7 @@ from moleblend_ray.data.sources import (
     parquet_parts,
     read_chunks,
 )
-from moleblend_ray.data.split_file import read_split_file
+from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
 from moleblend_ray.host import peak_memory_bytes
@@ -219,18 +219,13 @@ def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:
     """The content of the split file, if there is one."""
     if config.split_file is None:
         return None
-    splits = _read_splits(config.split_file)
+    splits = splits_of_file(config.split_file)
     if splits.names_rows and num_files > 1:
         raise ConfigError(
             f"split_file: {config.split_file} names rows, which are those of one file; the source has "
             f"{num_files} files. Give one file as the source, or a split file that names molecule ids."
         )
     return splits
-
-
-def _read_splits(uri: str) -> NamedSplits:
-    table = read_split_file(uri)
-    return NamedSplits(table.by_row, table.by_id, uri)
 
 
 def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOptions:
@@ -512,7 +507,7 @@ class _Converter:
         self._sources = sources
         self._options = options
         self._out = out
-        self._splits = _read_splits(split_file) if split_file is not None else None
+        self._splits = splits_of_file(split_file) if split_file is not None else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         row = batch.to_pylist()[0]

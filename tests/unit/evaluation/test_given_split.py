@@ -15,10 +15,11 @@ from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.dataset import load_labelled
-from moleblend_ray.evaluation.given_split import rows_of_column, splits_of_column, splits_of_file
+from moleblend_ray.evaluation.given_split import rows_of_column, splits_of_column
 from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
 
 ROWS = (
