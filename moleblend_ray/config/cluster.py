@@ -48,6 +48,11 @@ class ClusterConfig:
     object_store_gib: float | None = None
     """Object store of a cluster started here, in GiB; null: a tenth of the memory, at most 8 GiB."""
 
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads that a training worker computes with: one per CPU that it reserves, at least one."""
+        return max(1, int(self.cpus_per_worker))
+
     def __post_init__(self) -> None:
         check_all(
             *_label_checks("data_labels", self.data_labels),

@@ -43,7 +43,6 @@ from moleblend_ray.evaluation.results import (
 from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
 from moleblend_ray.orchestration.placement import placed
-from moleblend_ray.orchestration.workers import reserved_threads
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +133,7 @@ class _FeatureBaselines:
             "num_cpus": config.cluster.cpus_per_worker,
             **placed(config.cluster.data_labels),
         }
-        self._num_jobs = reserved_threads(config.cluster)
+        self._num_jobs = config.cluster.threads_per_worker
         self._baseline = config.baseline
         self._experiment = bench.experiment
         self._shared: dict[FeatureKind, _Shared] = {}

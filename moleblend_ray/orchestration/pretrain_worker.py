@@ -81,7 +81,7 @@ def train_worker(arguments: dict[str, WorkerSettings]) -> WorkerOutcome:
     settings = arguments["settings"]
     config = settings.config
     context = ray.train.get_context()
-    torch.set_num_threads(max(1, int(config.cluster.cpus_per_worker)))
+    torch.set_num_threads(config.cluster.threads_per_worker)
     ranks = current_ranks(use_gpu=config.cluster.use_gpu, local_rank=context.get_local_rank())
     settings.reporter.forward_logs(prefix=f"[rank {ranks.rank}] ")
     logs.set_context(rank=ranks.rank)

@@ -134,12 +134,7 @@ def train_seed(
     return train_and_test(experiment, settings, seed, out, use_reserved(cluster))
 
 
-def reserved_threads(cluster: ClusterConfig) -> int:
-    """Number of threads that a task may use: one per reserved CPU."""
-    return max(1, int(cluster.cpus_per_worker))
-
-
 def use_reserved(cluster: ClusterConfig) -> torch.device:
     """Limit torch to the CPUs that this process reserved, and return the device that it may use."""
-    torch.set_num_threads(reserved_threads(cluster))
+    torch.set_num_threads(cluster.threads_per_worker)
     return torch.device("cuda" if cluster.use_gpu else "cpu")
