@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import moleblend_ray
 from moleblend_ray import cli
+from moleblend_ray.config.builder import field_types
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.config.submit import SubmitConfig
@@ -272,6 +274,22 @@ def test_an_unknown_job_exits_2_and_names_the_nearest(capsys: pytest.CaptureFixt
 
 def test_every_exported_name_can_be_imported() -> None:
     assert all(getattr(moleblend_ray, name) is not None for name in moleblend_ray.__all__)
+
+
+def sections_of(config: type) -> set[type]:
+    """The configuration class and those of its sections, at every depth."""
+    inner: set[type] = set()
+    for annotation in field_types(config).values():
+        for kind in (annotation, *get_args(annotation)):
+            if isinstance(kind, type) and is_dataclass(kind):
+                inner |= sections_of(kind)
+    return {config, *inner}
+
+
+@pytest.mark.parametrize("job", list(cli.JOBS))
+def test_a_configuration_can_be_written_in_python_with_exported_names_alone(job: str) -> None:
+    for section in sections_of(cli.load_reference(cli.JOBS[job].config)):
+        assert getattr(moleblend_ray, section.__name__, None) is section
 
 
 def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
