@@ -28,6 +28,7 @@ from moleblend_ray.evaluation.score_text import (
     figure_text,
     mean_and_std_text,
     score_text,
+    table_cell,
     values_text,
 )
 from moleblend_ray.evaluation.tasks import Metric
@@ -397,8 +398,7 @@ def _shown(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text for a cell of a Markdown table, with column separators and tags escaped."""
-    return _shown(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return table_cell(_shown(text))
 
 
 def _text(text: str) -> str:

@@ -21,6 +21,7 @@ from moleblend_ray.evaluation.score_text import (
     figure_text,
     mean_and_std_text,
     score_text,
+    table_cell,
     values_text,
 )
 from moleblend_ray.evaluation.tasks import Metric
@@ -162,7 +163,7 @@ def _columns_section(
         "",
         f"The {counted} of each part, and the test score of {final['name']}, mean over seeds.",
         "",
-        f"| column | training | validation | test | {_cell(_metric_name(task))} |",
+        f"| column | training | validation | test | {table_cell(_metric_name(task))} |",
         "|---|---|---|---|---|",
     ]
     for column, parts in list(labels.items())[:_MAX_COLUMN_ROWS]:
@@ -173,7 +174,7 @@ def _columns_section(
             if column in seed["test_columns"]
         ]
         score = score_text(float(np.mean(scores))) if scores else "none"
-        lines.append(f"| {' | '.join([_cell(column), *counts, score])} |")
+        lines.append(f"| {' | '.join([table_cell(column), *counts, score])} |")
     if len(labels) > _MAX_COLUMN_ROWS:
         lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(labels)} are in `results.json`."]
     return [*lines, ""]
@@ -245,7 +246,7 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         ]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
     # A unit such as log|S| must not end a cell.
-    heads = [_cell(_metric_name({**task, "metric": name})) for name in metrics]
+    heads = [table_cell(_metric_name({**task, "metric": name})) for name in metrics]
     return [
         "Other scores of the same test predictions, by which nothing was chosen:",
         "",
@@ -334,11 +335,6 @@ def _short(value: object) -> str:
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _cell(text: str) -> str:
-    """A name or unit as a cell of a table."""
-    return text.replace("|", "\\|")
 
 
 def _metric_name(task: Mapping[str, Any]) -> str:

@@ -15,6 +15,11 @@ def figure_text(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def table_cell(text: str) -> str:
+    """A name or unit for a cell of a Markdown table, where a bar would end the cell and a tag would be none of the text."""
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
 def score_text(score: float, like: float | None = None) -> str:
     """The score with 4 decimal places around 1, fewer for large ones, four significant digits for small ones; or with the
     digits of ``like``."""

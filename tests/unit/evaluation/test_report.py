@@ -156,19 +156,19 @@ def test_labels_that_were_no_numbers_are_counted(tmp_path: Path) -> None:
 def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_path: Path) -> None:
     """With missing labels, a score over several columns is of fewer molecules than the test part has."""
     found = [
-        dataclasses.replace(seed, test_columns={"a|b": seed.test_score}, columns_left_out=("c",))
+        dataclasses.replace(seed, test_columns={"a|b<c>": seed.test_score}, columns_left_out=("c",))
         for seed in seeds(0.5, 0.6, 0.8)
     ]
     results = results_of(kind="classification", final=seeds_entry("MoleBLEND", found))
-    results["task"]["columns"] = ["a|b", "c"]
+    results["task"]["columns"] = ["a|b<c>", "c"]
     labels = np.array([[0, 1], [1, np.nan], [1, np.nan], [np.nan, 1], [0, np.nan], [1, 1]])
     split = Split(*map(np.array, ([0, 1, 2], [3], [4, 5])))
-    molecules = SimpleNamespace(columns=("a|b", "c"), labels=labels)
+    molecules = SimpleNamespace(columns=("a|b<c>", "c"), labels=labels)
     results["data"]["labels"] = labels_entry(TaskKind.CLASSIFICATION, molecules, split)  # type: ignore[arg-type]
     assert results["data"]["labels"]["c"]["test"] == {"labels": 1, "positives": 1}
     text = report_of(tmp_path, results)
     assert "It is the mean over 1 of the 2 label columns; the others cannot be scored" in text
-    assert "| a\\|b | 3 (2) | 0 (0) | 2 (1) | 0.7000 |" in text
+    assert "| a\\|b&lt;c> | 3 (2) | 0 (0) | 2 (1) | 0.7000 |" in text
     assert "| c | 1 (1) | 1 (1) | 1 (1) | none |" in text
     assert "cannot be scored" not in report_of(tmp_path, results_of())
 
