@@ -25,7 +25,7 @@ from moleblend_ray.data.inspect import (
     inspect_data_set,
 )
 from moleblend_ray.data.shards import DESCRIPTOR_FIELD
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked, utc_text
 from moleblend_ray.quantities import bytes_text
 from moleblend_ray.training.inventory import (
     DifferenceReport,
@@ -300,7 +300,6 @@ def _checkpoint_table(report: InventoryReport) -> Table:
         numbers=(0, 2, 3, 4, 5, 6),
     )
     for one in report.checkpoints:
-        written = one.created.partition("+")[0].replace("T", " ")
         checkpoints.add_row(
             f"{one.step:,}",
             one.state if one.state == "whole" else f"[bold red]{one.state}[/]",
@@ -309,7 +308,7 @@ def _checkpoint_table(report: InventoryReport) -> Table:
             str(one.world_size or ""),
             "" if one.loss is None else f"{one.loss:.4g}",
             "" if one.valid_loss is None else f"{one.valid_loss:.4g}",
-            written,
+            utc_text(one.created),
         )
     return checkpoints
 

@@ -27,7 +27,7 @@ from moleblend_ray.evaluation.status import (
     sweep_status,
     tasks_status,
 )
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked
+from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked, utc_text
 from moleblend_ray.quantities import bytes_text, duration_text
 from moleblend_ray.training.commits import CONFIG_NAME
 from moleblend_ray.training.status import RunStatus, run_status
@@ -117,11 +117,10 @@ def _run_overview(report: RunStatus) -> Table:
     table = _overview_table("run", report.uri, report.state, report.detail)
     table.add_row("progress", _progress(report))
     if report.last_commit is not None and report.age_s is not None:
-        written = report.last_commit.partition("+")[0].replace("T", " ")
         due = f", one is due every {duration_text(report.expected_interval_s)}"
         table.add_row(
             "last commit",
-            f"step {report.step:,}, {duration_text(report.age_s)} ago ({written} UTC)"
+            f"step {report.step:,}, {duration_text(report.age_s)} ago ({utc_text(report.last_commit)} UTC)"
             + (due if report.expected_interval_s and report.state != "finished" else ""),
         )
     if report.workers:
@@ -227,7 +226,7 @@ def _run_checkpoints(report: RunStatus) -> RenderableType:
             f"[{colour}]{one.state}[/]",
             bytes_text(one.num_bytes) if one.num_bytes else "",
             str(one.workers or ""),
-            one.created.partition("+")[0].replace("T", " "),
+            utc_text(one.created),
         )
     more = len(report.checkpoints) - _MAX_CHECKPOINTS
     lines = [one.detail for one in report.checkpoints if one.detail]

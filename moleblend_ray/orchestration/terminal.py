@@ -69,6 +69,11 @@ def stacked(*parts: RenderableType) -> Group:
     return Group(*spaced[:-1])
 
 
+def utc_text(time: str) -> str:
+    """An ISO 8601 time in UTC, as markers have it, for reading."""
+    return time.partition("+")[0].replace("T", " ")
+
+
 class ExplainedTable:
     """A table whose last column is prose, which stands below each row where the terminal is too narrow for it."""
 
