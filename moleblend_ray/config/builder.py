@@ -176,7 +176,7 @@ class _Builder:
             return matches[0] if matches else _INVALID
         if origin is tuple:
             return self._tuple(typing.get_args(annotation), value, path)
-        if origin in (dict, Mapping) or origin is dict:
+        if origin in (dict, Mapping):
             return self._dict(typing.get_args(annotation)[1], value, path)
         if isinstance(annotation, type):
             return _scalar(annotation, value)

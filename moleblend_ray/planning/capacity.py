@@ -338,15 +338,15 @@ def _block_rate(setup: Setup, steps: int) -> float:
 
 
 def _executor(setup: Setup, blocks: Blocks) -> _Capacity:
-    inputs = [setup.costs.executor_us]
-    if _block_rate(setup, blocks.steps) > 0:
-        name = "Ray's executor beyond 38,000 molecules/s"
-        inputs.append(assumed(1.0, "", "time per block taken as constant", name))
+    constant = assumed(
+        1.0, "", "time per block taken as constant", "Ray's executor beyond 38,000 molecules/s"
+    )
     figure = computed(
         _block_rate(setup, blocks.steps),
         "molecules/s",
         "molecules per block, divided by the executor's CPU time per block",
-        *inputs,
+        setup.costs.executor_us,
+        constant,
     )
     return _Capacity(
         figure, f"one process for all blocks, {blocks.molecules:,} molecules per block"

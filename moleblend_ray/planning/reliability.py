@@ -115,14 +115,14 @@ def expected_reliability(
 
 
 def _costs(setup: Setup, found: Throughput, num_bytes: int) -> Costs:
-    return Costs(
+    costs = Costs(
         checkpoint_bytes=num_bytes,
         num_nodes=found.nodes,
         gpus_per_node=max(1, found.workers // found.nodes),
         node_bytes_per_s=setup.storage.node_gb_s * GB,
         storage_bytes_per_s=setup.storage.total_gb_s * GB,
-        compile_s=Costs(checkpoint_bytes=0, num_nodes=1).compile_s if setup.on_gpu else 0.0,
     )
+    return costs if setup.on_gpu else dataclasses.replace(costs, compile_s=0.0)
 
 
 def _simulated(
