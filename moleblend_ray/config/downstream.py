@@ -200,7 +200,7 @@ class SweepConfig(PropertyConfig):
     num_trials: int = 30
     """Configurations tried."""
     grace_epochs: int = 5
-    """Epochs every trial gets before a worse half may be stopped."""
+    """Epochs that every trial gets before `search.scheduler` may stop it; asha then stops two of three."""
     search_seed: int = 0
     """Seed of the search (Optuna TPE) and of every trial's training."""
     final_seeds: tuple[int, ...] = (0, 1, 2)
