@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -26,17 +26,13 @@ from moleblend_ray.config.downstream import (
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
-    CheckpointError,
     ConfigError,
-    DataError,
-    StorageError,
     TrainingError,
     without_credentials,
 )
@@ -53,7 +49,7 @@ from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
-from moleblend_ray.evaluation.result_files import DATA_DIR, IDENTITY_NAME, RESULTS_NAME
+from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
     Baselines,
@@ -75,6 +71,7 @@ from moleblend_ray.evaluation.runs import (
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind
+from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs, question
 from moleblend_ray.orchestration.local import (
     require_labels,
     require_resources,
@@ -99,12 +96,6 @@ _TASK_SETTINGS: Final = {
     "label_columns": "task.columns",
 }
 """What the settings of `prepare` are called where a task has its own."""
-
-_LATER_SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "model": {"environment_bins": 0, "descriptor_head": False},
-    "finetune": {"descriptors": False},
-}
-"""Section -> settings that results of earlier versions do not name, and what these were made with."""
 
 ROWS_PER_CHUNK = 256
 """Rows per task when preparing labelled molecules: the sets are small, and a conformer takes about 0.1 s."""
@@ -496,69 +487,4 @@ def _check_version(uri: str, results: Mapping[str, Any]) -> None:
             f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the "
             "results there were made by another release, with other baselines. Their models and predictions can still "
             "be used. Give another `out` to compute the results of this release"
-        )
-
-
-def question(config: PropertyConfig) -> dict[str, Any]:
-    """The settings that determine the results, without those that say where they are computed or stored."""
-    settings = to_dict(config)
-    for name in ("out", "cluster", "gpus_per_worker"):
-        settings.pop(name)
-    return {"job": type(config).__name__, **settings}
-
-
-def claim(out: str, identity: Mapping[str, Any]) -> None:
-    """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note."""
-    uri = storage.join(out, IDENTITY_NAME)
-    if storage.exists(uri):
-        _compare(out, storage.read_json(uri), identity)
-    else:
-        storage.write_json(uri, redact(identity))
-
-
-def check_finished(
-    out: str, question: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]]
-) -> None:
-    """Raise ConfigError if the finished ``out`` is for another question, or for data or weights that have changed
-    since.
-
-    ``inputs`` gives the present fingerprints. If inputs are gone, the results still count as finished.
-    """
-    stored = storage.read_json(storage.join(out, IDENTITY_NAME))
-    _compare(out, stored["config"], question)
-    try:
-        present = inputs()
-    except (StorageError, DataError, CheckpointError) as error:
-        logger.warning("cannot check whether the inputs of %s changed: %s", out, error)
-        return
-    _compare(out, {name: stored[name] for name in present}, present)
-
-
-def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[str, str | None]:
-    """The present fingerprint of ``source``, which is a prepared dataset or was prepared into ``data_uri``.
-
-    Empty if the prepared dataset was deleted. ``prepare`` compares it with the source and refuses a change.
-    """
-    if not any(storage.exists(storage.join(uri, MANIFEST_NAME)) for uri in (source, data_uri)):
-        return {}
-    return {"data_fingerprint": load_manifest(prepare()).fingerprint}
-
-
-def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
-    """With the settings that a note of an earlier version lacks, as it worked then."""
-    if "config" in note:
-        return {**note, "config": with_defaults(note["config"], _LATER_SETTINGS)}
-    return with_defaults(note, _LATER_SETTINGS)
-
-
-def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    # Credentials may differ between a command and its repetition; both are compared without them.
-    differing = differences(redact(_completed(stored)), redact(_completed(asked)))
-    if differing:
-        listed = "; ".join(
-            f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items()
-        )
-        raise ConfigError(
-            f"{out} holds results of other settings or inputs; they differ in {listed}. "
-            "Give another `out`, or repeat settings and inputs as they were"
         )

@@ -42,13 +42,8 @@ from moleblend_ray.errors import (
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
-from moleblend_ray.orchestration.downstream import (
-    check_finished,
-    claim,
-    data_inputs,
-    look_at_source,
-    prepare_molecules,
-)
+from moleblend_ray.orchestration.downstream import look_at_source, prepare_molecules
+from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs
 from moleblend_ray.orchestration.local import (
     ray_session,
     require_labels,

@@ -37,12 +37,11 @@ from moleblend_ray.evaluation.result_files import (
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
 from moleblend_ray.orchestration.downstream import (
     check_cluster,
-    check_finished,
     look_at_source,
     prepare_molecules,
-    question,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
+from moleblend_ray.orchestration.identity import check_finished, question
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.sweep import SweepSummary, search_method, sweep
 

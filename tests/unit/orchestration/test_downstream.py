@@ -36,16 +36,14 @@ from moleblend_ray.orchestration.downstream import (
     Inputs,
     LostWorkError,
     check_cluster,
-    check_finished,
-    claim,
     collect,
     finished_results,
     prepare_task,
-    question,
     read_inputs,
     set_up,
     starting_point,
 )
+from moleblend_ray.orchestration.identity import check_finished, claim, question
 
 QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
 IDENTITY = {"config": QUESTION, "data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb"}

@@ -15,7 +15,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.orchestration import task_groups
-from moleblend_ray.orchestration.downstream import question
+from moleblend_ray.orchestration.identity import question
 from moleblend_ray.orchestration.task_groups import _run_tasks, _task_configs, finetune_tasks
 
 RESULTS = {
