@@ -107,7 +107,7 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.config.plan:PlanConfig",
         "moleblend_ray.orchestration.plan:plan",
         flags=("measure",),
-        show="moleblend_ray.orchestration.plan:show_plan",
+        show="moleblend_ray.orchestration.plan_tables:show_plan",
     ),
     "status": Job(
         "how far a command is, from the files that it writes",

@@ -27,8 +27,8 @@ from moleblend_ray.orchestration.plan import (
     _described,
     build_setup,
     plan,
-    show_plan,
 )
+from moleblend_ray.orchestration.plan_tables import show_plan
 from moleblend_ray.orchestration.terminal import json_text
 from moleblend_ray.planning.capacity import Setup, amplification, throughput
 from moleblend_ray.planning.figures import Basis, measured
@@ -504,7 +504,7 @@ def test_all_wrong_settings_are_told_at_once() -> None:
 
 def test_a_plan_without_measuring_imports_neither_torch_nor_ray() -> None:
     code = (
-        "import sys, moleblend_ray.orchestration.plan as p\n"
+        "import sys, moleblend_ray.orchestration.plan as p, moleblend_ray.orchestration.plan_tables\n"
         "from moleblend_ray.config.plan import PlanConfig\n"
         "p.plan(PlanConfig(molecules=1e9, gpus=8))\n"
         "print(*sys.modules)"
