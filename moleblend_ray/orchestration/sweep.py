@@ -50,7 +50,7 @@ from moleblend_ray.orchestration.downstream import (
     write_results,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
-from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.local import environment_defaults, ray_session
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher
@@ -158,9 +158,6 @@ def search_and_train(config: SweepConfig, bench: Bench) -> Training:
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     """Run the search, or the rest of an interrupted one."""
-    os.environ.update(
-        {name: value for name, value in _TUNE_SETTINGS.items() if name not in os.environ}
-    )
     keep_keys_from_trials()
     # Tune would print the traceback of a failed trial; the reason is in the results and in our own log.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -183,7 +180,8 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
             with warnings.catch_warnings():
                 # A trial that an interrupted command had started reports its first epochs again.
                 warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
-                grid = _tuner(config, experiment.task, trainable).fit()
+                with environment_defaults(_TUNE_SETTINGS):
+                    grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
     if len(grid) != config.num_trials:

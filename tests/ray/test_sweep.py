@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def config_for(folder: Path) -> SweepConfig:
     )
 
 
+def ray_settings() -> dict[str, str]:
+    return {name: os.environ[name] for name in os.environ if name.startswith(("RAY_", "TUNE_"))}
+
+
 @pytest.fixture(scope="module")
 def finished(
     ray_cluster: None, tmp_path_factory: pytest.TempPathFactory
@@ -85,8 +90,11 @@ def finished(
     folder = tmp_path_factory.mktemp("sweep")
     write_table(folder / "molecules.csv")
     config = config_for(folder)
+    before = ray_settings()
     summary = sweep(config)
     assert not summary.already_finished
+    # Ray's own settings are for the search, not for what this process does later.
+    assert ray_settings() == before
     return config, storage.read_json(summary.results)
 
 
