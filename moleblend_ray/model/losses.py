@@ -36,6 +36,7 @@ __all__ = [
     "count_other_bonds",
     "edge_targets",
     "has_direction",
+    "has_path",
     "loss_counts",
     "loss_means",
     "noised_atoms",
@@ -52,8 +53,12 @@ IGNORE: Final = -100
 def spd_targets(batch: MoleculeBatch, num_classes: int) -> Tensor:
     """(B, N, N) int64: bonds - 1, at most num_classes - 1; IGNORE for self, unreachable and padding."""
     target = (batch.spd.long() - 1).clamp(max=num_classes - 1)
-    known = (batch.spd > 0) & (batch.spd != UNREACHABLE) & batch.pair_mask
-    return target.masked_fill(~known, IGNORE)
+    return target.masked_fill(~has_path(batch), IGNORE)
+
+
+def has_path(batch: MoleculeBatch) -> Tensor:
+    """(B, N, N) bool: pairs of two atoms that are joined by bonds."""
+    return (batch.spd > 0) & (batch.spd != UNREACHABLE) & batch.pair_mask
 
 
 def edge_targets(batch: MoleculeBatch, config: LossConfig) -> Tensor:
@@ -90,9 +95,7 @@ def count_other_bonds(batch: MoleculeBatch) -> Tensor:
 
 def loss_counts(batch: MoleculeBatch, blend: Blend, config: LossConfig) -> Tensor:
     """(7,) float64: divisor of each sum of ``pretraining_loss_sums``; needs no forward pass."""
-    spd = _pair_weight(
-        batch.pair_mask & (batch.spd > 0) & (batch.spd != UNREACHABLE), blend, config, Relation.SPD
-    )
+    spd = _pair_weight(has_path(batch), blend, config, Relation.SPD)
     edge = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)[..., None] * (
         edge_targets(batch, config) != IGNORE
     )
