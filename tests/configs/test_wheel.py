@@ -22,6 +22,9 @@ def test_moleblend_runs_from_a_wheel_with_conf_inside(tmp_path: Path) -> None:
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
+    # `jobs` or `infra` at the top of site-packages would be the modules of every project in that environment.
+    installed = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
+    assert installed == {"moleblend_ray"}
     assert (site / "moleblend_ray" / "conf" / "pretrain.yaml").is_file()
     assert (site / "moleblend_ray" / "py.typed").is_file()
     entry_points = next(site.glob("*.dist-info")) / "entry_points.txt"
