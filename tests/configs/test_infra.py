@@ -69,6 +69,16 @@ def test_an_image_runs_as_nobody_special_with_the_pinned_versions(target: str) -
     assert re.search(rf"^WORKDIR {HOME}$", text, re.M)
 
 
+def test_the_image_with_cuda_finds_the_driver_where_gke_mounts_it() -> None:
+    settings = dict(
+        re.findall(r"([A-Z_]+)=(\S+)", "".join(re.findall(r"^ENV .+", stages()["torch-gpu"], re.M)))
+    )
+    assert settings["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert settings["PATH"].split(":") == ["$PATH", "/usr/local/nvidia/bin"]
+    assert settings["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "nvidia" not in lineage("cpu")
+
+
 def test_the_recipe_names_no_package_index_and_pins_its_base() -> None:
     assert "://" not in RECIPE
     assert re.search(r"^ARG TORCH_INDEX$", RECIPE, re.M)
