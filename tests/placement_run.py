@@ -21,13 +21,14 @@ import elastic_run
 import ray
 import ray._private.state
 from nodes import actor_nodes, pending_requests
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import AutoscalingState
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration import local
 from moleblend_ray.orchestration.pretrain import pretrain
 from moleblend_ray.training.config import CheckpointConfig, TrainConfig
 
@@ -65,8 +66,9 @@ def main(data: str, out: str) -> None:
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
-    # Nothing here starts nodes by itself, and such a cluster is refused at once.
-    local._may_grow = lambda: True
+    # Without an autoscaler, such a cluster is refused at once. This is what one of version 2 reports; the nodes are added below.
+    state = AutoscalingState(autoscaler_state_version=1)
+    GcsClient(address=cluster.address).report_autoscaling_state(state.SerializeToString())
     summaries: list[Any] = []
     # Nodes must be started in the main thread (it sets signal handlers), so the run is in another.
     run = threading.Thread(

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ray
 import ray.experimental.internal_kv
+from ray.autoscaler.v2.sdk import get_cluster_status
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
@@ -163,11 +164,16 @@ def _may_grow() -> bool:
     groups = config.node_group_configs if config else ()
     if any(group.max_count == -1 or group.max_count > group.min_count for group in groups):
         return True
-    # Autoscalers that report no configuration report the types of their nodes. Without an autoscaler, Ray gives each
-    # node a type of its own.
+    # Autoscalers of version 1 that report no configuration report the types of their nodes. Without an autoscaler, Ray gives
+    # each node a type of its own.
     status = ray.experimental.internal_kv._internal_kv_get("__autoscaling_status")
     report = (json.loads(status).get("autoscaler_report") or {}) if status else {}
-    return any(not kind.startswith("node_") for kind in report.get("active_nodes") or {})
+    if any(not kind.startswith("node_") for kind in report.get("active_nodes") or {}):
+        return True
+    # Those of version 2 report nothing there. Their version counts what they did with nodes, beginning with the head node; without
+    # one, or with a monitor that only looks, it is 0.
+    found = get_cluster_status(ray.get_runtime_context().gcs_address)
+    return int(found.stats.autoscaler_version or 0) > 0
 
 
 def object_store_bytes(cluster: ClusterConfig) -> int:

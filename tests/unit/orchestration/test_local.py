@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import ray
+import ray._private.state
+import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
@@ -75,6 +78,29 @@ def test_a_cluster_that_may_grow_is_waited_for(
     monkeypatch.setattr(local, "_may_grow", lambda: True)
     local.require_resources({"CPU": 40}, "40 workers")
     assert "40 workers need 40 CPU (the cluster has 4)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("report", "version", "expected"),
+    [
+        (None, "0", False),  # no autoscaler, or a monitor of version 2 that only looks
+        ('{"autoscaler_report": {"active_nodes": {"node_e24a": 1}}}', "0", False),  # of version 1
+        ('{"autoscaler_report": {"active_nodes": {"headgroup": 1}}}', "0", True),
+        (None, "2", True),  # of version 2, with a head node alone
+    ],
+)
+def test_both_versions_of_the_autoscaler_are_recognized(
+    monkeypatch: pytest.MonkeyPatch, report: str | None, version: str, expected: bool
+) -> None:
+    status = SimpleNamespace(stats=SimpleNamespace(autoscaler_version=version))
+    context = SimpleNamespace(gcs_address="head:6379")
+    monkeypatch.setattr(ray._private.state.state, "get_cluster_config", lambda: None)
+    monkeypatch.setattr(
+        ray.experimental.internal_kv, "_internal_kv_get", lambda _: report and report.encode()
+    )
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(local, "get_cluster_status", {"head:6379": status}.__getitem__)
+    assert local._may_grow() is expected
 
 
 def test_local_paths_are_refused_on_several_machines(
