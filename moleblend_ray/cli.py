@@ -170,6 +170,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(_overview())
         return 0 if options.help else EXIT_CONFIG
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    is_terminated = threading.Event()
     try:
         if options.help:
             print(job_help(options.job))
@@ -178,7 +179,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             wanted = {"dry_run": options.dry_run, "as_json": options.as_json}
             if options.job == SUBMIT:
                 return submit_job(options.overrides, verbose=options.verbose, **wanted)
-            with _exit_on_sigterm():
+            with _exit_on_sigterm(is_terminated):
                 return run_job(options.job, options.overrides, **wanted)
     except MoleBlendError as error:
         # The text of an error from a Ray task contains the remote traceback; its cause is the plain error.
@@ -188,22 +189,24 @@ def _main(arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         _tell(errors, f"moleblend {options.job}", "interrupted; the same command continues")
         return EXIT_INTERRUPTED
-    except SystemExit as end:
-        if end.code != signal.SIGTERM:
+    except SystemExit:
+        # Its code is no sign: Ray raises another one, with 1, where the signal interrupts a wait for its results.
+        if not is_terminated.is_set():
             raise
         _tell(errors, f"moleblend {options.job}", "stopped by SIGTERM; the same command continues")
         return EXIT_UNFINISHED
 
 
 @contextlib.contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the body by an exception, so that a cluster that was started is stopped. Ray's handler, which replaces this
-    one while Ray runs, does the same; `pretrain` has one that commits the current step first."""
+def _exit_on_sigterm(is_terminated: threading.Event) -> Iterator[None]:
+    """SIGTERM sets ``is_terminated`` and ends the body by an exception, so that a cluster that was started is stopped. `pretrain`
+    has a handler that commits the current step first."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def leave(number: int, _: object) -> None:
+        is_terminated.set()
         sys.exit(number)
 
     before = signal.signal(signal.SIGTERM, leave)

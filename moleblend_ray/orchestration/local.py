@@ -9,10 +9,13 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.experimental.internal_kv
@@ -71,16 +74,30 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address == "local":
         address = None
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
         if address:
             _attach(address)
         else:
             _start(cluster, logical_cpus(cluster, data_cpus))
         try:
+            _take_sigterm_back(on_sigterm)
             _quiet_data()
             yield
         finally:
             ray.shutdown()
+
+
+def _take_sigterm_back(handler: Any) -> None:
+    """Have SIGTERM handled by ``handler``, or by that of `ray.init` if it is none of Python.
+
+    Ray's C++ code puts a handler of its own before that: it writes a stack trace, and ends a process that is still there three
+    seconds later by SIGABRT, while it shuts down in order.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGTERM, handler if callable(handler) else signal.getsignal(signal.SIGTERM)
+        )
 
 
 def logical_cpus(cluster: ClusterConfig, data_cpus: float | None = None) -> int:

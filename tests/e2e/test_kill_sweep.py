@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import finish, kill_when, moleblend
+from commands import LIMIT_S, finish, kill_when, moleblend
+
+from moleblend_ray.cli import EXIT_UNFINISHED
 
 NUM_TRIALS, NUM_EPOCHS = 6, 3
 NUM_SCORED = 4
@@ -138,3 +142,24 @@ def test_a_sweep_killed_at_its_start_and_among_its_trials_trains_each_finished_t
     failed = [trial for trial in trials if trial["status"] == "failed"]
     assert len(failed) == NUM_TRIALS - NUM_SCORED
     assert all("finetune.learning_rate" in trial["error"] for trial in failed)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_that_is_asked_to_stop_among_its_trials_says_so_and_ends_by_status_75(
+    tmp_path: Path,
+) -> None:
+    write_table(tmp_path / "molecules.csv")
+    # Its process then waits for the trials within Ray, where the signal finds it.
+    process = start(tmp_path, pause_s=5.0)
+    deadline = time.monotonic() + LIMIT_S
+    while not (tmp_path / LOG).exists():
+        assert process.poll() is None, "it ended before it was asked to"
+        assert time.monotonic() < deadline, "no trial began"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == EXIT_UNFINISHED, errors[-3000:]
+    assert errors.splitlines()[-1].endswith("stopped by SIGTERM; the same command continues")
+    # Nor does the stack trace of Ray's own handler appear, which would also end a slow shutdown by SIGABRT.
+    assert "SIGTERM received" not in errors
