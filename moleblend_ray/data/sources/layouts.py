@@ -38,6 +38,7 @@ from moleblend_ray.data.sources.text import (
     decode,
     fields,
     is_smiles_header,
+    stated_delimiter,
     unreadable,
 )
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
@@ -411,6 +412,12 @@ def _header(file: SourceFile, record: bytes) -> tuple[str, ...]:
         raise DataError(
             f"{file.uri}: its first line, in which names of columns are expected, is no text in UTF-8. Is it a workbook, or "
             "text in UTF-16? Save it as CSV in UTF-8."
+        )
+    stated = stated_delimiter(record)
+    if stated is not None:
+        raise DataError(
+            f"{file.uri}: its first line says that {stated!r} separates the cells; expected commas, semicolons or tabs. "
+            "Save it with one of these."
         )
     columns = tuple(_cells_of_header(record, file.format))
     _require_distinct(file, columns)

@@ -45,6 +45,8 @@ COMPRESSIONS: Final = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zst
 DELIMITERS: Final[dict[str, str]] = {"csv": ",", "tsv": "\t", "semicolon": ";"}
 
 _RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n", re.MULTILINE)
+_DELIMITER_LINE: Final = re.compile(rb'(?:\xef\xbb\xbf)?("?)sep=(?P<delimiter>[^\r\n])\1[\r\n]*')
+"""The line before the header with which Excel is told the delimiter."""
 
 
 class DamageError(Exception):
@@ -211,7 +213,8 @@ _UNPACK: Final[dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]]] = {
 
 
 def split_records(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
-    """Raw records, each with its line end: of a table including the header, of ``smi`` without one.
+    """Raw records, each with its line end: of a table including the header, of ``smi`` without one. A line ``sep=;`` before
+    the header of a table is left out.
 
     In the place of one that is too large there is its :class:`Beginning`.
     """
@@ -222,7 +225,24 @@ def split_records(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
         return sd_records(blocks, MAX_RECORD_BYTES)
     if form == "smi":
         return _smiles_lines(blocks, MAX_RECORD_BYTES)
-    return csv_records(blocks, DELIMITERS[form], MAX_RECORD_BYTES)
+    return _without_delimiter_line(csv_records(blocks, DELIMITERS[form], MAX_RECORD_BYTES))
+
+
+def stated_delimiter(record: bytes) -> str | None:
+    """The delimiter that the first line of a table states (``sep=;``, for Excel); None if it is another line."""
+    stated = _DELIMITER_LINE.fullmatch(record)
+    return None if stated is None else decode(stated["delimiter"])
+
+
+def _without_delimiter_line(records: Iterator[bytes]) -> Iterator[bytes]:
+    """The rows of a table but for a first one that states the delimiter: the header tells it, too.
+
+    One that states a delimiter which is not read stays, so that whoever reads the header can say so.
+    """
+    for first in records:
+        is_known = stated_delimiter(first) in DELIMITERS.values()
+        return records if is_known else chain([first], records)
+    return records
 
 
 def _whole(blocks: Iterator[bytes], max_bytes: int) -> Iterator[bytes]:

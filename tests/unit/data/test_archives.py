@@ -178,7 +178,7 @@ def test_tables_with_semicolons_may_be_in_archives(
     tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes]
 ) -> None:
     path = tmp_path / ("set.tar" if pack is tar else "set.zip")
-    path.write_bytes(pack({"a.csv": b"smiles;y\nC;1\n", "b.csv": b"smiles;y\nCC;2\n"}))
+    path.write_bytes(pack({"a.csv": b"smiles;y\nC;1\n", "b.csv": b"sep=;\r\nsmiles;y\nCC;2\n"}))
     assert smiles_and_labels(path) == [("C", 1.0), ("CC", 2.0)]
 
 

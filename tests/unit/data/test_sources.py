@@ -148,6 +148,32 @@ def test_the_header_says_which_delimiter_is_meant_whatever_the_ending(
     assert [record.labels.tolist() for record in records] == [[5.5], [6.0]]
 
 
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz", "table.tsv", "table.txt"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("line", ["sep={}\r\n", "\ufeffsep={}\r\n", '"sep={}"\n', "sep={}\n\n"])
+def test_the_line_with_which_excel_is_told_the_delimiter_is_no_header(
+    tmp_path: Path, name: str, delimiter: str, line: str
+) -> None:
+    rows = (("smiles", "id", "pIC50"), ("CCO", "a", "5.5"), ("CCN", "b", "6"))
+    text = line.format(delimiter) + "".join(delimiter.join(row) + "\r\n" for row in rows)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    records = records_of(path, rows_per_chunk=1, id_column="id")
+    assert [(record.row, record.mol_id) for record in records] == [(0, "a"), (1, "b")]
+    assert [record.labels.tolist() for record in records] == [[5.5], [6.0]]
+
+
+def test_such_a_line_is_left_out_at_the_beginning_only_and_may_name_no_other_delimiter(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("smiles\nC\nsep=x\nsep=;\nCC\n")
+    assert smiles_of(records_of(path, rows_per_chunk=2)) == ["C", "sep=x", "sep=;", "CC"]
+    path.write_text("sep=|\nsmiles|y\nCCO|1\n")
+    with pytest.raises(DataError, match=r"says that '\|' separates.*commas, semicolons or tabs"):
+        inspected(path)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -42,20 +42,21 @@ def write_csv(folder: Path, rows: Sequence[tuple[str, str, str]] = ROWS) -> str:
 
 
 @pytest.mark.parametrize(
-    ("name", "delimiter", "end"),
+    ("name", "delimiter", "end", "before"),
     [
-        ("trailing.csv", ",", ","),
-        ("semicolons.csv", ";", ""),
-        ("table.smi", ",", ""),
-        ("table.txt", "\t", ""),
+        ("trailing.csv", ",", ",", ""),
+        ("semicolons.csv", ";", "", ""),
+        ("excel.csv", ";", "", "sep=;\n"),
+        ("table.smi", ",", "", ""),
+        ("table.txt", "\t", "", ""),
     ],
 )
 def test_the_column_is_found_in_every_table_that_molecules_are_read_from(
-    tmp_path: Path, name: str, delimiter: str, end: str
+    tmp_path: Path, name: str, delimiter: str, end: str, before: str
 ) -> None:
     lines = [delimiter.join(row) for row in (("smiles", "y", "part"), *ROWS)]
     path = tmp_path / name
-    path.write_text(lines[0] + "\n" + "".join(f"{line}{end}\n" for line in lines[1:]))
+    path.write_text(before + lines[0] + "\n" + "".join(f"{line}{end}\n" for line in lines[1:]))
     assert {word: rows.tolist() for word, rows in rows_of_column(str(path), "part").items()} == {
         "train": [0, 3, 5],
         "validation": [1],
