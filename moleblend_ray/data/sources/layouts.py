@@ -40,6 +40,7 @@ from moleblend_ray.data.sources.text import (
     is_smiles_header,
     stated_delimiter,
     unreadable,
+    without_empty_end,
 )
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
 
@@ -183,8 +184,9 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
     id_column = config.id_column or known.id_column
     if id_column is not None:
         _require(file, "id_column", id_column, columns)
-    parsed = (fields(record, DELIMITERS[file.format]) for record in sample)
-    rows = [cells for cells in parsed if cells and len(cells) == len(columns)]
+    parsed = (fields(record, DELIMITERS[file.format]) or [] for record in sample)
+    whole = (without_empty_end(cells, len(columns)) for cells in parsed)
+    rows = [cells for cells in whole if len(cells) == len(columns)]
     # A column without a name holds row numbers, or nothing but what follows a last delimiter.
     others = [
         index

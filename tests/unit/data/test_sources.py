@@ -92,6 +92,17 @@ def test_a_table_gives_smiles_ids_and_numeric_labels(tmp_path: Path) -> None:
     )
 
 
+def test_a_delimiter_at_the_end_of_rows_hides_no_label(tmp_path: Path) -> None:
+    path = tmp_path / "assay.csv"
+    path.write_text("smiles,y,active\nCCO,1.5,yes,\nC,,2,,\nN,3,1\n")
+    assert [label.name for label in inspected(path).labels] == ["y"]
+    assert [record.labels.tolist() for record in records_of(path)] == [
+        [1.5],
+        [pytest.approx(np.nan, nan_ok=True)],
+        [3.0],
+    ]
+
+
 @pytest.mark.parametrize("name", ["t.tsv", "t.tsv.gz", "T.TSV"])
 def test_tab_separated_and_compressed_tables(tmp_path: Path, name: str) -> None:
     content = b"\xef\xbb\xbfsmiles\ty\r\nC\t1\r\nCC\t2\r\n"
