@@ -18,6 +18,7 @@ from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS, LABEL_PREFIX
+from moleblend_ray.data.sources.records import SourceSet
 from moleblend_ray.data.splits import UNNAMED, NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.conformer_set import ConformerSet
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_LABEL = 1e100
 """The squares of larger numbers, which programs write for missing ones, would overflow."""
+
+_WRITE_NUMBERS = "write classes as 0 and 1, and numbers with a decimal point (no comma), without units or signs such as >"
 
 FRACTIONS = (0.8, 0.1, 0.1)
 """Shares of training, validation and test."""
@@ -279,6 +282,20 @@ def _past_copies(smiles: Sequence[str], order: NDArray[np.int64], cut: int) -> i
     return cut
 
 
+def require_numbers(uri: str, sources: SourceSet, task: Task) -> None:
+    """DataError if the raw ``sources`` at ``uri`` are seen to have no label of the task before they are prepared."""
+    names = tuple(label.name for label in sources.labels)
+    if not names:
+        raise DataError(
+            f"{uri} has no column of numbers for the labels of task {task.name!r}. Set task.columns to columns of your "
+            f"file, and {_WRITE_NUMBERS}"
+        )
+    if set(names) <= set(sources.labels_without_numbers):
+        raise DataError(
+            f"{uri}: no row has a number in any of the columns {list(names)}: {_WRITE_NUMBERS}"
+        )
+
+
 def labels_of_task(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
     """The label columns of a task, or all if it names none; DataError if the prepared dataset at ``uri`` lacks one."""
     available = manifest.label_names()
@@ -321,10 +338,7 @@ def _check_labels(
 def _unreadable_remark(count: int) -> str:
     if not count:
         return ""
-    return (
-        f"; {count} of their cells hold something else than a number. Write classes as 0 and 1, and numbers without "
-        "units or signs such as >"
-    )
+    return f"; {count} of their cells hold something else than a number: {_WRITE_NUMBERS}"
 
 
 def _quarantine_sentence(manifest: Manifest) -> str:

@@ -41,6 +41,7 @@ from moleblend_ray.evaluation.dataset import (
     labels_of_task,
     load_labelled,
     only_used,
+    require_numbers,
     split_molecules,
     with_fewer_labels,
 )
@@ -138,6 +139,8 @@ def read_inputs(config: PropertyConfig) -> Inputs:
     sources = look_at_source(config.task, task.columns or None)
     if sources is None:
         labels_of_task(config.task.source, load_manifest(config.task.source), task)
+    else:
+        require_numbers(config.task.source, sources, task)
     return Inputs(start=start, named=named, sources=sources)
 
 

@@ -38,6 +38,12 @@ def is_numeric(cells: Iterable[str]) -> bool:
     return all(number(cell) is not None and cell.strip().lower() not in _TRUTH for cell in cells)
 
 
+def holds_number(cells: Iterable[str]) -> bool:
+    """Whether any cell of a sample holds a number, or true or false."""
+    values = map(number, cells)
+    return any(value is not None and not math.isnan(value) for value in values)
+
+
 def read_labels(
     names: Sequence[str], values: Mapping[str, str]
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import Final
 from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
-from moleblend_ray.data.sources.cells import is_numeric, sd_properties, sd_text
+from moleblend_ray.data.sources.cells import holds_number, is_numeric, sd_properties, sd_text
 from moleblend_ray.data.sources.parquet import (
     has_geometry,
     is_label_type,
@@ -97,6 +97,8 @@ class _View:
     is_empty: bool = False
     is_whole: bool = True
     """Whether ``columns`` is complete; an SD file longer than the sample may have more properties."""
+    without_numbers: frozenset[str] = frozenset()
+    """Columns in which no cell of the whole file is a number; none if the file is longer than the sample."""
 
 
 def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> SourceSet:
@@ -115,7 +117,20 @@ def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> Source
     for layout in layouts:
         if layout.file.geometry is not None:
             _check_geometry(layout)
-    return SourceSet(layouts=layouts, labels=labels)
+    return SourceSet(
+        layouts=layouts,
+        labels=labels,
+        labels_without_numbers=tuple(
+            label.name for label in labels if _is_without_numbers(label.name, views)
+        ),
+    )
+
+
+def _is_without_numbers(name: str, views: Sequence[_View]) -> bool:
+    return all(
+        name in view.without_numbers or (view.is_whole and name not in view.columns)
+        for view in views
+    )
 
 
 def _layout(view: _View, labels: tuple[str, ...]) -> SourceLayout:
@@ -179,6 +194,7 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
             return _View(file=file, is_empty=True)
         columns = _header(file, header[0])
         sample = _first_records(file, records, _SAMPLE_RECORDS)
+        is_whole = _is_at_end(records)
     known = published_table(columns) or PublishedTable(header=columns)
     smiles_column = _smiles_column(file, config, columns, known)
     id_column = config.id_column or known.id_column
@@ -194,8 +210,11 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
         if name and name not in (smiles_column, id_column)
     ]
     numeric = [columns[i] for i in others if rows and is_numeric(row[i] for row in rows)]
-    if file.format != "csv":
-        _warn_of_decimal_commas(file, columns, rows)
+    without = [columns[i] for i in others if not holds_number(row[i] for row in rows)]
+    asked = config.label_columns
+    _warn_of_decimal_commas(
+        file, columns, rows, [i for i in others if asked is None or columns[i] in asked]
+    )
     if known.labels is not None:
         numeric = [name for name in known.labels if name in columns]
     return _View(
@@ -206,16 +225,21 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> _View:
         numeric=tuple(LabelColumn(name, known.units.get(name)) for name in numeric),
         units=dict(known.units),
         is_empty=not sample,
+        without_numbers=frozenset(without if is_whole else ()),
     )
 
 
 def _warn_of_decimal_commas(
-    file: SourceFile, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    file: SourceFile,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    candidates: Sequence[int],
 ) -> None:
-    """Name the columns that look like numbers with a comma: 1,500 may be 1.5 or 1500, so they are not read as numbers."""
+    """Name the columns, of those at the indices ``candidates``, that look like numbers with a comma: 1,500 may be 1.5 or
+    1500, so they are not read as numbers."""
     found = [
-        name
-        for index, name in enumerate(columns)
+        columns[index]
+        for index in candidates
         if any(_DECIMAL_COMMA.fullmatch(row[index].strip()) for row in rows)
     ]
     if found:
@@ -295,6 +319,9 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> _View:
         for name in names
         if name != config.id_column and is_numeric(record.get(name, "") for record in properties)
     ]
+    without = [
+        name for name in names if not holds_number(record.get(name, "") for record in properties)
+    ]
     return _View(
         file=file,
         columns=names,
@@ -302,6 +329,7 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> _View:
         numeric=tuple(LabelColumn(name, None) for name in numeric),
         is_empty=not sample,
         is_whole=is_whole,
+        without_numbers=frozenset(without if is_whole else ()),
     )
 
 

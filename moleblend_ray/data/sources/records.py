@@ -95,6 +95,9 @@ class SourceSet:
 
     layouts: tuple[SourceLayout, ...]
     labels: tuple[LabelColumn, ...]
+    labels_without_numbers: tuple[str, ...] = ()
+    """Labels of which no record of any file holds a number, as far as the files are short enough to tell before they are
+    read."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

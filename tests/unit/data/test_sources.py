@@ -211,15 +211,39 @@ def test_names_in_another_encoding_are_told_as_such(tmp_path: Path) -> None:
         inspected(path, label_columns=("IC50 µM",))
 
 
-@pytest.mark.parametrize("delimiter", [";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
 def test_numbers_with_commas_are_told_and_not_guessed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, delimiter: str
 ) -> None:
     path = tmp_path / "table.csv"
-    path.write_text("smiles;y;z\nC;1,500;2\nCC;;3\n".replace(";", delimiter))
+    path.write_text('smiles;y;z\nC;"1,500";2\nCC;;3\n'.replace(";", delimiter))
     with caplog.at_level(logging.WARNING):
         assert [label.name for label in inspected(path).labels] == ["z"]
     assert "columns y hold numbers with commas" in caplog.text
+
+
+def test_columns_that_are_not_asked_for_may_hold_numbers_with_commas(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text('smiles,alerts,z\nC,"3,14",2\n')
+    with caplog.at_level(logging.WARNING):
+        assert [label.name for label in inspected(path, label_columns=("z",)).labels] == ["z"]
+    assert caplog.text == ""
+
+
+def test_labels_without_a_number_are_told_of_files_that_the_sample_holds_whole(
+    tmp_path: Path,
+) -> None:
+    columns = ("a", "b", "c")
+    (tmp_path / "1.csv").write_text("smiles,a,b,c\nC,>10,yes,\nC,,,n/a\n")
+    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == columns
+    (tmp_path / "2.csv").write_text("smiles,b\nC,true\n")
+    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ("a", "c")
+    (tmp_path / "3.sdf").write_text(sd_record("m", c=1))
+    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ("a",)
+    (tmp_path / "4.csv").write_text("smiles,a\n" + "C,>10\n" * 1000 + "C,3\n")
+    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ()
 
 
 def test_a_delimiter_line_of_an_sd_file_may_go_on(tmp_path: Path) -> None:

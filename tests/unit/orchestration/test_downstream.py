@@ -191,6 +191,26 @@ def test_a_missing_column_is_found_before_ray_is_started(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "columns", "message"),
+    [
+        ("smiles,y\nCCO,active\nC,inactive\n", (), "has no column of numbers for the labels"),
+        ("smiles,y\nCCO,active\nC,inactive\n", ("y",), r"no row has a number in any of.*\['y'\]"),
+        ('smiles,y\nCCO,"1,5"\nC,\n', ("y",), r"write .* decimal point \(no comma\)"),
+        ("smiles;y\nCCO;1,5\nC;>10\n", ("y",), r"write .* decimal point \(no comma\)"),
+        ("smiles,y\nCCO,\nC,?\n", ("y",), "no row has a number"),
+    ],
+)
+def test_a_table_without_a_label_is_found_before_ray_is_started(
+    tmp_path: Path, no_ray: None, content: str, columns: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "table.csv").write_text(content)
+    task = TaskConfig(name="sider", source=str(tmp_path / "table.csv"), columns=columns)
+    with pytest.raises(DataError, match=message):
+        finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_that_a_prepared_dataset_lacks_is_found_before_ray_is_started(
     tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
