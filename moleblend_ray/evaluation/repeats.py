@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.relations.skeletons import fragments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,13 +29,9 @@ class Repeats:
     None if there is none."""
 
     @classmethod
-    def of(cls, smiles: Sequence[str], split: Split) -> Repeats:
-        """Among the molecules of ``split``, by (M,) SMILES of all."""
-        # Here, as results are read and written where there is no RDKit.
-        from moleblend_ray.chemistry.inchi import parent_keys
-
-        rows = [int(row) for part in split for row in part]
-        keys = dict(zip(rows, parent_keys([smiles[row] for row in rows]), strict=True))
+    def of(cls, smiles: Sequence[str], graphs: MoleculeBlock, split: Split) -> Repeats:
+        """Among the molecules of ``split``, by (M,) SMILES and graphs of all."""
+        keys = _keys(smiles, graphs)
         first: dict[str, int] = {}
         seen: dict[str, list[tuple[int, int]]] = {}
         for name, part in split._asdict().items():
@@ -45,3 +45,33 @@ class Repeats:
             valid_seen=len(seen["valid"]),
             example=pairs[0] if pairs else None,
         )
+
+
+def _keys(smiles: Sequence[str], graphs: MoleculeBlock) -> list[str]:
+    """(M,) texts that are equal for the forms of one molecule."""
+    # Here, as results are read and written where there is no RDKit.
+    from moleblend_ray.chemistry.inchi import parent_keys
+
+    # A key takes RDKit half a millisecond, and most molecules are like no other.
+    texts = _with_shared_skeletons(smiles, graphs)
+    keys = dict(zip(texts, parent_keys(texts), strict=True))
+    return [keys.get(text, text) for text in smiles]
+
+
+def _with_shared_skeletons(smiles: Sequence[str], graphs: MoleculeBlock) -> list[str]:
+    """The different SMILES, in order, that have a fragment whose skeleton occurs in another of them, too.
+
+    Fragments of one heavy atom count in molecules that have no others: the fragment that a key is of is chosen likewise.
+    """
+    different = list(dict.fromkeys(smiles))
+    number = {text: index for index, text in enumerate(different)}
+    found = fragments(graphs.num_atoms, graphs.num_bonds, graphs.atom_features[:, 0], graphs.bonds)
+    is_large = found.num_heavy > 1
+    has_large = np.zeros(len(smiles), dtype=np.bool_)
+    has_large[found.molecules[is_large]] = True
+    counts = is_large | ~has_large[found.molecules]
+    numbers = np.array([number[text] for text in smiles], dtype=np.int64)[found.molecules[counts]]
+    # Each skeleton once in each SMILES.
+    pairs = np.unique(np.stack([found.skeletons[counts], numbers.astype(np.uint64)]), axis=1)
+    _, inverse, occurrences = np.unique(pairs[0], return_inverse=True, return_counts=True)
+    return [different[index] for index in np.unique(pairs[1, occurrences[inverse] > 1])]

@@ -88,7 +88,7 @@ logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
 
-_MANY_MOLECULES: Final = 10_000
+_MANY_MOLECULES: Final = 50_000
 """Molecules of which it takes seconds to find those that occur more than once."""
 
 _TASK_SETTINGS: Final = {
@@ -173,7 +173,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     molecules, split = only_used(molecules, split)
     if len(molecules) >= _MANY_MOLECULES:
         logger.info("looking for molecules that occur more than once among %d", len(molecules))
-    repeats = Repeats.of(molecules.smiles, split)
+    repeats = Repeats.of(molecules.smiles, molecules.block, split)
     _warn_of_seen(repeats, molecules, split)
     if may_read_descriptors(config):
         logger.info("computing the descriptors of %d molecules", len(molecules))

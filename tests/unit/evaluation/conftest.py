@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,31 +29,38 @@ def all_smiles() -> list[str]:
     return [substituent + ring for ring in RINGS for substituent in SUBSTITUENTS]
 
 
+def block_of(molecules: Sequence[Molecule]) -> MoleculeBlock:
+    """The graphs of molecules, without coordinates."""
+    num_atoms = np.array([molecule.num_atoms for molecule in molecules], dtype=np.int32)
+    return MoleculeBlock(
+        molecule_ids=np.arange(len(molecules), dtype=np.int64),
+        num_atoms=num_atoms,
+        num_bonds=np.array([molecule.num_bonds for molecule in molecules], dtype=np.int32),
+        atom_features=np.concatenate([molecule.atom_features for molecule in molecules]),
+        bonds=np.concatenate([molecule.bonds for molecule in molecules]),
+        bond_features=np.concatenate([molecule.bond_features for molecule in molecules]),
+        positions=np.zeros((int(num_atoms.sum()), 3), dtype=np.float32),
+        position_mask=np.zeros(int(num_atoms.sum()), dtype=np.bool_),
+        descriptors=undescribed(len(molecules)),
+    )
+
+
+def molecules_of(smiles: Sequence[str], **settings: Any) -> list[Molecule]:
+    """The molecules of SMILES, all of which must be ones."""
+    found = [molecule_from_smiles(text, FeaturizeConfig(**settings)) for text in smiles]
+    assert all(isinstance(molecule, Molecule) for molecule in found)
+    return [molecule for molecule in found if isinstance(molecule, Molecule)]
+
+
 @pytest.fixture
 def make_labelled() -> MakeLabelled:
     """Builds LabelledMolecules from SMILES and labels (M, T)."""
 
     def build(smiles: Sequence[str], labels: np.ndarray) -> LabelledMolecules:
-        molecules = []
-        for text in smiles:
-            outcome = molecule_from_smiles(text, FeaturizeConfig())
-            assert isinstance(outcome, Molecule), outcome
-            molecules.append(outcome)
-        num_atoms = np.array([molecule.num_atoms for molecule in molecules], dtype=np.int32)
-        block = MoleculeBlock(
-            molecule_ids=np.arange(len(molecules), dtype=np.int64),
-            num_atoms=num_atoms,
-            num_bonds=np.array([molecule.num_bonds for molecule in molecules], dtype=np.int32),
-            atom_features=np.concatenate([molecule.atom_features for molecule in molecules]),
-            bonds=np.concatenate([molecule.bonds for molecule in molecules]),
-            bond_features=np.concatenate([molecule.bond_features for molecule in molecules]),
-            positions=np.zeros((int(num_atoms.sum()), 3), dtype=np.float32),
-            position_mask=np.zeros(int(num_atoms.sum()), dtype=np.bool_),
-            descriptors=undescribed(len(molecules)),
-        )
+        molecules = molecules_of(smiles)
         labels = np.asarray(labels, dtype=np.float64).reshape(len(molecules), -1)
         return LabelledMolecules(
-            block=block,
+            block=block_of(molecules),
             mol_ids=tuple(f"mol_{row}" for row in range(len(molecules))),
             smiles=tuple(molecule.smiles for molecule in molecules),
             labels=labels,

@@ -109,10 +109,12 @@ def test_molecules_in_two_parts_are_told_with_an_example_before_training(
     smiles = ("CCN", "CCO", "CCC", "Cl.CCN")
     molecules: Any = SimpleNamespace(smiles=smiles, mol_ids=("a", "b", "c", "d"))
     split = Split(*map(np.array, ([0], [1], [2])))
-    downstream._warn_of_seen(Repeats.of(smiles, split), molecules, split)
+    repeats = Repeats(distinct=3, test_seen=0, valid_seen=0, example=None)
+    downstream._warn_of_seen(repeats, molecules, split)
     assert not caplog.text
     split = Split(*map(np.array, ([0], [1], [2, 3])))
-    downstream._warn_of_seen(Repeats.of(smiles, split), molecules, split)
+    repeats = Repeats(distinct=3, test_seen=1, valid_seen=0, example=(3, 0))
+    downstream._warn_of_seen(repeats, molecules, split)
     assert "1 of 2 test molecules are also in the training or validation part" in caplog.text
     assert "'d' (Cl.CCN) is 'a' (CCN)" in caplog.text
 
