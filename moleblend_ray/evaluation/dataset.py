@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_LABEL = 1e100
 """The squares of larger numbers, which programs write for missing ones, would overflow."""
+_SMALLEST_SCALE = 1e-100
+"""If no label of a column is as large as this, the squares of their differences are rounded to 0."""
 
 _WRITE_NUMBERS = "write classes as 0 and 1, and numbers with a decimal point (no comma), without units or signs such as >"
 
@@ -333,6 +335,21 @@ def _check_labels(
             f"{uri}: column {columns[index]!r} of task {task.name!r} has the value {labels[row, index]:g} for molecule "
             f"{mol_ids[row]!r}, the first of {int(wrong.sum())}; {expected}"
         )
+    if task.kind is TaskKind.REGRESSION:
+        _check_scale(uri, task, columns, labels)
+
+
+def _check_scale(
+    uri: str, task: Task, columns: tuple[str, ...], labels: NDArray[np.float64]
+) -> None:
+    for column, values in zip(columns, labels.T, strict=True):
+        largest = float(np.nanmax(np.abs(values), initial=0.0))
+        if 0 < largest < _SMALLEST_SCALE:
+            raise DataError(
+                f"{uri}: the values of column {column!r} of task {task.name!r} are at most {largest:g}, too small to "
+                f"compute with; expected some of at least {_SMALLEST_SCALE:g}. Write them in another unit, or their "
+                "logarithms"
+            )
 
 
 def _unreadable_remark(count: int) -> str:

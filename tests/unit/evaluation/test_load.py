@@ -119,3 +119,10 @@ def test_labels_that_cannot_be_used_are_told_with_their_molecule(
     uri = prepare("smiles,y\n" + "".join(f"{smiles},{cell}\n" for smiles, cell in rows))
     with pytest.raises(DataError, match=message):
         load_labelled(uri, resolve_task("own", columns=("y",), kind=TaskKind(kind)))
+
+
+def test_labels_whose_squares_would_be_0_are_told_with_their_column(prepare: Prepare) -> None:
+    uri = prepare("smiles,a,b,c\nCCO,1e-200,1e-9,0\nCCN,-3e-200,2e-9,0\nCCC,,1e-200,0\n")
+    assert load_labelled(uri, number("b", "c")).columns == ("b", "c")
+    with pytest.raises(DataError, match=r"column 'a' .* at most 3e-200, too small .*another unit"):
+        load_labelled(uri, number("a", "b"))
