@@ -95,7 +95,7 @@ def _finished(uri: str) -> DataStatus:
 
 
 def _unfinished(uri: str) -> DataStatus:
-    plan = storage.read_json(storage.join(uri, PLAN_NAME))
+    plan = storage.read_object(storage.join(uri, PLAN_NAME))
     receipts = [name for name in listed(uri, RECEIPTS_DIR) if is_chunk_receipt(name)]
     stride = max(1, -(-len(receipts) // _MOST_RECEIPTS))
     with ThreadPoolExecutor(_THREADS) as pool:

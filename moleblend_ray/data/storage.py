@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 """Names of local files before they get the names they are written for."""
 _GLOB_CHARACTERS: Final = frozenset("*?[")
+_FOREIGN: Final = "it is damaged, or another program wrote it."
 
 
 class FileInfo(NamedTuple):
@@ -171,9 +172,30 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:
-        raise DataError(
-            f"{uri} is not a JSON document ({error}): it is damaged, or another program wrote it."
-        ) from error
+        raise DataError(f"{uri} is not a JSON document ({error}): {_FOREIGN}") from error
+
+
+def read_object(uri: str, *members: str) -> dict[str, Any]:
+    """A JSON object with these ``members`` (:func:`require_members`)."""
+    value = read_json(uri)
+    require_members(uri, value, *members)
+    found: dict[str, Any] = value
+    return found
+
+
+def require_members(uri: str, value: Any, *members: str) -> None:
+    """DataError unless the JSON document ``value`` of the file ``uri`` is an object that has all ``members``.
+
+    ``task.name`` is the member ``name`` of the object ``task``.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"{uri} holds no JSON object: {_FOREIGN}")
+    for member in members:
+        inner: Any = value
+        for name in member.split("."):
+            if not isinstance(inner, dict) or name not in inner:
+                raise DataError(f"{uri} has no {member!r}: {_FOREIGN}")
+            inner = inner[name]
 
 
 def write_json(uri: str, value: Any) -> None:

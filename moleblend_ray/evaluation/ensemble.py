@@ -78,7 +78,7 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
         if is_property_model(uri):
             found.append(uri)
         elif storage.exists(results):
-            seeds = storage.read_json(results)["final"]["seeds"]
+            seeds = storage.read_object(results, "final.seeds")["final"]["seeds"]
             found += [storage.join(uri, seed["model"]) for seed in seeds]
         else:
             raise CheckpointError(

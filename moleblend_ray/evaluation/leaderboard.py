@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,6 +16,11 @@ from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.tasks import Metric
+
+logger = logging.getLogger(__name__)
+
+_RESULTS = ("task.name", "task.metric", "data.molecules", "data.split.hash", "final.test.mean")
+"""Members that the results of all versions have, and few other files of this name."""
 
 LEADERBOARD_VERSION = 1
 """Version of the layout of ``leaderboard.json``."""
@@ -213,7 +219,7 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
 def read_row(out: str, folder: str) -> TaskRow | None:
     """The row of the results in the folder ``folder`` of ``out``; None if they are not finished."""
     try:
-        results = storage.read_json(storage.join(out, folder, RESULTS_NAME))
+        results = storage.read_object(storage.join(out, folder, RESULTS_NAME), *_RESULTS)
     except storage.NotFoundError:
         return None
     return row_of_results(results, folder)
@@ -223,11 +229,12 @@ def read_leaderboard(out: str) -> Leaderboard:
     """The leaderboard of a directory, from the results in it.
 
     ``leaderboard.json`` tells of tasks without results. If there is none, every folder with results is a task, or the
-    directory itself is one. Raises DataError if there are no results.
+    directory itself is one; a file of this name that another program wrote is left out with a warning. Raises DataError if
+    there are no results.
     """
     uri = storage.join(out, f"{LEADERBOARD_NAME}.json")
     if storage.exists(uri):
-        rows = [_stored_row(value) for value in storage.read_json(uri)["tasks"]]
+        rows = [_stored_row(uri, value) for value in storage.read_object(uri, "tasks")["tasks"]]
         folders = [row.results or row.name for row in rows]
         if any(map(is_elsewhere, folders)):
             raise DataError(
@@ -237,7 +244,9 @@ def read_leaderboard(out: str) -> Leaderboard:
         base = storage.absolute(out).rstrip("/")
         names = [file.uri[len(base) + 1 :] for file in storage.list_files(out)]
         folders = [
-            name.removesuffix(RESULTS_NAME).rstrip("/") for name in names if _is_results(name)
+            name.removesuffix(RESULTS_NAME).rstrip("/")
+            for name in names
+            if _is_results(name) and _is_ours(storage.join(out, name))
         ]
         rows = [TaskRow(name=folder, status=Status.WAITING) for folder in folders]
     # The directory of a single task holds the results itself.
@@ -336,8 +345,9 @@ def _row_json(row: TaskRow) -> dict[str, Any]:
     return {**value, "reference": None if reference is None else reference.name}
 
 
-def _stored_row(value: Mapping[str, Any]) -> TaskRow:
-    """What ``leaderboard.json`` says about a task without results."""
+def _stored_row(uri: str, value: Any) -> TaskRow:
+    """What the ``leaderboard.json`` at ``uri`` says about a task without results."""
+    storage.require_members(uri, value, "name", "status", "reason", "results")
     status = Status(value["status"])
     if status is Status.FINISHED:
         status = Status.WAITING
@@ -349,6 +359,16 @@ def _stored_row(value: Mapping[str, Any]) -> TaskRow:
 def _is_results(path: str) -> bool:
     folder, _, name = path.rpartition("/")
     return name == RESULTS_NAME and "/" not in folder
+
+
+def _is_ours(uri: str) -> bool:
+    value = storage.read_json(uri)
+    try:
+        storage.require_members(uri, value, *_RESULTS)
+    except DataError as error:
+        logger.warning("left out: %s", error)
+        return False
+    return True
 
 
 def rows_of_states(out: str, states: Sequence[TaskRow]) -> tuple[TaskRow, ...]:

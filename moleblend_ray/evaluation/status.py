@@ -17,6 +17,7 @@ from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
     EMBEDDINGS_NAME,
     EPOCHS_DIR,
+    IDENTITY_NAME,
     LEADERBOARD_NAME,
     MODELS_DIR,
     PARTS_DIR,
@@ -44,6 +45,11 @@ PARTS_KINDS: Final = {
     "PredictConfig": PartsKind("predict", PREDICTIONS_NAME, "predictions"),
 }
 """Name of its configuration -> command."""
+
+TRAINING_JOBS: Final = ("FinetuneConfig", "SweepConfig")
+
+_RESULTS: Final = ("task.name", "task.metric", "task.higher_is_better", "trials", "final.test.mean")
+"""What is read of the results."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +124,10 @@ class TasksStatus:
 
 def tasks_status(uri: str) -> TasksStatus:
     """The status of a directory with a leaderboard."""
-    board = storage.read_json(storage.join(uri, f"{LEADERBOARD_NAME}.json"))
+    board_uri = storage.join(uri, f"{LEADERBOARD_NAME}.json")
+    board = storage.read_object(board_uri, "tasks")
+    for row in board["tasks"]:
+        storage.require_members(board_uri, row, "name", "status")
     tasks = tuple(
         TaskStatus(name=row["name"], state=row["status"], reason=row.get("reason", ""))
         for row in board["tasks"]
@@ -141,7 +150,7 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     kind = PARTS_KINDS[identity["config"]["job"]]
     there = _listed(uri, PARTS_DIR)
     size = sum(info.size for info in there)
-    summary = _read(uri, kind.summary_name)
+    summary = _read(uri, kind.summary_name, "parts")
     if summary is not None:
         return PartsStatus(
             kind=kind.command,
@@ -193,10 +202,11 @@ def _preparing(data_uri: str) -> str:
 
 def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     """The status of a sweep or fine-tuning whose config.json is ``identity``."""
+    storage.require_members(storage.join(uri, IDENTITY_NAME), identity, "config.task.name")
     config = identity["config"]
     is_sweep = config["job"] == "SweepConfig"
-    results = _read(uri, RESULTS_NAME)
-    trials = [record for info in _listed(uri, EPOCHS_DIR) if (record := _json(info.uri))]
+    results = _read(uri, RESULTS_NAME, *_RESULTS)
+    trials = [record for info in _listed(uri, EPOCHS_DIR) if _is_trial(record := _json(info.uri))]
     wanted = config.get("final_seeds") or config.get("seeds") or [0]
     seeds = sum(storage.name_of(info.uri) == SEED_RESULT_NAME for info in _listed(uri, MODELS_DIR))
     baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
@@ -277,8 +287,24 @@ def _listed(uri: str, folder: str) -> list[storage.FileInfo]:
         return []
 
 
-def _read(uri: str, name: str) -> Any:
-    return _json(storage.join(uri, name))
+def _read(uri: str, name: str, *members: str) -> Any:
+    """The object in a file; None if it is not there or not whole. DataError if it lacks one of the ``members``."""
+    value = _json(storage.join(uri, name))
+    if value is not None:
+        storage.require_members(storage.join(uri, name), value, *members)
+    return value
+
+
+def _is_trial(record: Any) -> bool:
+    """Whether it is what a trial writes: an object for each epoch."""
+    return (
+        bool(record)
+        and isinstance(record, list)
+        and all(
+            isinstance(epoch, dict) and {"valid_score", "best_valid_score"} <= set(epoch)
+            for epoch in record
+        )
+    )
 
 
 def _json(uri: str) -> Any:

@@ -467,7 +467,7 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     uri = storage.join(config.out, RESULTS_NAME)
     if not storage.exists(uri):
         return None
-    results: dict[str, Any] = storage.read_json(uri)
+    results = storage.read_object(uri, "results_version")
     _check_version(uri, results)
     data_uri = storage.join(config.out, DATA_DIR)
 

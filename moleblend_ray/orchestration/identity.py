@@ -40,7 +40,7 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
     """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note."""
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
-        _compare(out, storage.read_json(uri), identity)
+        _compare(out, storage.read_object(uri, "config"), identity)
     else:
         storage.write_json(uri, redact(identity))
 
@@ -53,7 +53,7 @@ def check_finished(
 
     ``inputs`` gives the present fingerprints. If inputs are gone, the results still count as finished.
     """
-    stored = storage.read_json(storage.join(out, IDENTITY_NAME))
+    stored = storage.read_object(storage.join(out, IDENTITY_NAME), "config")
     _compare(out, stored["config"], question)
     try:
         present = inputs()

@@ -414,7 +414,7 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     uri = storage.join(out, job.summary_name)
     if not storage.exists(uri):
         return None
-    summary: dict[str, Any] = storage.read_json(uri)
+    summary = storage.read_object(uri, job.counted)
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME
 from moleblend_ray.evaluation.status import (
     PARTS_KINDS,
+    TRAINING_JOBS,
     PartsStatus,
     SweepStatus,
     TasksStatus,
@@ -60,9 +61,10 @@ def status(config: StatusConfig) -> Status:
         return data_status(uri)
     document = _document(uri)
     settings = document.get("config")
-    if isinstance(settings, Mapping) and "job" in settings:
-        if settings["job"] in PARTS_KINDS:
-            return parts_status(uri, document)
+    job = str(settings.get("job")) if isinstance(settings, Mapping) else ""
+    if job in PARTS_KINDS:
+        return parts_status(uri, document)
+    if job in TRAINING_JOBS:
         return sweep_status(uri, document)
     if isinstance(settings, Mapping) and "order" in settings:
         return run_status(uri, document)

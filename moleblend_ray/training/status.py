@@ -262,10 +262,9 @@ def _checkpoints(uri: str) -> tuple[tuple[CheckpointStatus, ...], list[Commit]]:
 
 def _finished(uri: str) -> Mapping[str, Any] | None:
     try:
-        summary: Mapping[str, Any] = storage.read_json(storage.join(uri, FINISHED_NAME))
+        return storage.read_object(storage.join(uri, FINISHED_NAME))
     except storage.NotFoundError:
         return None
-    return summary
 
 
 def _age_s(commit: Commit | None, now: datetime) -> float | None:

@@ -323,6 +323,21 @@ def test_json_is_the_same_bytes_for_equal_values(base: str) -> None:
         storage.read_json(two)
 
 
+def test_an_object_of_another_program_is_told_by_what_it_lacks(tmp_path: Path) -> None:
+    uri = str(tmp_path / "a.json")
+    storage.write_json(uri, {"task": {"name": "esol", "unit": None}, "trials": []})
+    assert storage.read_object(uri, "task.name", "task.unit", "trials")["trials"] == []
+    for member in ("final", "task.metric", "task.name.first", "trials.0"):
+        with pytest.raises(
+            DataError, match=rf"a\.json has no '{member}'.*another program wrote it"
+        ):
+            storage.read_object(uri, "task", member)
+    for value in ([], 3, None, "task"):
+        storage.write_json(uri, value)
+        with pytest.raises(DataError, match=r"a\.json holds no JSON object"):
+            storage.read_object(uri)
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -25,6 +25,7 @@ from moleblend_ray.evaluation.leaderboard import (
     TaskRow,
     compare,
     read_leaderboard,
+    read_row,
     row_of_results,
     rows_of_states,
 )
@@ -319,6 +320,22 @@ def test_results_without_a_leaderboard_are_found_in_folders_or_in_the_directory_
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds neither .*nor finished results"):
         read_leaderboard(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("foreign", [[], {}, {"task": {"name": "x"}}, 3], ids=str)
+def test_results_of_another_program_are_left_out_where_none_are_expected_and_else_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, foreign: Any
+) -> None:
+    write_results(tmp_path, "esol", ESOL)
+    write_results(tmp_path, "other", foreign)
+    assert [row.name for row in read_leaderboard(str(tmp_path)).rows] == ["esol"]
+    assert "left out: " in caplog.text
+    assert "other/results.json" in caplog.text
+    with pytest.raises(DataError, match=r"other/results\.json .*another program wrote it"):
+        read_row(str(tmp_path), "other")
+    storage.write_json(str(tmp_path / "leaderboard.json"), foreign)
+    with pytest.raises(DataError, match=r"leaderboard\.json .*another program wrote it"):
+        read_leaderboard(str(tmp_path))
 
 
 def test_a_gain_in_percent_is_given_where_it_means_something() -> None:

@@ -239,6 +239,35 @@ def test_settings_of_another_program_are_those_of_no_command(
         status(StatusConfig(run=str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    "foreign", [[], {}, {"task": {"name": "x"}}, {"tasks": [{"id": 1}]}, 3], ids=str
+)
+@pytest.mark.parametrize("name", ["results.json", "embeddings.json", "leaderboard.json"])
+def test_a_file_of_another_program_is_named(tmp_path: Path, name: str, foreign: object) -> None:
+    job = {"results.json": "SweepConfig", "embeddings.json": "EmbedConfig"}.get(name)
+    if job is not None:
+        settings = {"config": {"job": job, "task": {"name": "esol"}}}
+        storage.write_json(str(tmp_path / "config.json"), settings)
+    storage.write_json(str(tmp_path / name), foreign)
+    with pytest.raises(DataError, match=rf"{name} (has|holds) no .*another program wrote it"):
+        status(StatusConfig(run=str(tmp_path)))
+
+
+@pytest.mark.parametrize("foreign", [[], {"epoch": 1}, [{"epoch": 1}], [1], 3], ids=str)
+def test_a_file_of_another_program_among_those_of_trials_is_left_out(
+    tmp_path: Path, foreign: object
+) -> None:
+    storage.write_json(str(sweep(tmp_path) / "tune/epochs/c.json"), foreign)
+    assert document(tmp_path)["trials_begun"] == 2
+
+
+@pytest.mark.parametrize("job", ["Other", 3, [], None], ids=str)
+def test_a_job_of_another_program_is_none_of_ours(tmp_path: Path, job: object) -> None:
+    storage.write_json(str(tmp_path / "config.json"), {"config": {"job": job}})
+    with pytest.raises(DataError, match="holds nothing that a command of moleblend began"):
+        status(StatusConfig(run=str(tmp_path)))
+
+
 def test_an_empty_uri_is_refused() -> None:
     with pytest.raises(ConfigError, match="run: expected a path or URI"):
         load_config(StatusConfig, "status", ["run=''"])
