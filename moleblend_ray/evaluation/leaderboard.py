@@ -72,6 +72,11 @@ class TaskRow:
     """Whether a larger score is better."""
     molecules: int = 0
     """Molecules with labels, all parts together."""
+    test_molecules: int = 0
+    """Molecules of the test part."""
+    test_seen: int = 0
+    """Of these, those that are also among the molecules for training or validation (``Repeats``); 0 also for results of
+    before this was counted."""
     split: str = ""
     """How the molecules were divided."""
     split_hash: str = ""
@@ -206,6 +211,8 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         unit=(task["unit"] or "") if Metric(task["metric"]).is_error else "",
         higher_is_better=task["higher_is_better"],
         molecules=data["molecules"],
+        test_molecules=data["split"].get("test", 0),
+        test_seen=data.get("repeats", {}).get("test_seen", 0),
         split=data["split"]["kind"],
         split_hash=data["split"]["hash"],
         results=folder,

@@ -38,7 +38,8 @@ FIGURE_PATH = "figures/leaderboard.png"
 
 CSV_COLUMNS = (
     "task", "status", "metric", "unit", "higher_is_better", "molecules", "split", "split_hash", "model", "is_baseline",
-    "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason",
+    "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason", "test_molecules",
+    "test_seen",
 )  # fmt: skip
 """Columns of the CSV file. It has one line per task and model, and one without a model for a task without scores.
 Values of seeds are separated by spaces."""
@@ -98,6 +99,8 @@ def csv_text(board: Leaderboard) -> str:
             "molecules": str(row.molecules),
             "split": row.split,
             "split_hash": row.split_hash,
+            "test_molecules": str(row.test_molecules),
+            "test_seen": str(row.test_seen),
         }
         writer.writerows({**common, **_csv_scores(row, model)} for model in row.models)
     return buffer.getvalue()
@@ -140,6 +143,8 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
             *(_markdown_row(row, models) for row in board.finished),
             "",
         ]
+        seen = _seen_note(board)
+        lines += [_cell(seen).replace("*", "\\*"), ""] if seen else []
     if figure is not None:
         lines += [f"![gain over the best baseline]({figure})", ""]
     if models:
@@ -157,7 +162,7 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
         text = "" if score is None else _mean_and_std(score.test)
         cells.append(f"**{text}**" if model.name in row.best else text)
     return (
-        f"| {_cell(row.name)} | {_cell(_metric(row))} | {row.molecules:,} | {' | '.join(cells)} |"
+        f"| {_cell(row.name)} | {_cell(_metric(row))} | {_molecules(row)} | {' | '.join(cells)} |"
     )
 
 
@@ -185,6 +190,7 @@ def _markdown_others(board: Leaderboard) -> list[str]:
 def html_text(board: Leaderboard, figure: bytes | None) -> str:
     """The leaderboard as one page that needs no other file; ``figure`` is a PNG."""
     parts = [f"<h1>{_text(board.title)}</h1>", f"<p>{_text(_summary(board))}</p>"]
+    seen = _seen_note(board)
     if board.models:
         parts += [
             "<section><h2>Standings</h2>",
@@ -192,6 +198,7 @@ def html_text(board: Leaderboard, figure: bytes | None) -> str:
             "</section>",
             "<section><h2>Test scores</h2>",
             _html_scores(board),
+            *([f"<p class='soft'>{_text(seen)}</p>"] if seen else []),
             "</section>",
         ]
     if figure is not None:
@@ -225,7 +232,7 @@ def _html_scores(board: Leaderboard) -> str:
     for row in board.finished:
         scores = {model.name: model for model in row.models}
         cells = [
-            f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {row.molecules:,}</small></td>"
+            f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {_molecules(row)}</small></td>"
         ]
         for model in models:
             score = scores.get(model.name)
@@ -378,6 +385,26 @@ def _metric(row: TaskRow) -> str:
     arrow = "↑" if row.higher_is_better else "↓"
     unit = f", {row.unit}" if row.unit else ""
     return f"{Metric(row.metric).shown_name} {arrow}{unit}"
+
+
+def _molecules(row: TaskRow) -> str:
+    """Their number, with the mark that :func:`_seen_note` explains."""
+    return f"{row.molecules:,}{'*' * bool(row.test_seen)}"
+
+
+def _seen_note(board: Leaderboard) -> str:
+    """Says which scores are partly of molecules that took part in training or in choices; empty if none are."""
+    said = [
+        f"{row.test_seen:,} of {row.test_molecules:,} in {row.name}"
+        for row in board.finished
+        if row.test_seen
+    ]
+    if not said:
+        return ""
+    return (
+        f"* Test molecules that are also among those for training or validation, as they are or in another form: "
+        f"{', '.join(said)}. Scores may be better than those of new molecules."
+    )
 
 
 def _because(row: TaskRow) -> str:

@@ -214,6 +214,31 @@ def test_markdown_shows_the_results_rounded_with_the_best_in_bold() -> None:
     assert "mean of &lt;train> \\| a&b" in text
 
 
+def test_test_molecules_that_were_seen_in_training_are_told_beside_the_scores() -> None:
+    data = {
+        "molecules": 1234,
+        "split": {"kind": "scaffold", "hash": "5f" * 8, "test": 124},
+        "repeats": {"distinct": 1200, "test_seen": 17, "valid_seen": 0},
+    }
+    rows = (row_of_results(ESOL, "esol"), row_of_results({**BBBP, "data": data}, "bbbp"))
+    seen = Leaderboard(title="x", rows=rows)
+    note = "in another form: 17 of 124 in bbbp. Scores may be better than those of new molecules."
+    text = markdown_text(seen, None)
+    assert "| esol | RMSE ↓, log10(mol/L) | 1,234 |" in text
+    assert "| bbbp | ROC-AUC ↑ | 1,234* |" in text
+    page = html_text(seen, None)
+    assert "ROC-AUC ↑ · 1,234*<" in page
+    for shown in (text, page):
+        assert note in shown
+    assert "another form" not in markdown_text(board(), None) + html_text(board(), None)
+    lines = list(csv.DictReader(io.StringIO(csv_text(seen))))
+    assert [(x["task"], x["test_seen"], x["test_molecules"]) for x in lines[2:4]] == [
+        ("esol", "0", "0"),
+        ("bbbp", "17", "124"),
+    ]
+    assert compare({"a": seen, "b": seen}).rows[1].test_seen == 17
+
+
 @pytest.mark.parametrize(
     ("values", "shown"),
     [
