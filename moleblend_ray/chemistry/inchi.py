@@ -75,8 +75,8 @@ def parent_keys(smiles: Sequence[str], timeout_s: float = TIMEOUT_S) -> list[str
     mobile hydrogens.
 
     That is the InChIKey, without its protonation, of the largest fragment that is no usual counterion and has several
-    atoms, or else of the largest; where there is no key, that fragment itself. Stereoisomers and isotopologues have keys
-    of their own.
+    atoms, or else of the largest; where there is no key, that fragment itself. Stereoisomers, a molecule with open stereo
+    beside them, isotopologues, and tautomers that differ in hydrogens on carbon (keto and enol) have keys of their own.
     """
     fragments = [sorted(text.split("."), key=_size_of, reverse=True) for text in smiles]
     different = list(dict.fromkeys(fragment for parts in fragments for fragment in parts))

@@ -15,7 +15,8 @@ from moleblend_ray.relations.skeletons import fragments
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repeats:
     """How often molecules occur again. Salts, protonation states and tautomers of a molecule are forms of it; stereoisomers
-    are molecules of their own."""
+    (one with open stereo, too) and tautomers that differ in hydrogens on carbon (keto and enol) are molecules of their
+    own."""
 
     distinct: int
     """Number of different molecules in all parts."""

@@ -24,7 +24,11 @@ FORMS = [
     ("Cc1c[nH]cn1", "Cc1cnc[nH]1"),
     ("C[C@H](N)C(=O)O", "C[C@H]([NH3+])C(=O)[O-]"),
     ("C[C@@H](N)C(=O)O",),
+    # Open stereo.
     ("CC(N)C(=O)O",),
+    # Keto and enol.
+    ("CC(=O)CC(C)=O",),
+    ("CC(O)=CC(C)=O",),
     ("C1CCCCC1",),
     ("c1ccccc1",),
     ("C[N+](C)(C)C.[Br-]", "C[N+](C)(C)C.[I-]"),
