@@ -342,7 +342,8 @@ def _spelled_out(job: Job, overrides: Sequence[str]) -> list[str]:
     """The overrides in full: a first one without KEY= gets the first key of the job, a flag its value."""
     flags = {f"--{flag}": f"{flag}=true" for flag in job.flags}
     given = [flags.get(text, text) for text in overrides]
-    if job.first_key and given and not re.match(r"[~+]|[\w./@]+=", given[0]):
+    # "~KEY" is hydra's deletion, "~/runs" a path that was quoted for the shell.
+    if job.first_key and given and not re.match(r"\+|~[^/]+\Z|[\w./@]+=", given[0]):
         value = given[0]
         if not re.fullmatch(r"[\w./:-]+", value):  # It contains characters with a meaning in hydra.
             value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

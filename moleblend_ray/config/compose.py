@@ -109,7 +109,7 @@ def _prepare_override(job: str, override: str, groups: Mapping[str, str | None])
     """`override` in hydra's grammar: group choices as they are, values as additions, odd strings quoted."""
     key, equals, value = override.partition("=")
     if not equals:
-        if key.startswith("~"):
+        if key.startswith("~") and "/" not in key:  # hydra's deletion, no path
             return override
         raise ConfigError(f"override {override!r}: expected KEY=VALUE")
     # hydra's "+" for what no file mentions: here never needed and always allowed.

@@ -330,6 +330,9 @@ def least_arguments(job: str) -> list[str]:
         (["runs/it's here"], ["data='runs/it\\'s here'"]),
         (["data=x", "--verify"], ["data=x", "verify=true"]),
         (["examples=1"], ["examples=1"]),
+        (["~/runs/demo"], ["data='~/runs/demo'"]),
+        (["~"], ["data='~'"]),
+        (["~examples"], ["~examples"]),
     ],
 )
 def test_a_bare_first_argument_is_the_main_setting_of_its_job(
@@ -338,6 +341,16 @@ def test_a_bare_first_argument_is_the_main_setting_of_its_job(
     assert cli._spelled_out(cli.JOBS["data"], given) == spelled
     config = load_config(InspectConfig, "data", cli._spelled_out(cli.JOBS["data"], ["a b/'c'=1"]))
     assert config.data == "a b/'c'=1"
+
+
+def test_a_quoted_home_is_a_path_and_no_deletion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["status", "~/demo"]) == cli.EXIT_ERROR
+    assert f"{tmp_path}/demo holds nothing that a command" in capsys.readouterr().err
+    assert cli.main(["finetune", "~/demo"]) == cli.EXIT_CONFIG
+    assert "override '~/demo': expected KEY=VALUE" in capsys.readouterr().err
 
 
 def test_looking_at_a_place_without_data_is_an_error_of_one_line(

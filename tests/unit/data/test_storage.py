@@ -323,6 +323,13 @@ def test_json_is_the_same_bytes_for_equal_values(base: str) -> None:
         storage.read_json(two)
 
 
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write_bytes("~/runs/a", b"x")
+    assert storage.absolute("~/runs/a") == str(tmp_path / "runs/a")
+    assert (tmp_path / "runs/a").read_bytes() == storage.read_bytes("~/runs/a") == b"x"
+
+
 def test_an_object_of_another_program_is_told_by_what_it_lacks(tmp_path: Path) -> None:
     uri = str(tmp_path / "a.json")
     storage.write_json(uri, {"task": {"name": "esol", "unit": None}, "trials": []})
