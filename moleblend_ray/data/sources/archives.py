@@ -78,7 +78,8 @@ def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
     DataError if an archive holds molecules in two formats, or a member because of which it is rejected.
     """
     if file.container is None:
-        yield Member("", decompressed(blocks_of(stream)))
+        size = file.size - (file.geometry.size if file.geometry else 0)
+        yield Member("", decompressed(_whole(blocks_of(stream), size)))
         return
     for name, form, blocks in _molecule_members(file.uri, file.container, file.members, stream):
         expected = "csv" if file.format == "semicolon" else file.format
@@ -88,6 +89,20 @@ def contents(file: SourceFile, stream: BinaryIO) -> Iterator[Member]:
                 f"Choose some by ARCHIVE!PATTERN, such as {file.uri}!*.{expected}."
             )
         yield Member(name, decompressed(blocks))
+
+
+def _whole(blocks: Iterator[bytes], num_bytes: int) -> Iterator[bytes]:
+    """The blocks; DamageError if they have fewer bytes. Where the end of a connection is that of the file, as for web
+    servers that do not say how long it is, nothing else tells that it was cut off."""
+    given = 0
+    for block in blocks:
+        given += len(block)
+        yield block
+    if given < num_bytes:
+        raise DamageError(
+            f"it ended after {given:,} of {num_bytes:,} bytes, which it had when it was looked at; the connection was lost, or "
+            "the file has changed"
+        )
 
 
 def first_format(uri: str, container: Container, pattern: str, stream: BinaryIO) -> Format | None:

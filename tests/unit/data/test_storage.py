@@ -148,6 +148,8 @@ class WithoutLength(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     content: ClassVar = b"smiles,y\n" + b"CC,1\n" * 500_000
+    is_cut: ClassVar = False
+    """Whether a connection of which the end is that of the file is closed earlier."""
 
     def do_HEAD(self) -> None:
         self.send_response(200)
@@ -163,7 +165,7 @@ class WithoutLength(BaseHTTPRequestHandler):
             pieces = [whole]
         elif self.path.startswith("/closing"):
             self.send_header("Connection", "close")
-            pieces = [whole]
+            pieces = [whole[:middle] if self.is_cut else whole]
         else:
             self.send_header("Transfer-Encoding", "chunked")
             parts = [whole[:middle], whole[middle:], b""]
@@ -207,6 +209,17 @@ def test_a_file_of_unknown_size_that_breaks_off_is_an_error(lengthless: str) -> 
     uri = f"{lengthless}/broken.csv"
     with pytest.raises(StorageError, match=rf"Cannot read {uri}: .*[Pp]ayload"):
         find_sources(uri)
+
+
+def test_a_file_whose_end_is_that_of_the_connection_is_as_long_as_when_it_was_looked_at(
+    lengthless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{lengthless}/closing.csv"
+    (layout,) = inspect_sources(find_sources(uri), ColumnConfig()).layouts
+    monkeypatch.setattr(WithoutLength, "is_cut", True)
+    size = len(WithoutLength.content)
+    with pytest.raises(DataError, match=f"ended after {size // 2:,} of {size:,} bytes"):
+        list(read_chunks(layout, 0, 100_000))
 
 
 class AnsweringWith(BaseHTTPRequestHandler):
