@@ -21,9 +21,9 @@ import elastic_run
 import ray
 import ray._private.state
 from nodes import actor_nodes, pending_requests
-from ray._raylet import GcsClient
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.cluster_utils import Cluster
-from ray.core.generated.autoscaler_pb2 import AutoscalingState
+from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[attr-defined]
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig

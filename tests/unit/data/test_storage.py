@@ -352,7 +352,8 @@ def test_an_object_of_another_program_is_told_by_what_it_lacks(tmp_path: Path) -
             DataError, match=rf"a\.json has no '{member}'.*another program wrote it"
         ):
             storage.read_object(uri, "task", member)
-    for value in ([], 3, None, "task"):
+    others: list[Any] = [[], 3, None, "task"]
+    for value in others:
         storage.write_json(uri, value)
         with pytest.raises(DataError, match=r"a\.json holds no JSON object"):
             storage.read_object(uri)

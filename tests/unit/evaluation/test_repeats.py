@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from moleblend_ray.chemistry import inchi
 from moleblend_ray.chemistry.inchi import parent_keys
@@ -45,7 +46,7 @@ FORMS = [
 ]
 
 
-def repeats(smiles: Sequence[str], *parts: Sequence[int], **settings: Any) -> Repeats:
+def repeats(smiles: Sequence[str], *parts: Sequence[int] | NDArray[np.int64], **settings: Any) -> Repeats:
     split = Split(*(np.array(part, dtype=np.int64) for part in parts))
     return Repeats.of(smiles, block_of(molecules_of(smiles, **settings)), split)
 
@@ -79,7 +80,13 @@ def test_keys_are_made_only_of_molecules_that_may_be_forms_of_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(inchi, "parent_keys", lambda texts: asked.extend(texts) or list(texts))
+
+    def noting(texts: Iterable[str]) -> list[str]:
+        given = list(texts)
+        asked.extend(given)
+        return given
+
+    monkeypatch.setattr(inchi, "parent_keys", noting)
     salts = ["CCCN.Cl", "CCCO.Cl", "CCCF.[Na+].[Cl-]"]
     like = ["CC(=O)CC", "CC(O)=CC", "Cl.CCCCN", "CCCC[NH3+]", "[Na+].[Cl-]", "[K+].[Cl-]"]
     smiles = [*salts, "CC#C", "CC#C", *like, "CC1CC1"]

@@ -14,8 +14,8 @@ def of_graph(symbols: str, *bonds: tuple[int, int]) -> Fragments:
     """The fragments of one molecule."""
     elements = np.array([ELEMENT_SYMBOLS.index(name) for name in symbols.split()], dtype=np.uint8)
     ends = np.array(bonds, dtype=np.uint16).reshape(-1, 2)
-    counts = (np.array([number], dtype=np.int32) for number in (len(elements), len(ends)))
-    return fragments(*counts, elements, ends)
+    num_atoms, num_bonds = (np.array([len(each)], dtype=np.int32) for each in (elements, ends))
+    return fragments(num_atoms, num_bonds, elements, ends)
 
 
 def test_fragments_are_found_with_their_heavy_atoms_and_molecules() -> None:
