@@ -46,7 +46,9 @@ FORMS = [
 ]
 
 
-def repeats(smiles: Sequence[str], *parts: Sequence[int] | NDArray[np.int64], **settings: Any) -> Repeats:
+def repeats(
+    smiles: Sequence[str], *parts: Sequence[int] | NDArray[np.int64], **settings: Any
+) -> Repeats:
     split = Split(*(np.array(part, dtype=np.int64) for part in parts))
     return Repeats.of(smiles, block_of(molecules_of(smiles, **settings)), split)
 
