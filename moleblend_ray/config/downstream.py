@@ -273,7 +273,8 @@ class EmbedConfig(LibraryConfig):
     """Pretraining run, checkpoint, exported or fine-tuned model."""
     conformers: bool | None = None
     """Make one seeded conformer for each molecule whose source has no coordinates; otherwise it stays 2D. null: as the
-    model was fine-tuned; for a pretrained one, make them."""
+    model was fine-tuned (one tuned without coordinates does not see those of the source either); for a pretrained one,
+    make them."""
 
     def __post_init__(self) -> None:
         check_all(*locations(self, "checkpoint"), *self._library_checks())
@@ -288,8 +289,8 @@ class PredictConfig(LibraryConfig):
     of all its seeds; or a list of these. All must answer the same question; several are an ensemble."""
     conformers: int | None = None
     """Conformers of each molecule over which predictions are averaged. Where the source has no coordinates so many
-    are made, with seeds; 0 makes none, and such molecules stay 2D. Of coordinates that are there, the first. null: as
-    many as the models were fine-tuned with, none for models that see 2D relations alone."""
+    are made, with seeds; of coordinates that are there, the first. 0: none, so the models see 2D relations alone. null:
+    as many as the models were fine-tuned with, none for models that see 2D relations alone."""
     applicability: float | None = None
     """Tanimoto similarity (ECFP4) to the nearest training molecule from which on a molecule counts as in the
     models' domain; null: each model's own, the 5th percentile of its training molecules."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from moleblend_ray.model.batch import MoleculeBatch
 MOLECULE_COLUMNS = ("mol_id", "source_row", "smiles", "conformer_status")
 """Columns of a shard that are copied to the output of a model."""
 
+_TWO_DIMENSIONAL: Final = "none"
+"""Status of a molecule without coordinates."""
+
 CHUNK = 1024
 """Conformers whose relation matrices are in memory at once."""
 
@@ -29,6 +32,20 @@ def views_of(table: pa.Table, most_conformers: int) -> NDArray[np.int64]:
     stored = table["num_conformers"].to_numpy().astype(np.int64)
     views: NDArray[np.int64] = np.clip(stored, 1, max(1, most_conformers))
     return views
+
+
+def without_coordinates(table: pa.Table) -> pa.Table:
+    """The rows of a shard table as of molecules that have 2D relations alone, whatever coordinates the source has."""
+    replaced = {
+        "conformer_status": _TWO_DIMENSIONAL,
+        "num_conformers": 0,
+        "positions": [],
+        "position_mask": [],
+    }
+    for name, value in replaced.items():
+        place, field = table.schema.get_field_index(name), table.schema.field(name)
+        table = table.set_column(place, field, pa.array([value] * len(table), field.type))
+    return table
 
 
 def batches_by_size(

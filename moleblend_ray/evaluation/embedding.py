@@ -17,6 +17,7 @@ from moleblend_ray.evaluation.batches import (
     batches_by_size,
     descriptors_of_views,
     views_of,
+    without_coordinates,
 )
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
 from moleblend_ray.evaluation.property_model import SavedProperty
@@ -36,7 +37,7 @@ def part_schema(dim: int, predictions: Sequence[str]) -> pa.Schema:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Embedder:
-    """A model and how to run it: every relation visible, with the stored first conformer, without dropout."""
+    """A model and how to run it: with the stored first conformer or 2D relations alone, without dropout."""
 
     model: MoleBlendModel
     """The encoder, in evaluation mode on `device`."""
@@ -50,6 +51,8 @@ class Embedder:
     """Molecules computed at once."""
     device: torch.device
     """Device on which they are computed."""
+    coordinates: bool
+    """Whether the model sees the coordinates of a molecule that has some."""
 
     @classmethod
     def build(
@@ -61,6 +64,7 @@ class Embedder:
         fingerprint: str,
         batch_size: int,
         device: torch.device,
+        coordinates: bool = True,
     ) -> Embedder:
         """Move the encoder ``start``, and the fine-tuned model that it comes from, to ``device``."""
         if fine_tuned is not None:
@@ -72,6 +76,7 @@ class Embedder:
             fingerprint=fingerprint,
             batch_size=batch_size,
             device=device,
+            coordinates=coordinates,
         )
 
     @property
@@ -99,6 +104,8 @@ class Embedder:
 
     def part(self, table: pa.Table) -> pa.Table:
         """The rows of a shard table in their order, with embeddings and, for a fine-tuned model, predictions."""
+        if not self.coordinates:
+            table = without_coordinates(table)
         embeddings, outputs = self._run(table)
         flat = pa.array(embeddings.reshape(-1), type=pa.float32())
         columns = [table[name] for name in MOLECULE_COLUMNS]

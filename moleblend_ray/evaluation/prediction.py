@@ -19,6 +19,7 @@ from moleblend_ray.evaluation.batches import (
     batches_by_size,
     descriptors_of_views,
     views_of,
+    without_coordinates,
 )
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, question_of
 from moleblend_ray.evaluation.property_model import TrainedProperty
@@ -35,7 +36,7 @@ class Predictor:
     domains: tuple[ApplicabilityDomain, ...]
     """The distinct applicability domains of the members; empty if a member has none."""
     conformers: int
-    """Number of conformers used per molecule, the first ones; 0 and 1: only the first."""
+    """Number of conformers used per molecule, the first ones; 0: none, also where the source has coordinates."""
     threshold: float | None
     """Least similarity of a molecule inside the domain; None: that of each model."""
     batch_size: int
@@ -109,6 +110,8 @@ class Predictor:
 
     def part(self, table: pa.Table) -> pa.Table:
         """The rows of a shard table in their order, with predictions and their uncertainty."""
+        if not self.conformers:
+            table = without_coordinates(table)
         views = views_of(table, self.conformers)
         combined = combine(self._values(table, views), views)
         columns = [table[name] for name in MOLECULE_COLUMNS]

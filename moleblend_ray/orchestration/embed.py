@@ -81,6 +81,7 @@ def load_embedder(config: EmbedConfig, device: torch.device) -> Embedder:
     fingerprint = (
         property_fingerprint(config.checkpoint, fine_tuned) if fine_tuned else start.fingerprint
     )
+    tuned_flat = fine_tuned is not None and fine_tuned.conformers == 0
     return Embedder.build(
         start,
         fine_tuned,
@@ -88,4 +89,5 @@ def load_embedder(config: EmbedConfig, device: torch.device) -> Embedder:
         fingerprint=fingerprint or "",
         batch_size=config.batch_size,
         device=device,
+        coordinates=config.conformers is not None or not tuned_flat,
     )

@@ -12,8 +12,9 @@ import torch
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.data.block import GraphColumns, block_from_table, gather
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
+from moleblend_ray.evaluation.batches import without_coordinates
 from moleblend_ray.evaluation.ensemble import Member
 from moleblend_ray.evaluation.finetune import predict
 from moleblend_ray.evaluation.prediction import Predictor
@@ -95,7 +96,10 @@ def member(
 
 
 def predictor(
-    *members: Member, conformers: int = 3, threshold: float | None = None, batch_size: int = 64
+    *members: Member,
+    conformers: int | None = 3,
+    threshold: float | None = None,
+    batch_size: int = 64,
 ) -> Predictor:
     return Predictor.build(
         members, conformers=conformers, threshold=threshold, batch_size=batch_size, device=CPU
@@ -146,13 +150,39 @@ def test_with_one_conformer_the_first_counts_and_there_is_no_column_of_spreads(
     table: pa.Table,
 ) -> None:
     one = member(0)
-    for conformers in (0, 1):
-        found = predictor(one, conformers=conformers).part(table)
-        np.testing.assert_allclose(
-            numbers(found, "prediction"), by_hand(one, table, 0), rtol=1e-4, atol=1e-6
-        )
-        assert found["std:a"].null_count == table.num_rows
+    found = predictor(one, conformers=1).part(table)
+    np.testing.assert_allclose(
+        numbers(found, "prediction"), by_hand(one, table, 0), rtol=1e-4, atol=1e-6
+    )
+    assert found["std:a"].null_count == table.num_rows
+    assert "conformer_std:a" not in found.column_names
+
+
+def test_models_tuned_without_coordinates_do_not_see_those_of_the_source(table: pa.Table) -> None:
+    one = member(0)
+    trained = dataclasses.replace(one.saved.trained, conformers=0)
+    flat = dataclasses.replace(one, saved=SavedProperty(one.saved.model, trained))
+    without = without_coordinates(table)
+    expected = by_hand(one, without, 0)
+    assert np.abs(expected - by_hand(one, table, 0))[: len(FLEXIBLE)].max() > 1e-4
+    for asked in (predictor(one, conformers=0), predictor(flat, conformers=None)):
+        found = asked.part(table)
+        np.testing.assert_allclose(numbers(found, "prediction"), expected, rtol=1e-4, atol=1e-6)
+        assert set(found["conformer_status"].to_pylist()) == {"none"}
         assert "conformer_std:a" not in found.column_names
+    seeing = predictor(flat, conformers=1).part(table)
+    np.testing.assert_allclose(
+        numbers(seeing, "prediction"), by_hand(one, table, 0), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_without_coordinates_the_rest_of_a_table_stays(table: pa.Table) -> None:
+    flat = without_coordinates(table)
+    assert flat.schema.equals(table.schema)
+    coordinates = ["num_conformers", "positions", "position_mask", "conformer_status"]
+    assert flat.drop_columns(coordinates).equals(table.drop_columns(coordinates))
+    block = block_from_table(flat, np.arange(len(flat)))
+    assert not block.position_mask.any()
 
 
 def test_what_stands_beside_a_molecule_does_not_matter(table: pa.Table) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,11 +23,19 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import CheckpointError, ConfigError
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.evaluation.batches import without_coordinates
+from moleblend_ray.evaluation.property_model import (
+    Standardisation,
+    TrainedProperty,
+    save_property_model,
+)
+from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.inference import _featurize
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.hub import save_pretrained
-from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts
-from moleblend_ray.orchestration.embed import embed, embed_job
+from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.parts import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
 
@@ -160,6 +169,40 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
     parts._prepare(predict_job(config), SimpleNamespace(conformers=4))
     assert found == [made]
+
+
+@pytest.mark.parametrize(
+    ("tuned_with", "relations", "asked", "seen"),
+    [
+        (0, "2d+3d", None, False),
+        (1, "2d", None, False),
+        (1, "2d+3d", None, True),
+        (0, "2d+3d", True, True),
+        (0, "2d+3d", False, True),
+    ],
+)
+def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unless_asked_to(
+    tmp_path: Path, tuned_with: int, relations: str, asked: bool | None, seen: bool
+) -> None:
+    torch.manual_seed(0)
+    trained = TrainedProperty(
+        task="esol",
+        kind=TaskKind.REGRESSION,
+        columns=("y",),
+        unit="",
+        standardisation=Standardisation(mean=np.zeros(1), std=np.ones(1)),
+        conformers=tuned_with,
+    )
+    model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig(relations=relations))
+    save_property_model(model, trained, str(tmp_path))
+    config = EmbedConfig(checkpoint=str(tmp_path), source="/a.sdf", out="/o", conformers=asked)
+    embedder = load_embedder(config, torch.device("cpu"))
+    table = _featurize(["CCCO", "OCCc1ccccc1"], 1, 256).molecules
+    assert min(table["num_conformers"].to_pylist()) == 1
+    vectors = [
+        embedder.part(part)["embedding"].to_pylist() for part in (table, without_coordinates(table))
+    ]
+    assert (vectors[0] != vectors[1]) == seen
 
 
 @pytest.mark.parametrize(
