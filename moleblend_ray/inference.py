@@ -7,7 +7,7 @@ same code, so a molecule gets the same numbers (up to rounding: what shares a ba
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -194,6 +194,13 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
     """SMILES by their place, whatever index a data frame has; what is missing is whatever the container holds for it."""
     if isinstance(smiles, str):
         raise DataError(f"expected a list of SMILES, found one text: [{smiles!r}]")
+    # Iterating over a table gives the names of its columns, and some names (C, N) are SMILES.
+    if isinstance(smiles, Mapping) or hasattr(smiles, "columns"):
+        names = getattr(smiles, "column_names", getattr(smiles, "columns", smiles))
+        raise DataError(
+            f"expected a list of SMILES, found a table ({type(smiles).__name__}) with the columns "
+            f"{[str(name) for name in names]}; give the column that holds them"
+        )
     return [item.as_py() if isinstance(item, pa.Scalar) else item for item in smiles]
 
 

@@ -192,6 +192,18 @@ def test_columns_of_tables_are_taken_by_place_with_their_gaps(
         assert table["prediction:y"].null_count == 1
 
 
+def test_a_whole_table_is_not_taken_for_its_column_names(
+    tmp_path: Path, encoder: mb.MoleculeEncoder
+) -> None:
+    pd = pytest.importorskip("pandas")
+    columns = {"C": ["CCO", "CCN"], "label": ["1", "2"]}
+    predictor = mb.PropertyPredictor.from_pretrained(fine_tuned(tmp_path / "m", 0))
+    for table in (pd.DataFrame(columns), pa.table(columns), columns):
+        for ask in (encoder.encode, predictor.predict):
+            with pytest.raises(DataError, match=r"found a table \(.*columns \['C', 'label'\]"):
+                ask(table)
+
+
 def test_wrong_arguments_are_named(tmp_path: Path, encoder: mb.MoleculeEncoder) -> None:
     model = fine_tuned(tmp_path / "m", 0)
     refused: tuple[tuple[dict[str, Any], str], ...] = (
