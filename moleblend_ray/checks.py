@@ -59,13 +59,15 @@ def as_member(kind: type[E], value: E | str | None, name: str) -> E | None:
 
 
 def locations(config: object, *names: str) -> Iterator[Check]:
-    """The fields are paths or URIs: no empty string, and in a tuple of several at least one, none of them empty."""
+    """The fields are paths or URIs: texts, none of them empty, and in a tuple of several at least one."""
     for name, value, null in _values(config, names):
-        several = (value,) if isinstance(value, str) else value
+        several = value if isinstance(value, tuple | list) else (value,)
+        are_texts = all(isinstance(item, str) for item in several)
+        expected = "a path or URI" if are_texts else "a path or URI as text"
         found = "an empty string" if value == "" else repr(value)
         yield (
-            bool(several) and "" not in several,
-            f"{name}: expected {null}a path or URI, found {found}",
+            bool(several) and are_texts and "" not in several,
+            f"{name}: expected {null}{expected}, found {found}",
         )
 
 

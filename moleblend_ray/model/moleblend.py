@@ -5,6 +5,7 @@ Shape legend: B molecules, N atoms (padded), T = N + 1 tokens, S real tokens pac
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Final
 
@@ -115,7 +116,7 @@ class MoleBlendModel(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, uri: str) -> MoleBlendModel:
+    def from_pretrained(cls, uri: str | os.PathLike[str]) -> MoleBlendModel:
         """Load the model at ``uri``, on the CPU and in evaluation mode.
 
         ``uri`` is the path or URI of a directory with ``model.safetensors`` and ``config.json``, or of a file of
@@ -123,13 +124,13 @@ class MoleBlendModel(nn.Module):
         """
         from moleblend_ray.model import hub  # it needs this class
 
-        return hub.from_pretrained(uri)
+        return hub.from_pretrained(os.fspath(uri))
 
-    def save_pretrained(self, uri: str) -> None:
+    def save_pretrained(self, uri: str | os.PathLike[str]) -> None:
         """Write the weights and the configuration into the directory ``uri``."""
         from moleblend_ray.model import hub  # it needs this class
 
-        hub.save_pretrained(self, uri)
+        hub.save_pretrained(self, os.fspath(uri))
 
     def init_weights(self) -> None:
         """Draw new weights, with a seed from PyTorch's generator; for models of the meta device, after ``to_empty``."""

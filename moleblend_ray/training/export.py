@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from typing import Any, Final
 
@@ -37,12 +38,13 @@ def split_checkpoint_uri(uri: str) -> tuple[str, int | None]:
     return (match["run"], int(match["step"])) if match else (uri, None)
 
 
-def load_model(uri: str) -> MoleBlendModel:
+def load_model(uri: str | os.PathLike[str]) -> MoleBlendModel:
     """The model that ``uri`` names, on the CPU, in evaluation mode.
 
     ``uri`` is a run (its export if it is finished, else its newest committed checkpoint), one checkpoint folder
     of a run, a folder with ``model.safetensors``, or a file of official parameters (``.pt``, ``.npz``).
     """
+    uri = os.fspath(uri)
     run, step = split_checkpoint_uri(uri)
     if step is not None:
         return _from_commit(run, read_commit(run, step))

@@ -231,6 +231,13 @@ def test_a_gpu_that_is_not_there_is_told(tmp_path: Path) -> None:
         mb.MoleculeEncoder.from_pretrained(fine_tuned(tmp_path / "m", 0), device="cuda")
 
 
+def test_models_are_saved_and_loaded_by_path_objects_too(tmp_path: Path) -> None:
+    model = MoleBlendModel(TINY).eval()
+    model.save_pretrained(tmp_path / "saved")
+    for load in (mb.load_model, mb.MoleBlend.from_pretrained):
+        assert load(tmp_path / "saved").config == TINY
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names no model"):
         mb.MoleculeEncoder.from_pretrained(str(tmp_path))
