@@ -45,6 +45,15 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
         storage.write_json(uri, redact(identity))
 
 
+def check_claim(out: str, known: Mapping[str, Any]) -> None:
+    """Raise ConfigError if ``out`` is noted for another question; ``known`` is the part of the identity that is known before
+    any work."""
+    uri = storage.join(out, IDENTITY_NAME)
+    if storage.exists(uri):
+        stored = storage.read_object(uri, "config")
+        _compare(out, {name: stored.get(name) for name in known}, known)
+
+
 def check_finished(
     out: str, question: Mapping[str, Any], inputs: Callable[[], Mapping[str, str | None]]
 ) -> None:

@@ -43,7 +43,7 @@ from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.downstream import look_at_source, prepare_molecules
-from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs
+from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
 from moleblend_ray.orchestration.local import (
     ray_session,
     require_labels,
@@ -138,7 +138,9 @@ def run_parts(job: PartsJob) -> Outcome:
         return Outcome(summary=stored, already_finished=True)
     # Read here as well, to find errors of the model before molecules are prepared and actors are started.
     maker = job.load(torch.device("cpu"))
-    # Likewise those of the source, before Ray is started.
+    # Preparing a library can take hours, and would write into results of something else.
+    check_claim(config.out, {"config": job.question(), "checkpoint_fingerprint": maker.fingerprint})
+    # Likewise errors of the source, before Ray is started.
     sources = look_at_source(config, _LABEL_COLUMNS)
     with ray_session(config.cluster):
         _check_cluster(job)

@@ -35,6 +35,7 @@ from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts
+from moleblend_ray.orchestration.downstream import claim
 from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.parts import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
@@ -231,6 +232,46 @@ def test_a_missing_column_is_found_before_ray_is_started(
     with pytest.raises(ConfigError, match=message):
         embed(config)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changed", ["settings", "weights"])
+def test_an_out_of_another_question_is_refused_before_molecules_are_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    config = EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "library.csv"),
+        out=str(tmp_path / "out"),
+    )
+    fingerprint = embed_job(config).load(torch.device("cpu")).fingerprint
+    # As an interrupted command leaves it.
+    claim(
+        config.out,
+        {
+            "config": embed_job(config).question(),
+            "data_fingerprint": "d",
+            "checkpoint_fingerprint": fingerprint,
+        },
+    )
+
+    class StartedError(Exception):
+        """Ray was started."""
+
+    def start(cluster: ClusterConfig) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(parts, "ray_session", start)
+    with pytest.raises(StartedError):
+        embed(config)
+    if changed == "settings":
+        config = dataclasses.replace(config, max_atoms=7)
+    else:
+        save_pretrained(MoleBlendModel(TINY), config.checkpoint)
+    told = {"settings": "max_atoms: 256 there, 7 here", "weights": "checkpoint_fingerprint: "}
+    with pytest.raises(ConfigError, match=told[changed]):
+        embed(config)
 
 
 def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
