@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +35,8 @@ from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts
-from moleblend_ray.orchestration.downstream import claim
 from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
+from moleblend_ray.orchestration.identity import claim
 from moleblend_ray.orchestration.parts import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
 
@@ -183,7 +183,11 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     ],
 )
 def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unless_asked_to(
-    tmp_path: Path, tuned_with: int, relations: str, asked: bool | None, seen: bool
+    tmp_path: Path,
+    tuned_with: int,
+    relations: Literal["2d+3d", "2d"],
+    asked: bool | None,
+    seen: bool,
 ) -> None:
     torch.manual_seed(0)
     trained = TrainedProperty(
