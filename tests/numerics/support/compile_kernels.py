@@ -79,13 +79,19 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
         for module, extra in ((attention_kernels, 1), (denoising_kernels, 2 if tile == 64 else 1)):
             for kernel in (module._forward, module._backward):
                 scales: dict[str, Any] = {"SCALES": True} if module is attention_kernels else {}
-                yield kernel, {**heads, **scales, "TILE": tile, "PRECISION": "tf32"}, warps * extra
+                settings = {**heads, **scales, "TILE": tile, "PRECISION": "tf32"}
+                for changes in (without_draws(settings), settings):
+                    yield kernel, changes, warps * extra
     row: dict[str, Any] = {"WIDTH": 768, "TILE": 1024, "SCALES": True, "DROPS": True}
-    yield block_kernels._add_and_norm, row, 4
-    yield block_kernels._add_and_norm_backward, {**row, "SAME": False}, 4
+    for settings in (without_draws(row), row):
+        yield block_kernels._add_and_norm, settings, 4
+        same = {"SAME": not settings["DROPS"]}
+        yield block_kernels._add_and_norm_backward, {**settings, **same}, 4
     part: dict[str, Any] = {"ROWS": 8, "COLUMNS": 256}
     for kernel in (block_kernels._gelu, block_kernels._gelu_backward):
-        yield kernel, {"WIDTH": 768, "SCALES": True, "DROPS": True, **part}, 4
+        settings = {"WIDTH": 768, "SCALES": True, "DROPS": True, **part}
+        for changes in (without_draws(settings), settings):
+            yield kernel, changes, 4
     for kernel in (geometry_kernels._gaussians, geometry_kernels._gaussians_backward):
         yield kernel, {"K": 128, "K_TILE": 128, "PAIRS": 16}, 4
     forms: dict[str, Any] = {"SHARES": 4, "WIDTH": 32, "WIDTH_TILE": 32, "PRECISION": "tf32"}
@@ -118,6 +124,11 @@ def cases() -> Iterator[tuple[Any, dict[str, Any], int]]:
         constants = {**categories, **sums, "PRECISION": precision}
         yield token_embedding_kernels._tables_backward, constants, 8
     yield philox_kernels._philox, {"BLOCK": 1024}, 4
+
+
+def without_draws(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """As in evaluation: neither dropout nor stochastic depth. The case with them follows, and its size is what is printed."""
+    return {**constants, **{name: False for name in ("SCALES", "DROPS") if name in constants}}
 
 
 def compiled_size(kernel: Any, constants: Mapping[str, Any], warps: int) -> dict[str, int]:
