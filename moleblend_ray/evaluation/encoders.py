@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.ensemble import model_folders
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.property_model import (
     SavedProperty,
     is_property_model,
     load_property_model,
 )
-from moleblend_ray.evaluation.results import weights_fingerprint
+from moleblend_ray.evaluation.results import RESULTS_NAME, weights_fingerprint
 from moleblend_ray.training.export import load_model
 
 
@@ -24,8 +27,16 @@ class LoadedEncoder(NamedTuple):
 
 
 def load_encoder(checkpoint: str) -> LoadedEncoder:
-    """Load an encoder from a pretraining run, one of its checkpoints, an exported model or a fine-tuned model."""
+    """Load an encoder from a pretraining run, one of its checkpoints, an exported model or a fine-tuned model.
+
+    Raises CheckpointError for anything else, also for a finished fine-tuning or sweep, whose models have an encoder each.
+    """
     fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
+    if fine_tuned is None and storage.exists(storage.join(checkpoint, RESULTS_NAME)):
+        raise CheckpointError(
+            f"{checkpoint} is the `out` of a fine-tuning or sweep, whose models have an encoder each; name one of them: "
+            + ", ".join(model_folders((checkpoint,)))
+        )
     model = load_model(checkpoint) if fine_tuned is None else fine_tuned.model
     state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
     start = StartingPoint(model=model.config, encoder=state, fingerprint=weights_fingerprint(state))

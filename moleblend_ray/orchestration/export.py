@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.tools import ExportConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.property_model import (
+    PROPERTY_NAME,
+    WEIGHTS_NAME,
+    is_property_model,
+)
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.training.export import load_model
 
@@ -23,8 +29,16 @@ class ExportSummary:
 
 
 def export(config: ExportConfig) -> ExportSummary:
-    """Write the model of a run, a checkpoint or a file of official parameters as safetensors."""
+    """Write the model of a run, a checkpoint or a file of official parameters as safetensors.
+
+    Raises ConfigError for a fine-tuned model, which needs no export.
+    """
     config = with_absolute_paths(config)
+    if is_property_model(config.checkpoint):
+        raise ConfigError(
+            f"checkpoint: {config.checkpoint} is a fine-tuned model, which is stored as {WEIGHTS_NAME} and {PROPERTY_NAME} "
+            "already; copy these two files. Expected a pretraining run, a checkpoint or official parameters"
+        )
     model = load_model(config.checkpoint)
     save_pretrained(model, config.out)
     return ExportSummary(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import moleblend_ray as mb
+from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.property_model import (
@@ -236,6 +238,19 @@ def test_models_are_saved_and_loaded_by_path_objects_too(tmp_path: Path) -> None
     model.save_pretrained(tmp_path / "saved")
     for load in (mb.load_model, mb.MoleBlend.from_pretrained):
         assert load(tmp_path / "saved").config == TINY
+
+
+def test_what_holds_fine_tuned_models_names_them_to_those_who_want_an_encoder(
+    tmp_path: Path,
+) -> None:
+    model = fine_tuned(tmp_path / "models/seed-3", 0)
+    seeds = {"final": {"seeds": [{"seed": 3, "model": "models/seed-3"}]}}
+    storage.write_json(str(tmp_path / "results.json"), seeds)
+    with pytest.raises(CheckpointError, match=rf"name one of them: {re.escape(model)}$"):
+        mb.MoleculeEncoder.from_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"copy these two files"):
+        mb.export(mb.ExportConfig(checkpoint=model, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
