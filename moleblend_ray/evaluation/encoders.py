@@ -13,7 +13,8 @@ from moleblend_ray.evaluation.property_model import (
     is_property_model,
     load_property_model,
 )
-from moleblend_ray.evaluation.results import RESULTS_NAME, weights_fingerprint
+from moleblend_ray.evaluation.result_files import RESULTS_NAME
+from moleblend_ray.evaluation.results import weights_fingerprint
 from moleblend_ray.training.export import load_model
 
 
