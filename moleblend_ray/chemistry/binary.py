@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from rdkit import Chem
+
+from moleblend_ray.compilation import kernel
 
 _INT: Final = 4
 _HEADER: Final = np.array([0xDEADBEEF, 0, 16, 4, 0], "<u4").view(np.uint8)
@@ -142,7 +143,7 @@ def is_known_format() -> bool:
     return to_binary(Chem.MolFromSmiles("C")).startswith(_HEADER.tobytes())
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _int32(data, at):  # type: ignore[no-untyped-def]
     return (
         np.int64(data[at])
@@ -152,7 +153,7 @@ def _int32(data, at):  # type: ignore[no-untyped-def]
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _read_sizes(data, starts, header, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
     """Counts of atoms and bonds of molecules with the known header and byte-sized indices; 0 for all others."""
     for molecule in range(num_atoms.shape[0]):
@@ -165,7 +166,7 @@ def _read_sizes(data, starts, header, num_atoms, num_bonds):  # type: ignore[no-
             num_bonds[molecule] = _int32(data, start + header.shape[0] + _INT)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_all(data, starts, tables, stereo_type, out):  # type: ignore[no-untyped-def]
     atom, bond = 0, 0
     for molecule in range(out.num_atoms.shape[0]):
@@ -184,7 +185,7 @@ def _decode_all(data, starts, tables, stereo_type, out):  # type: ignore[no-unty
         atom, bond = next_atom, next_bond
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # type: ignore[no-untyped-def]
     """Fill the arrays of one molecule; False if it has parts that are not read here."""
     # The header is followed by the counts of atoms and bonds (int32 each) and a byte of flags.
@@ -209,7 +210,7 @@ def _decode(data, start, tables, stereo_type, atoms, bonds, bond_features):  # t
     return _decode_rings(data, at, atoms)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_atoms(data, at, tables, atoms):  # type: ignore[no-untyped-def]
     """Fill all columns except ring membership, degree and hydrogens as counts; returns where the atoms end, or -1."""
     for atom in range(atoms.shape[0]):
@@ -255,7 +256,7 @@ def _decode_atoms(data, at, tables, atoms):  # type: ignore[no-untyped-def]
     return at
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  # type: ignore[no-untyped-def]
     """Fill the bonds and add the neighbours to the atoms' degrees; returns where the bonds end, or -1."""
     for bond in range(bonds.shape[0]):
@@ -283,7 +284,7 @@ def _decode_bonds(data, at, tables, stereo_type, atoms, bonds, bond_features):  
     return at
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _decode_rings(data, at, atoms):  # type: ignore[no-untyped-def]
     """Mark the atoms in rings, with whichever method RDKit found the rings; False if it has not."""
     kind = data[at]

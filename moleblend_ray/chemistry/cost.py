@@ -15,9 +15,9 @@ import re
 from typing import Final
 
 import numpy as np
-from numba import njit
 
 from moleblend_ray.chemistry.records import GeometryRow, MolBlock, SmilesText, SourceRecord
+from moleblend_ray.compilation import kernel
 
 FEW_RINGS: Final = 9
 """Independent rings of which no molecule is slow. One of 200 molecules of MoleculeNet's HIV has more, and none of
@@ -114,7 +114,7 @@ _V3000_PREFIX: Final = len("M  V30 ")
 _MINUS: Final = ord("-")
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _independent_rings(begin, end, num_atoms):  # type: ignore[no-untyped-def]
     """Bonds that join two atoms which other bonds join already; -1 if an atom does not exist. Atoms count from 0."""
     above = np.arange(num_atoms)
@@ -135,7 +135,7 @@ def _independent_rings(begin, end, num_atoms):  # type: ignore[no-untyped-def]
     return rings
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rings_of_v2000(text, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
     """Independent rings of the lines of atoms and bonds in ``text``; -1 if they are not plain."""
     begin, end = np.empty(num_bonds, np.int64), np.empty(num_bonds, np.int64)
@@ -151,7 +151,7 @@ def _rings_of_v2000(text, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
     return _independent_rings(begin, end, num_atoms)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _rings_of_v3000(text, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
     """The same for V3000 lines of bonds, ``M  V30 NUMBER ORDER ATOM ATOM``, of which none continues on the next."""
     ends = np.empty((2, num_bonds), np.int64)
@@ -175,14 +175,14 @@ def _rings_of_v3000(text, num_atoms, num_bonds):  # type: ignore[no-untyped-def]
     return _independent_rings(ends[0], ends[1], num_atoms)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _next_line(text, at):  # type: ignore[no-untyped-def]
     while at < text.shape[0] and text[at] != _NEWLINE:
         at += 1
     return at + 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _number(text, at):  # type: ignore[no-untyped-def]
     """The number in the columns from ``at``; 0, which no atom has, if there is something else."""
     number = 0

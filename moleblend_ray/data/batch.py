@@ -48,10 +48,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moleblend_ray.checks import above, at_least, check_all
+from moleblend_ray.compilation import kernel
 from moleblend_ray.data.block import BOND_ENDS, NUM_ATOM_FEATURES, NUM_AXES, MoleculeBlock
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.topology import (
@@ -408,7 +408,7 @@ def _whole_words(num_bytes: _Bytes) -> _Bytes:
     return -(-num_bytes // _WORD_BYTES) * _WORD_BYTES
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pack_kernel(  # type: ignore[no-untyped-def]
     order, begins, headers, header_words, sections, u8, wider, molecules, atoms, graph, space
 ):

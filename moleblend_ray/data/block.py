@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 from numpy.typing import NDArray
 
+from moleblend_ray.compilation import kernel
 from moleblend_ray.errors import DataError
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_DESCRIPTORS
 
@@ -261,7 +262,7 @@ def _type_pointer(_typing_context: Any, _address: Any) -> Any:
 _pointer: Any = intrinsic(_type_pointer)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather_rows(addresses, group, row, rows):  # type: ignore[no-untyped-def]
     """Copy the row of ``GraphColumns.rows`` of each molecule."""
     for i in range(row.shape[0]):
@@ -271,7 +272,7 @@ def _gather_rows(addresses, group, row, rows):  # type: ignore[no-untyped-def]
             rows[i, column] = found[column]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _gather_values(  # type: ignore[no-untyped-def]
     addresses,
     group,
@@ -310,7 +311,7 @@ def _gather_values(  # type: ignore[no-untyped-def]
         bond += num_bonds
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy(target, begin, address, source_begin, num_rows, width):  # type: ignore[no-untyped-def]
     """Copy rows of ``width`` items to row ``begin`` of ``target``, from an array of its type at ``address``."""
     first = address + np.uint64(source_begin * width * target.itemsize)

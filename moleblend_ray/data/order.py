@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from moleblend_ray.checks import at_least, check_all
+from moleblend_ray.compilation import kernel
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash, mix
 
@@ -31,7 +31,7 @@ MAX_MOLECULES: Final = 10**12
 
 _ROUNDS: Final = 8
 _ROUND_KEYS: Final = np.arange(_ROUNDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-_mix_word = njit(cache=True, nogil=True)(mix)
+_mix_word = kernel(mix)
 # First key words, which make the two bijections of an epoch independent.
 _CHUNKS: Final = 1
 _WINDOW: Final = 2
@@ -170,7 +170,7 @@ def unpermute(
 # In the kernels every operand is a uint64, as Numba turns operations on a uint64 and an int64 into floats.
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _walk(index, size, key, backwards, image):  # type: ignore[no-untyped-def]
     """Apply the bijection of the next power of four until the value is below ``size``."""
     for i in range(index.shape[0]):
@@ -184,7 +184,7 @@ def _walk(index, size, key, backwards, image):  # type: ignore[no-untyped-def]
         image[i] = value
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _feistel(value, half, key, backwards):  # type: ignore[no-untyped-def]
     """A bijection of words with ``2 * half`` bits, whose halves scramble each other in turn."""
     mask = (np.uint64(1) << half) - np.uint64(1)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.fingerprints import ecfp
+from moleblend_ray.compilation import kernel
 from moleblend_ray.errors import DataError
 
 RADIUS: Final = 2
@@ -77,7 +78,7 @@ def _type_popcount(_typing_context: Any, _word: Any) -> Any:
 _popcount: Any = intrinsic(_type_popcount)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _nearest(queries, by_word, query_bits, other_bits, leave_out, best):  # type: ignore[no-untyped-def]
     common = np.zeros(_TILE, np.uint64)
     for begin in range(0, by_word.shape[1], _TILE):

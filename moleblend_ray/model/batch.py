@@ -16,10 +16,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moleblend_ray.compilation import kernel
 from moleblend_ray.data.batch import MicroBatch
 from moleblend_ray.data.block import NUM_ATOM_FEATURES
 from moleblend_ray.relations.topology import HOP_BITS, HOP_MASK
@@ -262,7 +262,7 @@ class _Staging:
         }
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _index(  # type: ignore[no-untyped-def]
     most_atoms, num_atoms, graph_token, atom_index, atom_token, token_index, token_molecule
 ):
@@ -282,7 +282,7 @@ def _index(  # type: ignore[no-untyped-def]
             atom += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pad_atoms(  # type: ignore[no-untyped-def]
     num_atoms, packed, positions, atom_mask, position_mask, atom_features, degrees
 ):
@@ -303,7 +303,7 @@ def _pad_atoms(  # type: ignore[no-untyped-def]
             atom += 1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _pad_pairs(num_atoms, packed_spd, words, spd, path_codes):  # type: ignore[no-untyped-def]
     """Copy the packed pair arrays (P,) into the zeroed (B, N, N, ...) ones; path words as their bond codes."""
     pair = 0

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from moleblend_ray.compilation import kernel
 from moleblend_ray.errors import DataError
 from moleblend_ray.relations.hashing import keyed_hash
 
@@ -61,7 +61,7 @@ def _check_sizes(num_atoms: NDArray[np.int32], positions: NDArray[np.float32]) -
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _closest_pairs(num_atoms, positions, position_mask, closest):  # type: ignore[no-untyped-def]
     start = 0
     for molecule in range(num_atoms.shape[0]):

@@ -30,9 +30,9 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from moleblend_ray.compilation import kernel
 from moleblend_ray.errors import DataError
 from moleblend_ray.vocabulary import (
     BOND_VOCAB_SIZES,
@@ -176,7 +176,7 @@ def damaged_bonds(
     )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _block_kernel(num_atoms, num_bonds, bonds, bond_features, spd, path_words, space):  # type: ignore[no-untyped-def]
     """Fill ``spd`` and ``path_words``; returns the index of the first molecule with a damaged bond, or -1."""
     pair, bond = 0, 0
@@ -196,7 +196,7 @@ def _block_kernel(num_atoms, num_bonds, bonds, bond_features, spd, path_words, s
     return -1
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def relate_molecule(n, bonds, bond_features, spd, path_words, space):  # type: ignore[no-untyped-def]
     """Fill ``spd`` (n * n,) and ``path_words`` (n * n,) of one molecule; False if a bond is damaged.
 
@@ -229,7 +229,7 @@ def relate_molecule(n, bonds, bond_features, spd, path_words, space):  # type: i
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _bonds_to_earlier(n, bonds, bond_features, starts, earlier, codes):  # type: ignore[no-untyped-def]
     """Each atom's bonds to earlier atoms, in compressed form; False if an atom or a code of a bond is impossible."""
     for atom in range(n + 1):
@@ -261,14 +261,14 @@ def _bonds_to_earlier(n, bonds, bond_features, starts, earlier, codes):  # type:
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _joined(first, second, hops):  # type: ignore[no-untyped-def]
     """The word of a path of ``hops`` bonds with word ``first``, followed by a path with word ``second``."""
     # After NUM_HOPS bonds, the second word is shifted out.
     return (first | (second << (_HOP_BITS * np.uint32(min(hops, _NUM_HOPS))))) & _WORD_MASK
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _set_far(v, a, distance, middle, words):  # type: ignore[no-untyped-def]
     """Mark atoms v and a as disconnected so far."""
     distance[v, a] = distance[a, v] = _FAR
@@ -276,7 +276,7 @@ def _set_far(v, a, distance, middle, words):  # type: ignore[no-untyped-def]
     words[v, a] = words[a, v] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_leaf(v, p, code, distance, middle, words):  # type: ignore[no-untyped-def]
     """Add atom v, which has one earlier neighbour p."""
     for a in range(v):
@@ -291,7 +291,7 @@ def _add_leaf(v, p, code, distance, middle, words):  # type: ignore[no-untyped-d
     middle[v, p] = middle[p, v] = 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_rows(v, earlier, distance, middle):  # type: ignore[no-untyped-def]
     """Distances and largest interior atoms from v through its earlier neighbours; False if one occurs twice."""
     for a in range(v):
@@ -311,7 +311,7 @@ def _add_rows(v, earlier, distance, middle):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _add_words(v, earlier, codes, distance, middle, words):  # type: ignore[no-untyped-def]
     """The words of the paths between v and all earlier atoms, from the finished row of v."""
     for a in range(v):
@@ -332,7 +332,7 @@ def _add_words(v, earlier, codes, distance, middle, words):  # type: ignore[no-u
         words[a, v] = _joined(words[a, p], code, d - 1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _round(v, distance, middle, words):  # type: ignore[no-untyped-def]
     """Round v of Floyd-Warshall for all pairs of earlier atoms."""
     for x in range(v):
