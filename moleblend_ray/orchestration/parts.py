@@ -151,6 +151,8 @@ def run_parts(job: PartsJob) -> Outcome:
                 f"{config.source}: none of {manifest.counts.rows_in} rows is a usable molecule; "
                 f"reasons: {manifest.counts.quarantined_by_reason}"
             )
+        if data_uri == config.source:
+            _tell_of_missing_coordinates(job, maker, manifest)
         found = _make_parts(job, maker, data_uri, manifest)
     rejected = _write_rejected(config.out, data_uri, manifest)
     _check_sum(config.out, manifest, found[job.counted], rejected)
@@ -186,16 +188,33 @@ def part_path(number: int) -> str:
 
 def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) -> str:
     """URI of the prepared molecules."""
-    asked = job.config.conformers
     return prepare_molecules(
         job.config,
         storage.join(job.config.out, PREPARED_DIR),
         label_columns=_LABEL_COLUMNS,
-        conformers=maker.conformers if asked is None else int(asked),
+        conformers=_wanted_conformers(job, maker),
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=job.config.cluster,
         sources=sources,
     )
+
+
+def _wanted_conformers(job: PartsJob, maker: PartMaker) -> int:
+    asked = job.config.conformers
+    return maker.conformers if asked is None else int(asked)
+
+
+def _tell_of_missing_coordinates(job: PartsJob, maker: PartMaker, manifest: Manifest) -> None:
+    """Warn if a prepared source, to which nothing is added, lacks coordinates that the model was tuned with."""
+    total, placed = manifest.counts.rows_out, manifest.counts.with_coordinates
+    if placed < total and _wanted_conformers(job, maker):
+        logger.warning(
+            "%d of %d molecules of %s have no coordinates: the model sees 2D relations of them alone, as a prepared data set "
+            "is used as it is. Prepare it with featurize.conformers.generate=true, or give the raw molecules",
+            total - placed,
+            total,
+            without_credentials(job.config.source),
+        )
 
 
 def _make_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -170,6 +171,36 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
     parts._prepare(predict_job(config), SimpleNamespace(conformers=4))
     assert found == [made]
+
+
+@pytest.mark.parametrize(("asked", "told"), [(None, True), (True, True), (False, False)])
+@pytest.mark.usefixtures("manifest")
+def test_coordinates_that_a_prepared_source_lacks_are_missed_aloud(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    asked: bool | None,
+    told: bool,
+) -> None:
+    class BegunError(Exception):
+        """Parts would be made now."""
+
+    def make_parts(*_: object) -> None:
+        raise BegunError
+
+    monkeypatch.setattr(parts, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(parts, "_check_cluster", lambda _: None)
+    monkeypatch.setattr(parts, "_make_parts", make_parts)
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+    config = EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "data"),
+        out=str(tmp_path / "out"),
+        conformers=asked,
+    )
+    with pytest.raises(BegunError):
+        embed(config)
+    assert (f"4 of 4 molecules of {tmp_path}/data have no coordinates" in caplog.text) == told
 
 
 @pytest.mark.parametrize(
