@@ -37,6 +37,11 @@ def part_name(file_index: int, chunk_index: int) -> str:
     return f"{file_index:05d}-{chunk_index:06d}"
 
 
+def source_index(path: str) -> int:
+    """Number of the source file that the shard at ``path``, of a chunk, was made of: what :func:`part_name` says."""
+    return int(path.rpartition("/")[2].partition("-")[0])
+
+
 def shard_path(split: str, stem: str) -> str:
     """Path within the data set of a shard, or of a part of the quarantine."""
     return f"{split}/{stem}.parquet"

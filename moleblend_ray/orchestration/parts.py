@@ -27,7 +27,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import SPLITS
+from moleblend_ray.data.dataset_files import SPLITS, source_index
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS, QUARANTINE_SCHEMA, read_file
@@ -231,6 +231,8 @@ def _make_parts(
     began = time.monotonic()
     parts = _run_actors(writer, _places(manifest))
     seconds = time.monotonic() - began
+    for part, uri in zip(parts, _source_uris(manifest), strict=True):
+        part["source_uri"] = uri
     made = sum(part["rows"] for part in parts if not part["reused"])
     reused = sum(part.pop("reused") for part in parts)
     if reused:
@@ -259,6 +261,14 @@ def _places(manifest: Manifest) -> list[dict[str, Any]]:
         {"number": number, "split": split, "shard": index, "rows": rows}
         for number, (split, index, rows) in enumerate(places)
     ]
+
+
+def _source_uris(manifest: Manifest) -> list[str | None]:
+    """The source file of each part, which tells rows of several files apart; None if molecules of several were brought together."""
+    shards = [shard for split in SPLITS for shard in manifest.shards_of(split)]
+    if manifest.options.get("shuffle") or manifest.options.get("deduplicate", "none") != "none":
+        return [None] * len(shards)
+    return [manifest.sources[source_index(shard.path)].uri for shard in shards]
 
 
 def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -47,15 +47,20 @@ TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4,
 @pytest.fixture
 def manifest(tmp_path: Path) -> Manifest:
     """Of four prepared molecules in one shard."""
-    source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
+    source = tmp_path / "molecules.csv"
     source.write_text("smiles\nCCO\nCCN\nCCC\nCO\n")
+    return prepared(str(source), str(tmp_path / "data"))
+
+
+def prepared(source: str, out: str) -> Manifest:
+    """Of the data set ``out``, which is made of ``source`` without Ray."""
     options = ConvertOptions(columns=ColumnConfig(), valid_fraction=0.0)
-    sources = inspect_sources(find_sources(str(source)), options.columns)
+    sources = inspect_sources(find_sources(source), options.columns)
     claim_output(out, sources, options)
-    (layout,) = sources.layouts
     receipts = [
         convert_chunk(chunk, layout, sources.labels, options, out)
-        for chunk in read_chunks(layout, 0, options.rows_per_chunk)
+        for index, layout in enumerate(sources.layouts)
+        for chunk in read_chunks(layout, index, options.rows_per_chunk)
     ]
     return write_manifest(out, sources, options, receipts)
 
@@ -84,6 +89,36 @@ def test_a_part_is_described_by_its_rows_bytes_and_checksum_and_reused(
         "reused": False,
     }
     assert writer(tmp_path, manifest).write(0, "train", 0) == {**made, "reused": True}
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_equal_rows_of_several_files_are_told_apart_by_the_source_of_their_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffled: bool
+) -> None:
+    files = [tmp_path / "raw" / name / "a.csv" for name in ("x", "y")]
+    for file, smiles in zip(files, ("CCO", "CCN"), strict=True):
+        file.parent.mkdir(parents=True)
+        file.write_text(f"smiles\n{smiles}\n")
+    manifest = prepared(str(tmp_path / "raw"), str(tmp_path / "data"))
+    begun = writer(tmp_path, manifest)
+    if shuffled:
+        manifest = dataclasses.replace(manifest, options={**manifest.options, "shuffle": True})
+
+    def run(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [writer.write(place["number"], place["split"], place["shard"]) for place in places]
+
+    monkeypatch.setattr(parts, "_run_actors", run)
+    maker = begun.job.load(torch.device("cpu"))
+    found = parts._make_parts(begun.job, maker, str(tmp_path / "data"), manifest)["parts"]
+    rows = [
+        pq.read_table(tmp_path / "out" / part["path"]).select(["mol_id", "source_row", "smiles"])
+        for part in found
+    ]
+    assert [row.to_pylist() for row in rows] == [
+        [{"mol_id": "a_0", "source_row": 0, "smiles": smiles}] for smiles in ("CCO", "CCN")
+    ]
+    told = [None, None] if shuffled else [str(file) for file in files]
+    assert [part["source_uri"] for part in found] == told
 
 
 @pytest.mark.parametrize("damage", ["cut", "rows", "columns"])
