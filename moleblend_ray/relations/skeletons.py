@@ -11,6 +11,8 @@ from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from moleblend_ray.relations.hashing import keyed_hash, mix
 from moleblend_ray.vocabulary import ELEMENT_SYMBOLS
@@ -46,7 +48,9 @@ def fragments(
     uint8, codes of the atomic number, and the ``bonds`` (E, 2) uint16, indices within the molecule."""
     first = np.cumsum(num_atoms, dtype=np.int64) - num_atoms
     ends = np.repeat(first, num_bonds)[:, None] + bonds.astype(np.int64)
-    roots, fragment_of = np.unique(_lowest_connected(len(elements), ends), return_inverse=True)
+    bonded = coo_array((np.ones(len(ends), np.bool_), ends.T), shape=(len(elements),) * 2)
+    _, labels = connected_components(bonded, directed=False)
+    _, roots, fragment_of = np.unique(labels, return_index=True, return_inverse=True)
     is_heavy = elements != _HYDROGEN
     odd = np.zeros(len(roots), dtype=np.bool_)
     odd[fragment_of[~_PLAINLY_BONDED[elements]]] = True
@@ -59,18 +63,6 @@ def fragments(
         num_heavy=np.bincount(fragment_of[is_heavy], minlength=len(roots)),
         skeletons=skeletons,
     )
-
-
-def _lowest_connected(num_atoms: int, ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(A,) the lowest index of the atoms that each is connected to by the bonds between ``ends`` (E, 2)."""
-    lowest = np.arange(num_atoms)
-    while True:
-        found = lowest[ends]
-        np.minimum.at(lowest, found.ravel(), found.min(axis=1).repeat(2))
-        while not np.array_equal(shorter := lowest[lowest], lowest):
-            lowest = shorter
-        if (lowest[ends[:, 0]] == lowest[ends[:, 1]]).all():
-            return lowest
 
 
 def _surroundings(atoms: NDArray[np.uint64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
