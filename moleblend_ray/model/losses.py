@@ -44,6 +44,7 @@ __all__ = [
     "pretraining_loss_sums",
     "spd_targets",
     "total_loss",
+    "weighted_cross_entropy",
 ]
 
 IGNORE: Final = -100
@@ -178,7 +179,7 @@ def _spd_sum(
     )
     target = spd_targets(batch, classes)
     weight = _pair_weight(batch.pair_mask, blend, config, Relation.SPD)
-    return _weighted_cross_entropy(output.spd, target, weight)
+    return weighted_cross_entropy(output.spd, target, weight)
 
 
 def _edge_sum(
@@ -186,10 +187,10 @@ def _edge_sum(
 ) -> Tensor:
     target = edge_targets(batch, config)
     weight = _pair_weight(batch.pair_mask, blend, config, Relation.EDGE)
-    return _weighted_cross_entropy(output.edge, target, weight)
+    return weighted_cross_entropy(output.edge, target, weight)
 
 
-def _weighted_cross_entropy(predicted: Tensor | PairForm, target: Tensor, weight: Tensor) -> Tensor:
+def weighted_cross_entropy(predicted: Tensor | PairForm, target: Tensor, weight: Tensor) -> Tensor:
     """Sum over pairs of their ``weight`` (B, N, N) times the cross entropies of ``target`` (B, N, N), or (B, N, N, hops) of
     the first hops that are ``predicted``."""
     if isinstance(predicted, PairForm):

@@ -46,7 +46,7 @@ def pair_loss_forward(
     """() float32, sum of the weighted cross entropies of all pairs with a target.
 
     The logits of group g of atoms a and b are ``forms[a, g] @ columns[b] + bias[g]``, with ``forms`` (A, G, C, P),
-    ``columns`` (A, P) and ``bias`` (G, C) float32. ``target`` (B, N, N, K) int64 has a class for the first K groups,
+    ``columns`` (A, P) and ``bias`` (G, C). ``target`` (B, N, N, K) int64 has a class for the first K groups,
     negative where there is none; ``weight`` is (B, N, N) float32. All are contiguous. ``first_token``, ``num_atoms`` and
     ``groups`` are as in :func:`~moleblend_ray.model.attention_kernels.attention_forward`.
     """
@@ -85,7 +85,8 @@ def pair_loss_backward(
             grad_forms, grad_columns_parts, grad_bias_parts,
             group.first, target.shape[1], A, **_constants(forms, target, group),
         )  # fmt: skip
-    return grad_forms, grad_columns_parts.sum(0).to(columns.dtype), grad_bias_parts.sum(0)
+    grad_columns = grad_columns_parts.sum(0).to(columns.dtype)
+    return grad_forms, grad_columns, grad_bias_parts.sum(0).to(bias.dtype)
 
 
 def _constants(forms: Tensor, target: Tensor, group: SizeGroup) -> dict[str, object]:

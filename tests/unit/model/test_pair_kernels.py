@@ -138,7 +138,7 @@ def test_losses_of_forms_are_those_of_their_logits(
         given = row.clone().requires_grad_(), column.clone().requires_grad_()
         predicted = heads.predict_classes(head, *given, batch)
         assert isinstance(predicted, heads.PairForm) is chosen
-        loss = losses._weighted_cross_entropy(predicted, target, weight)
+        loss = losses.weighted_cross_entropy(predicted, target, weight)
         logits = predicted.logits() if isinstance(predicted, heads.PairForm) else predicted
         gradients = gradients_of(2.0 * loss, [*given, *head.parameters()])
         found.append([logits[batch.pair_mask], loss, *gradients])
@@ -164,7 +164,7 @@ def test_the_pairs_of_a_molecule_that_is_not_finite_leave_others_alone(
         rows, columns = (values.requires_grad_() for values in given)
         form = head.form(rows, columns, batch)
         target = losses.spd_targets(batch, 11)
-        loss = losses._weighted_cross_entropy(form, target, batch.pair_mask.float())
+        loss = losses.weighted_cross_entropy(form, target, batch.pair_mask.float())
         found.append(torch.cat(gradients_of(loss, [rows, columns]), 1))
     assert found[1].isnan().any()
     others = [0, 1, 2, -1, -2, -3, -4]
