@@ -2,12 +2,13 @@
 
     python benchmarks/scaling.py [--preset base] [--batch 32] [--steps 4] [--workers 2]
 
-Each worker trains on ``--batch`` molecules a step, over gloo on this machine, with FSDP2 and with DDP. ``efficiency`` is the
+Each worker trains on ``--batch`` molecules a step, over gloo on this machine, with FSDP2, with FSDP2 that gathers once a step
+(``fsdp_reshard=false``) and with DDP. ``efficiency`` is the
 step's time of one worker, alone on the machine, over that of several; ``efficiency_to_independent`` compares with as many workers
 that do not know of each other, since two virtual cores that share a physical one are slower together whatever they do.
 ``sent_mib`` is what the loopback interface carried in a step, all workers together, and ``theory_mib`` what the strategy has to
-send: parameters gathered for the forward and again for the backward pass (float32), gradients reduced (float64 on a CPU under FSDP2, so that the
-number of workers leaves no trace; float32 under DDP). Runs take turns. One JSON line comes last.
+send: parameters gathered for the forward and again for the backward pass (float32), gradients reduced (float64 on a CPU under
+FSDP2, so that the number of workers leaves no trace; float32 under DDP). Runs take turns. One JSON line comes last.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import build_learner, train_step
 
-STRATEGIES: tuple[Strategy, ...] = ("fsdp", "ddp")
+WAYS: dict[str, tuple[Strategy, bool]] = {
+    "fsdp": ("fsdp", True),
+    "fsdp_once": ("fsdp", False),
+    "ddp": ("ddp", True),
+}
+"""``train.strategy`` and ``train.fsdp_reshard`` of each key of the result."""
 WARM_UP_STEPS = 1
 LOOPBACK = Path("/proc/net/dev")
 
@@ -53,23 +59,23 @@ def main() -> None:
         "torch": torch.__version__,
         "cpus": os.cpu_count(),
     }
-    for strategy in STRATEGIES:
+    for way in WAYS:
         alone, independent, together = (
-            [run(arguments, strategy, *shape) for _ in range(arguments.rounds)]
+            [run(arguments, way, *shape) for _ in range(arguments.rounds)]
             for shape in ((1, 1), (1, workers), (workers, 1))
         )
         seconds = [
             min(result["step_s"] for result in results)
             for results in (alone, independent, together)
         ]
-        line[strategy] = {
+        line[way] = {
             "step_s_alone": round(seconds[0], 3),
             "step_s_independent": round(seconds[1], 3),
             "step_s": round(seconds[2], 3),
             "efficiency": round(seconds[0] / seconds[2], 3),
             "efficiency_to_independent": round(seconds[1] / seconds[2], 3),
             "sent_mib": round(together[0]["sent_bytes"] / 2**20, 1),
-            "theory_mib": round(theory_bytes(config, strategy, workers) / 2**20, 1),
+            "theory_mib": round(theory_bytes(config, way, workers) / 2**20, 1),
         }
     print(json.dumps(line))
 
@@ -81,16 +87,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp", help=argparse.SUPPRESS)
+    parser.add_argument("--way", choices=WAYS, default="fsdp", help=argparse.SUPPRESS)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--core", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--group", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def run(
-    arguments: argparse.Namespace, strategy: Strategy, workers: int, groups: int
-) -> dict[str, float]:
+def run(arguments: argparse.Namespace, way: str, workers: int, groups: int) -> dict[str, float]:
     """``groups`` groups of ``workers`` processes at once, a core each; the slowest one's numbers."""
     with tempfile.TemporaryDirectory() as folder:
         processes = [
@@ -100,7 +104,7 @@ def run(
                     __file__,
                     *(f"--preset={arguments.preset}", f"--batch={arguments.batch}"),
                     *(f"--steps={arguments.steps}", f"--workers={workers}"),
-                    *(f"--strategy={strategy}", f"--rank={rank}"),
+                    *(f"--way={way}", f"--rank={rank}"),
                     *(f"--core={group * workers + rank}", f"--group={folder}/{group}"),
                 ],
                 stdout=subprocess.PIPE,
@@ -126,9 +130,10 @@ def work(arguments: argparse.Namespace) -> None:
         rank=arguments.rank,
         world_size=arguments.workers,
     )
+    strategy, reshard = WAYS[arguments.way]
     learner = build_learner(
         preset(arguments.preset),
-        train=TrainConfig(num_steps=10**6, strategy=arguments.strategy),
+        train=TrainConfig(num_steps=10**6, strategy=strategy, fsdp_reshard=reshard),
         optim=OptimConfig(),
         blend=BlendConfig(),
         loss=LossConfig(),
@@ -162,7 +167,7 @@ def loopback_bytes() -> int:
     raise SystemExit(f"{LOOPBACK} has no loopback interface")
 
 
-def theory_bytes(config: ModelConfig, strategy: Strategy, workers: int) -> float:
+def theory_bytes(config: ModelConfig, way: str, workers: int) -> float:
     """What all workers together must send in a step.
 
     A gathering or a scattered reduction of n bytes over W workers sends n * (W - 1); a full reduction is one of each.
@@ -171,10 +176,12 @@ def theory_bytes(config: ModelConfig, strategy: Strategy, workers: int) -> float
         model = MoleBlendModel(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     layers = sum(parameter.numel() for parameter in model.encoder.layers.parameters())
+    strategy, reshard = WAYS[way]
     if strategy == "ddp":
         return (workers - 1) * 2 * 4 * total
-    # The layers are gathered again in the backward pass; the rest of the model stays gathered.
-    return (workers - 1) * (4 * (total + layers) + 8 * total)
+    # With `reshard`, the layers are gathered again in the backward pass; the rest of the model stays gathered.
+    again = layers if reshard else 0
+    return (workers - 1) * (4 * (total + again) + 8 * total)
 
 
 if __name__ == "__main__":

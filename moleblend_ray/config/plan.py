@@ -60,6 +60,8 @@ class PlanConfig:
     """`train.strategy`."""
     fsdp_replicas: int = 1
     """`train.fsdp_replicas`."""
+    fsdp_reshard: bool = True
+    """`train.fsdp_reshard`."""
     conformers: bool = False
     """Let `prepare` make a conformer of each molecule."""
     descriptors: bool = False
@@ -149,6 +151,10 @@ class PlanConfig:
             (
                 self.fsdp_replicas == 1 or self.strategy == "fsdp",
                 f"fsdp_replicas: {self.fsdp_replicas} copies are for strategy fsdp, found strategy {self.strategy}",
+            ),
+            (
+                self.fsdp_reshard or self.strategy == "fsdp",
+                f"fsdp_reshard: false is for strategy fsdp, found strategy {self.strategy}",
             ),
             (
                 self.strategy != "none" or workers <= 1,

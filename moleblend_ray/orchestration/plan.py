@@ -165,6 +165,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         strategy=config.strategy,
         precision=_precision(config),
         replicas=config.fsdp_replicas,
+        reshard=config.fsdp_reshard,
         gpus_per_node=config.gpus_per_node if on_gpu else 0,
         node_cores=config.cpu_node_cores or (32 if on_gpu else available_cpus()),
         contention=times.contention,

@@ -137,7 +137,11 @@ def _doubled_cluster(setup: Setup, found: Throughput) -> list[_Doubled]:
 
 def hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
     """The best other way to spread the model over trainers, if it is at least 3 % faster."""
-    ways = {"strategy=ddp": dataclasses.replace(setup, strategy="ddp", replicas=1)}
+    ways = {
+        "strategy=ddp": dataclasses.replace(setup, strategy="ddp", replicas=1, reshard=True),
+    }
+    if setup.strategy == "fsdp":
+        ways["fsdp_reshard=false"] = dataclasses.replace(setup, reshard=False)
     if setup.on_gpu and found.nodes > 1 and setup.replicas != found.nodes:
         ways[f"fsdp_replicas={found.nodes} (strategy=fsdp)"] = dataclasses.replace(
             setup, strategy="fsdp", replicas=found.nodes
@@ -147,7 +151,7 @@ def hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, 
     rates = {
         way: throughput(other, found.workers, cpu_nodes).rate.value
         for way, other in ways.items()
-        if other.strategy != setup.strategy or other.replicas != setup.replicas
+        if other != setup
     }
     best = max(rates, key=rates.__getitem__, default="")
     if not best or rates[best] < 1.03 * found.rate.value:

@@ -86,6 +86,7 @@ class Setup:
     strategy: Strategy = "fsdp"
     precision: Precision = "bf16"
     replicas: int = 1
+    reshard: bool = True
     gpus_per_node: int = 8
     """0: the trainers are processes on the cores of one machine."""
     node_cores: int = 32
@@ -309,6 +310,7 @@ def _traffic(setup: Setup, workers: int) -> Exchange:
         strategy=setup.strategy,
         precision=setup.precision,
         replicas=setup.replicas,
+        reshard=setup.reshard,
         on_gpu=setup.on_gpu,
     )
 

@@ -90,6 +90,7 @@ def _settings(premises: Premises, run: Pretraining) -> dict[str, str]:
         "train.num_steps": str(num_steps(premises, found)),
         "train.strategy": setup.strategy if setup.strategy != "fsdp" else "",
         "train.fsdp_replicas": str(setup.replicas) if setup.replicas > 1 else "",
+        "train.fsdp_reshard": "" if setup.reshard else "false",
         "train.precision": setup.precision if setup.precision != "fp32" else "",
         "checkpoint.every_steps": str(_two_digits(every)),
         "stream.max_actors": str(found.data_actors),

@@ -6,7 +6,7 @@ Shape legend: D width, F feed-forward width, H heads, K kernels, P pair width, L
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.training.config import Precision, Strategy
@@ -97,6 +97,23 @@ class Exchange:
     """Collective operations, one after the other."""
 
 
+class Gathered(NamedTuple):
+    """Bytes of all parameters of a model as FSDP gathers them."""
+
+    blocks: int
+    rest: int
+
+
+def gathered_bytes(config: ModelConfig, *, precision: Precision, on_gpu: bool) -> Gathered:
+    """Blocks are gathered in bfloat16 under bf16 on GPUs, all else in float32."""
+    size = model_size(config)
+    width = 2 if precision == "bf16" and on_gpu else 4
+    return Gathered(
+        blocks=width * size.layer_parameters,
+        rest=4 * (size.parameters - size.layer_parameters),
+    )
+
+
 def exchange(
     config: ModelConfig,
     workers: int,
@@ -104,6 +121,7 @@ def exchange(
     strategy: Strategy,
     precision: Precision,
     replicas: int = 1,
+    reshard: bool = True,
     on_gpu: bool = True,
 ) -> Exchange:
     """Traffic per step: gathered parameters (bfloat16 under bf16 on GPUs) and reduced gradients (float32; float64 on
@@ -123,15 +141,15 @@ def exchange(
         )
     shards = workers // replicas
     share = (shards - 1) / shards
-    gathered = 2 if precision == "bf16" and on_gpu else 4
-    rest = size.parameters - size.layer_parameters
-    reduced = 4 if on_gpu else 8
-    # The blocks are gathered again in the backward pass. The rest of the model, always in float32, stays gathered.
-    within = share * (2 * gathered * size.layer_parameters + 4 * rest + reduced * size.parameters)
+    gathered = gathered_bytes(config, precision=precision, on_gpu=on_gpu)
+    reduced = (4 if on_gpu else 8) * size.parameters
+    # With `reshard`, the blocks are gathered again in the backward pass. The rest stays gathered.
+    times = 2 if reshard else 1
+    within = share * (times * gathered.blocks + gathered.rest + reduced)
     across = 2 * (replicas - 1) / replicas * 4 * size.parameters / shards
     groups = config.num_layers + 1
     return Exchange(
         within_bytes=within if shards > 1 else 0.0,
         across_bytes=across,
-        messages=3 * groups + (groups if replicas > 1 else 0),
+        messages=(1 + times) * groups + (groups if replicas > 1 else 0),
     )

@@ -14,7 +14,7 @@ from moleblend_ray.planning.goodput import HOUR
 from moleblend_ray.planning.plan import Job, Premises, Row, Stage
 from moleblend_ray.planning.reliability import NUM_SIMULATED, Reliability, expected_reliability
 from moleblend_ray.planning.settings import PriceSettings
-from moleblend_ray.planning.sizes import TRAINING_BYTES, model_size
+from moleblend_ray.planning.sizes import TRAINING_BYTES, gathered_bytes, model_size
 from moleblend_ray.quantities import duration_text
 from moleblend_ray.training.config import CheckpointConfig
 
@@ -191,7 +191,9 @@ def _trainer_rows(setup: Setup, found: Throughput) -> tuple[Row, ...]:
     state = computed(
         state_bytes(setup, found),
         "B",
-        "16 bytes per parameter, divided by shards; activations not included",
+        "16 bytes per parameter, divided by shards"
+        + ("" if setup.reshard else ", and its gathered weights")
+        + "; activations not included",
     )
     return (
         Row(what="sent by each trainer in a step", figure=sent),
@@ -200,9 +202,13 @@ def _trainer_rows(setup: Setup, found: Throughput) -> tuple[Row, ...]:
 
 
 def state_bytes(setup: Setup, found: Throughput) -> float:
-    """Bytes of weights, gradients and moments per trainer."""
+    """Bytes of weights, gradients and moments per trainer, and of gathered weights that stay during a step."""
     parameters = model_size(setup.model).parameters
-    return TRAINING_BYTES * parameters / setup.shards(found.workers)
+    shards = setup.shards(found.workers)
+    kept = 0
+    if shards > 1 and not setup.reshard:
+        kept = sum(gathered_bytes(setup.model, precision=setup.precision, on_gpu=setup.on_gpu))
+    return TRAINING_BYTES * parameters / shards + kept
 
 
 def _reliability_rows(reliability: Reliability) -> tuple[Row, ...]:

@@ -67,6 +67,11 @@ class TrainConfig:
     """Copies of the model under fsdp, each sharded over the workers / this number of them (HSDP). With the number of nodes,
     parameters are gathered within a node, and only gradients of a shard cross between nodes."""
 
+    fsdp_reshard: bool = True
+    """Free the gathered parameters of a block after its forward pass, and gather them again for the backward pass, in each
+    micro-batch. false: keep them until the step ends, which takes the memory of a whole model (2 bytes a parameter with bf16
+    on GPUs, else 4) and gathers once a step. The numbers stay the same."""
+
     precision: Precision = "fp32"
     """bf16: matrix products (and FSDP's gathering of layers) in bfloat16; weights and reductions stay float32."""
 
@@ -127,6 +132,10 @@ class TrainConfig:
             (
                 self.fsdp_replicas == 1 or self.strategy == "fsdp",
                 f"fsdp_replicas: {self.fsdp_replicas} copies are for strategy fsdp, found strategy {self.strategy}",
+            ),
+            (
+                self.fsdp_reshard or self.strategy == "fsdp",
+                f"fsdp_reshard: false is for strategy fsdp, found strategy {self.strategy}",
             ),
         )
 

@@ -79,12 +79,13 @@ def distribute(
     precision: Precision,
     ranks: Ranks,
     replicas: int = 1,
+    reshard: bool = True,
 ) -> nn.Module:
     """Spread ``objective``, which comes on the meta device, over the ranks; its forward then takes part in the collectives.
 
     ``draw_weights`` is called when its parameters have memory on the rank's device: those of FSDP hold only this rank's shard.
     ``fsdp`` shards each of ``layers`` by itself and the rest as one group, over all ranks or in ``replicas`` equal groups of
-    neighbours; ``ddp`` keeps a whole copy on each rank. Without a process group both train the plain module.
+    neighbours, and gathers them twice in each micro-batch, or, without ``reshard``, once a step; ``ddp`` keeps a whole copy on each rank. Without a process group both train the plain module.
     """
     if strategy == "none" and ranks.world_size > 1:
         raise ConfigError(
@@ -92,7 +93,7 @@ def distribute(
         )
     is_alone = strategy == "none" or not dist.is_initialized()
     if strategy == "fsdp" and not is_alone:
-        _shard(objective, layers, precision, ranks, _mesh(replicas, ranks))
+        _shard(objective, layers, precision, ranks, _mesh(replicas, ranks), reshard=reshard)
     objective.to_empty(device=ranks.device)
     draw_weights()
     return _replicate(objective, ranks) if strategy == "ddp" and not is_alone else objective
@@ -117,6 +118,8 @@ def _shard(
     precision: Precision,
     ranks: Ranks,
     mesh: DeviceMesh,
+    *,
+    reshard: bool,
 ) -> None:
     # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
@@ -133,7 +136,7 @@ def _shard(
         cast_forward_inputs=False,
     )
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(
         objective,
         mesh=mesh,
@@ -196,11 +199,15 @@ def _sum_bucket(bucket: Any) -> torch.futures.Future[Tensor]:
 
 
 @contextlib.contextmanager
-def gradient_sync(module: nn.Module, *, enabled: bool) -> Iterator[None]:
-    """Within, backward passes reduce gradients over ranks only if ``enabled``; else they add up locally."""
+def gradient_sync(module: nn.Module, *, enabled: bool, reshard: bool = True) -> Iterator[None]:
+    """Within, backward passes reduce gradients over ranks only if ``enabled``; else they add up locally.
+
+    Those that reduce leave a sharded model only the shards of its parameters. The others do so with ``reshard``.
+    """
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(enabled)
         module.set_is_last_backward(enabled)
+        module.set_reshard_after_backward(enabled or reshard)
         yield
     elif isinstance(module, DistributedDataParallel) and not enabled:
         with module.no_sync():

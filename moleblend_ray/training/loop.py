@@ -173,6 +173,7 @@ def build_learner(
         precision=train.precision,
         ranks=ranks,
         replicas=train.fsdp_replicas,
+        reshard=train.fsdp_reshard,
     )
     return Learner(
         objective=objective,
@@ -362,7 +363,8 @@ def _backward(
     """Add this micro-batch's gradient; (8,) float64 its part of the loss of the step, and its loss sums, detached."""
     # Dropout belongs to the micro-batch, wherever and whenever it is computed.
     torch.manual_seed(dropout_seed(learner.seed, micro))
-    with gradient_sync(learner.objective, enabled=is_last):
+    reshard = learner.train.fsdp_reshard
+    with gradient_sync(learner.objective, enabled=is_last, reshard=reshard):
         with autocast(learner.train.precision, learner.ranks.device):
             loss, sums = learner.objective(*part, counts)
         loss.backward()

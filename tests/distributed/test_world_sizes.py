@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import toy
 from synthetic import write_dataset
 
 from moleblend_ray.data import storage
@@ -117,8 +118,16 @@ def two(folder: Path, data: str, one: dict[str, list[Any]]) -> dict[str, list[An
     return launch(
         2,
         {
-            "fsdp": {"strategy": "fsdp"},
+            "fsdp": {"strategy": "fsdp", "count": True},
             "long": {"strategy": "fsdp", "num_steps": 40},
+            "kept": {"strategy": "fsdp", "reshard": False, "count": True},
+            # Validations and checkpoints between the steps.
+            "kept_and_saved": {
+                "strategy": "fsdp",
+                "reshard": False,
+                "data": data,
+                "run": str(folder / "kept"),
+            },
             "ddp": {"strategy": "ddp"},
             **({"compiled": {"strategy": "fsdp", "compile": True}} if shutil.which("g++") else {}),
             "float64": {"strategy": "ddp", "dtype": "float64"},
@@ -180,6 +189,20 @@ def test_sharded_runs_of_two_and_four_processes_are_equal_to_the_last_bit(
             assert {name: ours[name] for name in COMPARED} == {
                 name: theirs[name] for name in COMPARED
             }
+
+
+@pytest.mark.parametrize("task", ["kept", "kept_and_saved"])
+def test_gathered_parameters_that_are_kept_during_a_step_change_no_bit(two: Any, task: str) -> None:
+    for ours, theirs in zip(two[task][0]["records"], two["fsdp"][0]["records"], strict=True):
+        assert {name: ours[name] for name in COMPARED} == {name: theirs[name] for name in COMPARED}
+
+
+def test_parameters_are_gathered_twice_in_each_micro_batch_or_once_a_step(two: Any) -> None:
+    gathered = {task: two[task][0]["collectives"]["_allgather_base_"] for task in ("fsdp", "kept")}
+    steps, blocks, micro_batches = 8, toy.MODEL.num_layers, 4
+    # What is outside the blocks stays gathered during a micro-batch anyway.
+    assert gathered["fsdp"] == steps * micro_batches * (2 * blocks + 1)
+    assert gathered["kept"] == steps * (blocks + 1)
 
 
 def test_workers_that_cannot_form_the_replicas_are_an_error_naming_both(four: Any) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import toy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import MoleBlendError
@@ -35,6 +38,7 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         ranks,
         strategy=task["strategy"],
         fsdp_replicas=task.get("replicas", 1),
+        fsdp_reshard=task.get("reshard", True),
         compile=task.get("compile", False),
         on_non_finite=task.get("on_non_finite", "stop"),
         num_steps=task.get("num_steps", 8),
@@ -67,19 +71,41 @@ def run(task: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     stop_after = task.get("stop_after")
     polls = iter(range(start, 1000))
     records: list[Record] = []
-    result = fit(
-        learner,
-        steps,
-        start_step=start,
-        checkpoints=writer,
-        validate=validate,
-        hooks=Hooks(
-            report=records.append,
-            # Only the last rank asks: all must follow.
-            should_stop=lambda: ranks.rank == ranks.world_size - 1 and next(polls) == stop_after,
-        ),
-    )
-    return {"step": result.step, "stopped": result.stopped, "records": records}
+    collectives = Collectives()
+    with collectives if task.get("count") else nullcontext():
+        result = fit(
+            learner,
+            steps,
+            start_step=start,
+            checkpoints=writer,
+            validate=validate,
+            hooks=Hooks(
+                report=records.append,
+                # Only the last rank asks: all must follow.
+                should_stop=lambda: (
+                    ranks.rank == ranks.world_size - 1 and next(polls) == stop_after
+                ),
+            ),
+        )
+    return {
+        "step": result.step,
+        "stopped": result.stopped,
+        "records": records,
+        "collectives": collectives.counts,
+    }
+
+
+class Collectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How often each operation of torch.distributed is called within."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def fail_saves(steps: list[int], ranks: Ranks) -> None:

@@ -45,3 +45,8 @@ def test_replicas_that_the_workers_cannot_form_are_refused() -> None:
         PretrainConfig(data="data", out="out", train=train, cluster=ClusterConfig(num_workers=2))
     with pytest.raises(ConfigError, match=r"^fsdp_replicas: 2 copies are for strategy fsdp"):
         TrainConfig(strategy="ddp", fsdp_replicas=2)
+
+
+def test_parameters_that_are_never_gathered_cannot_stay_gathered() -> None:
+    with pytest.raises(ConfigError, match=r"^fsdp_reshard: false is for strategy fsdp"):
+        TrainConfig(strategy="ddp", fsdp_reshard=False)

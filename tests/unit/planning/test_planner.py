@@ -154,6 +154,28 @@ def test_a_gpu_does_what_the_page_on_performance_tells() -> None:
 # ---------------------------------------------------------------------------------------- resources that bind
 
 
+@pytest.mark.parametrize(
+    ("overrides", "way"),
+    [
+        (("gpus=8", "network.within_node_gb_s=10"), "fsdp_reshard=false"),
+        (("gpus=64",), "fsdp_replicas=8 (strategy=fsdp)"),
+        (("gpus=64", "strategy=ddp"), "fsdp_replicas=8 (strategy=fsdp)"),
+        (("gpus=8", "model=base"), "strategy=ddp"),
+        # What is sent is a small part of the step.
+        (("gpus=8", "model=xl"), None),
+        # Nothing to gather and to add up.
+        (("gpus=1",), None),
+    ],
+)
+def test_the_best_other_way_to_spread_the_model_is_told(
+    overrides: tuple[str, ...], way: str | None
+) -> None:
+    if not any(word.startswith("model=") for word in overrides):
+        overrides = (*overrides, "model=large")
+    told = planned("molecules=1e9", *overrides).hints
+    assert [line.split(" would train")[0] for line in told] == ([] if way is None else [way])
+
+
 def test_more_trainers_bring_more_but_never_in_excess_of_their_number() -> None:
     setup = setup_of("gpus=8", "model=large")
     rates = [throughput(setup, workers).rate.value for workers in (1, 2, 4, 8, 16, 32, 64)]
@@ -429,6 +451,7 @@ def test_the_proposed_settings_are_those_of_a_valid_run() -> None:
     for overrides in (
         ("gpus=64",),
         ("gpus=8", "model=large", "fsdp_replicas=2"),
+        ("gpus=8", "model=large", "fsdp_reshard=false"),
         ("cpu_workers=2", "model=tiny"),
         ("gpus=8", "steps=1000"),
     ):

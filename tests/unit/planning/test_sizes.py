@@ -12,7 +12,7 @@ from moleblend_ray.config.builder import build
 from moleblend_ray.config.compose import compose, group_choices
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.planning.sizes import checkpoint_bytes, exchange, model_size
+from moleblend_ray.planning.sizes import checkpoint_bytes, exchange, gathered_bytes, model_size
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.config import CheckpointConfig, OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
@@ -103,6 +103,20 @@ def test_one_worker_sends_nothing_and_copies_keep_traffic_within_their_node() ->
     parameters = model_size(model).parameters
     assert copies.across_bytes == pytest.approx(2 * 7 / 8 * 4 * parameters / 8)
     assert copies.across_bytes < whole.within_bytes / 7
+
+
+def test_parameters_that_stay_gathered_cross_once_and_take_the_memory_of_a_model() -> None:
+    model = ModelConfig()
+    layers, parameters = model_size(model).layer_parameters, model_size(model).parameters
+    twice, once = (
+        exchange(model, 8, strategy="fsdp", precision="bf16", reshard=reshard)
+        for reshard in (True, False)
+    )
+    assert twice.within_bytes - once.within_bytes == pytest.approx(7 / 8 * 2 * layers)
+    groups = model.num_layers + 1
+    assert (twice.messages, once.messages) == (3 * groups, 2 * groups)
+    kept = gathered_bytes(model, precision="bf16", on_gpu=True)
+    assert sum(kept) == 2 * layers + 4 * (parameters - layers)
 
 
 def test_bfloat16_halves_what_is_gathered_on_gpus_alone() -> None:

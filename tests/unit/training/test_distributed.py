@@ -41,14 +41,14 @@ def policies(
     names = {module: name for name, module in objective.named_modules()}
     found: dict[str, MixedPrecisionPolicy] = {}
 
-    def note(module: torch.nn.Module, *, mesh: Any, mp_policy: MixedPrecisionPolicy) -> None:
-        del mesh
+    def note(module: torch.nn.Module, *, mp_policy: MixedPrecisionPolicy, **others: Any) -> None:
+        del others
         found[names[module]] = mp_policy
 
     monkeypatch.setattr(distributed, "fully_shard", note)
     ranks = Ranks(world_size=2, device=torch.device(device))
     mesh: Any = None
-    distributed._shard(objective, model.encoder.layers, precision, ranks, mesh)
+    distributed._shard(objective, model.encoder.layers, precision, ranks, mesh, reshard=True)
     return found
 
 
