@@ -37,9 +37,8 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.orchestration import plan as planning
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.pretrain import pretrain

@@ -41,14 +41,15 @@ import numpy as np
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.batch import StreamConfig, build_steps, unpack_micro_batch
+from moleblend_ray.data.batch import build_steps, unpack_micro_batch
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import Manifest, ShardInfo, fingerprint, load_manifest
 from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.order import DataOrder
 from moleblend_ray.data.receipts import write_part
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk

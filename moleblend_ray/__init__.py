@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from moleblend_ray.config.pretrain import PretrainConfig
     from moleblend_ray.config.status import StatusConfig
     from moleblend_ray.config.tools import ExportConfig, SamplesConfig
-    from moleblend_ray.data.batch import StreamConfig
+    from moleblend_ray.data.config import OrderConfig, StreamConfig
     from moleblend_ray.data.download import Collection, RemoteFile
-    from moleblend_ray.data.order import OrderConfig
     from moleblend_ray.data.transfer import TransferOptions
     from moleblend_ray.errors import (
         CheckpointError,
@@ -179,7 +178,7 @@ _HOMES = {
     "MoleculeEncoder": "inference",
     "NetworkSettings": "planning.settings",
     "OptimConfig": "training.config",
-    "OrderConfig": "data.order",
+    "OrderConfig": "data.config",
     "PlanConfig": "config.plan",
     "PredictConfig": "config.downstream",
     "PrepareConfig": "config.prepare",
@@ -193,7 +192,7 @@ _HOMES = {
     "StatusConfig": "config.status",
     "StorageError": "errors",
     "StorageSettings": "planning.settings",
-    "StreamConfig": "data.batch",
+    "StreamConfig": "data.config",
     "SweepConfig": "config.downstream",
     "TaskConfig": "config.downstream",
     "TaskKind": "evaluation.tasks",

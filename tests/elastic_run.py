@@ -30,8 +30,7 @@ from ray.cluster_utils import Cluster
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.batch import StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as driver
 from moleblend_ray.orchestration import pretrain_worker

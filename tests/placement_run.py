@@ -27,7 +27,7 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[a
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.pretrain import pretrain
 from moleblend_ray.training.config import CheckpointConfig, TrainConfig

@@ -13,8 +13,8 @@ import sys
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.batch import StepBatch, StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from moleblend_ray.checks import check_all, locations
 from moleblend_ray.config.builder import run_checks
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data.batch import StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.model.config import (
     BlendConfig,
     LossConfig,

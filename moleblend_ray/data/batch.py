@@ -50,7 +50,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.checks import above, at_least, check_all
 from moleblend_ray.compilation import kernel
 from moleblend_ray.data.block import BOND_ENDS, NUM_ATOM_FEATURES, NUM_AXES, MoleculeBlock
 from moleblend_ray.errors import DataError
@@ -150,64 +149,6 @@ def mean_molecule_bytes(atom_counts: Mapping[int, int], *, described: bool) -> f
     ]
     rows.append(float(described))
     return sum((rows[section.rows] * section.row_bytes for section in SECTIONS), 0.0)
-
-
-BLOCKS_PER_STREAM: Final = 6
-# A block costs Ray some 20 ms of CPU time whatever its size: little beside the 100 ms that this one takes to build.
-BLOCK_BYTES: Final = 12 << 20
-MAX_BLOCK_STEPS: Final = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
-    """How micro-batches are built, and by how many processes."""
-
-    micro_batch_size: int = 64
-    """Molecules per micro-batch, which is the input of one forward and backward pass."""
-
-    steps_per_block: int | None = None
-    """Optimizer steps whose micro-batches of one stream form one Ray block. null: as many as make a block of about
-    12 MiB, fewer if six blocks per stream would not fit into object_store_gib, and at most 64."""
-
-    min_actors: int = 1
-    """Fewest CPU actors that build micro-batches."""
-
-    max_actors: int | None = None
-    """Most CPU actors that build micro-batches; null: as many as the CPUs that the workers leave free. Within these
-    limits, their number follows from the measured rates of building and training."""
-
-    actor_cpus: float = 1.0
-    """CPUs that each building actor reserves."""
-
-    cache_bytes: int = 512 * 2**20
-    """Bytes of decoded row groups that the building actors of a machine keep together."""
-
-    object_store_gib: float | None = None
-    """Most memory of Ray's object store, in GiB over the whole cluster, for micro-batches that wait for training,
-    besides one block per stream that is being trained on; null: three tenths of the stores of the nodes that build them.
-    Building pauses while it is full."""
-
-    random_rotation: bool = False
-    """Rotate each conformer at random, differently in each step, keyed by (seed, step, molecule id)."""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that make no stream."""
-        check_all(
-            *at_least(self, 1, "micro_batch_size", "min_actors", "cache_bytes", "steps_per_block"),
-            (
-                self.max_actors is None or self.max_actors >= self.min_actors,
-                f"max_actors: expected null or at least min_actors ({self.min_actors}), found {self.max_actors}",
-            ),
-            *above(self, 0, "object_store_gib", "actor_cpus"),
-        )
-
-    def block_steps(self, num_streams: int, step_bytes: float, budget: int) -> int:
-        """Steps per block, if a step takes ``step_bytes`` per stream and the object store has ``budget`` bytes."""
-        if self.steps_per_block is not None:
-            return self.steps_per_block
-        block_bytes = min(BLOCK_BYTES, budget / (BLOCKS_PER_STREAM * num_streams))
-        steps = min(max(1, int(block_bytes // step_bytes)), MAX_BLOCK_STEPS)
-        return 1 << steps.bit_length() - 1  # a power of two divides more numbers of steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

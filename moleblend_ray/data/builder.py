@@ -13,17 +13,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.batch import (
-    MicroBatch,
-    StepBatch,
-    StreamConfig,
-    build_steps,
-)
+from moleblend_ray.data.batch import MicroBatch, StepBatch, build_steps
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.descriptors import with_targets
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import NodeCache
-from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.order import DataOrder
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import training_columns
 from moleblend_ray.errors import ConfigError

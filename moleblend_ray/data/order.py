@@ -21,8 +21,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.checks import at_least, check_all
 from moleblend_ray.compilation import kernel
+from moleblend_ray.data.config import OrderConfig
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash, mix
 
@@ -35,47 +35,6 @@ _mix_word = kernel(mix)
 # First key words, which make the two bijections of an epoch independent.
 _CHUNKS: Final = 1
 _WINDOW: Final = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OrderConfig:
-    """The order of the molecules. It depends on every field, so none may change within a run."""
-
-    seed: int = 0
-    """Key of both shuffles."""
-
-    global_batch_size: int = 256
-    """Molecules per optimizer step, over all workers."""
-
-    num_streams: int = 4
-    """Streams into which each step is divided. Any number of workers that divides it sees the same global batches."""
-
-    shuffle_window: int = 65536
-    """Molecules within which single rows are shuffled. A larger window mixes better, but each machine that builds
-    micro-batches decodes and caches all row groups of a window."""
-
-    chunk_rows: int = 2048
-    """Consecutive molecules that are moved together before rows are shuffled; ideally the rows of a row group."""
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that make no order."""
-        check_all(
-            *at_least(self, 1, "global_batch_size", "num_streams", "shuffle_window", "chunk_rows"),
-            (
-                -(2**63) <= self.seed < 2**63,
-                f"seed: expected -2**63 to 2**63 - 1, found {self.seed}",
-            ),
-            (
-                self.num_streams < 1 or self.global_batch_size % self.num_streams == 0,
-                f"num_streams: expected a divisor of global_batch_size ({self.global_batch_size}), "
-                f"found {self.num_streams}",
-            ),
-        )
-
-    @property
-    def stream_batch_size(self) -> int:
-        """Molecules per (step, stream)."""
-        return self.global_batch_size // self.num_streams
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.host import available_cpus

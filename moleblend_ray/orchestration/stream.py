@@ -30,15 +30,10 @@ from ray.data import (
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from moleblend_ray.data.batch import (
-    StepBatch,
-    StreamConfig,
-    mean_molecule_bytes,
-    num_micro_batches,
-)
+from moleblend_ray.data.batch import StepBatch, mean_molecule_bytes, num_micro_batches
 from moleblend_ray.data.builder import MicroBatchBuilder
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.transport import pack_block, pack_error, step_batches
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.budget import (

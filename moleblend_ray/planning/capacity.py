@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from moleblend_ray.data.batch import (
+from moleblend_ray.data.batch import mean_molecule_bytes
+from moleblend_ray.data.config import (
     BLOCK_BYTES,
     BLOCKS_PER_STREAM,
     MAX_BLOCK_STEPS,
+    OrderConfig,
     StreamConfig,
-    mean_molecule_bytes,
 )
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.planning.figures import Figure, assumed, computed
 from moleblend_ray.planning.rates import ATOM_SHARES, ATOMS_PER_MOLECULE

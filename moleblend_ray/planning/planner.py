@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from moleblend_ray.data.batch import BLOCK_BYTES, StreamConfig
+from moleblend_ray.data.config import BLOCK_BYTES, StreamConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, ForwardFlops, pretraining_flops
 from moleblend_ray.planning.alternatives import changes, hints, scaling

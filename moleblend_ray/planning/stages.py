@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moleblend_ray.data.batch import BLOCKS_PER_STREAM
+from moleblend_ray.data.config import BLOCKS_PER_STREAM
 from moleblend_ray.planning.capacity import GB, Setup, Throughput
 from moleblend_ray.planning.figures import Figure, assumed, computed, given
 from moleblend_ray.planning.goodput import HOUR

@@ -25,10 +25,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import fingerprint, load_manifest
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.metrics import METRICS, PREFIX
 from moleblend_ray.orchestration.prepare import prepare

@@ -14,7 +14,7 @@ import pytest
 import ray
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration import local
 from moleblend_ray.orchestration.elastic import GracefulElasticPolicy

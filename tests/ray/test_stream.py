@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StepBatch, StreamConfig, unpack_micro_batch
+from moleblend_ray.data.batch import StepBatch, unpack_micro_batch
 from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
+from moleblend_ray.data.order import DataOrder
 from moleblend_ray.orchestration.stream import (
     shard_step_batches,
     stream_data_config,
@@ -184,8 +185,7 @@ SLOW_CONSUMER = """
 import json, sys, threading, time
 import ray
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data.batch import StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.orchestration.local import GIB, ray_session
 from moleblend_ray.orchestration.stream import (
     shard_step_batches, stream_data_config, stream_dataset,

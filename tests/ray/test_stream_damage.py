@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StepBatch, StreamConfig
-from moleblend_ray.data.order import OrderConfig
+from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset
 

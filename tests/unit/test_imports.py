@@ -141,12 +141,12 @@ def test_processes_of_the_stream_import_neither_torch_nor_chemistry() -> None:
     assert not {"torch", "rdkit"} & modules
 
 
-def test_configurations_compose_without_torch_rdkit_or_ray() -> None:
+def test_configurations_compose_without_torch_rdkit_ray_or_numba() -> None:
     modules = modules_after(
         "import moleblend_ray.config.prepare, moleblend_ray.config.pretrain, moleblend_ray.config.downstream"
         ", moleblend_ray.config.plan, moleblend_ray.config.status"
     )
-    assert not {"torch", "rdkit", "ray"} & modules
+    assert not {"torch", "rdkit", "ray", "numba"} & modules
 
 
 def test_importing_the_package_imports_no_part_of_it() -> None:

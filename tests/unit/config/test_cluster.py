@@ -6,7 +6,7 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.batch import StreamConfig
+from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.training.config import TrainConfig
 

@@ -15,7 +15,6 @@ from synthetic import random_block
 from moleblend_ray.data.batch import (
     HEADER_FIELDS,
     MicroBatch,
-    StreamConfig,
     build_micro_batches,
     build_steps,
     mean_molecule_bytes,
@@ -23,6 +22,7 @@ from moleblend_ray.data.batch import (
     unpack_micro_batch,
 )
 from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.topology import topology
 from moleblend_ray.vocabulary import NUM_DESCRIPTORS

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.order import DataOrder, OrderConfig
+from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import ConfigError
 
 ORDER = OrderConfig(seed=1, global_batch_size=24, num_streams=4, shuffle_window=100, chunk_rows=32)

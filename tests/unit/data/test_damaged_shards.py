@@ -11,11 +11,11 @@ import pytest
 from synthetic import write_dataset
 
 from moleblend_ray.data import dataset_files, shards, storage
-from moleblend_ray.data.batch import StepBatch, StreamConfig
+from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import DataError

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moleblend_ray.data.order import MAX_MOLECULES, DataOrder, OrderConfig, permute, unpermute
+from moleblend_ray.data.config import OrderConfig
+from moleblend_ray.data.order import MAX_MOLECULES, DataOrder, permute, unpermute
 from moleblend_ray.errors import ConfigError, DataError
 
 

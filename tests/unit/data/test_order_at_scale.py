@@ -15,15 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from moleblend_ray.data.order import (
-    _CHUNKS,
-    _WINDOW,
-    MAX_MOLECULES,
-    DataOrder,
-    OrderConfig,
-    permute,
-    unpermute,
-)
+from moleblend_ray.data.config import OrderConfig
+from moleblend_ray.data.order import _CHUNKS, _WINDOW, MAX_MOLECULES, DataOrder, permute, unpermute
 from moleblend_ray.relations.hashing import keyed_hash
 
 Molecules = NDArray[np.int64]

@@ -23,16 +23,15 @@ from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import _sample, write_manifest
-from moleblend_ray.data.batch import StreamConfig
 from moleblend_ray.data.block import block_from_table
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.claim import claim_output, finished_manifest
+from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.dataset_files import receipt_uri
 from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.manifest import fingerprint as manifest_fingerprint
 from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.order import OrderConfig
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import _closest_distances, convert_chunk, featurize_chunk
