@@ -42,13 +42,14 @@ from moleblend_ray.data.receipts import (
     shard_info,
     write_part,
 )
+from moleblend_ray.data.segments import encode_segment
 from moleblend_ray.data.shards import (
     DESCRIPTOR_FIELD,
     NOT_IN_SPLIT_FILE,
     QUARANTINE_SCHEMA,
+    quarantined_molecules,
     shard_schema,
 )
-from moleblend_ray.data.shuffle import encode_segment, quarantined_molecules, staged_table
 from moleblend_ray.data.sources import (
     LabelColumn,
     RawRecord,
@@ -58,6 +59,7 @@ from moleblend_ray.data.sources import (
     parse_chunk,
 )
 from moleblend_ray.data.splits import UNNAMED, NamedSplits, hashed_splits, text_hashes
+from moleblend_ray.data.staging import staged_table
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.relations.geometry import closest_pair_distances
 

@@ -80,6 +80,8 @@ _DICTIONARY_COLUMNS: Final = (
 )
 """Columns with few distinct values: with a dictionary they are smaller and decode in two thirds of the time."""
 
+_EXCERPT_CHARACTERS: Final = 200
+
 PARQUET_MAGIC: Final = b"PAR1"
 """The last bytes of every Parquet file."""
 
@@ -176,3 +178,20 @@ def footer_crc32(content: bytes) -> int | None:
 def footer_bytes(content: bytes) -> int:
     """Bytes of a Parquet file from its footer to its end, as the file itself states."""
     return int.from_bytes(content[-8:-4], "little") + 8
+
+
+def quarantined_molecules(
+    molecules: pa.Table, source_uris: Sequence[str], reason: str, details: Sequence[str]
+) -> pa.Table:
+    """Rows of the quarantine for molecules that are sound, but left out of the data set."""
+    count = molecules.num_rows
+    excerpts = [text[:_EXCERPT_CHARACTERS] for text in molecules["smiles"].to_pylist()]
+    columns = {
+        "source_uri": list(source_uris),
+        "source_row": molecules["source_row"],
+        "mol_id": molecules["mol_id"],
+        "excerpt": excerpts,
+        "reason": [reason] * count,
+        "detail": list(details),
+    }
+    return pa.table(columns, schema=QUARANTINE_SCHEMA)

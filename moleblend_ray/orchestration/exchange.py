@@ -10,8 +10,9 @@ from typing import Any, Final
 import ray
 
 from moleblend_ray.data.dataset_files import RECEIPTS_DIR, listed
+from moleblend_ray.data.exchange import Exchange, Unit
 from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
-from moleblend_ray.data.shuffle import Exchange, Unit, run_unit
+from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
 from moleblend_ray.orchestration.placement import Labels, placed
 from moleblend_ray.orchestration.progress import Reporter

@@ -32,12 +32,12 @@ from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
+from moleblend_ray.data.exchange import plan_exchange, staged_chunk
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, UnitReceipt
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shards import DUPLICATE, NOT_IN_SPLIT_FILE
-from moleblend_ray.data.shuffle import plan_exchange, staged_chunk
 from moleblend_ray.data.sources import (
     ColumnConfig,
     ParquetPart,

@@ -10,9 +10,9 @@ from commands import finish, kill_when, moleblend
 
 # As if there were memory for some hundred molecules only: the source is then of many groups.
 SMALL_GROUPS = """
-from moleblend_ray.data import shuffle
+from moleblend_ray.data import exchange
 
-shuffle._MAX_GROUP_BYTES = 60_000
+exchange._MAX_GROUP_BYTES = 60_000
 """
 
 

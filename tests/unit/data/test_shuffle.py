@@ -19,19 +19,13 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import count_repeats, write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
 from moleblend_ray.data.dataset_files import listed
+from moleblend_ray.data.exchange import Exchange, StagedChunk, Unit, plan_exchange, staged_chunk
 from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shuffle import (
-    Exchange,
-    StagedChunk,
-    Unit,
-    plan_exchange,
-    run_unit,
-    staged_chunk,
-)
+from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.relations.hashing import keyed_hash
@@ -153,7 +147,7 @@ def test_the_order_is_that_of_a_keyed_hash_of_each_record_s_place(
 def test_shards_of_large_molecules_have_fewer_rows(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moleblend_ray.data.shuffle._MAX_BUCKET_BYTES", 2048)
+    monkeypatch.setattr("moleblend_ray.data.exchange._MAX_BUCKET_BYTES", 2048)
     manifest = prepare(source, tmp_path / "out", shuffle=True, valid_fraction=0.0)
     assert len(manifest.shards_of("train")) > 10
 
