@@ -5,40 +5,38 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, Final
+from typing import Any
 
 import ray
 
+from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.dataset_files import RECEIPTS_DIR, listed
 from moleblend_ray.data.exchange import Exchange, Unit
 from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
-from moleblend_ray.orchestration.placement import Labels, placed
+from moleblend_ray.orchestration.conversion import ACTOR_CPUS, MAX_RETRIES
+from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Reporter
 
 logger = logging.getLogger(__name__)
-
-_MAX_RETRIES: Final = 3
-"""Retries of a unit that kills its process or loses its machine. One failure more ends the run."""
 
 
 def run_exchange(
     exchange: Exchange,
     passes: Sequence[Sequence[Unit]],
-    num_tasks: int,
-    num_cpus: float,
+    cluster: ClusterConfig,
     report: Reporter,
-    labels: Labels = None,
 ) -> list[UnitReceipt]:
-    """Run the passes of ``exchange``, ``num_tasks`` units at a time, on nodes with ``labels``; receipts of the last
-    pass, in order.
+    """Run the passes of ``exchange``, as many units at a time as ``cluster`` has data actors; receipts of the last pass,
+    in order.
 
     Units that have a valid receipt are not run again.
     """
     done = _done(exchange, passes)
     shared = ray.put(exchange)
-    task = ray.remote(num_cpus=num_cpus, max_retries=_MAX_RETRIES, **placed(labels))(_run_unit)
+    options = {"num_cpus": ACTOR_CPUS, "max_retries": MAX_RETRIES, **placed(cluster.data_labels)}
+    task = ray.remote(**options)(_run_unit)
     for units in passes:
         missing = [unit for unit in units if unit.name not in done]
         logger.info(
@@ -49,7 +47,7 @@ def run_exchange(
             len(units),
         )
         finished = len(units) - len(missing)
-        for receipt in _run_tasks(task, shared, missing, num_tasks, exchange.out):
+        for receipt in _run_tasks(task, shared, missing, cluster.num_data_actors, exchange.out):
             done[receipt.name] = receipt
             finished += 1
             report({"pass": units[0].kind, "pieces": f"{finished}/{len(units)}"})
@@ -90,7 +88,7 @@ def _run_tasks(
             raise
         except ray.exceptions.RayError as error:
             raise DataError(
-                f"Placing molecules in {out} ended its process {_MAX_RETRIES + 1} times: it was killed for lack of "
+                f"Placing molecules in {out} ended its process {MAX_RETRIES + 1} times: it was killed for lack of "
                 f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "
                 "with a smaller shuffle_memory_gib or fewer cluster.num_data_actors if memory is short."
             ) from error

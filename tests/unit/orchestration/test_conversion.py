@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moleblend_ray.orchestration.prepare import _Effort
+from moleblend_ray.orchestration.conversion import Effort
 
 
 def result(process: str | None, started_s: float, ended_s: float, peak: int = 0) -> dict[str, Any]:
@@ -14,7 +14,7 @@ def result(process: str | None, started_s: float, ended_s: float, peak: int = 0)
 
 
 def test_a_late_process_and_a_last_chunk_do_not_count() -> None:
-    effort = _Effort()
+    effort = Effort()
     # a: 0-2, 2-4, 4-6; b: 1-3, 3-5. Together from 1 to 5, each 10 records in 2 s.
     for process, started_s in (("a", 0.0), ("a", 2.0), ("a", 4.0), ("b", 1.0), ("b", 3.0)):
         effort.add(10, result(process, started_s, started_s + 2.0, peak=int(started_s)))
@@ -24,13 +24,13 @@ def test_a_late_process_and_a_last_chunk_do_not_count() -> None:
 
 
 def test_chunks_of_a_former_run_took_no_time() -> None:
-    effort = _Effort()
+    effort = Effort()
     effort.add(10, result(None, 0.0, 0.0))
     assert (effort.rows_per_s, effort.seconds, effort.peak_bytes) == (0.0, 0.0, 0)
 
 
 def test_processes_that_never_met_have_no_common_rate() -> None:
-    effort = _Effort()
+    effort = Effort()
     effort.add(10, result("a", 0.0, 1.0))
     effort.add(10, result("b", 2.0, 3.0))
     assert effort.rows_per_s == 0.0
