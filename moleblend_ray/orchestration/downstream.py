@@ -1,34 +1,26 @@
-"""What fine-tuning, sweeps and embedding share on a Ray cluster: molecules, weights, seeds, results."""
+"""What fine-tuning and sweeps share on a Ray cluster: inputs, experiment, seeds, results."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 import ray
 
-from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import (
-    EmbedConfig,
-    PredictConfig,
     PropertyConfig,
     SweepConfig,
     TaskConfig,
 )
-from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
-from moleblend_ray.data.sources.layouts import ColumnError
+from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
@@ -79,8 +71,8 @@ from moleblend_ray.orchestration.local import (
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.molecules import is_prepared, look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import placed
-from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import train_seed
 
@@ -90,13 +82,6 @@ K = TypeVar("K")
 
 _MANY_MOLECULES: Final = 50_000
 """Molecules of which it takes seconds to find those that occur more than once."""
-
-_TASK_SETTINGS: Final = {
-    "smiles_column": "task.smiles_column",
-    "id_column": "task.id_column",
-    "label_columns": "task.columns",
-}
-"""What the settings of `prepare` are called where a task has its own."""
 
 ROWS_PER_CHUNK = 256
 """Rows per task when preparing labelled molecules: the sets are small, and a conformer takes about 0.1 s."""
@@ -235,42 +220,9 @@ def check_cluster(config: PropertyConfig) -> None:
     require_resources(need, "one training", cluster.worker_labels)
     # The checkpoint and prepared molecules are read by this process alone, and sent to the others.
     source = config.task.source
-    raw = {} if _is_prepared(source) else {"task.source": source}
+    raw = {} if is_prepared(source) else {"task.source": source}
     require_shared_paths({"out": config.out, **raw})
     warn_of_unused_gpus(cluster)
-
-
-def _is_prepared(source: str) -> bool:
-    return storage.exists(storage.join(source, MANIFEST_NAME))
-
-
-def look_at_source(
-    molecules: TaskConfig | EmbedConfig | PredictConfig, label_columns: tuple[str, ...] | None
-) -> SourceSet | None:
-    """Files and columns of raw molecules, for :func:`prepare_molecules`; None for a prepared dataset.
-
-    Raises ColumnError if there is no column of a name that is asked for.
-    """
-    if _is_prepared(molecules.source):
-        return None
-    columns = ColumnConfig(
-        smiles_column=molecules.smiles_column,
-        id_column=molecules.id_column,
-        label_columns=label_columns,
-    )
-    with _settings_named_as_in(molecules):
-        return inspect_sources(find_sources(molecules.source), columns)
-
-
-@contextmanager
-def _settings_named_as_in(molecules: TaskConfig | EmbedConfig | PredictConfig) -> Iterator[None]:
-    """Let a ColumnError name the setting as the command does."""
-    try:
-        yield
-    except ColumnError as error:
-        if not isinstance(molecules, TaskConfig):
-            raise
-        raise ColumnError(_TASK_SETTINGS[error.setting], error.reason) from error
 
 
 def prepare_task(config: PropertyConfig, sources: SourceSet | None = None) -> str:
@@ -285,45 +237,6 @@ def prepare_task(config: PropertyConfig, sources: SourceSet | None = None) -> st
         cluster=config.cluster,
         sources=sources,
     )
-
-
-def prepare_molecules(
-    molecules: TaskConfig | EmbedConfig | PredictConfig,
-    out: str,
-    *,
-    label_columns: tuple[str, ...] | None,
-    conformers: int,
-    rows_per_chunk: int,
-    cluster: ClusterConfig,
-    sources: SourceSet | None = None,
-) -> str:
-    """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
-
-    All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
-    it was called.
-    """
-    if _is_prepared(molecules.source):
-        return molecules.source
-    config = PrepareConfig(
-        source=molecules.source,
-        out=out,
-        smiles_column=molecules.smiles_column,
-        id_column=molecules.id_column,
-        label_columns=label_columns,
-        featurize=FeaturizeConfig(
-            max_atoms=molecules.max_atoms,
-            conformers=ConformerConfig.of_count(conformers),
-        ),
-        rows_per_chunk=rows_per_chunk,
-        valid_fraction=0.0,
-        # The workers' CPUs are idle until the molecules are there.
-        cluster=dataclasses.replace(
-            cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
-        ),
-    )
-    with _settings_named_as_in(molecules):
-        prepare(config, wants_coordinates=bool(conformers), sources=sources)
-    return out
 
 
 def named_splits(task: TaskConfig) -> NamedSplits | None:

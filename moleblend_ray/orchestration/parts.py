@@ -42,7 +42,6 @@ from moleblend_ray.errors import (
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
-from moleblend_ray.orchestration.downstream import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
 from moleblend_ray.orchestration.local import (
     ray_session,
@@ -51,6 +50,7 @@ from moleblend_ray.orchestration.local import (
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import use_reserved

@@ -31,6 +31,7 @@ from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import downstream
 from moleblend_ray.orchestration import finetune as finetune_module
+from moleblend_ray.orchestration import molecules as molecules_module
 from moleblend_ray.orchestration import sweep as sweep_module
 from moleblend_ray.orchestration.downstream import (
     Inputs,
@@ -235,7 +236,9 @@ def test_the_source_that_was_looked_at_is_what_is_prepared(
     assert sources is not None
     assert [label.name for label in sources.labels] == ["y"]
     given: list[object] = []
-    monkeypatch.setattr(downstream, "prepare", lambda *_, sources, **__: given.append(sources))
+    monkeypatch.setattr(
+        molecules_module, "prepare", lambda *_, sources, **__: given.append(sources)
+    )
     prepare_task(config, sources)
     assert given == [sources]
 

@@ -1,0 +1,98 @@
+"""The molecules of a downstream command: a prepared data set, or raw files that are prepared on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, TaskConfig
+from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
+from moleblend_ray.data.sources.layouts import ColumnError
+from moleblend_ray.orchestration.prepare import prepare
+
+_TASK_SETTINGS: Final = {
+    "smiles_column": "task.smiles_column",
+    "id_column": "task.id_column",
+    "label_columns": "task.columns",
+}
+"""What the settings of `prepare` are called where a task has its own."""
+
+
+def is_prepared(source: str) -> bool:
+    """Whether ``source`` is a finished data set."""
+    return storage.exists(storage.join(source, MANIFEST_NAME))
+
+
+def look_at_source(
+    molecules: TaskConfig | EmbedConfig | PredictConfig, label_columns: tuple[str, ...] | None
+) -> SourceSet | None:
+    """Files and columns of raw molecules, for :func:`prepare_molecules`; None for a prepared dataset.
+
+    Raises ColumnError if there is no column of a name that is asked for.
+    """
+    if is_prepared(molecules.source):
+        return None
+    columns = ColumnConfig(
+        smiles_column=molecules.smiles_column,
+        id_column=molecules.id_column,
+        label_columns=label_columns,
+    )
+    with _settings_named_as_in(molecules):
+        return inspect_sources(find_sources(molecules.source), columns)
+
+
+@contextmanager
+def _settings_named_as_in(molecules: TaskConfig | EmbedConfig | PredictConfig) -> Iterator[None]:
+    """Let a ColumnError name the setting as the command does."""
+    try:
+        yield
+    except ColumnError as error:
+        if not isinstance(molecules, TaskConfig):
+            raise
+        raise ColumnError(_TASK_SETTINGS[error.setting], error.reason) from error
+
+
+def prepare_molecules(
+    molecules: TaskConfig | EmbedConfig | PredictConfig,
+    out: str,
+    *,
+    label_columns: tuple[str, ...] | None,
+    conformers: int,
+    rows_per_chunk: int,
+    cluster: ClusterConfig,
+    sources: SourceSet | None = None,
+) -> str:
+    """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
+
+    All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
+    it was called.
+    """
+    if is_prepared(molecules.source):
+        return molecules.source
+    config = PrepareConfig(
+        source=molecules.source,
+        out=out,
+        smiles_column=molecules.smiles_column,
+        id_column=molecules.id_column,
+        label_columns=label_columns,
+        featurize=FeaturizeConfig(
+            max_atoms=molecules.max_atoms,
+            conformers=ConformerConfig.of_count(conformers),
+        ),
+        rows_per_chunk=rows_per_chunk,
+        valid_fraction=0.0,
+        # The workers' CPUs are idle until the molecules are there.
+        cluster=dataclasses.replace(
+            cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
+        ),
+    )
+    with _settings_named_as_in(molecules):
+        prepare(config, wants_coordinates=bool(conformers), sources=sources)
+    return out
