@@ -11,12 +11,12 @@ from typing import Any
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
-    MANIFEST_NAME,
     PLAN_NAME,
     QUARANTINE_DIR,
     RECEIPTS_DIR,
     SPLITS,
     STAGED_DIR,
+    is_prepared,
     listed,
     listed_shards,
     wrong_files,
@@ -34,7 +34,7 @@ def finished_manifest(
     out: str, files: Sequence[SourceFile], options: ConvertOptions
 ) -> Manifest | None:
     """The manifest of ``out``, None if it is not finished; ConfigError if sources or options were others."""
-    if not storage.exists(storage.join(out, MANIFEST_NAME)):
+    if not is_prepared(out):
         return None
     manifest = load_manifest(out)
     # Manifests of before do not say which members of an archive were read.

@@ -32,6 +32,11 @@ STAGED_DIR: Final = "staged"
 _CHUNK_RECEIPT: Final = re.compile(r"\d{5,}-\d{6,}\.json")
 
 
+def is_prepared(uri: str) -> bool:
+    """Whether the directory ``uri`` is a finished data set."""
+    return storage.exists(storage.join(uri, MANIFEST_NAME))
+
+
 def part_name(file_index: int, chunk_index: int) -> str:
     """The stem of the names of a chunk's files."""
     return f"{file_index:05d}-{chunk_index:06d}"

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
-    MANIFEST_NAME,
     PLAN_NAME,
     QUARANTINE_DIR,
     SPLITS,
+    is_prepared,
     listed,
     listed_shards,
     wrong_files,
@@ -125,9 +125,7 @@ def inspect_data_set(
     ``verify`` reads every file and compares its SHA-256; ``progress`` is called with the bytes read so far and the
     total. Damage is reported, not raised.
     """
-    if not storage.exists(storage.join(uri, MANIFEST_NAME)) and storage.exists(
-        storage.join(uri, PLAN_NAME)
-    ):
+    if not is_prepared(uri) and storage.exists(storage.join(uri, PLAN_NAME)):
         return _unfinished(uri)
     manifest = load_manifest(uri)
     damages = _damages(uri, manifest, verify=verify, progress=progress)

@@ -12,12 +12,12 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
-    MANIFEST_NAME,
     PLAN_NAME,
     RECEIPTS_DIR,
     SPLITS,
     STAGED_DIR,
     is_chunk_receipt,
+    is_prepared,
     listed,
     listed_shards,
     wrong_files,
@@ -58,12 +58,12 @@ class DataStatus:
 
 def has_data_set(uri: str) -> bool:
     """Whether `prepare` has begun there."""
-    return any(storage.exists(storage.join(uri, name)) for name in (MANIFEST_NAME, PLAN_NAME))
+    return is_prepared(uri) or storage.exists(storage.join(uri, PLAN_NAME))
 
 
 def data_status(uri: str) -> DataStatus:
     """The status of the data set at ``uri``; DataError or NotFoundError if `prepare` has not begun there."""
-    if storage.exists(storage.join(uri, MANIFEST_NAME)):
+    if is_prepared(uri):
         return _finished(uri)
     return _unfinished(uri)
 

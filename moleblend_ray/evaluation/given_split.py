@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
 from moleblend_ray.data.sources.layouts import delimited_form
@@ -47,7 +47,7 @@ def splits_of_column(source: str, column: str) -> NamedSplits:
 
 def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
     """Word in the column -> rows (K,) int64, ascending, of the source's only file that have it."""
-    if storage.exists(storage.join(source, MANIFEST_NAME)):
+    if is_prepared(source):
         raise ConfigError(
             f"task.split_column: {source} is a prepared dataset, which keeps numbers only. Leave the column out to use "
             "the dataset's own splits (task.split=given), or give task.split_file"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import MANIFEST_NAME, is_prepared
 from moleblend_ray.data.sources.archives import container_of, text_format
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.tasks import Task
@@ -34,7 +34,7 @@ def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
     that share a table (those of QM9) find nothing under their names, the directory itself is their source. Raises
     ConfigError if there are several candidates that are not prepared, StorageError if the source does not exist.
     """
-    if storage.exists(storage.join(source, MANIFEST_NAME)):
+    if is_prepared(source):
         return TaskSources({task.name: source for task in tasks}, {})
     files = [file.uri for file in storage.list_files(source)]
     base = storage.absolute(source).rstrip("/")

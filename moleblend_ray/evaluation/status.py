@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
+from moleblend_ray.data.dataset_files import SPLITS, is_prepared
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
@@ -183,7 +183,7 @@ def _planned(uri: str, source: str | None) -> tuple[int | None, int | None, str]
     """The expected numbers of parts and molecules, and what is being done."""
     prepared = storage.join(uri, PREPARED_DIR)
     for data_uri in (prepared, source):
-        if data_uri and storage.exists(storage.join(data_uri, MANIFEST_NAME)):
+        if data_uri and is_prepared(data_uri):
             manifest = load_manifest(data_uri)
             parts = sum(len(manifest.shards_of(split)) for split in SPLITS)
             return (
@@ -239,7 +239,7 @@ def _sweep_detail(uri: str, results: Any, trials: list[Any], seeds: int, *, is_s
         what = "the chosen settings are trained with each seed, and baselines"
     elif trials:
         what = "the search is under way"
-    elif storage.exists(storage.join(uri, DATA_DIR, MANIFEST_NAME)) or not is_sweep:
+    elif is_prepared(storage.join(uri, DATA_DIR)) or not is_sweep:
         what = "its molecules are prepared, no training is recorded yet"
     else:
         what = _preparing(storage.join(uri, DATA_DIR))

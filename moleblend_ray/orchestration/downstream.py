@@ -19,6 +19,7 @@ from moleblend_ray.config.downstream import (
     TaskConfig,
 )
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
@@ -71,7 +72,7 @@ from moleblend_ray.orchestration.local import (
     require_shared_paths,
     warn_of_unused_gpus,
 )
-from moleblend_ray.orchestration.molecules import is_prepared, look_at_source, prepare_molecules
+from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.workers import train_seed

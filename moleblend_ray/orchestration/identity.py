@@ -13,7 +13,7 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -77,7 +77,7 @@ def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[
 
     Empty if the prepared dataset was deleted. ``prepare`` compares it with the source and refuses a change.
     """
-    if not any(storage.exists(storage.join(uri, MANIFEST_NAME)) for uri in (source, data_uri)):
+    if not (is_prepared(source) or is_prepared(data_uri)):
         return {}
     return {"data_fingerprint": load_manifest(prepare()).fingerprint}
 

@@ -11,8 +11,7 @@ from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.orchestration.prepare import prepare
@@ -23,11 +22,6 @@ _TASK_SETTINGS: Final = {
     "label_columns": "task.columns",
 }
 """What the settings of `prepare` are called where a task has its own."""
-
-
-def is_prepared(source: str) -> bool:
-    """Whether ``source`` is a finished data set."""
-    return storage.exists(storage.join(source, MANIFEST_NAME))
 
 
 def look_at_source(

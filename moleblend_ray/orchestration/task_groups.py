@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.given_split import rows_of_column
@@ -221,11 +221,7 @@ def _write_board(out: str, states: Mapping[str, TaskRow]) -> Leaderboard:
 def _shared_sources(sources: TaskSources) -> list[str]:
     """Raw sources that several tasks have in common; they are prepared once."""
     counts = Counter(sources.found.values())
-    return [
-        source
-        for source, count in counts.items()
-        if count > 1 and not storage.exists(storage.join(source, MANIFEST_NAME))
-    ]
+    return [source for source, count in counts.items() if count > 1 and not is_prepared(source)]
 
 
 def _shared_data(out: str, source: str) -> str:
@@ -241,10 +237,7 @@ def _shared_split(config: PropertyConfig, source: str) -> str | None:
 
 
 def _is_shared_prepared(config: PropertyConfig, sources: TaskSources) -> bool:
-    return all(
-        storage.exists(storage.join(_shared_data(config.out, source), MANIFEST_NAME))
-        for source in _shared_sources(sources)
-    )
+    return all(is_prepared(_shared_data(config.out, source)) for source in _shared_sources(sources))
 
 
 class _Shared(NamedTuple):
