@@ -13,7 +13,8 @@ from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import property_fingerprint
 from moleblend_ray.evaluation.result_files import EMBEDDINGS_NAME
-from moleblend_ray.orchestration.parts import PartsJob, run_parts
+from moleblend_ray.orchestration.part_writer import PartsJob
+from moleblend_ray.orchestration.parts import run_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

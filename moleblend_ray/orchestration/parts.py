@@ -10,37 +10,30 @@ import json
 import logging
 import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
 import torch
-from numpy.typing import NDArray
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, source_index
 from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS, QUARANTINE_SCHEMA, read_file
+from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import (
-    CheckpointError,
     DataError,
-    MoleBlendError,
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
-from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
+from moleblend_ray.evaluation.result_files import PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
 from moleblend_ray.orchestration.local import (
@@ -51,9 +44,15 @@ from moleblend_ray.orchestration.local import (
     warn_of_unused_gpus,
 )
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
+from moleblend_ray.orchestration.part_writer import (
+    PartActor,
+    PartMaker,
+    PartsJob,
+    PartWriter,
+    parquet_bytes,
+)
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
-from moleblend_ray.orchestration.workers import use_reserved
 
 logger = logging.getLogger(__name__)
 
@@ -64,59 +63,6 @@ ROWS_PER_CHUNK = 4096
 
 _LABEL_COLUMNS: Final[tuple[str, ...]] = ()
 """Labels that are kept of a raw source: none."""
-
-PLACE_SETTINGS = ("out", "cluster", "batch_size")
-"""Settings that change where and how fast the work is done, but not its result."""
-
-
-class PartMaker(Protocol):
-    """A model that is ready to process molecules."""
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns of the table that :meth:`part` returns."""
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights and of everything else in the model that changes the result."""
-
-    @property
-    def conformers(self) -> int:
-        """Conformers that it uses of each molecule; 0: it needs no coordinates."""
-
-    def describe(self) -> dict[str, Any]:
-        """What the summary says about the model, as JSON values."""
-
-    def part(self, table: pa.Table) -> pa.Table:
-        """A table with one row per row of a shard table (columns ``MOLECULE_COLUMNS`` and ``GRAPH_COLUMNS``), in its
-        order."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PartsJob:
-    """A model, the molecules that it processes, and where the result goes. Actors receive it pickled."""
-
-    name: str
-    """Name of the command."""
-    config: EmbedConfig | PredictConfig
-    """Source, ``out`` and cluster."""
-    model: str
-    """URI of the model, for messages."""
-    summary_name: str
-    """File in ``out`` that is written last."""
-    counted: str
-    """Key of the summary for the number of molecules in the parts."""
-    load: Callable[[torch.device], PartMaker]
-    """Reads the model and moves it to the device."""
-    other_settings: tuple[str, ...] = ()
-    """Settings of the command, besides ``PLACE_SETTINGS``, that do not change the parts."""
-
-    def question(self) -> dict[str, Any]:
-        """The settings that determine the result."""
-        settings = to_dict(self.config)
-        for name in (*PLACE_SETTINGS, *self.other_settings):
-            settings.pop(name)
-        return {"job": type(self.config).__name__, **settings}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,11 +125,6 @@ def _check_cluster(job: PartsJob) -> None:
     # All of them: every actor reads the model by itself.
     require_shared_paths(path_settings(config))
     warn_of_unused_gpus(cluster)
-
-
-def part_path(number: int) -> str:
-    """Path of the part with this number in ``out``."""
-    return f"{PARTS_DIR}/part-{number:05d}.parquet"
 
 
 def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) -> str:
@@ -275,7 +216,7 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
     """What the summary says about each part, in order."""
     job, cluster = writer.job, writer.job.config.cluster
     dataset = ray.data.from_items(places, override_num_blocks=len(places)).map_batches(
-        _PartActor,
+        PartActor,
         fn_constructor_args=(writer,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(cluster.num_data_actors, len(places))),
@@ -311,108 +252,6 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
     return [written[number] for number in sorted(written)]
 
 
-class PartWriter:
-    """Turns a shard into a Parquet part in storage. The model is read when it is first needed."""
-
-    def __init__(
-        self,
-        job: PartsJob,
-        data_uri: str,
-        manifest: Manifest,
-        fingerprint: str,
-        schema: pa.Schema,
-    ) -> None:
-        self.job = job
-        self._data_uri = data_uri
-        self._manifest = manifest
-        self._fingerprint = fingerprint
-        self._schema = schema
-        self._maker: PartMaker | None = None
-
-    def write(self, number: int, split: str, shard: int) -> dict[str, Any]:
-        """Make the part unless it is there; returns its path, rows, bytes, checksum and whether it was there."""
-        path = part_path(number)
-        uri = storage.join(self.job.config.out, path)
-        rows = self._manifest.shards_of(split)[shard].num_rows
-        content = self._made_before(uri, rows)
-        reused = content is not None
-        if content is None:
-            table = read_shard(self._data_uri, self._manifest, split, shard)
-            content = _parquet(
-                self._loaded().part(table), compression="zstd", write_page_checksum=True
-            )
-            storage.write_bytes(uri, content)
-        return {
-            "path": path,
-            "rows": rows,
-            "bytes": len(content),
-            "sha256": storage.sha256_bytes(content),
-            "reused": reused,
-        }
-
-    def _made_before(self, uri: str, rows: int) -> bytes | None:
-        """The part, if an earlier command made it completely. A file of that name alone is no proof of its content."""
-        if not storage.exists(uri):
-            return None
-        content = storage.read_bytes(uri)
-        try:
-            # All of it: the checksums of the pages are compared as they are read.
-            table = pq.read_table(pa.BufferReader(content), page_checksum_verification=True)
-        # A damaged footer raises whatever its bytes happen to mean.
-        except (pa.ArrowException, OSError, ValueError) as error:
-            logger.warning("%s is damaged and made again: %s", without_credentials(uri), error)
-            return None
-        if table.num_rows == rows and table.schema.equals(self._schema):
-            return content
-        logger.warning("%s holds other rows or columns and is made again", without_credentials(uri))
-        return None
-
-    def _loaded(self) -> PartMaker:
-        if self._maker is None:
-            maker = self.job.load(use_reserved(self.job.config.cluster))
-            if maker.fingerprint != self._fingerprint:
-                raise CheckpointError(
-                    f"{self.job.model} changed while {self.job.name} was at work; use a checkpoint "
-                    "(.../checkpoints/step-NNNNNNNN) or models that nothing writes to, and an empty `out`"
-                )
-            self._maker = maker
-        return self._maker
-
-
-class _PartActor:
-    """A `PartWriter` as Ray Data calls it.
-
-    Its constructor does nothing, as Ray would start a new actor forever for each that fails to start. An error of this
-    package is returned as a result: of an error that a task raises, Ray Data passes on only the text.
-    """
-
-    def __init__(self, writer: PartWriter) -> None:
-        self._writer = writer
-
-    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, list[Any]]:
-        places = zip(*(batch[name].tolist() for name in ("number", "split", "shard")), strict=True)
-        parts, errors = [], []
-        for place in places:
-            part, error = None, b""
-            try:
-                part = self._writer.write(*place)
-            except MoleBlendError as problem:
-                error = pickle.dumps(problem)
-            parts.append(json.dumps(part))
-            errors.append(error)
-        return {"number": batch["number"].tolist(), "part": parts, "error": errors}
-
-
-def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
-    """The rows of one shard, in their order."""
-    before = sum(info.num_rows for info in manifest.shards_of(split)[:shard])
-    rows = manifest.shards_of(split)[shard].num_rows
-    reader = ShardReader(
-        data_uri, manifest, split, columns=[*MOLECULE_COLUMNS, *GRAPH_COLUMNS], cache_bytes=0
-    )
-    return reader.read(np.arange(before, before + rows, dtype=np.int64))
-
-
 def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
     """Write ``rejected.parquet``: every source row that is in no part, with the reason."""
     tables = [
@@ -420,7 +259,7 @@ def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
         for shard in manifest.shards_of("quarantine")
     ]
     table = pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
-    storage.write_bytes(storage.join(out, REJECTED_NAME), _parquet(table))
+    storage.write_bytes(storage.join(out, REJECTED_NAME), parquet_bytes(table))
     return int(table.num_rows)
 
 
@@ -431,12 +270,6 @@ def _check_sum(out: str, manifest: Manifest, kept: int, rejected: int) -> None:
             f"{out}: {kept} molecules in parts and {rejected} rejected rows are not the {rows_in} rows of the source; "
             "the prepared data set is damaged, prepare it again"
         )
-
-
-def _parquet(table: pa.Table, **options: Any) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, **options)
-    return bytes(sink.getvalue())
 
 
 def _finished(job: PartsJob) -> dict[str, Any] | None:

@@ -20,7 +20,8 @@ from moleblend_ray.data import storage
 from moleblend_ray.evaluation.ensemble import load_members
 from moleblend_ray.evaluation.prediction import Predictor
 from moleblend_ray.evaluation.result_files import PREDICTIONS_NAME
-from moleblend_ray.orchestration.parts import PartsJob, run_parts
+from moleblend_ray.orchestration.part_writer import PartsJob
+from moleblend_ray.orchestration.parts import run_parts
 
 CSV_NAME = "predictions.csv"
 """File with all parts as one table, written if asked for."""

@@ -28,7 +28,7 @@ from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts as parts_module
-from moleblend_ray.orchestration.parts import read_shard
+from moleblend_ray.orchestration.part_writer import read_shard
 from moleblend_ray.orchestration.predict import load_predictor, predict
 
 pytestmark = pytest.mark.ray

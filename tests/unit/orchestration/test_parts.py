@@ -38,7 +38,7 @@ from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts
 from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.identity import claim
-from moleblend_ray.orchestration.parts import PartWriter
+from moleblend_ray.orchestration.part_writer import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
