@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from moleblend_ray.chemistry.config import (
     FeaturizeConfig,
 )
 from moleblend_ray.chemistry.records import SmilesText
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
@@ -99,7 +100,7 @@ class MoleculeEncoder:
         )
         given = _listed(smiles)
         count = self.embedder.conformers if conformers is None else int(bool(conformers))
-        found = _featurize(given, count, max_atoms)
+        found = _featurize(given, count, self.embedder.form, max_atoms)
         rejected = found.quarantine.to_pylist()
         if rejected and invalid == "raise":
             raise DataError(_problem(rejected, given))
@@ -161,7 +162,7 @@ class PropertyPredictor:
         conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         """
         asked = _listed(smiles)
-        found = _featurize(asked, self.predictor.conformers, max_atoms)
+        found = _featurize(asked, self.predictor.conformers, self.predictor.form, max_atoms)
         part = self.predictor.part(found.molecules)
         row_of = np.full(len(asked), -1, dtype=np.int64)
         row_of[part["source_row"].to_numpy()] = np.arange(len(part))
@@ -204,7 +205,9 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
     return [item.as_py() if isinstance(item, pa.Scalar) else item for item in smiles]
 
 
-def _featurize(smiles: Sequence[Any], conformers: int, max_atoms: int) -> Featurized:
+def _featurize(
+    smiles: Sequence[Any], conformers: int, form: MoleculeForm | None, max_atoms: int
+) -> Featurized:
     """The molecules as rows of a shard, and those that were turned away; ``source_row`` is the place in ``smiles``."""
     records = [
         RawRecord(
@@ -217,7 +220,11 @@ def _featurize(smiles: Sequence[Any], conformers: int, max_atoms: int) -> Featur
         )
         for row, text in enumerate(smiles)
     ]
-    config = FeaturizeConfig(max_atoms=max_atoms, conformers=ConformerConfig.of_count(conformers))
+    config = FeaturizeConfig(
+        **asdict(form or MoleculeForm()),
+        max_atoms=max_atoms,
+        conformers=ConformerConfig.of_count(conformers),
+    )
     return featurize_records(records, "smiles", (), config)
 
 

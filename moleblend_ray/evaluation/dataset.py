@@ -16,6 +16,7 @@ from moleblend_ray.chemistry.scaffolds import Split, scaffold_split
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS, LABEL_PREFIX
 from moleblend_ray.data.sources.records import SourceSet
@@ -67,6 +68,8 @@ class LabelledMolecules:
     """All conformers; None if there is only the first."""
     descriptors: DescriptorTable | None = None
     """RDKit's descriptors; None if they were not computed."""
+    form: MoleculeForm = MoleculeForm()  # noqa: RUF009 (frozen)
+    """Which molecules the records of the source became."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -152,6 +155,7 @@ def load_labelled(
         if named is None
         else _named_parts(named, table, manifest, uri),
         conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
+        form=MoleculeForm.of_options(manifest.options),
     )
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
@@ -43,6 +44,8 @@ class Embedder:
     """The encoder, in evaluation mode on `device`."""
     fine_tuned: SavedProperty | None
     """The fine-tuned model that predicts, in evaluation mode on `device`; None for a pretrained encoder."""
+    form: MoleculeForm | None
+    """The form of the molecules of training; None: unknown."""
     uri: str
     """URI that the model comes from."""
     fingerprint: str
@@ -72,6 +75,7 @@ class Embedder:
         return cls(
             model=build_pretrained(start).to(device).eval(),
             fine_tuned=fine_tuned,
+            form=start.molecules,
             uri=uri,
             fingerprint=fingerprint,
             batch_size=batch_size,

@@ -15,6 +15,7 @@ from moleblend_ray.evaluation.property_model import (
 )
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import weights_fingerprint
+from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.export import load_model
 
 
@@ -38,7 +39,17 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
             f"{checkpoint} is the `out` of a fine-tuning or sweep, whose models have an encoder each; name one of them: "
             + ", ".join(model_folders((checkpoint,)))
         )
-    model = load_model(checkpoint) if fine_tuned is None else fine_tuned.model
+    model: MoleBlendModel | PropertyModel
+    if fine_tuned is None:
+        model = pretrained = load_model(checkpoint)
+        form = pretrained.origin.molecules if pretrained.origin else None
+    else:
+        model, form = fine_tuned.model, fine_tuned.trained.molecules
     state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
-    start = StartingPoint(model=model.config, encoder=state, fingerprint=weights_fingerprint(state))
+    start = StartingPoint(
+        model=model.config,
+        encoder=state,
+        fingerprint=weights_fingerprint(state),
+        molecules=form,
+    )
     return LoadedEncoder(start, fine_tuned)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.property_model import (
@@ -132,6 +133,23 @@ def conformers_of(members: Sequence[Member]) -> int:
             "conformers to predict (0: without coordinates), or predict with each into its own `out`"
         )
     return max(counts, default=0)
+
+
+def form_of(members: Sequence[Member]) -> MoleculeForm | None:
+    """The form of the molecules that ``members`` were fine-tuned on; None: unknown. Raises ConfigError if two differ."""
+    known = [
+        (member.uri, form)
+        for member in members
+        if (form := member.saved.trained.molecules) is not None
+    ]
+    for uri, form in known[1:]:
+        first_uri, first = known[0]
+        if differing := first.differences(form):
+            raise ConfigError(
+                f"models: {first_uri} and {uri} were fine-tuned on molecules of different forms ({differing}). Predict with "
+                "each into its own `out`"
+            )
+    return known[0][1] if known else None
 
 
 def property_fingerprint(uri: str, saved: SavedProperty) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moleblend_ray.data.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
@@ -71,6 +72,8 @@ class StartingPoint:
     """State of its encoder, on the CPU; None: new weights are drawn from the seed of each run."""
     fingerprint: str | None
     """SHA-256 of these weights; None if there are none."""
+    molecules: MoleculeForm | None = None
+    """The form of the molecules that they were trained on; None: unknown, or there are no weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +259,7 @@ def _new_model(
         molecules.columns,
         _scale_labels(model, molecules, train, task, settings),
         conformers=molecules.num_conformers,
+        molecules=molecules.form,
         descriptors=inputs,
     )
     if inputs is not None:

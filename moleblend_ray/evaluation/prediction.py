@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.batches import (
@@ -21,7 +22,7 @@ from moleblend_ray.evaluation.batches import (
     views_of,
     without_coordinates,
 )
-from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, question_of
+from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, form_of, question_of
 from moleblend_ray.evaluation.property_model import TrainedProperty
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.tasks import TaskKind
@@ -37,6 +38,8 @@ class Predictor:
     """The distinct applicability domains of the members; empty if a member has none."""
     conformers: int
     """Number of conformers used per molecule, the first ones; 0: none, also where the source has coordinates."""
+    form: MoleculeForm | None
+    """The form of the molecules of fine-tuning; None: unknown."""
     threshold: float | None
     """Least similarity of a molecule inside the domain; None: that of each model."""
     batch_size: int
@@ -56,7 +59,7 @@ class Predictor:
     ) -> Predictor:
         """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
 
-        Raises ConfigError as :func:`conformers_of`.
+        Raises ConfigError as :func:`conformers_of` and :func:`form_of`.
         """
         for member in members:
             member.saved.model.to(device).eval()
@@ -66,6 +69,7 @@ class Predictor:
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
             conformers=conformers_of(members) if conformers is None else conformers,
+            form=form_of(members),
             threshold=threshold,
             batch_size=batch_size,
             device=device,

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind
@@ -116,6 +117,8 @@ class TrainedProperty:
     conformers: int = 1
     """Most conformers that a molecule had in fine-tuning, over which its scores are means; 0: no coordinates. Models from before
     this was stored count as having had one."""
+    molecules: MoleculeForm | None = None
+    """The form of the molecules of fine-tuning; None: unknown."""
     descriptors: DescriptorInputs | None = None
     """Descriptors that the model reads; None: none."""
 
@@ -127,9 +130,10 @@ class TrainedProperty:
         standardisation: Standardisation,
         *,
         conformers: int,
+        molecules: MoleculeForm | None,
         descriptors: DescriptorInputs | None = None,
     ) -> TrainedProperty:
-        """What a model predicts that was fine-tuned on ``task``, with up to ``conformers`` of each molecule."""
+        """What a model predicts that was fine-tuned on ``task``, with ``molecules`` of a form and up to ``conformers`` of each."""
         return cls(
             task=task.name,
             kind=task.kind,
@@ -137,6 +141,7 @@ class TrainedProperty:
             unit=task.unit,
             standardisation=standardisation,
             conformers=conformers,
+            molecules=molecules,
             descriptors=descriptors,
         )
 
@@ -186,6 +191,8 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
         "std": trained.standardisation.std.tolist(),
         "conformers": trained.conformers,
     }
+    if trained.molecules is not None:
+        document["molecules"] = dataclasses.asdict(trained.molecules)
     if trained.descriptors is not None:
         document |= {
             "format_version": FORMAT_VERSION,
@@ -244,7 +251,7 @@ def _readout(document: dict[str, Any]) -> ReadoutConfig:
 
 
 def _trained(document: dict[str, Any]) -> TrainedProperty:
-    inputs = document.get("descriptors")
+    inputs, molecules = document.get("descriptors"), document.get("molecules")
     return TrainedProperty(
         task=document["task"],
         kind=TaskKind(document["kind"]),
@@ -255,5 +262,6 @@ def _trained(document: dict[str, Any]) -> TrainedProperty:
             std=np.asarray(document["std"], dtype=np.float64),
         ),
         conformers=document.get("conformers", 1),
+        molecules=None if molecules is None else MoleculeForm.from_json(molecules),
         descriptors=DescriptorInputs.from_json(inputs) if inputs else None,
     )

@@ -1,6 +1,6 @@
 """Trained models as two files at any URI, and the import of official parameters.
 
-``model.safetensors`` holds the weights, ``config.json`` the ``ModelConfig`` they belong to.
+``model.safetensors`` holds the weights, ``config.json`` the ``ModelConfig`` they belong to and the ``Origin`` they come from.
 
 Shape legend: H heads, D width, K Gaussian kernels, P width of a pair head's vectors.
 """
@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, ConfigError
+from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.model.config import NUM_PAPER_EDGE_CLASSES, ModelConfig
 from moleblend_ray.model.embeddings import NUM_DEGREES
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.model.origin import Origin
 from moleblend_ray.vocabulary import (
     ATOM_VOCAB_SIZES,
     BOND_VOCAB_SIZES,
@@ -45,16 +46,17 @@ FORMAT_VERSION: Final = 1
 
 
 def save_pretrained(model: MoleBlendModel, uri: str) -> None:
-    """Write the weights and the configuration of ``model`` into the directory ``uri``."""
-    save_weights(model.config, model.state_dict(), uri)
-
-
-def save_weights(config: ModelConfig, state: Mapping[str, Tensor], uri: str) -> None:
-    """Write a full (unsharded) state of a MoleBlendModel and its configuration into the directory ``uri``."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    """Write the weights, the configuration and the origin of ``model`` into the directory ``uri``."""
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
+    }
     storage.write_bytes(storage.join(uri, WEIGHTS_NAME), safetensors.torch.save(tensors))
     # The configuration goes last: a directory that has one is complete.
-    document = {"format_version": FORMAT_VERSION, "model": dataclasses.asdict(config)}
+    document = {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(model.config),
+        **({} if model.origin is None else {"origin": model.origin.to_json()}),
+    }
     storage.write_json(storage.join(uri, CONFIG_NAME), document)
 
 
@@ -65,10 +67,12 @@ def from_pretrained(uri: str) -> MoleBlendModel:
     """
     if uri.endswith((".pt", ".npz")):
         config, state = import_official(_read_official(uri))
+        origin: Origin | None = Origin(uri=without_credentials(uri))
     else:
-        config = _read_config(storage.join(uri, CONFIG_NAME))
+        config, origin = _read_config(storage.join(uri, CONFIG_NAME))
         state = _read_weights(storage.join(uri, WEIGHTS_NAME))
     model = MoleBlendModel.without_weights(config)
+    model.origin = origin
     expected, found = set(model.state_dict()), set(state)
     if expected != found:
         raise CheckpointError(
@@ -286,7 +290,7 @@ def _square(weight: Tensor) -> Tensor:
     return weight.reshape(-1, side, side)
 
 
-def _read_config(uri: str) -> ModelConfig:
+def _read_config(uri: str) -> tuple[ModelConfig, Origin | None]:
     try:
         document = storage.read_json(uri)
     except storage.NotFoundError as error:
@@ -301,7 +305,9 @@ def _read_config(uri: str) -> ModelConfig:
             f"{uri} has format version {version}, this program reads up to {FORMAT_VERSION}: upgrade moleblend-ray."
         )
     try:
-        return ModelConfig(**document["model"])
+        # Models of earlier versions do not say where they come from.
+        origin = Origin.from_json(document["origin"]) if "origin" in document else None
+        return ModelConfig(**document["model"]), origin
     except (TypeError, KeyError, ConfigError) as error:
         raise CheckpointError(
             f"{uri} does not describe a model of this version: {error}"

@@ -27,6 +27,7 @@ from moleblend_ray.model.heads import (
     predict_classes,
 )
 from moleblend_ray.model.initialization import fill_constants, init_weights
+from moleblend_ray.model.origin import Origin
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import (
     ATOM_FEATURE_NAMES,
@@ -85,6 +86,8 @@ class MoleBlendModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin: Origin | None = None
+        """Where the weights come from; None for new ones."""
         device = torch.get_default_device()
         # Without memory first: otherwise each module would draw weights, only to have them drawn again.
         with torch.device("meta"):

@@ -21,6 +21,7 @@ from moleblend_ray.config.downstream import (
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
@@ -135,7 +136,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     check_cluster(config)
     task = config.task.resolve()
     start, named = inputs.start, inputs.named
-    data_uri = prepare_task(config, inputs.sources)
+    data_uri = prepare_task(config, start.molecules, inputs.sources)
     molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
     split = with_fewer_labels(
         split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
@@ -226,14 +227,17 @@ def check_cluster(config: PropertyConfig) -> None:
     warn_of_unused_gpus(cluster)
 
 
-def prepare_task(config: PropertyConfig, sources: SourceSet | None = None) -> str:
-    """URI of the task's prepared molecules; ``sources`` as in :func:`prepare_molecules`."""
+def prepare_task(
+    config: PropertyConfig, form: MoleculeForm | None, sources: SourceSet | None = None
+) -> str:
+    """URI of the task's prepared molecules; ``form`` and ``sources`` as in :func:`prepare_molecules`."""
     task = config.task
     return prepare_molecules(
         task,
         storage.join(config.out, DATA_DIR),
         label_columns=task.resolve().columns or None,
         conformers=task.conformers,
+        form=form,
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=config.cluster,
         sources=sources,
@@ -386,9 +390,12 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     data_uri = storage.join(config.out, DATA_DIR)
 
     def inputs() -> dict[str, str | None]:
+        start = starting_point(config)
         return {
-            **data_inputs(config.task.source, data_uri, lambda: prepare_task(config)),
-            "checkpoint_fingerprint": starting_point(config).fingerprint,
+            **data_inputs(
+                config.task.source, data_uri, lambda: prepare_task(config, start.molecules)
+            ),
+            "checkpoint_fingerprint": start.fingerprint,
             **_split_identity(named_splits(config.task)),
         }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Final
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
@@ -12,9 +14,14 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
+from moleblend_ray.errors import without_credentials
 from moleblend_ray.orchestration.prepare import prepare
+
+logger = logging.getLogger(__name__)
 
 _TASK_SETTINGS: Final = {
     "smiles_column": "task.smiles_column",
@@ -59,16 +66,20 @@ def prepare_molecules(
     *,
     label_columns: tuple[str, ...] | None,
     conformers: int,
+    form: MoleculeForm | None,
     rows_per_chunk: int,
     cluster: ClusterConfig,
     sources: SourceSet | None = None,
 ) -> str:
     """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
-    All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
+    ``form`` is that of the molecules that the model was trained on, None if there is none: raw molecules get it, and of prepared ones a warning is
+    logged if theirs is another. All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
     it was called.
     """
     if is_prepared(molecules.source):
+        if form is not None:
+            _warn_of_other_form(molecules.source, form)
         return molecules.source
     config = PrepareConfig(
         source=molecules.source,
@@ -77,6 +88,7 @@ def prepare_molecules(
         id_column=molecules.id_column,
         label_columns=label_columns,
         featurize=FeaturizeConfig(
+            **asdict(form or MoleculeForm()),
             max_atoms=molecules.max_atoms,
             conformers=ConformerConfig.of_count(conformers),
         ),
@@ -90,3 +102,14 @@ def prepare_molecules(
     with _settings_named_as_in(molecules):
         prepare(config, wants_coordinates=bool(conformers), sources=sources)
     return out
+
+
+def _warn_of_other_form(source: str, form: MoleculeForm) -> None:
+    differing = form.differences(MoleculeForm.of_options(load_manifest(source).options))
+    if differing:
+        logger.warning(
+            "the model was trained on molecules of another form than those of %s, and knows less of them (%s). Prepare them "
+            "like the molecules of training, or give the raw files, which get that form by themselves",
+            without_credentials(source),
+            differing,
+        )

@@ -19,6 +19,7 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import CheckpointError, MoleBlendError, without_credentials
@@ -46,6 +47,10 @@ class PartMaker(Protocol):
     @property
     def conformers(self) -> int:
         """Conformers that it uses of each molecule; 0: it needs no coordinates."""
+
+    @property
+    def form(self) -> MoleculeForm | None:
+        """The form of the molecules that it was trained on; None: unknown."""
 
     def describe(self) -> dict[str, Any]:
         """What the summary says about the model, as JSON values."""

@@ -134,6 +134,7 @@ def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) 
         storage.join(job.config.out, PREPARED_DIR),
         label_columns=_LABEL_COLUMNS,
         conformers=_wanted_conformers(job, maker),
+        form=maker.form,
         rows_per_chunk=ROWS_PER_CHUNK,
         cluster=job.config.cluster,
         sources=sources,

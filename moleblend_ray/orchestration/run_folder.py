@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from moleblend_ray.config.builder import to_dict
@@ -15,6 +15,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.differences import with_defaults
 from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
 from moleblend_ray.model.config import BlendConfig, ModelConfig
 from moleblend_ray.training.checkpoint import library_versions
@@ -79,6 +80,8 @@ def run_identity(config: PretrainConfig, manifest: Manifest) -> dict[str, Any]:
         "data_fingerprint": manifest.fingerprint,
         # Part of the fingerprint; named here as well, to show why data that were prepared again are different.
         "featurizer_version": manifest.featurizer_version,
+        # Likewise; the molecules that the encoder meets later get this form.
+        "molecules": asdict(MoleculeForm.of_options(manifest.options)),
         "seed": config.seed,
         "random_rotation": config.stream.random_rotation,
         **{name: settings[name] for name in ("order", "model", "blend")},

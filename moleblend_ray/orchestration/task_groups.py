@@ -35,7 +35,7 @@ from moleblend_ray.evaluation.result_files import (
     RESULTS_NAME,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
-from moleblend_ray.orchestration.downstream import check_cluster
+from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
 from moleblend_ray.orchestration.local import ray_session
@@ -263,6 +263,7 @@ def _look_at_shared(config: PropertyConfig, sources: TaskSources) -> dict[str, _
 
 def _prepare_shared(config: PropertyConfig, shared: Mapping[str, _Shared]) -> None:
     """Prepare, check or complete the molecules that several tasks share, with every numeric column as a label."""
+    form = starting_point(config).molecules if shared else None
     for source, found in shared.items():
         split = _shared_split(config, source)
         if split is not None and found.rows is not None:
@@ -272,6 +273,7 @@ def _prepare_shared(config: PropertyConfig, shared: Mapping[str, _Shared]) -> No
             _shared_data(config.out, source),
             label_columns=None,
             conformers=config.task.conformers,
+            form=form,
             rows_per_chunk=SHARED_ROWS_PER_CHUNK,
             cluster=config.cluster,
             sources=found.sources,

@@ -8,10 +8,12 @@ import re
 from typing import Any, Final
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError, ConfigError
+from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
+from moleblend_ray.model.origin import Origin
 from moleblend_ray.training.checkpoint import load_model_state
 from moleblend_ray.training.commits import (
     COMMIT_NAME,
@@ -76,6 +78,15 @@ def export_run(run_uri: str) -> str:
 
 def _from_commit(run_uri: str, commit: Commit) -> MoleBlendModel:
     model = MoleBlendModel.without_weights(_model_config(run_uri, commit.identity))
+    # Runs of earlier versions do not say it.
+    molecules = commit.identity.get("molecules")
+    model.origin = Origin(
+        uri=without_credentials(run_uri),
+        step=commit.step,
+        data_fingerprint=commit.identity.get("data_fingerprint"),
+        molecules=None if molecules is None else MoleculeForm.from_json(molecules),
+        versions=commit.versions,
+    )
     load_model_state(run_uri, commit.step, model)
     return model.eval()
 

@@ -14,16 +14,19 @@ import torch
 
 import moleblend_ray as mb
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     TrainedProperty,
+    load_property_model,
     save_property_model,
 )
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+from moleblend_ray.model.origin import Origin
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 SMILES = ["CCO", "c1ccccc1O", "C", "CC(=O)Oc1ccccc1C(=O)O", "CCO"]
@@ -172,6 +175,46 @@ def test_vectors_of_a_fine_tuned_model_see_coordinates_if_it_was_tuned_with_them
     found = encoder.encode(SMILES[:2])
     np.testing.assert_array_equal(found, encoder.encode(SMILES[:2], conformers=generates))
     assert not np.array_equal(found, encoder.encode(SMILES[:2], conformers=not generates))
+
+
+def test_molecules_get_the_form_of_those_the_model_was_tuned_on(tmp_path: Path) -> None:
+    salt, parent = "CC(=O)[O-].[Na+]", "CC(=O)[O-]"
+    torch.manual_seed(0)
+    model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig())
+    predictions = {}
+    for salts in ("keep", "largest_fragment"):
+        form = MoleculeForm(salts=salts)
+        trained = dataclasses.replace(SOLUBILITY, conformers=0, molecules=form)
+        uri = str(tmp_path / salts)
+        save_property_model(model, trained, uri)
+        assert load_property_model(uri).trained.molecules == form
+        found = mb.PropertyPredictor.from_pretrained(uri).predict([salt, parent])
+        predictions[salts] = found["prediction:y"].to_numpy()
+        vectors = mb.MoleculeEncoder.from_pretrained(uri).encode([salt, parent])
+        assert np.array_equal(vectors[0], vectors[1]) == (salts == "largest_fragment")
+    assert predictions["keep"][0] != predictions["keep"][1]
+    assert predictions["largest_fragment"].tolist() == [predictions["keep"][1]] * 2
+    with pytest.raises(ConfigError, match=r"different forms \(featurize\.salts 'keep' and"):
+        mb.PropertyPredictor.from_pretrained([str(tmp_path / name) for name in predictions])
+
+
+def test_a_model_of_before_forms_were_stored_gets_the_default(tmp_path: Path) -> None:
+    uri = fine_tuned(tmp_path, 0)
+    assert "molecules" not in storage.read_json(f"{uri}/property.json")
+    loaded = mb.PropertyPredictor.from_pretrained(uri)
+    assert loaded.predictor.form is None
+    assert loaded.predict(["CCO"])["rejected"].to_pylist() == [None]
+
+
+def test_an_exported_encoder_keeps_the_form_of_its_molecules(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MoleBlendModel(TINY)
+    model.origin = Origin(molecules=MoleculeForm(explicit_hydrogens=True))
+    model.save_pretrained(str(tmp_path))
+    encoder = mb.MoleculeEncoder.from_pretrained(str(tmp_path))
+    # A molecule of 3 heavy atoms and 8 hydrogens.
+    with pytest.raises(DataError, match="11"):
+        encoder.encode(["CCC"], conformers=False, max_atoms=10)
 
 
 def test_columns_of_tables_are_taken_by_place_with_their_gaps(

@@ -253,7 +253,7 @@ def test_a_saved_model_predicts_the_same_from_smiles(
         table["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3
     )
     part = mb.MoleculeEncoder.from_pretrained(uri).embedder.part(
-        _featurize(asked, 0, 200).molecules
+        _featurize(asked, 0, None, 200).molecules
     )
     np.testing.assert_allclose(
         part["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3

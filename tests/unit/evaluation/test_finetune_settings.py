@@ -470,7 +470,9 @@ def test_predictions_are_the_mean_value_or_probability_over_the_conformers_that_
     flexible: LabelledMolecules, pretrained: StartingPoint, task: Task
 ) -> None:
     scale = Standardisation(mean=np.array([3.0]), std=np.array([2.0]))
-    trained = TrainedProperty.of(task, flexible.columns, scale, conformers=3)
+    trained = TrainedProperty.of(
+        task, flexible.columns, scale, conformers=3, molecules=flexible.form
+    )
     model = build_model(pretrained, 1, QUICK, 0).eval()
     # At their initial size the coordinates would hardly show in the outputs.
     torch.manual_seed(1)
@@ -506,7 +508,14 @@ def test_each_molecule_keeps_its_descriptors_whatever_its_conformers(
     described = dataclasses.replace(flexible, descriptors=table)
     inputs = DescriptorInputs.fit(table)
     scale = Standardisation(mean=np.zeros(1), std=np.ones(1))
-    trained = TrainedProperty.of(NUMBER, flexible.columns, scale, conformers=3, descriptors=inputs)
+    trained = TrainedProperty.of(
+        NUMBER,
+        flexible.columns,
+        scale,
+        conformers=3,
+        molecules=flexible.form,
+        descriptors=inputs,
+    )
     model = build_model(pretrained, 1, QUICK, 0, num_descriptors=3).eval()
     rows = np.array([6, 0, 1, 2])
     encoder = predict_mean(model, trained, described, rows, 3, CPU)

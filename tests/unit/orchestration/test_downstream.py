@@ -20,7 +20,9 @@ import torch
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
+from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
@@ -88,7 +90,7 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
         labels=labels, columns=("y",), smiles=("C",) * 6, parts=np.array([0, 0, 1, 1, 2, 2])
     )
     monkeypatch.setattr(downstream, "check_cluster", lambda config: None)
-    monkeypatch.setattr(downstream, "prepare_task", lambda config, sources: "data")
+    monkeypatch.setattr(downstream, "prepare_task", lambda *_: "data")
     monkeypatch.setattr(downstream, "load_labelled", lambda *_, **__: molecules)
     task = TaskConfig(
         name="hits",
@@ -177,7 +179,7 @@ def test_a_missing_column_is_told_by_the_setting_of_the_task(
     tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        prepare_task(finetuning(tmp_path, **changes))
+        prepare_task(finetuning(tmp_path, **changes), None)
 
 
 @pytest.mark.parametrize("job", ["finetune", "sweep"])
@@ -239,7 +241,7 @@ def test_the_source_that_was_looked_at_is_what_is_prepared(
     monkeypatch.setattr(
         molecules_module, "prepare", lambda *_, sources, **__: given.append(sources)
     )
-    prepare_task(config, sources)
+    prepare_task(config, None, sources)
     assert given == [sources]
 
 
@@ -368,3 +370,36 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
     changed = dataclasses.replace(config, finetune=FinetuneSettings(descriptors=True))
     with pytest.raises(ConfigError, match=r"finetune\.descriptors: False there, True here"):
         claim(str(tmp_path), {**note, "config": question(changed)})
+
+
+def test_raw_molecules_get_the_form_of_pretraining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    given: list[PrepareConfig] = []
+    monkeypatch.setattr(molecules_module, "prepare", lambda config, **_: given.append(config))
+    prepare_task(config, MoleculeForm(explicit_hydrogens=True, salts="reject"))
+    prepare_task(config, None)
+    forms = [
+        (one.featurize.explicit_hydrogens, one.featurize.salts, one.featurize.max_atoms)
+        for one in given
+    ]
+    assert forms == [(True, "reject", 256), (False, "keep", 256)]
+
+
+def test_a_prepared_source_of_another_form_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    manifest = SimpleNamespace(options={"featurize": {"explicit_hydrogens": True}})
+    monkeypatch.setattr(molecules_module, "load_manifest", lambda uri: manifest)
+    task = TaskConfig(
+        name="mine", source=str(tmp_path / "data"), columns=("y",), kind=TaskKind.REGRESSION
+    )
+    config = FinetuneConfig(task=task, out=str(tmp_path / "out"))
+    prepare_task(config, None)
+    prepare_task(config, MoleculeForm(explicit_hydrogens=True))
+    assert not caplog.records
+    prepare_task(config, MoleculeForm())
+    assert "(featurize.explicit_hydrogens False and True)" in caplog.text

@@ -25,7 +25,7 @@ CONFIG = PretrainConfig(data="data", out="run")
 
 
 def identity(**changes: Any) -> dict[str, Any]:
-    manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1)
+    manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1, options={})
     return run_identity(dataclasses.replace(CONFIG, **changes), cast("Manifest", manifest))
 
 

@@ -11,6 +11,7 @@ import torch
 import toy
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.commits import FINISHED_NAME, committed_steps, step_uri
@@ -19,6 +20,8 @@ from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.export import export_run, load_model
 from moleblend_ray.training.loop import Hooks, Learner, fit
 from moleblend_ray.training.saving import CheckpointWriter
+
+HYDROGENS = MoleculeForm(explicit_hydrogens=True)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Learner]:
         CheckpointConfig(every_steps=2),
         uri,
         Ranks(),
-        identity={"model": asdict(toy.MODEL)},
+        identity={
+            "model": asdict(toy.MODEL),
+            "data_fingerprint": "d" * 64,
+            "molecules": asdict(HYDROGENS),
+        },
         config_fingerprint="f",
         start_step=0,
     )
@@ -48,6 +55,22 @@ def test_an_unfinished_run_gives_its_newest_checkpoint(run: tuple[str, Learner])
     model = load_model(uri)
     assert not model.training
     assert_same_weights(model, learner.model)
+
+
+def test_a_model_says_where_it_comes_from_wherever_it_is_stored(
+    run: tuple[str, Learner], tmp_path: Path
+) -> None:
+    uri, _ = run
+    model = load_model(step_uri(uri, 2))
+    origin = model.origin
+    assert origin is not None
+    assert (origin.uri, origin.step, origin.data_fingerprint) == (uri, 2, "d" * 64)
+    assert origin.molecules == HYDROGENS
+    assert origin.versions["torch"] == torch.__version__
+    model.save_pretrained(str(tmp_path / "exported"))
+    copy = load_model(str(tmp_path / "exported"))
+    assert copy.origin == origin
+    assert_same_weights(copy, model)
 
 
 def test_a_checkpoint_folder_gives_that_step(run: tuple[str, Learner]) -> None:
