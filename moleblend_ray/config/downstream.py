@@ -229,8 +229,7 @@ class LeaderboardConfig:
     def __post_init__(self) -> None:
         runs = (self.run, *self.against)
         check_all(
-            *locations(self, "run", "out"),
-            ("" not in self.against, "against: expected paths or URIs, found an empty string"),
+            *locations(self, "run", "out", *(("against",) if self.against else ())),
             (
                 len(set(runs)) == len(runs),
                 f"against: expected distinct directories, found {list(runs)}",

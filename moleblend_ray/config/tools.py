@@ -20,8 +20,9 @@ class SamplesConfig:
 
     def __post_init__(self) -> None:
         check_all(
+            *locations(self, "out"),
             (
-                self.out.endswith((".parquet", ".pq")),
+                str(self.out).endswith((".parquet", ".pq")),
                 f"out: expected a path or URI that ends in .parquet, found {self.out!r}",
             ),
             *at_least(self, 1, "num_molecules"),

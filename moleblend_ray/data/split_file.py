@@ -23,6 +23,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.sources.text import DELIMITERS, decode, stated_delimiter
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import DataError
 
@@ -57,7 +58,7 @@ def read_split_file(uri: str) -> SplitTable:
     ``.zip``, ``.zip!path/split_dict.pt``   the same in an archive, which is not unpacked
     ``.json``                               ``{"train": [0, 2], "valid": [1]}``: numbers are rows, texts are ids
     ``.npz``                                one index array per split
-    ``.csv``, ``.tsv``                      columns ``split`` and ``row`` (or ``idx``, ``index``) or ``id``
+    ``.csv``, ``.tsv``                      columns ``split`` and ``row`` (or ``idx``, ``index``) or ``id``; semicolons or tabs, too
     directory                               OGB style: ``train.csv``, ``valid.csv``, ``test.csv`` of indices
     ======================================  ==============================================================
 
@@ -79,7 +80,7 @@ def read_split_file(uri: str) -> SplitTable:
     if name.endswith(".json"):
         return _from_json(uri)
     if name.endswith((".csv", ".tsv")):
-        return _from_table(uri, "\t" if name.endswith(".tsv") else ",")
+        return _from_table(uri)
     return _from_directory(uri)
 
 
@@ -241,17 +242,19 @@ def _from_json(uri: str) -> SplitTable:
     return _by_row(uri, value)
 
 
-def _from_table(uri: str, delimiter: str) -> SplitTable:
-    """One table with a row per molecule."""
-    options = pa.csv.ParseOptions(delimiter=delimiter)
+def _from_table(uri: str) -> SplitTable:
+    """One table with a row per molecule; its header says what stands between its cells, as in tables of molecules."""
+    content = _read_text(uri)
+    first, end, rest = content.partition(b"\n")
+    if end and stated_delimiter(first + end) is not None:
+        content = rest
+    options = pa.csv.ParseOptions(delimiter=_delimiter_of(content))
     texts = pa.csv.ConvertOptions(
         column_types={name: pa.string() for name in ("split", *_ID_COLUMNS)},
         strings_can_be_null=False,
     )
     try:
-        table = pa.csv.read_csv(
-            io.BytesIO(_read_text(uri)), parse_options=options, convert_options=texts
-        )
+        table = pa.csv.read_csv(io.BytesIO(content), parse_options=options, convert_options=texts)
     except pa.ArrowException as error:
         raise DataError(f"{uri} is not a table: {' '.join(str(error).split())}") from error
     key = next((n for n in (*_ROW_COLUMNS, *_ID_COLUMNS) if n in table.column_names), None)
@@ -268,6 +271,12 @@ def _from_table(uri: str, delimiter: str) -> SplitTable:
         raise DataError(f"{uri}: column {key!r} is {table[key].type}; expected row numbers.")
     rows, names = table[key].to_numpy(), np.asarray(splits)
     return _by_row(uri, {str(name): rows[names == name] for name in dict.fromkeys(splits)})
+
+
+def _delimiter_of(table: bytes) -> str:
+    """The delimiter of which the header has most: a split table has one cell at least besides ``split``."""
+    header = decode(table.partition(b"\n")[0])
+    return max(dict.fromkeys(DELIMITERS.values()), key=header.count)
 
 
 def _from_directory(uri: str) -> SplitTable:

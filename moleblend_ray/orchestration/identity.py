@@ -89,8 +89,19 @@ def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
     return with_defaults(note, _LATER_SETTINGS)
 
 
+def _command(note: Mapping[str, Any]) -> str | None:
+    """The command whose question, or identity with a question, ``note`` is; None for the identity's other entries."""
+    job = note.get("config", note).get("job")
+    return None if job is None else str(job).removesuffix("Config").lower()
+
+
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     # Credentials may differ between a command and its repetition; both are compared without them.
+    theirs, ours = _command(stored), _command(asked)
+    if theirs and ours and theirs != ours:
+        raise ConfigError(
+            f"{out} holds results of `moleblend {theirs}`. Give another `out` for `moleblend {ours}`"
+        )
     differing = differences(redact(_completed(stored)), redact(_completed(asked)))
     if differing:
         listed = "; ".join(

@@ -11,14 +11,19 @@ from typing import Final
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.config.downstream import EmbedConfig, PredictConfig, TaskConfig
+from moleblend_ray.config.downstream import (
+    EmbedConfig,
+    LibraryConfig,
+    PredictConfig,
+    TaskConfig,
+)
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
-from moleblend_ray.errors import without_credentials
+from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.orchestration.prepare import prepare
 
 logger = logging.getLogger(__name__)
@@ -31,14 +36,25 @@ _TASK_SETTINGS: Final = {
 """What the settings of `prepare` are called where a task has its own."""
 
 
+_RAW_SETTINGS: Final = {
+    field.name: field.default
+    for field in dataclasses.fields(LibraryConfig)
+    if field.name in ("smiles_column", "id_column", "max_atoms")
+}
+"""Settings of a library that say how raw molecules are read -> their defaults."""
+
+
 def look_at_source(
     molecules: TaskConfig | EmbedConfig | PredictConfig, label_columns: tuple[str, ...] | None
 ) -> SourceSet | None:
     """Files and columns of raw molecules, for :func:`prepare_molecules`; None for a prepared dataset.
 
-    Raises ColumnError if there is no column of a name that is asked for.
+    Raises ColumnError if there is no column of a name that is asked for, and ConfigError for settings of raw molecules with a
+    prepared library.
     """
     if is_prepared(molecules.source):
+        if not isinstance(molecules, TaskConfig):
+            _refuse_settings_of_raw_molecules(molecules)
         return None
     columns = ColumnConfig(
         smiles_column=molecules.smiles_column,
@@ -47,6 +63,15 @@ def look_at_source(
     )
     with _settings_named_as_in(molecules):
         return inspect_sources(find_sources(molecules.source), columns)
+
+
+def _refuse_settings_of_raw_molecules(molecules: EmbedConfig | PredictConfig) -> None:
+    given = [name for name, usual in _RAW_SETTINGS.items() if getattr(molecules, name) != usual]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)}: only for raw molecules, but {molecules.source} is a prepared data set, which is used as it is. "
+            "Leave this out, or give the files that it was made from"
+        )
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -102,12 +101,6 @@ def cpu_efficiency(gflop: float) -> Figure:
     )
     source = "interpolated between presets (plan-2026-11-27.json)"
     return computed(float(np.exp(value)), "", source, *times.values())
-
-
-def figure_entries() -> Mapping[str, Mapping[str, Any]]:
-    """Every bundled figure as it is stored in the file."""
-    entries: Mapping[str, Mapping[str, Any]] = _document()["figures"]
-    return entries
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,6 +182,10 @@ def test_a_comparison_needs_a_place_and_distinct_directories() -> None:
         LeaderboardConfig(run="a", out="")
     with pytest.raises(ConfigError, match="against: expected distinct directories"):
         LeaderboardConfig(run="a", against=("a",), out="c")
+    with pytest.raises(ConfigError, match="against: expected a path or URI, found"):
+        LeaderboardConfig(run="a", against=("",), out="c")
+    with pytest.raises(ConfigError, match="against: expected a path or URI as text"):
+        LeaderboardConfig(run="a", against=(Path("b"),), out="c")  # type: ignore[arg-type]
 
 
 def test_baselines_that_cannot_be_made_are_refused() -> None:

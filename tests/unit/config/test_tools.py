@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from moleblend_ray.config.tools import SamplesConfig
@@ -13,3 +15,8 @@ def test_samples_go_to_a_file_that_prepare_will_read_as_parquet() -> None:
     for out in ("samples.sdf", "samples", ""):
         with pytest.raises(ConfigError, match=r"ends in \.parquet"):
             SamplesConfig(out=out)
+
+
+def test_a_path_object_is_asked_for_as_text() -> None:
+    with pytest.raises(ConfigError, match="out: expected a path or URI as text"):
+        SamplesConfig(out=Path("a.parquet"))  # type: ignore[arg-type]

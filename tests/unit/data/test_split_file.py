@@ -114,8 +114,14 @@ def test_npz_and_tables_and_index_files_give_the_same_rows(tmp_path: Path) -> No
 
 
 def test_a_table_of_ids_keeps_them_as_they_are_written(tmp_path: Path) -> None:
-    (tmp_path / "s.tsv").write_text("id\tsplit\n007\ttrain\n7\ttest\n")
-    assert read_split_file(str(tmp_path / "s.tsv")).by_id == {"007": "train", "7": "test"}
+    for name, text in {
+        "s.tsv": "id\tsplit\n007\ttrain\n7\ttest\n",
+        "s.csv": "id;split;note\r\n007;train;a,b\r\n7;test;c,d\r\n",
+        "excel.csv": "\ufeffsep=;\r\nid;split\r\n007;train\r\n7;test\r\n",
+        "commas.tsv": "id,split\n007,train\n7,test\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert read_split_file(str(tmp_path / name)).by_id == {"007": "train", "7": "test"}, name
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.orchestration import parts
 from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
-from moleblend_ray.orchestration.identity import claim
+from moleblend_ray.orchestration.identity import check_claim, claim
+from moleblend_ray.orchestration.molecules import look_at_source
 from moleblend_ray.orchestration.part_writer import PartWriter
 from moleblend_ray.orchestration.predict import predict_job
 
@@ -352,3 +353,23 @@ def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
     assert embed_job(elsewhere).question() == embed_job(config).question()
     flat = dataclasses.replace(config, conformers=False)
     assert embed_job(flat).question() != embed_job(config).question()
+
+
+@pytest.mark.usefixtures("manifest")
+def test_settings_of_raw_molecules_are_refused_with_a_prepared_library(tmp_path: Path) -> None:
+    library = str(tmp_path / "data")
+    config = EmbedConfig(checkpoint="/m", source=library, out=str(tmp_path / "out"))
+    assert look_at_source(config, ()) is None
+    with pytest.raises(ConfigError, match=rf"^id_column, max_atoms: only for raw .* but {library}"):
+        look_at_source(dataclasses.replace(config, id_column="name", max_atoms=50), ())
+
+
+def test_the_results_of_another_command_are_told_by_its_name(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    embedding = embed_job(EmbedConfig(checkpoint="/m", source="/a.csv", out=out))
+    prediction = predict_job(PredictConfig(models="/m", source="/a.csv", out=out))
+    claim(out, {"config": embedding.question(), "checkpoint_fingerprint": "a"})
+    with pytest.raises(ConfigError, match=r"holds results of `moleblend embed`\. Give another"):
+        check_claim(out, {"config": prediction.question(), "checkpoint_fingerprint": "b"})
+    with pytest.raises(ConfigError, match=r"differ in checkpoint_fingerprint: 'a' there, 'b' here"):
+        check_claim(out, {"config": embedding.question(), "checkpoint_fingerprint": "b"})

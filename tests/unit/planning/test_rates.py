@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import pytest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.planning.figures import Basis, assumed, computed, given, measured
 from moleblend_ray.planning.goodput import RATES
-from moleblend_ray.planning.rates import bundled, cpu_efficiency, figure_entries, gpu
+from moleblend_ray.planning.rates import bundled, cpu_efficiency, gpu
 
+STORED = json.loads(
+    resources.files("moleblend_ray.planning").joinpath("rates.json").read_text("utf-8")
+)
+FIGURES: dict[str, dict[str, Any]] = STORED["figures"]
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
@@ -22,9 +27,9 @@ def number_at(document: Any, path: str) -> float:
     return float(document)
 
 
-@pytest.mark.parametrize("name", sorted(figure_entries()))
+@pytest.mark.parametrize("name", sorted(FIGURES))
 def test_each_is_the_number_of_its_result(name: str) -> None:
-    entry = figure_entries()[name]
+    entry = FIGURES[name]
     if not RESULTS.is_dir():
         pytest.skip("the benchmark results are not part of this installation")
     document = json.loads((RESULTS / entry["result"]).read_text())
@@ -33,13 +38,13 @@ def test_each_is_the_number_of_its_result(name: str) -> None:
     assert entry["value"] * entry.get("divided_by", 1) == pytest.approx(total, rel=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(figure_entries()))
+@pytest.mark.parametrize("name", sorted(FIGURES))
 def test_each_says_what_it_is_of_and_on_which_machine(name: str) -> None:
     figure = bundled(name)
     assert figure.basis is Basis.MEASURED
     assert figure.rests_on == ()
     assert "vCPU" in figure.source
-    assert figure_entries()[name]["result"] in figure.source
+    assert FIGURES[name]["result"] in figure.source
 
 
 def test_gpus_are_known_by_their_data_sheet_alone() -> None:
