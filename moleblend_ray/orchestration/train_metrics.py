@@ -12,7 +12,7 @@ from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.metrics import PERIOD_S, Publisher
 from moleblend_ray.training.anomalies import Anomaly
 from moleblend_ray.training.commits import read_commit
-from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record
+from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record, is_loss
 from moleblend_ray.training.saving import Save
 
 _COUNTERS: Final = (
@@ -126,7 +126,7 @@ class TrainMetrics:
     def _add_means(self, record: Record, step_s: float) -> None:
         """Publish means over about a second: every 15 s the page is read, and single steps of a fast run are noise."""
         for name, value in record.items():
-            if name == TOTAL_LOSS or name.startswith(f"{TOTAL_LOSS}_"):
+            if is_loss(name):
                 self._add_mean(name, float(value), 1.0)
         mfu = float(record["mfu"])
         self._add_mean("mfu", mfu, step_s)

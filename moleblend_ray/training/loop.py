@@ -46,7 +46,7 @@ from moleblend_ray.training.distributed import (
     sum_over_ranks,
 )
 from moleblend_ray.training.host_memory import keep_freed_memory
-from moleblend_ray.training.metrics import TOTAL_LOSS, Record
+from moleblend_ray.training.metrics import TOTAL_LOSS, Record, is_loss
 from moleblend_ray.training.optim import (
     CutInvariantAdamW,
     build_optimizer,
@@ -484,7 +484,7 @@ def _raise_not_finite(
         if found
         else "though every micro-batch's loss is finite: the gradient overflowed"
     )
-    heads = {name: value for name, value in record.items() if name.startswith(TOTAL_LOSS)}
+    heads = {name: value for name, value in record.items() if is_loss(name)}
     detail = (
         f"step {batch.step}: loss or gradient is not finite ({heads}, grad_norm {record['grad_norm']}) {where}. "
         "The model was not changed. Look at these molecules, lower optim.learning_rate, use train.precision=fp32, "
