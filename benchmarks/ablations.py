@@ -55,7 +55,8 @@ from moleblend_ray.evaluation.tasks import SplitKind, Task, resolve_task
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Hooks, build_learner, fit
+from moleblend_ray.training.learner import build_learner
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
 
 SCRATCH: Final = "scratch"

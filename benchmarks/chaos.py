@@ -40,8 +40,8 @@ from moleblend_ray.data.config import OrderConfig
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.training.commits import committed_steps, read_commit, step_uri
 from moleblend_ray.training.export import load_model
-from moleblend_ray.training.loop import molecules_checksum
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.step import molecules_checksum
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from fault_proxy import FaultProxy

@@ -27,8 +27,9 @@ from train_step import device_name, new_learner, preset, step_batch
 from moleblend_ray.training.checkpoint import restore_training_state, training_state
 from moleblend_ray.training.commits import latest_committed
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.loop import Learner, train_step
+from moleblend_ray.training.learner import Learner
 from moleblend_ray.training.saving import CheckpointWriter
+from moleblend_ray.training.step import train_step
 from moleblend_ray.training.throughput import seconds_of
 
 BYTES_A_PARAMETER = 12

@@ -251,7 +251,7 @@ def cpu_seconds(batch: int) -> dict[str, float]:
     import torch
     from train_step import new_learner, preset, step_batch
 
-    from moleblend_ray.training.loop import train_step
+    from moleblend_ray.training.step import train_step
 
     torch.set_num_threads(1)
     device = torch.device("cpu")

@@ -32,7 +32,8 @@ from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import build_learner, train_step
+from moleblend_ray.training.learner import build_learner
+from moleblend_ray.training.step import train_step
 
 WAYS: dict[str, tuple[Strategy, bool]] = {
     "fsdp": ("fsdp", True),

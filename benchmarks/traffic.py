@@ -32,12 +32,12 @@ from torch.utils._pytree import tree_leaves
 from train_step import new_learner, preset, step_batch
 
 from moleblend_ray.model import device
-from moleblend_ray.training import loop
+from moleblend_ray.training import step as step_module
 from moleblend_ray.training.metrics import Record
 from moleblend_ray.training.optim import build_optimizer
 from moleblend_ray.training.prefetch import DeviceStep
 
-PACKAGE = Path(loop.__file__).resolve().parents[1]
+PACKAGE = Path(step_module.__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 FREE = {
@@ -132,7 +132,7 @@ def count(arguments: argparse.Namespace) -> list[Launch]:
         mock.patch.object(device, "GPU_TYPES", frozenset({"cpu"})),
         mock.patch.object(triton.JITFunction, "run", note_with(counter)),
         # Fake tensors have no values that the host could read.
-        mock.patch.object(loop, "_record", return_value=no_values),
+        mock.patch.object(step_module, "_record", return_value=no_values),
         # As on a GPU, one call for all gradients.
         mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
     ):
@@ -141,10 +141,10 @@ def count(arguments: argparse.Namespace) -> list[Launch]:
             learner, optimizer=build_optimizer(learner.model, learner.optim)
         )
         step = fake_step(step)
-        loop.train_step(learner, step)
+        step_module.train_step(learner, step)
         counter.launches.clear()
         with counter:
-            loop.train_step(learner, step)
+            step_module.train_step(learner, step)
     return counter.launches
 
 
@@ -207,7 +207,7 @@ def place() -> str:
     """File and function of the innermost frame of the package; of a backward pass that of the caller."""
     for frame in reversed(traceback.extract_stack()):
         if frame.filename.startswith(str(PACKAGE)):
-            if frame.name == "_backward" and frame.filename == loop.__file__:
+            if frame.name == "_backward" and frame.filename == step_module.__file__:
                 return "autograd"
             return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
     return "?"

@@ -4,7 +4,7 @@
                                     [--dtype fp32|bf16] [--steps 10] [--compile] [--plain] [--operators]
                                     [--strategy none|fsdp|ddp]
 
-The step is the trainer's own (`training/loop.py`): forward, losses, backward, clipping, optimizer. Copies to the device and
+The step is the trainer's own (`training/step.py`): forward, losses, backward, clipping, optimizer. Copies to the device and
 random choices happen in the background, beside the step before; alone they take ``prepare_s``.
 ``model_gflop_per_molecule`` counts what real atoms and pairs need, padding excluded (`model/flops.py`); ``mfu`` is that over
 the step's time and the rate of a matrix product measured just after it, the median over steps; each
@@ -45,8 +45,9 @@ from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks, autocast, evaluating
-from moleblend_ray.training.loop import Learner, PretrainingObjective, build_learner, train_step
+from moleblend_ray.training.learner import Learner, PretrainingObjective, build_learner
 from moleblend_ray.training.prefetch import DeviceStep
+from moleblend_ray.training.step import train_step
 from moleblend_ray.training.throughput import (
     compiled_graphs,
     matrix_rate,

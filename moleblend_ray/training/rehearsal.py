@@ -31,8 +31,9 @@ from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, build_learner, train_step
+from moleblend_ray.training.learner import Learner, build_learner
 from moleblend_ray.training.prefetch import to_device
+from moleblend_ray.training.step import train_step
 
 _BATCHES: Final = 3
 """Different batches that steps take in turn."""

@@ -18,7 +18,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.losses import LOSS_NAMES, loss_counts
 from moleblend_ray.training.distributed import Ranks, autocast, evaluating, sum_over_ranks
-from moleblend_ray.training.loop import Learner, named_losses
+from moleblend_ray.training.learner import Learner, named_losses
 from moleblend_ray.training.metrics import VALID_PREFIX, Record
 
 _STEP: Final = 2**32 - 1

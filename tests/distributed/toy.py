@@ -20,7 +20,8 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Hooks, Learner, build_learner, fit
+from moleblend_ray.training.learner import Learner, build_learner
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
 
 NUM_MOLECULES = 50

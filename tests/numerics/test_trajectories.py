@@ -20,9 +20,9 @@ import molecule_zoo as zoo  # noqa: E402
 import toy  # noqa: E402
 
 from moleblend_ray.model.config import LossConfig  # noqa: E402
-from moleblend_ray.training.loop import train_step  # noqa: E402
 from moleblend_ray.training.metrics import Record  # noqa: E402
 from moleblend_ray.training.optim import build_optimizer  # noqa: E402
+from moleblend_ray.training.step import train_step  # noqa: E402
 
 RECORDED = Path(__file__).with_name("loss_curve.json")
 RECORDED_STEPS = 60

@@ -30,7 +30,8 @@ from moleblend_ray.orchestration.elastic import (
 from moleblend_ray.orchestration.fixed_workers import StoppableFixedPolicy
 from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Hooks, build_learner, fit
+from moleblend_ray.training.learner import build_learner
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record, read_records
 
 TIMEOUT_S = 400

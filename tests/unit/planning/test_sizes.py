@@ -16,7 +16,7 @@ from moleblend_ray.planning.sizes import checkpoint_bytes, exchange, gathered_by
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.config import CheckpointConfig, OptimConfig, TrainConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import build_learner
+from moleblend_ray.training.learner import build_learner
 from moleblend_ray.training.saving import CheckpointWriter
 
 

@@ -13,10 +13,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.training import distributed, loop
+from moleblend_ray.training import distributed
+from moleblend_ray.training import step as step_module
 from moleblend_ray.training.config import Precision
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Learner, PretrainingObjective, train_step
+from moleblend_ray.training.learner import Learner, PretrainingObjective
+from moleblend_ray.training.step import train_step
 
 LAYERS = ["model.encoder.layers.0", "model.encoder.layers.1"]
 ROOT = ""
@@ -78,7 +80,7 @@ def test_cpus_gather_float32_and_add_gradients_in_float64(
 def test_gradients_are_reduced_once_a_step_however_many_micro_batches_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    backward = loop._backward
+    backward = step_module._backward
     reduced: list[bool] = []
 
     def note(learner: Learner, *arguments: Any, **settings: Any) -> torch.Tensor:
@@ -87,7 +89,7 @@ def test_gradients_are_reduced_once_a_step_however_many_micro_batches_it_has(
         reduced.append(any(part.grad is not None for part in learner.model.parameters()))
         return sums
 
-    monkeypatch.setattr(loop, "_backward", note)
+    monkeypatch.setattr(step_module, "_backward", note)
     learner = toy.learner(strategy="fsdp")
     train_step(learner, learner.prepare(next(toy.steps())))
     assert reduced == [False] * 7 + [True]

@@ -22,13 +22,15 @@ from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training import loop, optim
+from moleblend_ray.training import step as step_module
 from moleblend_ray.training.anomalies import NotFiniteError
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.loop import Hooks, dropout_seed, fit, molecules_checksum, train_step
+from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record, read_records
 from moleblend_ray.training.optim import learning_rate
 from moleblend_ray.training.saving import CheckpointWriter
+from moleblend_ray.training.step import dropout_seed, molecules_checksum, train_step
 
 
 def losses(records: Any) -> list[float]:
@@ -190,9 +192,9 @@ def test_a_loss_or_gradient_that_overflows_alone_changes_nothing_either(
         learner.model.spd_head.bias.register_hook(lambda gradient: gradient * torch.inf)
         told = "every micro-batch's loss is finite: the gradient overflowed"
     else:
-        backward = loop._backward
+        backward = step_module._backward
         monkeypatch.setattr(
-            loop, "_backward", lambda *given, **how: backward(*given, **how) + torch.inf
+            step_module, "_backward", lambda *given, **how: backward(*given, **how) + torch.inf
         )
         told = "in the micro-batches with molecule ids"
     with pytest.raises(NotFiniteError, match=told):
@@ -208,7 +210,7 @@ def test_a_prepared_step_can_be_taken_again(monkeypatch: pytest.MonkeyPatch) -> 
     step = learner.prepare(next(toy.steps()))
     before = step.counts.clone()
     # In place, as over two ranks that have the same molecules.
-    monkeypatch.setattr(loop, "sum_over_ranks", lambda values: values.mul_(2.0))
+    monkeypatch.setattr(step_module, "sum_over_ranks", lambda values: values.mul_(2.0))
     for _ in range(2):
         train_step(learner, step)
         torch.testing.assert_close(step.counts, before, rtol=0, atol=0)
@@ -412,13 +414,13 @@ def test_a_step_asks_the_device_for_nothing_until_its_record(
     learner = replace(learner, loss=replace(learner.loss, ignore_other_bonds=ignore_other_bonds))
     step = learner.prepare(next(toy.steps()))
     before_record: list[int] = []
-    record = loop._record
+    record = step_module._record
 
     def noted_record(*arguments: Any) -> Any:
         before_record.append(len(waits.found))
         return record(*arguments)
 
-    monkeypatch.setattr(loop, "_record", noted_record)
+    monkeypatch.setattr(step_module, "_record", noted_record)
     # As on a GPU: on a CPU the optimizer looks at the step counts.
     monkeypatch.setattr(optim, "on_gpu", lambda _: True)
     with HostWaits() as waits:
