@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -55,3 +56,8 @@ class ConvertOptions:
         """As a JSON value (tuples as lists), equal for equal options."""
         value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return value
+
+
+def needs_exchange(options: Mapping[str, Any]) -> bool:
+    """As :attr:`ConvertOptions.needs_exchange`, of the options that a plan or a manifest states, perhaps an old one."""
+    return bool(options.get("shuffle")) or options.get("deduplicate", "none") != "none"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
@@ -23,6 +23,7 @@ from moleblend_ray.data.dataset_files import (
     wrong_files,
 )
 from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.errors import DataError
 
@@ -102,8 +103,7 @@ def _unfinished(uri: str) -> DataStatus:
         read = [one for one in pool.map(_receipt, sorted(receipts)[::stride]) if one is not None]
     scale = len(receipts) / len(read) if read else 0.0
     shards = listed(uri, *SPLITS, STAGED_DIR)
-    options: Mapping[str, Any] = plan.get("options", {})
-    meets = options.get("shuffle") or options.get("deduplicate", "none") != "none"
+    meets = needs_exchange(plan.get("options", {}))
     then = "; molecules are shuffled or deduplicated after that" if meets else ""
     return DataStatus(
         kind="data",

@@ -26,6 +26,7 @@ from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, source_index
 from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import (
@@ -208,7 +209,7 @@ def _places(manifest: Manifest) -> list[dict[str, Any]]:
 def _source_uris(manifest: Manifest) -> list[str | None]:
     """The source file of each part, which tells rows of several files apart; None if molecules of several were brought together."""
     shards = [shard for split in SPLITS for shard in manifest.shards_of(split)]
-    if manifest.options.get("shuffle") or manifest.options.get("deduplicate", "none") != "none":
+    if needs_exchange(manifest.options):
         return [None] * len(shards)
     return [manifest.sources[source_index(shard.path)].uri for shard in shards]
 
