@@ -22,6 +22,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration.executor import blocks_taken
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -121,9 +122,3 @@ class _BlockLimit(BackpressurePolicy):
         while len(self._taken) > 1 and self._taken[1][0] <= now - _FREE_S:
             self._taken.popleft()
         return self._taken[0][1]
-
-
-def blocks_taken(sink: PhysicalOperator) -> int:
-    """Blocks that trainers have taken from the last operator of a stream."""
-    metrics = sink.metrics
-    return int(metrics.block_outputs_taken - metrics.num_external_outqueue_blocks)

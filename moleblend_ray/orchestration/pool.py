@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Final
 
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from moleblend_ray.orchestration.budget import blocks_taken
+from moleblend_ray.orchestration.executor import Operators, blocks_taken, operators_of
 from moleblend_ray.orchestration.progress import Reporter
 
 if TYPE_CHECKING:
     from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
-    from ray.data._internal.execution.interfaces import PhysicalOperator
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 logger = logging.getLogger(__name__)
@@ -75,8 +74,7 @@ class PoolSizer(ExecutionCallback):
     """Ray Data's hook: sets the pool's upper bound every few seconds."""
 
     def __init__(self) -> None:
-        self._operator: PhysicalOperator | None = None
-        self._pool: AutoscalingActorPool | None = None
+        self._operators: Operators | None = None
         self._began: _Totals | None = None
         self._samples = 0
         self._starving = 0
@@ -85,37 +83,26 @@ class PoolSizer(ExecutionCallback):
     def before_execution_starts(self, executor: StreamingExecutor) -> None:
         """Find the pool, and set it to its smallest size until something is measured."""
         self._bounds: PoolBounds = executor._data_context.get_config(POOL_CONFIG_KEY)
-        assert executor._topology is not None
-        *_, self._sink = executor._topology
-        for operator in executor._topology:
-            for pool in operator.get_autoscaling_actor_pools():
-                self._operator, self._pool = operator, pool
-                _set_most(pool, self._bounds.fewest)
+        self._operators = operators_of(executor)
+        if self._operators is not None:
+            _set_most(self._operators.pool, self._bounds.fewest)
         if self._bounds.reporter is not None:
             self._bounds.reporter.forward_logs(level=logging.INFO)
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002
         """Called in each iteration of Ray's scheduler."""
-        if self._operator is None or self._pool is None:
+        if self._operators is None:
             return
+        pool = self._operators.pool
         self._samples += 1
-        self._starving += not self._sink.metrics.num_external_outqueue_blocks
-        now = self._totals(self._operator)
-        if self._began is None or self._pool.num_pending_actors() or not now.built:
+        self._starving += not self._operators.sink.metrics.num_external_outqueue_blocks
+        now = _totals(self._operators)
+        if self._began is None or pool.num_pending_actors() or not now.built:
             # Neither the start of the actors nor the first filling of the buffers tells anything about the rates.
             self._restart(now)
         elif now.time_s - self._began.time_s >= _INTERVAL_S and now.built > self._began.built:
-            self._decide(now, self._began, self._pool)
+            self._decide(now, self._began, pool)
             self._restart(now)
-
-    def _totals(self, operator: PhysicalOperator) -> _Totals:
-        metrics = operator.metrics
-        return _Totals(
-            time_s=time.monotonic(),
-            build_s=metrics.block_generation_time,
-            built=metrics.num_task_outputs_generated,
-            taken=blocks_taken(self._sink),
-        )
 
     def _restart(self, now: _Totals) -> None:
         self._began, self._samples, self._starving = now, 0, 0
@@ -160,3 +147,13 @@ class _Totals:
     build_s: float
     built: int
     taken: int
+
+
+def _totals(operators: Operators) -> _Totals:
+    metrics = operators.builder.metrics
+    return _Totals(
+        time_s=time.monotonic(),
+        build_s=metrics.block_generation_time,
+        built=metrics.num_task_outputs_generated,
+        taken=blocks_taken(operators.sink),
+    )

@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Final
 from ray.data import Dataset
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from moleblend_ray.orchestration.budget import blocks_taken
+from moleblend_ray.orchestration.executor import Operators, blocks_taken, operators_of
 from moleblend_ray.orchestration.metrics import PERIOD_S, Publisher
 
 if TYPE_CHECKING:
-    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
-    from ray.data._internal.execution.interfaces import PhysicalOperator
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 _RUN_CONFIG_KEY: Final = "moleblend.run"
@@ -35,19 +33,14 @@ class _StreamCallback(ExecutionCallback):
 
     def __init__(self) -> None:
         self._publisher: Publisher | None = None
-        self._operator: PhysicalOperator | None = None
-        self._pool: AutoscalingActorPool | None = None
+        self._operators: Operators | None = None
         self._looked_s = -math.inf
         self._totals: dict[str, float] = {}
 
     def before_execution_starts(self, executor: StreamingExecutor) -> None:
         """Find the operators that build blocks and that deliver them."""
         self._publisher = Publisher(run=executor._data_context.get_config(_RUN_CONFIG_KEY))
-        assert executor._topology is not None
-        *_, self._sink = executor._topology
-        for operator in executor._topology:
-            for pool in operator.get_autoscaling_actor_pools():
-                self._operator, self._pool = operator, pool
+        self._operators = operators_of(executor)
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002 - Ray's signature
         """Publish once per second. There is no thread that would publish after the end of the stream."""
@@ -55,23 +48,20 @@ class _StreamCallback(ExecutionCallback):
         if self._publisher is None or now_s - self._looked_s < PERIOD_S:
             return
         self._looked_s = now_s
-        if self._operator is not None and self._pool is not None:
-            self._look(self._publisher, self._operator, self._pool)
+        if self._operators is not None:
+            self._look(self._publisher, self._operators)
         self._publisher.publish()
 
-    def _look(
-        self, publisher: Publisher, operator: PhysicalOperator, pool: AutoscalingActorPool
-    ) -> None:
+    def _look(self, publisher: Publisher, operators: Operators) -> None:
+        builder, pool, sink = operators
         publisher.set("moleblend_stream_actors", pool.num_running_actors())
         publisher.set("moleblend_stream_pending_actors", pool.num_pending_actors())
         publisher.set("moleblend_stream_max_actors", pool.max_size())
-        publisher.set("moleblend_stream_building_blocks", operator.num_active_tasks())
-        publisher.set(
-            "moleblend_stream_queued_blocks", self._sink.metrics.num_external_outqueue_blocks
-        )
-        self._count("moleblend_stream_blocks_total", operator.metrics.num_task_outputs_generated)
-        self._count("moleblend_stream_taken_blocks_total", blocks_taken(self._sink))
-        self._count("moleblend_stream_build_seconds_total", operator.metrics.block_generation_time)
+        publisher.set("moleblend_stream_building_blocks", builder.num_active_tasks())
+        publisher.set("moleblend_stream_queued_blocks", sink.metrics.num_external_outqueue_blocks)
+        self._count("moleblend_stream_blocks_total", builder.metrics.num_task_outputs_generated)
+        self._count("moleblend_stream_taken_blocks_total", blocks_taken(sink))
+        self._count("moleblend_stream_build_seconds_total", builder.metrics.block_generation_time)
 
     def _count(self, name: str, total: float) -> None:
         """Increase a counter to the number that Ray Data has counted."""

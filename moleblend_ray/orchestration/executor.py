@@ -1,0 +1,37 @@
+"""The parts of Ray Data's executor that a stream looks at. Ray has no public names for them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
+    from ray.data._internal.execution.interfaces import PhysicalOperator
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+
+class Operators(NamedTuple):
+    """What a running stream consists of."""
+
+    builder: PhysicalOperator
+    """Builds blocks."""
+    pool: AutoscalingActorPool
+    """Its actors."""
+    sink: PhysicalOperator
+    """Hands the blocks to the trainers."""
+
+
+def operators_of(executor: StreamingExecutor) -> Operators | None:
+    """The operators of the stream that ``executor`` runs; None if it runs something without actors."""
+    assert executor._topology is not None
+    operators = list(executor._topology)
+    for operator in operators:
+        for pool in operator.get_autoscaling_actor_pools():
+            return Operators(operator, pool, operators[-1])
+    return None
+
+
+def blocks_taken(sink: PhysicalOperator) -> int:
+    """Blocks that trainers have taken from the last operator of a stream."""
+    metrics = sink.metrics
+    return int(metrics.block_outputs_taken - metrics.num_external_outqueue_blocks)
