@@ -19,10 +19,9 @@ from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.descriptors import with_targets
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import NodeCache
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.order import DataOrder, streams_of_rank
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import training_columns
-from moleblend_ray.errors import ConfigError
 from moleblend_ray.relations.geometry import random_rotations, rotate
 from moleblend_ray.relations.hashing import keyed_hash
 
@@ -94,18 +93,12 @@ def local_step_batches(
     world_size: int = 1,
 ) -> Iterator[StepBatch]:
     """The steps of one rank, each built in this process when it is asked for."""
-    if order.num_streams % world_size:
-        raise ConfigError(
-            f"{order.num_streams} streams cannot be divided among {world_size} workers; "
-            "choose a number of workers that divides num_streams"
-        )
+    streams = streams_of_rank(rank, world_size, order.num_streams)
     builder = MicroBatchBuilder(data_uri, order, stream)
     for step in range(first_step, first_step + num_steps):
         yield StepBatch(
             step=step,
             micro_batches=tuple(
-                micro
-                for number in range(rank, order.num_streams, world_size)
-                for micro in builder.build(step, 1, number)
+                micro for number in streams for micro in builder.build(step, 1, number)
             ),
         )

@@ -108,6 +108,16 @@ class DataOrder:
         return chunk * rows + row
 
 
+def streams_of_rank(rank: int, world_size: int, num_streams: int) -> range:
+    """The streams that a rank trains on, of ``num_streams``; ConfigError if they cannot be divided equally."""
+    if num_streams % world_size:
+        raise ConfigError(
+            f"{num_streams} streams cannot be divided among {world_size} workers; "
+            "choose a number of workers that divides num_streams"
+        )
+    return range(rank, num_streams, world_size)
+
+
 def permute(
     index: NDArray[np.int64], size: NDArray[np.int64], key: NDArray[np.uint64]
 ) -> NDArray[np.int64]:

@@ -14,7 +14,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.data.batch import MicroBatch, StepBatch, unpack_micro_batch
-from moleblend_ray.errors import ConfigError, DataError, MoleBlendError, TrainingError
+from moleblend_ray.data.order import streams_of_rank
+from moleblend_ray.errors import DataError, MoleBlendError, TrainingError
 
 
 def pack_block(micro_batches: Sequence[MicroBatch]) -> pa.Table:
@@ -76,12 +77,7 @@ def step_batches(
     of micro-batches per (step, stream). If ``first_step`` is None, the first block decides with which step the stream
     begins. A gap or a wrong order raises a ``TrainingError``.
     """
-    if num_streams % world_size:
-        raise ConfigError(
-            f"{num_streams} streams cannot be divided among {world_size} workers; "
-            "choose a number of workers that divides num_streams"
-        )
-    streams = range(rank, num_streams, world_size)
+    streams = streams_of_rank(rank, world_size, num_streams)
     iterator = iter(blocks)
     step = first_step
     while group := [table for _, table in zip(streams, iterator, strict=False)]:
