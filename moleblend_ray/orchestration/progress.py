@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import ray
 from tqdm import tqdm
@@ -25,6 +25,8 @@ from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.metrics import JobMetrics
 
 logger = logging.getLogger(__name__)
+
+_LOG_INTERVAL_S: Final = 10.0
 
 Values = Mapping[str, float | int | str]
 
@@ -171,7 +173,6 @@ class Progress:
         unit: str,
         total: int | None = None,
         out: str | None = None,
-        log_interval_s: float = 10.0,
     ) -> None:
         run = logs.run_name(out) if out else str(logs.context().get("run", ""))
         logs.set_context(run=run or None)
@@ -181,9 +182,7 @@ class Progress:
         self.reporter = Reporter(self._board, run=run, as_json=logs.log_format() == "json")
         is_terminal = sys.stderr.isatty()
         self._display: _Bar | _Lines = (
-            _Bar(description, unit, total)
-            if is_terminal
-            else _Lines(description, unit, total, log_interval_s)
+            _Bar(description, unit, total) if is_terminal else _Lines(description, unit, total)
         )
         self._poll_interval_s = 0.5 if is_terminal else 1.0
         self._seen = ("", 0)
@@ -257,18 +256,17 @@ class _Bar:
 
 
 class _Lines:
-    """A log line every `interval_s` and one at the end, if there is no terminal for a bar."""
+    """A log line every ten seconds and one at the end, if there is no terminal for a bar."""
 
-    def __init__(self, description: str, unit: str, total: int | None, interval_s: float) -> None:
+    def __init__(self, description: str, unit: str, total: int | None) -> None:
         self._description = description
         self._unit = unit
         self._total = total
-        self._interval_s = interval_s
         self._last_s = time.monotonic()
         self._shown: dict[str, float | int | str] = {}
 
     def show(self, values: Values, *, is_last: bool) -> None:
-        is_due = time.monotonic() - self._last_s >= self._interval_s
+        is_due = time.monotonic() - self._last_s >= _LOG_INTERVAL_S
         if not values or dict(values) == self._shown or not (is_due or is_last):
             return
         self._last_s, self._shown = time.monotonic(), dict(values)
