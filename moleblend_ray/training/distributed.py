@@ -7,7 +7,6 @@ the backward pass, so the sum is the gradient of the global batch at any world s
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -47,13 +46,9 @@ class Ranks:
         return self.rank == 0
 
 
-def current_ranks(*, use_gpu: bool = False, local_rank: int | None = None) -> Ranks:
-    """Rank and device of this process, from the process group if there is one.
-
-    ``local_rank`` defaults to the environment's ``LOCAL_RANK`` (as torchrun sets it).
-    """
-    if local_rank is None:
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+def current_ranks(*, use_gpu: bool, local_rank: int) -> Ranks:
+    """Rank and device of this process, from the process group if there is one; ``local_rank`` is its number on its
+    machine."""
     device = torch.device("cpu")
     if use_gpu:
         if not torch.cuda.is_available():

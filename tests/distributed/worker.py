@@ -132,7 +132,7 @@ def main(plan: Path) -> None:
     torch.set_num_threads(1)
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
-    ranks = current_ranks(use_gpu=False)
+    ranks = current_ranks(use_gpu=False, local_rank=int(os.environ["LOCAL_RANK"]))
     for task in json.loads(plan.read_text()):
         # The type of parameters, and so of everything computed from them.
         torch.set_default_dtype(getattr(torch, task.get("dtype", "float32")))
