@@ -69,9 +69,9 @@ class NamedSplits:
         by_id: Mapping[str, str] | None,
         uri: str,
     ) -> None:
-        """From the rows of each split, or the split of each id.
+        """From the rows of each split, no row in two of them, or the split of each id.
 
-        DataError if a row is in two splits. ConfigError if the name of a split is not train, valid (validation, val,
+        ConfigError if the name of a split is not train, valid (validation, val,
         dev) or test (testing, test-...).
         """
         self._uri = uri
@@ -120,14 +120,7 @@ def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.
     size = 1 + max((int(rows.max()) for rows in by_row.values() if len(rows)), default=-1)
     codes = np.full(size, UNNAMED, dtype=np.uint8)
     for name, rows in by_row.items():
-        code = _code(name, uri)
-        other = (codes[rows] != UNNAMED) & (codes[rows] != code)
-        if other.any():
-            raise DataError(
-                f"split_file: {uri} puts row {rows[other][0]} into {name!r} and into another split; "
-                "expected each row in one."
-            )
-        codes[rows] = code
+        codes[rows] = _code(name, uri)
     return codes
 
 

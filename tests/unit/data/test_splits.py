@@ -66,17 +66,10 @@ def test_equal_splits_have_equal_digests() -> None:
     assert ids.digest != NamedSplits(None, {"a": "train", "b": "train"}, "c").digest
 
 
-def test_two_names_of_one_split_may_share_a_row() -> None:
-    splits = NamedSplits({"test": np.array([0, 1]), "test-dev": np.array([1])}, None, "s.json")
-    assert splits.codes(np.arange(2), [""] * 2).tolist() == [TEST, TEST]
-
-
-def test_unknown_names_and_contradictions_are_refused() -> None:
+def test_unknown_names_are_refused() -> None:
     for name in ("fold1", "tested"):
         with pytest.raises(ConfigError, match=rf"s\.json has a split '{name}'; expected train"):
             NamedSplits({name: np.array([0])}, None, "s.json")
-    with pytest.raises(DataError, match=r"puts row 3 into 'test' and into another split"):
-        NamedSplits({"train": np.array([1, 3]), "test": np.array([3])}, None, "s.json")
 
 
 def convert(tmp_path: Path, splits: NamedSplits, **options: Any) -> tuple[Manifest, Path]:
