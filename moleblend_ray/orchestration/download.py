@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-from tqdm import tqdm
 
 from moleblend_ray.config.download import DownloadConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.download import download_collection
 from moleblend_ray.errors import without_credentials
+from moleblend_ray.orchestration.terminal import progress_bar
+from moleblend_ray.quantities import bytes_text
 
 logger = logging.getLogger(__name__)
-
-_LOG_INTERVAL_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,14 +40,23 @@ def download(config: DownloadConfig) -> DownloadSummary:
     start_s = time.monotonic()
     config = with_absolute_paths(config)
     collection = config.collection
-    with _Display() as display:
+    bars: dict[str, Callable[[int, int | None], None]] = {}
+    with contextlib.ExitStack() as newest:
+
+        def report(name: str, done: int, total: int | None) -> None:
+            if name not in bars:
+                newest.close()
+                bar = progress_bar(name, unit="B", show=bytes_text, leave=True)
+                bars[name] = newest.enter_context(bar)
+            bars[name](done, total)
+
         fetched = download_collection(
             collection,
             config.out,
             mirrors=config.mirrors,
             options=config.transfer,
             spool=config.spool,
-            report=display,
+            report=report,
         )
     for file in fetched:
         if file.verified_by == "first download":
@@ -67,42 +75,3 @@ def download(config: DownloadConfig) -> DownloadSummary:
         verified_by={file.name: file.verified_by for file in fetched},
         seconds=round(time.monotonic() - start_s, 3),
     )
-
-
-class _Display:
-    """Shows a bar for each file on a terminal, and log lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._name = ""
-        self._bar: tqdm[Any] | None = None
-        self._logged_s = time.monotonic()
-
-    def __enter__(self) -> _Display:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def __call__(self, name: str, done: int, total: int | None) -> None:
-        if name != self._name:
-            self._close()
-            self._name = name
-            self._bar = tqdm(
-                desc=name,
-                total=total,
-                initial=done,
-                unit="B",
-                unit_scale=True,
-                unit_divisor=1024,
-                disable=None,
-            )
-        assert self._bar is not None
-        self._bar.update(done - self._bar.n)
-        if self._bar.disable and time.monotonic() - self._logged_s >= _LOG_INTERVAL_S:
-            self._logged_s = time.monotonic()
-            logger.info("%s: %d of %s bytes", name, done, total if total is not None else "unknown")
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Final
 
 from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
@@ -25,7 +20,13 @@ from moleblend_ray.data.inspect import (
     inspect_data_set,
 )
 from moleblend_ray.data.shards import DESCRIPTOR_FIELD
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked, utc_text
+from moleblend_ray.orchestration.terminal import (
+    facts_table,
+    headed_table,
+    progress_bar,
+    stacked,
+    utc_text,
+)
 from moleblend_ray.quantities import bytes_text
 from moleblend_ray.training.inventory import (
     DifferenceReport,
@@ -34,8 +35,6 @@ from moleblend_ray.training.inventory import (
     take_inventory,
 )
 from moleblend_ray.vocabulary import NUM_DESCRIPTORS
-
-logger = logging.getLogger(__name__)
 
 Report = DataSetReport | UnfinishedReport
 
@@ -47,37 +46,15 @@ _MAX_DAMAGES: Final = 20
 _MAX_SOURCES: Final = 5
 _MAX_TENSORS: Final = 12
 _EXCERPT_CHARACTERS: Final = 40
-_LOG_EVERY_S: Final = 10.0
 
 
 def inspect_data(config: InspectConfig) -> Report:
     """What the prepared data set ``config.data`` holds; with ``config.verify`` every file is read."""
     config = with_absolute_paths(config)
-    with _progress("verify", enabled=config.verify, show=bytes_text, unit="B") as progress:
+    with progress_bar("verify", enabled=config.verify, show=bytes_text, unit="B") as progress:
         return inspect_data_set(
             config.data, verify=config.verify, num_examples=config.examples, progress=progress
         )
-
-
-@contextmanager
-def _progress(
-    what: str, *, enabled: bool, show: Callable[[int], str], unit: str
-) -> Iterator[Callable[[int, int], None]]:
-    """Show progress as a bar on a terminal and as log lines elsewhere; ``show`` formats the numbers of the lines."""
-    is_terminal = sys.stderr.isatty()
-    last_s = time.monotonic()
-    hidden = not (enabled and is_terminal)
-    with tqdm(desc=what, unit=unit, unit_scale=True, leave=False, disable=hidden) as bar:
-
-        def update(done: int, total: int) -> None:
-            nonlocal last_s
-            bar.total = total
-            bar.update(done - bar.n)
-            if enabled and not is_terminal and time.monotonic() - last_s > _LOG_EVERY_S:
-                last_s = time.monotonic()
-                logger.info("%s: %s of %s", what, show(done), show(total))
-
-        yield update
 
 
 def show_report(report: Report) -> RenderableType:
@@ -244,7 +221,7 @@ def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | Differen
     config = with_absolute_paths(config)
     if config.against is not None:
         return compare_checkpoints(config.run, config.against)
-    with _progress("verify", enabled=config.verify, show=str, unit=" checkpoints") as progress:
+    with progress_bar("verify", enabled=config.verify, show=str, unit=" checkpoints") as progress:
         return take_inventory(
             config.run,
             verify_content=config.verify,

@@ -1,11 +1,15 @@
-"""How commands show what they found: tables for a terminal, or one JSON document."""
+"""What commands show: their progress, and what they found as tables for a terminal or one JSON document."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import shlex
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,10 +17,14 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import json_values
 
+logger = logging.getLogger(__name__)
+
+_LOG_EVERY_S: Final = 10.0
 _CONTINUED: Final = " \\"
 _PROSE_WIDTH: Final = 40
 """Least characters of a line of prose beside other columns."""
@@ -26,6 +34,28 @@ def json_text(value: Any) -> str:
     """A dataclass or plain mapping as one JSON document: secrets hidden, null for numbers that are not finite."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     return json.dumps(json_values(plain), indent=1, ensure_ascii=False)
+
+
+@contextmanager
+def progress_bar(
+    what: str, *, unit: str, show: Callable[[int], str], enabled: bool = True, leave: bool = False
+) -> Iterator[Callable[[int, int | None], None]]:
+    """Within, the given function shows how much is done, and of how much (None: unknown): as a bar on a terminal, elsewhere as
+    log lines whose numbers ``show`` formats. ``leave`` the bar when all is done."""
+    is_terminal = sys.stderr.isatty()
+    last_s = time.monotonic()
+    hidden = not (enabled and is_terminal)
+    with tqdm(desc=what, unit=unit, unit_scale=True, leave=leave, disable=hidden) as bar:
+
+        def update(done: int, total: int | None) -> None:
+            nonlocal last_s
+            bar.total = total
+            bar.update(done - bar.n)
+            if enabled and not is_terminal and time.monotonic() - last_s >= _LOG_EVERY_S:
+                last_s = time.monotonic()
+                logger.info("%s: %s of %s", what, show(done), "?" if total is None else show(total))
+
+        yield update
 
 
 def facts_table() -> Table:

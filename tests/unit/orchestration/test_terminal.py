@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console, RenderableType
 
+from moleblend_ray.orchestration import terminal
 from moleblend_ray.orchestration.terminal import (
     ExplainedTable,
     facts_table,
     headed_table,
     json_text,
+    progress_bar,
     stacked,
 )
 from moleblend_ray.quantities import bytes_text, duration_text, number_text
@@ -164,3 +166,23 @@ def test_prose_stands_below_its_row_in_a_narrow_terminal_and_no_word_is_cut(widt
     assert len(rows) == 2
     assert lines[rows[0] + 1].startswith("    64 cores,")
     assert lines[rows[1] + 1].startswith("    190 bytes")
+
+
+@pytest.mark.parametrize(
+    ("every_s", "lines"),
+    [(0.0, ["file: 1 kB of 9 kB", "file: 2 kB of ?"]), (3600.0, [])],
+)
+def test_progress_is_told_in_log_lines_where_there_is_no_terminal(
+    every_s: float,
+    lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(terminal, "_LOG_EVERY_S", every_s)
+    with (
+        caplog.at_level("INFO", logger="moleblend_ray"),
+        progress_bar("file", unit="B", show=bytes_text) as update,
+    ):
+        update(1000, 9000)
+        update(2000, None)
+    assert caplog.messages == lines
