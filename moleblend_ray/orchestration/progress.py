@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -122,11 +123,10 @@ class Reporter:
         package_logger.addHandler(_Forwarder(self._board, prefix, level))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_reporter_of, (self._board, self._min_interval_s, self._run, self._as_json))
-
-
-def _reporter_of(board: Any, min_interval_s: float, run: str, as_json: bool) -> Reporter:
-    return Reporter(board, min_interval_s, run, as_json=as_json)
+        # What this process holds back is not for another one.
+        return partial(
+            Reporter, self._board, self._min_interval_s, self._run, as_json=self._as_json
+        ), ()
 
 
 def _session_logs() -> Path:
