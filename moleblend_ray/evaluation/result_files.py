@@ -5,7 +5,7 @@ They are apart from what writes these files, as reading them must not take the i
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 IDENTITY_NAME: Final = "config.json"
 """What question the results in a directory answer; another question needs another directory."""
@@ -40,8 +40,19 @@ PREPARED_DIR: Final = "prepared"
 PARTS_DIR: Final = "parts"
 """Folder of the parts of embeddings and predictions."""
 
-EMBEDDINGS_NAME: Final = "embeddings.json"
-"""Every part of embeddings with its rows, bytes and checksum; written last."""
 
-PREDICTIONS_NAME: Final = "predictions.json"
-"""Every part of predictions with its rows, bytes and checksum; written last."""
+class PartsKind(NamedTuple):
+    """A command whose results are parts, one per shard of molecules."""
+
+    command: str
+    counted: str
+    """Key of the number of molecules in its summary."""
+
+    @property
+    def summary_name(self) -> str:
+        """File with every part, its rows, bytes and checksum; written last."""
+        return f"{self.counted}.json"
+
+
+EMBED: Final = PartsKind("embed", "embeddings")
+PREDICT: Final = PartsKind("predict", "predictions")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, is_prepared
@@ -15,13 +15,13 @@ from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.result_files import (
     BASELINES_DIR,
     DATA_DIR,
-    EMBEDDINGS_NAME,
+    EMBED,
     EPOCHS_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
     MODELS_DIR,
     PARTS_DIR,
-    PREDICTIONS_NAME,
+    PREDICT,
     PREPARED_DIR,
     RESULTS_NAME,
     SEED_RESULT_NAME,
@@ -30,19 +30,9 @@ from moleblend_ray.evaluation.result_files import (
 logger = logging.getLogger(__name__)
 
 
-class PartsKind(NamedTuple):
-    """A command that makes parts."""
-
-    command: str
-    summary_name: str
-    """File that is written last."""
-    counted: str
-    """Key of the number of molecules in that file."""
-
-
 PARTS_KINDS: Final = {
-    "EmbedConfig": PartsKind("embed", EMBEDDINGS_NAME, "embeddings"),
-    "PredictConfig": PartsKind("predict", PREDICTIONS_NAME, "predictions"),
+    "EmbedConfig": EMBED,
+    "PredictConfig": PREDICT,
 }
 """Name of its configuration -> command."""
 

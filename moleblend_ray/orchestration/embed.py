@@ -12,7 +12,7 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import property_fingerprint
-from moleblend_ray.evaluation.result_files import EMBEDDINGS_NAME
+from moleblend_ray.evaluation.result_files import EMBED
 from moleblend_ray.orchestration.part_writer import PartsJob
 from moleblend_ray.orchestration.parts import run_parts
 
@@ -66,11 +66,9 @@ def embed(config: EmbedConfig) -> EmbedSummary:
 def embed_job(config: EmbedConfig) -> PartsJob:
     """The job with which :func:`embed` makes vectors from shards."""
     return PartsJob(
-        name="embed",
+        kind=EMBED,
         config=config,
         model=config.checkpoint,
-        summary_name=EMBEDDINGS_NAME,
-        counted="embeddings",
         load=partial(load_embedder, config),
     )
 

@@ -24,7 +24,7 @@ from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import CheckpointError, MoleBlendError, without_credentials
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
-from moleblend_ray.evaluation.result_files import PARTS_DIR
+from moleblend_ray.evaluation.result_files import PARTS_DIR, PartsKind
 from moleblend_ray.orchestration.workers import use_reserved
 
 logger = logging.getLogger(__name__)
@@ -64,16 +64,12 @@ class PartMaker(Protocol):
 class PartsJob:
     """A model, the molecules that it processes, and where the result goes. Actors receive it pickled."""
 
-    name: str
-    """Name of the command."""
+    kind: PartsKind
+    """The command."""
     config: EmbedConfig | PredictConfig
     """Source, ``out`` and cluster."""
     model: str
     """URI of the model, for messages."""
-    summary_name: str
-    """File in ``out`` that is written last."""
-    counted: str
-    """Key of the summary for the number of molecules in the parts."""
     load: Callable[[torch.device], PartMaker]
     """Reads the model and moves it to the device."""
     other_settings: tuple[str, ...] = ()
@@ -148,7 +144,7 @@ class PartWriter:
             maker = self.job.load(use_reserved(self.job.config.cluster))
             if maker.fingerprint != self._fingerprint:
                 raise CheckpointError(
-                    f"{self.job.model} changed while {self.job.name} was at work; use a checkpoint "
+                    f"{self.job.model} changed while {self.job.kind.command} was at work; use a checkpoint "
                     "(.../checkpoints/step-NNNNNNNN) or models that nothing writes to, and an empty `out`"
                 )
             self._maker = maker

@@ -102,7 +102,7 @@ def run_parts(job: PartsJob) -> Outcome:
             _tell_of_missing_coordinates(job, maker, manifest)
         found = _make_parts(job, maker, data_uri, manifest)
     rejected = _write_rejected(config.out, data_uri, manifest)
-    _check_sum(config.out, manifest, found[job.counted], rejected)
+    _check_sum(config.out, manifest, found[job.kind.counted], rejected)
     summary = redact(
         {
             **found,
@@ -113,7 +113,7 @@ def run_parts(job: PartsJob) -> Outcome:
             "seconds": time.monotonic() - began,
         }
     )
-    storage.write_json(storage.join(config.out, job.summary_name), summary)
+    storage.write_json(storage.join(config.out, job.kind.summary_name), summary)
     return Outcome(summary=summary, already_finished=False)
 
 
@@ -122,7 +122,7 @@ def _check_cluster(job: PartsJob) -> None:
     config, cluster = job.config, job.config.cluster
     require_labels("worker_labels", cluster.worker_labels)
     need = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if cluster.use_gpu else {})}
-    require_resources(need, f"one actor of {job.name}", cluster.worker_labels)
+    require_resources(need, f"one actor of {job.kind.command}", cluster.worker_labels)
     # All of them: every actor reads the model by itself.
     require_shared_paths(path_settings(config))
     warn_of_unused_gpus(cluster)
@@ -182,13 +182,17 @@ def _make_parts(
         logger.info("%d of %d parts were made before", reused, len(parts))
     if made:
         logger.info(
-            "%s: %d molecules in %.1f s, %.4g per second", job.name, made, seconds, made / seconds
+            "%s: %d molecules in %.1f s, %.4g per second",
+            job.kind.command,
+            made,
+            seconds,
+            made / seconds,
         )
     return {
         **maker.describe(),
         "parts": parts,
         "parts_reused": reused,
-        job.counted: sum(part["rows"] for part in parts),
+        job.kind.counted: sum(part["rows"] for part in parts),
         "molecules_per_s": made / seconds if made else None,
     }
 
@@ -229,7 +233,7 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
     total = sum(place["rows"] for place in places)
     written: dict[int, dict[str, Any]] = {}
     began = time.monotonic()
-    with Progress(job.name, unit="molecule", total=total, out=job.config.out) as progress:
+    with Progress(job.kind.command, unit="molecule", total=total, out=job.config.out) as progress:
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
@@ -248,7 +252,7 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
             raise
         except ray.exceptions.RayError as error:
             raise TrainingError(
-                f"{job.name} into {job.config.out}: a worker was lost: {error}. Parts made so far are kept: "
+                f"{job.kind.command} into {job.config.out}: a worker was lost: {error}. Parts made so far are kept: "
                 "run the same command again"
             ) from error
     return [written[number] for number in sorted(written)]
@@ -277,10 +281,10 @@ def _check_sum(out: str, manifest: Manifest, kept: int, rejected: int) -> None:
 def _finished(job: PartsJob) -> dict[str, Any] | None:
     """The stored summary, if ``out`` is finished and for this question. Raises ConfigError if it is for another."""
     out = job.config.out
-    uri = storage.join(out, job.summary_name)
+    uri = storage.join(out, job.kind.summary_name)
     if not storage.exists(uri):
         return None
-    summary = storage.read_object(uri, job.counted)
+    summary = storage.read_object(uri, job.kind.counted)
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:
@@ -291,5 +295,5 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
         }
 
     check_finished(out, job.question(), inputs)
-    logger.info("%s is finished: %d %s", out, summary[job.counted], job.counted)
+    logger.info("%s is finished: %d %s", out, summary[job.kind.counted], job.kind.counted)
     return summary

@@ -19,7 +19,7 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.ensemble import load_members
 from moleblend_ray.evaluation.prediction import Predictor
-from moleblend_ray.evaluation.result_files import PREDICTIONS_NAME
+from moleblend_ray.evaluation.result_files import PREDICT
 from moleblend_ray.orchestration.part_writer import PartsJob
 from moleblend_ray.orchestration.parts import run_parts
 
@@ -85,11 +85,9 @@ def predict(config: PredictConfig) -> PredictSummary:
 def predict_job(config: PredictConfig) -> PartsJob:
     """The job with which :func:`predict` makes predictions from shards."""
     return PartsJob(
-        name="predict",
+        kind=PREDICT,
         config=config,
         model=", ".join(config.model_uris()),
-        summary_name=PREDICTIONS_NAME,
-        counted="predictions",
         load=partial(load_predictor, config),
         other_settings=("csv",),
     )

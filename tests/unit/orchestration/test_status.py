@@ -168,7 +168,7 @@ def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
     assert document(out)["parts"] is None
     assert "not prepared yet" in shown(out)
     summary = {"parts": [{}], "embeddings": 30, "rejected": 2, "molecules_per_s": 10.5}
-    storage.write_json(str(out / result_files.EMBEDDINGS_NAME), summary)
+    storage.write_json(str(out / result_files.EMBED.summary_name), summary)
     assert "1 of 1 parts" in shown(out)
     assert "30, 2 rows rejected" in shown(out)
 
@@ -304,7 +304,9 @@ def test_names_of_files_are_those_of_results_that_exist() -> None:
         "LEADERBOARD_NAME": "leaderboard",
         "PREPARED_DIR": "prepared",
         "PARTS_DIR": "parts",
-        "EMBEDDINGS_NAME": "embeddings.json",
-        "PREDICTIONS_NAME": "predictions.json",
+        "EMBED": ("embed", "embeddings"),
+        "PREDICT": ("predict", "predictions"),
     }
+    assert result_files.EMBED.summary_name == "embeddings.json"
+    assert result_files.PREDICT.summary_name == "predictions.json"
     assert MANIFEST_NAME == "manifest.json"
