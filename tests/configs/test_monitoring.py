@@ -44,6 +44,8 @@ RAY_METRICS = {
 }
 RAY_GPU_METRICS = {"ray_node_gpus_utilization", "ray_node_gram_used"}
 SCRAPE_LABELS = {"namespace", "instance", "ray_io_cluster", "ray_io_group"}
+# Of KubeRay's operator (ray-operator/controllers/ray/metrics/ray_job_metrics.go, 1.4 and later), with its labels.
+OPERATOR_METRICS = {"kuberay_job_deployment_status": {"namespace", "name", "deployment_status"}}
 RAY_LABELS = {"RayNodeType", "GpuIndex", "Location", "Name", "State"}
 
 
@@ -84,6 +86,10 @@ def problems_of(query: str) -> list[str]:
         problems += [
             f"{name} has no label {label}" for label in labels - {*metric.labels} - SCRAPE_LABELS
         ]
+    for name, selector in re.findall(r"\b(kuberay_\w+)(\{[^}]*\})?", query):
+        labels = set(re.findall(r"(\w+)\s*[=!]~?", selector))
+        if not labels <= OPERATOR_METRICS.get(name, set()):
+            problems.append(f"{name} has no such labels: {sorted(labels)}")
     for call, name in re.findall(r"\b(rate|increase)\((ray_\w+)", query):
         metric = METRICS.get(name.removeprefix(PREFIX))
         if metric is not None and metric.kind != "counter":
@@ -91,6 +97,7 @@ def problems_of(query: str) -> list[str]:
     if any(query.count(left) != query.count(right) for left, right in ("()", "[]", "{}")):
         problems.append("brackets do not match")
     known = {label for metric in METRICS.values() for label in metric.labels}
+    known.update(*OPERATOR_METRICS.values())
     for grouping in re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", query):
         for label in re.findall(r"\w+", grouping):
             if label not in known | SCRAPE_LABELS | RAY_LABELS:
@@ -114,6 +121,10 @@ def test_queries_ask_for_what_is_exported(where: str, query: str) -> None:
         (
             "rate(ray_moleblend_train_step[5m])",
             "rate of the gauge ray_moleblend_train_step",
+        ),
+        (
+            'kuberay_job_deployment_status{status="Failed"}',
+            "kuberay_job_deployment_status has no such labels: ['status']",
         ),
         ("max by (rnu) (ray_moleblend_train_step)", "nothing has a label rnu"),
         ("max by (run) (ray_moleblend_train_step", "brackets do not match"),
@@ -187,7 +198,8 @@ def test_panels_lie_side_by_side() -> None:
 def test_alerts_wait_and_have_a_text_for_whoever_is_woken(rule: dict[str, Any]) -> None:
     assert re.fullmatch(r"\d+m", rule["for"])
     assert rule["labels"]["severity"] in ("warning", "critical")
-    assert "{{ $value" in rule["annotations"]["summary"]
+    # What is wrong with what: the operator's states are no amounts.
+    assert re.search(r"\{\{ \$(value|labels\.name)", rule["annotations"]["summary"])
     heading = rule["alert"]
     assert rule["annotations"]["runbook"] == f"docs/monitoring.md#{heading.lower()}"
     section = re.search(rf"^### {heading}\n(.+?)(?=^#|\Z)", PAGE, re.M | re.S)
@@ -207,7 +219,8 @@ def test_the_component_names_files_that_exist_and_ports_that_pods_have() -> None
     files = [*component["resources"], *component["configMapGenerator"][0]["files"]]
     assert {path.name for path in COMPONENT.iterdir()} == {*files, "kustomization.yaml"}
     monitors = list(yaml.safe_load_all((COMPONENT / "podmonitor.yaml").read_text()))
-    kinds = {monitor["spec"]["selector"]["matchLabels"]["ray.io/node-type"] for monitor in monitors}
+    *of_pods, of_operator = monitors
+    kinds = {monitor["spec"]["selector"]["matchLabels"]["ray.io/node-type"] for monitor in of_pods}
     assert kinds == {"head", "worker"}
     ports = set(
         re.findall(
@@ -215,12 +228,21 @@ def test_the_component_names_files_that_exist_and_ports_that_pods_have() -> None
             (REPOSITORY / "infra" / "kuberay" / "base" / "cluster.yaml").read_text(),
         )
     )
-    for monitor in monitors:
+    for monitor in of_pods:
         (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
         assert endpoint["port"] in ports
         dropped = [rule["regex"] for rule in endpoint["metricRelabelings"]]
         asked = {name for _, query in QUERIES for name in re.findall(r"\bray_\w+", query)}
         assert not [name for name in asked for regex in dropped if re.fullmatch(regex, name)]
+    # By the labels of KubeRay's chart, as for the network policy of the head pods.
+    assert of_operator["spec"]["selector"]["matchLabels"] == {
+        "app.kubernetes.io/name": "kuberay-operator"
+    }
+    (endpoint,) = of_operator["spec"]["podMetricsEndpoints"]
+    (kept,) = endpoint["metricRelabelings"]
+    for job in ("pretrain-base-1", "embed-run"):
+        assert re.fullmatch(kept["regex"], f"kuberay_job_deployment_status;moleblend-{job}")
+    assert endpoint["honorLabels"], "or the namespace of a job is replaced by the operator's"
 
 
 # Alert -> (series that fire it, series that do not), one value a minute for 40 minutes; time() begins at 0.
@@ -288,6 +310,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise(alert: str, tmp_path: Pa
     if promtool is None:
         pytest.skip("promtool, of Prometheus, is not installed")
     spill = 'ray_object_store_memory{Location="SPILLED"}'
+    state = 'kuberay_job_deployment_status{name="moleblend-pretrain-a", deployment_status="%s"}'
     stories = {
         **{
             name: tuple(
@@ -295,6 +318,14 @@ def test_alerts_fire_when_they_should_and_not_otherwise(alert: str, tmp_path: Pa
             )
             for name, both in STORIES.items()
         },
+        "MoleblendJobFailed": (
+            {state % "Running": "1x20", state % "Failed": "_x20 1x19"},
+            {
+                state % "Running": "1x10",
+                state % "Retrying": "_x10 1x5",
+                state % "Complete": "_x16 1x23",
+            },
+        ),
         "MoleblendObjectStoreSpills": ({spill: "2000000000x40"}, {spill: "1000x40"}),
     }
     groups = yaml.safe_load((COMPONENT / "rules.yaml").read_text())["spec"]
