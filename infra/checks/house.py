@@ -172,34 +172,40 @@ def _container_rights(where: str, container: Mapping[str, Any]) -> Iterator[Prob
 
 
 def _resources(pods: Pods) -> Iterator[Problem]:
-    preparing = {where for where, _ in pods.init_containers}
     for where, container in pods.containers + pods.init_containers:
-        resources = section(container, "resources")
-        requests, limits = section(resources, "requests"), section(resources, "limits")
-        gpus = [name for name in {**requests, **limits} if name.endswith("/gpu")]
-        for name in (*_RESOURCES, *gpus):
-            asked, most = amount(requests.get(name)), amount(limits.get(name))
-            if asked is None or most is None:
-                yield Problem(
-                    f"{where}.resources",
-                    f"{name}: expected a request and a limit, found {requests.get(name)} and {limits.get(name)}",
-                )
-            elif asked > most:
-                yield Problem(
-                    f"{where}.resources",
-                    f"{name}: expected a request up to the limit, found {requests[name]} of {limits[name]}",
-                )
-            elif name in ("memory", *gpus) and asked != most:
-                yield Problem(
-                    f"{where}.resources",
-                    f"{name}: expected the request to be the limit, found {requests[name]} and {limits[name]}",
-                )
-        cpus = amount(limits.get("cpu"))
-        is_counted = pods.role == "worker" and where not in preparing
-        if is_counted and cpus is not None and cpus != int(cpus):
+        yield from _container_resources(where, container)
+    if pods.role != "worker":
+        return
+    for where, container in pods.containers:
+        found = section(container, "resources", "limits").get("cpu")
+        cpus = amount(found)
+        if cpus is not None and cpus != int(cpus):
             yield Problem(
                 f"{where}.resources",
-                f"cpu: expected a whole number as limit, found {limits['cpu']}: Ray counts it as more",
+                f"cpu: expected a whole number as limit, found {found}: Ray counts it as more",
+            )
+
+
+def _container_resources(where: str, container: Mapping[str, Any]) -> Iterator[Problem]:
+    resources = section(container, "resources")
+    requests, limits = section(resources, "requests"), section(resources, "limits")
+    gpus = [name for name in {**requests, **limits} if name.endswith("/gpu")]
+    for name in (*_RESOURCES, *gpus):
+        asked, most = amount(requests.get(name)), amount(limits.get(name))
+        if asked is None or most is None:
+            yield Problem(
+                f"{where}.resources",
+                f"{name}: expected a request and a limit, found {requests.get(name)} and {limits.get(name)}",
+            )
+        elif asked > most:
+            yield Problem(
+                f"{where}.resources",
+                f"{name}: expected a request up to the limit, found {requests[name]} of {limits[name]}",
+            )
+        elif name in ("memory", *gpus) and asked != most:
+            yield Problem(
+                f"{where}.resources",
+                f"{name}: expected the request to be the limit, found {requests[name]} and {limits[name]}",
             )
 
 
@@ -358,9 +364,9 @@ def _cluster(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(f"{where}.autoscalerOptions.version", "expected v2")
     if cluster.get("enableInTreeAutoscaling"):
         # The operator makes a container of the head pod from it: a namespace that refuses one, refuses the pod.
-        yield from _container_rights(
-            f"{where}.autoscalerOptions", section(cluster, "autoscalerOptions")
-        )
+        place, options = f"{where}.autoscalerOptions", section(cluster, "autoscalerOptions")
+        yield from _container_rights(place, options)
+        yield from _container_resources(place, options)
     yield from _head(f"{where}.headGroupSpec", head)
     yield from _disruption_budget(bundle, manifest)
 

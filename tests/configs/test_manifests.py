@@ -260,6 +260,7 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "privileged container before the others": ("gpu", lambda e: first(e, image="busybox:1.36", securityContext={"privileged": True}), r"initContainers\[0\]\.securityContext: expected allowPrivilegeEscalation: false"),
     "moving image before the others": ("gpu", lambda e: first(e, image="busybox"), r"initContainers\[0\]\.image: expected a fixed tag or digest, found 'busybox'"),
     "container before the others without limits": ("gpu", lambda e: first(e, image="busybox:1.36"), r"initContainers\[0\]\.resources: memory: expected a request and a limit"),
+    "autoscaler without a limit of its disk": ("gpu", lambda e: e.cluster["autoscalerOptions"]["resources"]["limits"].pop("ephemeral-storage"), r"autoscalerOptions\.resources: ephemeral-storage: expected a request and a limit"),
     "autoscaler with all rights": ("gpu", lambda e: e.cluster["autoscalerOptions"].pop("securityContext"), r"autoscalerOptions\.securityContext: expected allowPrivilegeEscalation: false"),
     "unknown account": ("gpu", lambda e: e.train_pod.update(serviceAccountName="default"), r"serviceAccountName: expected an account of these manifests, found 'default'"),
     # Secrets.
