@@ -21,6 +21,7 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -227,7 +228,7 @@ class Submitter:
     """Output of each command."""
 
     def start(self, job: str, *words: str, **environment: str) -> subprocess.Popen[str]:
-        say(f"$ moleblend submit {job} {' '.join(words)}")
+        say(f"$ moleblend submit {job} {shlex.join(words)}")
         return subprocess.Popen(
             [BIN / "moleblend", "submit", job, *words, "--address", self.url, *self.options],
             cwd=self.folder,
@@ -255,12 +256,18 @@ class Submitter:
         """Submit a job and follow it until it has succeeded."""
         began_s = time.monotonic()
         shown = self.finish(self.start(job, *words))
-        self.seconds[job] = round(time.monotonic() - began_s, 1)
+        self.ended(job, began_s)
         return shown
+
+    def ended(self, job: str, began_s: float) -> None:
+        """Keep and say how long the job took."""
+        self.seconds[job] = round(time.monotonic() - began_s, 1)
+        say(f"{job} succeeded after {self.seconds[job]:.0f} s")
 
 
 def check_refusals(submitter: Submitter, data: str) -> int:
     """Try what must be refused: no token, a wrong one, a secret, a local path; returns the number of tries."""
+    say("four commands that must be refused: no token, a wrong token, a secret, a local path")
     data = f"data={data}"
     cases: list[tuple[str, Sequence[str], dict[str, str]]] = [
         ("asks for a token, and there is none here", (data,), {"RAY_AUTH_TOKEN": ""}),
@@ -271,6 +278,7 @@ def check_refusals(submitter: Submitter, data: str) -> int:
     for expected, words, environment in cases:
         shown = submitter.finish(submitter.start("data", *words, **environment), expected=2)
         check(expected in " ".join(shown.split()), f"expected {expected!r} in: {shown}")
+        say(f"refused: {expected}")
     return len(cases)
 
 
@@ -290,7 +298,7 @@ def pretrain_in_two(
     process = submitter.start("pretrain", *words)
     while first not in committed_steps(run):
         if process.poll() is not None:
-            submitter.finish(process, expected=-1)
+            raise FailedError(f"no checkpoint of step {first}:\n{process.communicate()[0][-6000:]}")
         check(time.monotonic() - began_s < LIMIT_S, "no checkpoint in time")
         time.sleep(0.1)
     (job,) = (job for job in cluster.asked("/api/jobs/") if job["status"] == "RUNNING")
@@ -310,7 +318,7 @@ def pretrain_in_two(
     check(max(shown_steps, default=0) <= stopped_at, f"steps up to {shown_steps[-1:]} are lost")
     say(f"stopped at step {stopped_at}; the command's status was {STOPPED}")
     submitter.finish(submitter.start("pretrain", *words))
-    submitter.seconds["pretrain"] = round(time.monotonic() - began_s, 1)
+    submitter.ended("pretrain", began_s)
     return stopped_at
 
 
@@ -439,6 +447,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except FailedError as error:
             say(f"FAILED: {error}")
             return 1
+        except KeyboardInterrupt:
+            say("interrupted")
+            return 128 + signal.SIGINT
+    say("all checks hold")
     print(json.dumps({**report, "seconds": round(time.monotonic() - began_s, 1)}))
     return 0
 
