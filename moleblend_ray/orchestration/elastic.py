@@ -92,6 +92,7 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         """Start a group that fits, or wait and log it. SIGTERM ends the wait with a StoppedWhileWaitingError."""
+        self._stop_flag.end_wait_if_terminated()
         decision = super().make_decision_for_non_running_worker_group()
         if isinstance(decision, ResizeDecision):
             # What was asked of the former group no longer matters.
@@ -99,7 +100,6 @@ class GracefulElasticPolicy(ElasticScalingPolicy):
             self._stop_flag.ask("")
             return decision
         self._remind("no workers run:")
-        self._stop_flag.end_wait_if_terminated()
         return decision
 
     def _remind(self, state: str) -> None:

@@ -53,7 +53,7 @@ from moleblend_ray.orchestration.run_folder import (
     read_finished,
     run_identity,
 )
-from moleblend_ray.orchestration.stopping import stop_on_sigterm
+from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, stop_on_sigterm
 from moleblend_ray.orchestration.stream import stream_data_config, stream_dataset
 from moleblend_ray.orchestration.stream_metrics import publish_stream
 from moleblend_ray.training.commits import FINISHED_NAME, latest_committed
@@ -68,8 +68,6 @@ _TRAIN_SETTINGS: Final = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Nodes that announce their end (spot instances) often have 30 s left.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # How long a group waits for resources before the stop flag is read; then it waits again.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
 }
 _ELASTIC_SETTINGS: Final = {
     # After this time a smaller group starts, if the resources were on a node whose loss was not yet known.
@@ -181,7 +179,7 @@ def _train_until_done(settings: WorkerSettings, ray_notes: str) -> WorkerOutcome
                 outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
         except TrainingError as error:
             if settings.stop_flag.is_terminated.is_set():
-                logger.warning("stopped, as asked, though: %s", error)
+                logger.warning("stopped, as asked: %s", error)
                 return WorkerOutcome(step=_newest_step(out), world_size=0, stopped_by="sigterm")
             # A long run on many machines loses machines many times; it goes on as long as there is progress.
             if not isinstance(error, WorkersLostError) or _newest_step(out) <= begin_step:
@@ -288,6 +286,8 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> WorkerOutcome:
             "What is committed is kept: the same command continues from it."
         ) from error
     except ray.train.ControllerError as error:
+        if isinstance(error.controller_failure, StoppedWhileWaitingError):
+            raise error.controller_failure from None
         raise TrainingError(
             f"the workers could not be started or fed: {_root_cause(error.controller_failure)}"
         ) from error

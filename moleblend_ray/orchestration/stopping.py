@@ -15,7 +15,13 @@ from typing import Any, Final, Literal
 
 import ray
 import ray.exceptions
+from ray._raylet import PlacementGroupID
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from moleblend_ray.errors import TrainingError
 
@@ -71,9 +77,7 @@ class StopFlag:
         """Raise StoppedWhileWaitingError if SIGTERM came. A flag that does not answer counts as not set."""
         with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             if ray.get(self.pending_reason(), timeout=1.0) == "sigterm":
-                raise StoppedWhileWaitingError(
-                    "SIGTERM came while the run waited for room in the cluster"
-                )
+                raise StoppedWhileWaitingError("SIGTERM came while no workers were running")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_flag_of, (self._actor,))
@@ -100,10 +104,12 @@ def stop_on_sigterm() -> Iterator[StopFlag]:
     def forward() -> None:
         asked.wait()
         if not over.is_set():
-            logger.warning("SIGTERM: committing the current step, then stopping")
+            logger.warning("SIGTERM: committing the current step, if there is one, then stopping")
+        # Repeated, as a flag that was started again has forgotten it, and as workers may be about to start again.
         while not over.is_set():
             flag.ask("sigterm")
-            over.wait(_REPEAT_S)  # Repeated, as a flag that was started again has forgotten it.
+            _remove_waiting_groups()
+            over.wait(_REPEAT_S)
 
     # In a thread, as the main thread may be inside a call of Ray when the signal handler runs.
     threading.Thread(target=forward, name="stop-on-sigterm", daemon=True).start()
@@ -117,6 +123,18 @@ def stop_on_sigterm() -> Iterator[StopFlag]:
         if is_main:
             signal.signal(signal.SIGTERM, previous)
         flag.close()
+
+
+def _remove_waiting_groups() -> None:
+    """Remove this job's placement groups for which there is no room yet.
+
+    Ray Train's controller does nothing else while it waits for the one of its workers. It then asks its scaling policy what
+    to do next, which reads the flag.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if group["state"] == "PENDING" and name.endswith(job):  # Each id ends with that of its job.
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 class StopPoll:

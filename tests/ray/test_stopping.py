@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 import ray.exceptions
+from ray.util.placement_group import PlacementGroup
 
 from moleblend_ray.orchestration import stopping
 from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, StopPoll, _StopFlag
@@ -75,6 +77,23 @@ def test_other_reasons_do_not_end_a_wait_for_data(
     monkeypatch: pytest.MonkeyPatch, weaker: str
 ) -> None:
     poll_of(monkeypatch, [weaker]).end_wait(60.0)
+
+
+def test_only_the_waiting_groups_of_this_job_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    this, other = "02000000", "01000000"
+    groups = {
+        f"{number:028x}{job}": {"state": state}
+        for number, (job, state) in enumerate(
+            [(this, "PENDING"), (this, "CREATED"), (this, "RESCHEDULING"), (other, "PENDING")]
+        )
+    }
+    removed: list[PlacementGroup] = []
+    context = SimpleNamespace(get_job_id=lambda: this)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(stopping, "placement_group_table", lambda: groups)
+    monkeypatch.setattr(stopping, "remove_placement_group", removed.append)
+    stopping._remove_waiting_groups()
+    assert [group.id.hex() for group in removed] == [next(iter(groups))]
 
 
 def test_a_draining_node_asks_without_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
