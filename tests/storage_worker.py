@@ -15,8 +15,8 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.prepare import prepare
+from moleblend_ray.orchestration.session import ray_session
 from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset
 
 ROWS_PER_CHUNK = 40

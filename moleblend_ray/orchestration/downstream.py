@@ -66,13 +66,13 @@ from moleblend_ray.evaluation.runs import (
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind
-from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs, question
-from moleblend_ray.orchestration.local import (
+from moleblend_ray.orchestration.cluster_checks import (
     require_labels,
     require_resources,
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs, question
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Progress

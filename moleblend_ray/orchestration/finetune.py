@@ -21,7 +21,7 @@ from moleblend_ray.orchestration.downstream import (
     train_seeds,
     write_results,
 )
-from moleblend_ray.orchestration.local import ray_session
+from moleblend_ray.orchestration.session import ray_session
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,14 +36,13 @@ from moleblend_ray.errors import (
 )
 from moleblend_ray.evaluation.result_files import PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
-from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
-from moleblend_ray.orchestration.local import (
-    ray_session,
+from moleblend_ray.orchestration.cluster_checks import (
     require_labels,
     require_resources,
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.part_writer import (
     PartActor,
@@ -54,6 +53,7 @@ from moleblend_ray.orchestration.part_writer import (
 )
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
+from moleblend_ray.orchestration.session import ray_session
 
 logger = logging.getLogger(__name__)
 

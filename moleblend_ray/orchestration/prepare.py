@@ -25,10 +25,11 @@ from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, in
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.orchestration.cluster_checks import require_labels
 from moleblend_ray.orchestration.conversion import Conversion, Effort
 from moleblend_ray.orchestration.exchange import run_exchange
-from moleblend_ray.orchestration.local import GIB, ray_session, require_labels
 from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.session import GIB, ray_session
 
 logger = logging.getLogger(__name__)
 

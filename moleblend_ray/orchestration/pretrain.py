@@ -34,16 +34,14 @@ from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration import logs
-from moleblend_ray.orchestration.elastic import ElasticTrainer
-from moleblend_ray.orchestration.fixed_workers import FixedTrainer
-from moleblend_ray.orchestration.local import (
-    environment_defaults,
-    ray_session,
+from moleblend_ray.orchestration.cluster_checks import (
     require_labels,
     require_resources,
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.elastic import ElasticTrainer
+from moleblend_ray.orchestration.fixed_workers import FixedTrainer
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.pretrain_worker import WorkerOutcome, WorkerSettings, train_worker
 from moleblend_ray.orchestration.progress import Progress, Reporter
@@ -53,6 +51,7 @@ from moleblend_ray.orchestration.run_folder import (
     read_finished,
     run_identity,
 )
+from moleblend_ray.orchestration.session import environment_defaults, ray_session
 from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, stop_on_sigterm
 from moleblend_ray.orchestration.stream import stream_data_config, stream_dataset
 from moleblend_ray.orchestration.stream_metrics import publish_stream

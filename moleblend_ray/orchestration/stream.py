@@ -42,10 +42,10 @@ from moleblend_ray.orchestration.budget import (
     most_blocks,
     pause_between_looks,
 )
-from moleblend_ray.orchestration.local import GIB
 from moleblend_ray.orchestration.placement import Labels, cluster_resources, live_nodes, placed
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
+from moleblend_ray.orchestration.session import GIB
 
 _PLAN_ROW_BYTES = 24
 

@@ -50,10 +50,10 @@ from moleblend_ray.orchestration.downstream import (
     write_results,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
-from moleblend_ray.orchestration.local import environment_defaults, ray_session
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher
+from moleblend_ray.orchestration.session import environment_defaults, ray_session
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)

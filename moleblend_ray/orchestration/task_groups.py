@@ -38,8 +38,8 @@ from moleblend_ray.evaluation.sources import TaskSources, task_sources
 from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
-from moleblend_ray.orchestration.local import ray_session
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
+from moleblend_ray.orchestration.session import ray_session
 from moleblend_ray.orchestration.sweep import SweepSummary, search_method, sweep
 
 logger = logging.getLogger(__name__)

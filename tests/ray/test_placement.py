@@ -16,8 +16,9 @@ from synthetic import write_dataset
 
 from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import local
+from moleblend_ray.orchestration import cluster_checks
 from moleblend_ray.orchestration.elastic import GracefulElasticPolicy
+from moleblend_ray.orchestration.session import GIB
 from moleblend_ray.orchestration.stream import most_actors, object_store_budget
 
 TIMEOUT_S = 300
@@ -74,7 +75,7 @@ def cluster_of(monkeypatch: pytest.MonkeyPatch) -> Any:
         }
         monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
         monkeypatch.setattr(ray, "cluster_resources", lambda: total)
-        monkeypatch.setattr(local, "_may_grow", lambda: False)
+        monkeypatch.setattr(cluster_checks, "may_grow", lambda: False)
 
     return fake
 
@@ -88,20 +89,20 @@ def test_labels_that_no_live_node_carries_are_refused_with_those_that_are_there(
         match=r"cluster\.data_labels: no node .* label moleblend-role=data \(labels of its nodes: role=cpu\)"
         r"\. Label nodes .* cluster\.data_labels=null",
     ):
-        local.require_labels("data_labels", DATA)
-    local.require_labels("data_labels", {"role": "cpu"})
-    local.require_labels("data_labels", None)
+        cluster_checks.require_labels("data_labels", DATA)
+    cluster_checks.require_labels("data_labels", {"role": "cpu"})
+    cluster_checks.require_labels("data_labels", None)
 
 
 def test_room_elsewhere_in_the_cluster_does_not_count(cluster_of: Any) -> None:
     cluster_of(node(8, TRAIN, gpus=4), node(2, DATA))
-    local.require_resources({"CPU": 10, "GPU": 4}, "all")
-    local.require_resources({"CPU": 2}, "2 data actors", DATA)
+    cluster_checks.require_resources({"CPU": 10, "GPU": 4}, "all")
+    cluster_checks.require_resources({"CPU": 2}, "2 data actors", DATA)
     with pytest.raises(
         ConfigError,
         match=r"4 data actors need 4 CPU \(its nodes with moleblend-role=data have 2\)",
     ):
-        local.require_resources({"CPU": 4}, "4 data actors", DATA)
+        cluster_checks.require_resources({"CPU": 4}, "4 data actors", DATA)
 
 
 @pytest.mark.parametrize(
@@ -134,11 +135,11 @@ def test_data_actors_grow_into_the_nodes_they_may_use(
 def test_blocks_take_a_share_of_the_stores_in_which_they_wait(
     cluster_of: Any, labels: dict[str, str] | None, expected: float
 ) -> None:
-    train = [node(8, TRAIN, gpus=4, store=8 * local.GIB)] * 2
-    cluster_of(node(0, None, store=2 * local.GIB), node(4, DATA, store=4 * local.GIB), *train)
+    train = [node(8, TRAIN, gpus=4, store=8 * GIB)] * 2
+    cluster_of(node(0, None, store=2 * GIB), node(4, DATA, store=4 * GIB), *train)
     budget = object_store_budget(StreamConfig(), labels)
-    assert budget / local.GIB == pytest.approx(expected)
-    assert object_store_budget(StreamConfig(object_store_gib=5.0), labels) == 5 * local.GIB
+    assert budget / GIB == pytest.approx(expected)
+    assert object_store_budget(StreamConfig(object_store_gib=5.0), labels) == 5 * GIB
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import ray
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import local
+from moleblend_ray.orchestration import cluster_checks, session
 from moleblend_ray.orchestration.progress import Progress, Reporter
 
 pytestmark = pytest.mark.ray
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.ray
 
 def test_a_cluster_without_an_autoscaler_does_not_grow(ray_cluster: None) -> None:
     with pytest.raises(ConfigError, match="1000 workers need 1000 CPU"):
-        local.require_resources({"CPU": 1000}, "1000 workers")
+        cluster_checks.require_resources({"CPU": 1000}, "1000 workers")
 
 
 def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:
     before = dict(os.environ)
-    with local.ray_session(ClusterConfig()):
+    with session.ray_session(ClusterConfig()):
         assert ray.is_initialized()
     assert ray.is_initialized()
     assert dict(os.environ) == before

@@ -186,7 +186,7 @@ import json, sys, threading, time
 import ray
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.orchestration.local import GIB, ray_session
+from moleblend_ray.orchestration.session import GIB, ray_session
 from moleblend_ray.orchestration.stream import (
     shard_step_batches, stream_data_config, stream_dataset,
 )

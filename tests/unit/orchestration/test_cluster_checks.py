@@ -1,4 +1,4 @@
-"""A private cluster's size, and the settings it leaves behind."""
+"""Which clusters are refused, and which are waited for."""
 
 from __future__ import annotations
 
@@ -12,47 +12,18 @@ import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import local
-
-
-def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
-    cluster = ClusterConfig(num_workers=40, cpus_per_worker=1.5, num_data_actors=3)
-    assert local.logical_cpus(cluster) == 60 + 3 + 1
-    assert local.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
-    assert local.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+from moleblend_ray.orchestration import cluster_checks
 
 
 def test_gpus_that_nobody_asked_for_are_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(local, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(cluster_checks, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
     with caplog.at_level(logging.WARNING):
-        local.warn_of_unused_gpus(ClusterConfig(use_gpu=True))
+        cluster_checks.warn_of_unused_gpus(ClusterConfig(use_gpu=True))
         assert caplog.messages == []
-        local.warn_of_unused_gpus(ClusterConfig())
+        cluster_checks.warn_of_unused_gpus(ClusterConfig())
     assert "2 GPUs and this job uses none: add cluster=gpu" in caplog.messages[0]
-
-
-def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:
-    assert local.object_store_bytes(ClusterConfig(object_store_gib=0.5)) == local.GIB // 2
-    assert local.GIB // 4 <= local.object_store_bytes(ClusterConfig()) <= 8 * local.GIB
-
-
-def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def refuse(**_: object) -> None:
-        raise ConnectionError("no answer")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", refuse)
-    with (
-        pytest.raises(
-            ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
-        ),
-        local.ray_session(ClusterConfig(address="head:6379")),
-    ):
-        pass
 
 
 @pytest.fixture
@@ -60,23 +31,23 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster of two live nodes and a dead one, without an autoscaler."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0, "memory": 1e9})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": alive} for alive in (True, False, True)])
-    monkeypatch.setattr(local, "_may_grow", lambda: False)
+    monkeypatch.setattr(cluster_checks, "may_grow", lambda: False)
 
 
 def test_a_cluster_too_small_is_refused_naming_need_and_what_is_there(attached: None) -> None:
-    local.require_resources({"CPU": 4.0}, "2 workers")
+    cluster_checks.require_resources({"CPU": 4.0}, "2 workers")
     with pytest.raises(
         ConfigError,
         match=r"2 workers need 4\.5 CPU \(the cluster has 4\), 2 GPU \(the cluster has 0\)",
     ):
-        local.require_resources({"CPU": 4.5, "GPU": 2}, "2 workers")
+        cluster_checks.require_resources({"CPU": 4.5, "GPU": 2}, "2 workers")
 
 
 def test_a_cluster_that_may_grow_is_waited_for(
     attached: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(local, "_may_grow", lambda: True)
-    local.require_resources({"CPU": 40}, "40 workers")
+    monkeypatch.setattr(cluster_checks, "may_grow", lambda: True)
+    cluster_checks.require_resources({"CPU": 40}, "40 workers")
     assert "40 workers need 40 CPU (the cluster has 4)" in caplog.text
 
 
@@ -99,15 +70,15 @@ def test_both_versions_of_the_autoscaler_are_recognized(
         ray.experimental.internal_kv, "_internal_kv_get", lambda _: report and report.encode()
     )
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    monkeypatch.setattr(local, "get_cluster_status", {"head:6379": status}.__getitem__)
-    assert local._may_grow() is expected
+    monkeypatch.setattr(cluster_checks, "get_cluster_status", {"head:6379": status}.__getitem__)
+    assert cluster_checks.may_grow() is expected
 
 
 def test_local_paths_are_refused_on_several_machines(
     attached: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local.require_shared_paths({"data": "s3://bucket/data", "out": "file:///mnt/run"})
+    cluster_checks.require_shared_paths({"data": "s3://bucket/data", "out": "file:///mnt/run"})
     with pytest.raises(ConfigError, match=r"^out=/tmp/run: a local path, but .* 2 nodes"):
-        local.require_shared_paths({"data": "s3://bucket/data", "out": "/tmp/run"})
+        cluster_checks.require_shared_paths({"data": "s3://bucket/data", "out": "/tmp/run"})
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}])
-    local.require_shared_paths({"out": "/tmp/run"})
+    cluster_checks.require_shared_paths({"out": "/tmp/run"})

@@ -1,0 +1,41 @@
+"""A private cluster's size, and the settings it leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+import ray._private.state
+import ray.experimental.internal_kv
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.orchestration import session
+
+
+def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
+    cluster = ClusterConfig(num_workers=40, cpus_per_worker=1.5, num_data_actors=3)
+    assert session.logical_cpus(cluster) == 60 + 3 + 1
+    assert session.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
+    assert session.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+
+
+def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:
+    assert session.object_store_bytes(ClusterConfig(object_store_gib=0.5)) == session.GIB // 2
+    assert session.GIB // 4 <= session.object_store_bytes(ClusterConfig()) <= 8 * session.GIB
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
+        ),
+        session.ray_session(ClusterConfig(address="head:6379")),
+    ):
+        pass
