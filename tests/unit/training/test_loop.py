@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_a_batch_without_coordinates_has_no_geometry_losses() -> None:
 def test_a_stream_that_ends_early_is_an_error_naming_the_step() -> None:
     with pytest.raises(TrainingError, match="ended before step 2 of 8"):
         fit(toy.learner(num_steps=8), islice(toy.steps(), 2))
+
+
+def test_no_step_after_the_last_is_asked_of_the_stream() -> None:
+    # Steps are prepared ahead; what follows the last one would wait for data that nobody makes.
+    taken: list[int] = []
+
+    def noted() -> Iterator[StepBatch]:
+        for batch in toy.steps(start=2):
+            taken.append(batch.step)
+            yield batch
+
+    fit(toy.learner(num_steps=5, prefetch_steps=4), noted(), start_step=2)
+    assert taken == [2, 3, 4]
 
 
 def test_a_stream_at_another_step_than_the_model_is_an_error_naming_both() -> None:

@@ -48,6 +48,16 @@ def test_the_losses_are_the_same_each_time_and_for_any_micro_batch(
     assert large() == pytest.approx(first, rel=1e-5)
 
 
+def test_the_blends_are_those_of_a_step_that_training_never_reaches(
+    dataset: tuple[str, Manifest],
+) -> None:
+    # Losses of validation are compared between runs of different versions: another number would be another blend.
+    uri, manifest = dataset
+    reader = ShardReader(uri, manifest, "valid", columns=list(GRAPH_COLUMNS))
+    steps = {int(share.batch.step) for share in _shares(reader, 20, 7, Ranks(), None)}
+    assert steps == {2**32 - 1}
+
+
 def test_the_molecules_are_the_first_of_the_valid_split(dataset: tuple[str, Manifest]) -> None:
     uri, manifest = dataset
 
