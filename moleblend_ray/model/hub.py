@@ -12,6 +12,7 @@ import dataclasses
 import io
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Final
@@ -321,6 +322,14 @@ def _read_weights(uri: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{uri} is damaged ({error}); export the model again.") from error
 
 
+def _reason(error: Exception) -> str:
+    """The error as text; of PyTorch's on unpickling only what it found, as the rest advises to run the code in the file."""
+    found = (
+        str(error.__context__ or error) if isinstance(error, pickle.UnpicklingError) else str(error)
+    )
+    return re.split(r"\.\s|\n", found.strip())[0]
+
+
 def _read_official(uri: str) -> Mapping[str, npt.NDArray[Any] | Tensor]:
     content = io.BytesIO(storage.read_bytes(uri))
     try:
@@ -339,8 +348,8 @@ def _read_official(uri: str) -> Mapping[str, npt.NDArray[Any] | Tensor]:
         EOFError,
     ) as error:
         raise CheckpointError(
-            f"{uri} cannot be read as official parameters ({error}). If it is a training checkpoint with other "
-            "objects inside, save only its parameters (name -> array) as .npz and give that file."
+            f"{uri} cannot be read as official parameters ({_reason(error)}). If it is a training checkpoint with "
+            "other objects inside, save only its parameters (name -> array) as .npz and give that file."
         ) from error
     parameters = document.get("model", document) if isinstance(document, dict) else None
     if not isinstance(parameters, dict):
