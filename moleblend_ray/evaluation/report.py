@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
@@ -411,12 +411,28 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
             place(results["chosen"][name]), color="grey", linestyle=":", linewidth=1, label="chosen"
         )
         axes.set_xlabel(name)
-        if name in ("learning_rate", "weight_decay"):
-            axes.set_xscale("log")
-            axes.xaxis.set_minor_formatter(NullFormatter())
+        set_scale(axes, name, [trial["settings"][name] for trial in scored])
     row[0].set_ylabel(f"validation {figure_text(_metric_name(results['task']))}")
     row[0].legend(fontsize="small")
     return _png(figure)
+
+
+def set_scale(axes: Axes, name: str, values: Sequence[Any]) -> None:
+    """Scale and ticks of the x axis for the ``values`` of the setting ``name``, so that each can be read off: whole numbers
+    are marked where they are, and a logarithmic axis of little more than one decade has more than its power of ten."""
+    numbers = [value for value in values if type(value) in (int, float)]
+    if name in ("learning_rate", "weight_decay"):
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        positive = [value for value in numbers if value > 0]
+        if positive and max(positive) < 30 * min(positive):
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    elif numbers and all(type(value) is int for value in values):
+        if len(set(numbers)) <= 6:
+            axes.set_xticks(sorted(set(numbers)))
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _placing(values: Sequence[Any]) -> Callable[[Any], Any]:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.report import write_report
+from moleblend_ray.evaluation.report import set_scale, write_report
 from moleblend_ray.evaluation.results import (
     BaselineResult,
     Candidate,
@@ -250,3 +251,22 @@ def test_dollars_in_names_and_units_are_no_formula(tmp_path: Path, kind: str) ->
     assert "# price $_$" in report_of(tmp_path, results)
     assert (tmp_path / "figures" / "test.png").stat().st_size > 0
     assert (tmp_path / "figures" / "trials.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "shown"),
+    [
+        ("batch_size", [64, 128, 64], ["64", "128"]),
+        ("epochs", [2, 3, 4], ["2", "3", "4"]),
+        ("learning_rate", [1.3e-4, 1.07e-3], ["0.0002", "0.0005", "0.001"]),
+    ],
+)
+def test_the_axis_of_a_setting_shows_where_its_values_are(
+    name: str, values: list[float], shown: list[str]
+) -> None:
+    axes = Figure().subplots()
+    axes.scatter(values, values)
+    set_scale(axes, name, values)
+    low, high = axes.get_xlim()
+    labels = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+    assert [label.get_text() for tick, label in labels if low <= tick <= high] == shown
