@@ -51,8 +51,9 @@ _MARKERS = "oDs^vPX*"
 
 _RULES = (
     "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
-    "seed. Scores are means ± sample standard deviations over seeds. Ranks and wins go by the mean test score. A gain "
-    "is relative to the baseline that is best on the validation molecules of the task."
+    "seed. Scores are means ± sample standard deviations over seeds (bars in the figure); ↑: higher is better, ↓: lower is "
+    "better. The best mean of a task is marked. Ranks and wins go by the mean test score. A gain is relative to the "
+    "baseline that is best on the validation molecules of the task."
 )
 
 
