@@ -53,13 +53,14 @@ def _summary(plan: Plan) -> Table:
     table.add_row("plan", f"[bold]{escape(plan.title)}[/]")
     table.add_row("rate", f"{_value(plan.rate)}, limited by [bold]{escape(plan.binding)}[/]")
     for row in plan.total:
-        table.add_row(row.what, f"[bold]{_value(row.figure)}[/]  ({row.figure.source})")
+        what = "time" if row.what == "hours" else row.what
+        table.add_row(what, f"[bold]{_value(row.figure)}[/]  ({row.figure.source})")
     return table
 
 
 def _stage(stage: Stage) -> ExplainedTable:
     table = ExplainedTable("", "value", "basis", "how", title=stage.name)
-    rows: list[tuple[str, Figure, str]] = [("hours", stage.hours, "")]
+    rows: list[tuple[str, Figure, str]] = [("time", stage.hours, "")]
     rows += [("cost", stage.cost, "")] if stage.cost is not None else []
     rows += [(row.what, row.figure, row.remark) for row in stage.rows]
     for what, figure, remark in rows:
@@ -177,4 +178,6 @@ def _value(figure: Figure) -> str:
         return bytes_text(figure.value) + figure.unit[1:]
     if figure.unit == "s":
         return duration_text(figure.value, "never")
+    if figure.unit == "h" and figure.value < 1:
+        return duration_text(3600 * figure.value)
     return f"{number_text(figure.value)} {figure.unit}".rstrip()

@@ -15,7 +15,7 @@ from moleblend_ray.planning.plan import Job, Premises, Row, Stage
 from moleblend_ray.planning.reliability import NUM_SIMULATED, Reliability, expected_reliability
 from moleblend_ray.planning.settings import PriceSettings
 from moleblend_ray.planning.sizes import TRAINING_BYTES, gathered_bytes, model_size
-from moleblend_ray.quantities import duration_text
+from moleblend_ray.quantities import duration_text, number_text
 from moleblend_ray.training.config import CheckpointConfig
 
 _VECTOR_BYTES: Final = 4
@@ -148,7 +148,7 @@ def _step_rows(premises: Premises, found: Throughput) -> tuple[Row, ...]:
         "",
         f"{step_molecules:,} molecules and {1e3 * found.step_s:,.1f} ms per step",
     )
-    times = f"{job.presentations / job.molecules:.3g}"
+    times = number_text(job.presentations / job.molecules)
     seen = "each molecule once" if times == "1" else f"each molecule {times} times"
     return (
         Row(what="rate", figure=found.rate, remark=f"limited by: {found.binding}"),
