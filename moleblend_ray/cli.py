@@ -35,6 +35,8 @@ class Job(NamedTuple):
     """module:name of its configuration dataclass."""
     function: str
     """module:name of the function that takes the configuration and returns a summary dataclass."""
+    example: str
+    """Arguments of a usual call, as one types them in a shell."""
     first_key: str | None = None
     """Group or setting for a first argument without KEY=: `moleblend download qm9` is collection=qm9."""
     flags: tuple[str, ...] = ()
@@ -48,17 +50,20 @@ JOBS: Mapping[str, Job] = {
         "published files of a collection -> a directory or object store, resumed and verified",
         "moleblend_ray.config.download:DownloadConfig",
         "moleblend_ray.orchestration.download:download",
+        "qm9 out=raw/qm9",
         first_key="collection",
     ),
     "prepare": Job(
         "molecules (SDF, CSV, SMILES, Parquet) -> checksummed shards, a manifest and a quarantine",
         "moleblend_ray.config.prepare:PrepareConfig",
         "moleblend_ray.orchestration.prepare:prepare",
+        "source=molecules.csv out=runs/data featurize.conformers.generate=true",
     ),
     "data": Job(
         "what a prepared data set holds: counts, atoms, labels, quarantine, damaged files",
         "moleblend_ray.config.inspect:InspectConfig",
         "moleblend_ray.orchestration.inspect:inspect_data",
+        "runs/data --verify",
         first_key="data",
         flags=("verify",),
         show="moleblend_ray.orchestration.inspect:show_report",
@@ -67,11 +72,13 @@ JOBS: Mapping[str, Job] = {
         "shards -> a pretrained encoder; the same command again continues an interrupted run",
         "moleblend_ray.config.pretrain:PretrainConfig",
         "moleblend_ray.orchestration.pretrain:pretrain",
+        "data=runs/data out=runs/encoder model=mini experiment=views train.num_steps=4000",
     ),
     "checkpoints": Job(
         "checkpoints of a run: whole or damaged, differences between two, old ones deleted",
         "moleblend_ray.config.inspect:CheckpointsConfig",
         "moleblend_ray.orchestration.inspect:inspect_checkpoints",
+        "runs/encoder keep_last=2",
         first_key="run",
         flags=("verify",),
         show="moleblend_ray.orchestration.inspect:show_checkpoints",
@@ -80,32 +87,38 @@ JOBS: Mapping[str, Job] = {
         "encoder + labelled molecules -> a property model and its scores",
         "moleblend_ray.config.downstream:FinetuneConfig",
         "moleblend_ray.orchestration.task_groups:finetune_or_tasks",
+        "checkpoint=runs/encoder task.name=herg task.source=assay.csv 'task.columns=[blocker]' task.kind=classification out=runs/herg",
     ),
     "sweep": Job(
         "search of fine-tuning settings on validation molecules, then test scores of the chosen one",
         "moleblend_ray.config.downstream:SweepConfig",
         "moleblend_ray.orchestration.task_groups:sweep_or_tasks",
+        "checkpoint=runs/encoder task=bbbp task.source=bbbp.csv.gz out=runs/bbbp num_trials=10",
     ),
     "leaderboard": Job(
         "results of several tasks, or of several sweeps of them -> tables, a page and a figure",
         "moleblend_ray.config.downstream:LeaderboardConfig",
         "moleblend_ray.orchestration.leaderboard:leaderboard",
+        "runs/all 'against=[runs/scratch]' out=runs/compared",
         first_key="run",
     ),
     "embed": Job(
         "encoder + molecules -> one vector each, in the source's order",
         "moleblend_ray.config.downstream:EmbedConfig",
         "moleblend_ray.orchestration.embed:embed",
+        "checkpoint=runs/encoder source=new.csv out=runs/vectors",
     ),
     "predict": Job(
         "fine-tuned models + molecules -> values or probabilities, their uncertainty, likeness to training",
         "moleblend_ray.config.downstream:PredictConfig",
         "moleblend_ray.orchestration.predict:predict",
+        "models=runs/herg source=new.csv out=runs/predictions csv=true",
     ),
     "plan": Job(
         "hours, machines, bytes, cost and the limiting resource of a future run",
         "moleblend_ray.config.plan:PlanConfig",
         "moleblend_ray.orchestration.plan:plan",
+        "molecules=1e9 gpus=64 model=base prices.gpu_hour=2.5",
         flags=("measure",),
         show="moleblend_ray.orchestration.plan_tables:show_plan",
     ),
@@ -113,6 +126,7 @@ JOBS: Mapping[str, Job] = {
         "how far a command is, from the files that it writes",
         "moleblend_ray.config.status:StatusConfig",
         "moleblend_ray.orchestration.status:status",
+        "runs/encoder",
         first_key="run",
         show="moleblend_ray.orchestration.status:show_status",
     ),
@@ -120,11 +134,13 @@ JOBS: Mapping[str, Job] = {
         "checkpoint of a run -> model.safetensors and config.json",
         "moleblend_ray.config.tools:ExportConfig",
         "moleblend_ray.orchestration.export:export",
+        "checkpoint=runs/encoder out=runs/model",
     ),
     "samples": Job(
         "write the project's own sample molecules, with conformers and labels",
         "moleblend_ray.config.tools:SamplesConfig",
         "moleblend_ray.orchestration.samples:samples",
+        "out=runs/samples.parquet num_molecules=5000",
     ),
 }
 
@@ -241,7 +257,8 @@ def run_job(
 
     job = _job(name)
     overrides = _spelled_out(job, overrides)
-    config = with_absolute_paths(load_config(load_reference(job.config), name, overrides))
+    given = load_config(load_reference(job.config), name, overrides)
+    config = with_absolute_paths(given)
     if dry_run:
         _print_dry_run(job, config, as_json=as_json)
         return 0
@@ -250,7 +267,7 @@ def run_job(
     set_context(run=run_name(config.out) if getattr(config, "out", None) else None)
     console = Console(highlight=False)
     if job.show is None and not as_json:
-        console.print(f"[bold]moleblend {name}[/]", _settings_table(config), sep="\n")
+        console.print(f"[bold]moleblend {name}[/]", _settings_table(given, config), sep="\n")
     started_s = time.monotonic()
     with _standard_output(free=as_json):
         summary = load_reference(job.function)(config)
@@ -366,6 +383,8 @@ def job_help(name: str) -> str:
         "",
         f"  {job.summary}",
         "",
+        f"Example: moleblend {name} {job.example}",
+        "",
     ]
     groups = job_groups(name)
     if groups:
@@ -408,15 +427,24 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     known, unknown = parser.parse_known_intermixed_args(mine)
     if unknown:
         command = f"moleblend {known.job} --help" if known.job else "moleblend --help"
+        meant = _as_settings(unknown)
+        hint = f" (did you mean {meant}?)" if meant else ""
         parser.error(
-            f"unrecognized arguments: {' '.join(unknown)}; settings are KEY=VALUE: {command}"
+            f"unrecognized arguments: {' '.join(unknown)}; settings are KEY=VALUE{hint}: {command}"
         )
     known.overrides += [text for text in arguments if text in flags]
     return known
 
 
+def _as_settings(options: Sequence[str]) -> str:
+    """Options with a value as the settings that they may mean: `--out a --data=b` as "out=a data=b"."""
+    pairs = re.findall(r"--([\w.-]+)[= ]([^-\s]\S*)", " ".join(options))
+    return " ".join(f"{key.replace('-', '_')}={value}" for key, value in pairs)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moleblend", add_help=False)
+    usage = "moleblend JOB [KEY=VALUE ...] [--json] [--dry-run] [--verbose]"
+    parser = argparse.ArgumentParser(prog="moleblend", usage=usage, add_help=False)
     parser.add_argument("job", nargs="?")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--dry-run", action="store_true")
@@ -430,6 +458,8 @@ def _parser() -> argparse.ArgumentParser:
 def _overview() -> str:
     width = max(map(len, JOBS))
     jobs = "\n".join(f"  {name:{width}}  {job.summary}" for name, job in JOBS.items())
+    way = ("prepare", "pretrain", "finetune", "predict")
+    examples = "\n".join(f"  moleblend {name} {JOBS[name].example}" for name in way)
     return f"""moleblend JOB [KEY=VALUE ...] [--json] [--dry-run] [--verbose]
 
 Jobs:
@@ -441,6 +471,9 @@ Jobs:
   --dry-run              print the resolved settings and what would run; touch nothing
   --verbose              show debug messages
   --version              print the version
+
+From molecules to predictions (moleblend JOB --help has an example of each job):
+{examples}
 
 Paths may be local or URIs (s3://bucket/key, gs://, file://).
 
@@ -469,13 +502,15 @@ def _paths(config: object) -> dict[str, str]:
     return {key: redact(path) for key, path in path_settings(config).items()}
 
 
-def _settings_table(config: object) -> Table:
-    """The settings that differ from their defaults."""
-    from moleblend_ray.config.describe import changed_settings
+def _settings_table(given: object, config: object) -> Table:
+    """The settings that differ from their defaults in ``given``, with their values in ``config``, whose paths are absolute."""
+    from moleblend_ray.config.builder import to_dict
+    from moleblend_ray.config.describe import changed_settings, flatten, redact
 
     table = _table("setting", "value")
-    for key, value in changed_settings(config).items():
-        table.add_row(escape(key), escape(value))
+    values = flatten(redact(to_dict(config)))
+    for key in changed_settings(given):
+        table.add_row(escape(key), escape(values[key]))
     return table
 
 

@@ -111,7 +111,9 @@ def _prepare_override(job: str, override: str, groups: Mapping[str, str | None])
     if not equals:
         if key.startswith("~") and "/" not in key:  # hydra's deletion, no path
             return override
-        raise ConfigError(f"override {override!r}: expected KEY=VALUE")
+        raise ConfigError(
+            f"override {override!r}: expected KEY=VALUE; moleblend {job} --help lists the keys"
+        )
     # hydra's "+" for what no file mentions: here never needed and always allowed.
     key = key.lstrip("+")
     if key in groups:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -49,6 +50,16 @@ def test_help_of_a_job_lists_its_keys_with_types_and_defaults(
     keys = {"data": "data", "checkpoints": "run", "leaderboard": "run", "status": "run"}
     expected = "gpus: int = 0" if job == "plan" else f"{keys.get(job, 'out')}: str required"
     assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("job", list(cli.JOBS))
+def test_the_example_in_the_help_of_a_job_is_a_call_that_it_accepts(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = cli.JOBS[job].example
+    assert f"Example: moleblend {job} {example}\n" in cli.job_help(job)
+    assert cli.main([job, *shlex.split(example), "--dry-run"]) == 0
+    assert "nothing was read or written" in capsys.readouterr().out
 
 
 def test_without_a_job_the_jobs_are_shown_and_the_status_is_2(
@@ -222,6 +233,23 @@ def test_an_unknown_option_exits_2_and_says_how_settings_are_written(
     with pytest.raises(SystemExit, match="2"):
         cli.main(["status", "runs/first", "--xml"])
     assert "--xml; settings are KEY=VALUE: moleblend status --help" in capsys.readouterr().err
+
+
+def test_settings_that_are_written_as_options_are_shown_as_they_should_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["pretrain", "--data", "runs/data", "--train.num-steps=3"])
+    assert "(did you mean data=runs/data train.num_steps=3?)" in capsys.readouterr().err
+
+
+def test_a_path_that_is_not_set_is_not_among_the_settings_that_are_shown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["pretrain", "data=nowhere", "out=runs/run"]) == cli.EXIT_ERROR
+    shown = capsys.readouterr().out
+    assert f"{Path.cwd()}/nowhere" in shown.replace("\n", "")
+    assert "tracking.dir" not in shown
 
 
 def test_the_package_runs_as_a_module() -> None:
