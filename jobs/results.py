@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -48,6 +49,11 @@ LOSS_TITLES = {
     "loss_environment": "atom environments (squared)",
     "loss_descriptor": "descriptors (squared)",
 }
+
+SAMPLES_NOTE = (
+    "Molecules made by this project, with their computed logP: this shows the protocol, and not what pretraining is worth "
+    "for measured properties."
+)
 
 STAGES = ("pretrain", "qm9", "moleculenet", "large")
 
@@ -275,9 +281,23 @@ def write_report(evidence: Evidence) -> dict[str, Any]:
         if not storage.exists(board):
             continue
         figures[name] = storage.read_json(board)["standings"]
-        lines += [storage.read_bytes(f"{evidence.out}/{name}/leaderboard.md").decode(), ""]
+        lines += [
+            _section(name, storage.read_bytes(f"{evidence.out}/{name}/leaderboard.md").decode())
+        ]
     storage.write_bytes(f"{evidence.out}/report.md", "\n".join(lines).encode())
     return figures
+
+
+def _section(name: str, leaderboard: str) -> str:
+    """The Markdown of a leaderboard in the folder `name` as a part of the report above it: with a lower level of headings,
+    and with its figure found from there."""
+    text = re.sub(r"^#", "##", leaderboard, flags=re.MULTILINE).replace(
+        "](figures/", f"]({name}/figures/"
+    )
+    if name == "samples":
+        heading, _, rest = text.partition("\n")
+        text = f"{heading}\n\n{SAMPLES_NOTE}\n{rest}"
+    return text
 
 
 def pretraining_figure(records: Sequence[dict[str, Any]]) -> bytes:
