@@ -43,7 +43,7 @@ def write_report(
     """Write ``report.md`` and its figures to ``out``; (M, T) labels and predictions are those of the first seed."""
     figures = {"test.png": _test_figure(results, test_labels, test_predictions)}
     trials = results.get("trials", [])
-    if any(trial["valid_score"] is not None for trial in trials):
+    if sum(trial["valid_score"] is not None for trial in trials) > 1:
         figures["trials.png"] = _trials_figure(results, trials)
     for name, image in figures.items():
         storage.write_bytes(storage.join(out, "figures", name), image)
@@ -302,7 +302,7 @@ def _trials_section(
     lines = [
         "## Trials",
         "",
-        f"{len(trials)} configurations, judged on the validation molecules. "
+        f"{len(trials)} configuration{'s' * (len(trials) != 1)}, judged on the validation molecules. "
         "`stopped`: worse than others after the same number of epochs.",
         "",
     ]
@@ -406,7 +406,8 @@ def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any
             shown = [t for t in scored if (t["status"] == "stopped") == (status == "stopped")]
             values = [place(trial["settings"][name]) for trial in shown]
             scores = [trial["valid_score"] for trial in shown]
-            axes.scatter(values, scores, c=colour, s=14, label=status)
+            if shown:
+                axes.scatter(values, scores, c=colour, s=14, label=status)
         axes.axvline(
             place(results["chosen"][name]), color="grey", linestyle=":", linewidth=1, label="chosen"
         )
