@@ -19,7 +19,7 @@ from typing import Any
 import ray
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.host import available_cpus
 
 logger = logging.getLogger(__name__)
@@ -143,15 +143,24 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
     # It would say at every start that the cluster asks for the token below.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
-    with _native_stderr_held():
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=object_store_bytes(cluster),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+    try:
+        with _native_stderr_held():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                object_store_memory=object_store_bytes(cluster),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    except Exception as error:
+        # Ray has no class of its own for this.
+        if "timed out during startup" not in str(error):
+            raise
+        raise MoleBlendError(
+            "Ray did not start on this machine in the 30 s that it waits: the machine is busy or short of memory. Run the "
+            "same command again later, or start Ray beforehand (`ray start --head`) and give cluster.address=auto"
+        ) from error
 
 
 @contextlib.contextmanager

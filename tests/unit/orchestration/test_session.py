@@ -8,7 +8,7 @@ import ray._private.state
 import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.orchestration import session
 
 
@@ -37,5 +37,24 @@ def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
             ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
         ),
         session.ray_session(ClusterConfig(address="head:6379")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [("The current node timed out during startup.", MoleBlendError), ("another", RuntimeError)],
+)
+def test_a_machine_too_busy_for_ray_to_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, raised: str, expected: type[Exception]
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with (
+        pytest.raises(expected, match="machine is busy" if expected is MoleBlendError else raised),
+        session.ray_session(ClusterConfig(address="local")),
     ):
         pass
