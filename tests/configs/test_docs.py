@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -58,6 +59,22 @@ def test_every_command_of_the_pages_is_accepted(
 
 def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) > 30
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_name_that_the_python_of_a_page_takes_from_the_package_exists(page: Path) -> None:
+    text = page.read_text()
+    imports = re.findall(r"^\s*from (moleblend_ray[\w.]*) import ([\w, ]+)$", text, re.MULTILINE)
+    named = {
+        (module, name) for module, names in imports for name in re.split(r",\s*", names.strip())
+    }
+    named |= {("moleblend_ray", name) for name in re.findall(r"\bmb\.(\w+)", text)}
+    lost = [
+        f"{module}.{name}"
+        for module, name in sorted(named)
+        if not hasattr(importlib.import_module(module), name)
+    ]
+    assert lost == []
 
 
 def anchors(page: Path) -> set[str]:
