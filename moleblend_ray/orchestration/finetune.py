@@ -10,6 +10,7 @@ from typing import Any
 from moleblend_ray.config.downstream import FinetuneConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
+from moleblend_ray.evaluation.report import REPORT_NAME
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import Training
 from moleblend_ray.orchestration.baselines import run_baselines
@@ -32,6 +33,8 @@ class FinetuneSummary:
     """Directory of the results."""
     results: str
     """URI of ``results.json``."""
+    report: str
+    """URI of ``report.md``, the same for reading."""
     task: str
     """Name of the task."""
     metric: str
@@ -84,6 +87,7 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
     return FinetuneSummary(
         out=out,
         results=storage.join(out, RESULTS_NAME),
+        report=storage.join(out, REPORT_NAME),
         task=results["task"]["name"],
         metric=results["task"]["metric"],
         unit=results["task"]["unit"],

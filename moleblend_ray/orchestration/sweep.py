@@ -82,6 +82,8 @@ class SweepSummary:
     """Directory of the results."""
     results: str
     """URI of ``results.json``."""
+    report: str
+    """URI of ``report.md``, the same for reading."""
     task: str
     """Name of the task."""
     metric: str

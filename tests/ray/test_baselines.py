@@ -69,6 +69,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def results(ray_cluster: None, config: FinetuneConfig) -> dict[str, Any]:
     summary = finetune(config)
+    assert storage.read_bytes(summary.report).startswith(b"# ")
     found: dict[str, Any] = storage.read_json(summary.results)
     assert summary.baselines == {
         entry["name"]: entry["test"]["mean"] for entry in found["baselines"]
