@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Final
 
 import optuna
 from ray import tune
@@ -18,7 +18,7 @@ from ray.tune.schedulers import (
     PopulationBasedTrainingReplay,
     TrialScheduler,
 )
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from moleblend_ray.errors import ConfigError
@@ -43,6 +43,27 @@ _PACKAGES: Final = {
     "zoopt": "zoopt",
 }
 """Module of ray.tune.search -> package that it needs."""
+
+
+class RoomLimiter(ConcurrencyLimiter):
+    """Draws a trial only while fewer are waiting or running than there is room for at that moment.
+
+    Ray's own limit is that of the start, of this or an interrupted command, whatever nodes come and go.
+    """
+
+    room: ClassVar[Callable[[], int]]
+    """Number of trials that may wait or run, at least 1. Of the class, as Tune unpickles the limiter of an interrupted command."""
+
+    def __init__(self, searcher: Searcher) -> None:
+        super().__init__(searcher, max_concurrent=1)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """The settings of another trial; None if there is no room for it."""
+        room = RoomLimiter.room()
+        if room != self.max_concurrent:
+            self.max_concurrent = room
+            self._set_searcher_max_concurrency()  # type: ignore[no-untyped-call]
+        return super().suggest(trial_id)
 
 
 def build_searcher(

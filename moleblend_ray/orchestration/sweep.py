@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optuna
@@ -39,6 +40,7 @@ from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.baselines import run_baselines
+from moleblend_ray.orchestration.cluster_checks import may_grow
 from moleblend_ray.orchestration.downstream import (
     Bench,
     LostWorkError,
@@ -52,7 +54,12 @@ from moleblend_ray.orchestration.downstream import (
 from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
-from moleblend_ray.orchestration.searchers import METRIC, build_scheduler, build_searcher
+from moleblend_ray.orchestration.searchers import (
+    METRIC,
+    RoomLimiter,
+    build_scheduler,
+    build_searcher,
+)
 from moleblend_ray.orchestration.session import environment_defaults, ray_session
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
@@ -178,11 +185,14 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     title = f"{experiment.task.name} trials"
     with Progress(title, unit="trial", total=config.num_trials, out=config.out) as progress:
         _ProgressCallback.reporter, _ProgressCallback.total = progress.reporter, config.num_trials
+        RoomLimiter.room = partial(room_for_trials, config, may_grow=may_grow())
         try:
             with warnings.catch_warnings():
                 # A trial that an interrupted command had started reports its first epochs again.
                 warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
-                with environment_defaults(_TUNE_SETTINGS):
+                # `RoomLimiter` says how many trials wait for nodes; Tune would take the number of the start.
+                waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(config.num_trials)}
+                with environment_defaults(_TUNE_SETTINGS | waiting):
                     grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
@@ -229,11 +239,12 @@ def _choice_text(trials: list[TrialResult], chosen: FinetuneSettings) -> str:
     )
 
 
-def concurrent_trials(config: SweepConfig) -> int:
-    """Number of trials that run at once: as many as the cluster has resources for, but at least one.
+def room_for_trials(config: SweepConfig, *, may_grow: bool) -> int:
+    """Number of trials that may wait or run now: as many as the nodes have resources for, but at least one.
 
-    A private cluster may have more logical CPUs than the machine has cores. There the cores count, as more trials than
-    cores would only slow each other down.
+    If the cluster ``may_grow``, one more, for which its autoscaler adds a node: more would all be drawn before they can
+    learn from the trials that run. A private cluster may have more logical CPUs than the machine has cores. There the
+    cores count, as more trials than cores would only slow each other down.
     """
     total = cluster_resources(config.cluster.worker_labels)
     need = worker_resources(config)
@@ -242,7 +253,7 @@ def concurrent_trials(config: SweepConfig) -> int:
         fits = min(fits, int(total.get("GPU", 0) / need["num_gpus"]))
     elif not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
         fits = min(fits, int(available_cpus() // need["num_cpus"]))
-    return max(1, min(fits, config.num_trials))
+    return max(1, fits + may_grow)
 
 
 def search_method(config: SweepConfig, task: Task) -> tuple[Searcher, TrialScheduler]:
@@ -271,10 +282,9 @@ def _tuner(config: SweepConfig, task: Task, trainable: Any) -> tune.Tuner:
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=RoomLimiter(searcher),
             scheduler=scheduler,
             num_samples=config.num_trials,
-            max_concurrent_trials=concurrent_trials(config),
             # In a new process a short trial would spend more time on imports than on training.
             reuse_actors=True,
             trial_name_creator=_trial_name,

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import growing_run
 import placement_run
 import pytest
 import ray
@@ -51,6 +52,25 @@ def test_workers_and_data_actors_ask_for_nodes_of_their_own_and_stay_on_them(
     assert actors["MapWorker(MapBatches(_BlockBuilder))"] == ["data"]
     # What outlives the nodes of workers and data stays with the driver.
     assert actors["TrainController"] == actors["SplitCoordinator"] == ["head"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_search_runs_more_trials_as_nodes_come_and_always_asks_for_one_more(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, growing_run.__file__, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    # No node, a node of one CPU, another of two.
+    assert found["stages"] == [[0, 1], [1, 1], [3, 1]]
+    assert found["trials"] == growing_run.NUM_TRIALS
 
 
 def node(

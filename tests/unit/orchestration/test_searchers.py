@@ -19,17 +19,20 @@ from ray.tune.schedulers import (
 from ray.tune.search import Searcher
 from ray.tune.search.sample import Categorical
 
+from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.search import Choice, Dimension, Range, SearchSpace, plain_values
 from moleblend_ray.evaluation.tasks import TASKS
+from moleblend_ray.orchestration import sweep
 from moleblend_ray.orchestration.searchers import (
+    RoomLimiter,
     build_scheduler,
     build_searcher,
     optuna_distribution,
     tune_domain,
 )
-from moleblend_ray.orchestration.sweep import search_method
+from moleblend_ray.orchestration.sweep import room_for_trials, search_method
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -199,3 +202,58 @@ def test_asha_s_grace_is_never_longer_than_a_trial_and_options_count_more() -> N
     own = build_scheduler(SearchSpace(scheduler_options=options), "min", grace_epochs=5, longest=64)
     assert isinstance(own, ASHAScheduler)
     assert [level for level, _ in own._brackets[0]._rungs] == [64, 16, 4, 1]
+
+
+def test_as_many_trials_are_drawn_as_there_is_room_for_at_that_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = 1
+    monkeypatch.setattr(RoomLimiter, "room", lambda: room, raising=False)
+    limiter = RoomLimiter(build_searcher(SearchSpace(), DIMENSIONS, "max", 0))
+    names = (f"trial-{number}" for number in range(100))
+
+    def drawn() -> list[str]:
+        found: list[str] = []
+        while limiter.suggest(name := next(names)) is not None:
+            found.append(name)
+        return found
+
+    (first,) = drawn()
+    room = 3  # nodes have come
+    assert len(drawn()) == 2
+    room = 2  # one is gone
+    limiter.on_trial_complete(first, {"best_valid_score": 0.5})
+    assert drawn() == []
+
+
+@pytest.mark.parametrize(
+    ("cluster", "resources", "may_grow", "expected"),
+    [
+        ({}, {"CPU": 8.0}, False, 4),
+        ({}, {"CPU": 8.0}, True, 5),
+        ({}, {}, True, 1),  # no node yet
+        ({}, {"CPU": 1.0}, False, 1),
+        ({"use_gpu": True}, {"CPU": 64.0, "GPU": 2.0}, False, 4),
+        ({"use_gpu": True}, {"CPU": 4.0, "GPU": 2.0}, True, 3),
+        # A private cluster has as many logical CPUs as it needs; these share the cores.
+        ({"address": None}, {"CPU": 64.0}, False, 2),
+    ],
+)
+def test_the_room_for_trials_is_that_of_the_nodes_and_one_more_where_others_can_come(
+    monkeypatch: pytest.MonkeyPatch,
+    cluster: dict[str, Any],
+    resources: dict[str, float],
+    may_grow: bool,
+    expected: int,
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(sweep, "cluster_resources", lambda labels: resources)
+    monkeypatch.setattr(sweep, "available_cpus", lambda: 4)
+    settings = ClusterConfig(**{"address": "auto", "cpus_per_worker": 2.0, **cluster})
+    config = SweepConfig(
+        task=TaskConfig(name="esol", source="esol.csv"),
+        out="out",
+        cluster=settings,
+        gpus_per_worker=0.5,
+    )
+    assert room_for_trials(config, may_grow=may_grow) == expected
