@@ -278,7 +278,7 @@ def check_refusals(submitter: Submitter, data: str) -> int:
     for expected, words, environment in cases:
         shown = submitter.finish(submitter.start("data", *words, **environment), expected=2)
         check(expected in " ".join(shown.split()), f"expected {expected!r} in: {shown}")
-        say(f"refused: {expected}")
+        say(f"refused with these words: {expected}")
     return len(cases)
 
 
