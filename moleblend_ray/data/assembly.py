@@ -66,18 +66,7 @@ def write_manifest(
     _require_every_chunk(ordered)
     units: list[Receipt | UnitReceipt] = [*ordered, *placed]
     statistics = sum_statistics(unit.statistics for unit in units)
-    unreadable: Counter[str] = Counter()
-    for receipt in ordered:
-        unreadable.update(receipt.unreadable_labels)
-    labels = tuple(
-        LabelInfo(
-            name=label.name,
-            unit=label.unit,
-            count=statistics.label_counts.get(label.name, 0),
-            num_unreadable=unreadable[label.name],
-        )
-        for label in sources.labels
-    )
+    labels = _label_infos(sources, ordered, statistics)
     shards = tuple(
         file
         for split in (*SPLITS, QUARANTINE_DIR)
@@ -163,6 +152,23 @@ def _require_every_chunk(ordered: Sequence[Receipt]) -> None:
             receipt.chunk_index + 1,
             receipt.first_row + receipt.rows_in,
         )
+
+
+def _label_infos(
+    sources: SourceSet, receipts: Sequence[Receipt], statistics: Statistics
+) -> tuple[LabelInfo, ...]:
+    unreadable: Counter[str] = Counter()
+    for receipt in receipts:
+        unreadable.update(receipt.unreadable_labels)
+    return tuple(
+        LabelInfo(
+            name=label.name,
+            unit=label.unit,
+            count=statistics.label_counts.get(label.name, 0),
+            num_unreadable=unreadable[label.name],
+        )
+        for label in sources.labels
+    )
 
 
 def _source_infos(sources: SourceSet, receipts: Sequence[Receipt]) -> tuple[SourceInfo, ...]:

@@ -99,18 +99,12 @@ def convert_chunk(
         out, shard_path(QUARANTINE_DIR, name), QUARANTINE_DIR, quarantine, options.row_group_rows
     )
     files.append(_write_ids(out, name, molecules))
+    keys: list[str | None] | None = None
+    if options.deduplicate != "none":
+        keys = inchi_keys(molecules["smiles"].to_pylist(), options.featurize.timeout_s)
     staged = None
-    keys: list[str | None] = []
     if options.needs_exchange:
-        if options.deduplicate != "none":
-            keys = inchi_keys(molecules["smiles"].to_pylist(), options.featurize.timeout_s)
-        staged = staged_table(
-            molecules,
-            chunk.file_index,
-            codes,
-            keys if options.deduplicate != "none" else None,
-            options.shuffle_seed,
-        )
+        staged = staged_table(molecules, chunk.file_index, codes, keys, options.shuffle_seed)
         files.append(_write_staged(out, chunk, staged))
     else:
         for code, split in enumerate(SPLITS):
@@ -125,7 +119,7 @@ def convert_chunk(
         files=tuple(files),
         quarantined_by_reason=dict(Counter(quarantine["reason"].to_pylist())),
         unreadable_labels=done.unreadable_labels,
-        without_inchikey=keys.count(None),
+        without_inchikey=keys.count(None) if keys is not None else 0,
         memory_bytes=staged.nbytes if staged is not None else 0,
         statistics=Statistics.of(molecules) if staged is None else Statistics(),
     )

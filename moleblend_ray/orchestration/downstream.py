@@ -65,7 +65,7 @@ from moleblend_ray.evaluation.runs import (
 )
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import SplitKind
+from moleblend_ray.evaluation.tasks import SplitKind, Task
 from moleblend_ray.orchestration.cluster_checks import (
     require_labels,
     require_resources,
@@ -138,17 +138,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     start, named = inputs.start, inputs.named
     data_uri = prepare_task(config, start.molecules, inputs.sources)
     molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
-    split = with_fewer_labels(
-        split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
-        molecules.smiles,
-        config.split_seed,
-        train=config.task.train_molecules,
-        valid=config.task.valid_molecules,
-    )
-    # Found in or after training otherwise.
-    require_learnable(task.kind, molecules.labels[split.train], molecules.columns)
-    for part, rows in (("validation", split.valid), ("test", split.test)):
-        require_scorable(task.metric, molecules.labels[rows], molecules.columns, part)
+    split = _usable_split(config, task, molecules)
     identity = {
         "config": question(config),
         "data_fingerprint": molecules.fingerprint,
@@ -182,6 +172,22 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         split_hash=hash_of_split,
         repeats=repeats,
     )
+
+
+def _usable_split(config: PropertyConfig, task: Task, molecules: LabelledMolecules) -> Split:
+    """The parts of the molecules; an error if the task cannot be learned from or scored on them, which would be found in or
+    after training otherwise."""
+    split = with_fewer_labels(
+        split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
+        molecules.smiles,
+        config.split_seed,
+        train=config.task.train_molecules,
+        valid=config.task.valid_molecules,
+    )
+    require_learnable(task.kind, molecules.labels[split.train], molecules.columns)
+    for part, rows in (("validation", split.valid), ("test", split.test)):
+        require_scorable(task.metric, molecules.labels[rows], molecules.columns, part)
+    return split
 
 
 def _warn_of_seen(repeats: Repeats, molecules: LabelledMolecules, split: Split) -> None:
