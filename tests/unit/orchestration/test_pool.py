@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from moleblend_ray.orchestration.executor import operators_of
 from moleblend_ray.orchestration.pool import PoolBounds, Rates, wanted_actors
 
 BOUNDS = PoolBounds(fewest=1, most=16, molecules_per_block=4096)
@@ -26,3 +30,19 @@ def test_actors_follow_the_trainers_appetite(
 ) -> None:
     rates = Rates(build_s=build_s, blocks_per_s=blocks_per_s, starving_share=starving)
     assert wanted_actors(rates, running, BOUNDS) == expected
+
+
+def test_operators_are_found_among_others_and_may_be_absent() -> None:
+    pool: Any = object()
+    plan, builder, sink = operator(), operator(pool), operator()
+    found = operators_of(executor(plan, builder, sink))
+    assert found == (builder, pool, sink)
+    assert operators_of(executor(plan, sink)) is None
+
+
+def operator(*pools: Any) -> Any:
+    return SimpleNamespace(get_autoscaling_actor_pools=lambda: list(pools))
+
+
+def executor(*operators: Any) -> Any:
+    return SimpleNamespace(_topology=operators)
