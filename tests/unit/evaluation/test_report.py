@@ -270,3 +270,13 @@ def test_the_axis_of_a_setting_shows_where_its_values_are(
     low, high = axes.get_xlim()
     labels = zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
     assert [label.get_text() for tick, label in labels if low <= tick <= high] == shown
+
+
+def test_a_single_trial_is_listed_and_not_drawn(tmp_path: Path) -> None:
+    results = results_of()
+    trial = {"number": 0, "settings": {"epochs": 3}, "epochs": 3, "status": "finished"}
+    results["trials"] = [trial | {"valid_score": 0.5, "error": None}]
+    text = report_of(tmp_path, results)
+    assert "\n1 configuration, judged" in text
+    assert "trials.png" not in text
+    assert not (tmp_path / "figures" / "trials.png").exists()
