@@ -27,6 +27,8 @@ class EmbedSummary:
     """Molecules with a vector."""
     rejected: int
     """Source rows without a vector; each is in ``rejected.parquet`` with its reason."""
+    rejected_by_reason: dict[str, int]
+    """Number of these rows by the reason."""
     dim: int
     """Length of a vector."""
     parts: int
@@ -54,6 +56,8 @@ def embed(config: EmbedConfig) -> EmbedSummary:
         out=config.out,
         embeddings=summary["embeddings"],
         rejected=summary["rejected"],
+        # Summaries of earlier versions do not tell.
+        rejected_by_reason=dict(summary.get("rejected_by_reason", {})),
         dim=summary["dim"],
         parts=len(summary["parts"]),
         parts_reused=summary["parts_reused"],

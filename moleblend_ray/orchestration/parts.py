@@ -107,6 +107,7 @@ def run_parts(job: PartsJob) -> Outcome:
         {
             **found,
             "rejected": rejected,
+            "rejected_by_reason": manifest.counts.quarantined_by_reason,
             "data": {"uri": data_uri, "fingerprint": manifest.fingerprint},
             "config": to_dict(config),
             "versions": versions(),

@@ -37,6 +37,8 @@ class PredictSummary:
     """Molecules with a prediction."""
     rejected: int
     """Source rows without a prediction; each is in ``rejected.parquet`` with its reason."""
+    rejected_by_reason: dict[str, int]
+    """Number of these rows by the reason."""
     columns: tuple[str, ...]
     """Names of the predicted properties."""
     unit: str
@@ -71,6 +73,8 @@ def predict(config: PredictConfig) -> PredictSummary:
         out=config.out,
         predictions=summary["predictions"],
         rejected=summary["rejected"],
+        # Summaries of earlier versions do not tell.
+        rejected_by_reason=dict(summary.get("rejected_by_reason", {})),
         columns=tuple(summary["columns"]),
         unit=summary["unit"],
         models=len(summary["models"]),

@@ -87,6 +87,7 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
     assert [(row["mol_id"], row["source_row"], row["reason"]) for row in rejected] == [
         ("id-bad", 10, "unparsable_smiles")
     ]
+    assert summary.rejected_by_reason == {"unparsable_smiles": 1}
 
     # Equal molecules have equal vectors, wherever they stand; different ones do not.
     vectors = np.stack(table["embedding"].to_numpy(zero_copy_only=False))

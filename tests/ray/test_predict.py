@@ -76,6 +76,7 @@ def test_every_row_is_predicted_once_and_what_is_missing_is_made_again(
     monkeypatch.setattr(parts_module, "ROWS_PER_CHUNK", 20)
     summary = predict(config)
     assert (summary.predictions, summary.rejected, summary.parts, summary.models) == (30, 1, 2, 2)
+    assert summary.rejected_by_reason == {"unparsable_smiles": 1}
     out = Path(config.out)
     paths = sorted(out.glob("parts/*.parquet"))
     table = pa.concat_tables(map(pq.read_table, paths))
