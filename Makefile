@@ -37,10 +37,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-# First what needs one core a test, a file on each of $(TEST_PROCESSES); then, one after the other, what starts clusters and
+# First what needs one core a test, a file on each of $(TEST_PROCESSES), in the order of their names: those with the most tests
+# first, as is usual, would leave the longest test to one process at the end. Then, one after the other, what starts clusters and
 # commands: two at a time take as long on two cores. 5: of the tests asked for, none is of that kind.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile -m 'not ray' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m 'not ray' --durations=10 $(ARGS) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m ray --durations=10 $(or $(ARGS),tests/ray tests/e2e) || [ $$? -eq 5 -a -n "$(ARGS)" ]
 
 demo: install

@@ -8,8 +8,9 @@ molecules are staged instead of becoming shards. Module ``assembly`` makes the m
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -63,6 +64,12 @@ from moleblend_ray.data.staging import staged_table
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.relations.geometry import closest_pair_distances
 
+Tell = Callable[[int], None]
+"""Hears of that many more records that were taken to be featurized."""
+
+_TELL_S: Final = 1.0
+"""Seconds between two such calls at least."""
+
 OVERLAP_ANGSTROM: Final = 0.4
 """Atoms closer than this overlap: the shortest bond that exists, H-H, is 0.74 angstrom long."""
 
@@ -86,13 +93,14 @@ def convert_chunk(
     options: ConvertOptions,
     out: str,
     named_splits: NamedSplits | None = None,
+    tell: Tell | None = None,
 ) -> Receipt:
     """Featurize a chunk and write its shards or staged molecules, its part of the quarantine, and last its receipt.
 
     ``named_splits`` is the content of the split file of ``options``. DataError if it does not name one of the
-    molecules and ``options`` say that it must.
+    molecules and ``options`` say that it must. ``tell`` hears of records while they are featurized.
     """
-    done = featurize_chunk(chunk, layout, labels, options.featurize)
+    done = featurize_chunk(chunk, layout, labels, options.featurize, tell)
     molecules, quarantine, codes = _into_splits(done, layout.file, options, named_splits)
     name = part_name(chunk.file_index, chunk.chunk_index)
     files = write_part(
@@ -180,6 +188,7 @@ def featurize_chunk(
     layout: SourceLayout,
     labels: Sequence[LabelColumn],
     config: FeaturizeConfig,
+    tell: Tell | None = None,
 ) -> Featurized:
     """The chunk's records as rows of a shard, and the rejected ones, with reasons, as rows of the quarantine."""
     records = list(parse_chunk(chunk, layout))
@@ -188,14 +197,19 @@ def featurize_chunk(
             f"{layout.file.uri}: the chunk at record {chunk.first_row} was read as {chunk.num_rows} records "
             f"and parsed as {len(records)}. Please report this with the file."
         )
-    return featurize_records(records, layout.file.uri, labels, config)
+    return featurize_records(records, layout.file.uri, labels, config, tell)
 
 
 def featurize_records(
-    parsed: Sequence[RawRecord], uri: str, labels: Sequence[LabelColumn], config: FeaturizeConfig
+    parsed: Sequence[RawRecord],
+    uri: str,
+    labels: Sequence[LabelColumn],
+    config: FeaturizeConfig,
+    tell: Tell | None = None,
 ) -> Featurized:
     """Records of the source ``uri`` as rows of a shard, and the rejected ones as rows of the quarantine."""
-    outcomes = molecules_from_records((record.content for record in parsed), config)
+    waiting = parsed if tell is None else _told(parsed, tell)
+    outcomes = molecules_from_records((record.content for record in waiting), config)
     records: list[RawRecord] = []
     molecules: list[Molecule] = []
     rejected: list[tuple[RawRecord, Rejection]] = []
@@ -219,6 +233,17 @@ def featurize_records(
         quarantine=_quarantine_table(rejected, uri),
         unreadable_labels=dict(Counter(name for record in records for name in record.unreadable)),
     )
+
+
+def _told(records: Sequence[RawRecord], tell: Tell) -> Iterator[RawRecord]:
+    """The records, of which ``tell`` hears as they are taken."""
+    told, told_s = 0, time.monotonic()
+    for count, record in enumerate(records):
+        if time.monotonic() - told_s >= _TELL_S:
+            tell(count - told)
+            told, told_s = count, time.monotonic()
+        yield record
+    tell(len(records) - told)
 
 
 def _closest_distances(molecules: Sequence[Molecule]) -> NDArray[np.float32]:

@@ -162,14 +162,14 @@ class Conversion:
         self._num_actors = _num_actors(config, sources)
         self.effort = Effort()
 
-    def run(self, report: Reporter, metrics: JobMetrics) -> list[Receipt]:
+    def run(self, reporter: Reporter, metrics: JobMetrics) -> list[Receipt]:
         """Convert what is not yet converted; returns the receipts of all chunks, or raises an error that says what is
         missing."""
         receipts: list[Receipt] = []
         damages: list[str] = []
         rows = quarantined = 0
         metrics.count_rows(0, dict.fromkeys(_REASONS, 0))
-        for result in self._results():
+        for result in self._results(reporter):
             if result["failure"] is not None:
                 # The storage is out of reach or full: all later chunks would fail as well.
                 raise StorageError(result["failure"])
@@ -183,7 +183,9 @@ class Conversion:
             quarantined += receipt.rows_quarantined
             if result["receipt"] is not None:  # Converted now, not by an earlier run.
                 metrics.count_rows(receipt.rows_in, receipt.quarantined_by_reason)
-            report({"done": rows, "quarantined": quarantined})
+            else:
+                reporter.count("done", receipt.rows_in)
+            reporter({"done": rows, "quarantined": quarantined})
         if damages:
             more = len(damages) - _MAX_SHOWN
             shown = [*sorted(damages)[:_MAX_SHOWN], *([f"And {more} more."] if more > 0 else [])]
@@ -195,7 +197,7 @@ class Conversion:
             return self._done[result["file_index"], result["chunk_index"]]
         return Receipt.from_json(json.loads(result["receipt"]))
 
-    def _results(self) -> Iterator[dict[str, Any]]:
+    def _results(self, reporter: Reporter) -> Iterator[dict[str, Any]]:
         source = _Chunks(self._sources, self._options.rows_per_chunk, self._done)
         dataset = ray.data.read_datasource(
             source,
@@ -213,6 +215,7 @@ class Conversion:
                     self._options,
                     self._out,
                     self._split_file,
+                    reporter,
                 ),
                 batch_size=1,
                 batch_format="pyarrow",
@@ -332,12 +335,18 @@ class _Converter:
     """Converts chunks, in an actor."""
 
     def __init__(
-        self, sources: SourceSet, options: ConvertOptions, out: str, split_file: str | None
+        self,
+        sources: SourceSet,
+        options: ConvertOptions,
+        out: str,
+        split_file: str | None,
+        reporter: Reporter,
     ) -> None:
         self._sources = sources
         self._options = options
         self._out = out
         self._splits = splits_of_file(split_file) if split_file is not None else None
+        self._count_done = partial(reporter.count, "done")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         row = batch.to_pylist()[0]
@@ -348,7 +357,13 @@ class _Converter:
         started_s = time.time()
         try:
             receipt = convert_chunk(
-                chunk, layout, self._sources.labels, self._options, self._out, self._splits
+                chunk,
+                layout,
+                self._sources.labels,
+                self._options,
+                self._out,
+                self._splits,
+                self._count_done,
             )
         except StorageError as error:
             return _row(_RESULT_SCHEMA, **{**row, "failure": str(error)})

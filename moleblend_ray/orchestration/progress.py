@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
     values: dict[str, float | int | str]
     """Newest value of each name; "done" and "total" are the position of the bar."""
     counts: dict[str, int]
-    """Number of events so far, by name."""
+    """Number of events so far, by name; of "done", what processes have done of pieces that are not finished."""
     records: list[tuple[int, str, str, dict[str, Any]]]
     """(level, logger name, message, :func:`.logs.origin_of`) of every record that the driver has not confirmed."""
     board: str
@@ -58,8 +58,8 @@ class _Board:
     def update(self, values: Values) -> None:
         self._values.update(values)
 
-    def count(self, name: str) -> None:
-        self._counts[name] = self._counts.get(name, 0) + 1
+    def count(self, name: str, number: int) -> None:
+        self._counts[name] = self._counts.get(name, 0) + number
 
     def log(self, level: int, name: str, message: str, origin: dict[str, Any]) -> None:
         self._records.append((level, name, message, origin))
@@ -102,9 +102,12 @@ class Reporter:
             if is_last:
                 _await_arrival(sent)
 
-    def count(self, name: str) -> None:
-        """Report one more event with this name; does not wait."""
-        self._board.count.remote(name)
+    def count(self, name: str, number: int = 1) -> None:
+        """Report more events with this name; does not wait.
+
+        Where a report comes only when a large piece is finished, processes count "done" meanwhile: the display takes the larger one.
+        """
+        self._board.count.remote(name, number)
 
     def forward_logs(self, prefix: str = "", level: int = logging.WARNING) -> None:
         """Show the package's log records of this process, from `level` up, on the driver, with `prefix`.
@@ -225,11 +228,25 @@ class Progress:
         for level, name, message, origin in snapshot.records:
             # As an argument, as a message may contain characters that have a meaning in a format string.
             logging.getLogger(name).log(level, "%s", message, extra={"origin": origin})
-        self.metrics.show(snapshot.values, snapshot.counts)
+        values, counts = _with_unfinished(snapshot)
+        self.metrics.show(values, counts)
         if isinstance(self._display, _Bar):
-            self._display.show(snapshot.values)
+            self._display.show(values)
         else:
-            self._display.show(snapshot.values, is_last=is_last)
+            self._display.show(values, is_last=is_last)
+
+
+def _with_unfinished(
+    snapshot: Snapshot,
+) -> tuple[dict[str, float | int | str], dict[str, int]]:
+    """Values with what processes have counted as done, and the other counts."""
+    values, counts = dict(snapshot.values), dict(snapshot.counts)
+    counted = counts.pop("done", 0)
+    if "total" in values:  # A piece that was begun again is counted again.
+        counted = min(counted, int(values["total"]))
+    if counted > int(values.get("done", 0)):
+        values["done"] = counted
+    return values, counts
 
 
 class _Bar:

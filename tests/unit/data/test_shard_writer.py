@@ -21,7 +21,8 @@ from moleblend_ray.chemistry import conformers
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.descriptors import stored_descriptors
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data import storage
+from moleblend_ray.chemistry.records import SmilesText
+from moleblend_ray.data import shard_writer, storage
 from moleblend_ray.data.assembly import _sample, write_manifest
 from moleblend_ray.data.block import block_from_table
 from moleblend_ray.data.builder import local_step_batches
@@ -34,7 +35,12 @@ from moleblend_ray.data.manifest import fingerprint as manifest_fingerprint
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shard_writer import _closest_distances, convert_chunk, featurize_chunk
+from moleblend_ray.data.shard_writer import (
+    _closest_distances,
+    convert_chunk,
+    featurize_chunk,
+    featurize_records,
+)
 from moleblend_ray.data.sources import (
     ColumnConfig,
     SourceSet,
@@ -43,6 +49,7 @@ from moleblend_ray.data.sources import (
     read_chunks,
     text,
 )
+from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
@@ -657,3 +664,23 @@ def test_real_files_keep_their_rows_units_and_counts(
     if name == "qm9_1000.sdf.gz":
         assert len(manifest.labels) == 19
         assert counts.conformer_status == {"source": 1000}
+
+
+def test_records_are_told_while_they_are_featurized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_writer, "_TELL_S", 0.0)
+    records = [
+        RawRecord(
+            row=row,
+            mol_id=None,
+            content=SmilesText("CCO" if row % 2 else "not a molecule"),
+            labels=np.empty(0),
+            unreadable=(),
+            excerpt="",
+        )
+        for row in range(100)
+    ]
+    told: list[int] = []
+    found = featurize_records(records, "a.csv", (), FeaturizeConfig(), told.append)
+    assert len(found.molecules) == len(found.quarantine) == 50
+    assert sum(told) == 100
+    assert len(told) > 10

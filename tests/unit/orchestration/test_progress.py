@@ -75,3 +75,26 @@ def test_reports_in_quick_succession_are_merged_and_the_last_is_sent(
     assert board.sent[0] == {"done": 1, "total": 5, "value1": 1}
     assert board.sent[1] == {"done": 5, "total": 5, **{f"value{n}": n for n in (2, 3, 4, 5)}}
     assert len(awaited) == 1, "only the last report waits"
+
+
+def test_what_processes_count_moves_the_display_until_a_piece_is_reported() -> None:
+    board = progress._Board()
+
+    def shown() -> dict[str, float | int | str]:
+        values, counts = progress._with_unfinished(board.read("", 0))
+        assert counts == {"worker_groups": 1}
+        return values
+
+    board.count("worker_groups", 1)
+    assert shown() == {}
+    board.count("done", 64)
+    board.count("done", 36)
+    assert shown() == {"done": 100}
+    # The piece of these is finished, and another one is at work.
+    board.update({"done": 120, "quarantined": 3})
+    assert shown() == {"done": 120, "quarantined": 3}
+    board.count("done", 60)
+    assert shown()["done"] == 160
+    # A piece was begun again: its rows were counted twice.
+    board.update({"done": 150, "total": 150})
+    assert shown()["done"] == 150
