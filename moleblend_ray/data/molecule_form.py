@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
+
+from moleblend_ray.data.differences import differences
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,14 +32,9 @@ class MoleculeForm:
         """That of a prepared data set, by the ``options`` of its manifest."""
         return cls.from_json(options.get("featurize", {}))
 
-    def differences(self, other: MoleculeForm) -> str:
+    def difference(self, other: MoleculeForm) -> str:
         """Each setting that differs, with the value here and that of ``other``; empty if none does."""
-        pairs = (
-            (field.name, getattr(self, field.name), getattr(other, field.name))
-            for field in fields(self)
-        )
         return ", ".join(
             f"featurize.{name} {ours!r} and {theirs!r}"
-            for name, ours, theirs in pairs
-            if ours != theirs
+            for name, (ours, theirs) in differences(asdict(self), asdict(other)).items()
         )

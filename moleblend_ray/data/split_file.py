@@ -6,6 +6,7 @@ No code in a file is executed: files of PyTorch are unpickled with an allow-list
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -23,7 +24,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.sources.text import DELIMITERS, decode, stated_delimiter
+from moleblend_ray.data.sources.text import DELIMITERS, fields, stated_delimiter
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import DataError
 
@@ -80,7 +81,7 @@ def read_split_file(uri: str) -> SplitTable:
     if name.endswith(".json"):
         return _from_json(uri)
     if name.endswith((".csv", ".tsv")):
-        return _from_table(uri)
+        return _from_table(uri, "\t" if name.endswith(".tsv") else ",")
     return _from_directory(uri)
 
 
@@ -242,13 +243,13 @@ def _from_json(uri: str) -> SplitTable:
     return _by_row(uri, value)
 
 
-def _from_table(uri: str) -> SplitTable:
-    """One table with a row per molecule; its header says what stands between its cells, as in tables of molecules."""
+def _from_table(uri: str, usual: str) -> SplitTable:
+    """One table with a row per molecule; the header says if another delimiter than the ``usual`` one is between cells."""
     content = _read_text(uri)
     first, end, rest = content.partition(b"\n")
     if end and stated_delimiter(first + end) is not None:
         content = rest
-    options = pa.csv.ParseOptions(delimiter=_delimiter_of(content))
+    options = pa.csv.ParseOptions(delimiter=_delimiter_of(content, usual))
     texts = pa.csv.ConvertOptions(
         column_types={name: pa.string() for name in ("split", *_ID_COLUMNS)},
         strings_can_be_null=False,
@@ -273,10 +274,13 @@ def _from_table(uri: str) -> SplitTable:
     return _by_row(uri, {str(name): rows[names == name] for name in dict.fromkeys(splits)})
 
 
-def _delimiter_of(table: bytes) -> str:
-    """The delimiter of which the header has most: a split table has one cell at least besides ``split``."""
-    header = decode(table.partition(b"\n")[0])
-    return max(dict.fromkeys(DELIMITERS.values()), key=header.count)
+def _delimiter_of(table: bytes, usual: str) -> str:
+    """The delimiter by which the header has a column ``split``; the ``usual`` one if none does."""
+    header = table.partition(b"\n")[0].removeprefix(codecs.BOM_UTF8).rstrip(b"\r")
+    for delimiter in (usual, *DELIMITERS.values()):
+        if "split" in (fields(header, delimiter) or ()):
+            return delimiter
+    return usual
 
 
 def _from_directory(uri: str) -> SplitTable:

@@ -33,7 +33,6 @@ IDENTITY_SCHEMA: Final = pa.schema(
 _ROW_BITS: Final = 40
 """A position is ``file_index << 40 | row``."""
 
-
 _Rows = TypeVar("_Rows", int, NDArray[np.int64])
 
 

@@ -144,7 +144,7 @@ def form_of(members: Sequence[Member]) -> MoleculeForm | None:
     ]
     for uri, form in known[1:]:
         first_uri, first = known[0]
-        if differing := first.differences(form):
+        if differing := first.difference(form):
             raise ConfigError(
                 f"models: {first_uri} and {uri} were fine-tuned on molecules of different forms ({differing}). Predict with "
                 "each into its own `out`"

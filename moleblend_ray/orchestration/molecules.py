@@ -35,7 +35,6 @@ _TASK_SETTINGS: Final = {
 }
 """What the settings of `prepare` are called where a task has its own."""
 
-
 _RAW_SETTINGS: Final = {
     field.name: field.default
     for field in dataclasses.fields(LibraryConfig)
@@ -98,9 +97,9 @@ def prepare_molecules(
 ) -> str:
     """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
-    ``form`` is that of the molecules that the model was trained on, None if there is none: raw molecules get it, and of prepared ones a warning is
-    logged if theirs is another. All molecules are in one split, in the order of the source. ``sources`` is what :func:`look_at_source` has found, if
-    it was called.
+    ``form`` is that of the molecules that the model was trained on, None if it is unknown: raw molecules get it, and a
+    warning is logged if prepared ones have another. All molecules are in one split, in the order of the source. ``sources``
+    is what :func:`look_at_source` has found, if it was called.
     """
     if is_prepared(molecules.source):
         if form is not None:
@@ -130,7 +129,7 @@ def prepare_molecules(
 
 
 def _warn_of_other_form(source: str, form: MoleculeForm) -> None:
-    differing = form.differences(MoleculeForm.of_options(load_manifest(source).options))
+    differing = form.difference(MoleculeForm.of_options(load_manifest(source).options))
     if differing:
         logger.warning(
             "the model was trained on molecules of another form than those of %s, and knows less of them (%s). Prepare them "

@@ -38,7 +38,7 @@ class Snapshot(NamedTuple):
     values: dict[str, float | int | str]
     """Newest value of each name; "done" and "total" are the position of the bar."""
     counts: dict[str, int]
-    """Number of events so far, by name; of "done", what processes have done of pieces that are not finished."""
+    """Number of events so far, by name; of "done", what processes have done, also of pieces that are not finished."""
     records: list[tuple[int, str, str, dict[str, Any]]]
     """(level, logger name, message, :func:`.logs.origin_of`) of every record that the driver has not confirmed."""
     board: str

@@ -80,7 +80,8 @@ def distribute(
 
     ``draw_weights`` is called when its parameters have memory on the rank's device: those of FSDP hold only this rank's shard.
     ``fsdp`` shards each of ``layers`` by itself and the rest as one group, over all ranks or in ``replicas`` equal groups of
-    neighbours, and gathers them twice in each micro-batch, or, without ``reshard``, once a step; ``ddp`` keeps a whole copy on each rank. Without a process group both train the plain module.
+    neighbours, and gathers the layers twice in each micro-batch, or, without ``reshard``, once a step; ``ddp`` keeps a whole copy
+    on each rank. Without a process group both train the plain module.
     """
     if strategy == "none" and ranks.world_size > 1:
         raise ConfigError(

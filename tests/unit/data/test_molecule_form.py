@@ -25,7 +25,7 @@ def test_it_is_read_from_the_options_of_a_data_set_old_or_new() -> None:
 
 def test_differences_are_named_with_both_values() -> None:
     form = MoleculeForm(explicit_hydrogens=True)
-    assert form.differences(form) == ""
-    assert form.differences(MoleculeForm(salts="reject")) == (
+    assert form.difference(form) == ""
+    assert form.difference(MoleculeForm(salts="reject")) == (
         "featurize.explicit_hydrogens True and False, featurize.salts 'keep' and 'reject'"
     )

@@ -119,6 +119,9 @@ def test_a_table_of_ids_keeps_them_as_they_are_written(tmp_path: Path) -> None:
         "s.csv": "id;split;note\r\n007;train;a,b\r\n7;test;c,d\r\n",
         "excel.csv": "\ufeffsep=;\r\nid;split\r\n007;train\r\n7;test\r\n",
         "commas.tsv": "id,split\n007,train\n7,test\n",
+        # The name of another column has more commas than the header has tabs.
+        "names.tsv": "id\tsplit\ta, b, c and d, e\n007\ttrain\tx\n7\ttest\ty\n",
+        "first.csv": "\ufeffsplit;id\ntrain;007\ntest;7\n",
     }.items():
         (tmp_path / name).write_text(text)
         assert read_split_file(str(tmp_path / name)).by_id == {"007": "train", "7": "test"}, name
