@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation import finetune
 from moleblend_ray.evaluation.dataset import LabelledMolecules
@@ -239,7 +241,9 @@ def test_a_loss_or_gradient_that_overflows_alone_stops_a_run_as_well(
 def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     tmp_path: Path, sized: LabelledMolecules, tiny_start: StartingPoint
 ) -> None:
-    result, _ = run(sized, ATOMS, tiny_start, FinetuneSettings(epochs=1))
+    form = MoleculeForm(explicit_hydrogens=True)
+    prepared = dataclasses.replace(sized, form=form)
+    result, _ = run(prepared, ATOMS, tiny_start, FinetuneSettings(epochs=1))
     trained = result.trained
     save_property_model(result.model, trained, f"{tmp_path}/model")
     back = load_property_model(f"{tmp_path}/model")
@@ -249,6 +253,7 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
         trained.readout(predict(result.model, sized.block, rows, 32, CPU)),
     )
     assert (back.trained.columns, back.trained.task) == (("y0",), "atoms")
+    assert back.trained.molecules == form
 
 
 def _poisoned(start: StartingPoint) -> dict[str, torch.Tensor]:

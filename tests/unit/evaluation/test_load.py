@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
@@ -24,11 +26,18 @@ Prepare = Callable[..., str]
 def prepare(tmp_path: Path) -> Prepare:
     """Prepares the text of a CSV in this process; gives the dataset's folder."""
 
-    def run(text: str, label_columns: tuple[str, ...] | None = None) -> str:
+    def run(
+        text: str,
+        label_columns: tuple[str, ...] | None = None,
+        featurize: FeaturizeConfig = FeaturizeConfig(),  # noqa: B008 (frozen)
+    ) -> str:
         source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
         source.write_text(text)
         options = ConvertOptions(
-            columns=ColumnConfig(label_columns=label_columns), rows_per_chunk=3, row_group_rows=2
+            columns=ColumnConfig(label_columns=label_columns),
+            featurize=featurize,
+            rows_per_chunk=3,
+            row_group_rows=2,
         )
         sources = inspect_sources(find_sources(str(source)), options.columns)
         claim_output(out, sources, options)
@@ -59,6 +68,12 @@ def test_missing_cells_are_nan_and_molecules_without_any_label_are_left_out_and_
     np.testing.assert_equal(by_smiles["CO"], [6.0, 4.0])
     assert (molecules.num_unlabelled, molecules.num_quarantined) == (1, 1)
     assert molecules.block.num_atoms.tolist() == [len(text) for text in molecules.smiles]
+
+
+def test_molecules_know_the_form_that_they_were_prepared_in(prepare: Prepare) -> None:
+    text = "smiles,a\nCCO.Cl,1\nCCN,2\n"
+    uri = prepare(text, featurize=FeaturizeConfig(salts="largest_fragment"))
+    assert load_labelled(uri, number("a")).form == MoleculeForm(salts="largest_fragment")
 
 
 def test_a_task_without_named_columns_takes_every_label_column(prepare: Prepare) -> None:

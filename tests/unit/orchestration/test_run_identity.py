@@ -61,6 +61,15 @@ def test_descriptors_to_predict_must_be_in_the_data() -> None:
     _require_descriptors(described, cast("Manifest", SimpleNamespace(descriptors=object())))
 
 
+def test_the_form_of_the_molecules_is_known_and_that_of_earlier_runs_is_not_compared() -> None:
+    options = {"featurize": {"explicit_hydrogens": True, "max_atoms": 9}}
+    manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1, options=options)
+    found = run_identity(CONFIG, cast("Manifest", manifest))
+    assert found["molecules"]["explicit_hydrogens"] is True
+    earlier = {name: value for name, value in found.items() if name != "molecules"}
+    _require_same_run(earlier, found, "run")
+
+
 def test_where_a_run_is_computed_may_change() -> None:
     _require_same_run(identity(), identity(cluster=ClusterConfig(num_workers=4)), "run")
 
