@@ -14,6 +14,7 @@ from torch import Tensor
 from moleblend_ray.data.batch import MicroBatch, StepBatch
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend
+from moleblend_ray.model.device import seed_generators
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.losses import LOSS_NAMES, count_other_bonds
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, finite
@@ -85,7 +86,7 @@ def _backward(
 ) -> Tensor:
     """Add this micro-batch's gradient; (8,) float64 its part of the loss of the step, and its loss sums, detached."""
     # Dropout belongs to the micro-batch, wherever and whenever it is computed.
-    torch.manual_seed(dropout_seed(learner.seed, micro))
+    seed_generators(dropout_seed(learner.seed, micro), learner.ranks.device)
     reshard = learner.train.fsdp_reshard
     with gradient_sync(learner.objective, enabled=is_last, reshard=reshard):
         with autocast(learner.train.precision, learner.ranks.device):

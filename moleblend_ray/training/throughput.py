@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Final
 
 import torch
@@ -38,9 +38,8 @@ class Meter:
 
     @classmethod
     def of_device(cls, device: torch.device, precision: Precision, world_size: int) -> Meter:
-        """Measure this device, which takes some tenths of a second; the others are taken to be alike."""
-        rate = matrix_rate(device, precision) * world_size
-        return cls(device=device, matrix_rate=rate)
+        """Measure this device, once in a process, for it takes some tenths of a second; the others are taken to be alike."""
+        return cls(device=device, matrix_rate=_first_rate(device, precision) * world_size)
 
     def rates(self, record: Record, step_s: float) -> Record:
         """Rates of the step of this ``record``, which took ``step_s`` seconds, and this rank's peak memory."""
@@ -50,6 +49,11 @@ class Meter:
             "mfu": record["model_flops"] / step_s / self.matrix_rate,
             "peak_memory_mib": peak_memory_bytes(self.device) / 2**20,
         }
+
+
+@cache
+def _first_rate(device: torch.device, precision: Precision) -> float:
+    return matrix_rate(device, precision)
 
 
 def matrix_rate(device: torch.device, precision: Precision) -> float:

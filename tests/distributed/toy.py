@@ -6,7 +6,7 @@ Imported by tests, and by ``worker.py`` which runs as a script of its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -83,14 +83,15 @@ def steps(
     *,
     num_molecules: int = NUM_MOLECULES,
     micro_batch_size: int = MICRO_BATCH_SIZE,
+    num_streams: int = ORDER.num_streams,
 ) -> Iterator[StepBatch]:
     """This rank's share of each step, from step ``start`` on, without end."""
-    order = DataOrder(num_molecules, ORDER)
+    order = DataOrder(num_molecules, replace(ORDER, num_streams=num_streams))
     step = start
     while True:
         micro_batches = [
             micro
-            for stream in range(rank, ORDER.num_streams, world_size)
+            for stream in range(rank, num_streams, world_size)
             for micro in build_micro_batches(
                 concat([molecule(int(i)) for i in order.stream_batches(step, 1, stream)[0]]),
                 step,

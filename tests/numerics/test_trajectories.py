@@ -44,7 +44,8 @@ def run(num_steps: int, seed: int, precision: str) -> list[Record]:
     learner = toy.learner(
         num_steps=num_steps, model=MODEL, loss=LOSS, seed=seed, precision=precision
     )
-    return toy.records(learner, toy.steps(num_molecules=NUM_MOLECULES, micro_batch_size=4))
+    steps = toy.steps(num_molecules=NUM_MOLECULES, micro_batch_size=16, num_streams=1)
+    return toy.records(learner, steps)
 
 
 def run_in_double(num_steps: int) -> list[Record]:

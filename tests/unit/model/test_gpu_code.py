@@ -102,17 +102,32 @@ def both_codes(
     more: Sequence[zoo.ZooMolecule] = (),
 ) -> tuple[tuple[Tensor, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
     """The same step by the code for GPUs, and by the plain code."""
-    torch.manual_seed(0)
-    model = MoleBlendModel(config).to(DEVICE)
-    zoo.spread_weights(model)
     molecules = [*MOLECULES, *more]
-    plain = plain_code() if DEVICE.type == "cuda" else contextlib.nullcontext()
-    with plain:
-        expected = step(model, molecules, blend, dtype)
+    expected = by_plain_code(config, molecules, blend, dtype)
+    model = new_model(config)
     model.encoder.recompute_blocks(enabled=recompute)
     with monkeypatch.context() as patch:
         patch.setattr(device, "GPU_TYPES", frozenset({"cpu", "cuda"}))
         return step(model, molecules, blend, dtype), expected
+
+
+def by_plain_code(
+    config: ModelConfig,
+    molecules: list[zoo.ZooMolecule],
+    blend: BlendConfig | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The step of a new model without kernels."""
+    with plain_code() if DEVICE.type == "cuda" else contextlib.nullcontext():
+        return step(new_model(config), molecules, blend, dtype)
+
+
+def new_model(config: ModelConfig) -> MoleBlendModel:
+    """The same parameters each time."""
+    torch.manual_seed(0)
+    model = MoleBlendModel(config).to(DEVICE)
+    zoo.spread_weights(model)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -147,7 +162,7 @@ def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_plain_code(
     # Without the absolute errors of distances: their gradient is a sign, which rounding turns.
     config = dataclasses.replace(EVERY_HEAD, distance_head=False)
     ours, plain = both_codes(monkeypatch, config, blend, torch.bfloat16, more=more)
-    exact, _ = both_codes(monkeypatch, config, blend, torch.float32, more=more)
+    exact = by_plain_code(config, [*MOLECULES, *more], blend, torch.float32)
     torch.testing.assert_close(ours[0], plain[0], rtol=1e-2, atol=1e-2)
     errors = []
     for name, expected in exact[1].items():
