@@ -35,8 +35,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from moleblend_ray.config.tools import SamplesConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.orchestration.samples import samples as write_samples
 from moleblend_ray.training.commits import FINISHED_NAME, committed_steps
 from moleblend_ray.training.metrics import read_records
 
@@ -432,7 +434,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="no sweep, no embed, and only the first job brings its code: no kernel is compiled anew",
+        help="only prepare and pretrain, and only prepare brings its code: no kernel of pretrain is compiled anew",
     )
     parser.add_argument(
         "--without-token", action="store_true", help="only jobs on a head that asks for no token"
@@ -467,10 +469,13 @@ def run_all(last: contextlib.ExitStack, options: argparse.Namespace) -> dict[str
     os.environ.update(store)
     base = make_bucket()
     samples, data, run = f"{base}/samples.parquet", f"{base}/data", f"{base}/run"
-    submitter.run("samples", f"out={samples}", f"num_molecules={options.molecules}")
+    if options.quick:
+        write_samples(SamplesConfig(out=samples, num_molecules=options.molecules))
+    else:
+        submitter.run("samples", f"out={samples}", f"num_molecules={options.molecules}")
     refused = check_refusals(submitter, data)
-    submitter.options = ("--code", "image") if options.quick else ()
     submitter.run("prepare", f"source={samples}", f"out={data}", "rows_per_chunk=128", *LABELS)
+    submitter.options = ("--code", "image") if options.quick else ()
     first = max(options.steps // 10, 2)
     words = pretrain_words(data, run, options.steps, first)
     stopped_at = pretrain_in_two(submitter, cluster, run, words, first, options.steps)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 from commands import finish, kill_when, moleblend
+from in_process import prepare_in_process, pretrain_in_process
 
+from moleblend_ray.config.compose import load_config
+from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.sources import ColumnConfig
 from moleblend_ray.training.commits import committed_steps
 from moleblend_ray.training.metrics import read_records
 
@@ -15,9 +19,8 @@ NUM_STEPS = 40
 CHECKPOINT_EVERY = 10
 
 
-def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
-    return moleblend(
-        "pretrain",
+def words(data: str, out: str) -> list[str]:
+    return [
         f"data={data}",
         f"out={out}",
         "model=tiny",
@@ -27,8 +30,7 @@ def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
         f"checkpoint.every_steps={CHECKPOINT_EVERY}",
         "tracking.mode=disabled",
         "cluster.num_workers=2",
-        work=work,
-    )
+    ]
 
 
 @pytest.mark.ray
@@ -37,18 +39,18 @@ def pretrain(data: str, out: str, work: Path) -> subprocess.Popen[str]:
 def test_a_killed_pretraining_on_s3_ends_as_the_undisturbed_one(
     shared_data: Path, s3_uri: str, tmp_path: Path
 ) -> None:
-    data = f"{s3_uri}/data"
+    data, run = f"{s3_uri}/data", f"{s3_uri}/run"
     source = shared_data / "pcqm4mv2_2k.parquet"
-    finish(moleblend("prepare", f"source={source}", f"out={data}", work=tmp_path))
-    finish(pretrain(data, f"{s3_uri}/undisturbed", tmp_path))
+    prepare_in_process(str(source), data, ConvertOptions(columns=ColumnConfig()))
+    command = ["pretrain", *words(data, run)]
 
-    run = f"{s3_uri}/killed"
-    driver = pretrain(data, run, tmp_path)
+    driver = moleblend(*command, work=tmp_path)
     kill_when(lambda: bool(committed_steps(run)), driver, interval_s=0.2)
     assert max(committed_steps(run)) < NUM_STEPS, "the kill came too late to prove anything"
-    finish(pretrain(data, run, tmp_path))
+    finish(moleblend(*command, work=tmp_path))
 
-    expected, found = read_records(f"{s3_uri}/undisturbed"), read_records(run)
+    expected = pretrain_in_process(load_config(PretrainConfig, "pretrain", command[1:]))
+    found = read_records(run)
     assert [record["step"] for record in found] == list(range(NUM_STEPS))
     for one, other in zip(expected, found, strict=True):
         assert other["molecules_checksum"] == one["molecules_checksum"]

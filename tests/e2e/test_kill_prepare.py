@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from commands import finish, kill_when, moleblend
+from in_process import prepare_in_process
+
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.sources import ColumnConfig
 
 # As if there were memory for some hundred molecules only: the source is then of many groups.
 SMALL_GROUPS = """
@@ -14,6 +18,16 @@ from moleblend_ray.data import exchange
 
 exchange._MAX_GROUP_BYTES = 60_000
 """
+
+
+OPTIONS = ConvertOptions(
+    columns=ColumnConfig(),
+    rows_per_chunk=100,
+    rows_per_shard=150,
+    shuffle=True,
+    deduplicate="inchikey",
+    test_fraction=0.1,
+)
 
 
 def start(source: Path, out: Path) -> subprocess.Popen[str]:
@@ -36,7 +50,7 @@ def test_a_prepare_killed_in_every_phase_ends_as_the_undisturbed_one(tmp_path: P
               for middle in ("O", "N", "S", "C(=O)N", "C#C", "OO") for end in ("", "F", "Cl")]  # fmt: skip
     source, out = tmp_path / "in.csv", tmp_path / "killed"
     source.write_text("\n".join(["smiles", *chains, "C1CC", *chains[:100]]) + "\n")
-    finish(start(source, tmp_path / "undisturbed"))
+    prepare_in_process(str(source), str(tmp_path / "undisturbed"), OPTIONS)
     expected = content_of(tmp_path / "undisturbed")
     names = {name.split("/")[0] for name in expected}
     assert names == {"train", "valid", "test", "quarantine", "manifest.json"}

@@ -14,6 +14,7 @@ from typing import Any
 import elastic_run
 import pytest
 import ray
+from in_process import pretrain_in_process
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     FixedScalingPolicy,
@@ -22,39 +23,15 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from synthetic import write_dataset
 
-from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.orchestration.elastic import (
     GracefulElasticPolicy,
     count_workers,
 )
 from moleblend_ray.orchestration.fixed_workers import StoppableFixedPolicy
 from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
-from moleblend_ray.training.distributed import Ranks
-from moleblend_ray.training.learner import build_learner
-from moleblend_ray.training.loop import Hooks, fit
-from moleblend_ray.training.metrics import Record, read_records
+from moleblend_ray.training.metrics import read_records
 
 TIMEOUT_S = 400
-
-
-def undisturbed(data: str, num_steps: int) -> list[Record]:
-    """The records of the same run in this process, without Ray."""
-    config = elastic_run.settings(data, "unused")
-    learner = build_learner(
-        config.model,
-        train=config.train,
-        optim=config.optim,
-        blend=config.blend,
-        loss=config.loss,
-        seed=config.seed,
-        ranks=Ranks(),
-    )
-    steps = local_step_batches(
-        data, config.order, config.stream, first_step=0, num_steps=config.train.num_steps
-    )
-    records: list[Record] = []
-    fit(learner, iter(steps), hooks=Hooks(report=records.append))
-    return records[:num_steps]
 
 
 @dataclass(frozen=True)
@@ -120,7 +97,7 @@ def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -
     sizes = found["world_sizes"]
     assert [size for size, _ in groupby(sizes.values())] == [2, 1, 2, 1]
     records = read_records(run.out)
-    expected = undisturbed(run.data, elastic_run.NUM_STEPS)
+    expected = pretrain_in_process(elastic_run.settings(run.data, "unused"))
     assert [record["step"] for record in records] == list(range(elastic_run.NUM_STEPS))
     for ours, theirs in zip(records, expected, strict=True):
         assert ours["molecules_checksum"] == theirs["molecules_checksum"]

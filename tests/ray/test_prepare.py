@@ -12,22 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from in_process import prepare_in_process
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.exchange import plan_exchange, staged_chunk
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.data.sources import (
     ColumnConfig,
-    find_sources,
-    inspect_sources,
-    read_chunks,
 )
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.orchestration.prepare import prepare
@@ -51,36 +44,9 @@ def config_for(source: Path, out: Path, **changes: Any) -> PrepareConfig:
 def in_process(source: Path, out: Path, num_chunks: int | None = None, **changes: Any) -> None:
     """The same job without Ray; with ``num_chunks`` left as a kill after as many chunks leaves it."""
     options = ConvertOptions(
-        columns=ColumnConfig(),
-        rows_per_chunk=ROWS_PER_CHUNK,
-        row_group_rows=16,
-        **changes,
+        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=16, **changes
     )
-    sources = inspect_sources(find_sources(str(source)), options.columns)
-    claim_output(str(out), sources, options)
-    chunks = [
-        (chunk, layout)
-        for index, layout in enumerate(sources.layouts)
-        for chunk in read_chunks(layout, index, ROWS_PER_CHUNK)
-    ]
-    receipts = [
-        convert_chunk(chunk, layout, sources.labels, options, str(out))
-        for chunk, layout in chunks[:num_chunks]
-    ]
-    if num_chunks is not None:
-        return
-    placed = []
-    if options.needs_exchange:
-        exchange, ((unit,),) = plan_exchange(
-            str(out),
-            [layout.file.uri for layout in sources.layouts],
-            sources.labels,
-            map(staged_chunk, receipts),
-            options,
-            memory_bytes=1 << 30,
-        )
-        placed.append(run_unit(exchange, unit))
-    write_manifest(str(out), sources, options, receipts, placed)
+    prepare_in_process(str(source), str(out), options, num_chunks=num_chunks)
 
 
 def content_of(out: Path) -> dict[str, bytes]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import FaultProxy, ProxyProgram
+from in_process import prepare_in_process
 from storage_worker import (
     NUM_STEPS,
     ORDER,
@@ -20,12 +21,9 @@ from storage_worker import (
 )
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.sources import ColumnConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -43,20 +41,6 @@ def write_source(path: Path) -> None:
     path.write_text("\n".join(["smiles,y", *rows, "C1CC,0"]) + "\n")
 
 
-def prepare_undisturbed(source: str, out: str) -> None:
-    options = ConvertOptions(
-        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=ROW_GROUP_ROWS
-    )
-    sources = inspect_sources(find_sources(source), options.columns)
-    claim_output(out, sources, options)
-    (layout,) = sources.layouts
-    receipts = [
-        convert_chunk(chunk, layout, sources.labels, options, out)
-        for chunk in read_chunks(layout, 0, options.rows_per_chunk)
-    ]
-    write_manifest(out, sources, options, receipts)
-
-
 def failing_proxy(kind: str) -> FaultProxy | ProxyProgram:
     upstream = os.environ["AWS_ENDPOINT_URL"]
     if kind == "own":
@@ -72,7 +56,10 @@ def test_prepare_and_stream_behind_a_failing_proxy_end_with_identical_output(
 ) -> None:
     write_source(tmp_path / "table.csv")
     undisturbed = str(tmp_path / "out")
-    prepare_undisturbed(str(tmp_path / "table.csv"), undisturbed)
+    options = ConvertOptions(
+        columns=ColumnConfig(), rows_per_chunk=ROWS_PER_CHUNK, row_group_rows=ROW_GROUP_ROWS
+    )
+    prepare_in_process(str(tmp_path / "table.csv"), undisturbed, options)
     expected = local_step_batches(undisturbed, ORDER, STREAM, first_step=0, num_steps=NUM_STEPS)
     storage.upload(tmp_path / "table.csv", storage.join(s3_uri, "table.csv"))
     out = storage.join(s3_uri, "out")
