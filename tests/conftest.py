@@ -30,6 +30,8 @@ os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
 # Nothing is sent to Ray's makers, nor is there an actor that collects it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# Processes tell their metrics every two seconds instead of ten: a test waits for them.
+os.environ.setdefault("RAY_metrics_report_interval_ms", "2000")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
