@@ -59,6 +59,18 @@ def finished_manifest(
     return manifest
 
 
+def rows_per_chunk_of(out: str) -> int | None:
+    """Rows per chunk of the data set in ``out``, finished or begun; None if there is none."""
+    uri = storage.join(out, PLAN_NAME)
+    if is_prepared(out):
+        options = load_manifest(out).options
+    elif storage.exists(uri):
+        options = storage.read_object(uri, "options")["options"]
+    else:
+        return None
+    return int(with_defaults(options, ConvertOptions().to_json())["rows_per_chunk"])
+
+
 def claim_output(
     out: str, sources: SourceSet, options: ConvertOptions
 ) -> dict[tuple[int, int], Receipt]:

@@ -49,6 +49,8 @@ _PARTS_PER_TASK: Final = 16
 """Chunks per reading task of a Parquet file."""
 _BYTES_PER_ACTOR: Final = 256 << 10
 """Source bytes per actor: starting an actor takes about as long as converting so many bytes."""
+_BYTES_PER_CONFORMER_ACTOR: Final = 4 << 10
+"""The same of SMILES that get conformers: some dozens of molecules."""
 _THREADS: Final = 16
 MAX_RETRIES: Final = 3
 """Retries of work that kills its process or loses its machine. One failure more ends the run."""
@@ -243,8 +245,14 @@ class Conversion:
 
 
 def _num_actors(config: PrepareConfig, sources: SourceSet) -> int:
-    total = sum(layout.file.size for layout in sources.layouts)
-    return max(1, min(config.cluster.num_data_actors, total // _BYTES_PER_ACTOR))
+    """As many as asked for, but no more than have work for longer than they take to start."""
+    generate = config.featurize.conformers.generate
+    worth = sum(
+        layout.file.size
+        / (_BYTES_PER_CONFORMER_ACTOR if generate and not layout.holds_atoms else _BYTES_PER_ACTOR)
+        for layout in sources.layouts
+    )
+    return max(1, min(config.cluster.num_data_actors, int(worth)))
 
 
 class _Chunks(ray.data.Datasource):

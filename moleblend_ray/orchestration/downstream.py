@@ -85,9 +85,6 @@ K = TypeVar("K")
 _MANY_MOLECULES: Final = 50_000
 """Molecules of which it takes seconds to find those that occur more than once."""
 
-ROWS_PER_CHUNK = 256
-"""Rows per task when preparing labelled molecules: the sets are small, and a conformer takes about 0.1 s."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
@@ -244,7 +241,6 @@ def prepare_task(
         label_columns=task.resolve().columns or None,
         conformers=task.conformers,
         form=form,
-        rows_per_chunk=ROWS_PER_CHUNK,
         cluster=config.cluster,
         sources=sources,
     )

@@ -18,15 +18,28 @@ from moleblend_ray.config.downstream import (
     TaskConfig,
 )
 from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.claim import rows_per_chunk_of
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.layouts import ColumnError
 from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.prepare import prepare
+from moleblend_ray.orchestration.session import is_private, logical_cpus
 
 logger = logging.getLogger(__name__)
+
+_WANTED_CHUNKS: Final = 64
+"""Chunks of a library that is neither small nor large: more than most machines have CPUs."""
+_FEWEST_ROWS: Final = 64
+"""Of a chunk: some seconds of work with conformers, and none to speak of for the files of a chunk."""
+_MOST_ROWS: Final = 4096
+_BYTES_WITH_ATOMS: Final = 2048
+"""Usual bytes of a record that holds its atoms, such as an SD record."""
+_BYTES_OF_SMILES: Final = 48
+_BYTES_OF_CELL: Final = 4
 
 _TASK_SETTINGS: Final = {
     "smiles_column": "task.smiles_column",
@@ -91,7 +104,6 @@ def prepare_molecules(
     label_columns: tuple[str, ...] | None,
     conformers: int,
     form: MoleculeForm | None,
-    rows_per_chunk: int,
     cluster: ClusterConfig,
     sources: SourceSet | None = None,
 ) -> str:
@@ -105,6 +117,11 @@ def prepare_molecules(
         if form is not None:
             _warn_of_other_form(molecules.source, form)
         return molecules.source
+    rows = rows_per_chunk_of(out)
+    if rows is None:
+        sources = sources or look_at_source(molecules, label_columns)
+        assert sources is not None  # it is not prepared
+        rows = rows_per_chunk(sources)
     config = PrepareConfig(
         source=molecules.source,
         out=out,
@@ -116,16 +133,43 @@ def prepare_molecules(
             max_atoms=molecules.max_atoms,
             conformers=ConformerConfig.of_count(conformers),
         ),
-        rows_per_chunk=rows_per_chunk,
+        rows_per_chunk=rows,
         valid_fraction=0.0,
-        # The workers' CPUs are idle until the molecules are there.
-        cluster=dataclasses.replace(
-            cluster, num_data_actors=max(cluster.num_data_actors, cluster.num_workers)
-        ),
+        cluster=dataclasses.replace(cluster, num_data_actors=_most_actors(cluster)),
     )
     with _settings_named_as_in(molecules):
         prepare(config, wants_coordinates=bool(conformers), sources=sources)
     return out
+
+
+def rows_per_chunk(sources: SourceSet) -> int:
+    """Rows per chunk of raw molecules, by the bytes of the source alone: a small library has many chunks, too, so that
+    many CPUs share it, and a large one has no more files than it needs.
+
+    The number of CPUs has no part in it: the same source has the same chunks, and so the same shards and parts, on every
+    machine. What was begun with other chunks goes on with those, as its plan states them (:func:`rows_per_chunk_of`).
+    """
+    estimated = sum(
+        layout.file.size
+        / (
+            _BYTES_WITH_ATOMS
+            if layout.holds_atoms
+            else _BYTES_OF_SMILES + _BYTES_OF_CELL * len(layout.columns)
+        )
+        for layout in sources.layouts
+    )
+    # A power of two, so that a source that is a little longer has the same chunks.
+    rows = 1 << int(estimated / _WANTED_CHUNKS).bit_length()
+    return min(max(rows, _FEWEST_ROWS), _MOST_ROWS)
+
+
+def _most_actors(cluster: ClusterConfig) -> int:
+    """Actors that may prepare: the CPUs of the workers are idle until the molecules are there, and so is all of a machine
+    whose cluster ends with the command."""
+    most = max(cluster.num_data_actors, cluster.num_workers)
+    if not is_private(cluster):
+        return most
+    return max(most, min(available_cpus(), logical_cpus(cluster)))
 
 
 def _warn_of_other_form(source: str, form: MoleculeForm) -> None:

@@ -59,9 +59,6 @@ logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.parquet"
 
-ROWS_PER_CHUNK = 4096
-"""Rows per task when preparing, and so the most rows of a part."""
-
 _LABEL_COLUMNS: Final[tuple[str, ...]] = ()
 """Labels that are kept of a raw source: none."""
 
@@ -137,7 +134,6 @@ def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) 
         label_columns=_LABEL_COLUMNS,
         conformers=_wanted_conformers(job, maker),
         form=maker.form,
-        rows_per_chunk=ROWS_PER_CHUNK,
         cluster=job.config.cluster,
         sources=sources,
     )

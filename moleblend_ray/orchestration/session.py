@@ -61,9 +61,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
         _quiet_data()
         yield
         return
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address == "local":
-        address = None
+    address = None if is_private(cluster) else cluster.address or os.environ["RAY_ADDRESS"]
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
         if address:
@@ -76,6 +74,11 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
             yield
         finally:
             ray.shutdown()
+
+
+def is_private(cluster: ClusterConfig) -> bool:
+    """Whether the command starts a cluster of its own, which ends with it."""
+    return (cluster.address or os.environ.get("RAY_ADDRESS") or "local") == "local"
 
 
 def _take_sigterm_back(handler: Any) -> None:

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import pickle
 import re
 import time
@@ -60,7 +59,7 @@ from moleblend_ray.orchestration.searchers import (
     build_scheduler,
     build_searcher,
 )
-from moleblend_ray.orchestration.session import environment_defaults, ray_session
+from moleblend_ray.orchestration.session import environment_defaults, is_private, ray_session
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
@@ -251,7 +250,7 @@ def room_for_trials(config: SweepConfig, *, may_grow: bool) -> int:
     fits = int(total.get("CPU", 0) // need["num_cpus"])
     if need["num_gpus"]:
         fits = min(fits, int(total.get("GPU", 0) / need["num_gpus"]))
-    elif not (config.cluster.address or os.environ.get("RAY_ADDRESS")):
+    elif is_private(config.cluster):
         fits = min(fits, int(available_cpus() // need["num_cpus"]))
     return max(1, fits + may_grow)
 

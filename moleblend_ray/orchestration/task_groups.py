@@ -46,9 +46,6 @@ logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=PropertyConfig)
 
-SHARED_ROWS_PER_CHUNK = 2048
-"""Rows per Ray task when preparing molecules that several tasks share: such sets (QM9) are larger than others."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TasksSummary:
@@ -274,7 +271,6 @@ def _prepare_shared(config: PropertyConfig, shared: Mapping[str, _Shared]) -> No
             label_columns=None,
             conformers=config.task.conformers,
             form=form,
-            rows_per_chunk=SHARED_ROWS_PER_CHUNK,
             cluster=config.cluster,
             sources=found.sources,
         )

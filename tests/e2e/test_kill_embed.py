@@ -29,9 +29,9 @@ IDS = [f"id-{row}" for row in range(NUM_MOLECULES)]
 SLOW = """
 import time
 
-from moleblend_ray.orchestration import parts
+from moleblend_ray.orchestration import molecules, parts
 
-parts.ROWS_PER_CHUNK = {rows}
+molecules._FEWEST_ROWS = {rows}
 
 
 class Writer(parts.PartWriter):

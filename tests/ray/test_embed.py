@@ -21,7 +21,7 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import embed as embed_module
-from moleblend_ray.orchestration import parts as parts_module
+from moleblend_ray.orchestration import molecules as molecules_module
 from moleblend_ray.orchestration.embed import EmbedSummary, embed
 
 pytestmark = pytest.mark.ray
@@ -67,7 +67,7 @@ def check_listed_parts(out: str) -> None:
 
 
 def run_in_small_parts(config: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedSummary:
-    monkeypatch.setattr(parts_module, "ROWS_PER_CHUNK", 20)
+    monkeypatch.setattr(molecules_module, "_FEWEST_ROWS", 20)
     return embed(config)
 
 
@@ -100,6 +100,8 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
         )
     assert len(np.unique(vectors.round(4), axis=0)) == len(set(smiles))
 
+    # Now its chunks would have more rows; what is begun or finished keeps those that it has.
+    monkeypatch.undo()
     assert embed(config).already_finished
 
     # As a kill in the middle leaves it: no summary, a part missing.

@@ -27,7 +27,7 @@ from moleblend_ray.evaluation.property_model import (
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
-from moleblend_ray.orchestration import parts as parts_module
+from moleblend_ray.orchestration import molecules as molecules_module
 from moleblend_ray.orchestration.part_writer import read_shard
 from moleblend_ray.orchestration.predict import load_predictor, predict
 
@@ -73,7 +73,7 @@ def config(tmp_path: Path) -> PredictConfig:
 def test_every_row_is_predicted_once_and_what_is_missing_is_made_again(
     config: PredictConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts_module, "ROWS_PER_CHUNK", 20)
+    monkeypatch.setattr(molecules_module, "_FEWEST_ROWS", 20)
     summary = predict(config)
     assert (summary.predictions, summary.rejected, summary.parts, summary.models) == (30, 1, 2, 2)
     assert summary.rejected_by_reason == {"unparsable_smiles": 1}

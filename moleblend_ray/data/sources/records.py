@@ -76,6 +76,12 @@ class SourceLayout:
     """Whether the file is a Parquet table with atoms, bonds and positions."""
 
     @property
+    def holds_atoms(self) -> bool:
+        """Whether records hold atoms and bonds, perhaps with positions, and are much longer than a SMILES."""
+        file = self.file
+        return file.format in ("sdf", "xyz") or file.geometry is not None or self.has_geometry
+
+    @property
     def is_plain_text(self) -> bool:
         """Whether a record is a piece of the file's text and nothing else."""
         file = self.file

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moleblend_ray.orchestration.conversion import Effort
+from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources
+from moleblend_ray.orchestration.conversion import Effort, _num_actors
 
 
 def result(process: str | None, started_s: float, ended_s: float, peak: int = 0) -> dict[str, Any]:
@@ -35,3 +40,27 @@ def test_processes_that_never_met_have_no_common_rate() -> None:
     effort.add(10, result("b", 2.0, 3.0))
     assert effort.rows_per_s == 0.0
     assert effort.seconds == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "generate", "expected"),
+    [
+        ("a.smi", "c1ccccc1O\n" * 2000, True, 4),
+        ("a.smi", "c1ccccc1O\n" * 2000, False, 1),
+        ("a.smi", "c1ccccc1O\n" * 100_000, False, 3),
+        ("a.smi", "c1ccccc1O\n" * 100, True, 1),
+        ("a.sdf", "a\n\n\n  0  0  0     0  0            999 V2000\nM  END\n$$$$\n" * 500, True, 1),
+    ],
+)
+def test_actors_start_where_they_have_work_for_longer_than_that_takes(
+    tmp_path: Path, name: str, content: str, generate: bool, expected: int
+) -> None:
+    (tmp_path / name).write_text(content)
+    config = PrepareConfig(
+        source=str(tmp_path / name),
+        out=str(tmp_path / "out"),
+        featurize=FeaturizeConfig(conformers=ConformerConfig(generate=generate)),
+        cluster=ClusterConfig(num_data_actors=100),
+    )
+    sources = inspect_sources(find_sources(str(tmp_path)), ColumnConfig())
+    assert _num_actors(config, sources) == expected
