@@ -187,11 +187,13 @@ def finetune_once(
     seed: int,
     device: torch.device,
     report: Callable[[EpochReport], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     predict_micro_batch_size: int | None = None,
 ) -> FinetuneResult:
     """Train on the molecules ``train`` until ``settings.epochs``, or until validation stops improving.
 
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
+    ``report`` is called after each epoch, ``after_step`` after each of its ``settings.steps_per_epoch``.
     ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training.
     """
     started = time.monotonic()
@@ -209,6 +211,7 @@ def finetune_once(
         settings=settings,
         seed=seed,
         device=device,
+        after_step=after_step or (lambda: None),
     )
     micro_batch_size = predict_micro_batch_size or settings.micro_batch_size
     history: list[EpochReport] = []
@@ -375,6 +378,7 @@ class _Trainer:
         settings: FinetuneSettings,
         seed: int,
         device: torch.device,
+        after_step: Callable[[], None],
     ) -> None:
         self._molecules = molecules
         self._targets = targets
@@ -384,8 +388,9 @@ class _Trainer:
         self._settings = settings
         self._seed = seed
         self._device = device
-        self._steps_per_epoch = -(-len(train) // settings.batch_size)
-        self._num_steps = self._steps_per_epoch * settings.epochs
+        self._after_step = after_step
+        self._steps_per_epoch = settings.steps_per_epoch(len(train))
+        self._num_steps = settings.num_steps(len(train))
         self._optim = OptimConfig(
             learning_rate=settings.learning_rate,
             warmup_steps=round(settings.warmup_fraction * self._num_steps),
@@ -419,6 +424,7 @@ class _Trainer:
                     None if numbers is None else numbers[part],
                 )
                 total, known = total + loss, known + count
+                self._after_step()
         return total / max(1, known)
 
     def _step(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +54,12 @@ def train_and_test(
     seed: int,
     out: str,
     device: torch.device,
+    after_step: Callable[[], None] | None = None,
 ) -> SeedResult:
-    """Fine-tune with ``seed``, then save model, predictions and result in ``<out>/models/seed-<seed>``."""
+    """Fine-tune with ``seed``, then save model, predictions and result in ``<out>/models/seed-<seed>``.
+
+    ``after_step`` as in :func:`finetune_once`.
+    """
     began = time.monotonic()
     task, molecules, split = experiment.task, experiment.molecules, experiment.split
     result = finetune_once(
@@ -66,6 +71,7 @@ def train_and_test(
         settings=settings,
         seed=seed,
         device=device,
+        after_step=after_step,
     )
     predictions = _predictions(result, experiment, settings, device)
     outcome = (

@@ -69,6 +69,14 @@ class FinetuneSettings:
     micro_batch_size: int = 32
     """Molecules computed at once. It changes memory and speed, and which random numbers dropout gets."""
 
+    def steps_per_epoch(self, num_molecules: int) -> int:
+        """Optimizer steps of an epoch on so many training molecules."""
+        return -(-num_molecules // self.batch_size)
+
+    def num_steps(self, num_molecules: int) -> int:
+        """Most optimizer steps of a training on so many molecules; ``patience`` may end it earlier."""
+        return self.epochs * self.steps_per_epoch(num_molecules)
+
     def __post_init__(self) -> None:
         dropouts = ("head_dropout", "attention_dropout", "activation_dropout", "drop_path")
         check_all(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -275,14 +275,34 @@ def train_seeds(
     missing = [seed for seed in seeds if found[seed] is None]
     if len(missing) < len(seeds):
         logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
+    if missing:
+        found |= _train_missing(config, bench, settings, missing)
+    return [result for seed in seeds if (result := found[seed]) is not None]
+
+
+def _train_missing(
+    config: PropertyConfig, bench: Bench, settings: FinetuneSettings, seeds: Sequence[int]
+) -> dict[int, SeedResult]:
+    """The results of these seeds; shows the steps of all of them."""
     options = {**worker_resources(config), **placed(config.cluster.worker_labels)}
     task = ray.remote(train_seed).options(**options)
-    references = {
-        task.remote(bench.shared, settings, seed, config.out, config.cluster): seed
-        for seed in missing
-    }
-    found |= collect(references, f"{bench.experiment.task.name} seeds")
-    return [result for seed in seeds if (result := found[seed]) is not None]
+    steps = settings.num_steps(len(bench.experiment.split.train))
+    total = steps * len(seeds)
+    description = f"{bench.experiment.task.name} seeds"
+    with Progress(description, unit="step", total=total) as progress:
+        report = progress.reporter
+
+        def tell(finished: int, result: SeedResult) -> None:
+            of_all = f"{finished}/{len(seeds)}"
+            done = finished * steps
+            report({"done": done, "total": total, "seeds": of_all, "valid": result.valid_score})
+
+        report({"done": 0, "total": total, "seeds": f"0/{len(seeds)}"})
+        references = {
+            task.remote(bench.shared, settings, seed, config.out, config.cluster, report): seed
+            for seed in seeds
+        }
+        return _gather(references, description, tell)
 
 
 class LostWorkError(TrainingError):
@@ -290,35 +310,43 @@ class LostWorkError(TrainingError):
 
 
 def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
-    """Results of the tasks by key, with progress. The first error of a task stops the others and is raised unchanged.
+    """Results of the tasks by key, with their number as progress; errors as in :func:`_gather`."""
+    if not references:
+        return {}
+    total = len(references)
+    with Progress(description, unit="run", total=total) as progress:
 
-    Raises LostWorkError, and stops the others, if a worker process or its node is lost.
+        def tell(finished: int, result: Any) -> None:
+            values = {"valid": result.valid_score} if isinstance(result, SeedResult) else {}
+            progress.reporter({"done": finished, "total": total, **values})
+
+        return _gather(references, description, tell)
+
+
+def _gather(
+    references: Mapping[Any, K], description: str, tell: Callable[[int, Any], None]
+) -> dict[K, Any]:
+    """Results of the tasks by key; ``tell`` is called with the number of those that are there and the newest.
+
+    The first error of a task stops the others and is raised unchanged. Raises LostWorkError, and stops the others, if a
+    worker process or its node is lost.
     """
     found: dict[K, Any] = {}
     waiting = list(references)
-    if not waiting:
-        return found
-    with Progress(description, unit="run", total=len(waiting)) as progress:
-        try:
-            while waiting:
-                done, waiting = ray.wait(waiting, num_returns=1)
-                result = ray.get(done[0])
-                found[references[done[0]]] = result
-                values: dict[str, float | int | str] = {
-                    "done": len(found),
-                    "total": len(references),
-                }
-                if isinstance(result, SeedResult):
-                    values["valid"] = result.valid_score
-                progress.reporter(values)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause from error
-        except ray.exceptions.RayError as error:
-            raise LostWorkError(f"{description}: a worker was lost: {error}") from error
-        finally:
-            # Whatever ended this: what comes next needs their CPUs.
-            for reference in waiting:
-                ray.cancel(reference, force=True)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            result = ray.get(done[0])
+            found[references[done[0]]] = result
+            tell(len(found), result)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise LostWorkError(f"{description}: a worker was lost: {error}") from error
+    finally:
+        # Whatever ended this: what comes next needs their CPUs.
+        for reference in waiting:
+            ray.cancel(reference, force=True)
     return found
 
 

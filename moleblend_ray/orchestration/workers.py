@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -24,6 +25,12 @@ from moleblend_ray.evaluation.runs import Experiment, train_and_test
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
+
+if TYPE_CHECKING:
+    from moleblend_ray.orchestration.progress import Reporter
+
+_TELL_S: Final = 0.5
+"""Seconds between messages about steps, which may take milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,11 +134,45 @@ def run_trial(
     )
 
 
+class StepCount:
+    """Counts the steps of one training on the progress display of the driver, a few times a second."""
+
+    def __init__(self, reporter: Reporter, num_steps: int) -> None:
+        self._reporter = reporter
+        self._left = num_steps
+        self._untold = 0
+        self._told_s = time.monotonic()
+
+    def add(self) -> None:
+        """One more step was made."""
+        self._untold += 1
+        if time.monotonic() - self._told_s >= _TELL_S:
+            self._tell(self._untold)
+
+    def end(self) -> None:
+        """The training is over: steps that it was spared, as validation got no better, count as made."""
+        self._tell(self._left)
+
+    def _tell(self, steps: int) -> None:
+        self._reporter.count("done", steps)
+        self._left -= steps
+        self._untold, self._told_s = 0, time.monotonic()
+
+
 def train_seed(
-    experiment: Experiment, settings: FinetuneSettings, seed: int, out: str, cluster: ClusterConfig
+    experiment: Experiment,
+    settings: FinetuneSettings,
+    seed: int,
+    out: str,
+    cluster: ClusterConfig,
+    reporter: Reporter,
 ) -> SeedResult:
     """Train the chosen settings with one seed and score the test part."""
-    return train_and_test(experiment, settings, seed, out, use_reserved(cluster))
+    steps = StepCount(reporter, settings.num_steps(len(experiment.split.train)))
+    device = use_reserved(cluster)
+    result = train_and_test(experiment, settings, seed, out, device, after_step=steps.add)
+    steps.end()
+    return result
 
 
 def use_reserved(cluster: ClusterConfig) -> torch.device:

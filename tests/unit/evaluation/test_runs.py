@@ -89,3 +89,17 @@ def test_a_model_knows_the_fingerprints_of_its_training_part_alone(
     assert domain is not None
     trained_on = [experiment.molecules.smiles[row] for row in experiment.split.train]
     assert domain.checksum == ApplicabilityDomain.of(trained_on).checksum
+
+
+def test_a_training_tells_of_each_of_its_steps(experiment: Experiment, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SETTINGS, epochs=3, batch_size=5)
+    steps: list[None] = []
+    train_and_test(
+        experiment,
+        settings,
+        0,
+        str(tmp_path),
+        torch.device("cpu"),
+        after_step=lambda: steps.append(None),
+    )
+    assert len(steps) == settings.num_steps(len(experiment.split.train)) == 9

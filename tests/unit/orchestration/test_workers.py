@@ -1,4 +1,4 @@
-"""A trial that an interrupted sweep had trained is reported again, not trained again."""
+"""A trial that an interrupted sweep had trained is reported again, not trained again; steps of a seed are counted."""
 
 from __future__ import annotations
 
@@ -82,3 +82,48 @@ def test_a_trial_killed_in_the_middle_reports_each_epoch_once_and_is_trained_to_
     trials.kill_after = 99
     trials.run(tmp_path)
     assert (trials.trained, trials.reported) == (3, [1, 2, 3])
+
+
+class Counted:
+    """Stands for the reporter: adds up what is counted."""
+
+    def __init__(self) -> None:
+        self.messages: list[int] = []
+
+    def count(self, name: str, number: int) -> None:
+        assert name == "done"
+        self.messages.append(number)
+
+
+def test_steps_are_told_a_few_times_a_second_and_all_when_a_training_ends_early(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(workers, "time", SimpleNamespace(monotonic=lambda: now))
+    counted: Any = Counted()
+    steps = workers.StepCount(counted, 40)
+    for _ in range(25):
+        now += 0.0625
+        steps.add()
+    assert counted.messages == [8, 8, 8]
+    steps.end()
+    assert counted.messages == [8, 8, 8, 16]
+
+
+def test_a_seed_counts_every_step_of_its_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = FinetuneSettings(epochs=5, batch_size=4)
+    result = object()
+
+    def train(*arguments: Any, after_step: Any) -> object:
+        assert arguments[:4] == (experiment, settings, 7, "out")
+        for _ in range(6):  # two epochs, after which validation got no better
+            after_step()
+        return result
+
+    monkeypatch.setattr(workers, "train_and_test", train)
+    monkeypatch.setattr(workers, "use_reserved", lambda cluster: None)
+    experiment: Any = SimpleNamespace(split=SimpleNamespace(train=range(9)))
+    counted: Any = Counted()
+    found = workers.train_seed(experiment, settings, 7, "out", ClusterConfig(), counted)
+    assert found is result
+    assert sum(counted.messages) == 15
