@@ -87,7 +87,7 @@ def _resources(plan: Plan) -> ExplainedTable:
 
 def _changes(plan: Plan) -> Table:
     title = "effect of doubling one thing (the rest as above)"
-    table = headed_table("doubled", "rate", "hours", "cost", numbers=(1, 2, 3), title=title)
+    table = headed_table("doubled", "rate", "time", "cost", numbers=(1, 2, 3), title=title)
     for change in plan.changes:
         cost = "" if change.cost is None else f"x {change.cost:.2f}"
         table.add_row(change.what, f"x {change.rate:.2f}", f"x {change.hours:.2f}", cost)
@@ -99,7 +99,7 @@ def _scaling(plan: Plan) -> Table:
         "trainers",
         "CPU nodes",
         "molecules/s",
-        "hours",
+        "time",
         "cost",
         "goodput",
         "limited by",
@@ -111,7 +111,7 @@ def _scaling(plan: Plan) -> Table:
             f"{point.workers:,}",
             f"{point.cpu_nodes:,}",
             number_text(point.molecules_per_s),
-            number_text(point.hours),
+            _time(point.hours),
             "" if point.cost is None else number_text(point.cost),
             f"{100 * point.goodput:.1f} %",
             point.binding,
@@ -178,6 +178,10 @@ def _value(figure: Figure) -> str:
         return bytes_text(figure.value) + figure.unit[1:]
     if figure.unit == "s":
         return duration_text(figure.value, "never")
-    if figure.unit == "h" and figure.value < 1:
-        return duration_text(3600 * figure.value)
+    if figure.unit == "h":
+        return _time(figure.value)
     return f"{number_text(figure.value)} {figure.unit}".rstrip()
+
+
+def _time(hours: float) -> str:
+    return duration_text(3600 * hours, "never")

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,7 @@ from moleblend_ray.planning.capacity import Setup, amplification, throughput
 from moleblend_ray.planning.figures import Basis, measured
 from moleblend_ray.planning.plan import Plan
 from moleblend_ray.planning.planner import flops_per_molecule
+from moleblend_ray.quantities import duration_text
 from moleblend_ray.training.rehearsal import Found
 from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
@@ -424,6 +426,19 @@ def test_every_row_of_the_tables_says_its_basis() -> None:
         assert any(line.startswith(row) and "computed" in line for line in lines), row
     assert "assumed, not measured: " in text
     assert "moleblend pretrain data=DATA out=RUN model=base cluster.num_workers=64" in text
+
+
+def test_times_are_told_alike_in_every_table() -> None:
+    found = plan(config("molecules=1e9", "gpus=64")).plan
+    lines = shown().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("other numbers"))
+    rows = {words[0]: line for line in lines[first:] if (words := line.split())}
+    for point in found.scaling:
+        assert f" {duration_text(3600 * point.hours)} " in rows[f"{point.workers:,}"]
+    times = [line for line in lines[:first] if re.match(r"time  ", line)]
+    hours_told = (found.total[0].figure, *(stage.hours for stage in found.stages))
+    for hours, line in zip(hours_told, times, strict=True):
+        assert f" {duration_text(3600 * hours.value)} " in line
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
