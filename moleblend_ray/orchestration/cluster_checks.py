@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import ray
 import ray.experimental.internal_kv
@@ -23,43 +24,91 @@ from moleblend_ray.orchestration.placement import (
 logger = logging.getLogger(__name__)
 
 
-def require_resources(need: Mapping[str, float], what: str, labels: Labels = None) -> None:
-    """Refuse a cluster whose nodes (those with `labels`) have less than `need` (Ray resource -> amount) for `what`.
+class Need(NamedTuple):
+    """What must be in the cluster at the same time."""
 
-    Ray would wait forever. If an autoscaler may add nodes, a log line says that the command waits.
+    what: str
+    """Who needs it, for messages."""
+    resources: Mapping[str, float]
+    """Ray resource -> amount; without any, a node with the labels is enough."""
+    labels: Labels = None
+    """Labels that the nodes must have."""
+    setting: str = ""
+    """Setting of `cluster` that asks for these labels."""
+
+
+def require_room(*needs: Need, together: Need | None = None) -> None:
+    """Refuse a cluster that has less than one of ``needs``, or than all of them ``together``, as Ray would wait forever.
+
+    If an autoscaler may add nodes, a single warning says what the command waits for, and what to do if nothing comes.
     """
-    there = cluster_resources(labels)
-    whose = f"its nodes with {label_text(labels)} have" if labels else "the cluster has"
-    missing = [
-        f"{amount:g} {name} ({whose} {there.get(name, 0.0):g})"
-        for name, amount in need.items()
-        if amount > there.get(name, 0.0)
-    ]
-    if not missing:
+    lacks = [lack for need in needs if (lack := _lack(need)) is not None]
+    # It has no news for those who know what is lacking to each.
+    if not lacks and together is not None and (lack := _lack(together)) is not None:
+        lacks = [lack]
+    if not lacks:
         return
-    message = f"{what} need {', '.join(missing)} at the same time"
+    problems = "; ".join(lack.problem for lack in lacks)
+    remedy = _remedy(lacks)
     if not may_grow():
-        raise ConfigError(
-            f"cluster: {message}: they would wait for ever. Add nodes to the cluster, or ask for less with "
-            "cluster.num_workers, cluster.cpus_per_worker, cluster.use_gpu, stream.min_actors or stream.actor_cpus"
-        )
-    logger.warning("%s: waiting until the autoscaler has added nodes", message)
-
-
-def require_labels(setting: str, labels: Labels) -> None:
-    """Refuse a cluster without a node with `labels`, the value of `setting`, unless an autoscaler may add one."""
-    if not labels or live_nodes(labels):
-        return
-    message = (
-        f"cluster.{setting}: no node of the cluster has the label {label_text(labels)} "
-        f"(labels of its nodes: {labels_seen()})"
+        raise ConfigError(f"{problems}: the work would wait for ever. {remedy}")
+    logger.warning(
+        "waiting until the autoscaler has added nodes: %s. If none come (`ray status` tells why), end this command. %s",
+        problems,
+        remedy,
     )
-    if not may_grow():
-        raise ConfigError(
-            f"{message}. Label nodes (`labels` of a KubeRay worker group, `ray start --labels`), "
-            f"or let the work run anywhere with cluster.{setting}=null"
+
+
+class _Lack(NamedTuple):
+    """What the cluster lacks."""
+
+    problem: str
+    labels_setting: str | None
+    """Setting with labels that no node has; None: nodes have too little."""
+
+
+def _remedy(lacks: Sequence[_Lack]) -> str:
+    settings = [f"cluster.{lack.labels_setting}=null" for lack in lacks if lack.labels_setting]
+    remedies = []
+    if settings:
+        remedies.append(
+            "Label nodes (`labels` of a KubeRay worker group, `ray start --labels`), or let the work run anywhere with "
+            f"{' '.join(settings)}"
         )
-    logger.warning("%s: waiting until the autoscaler has added one", message)
+    if len(settings) < len(lacks):
+        remedies.append(
+            "Add nodes to the cluster, or ask for less with cluster.num_workers, cluster.cpus_per_worker, "
+            "cluster.use_gpu, stream.min_actors or stream.actor_cpus"
+        )
+    return ". ".join(remedies)
+
+
+def _lack(need: Need) -> _Lack | None:
+    """What the cluster lacks of a need; None if it has everything."""
+    if need.labels and not live_nodes(need.labels):
+        amounts = _amounts_text(need.resources)
+        wanted = f", where {need.what} need {amounts}" if amounts else ""
+        return _Lack(
+            f"cluster.{need.setting}: no node of the cluster has the label {label_text(need.labels)}{wanted} "
+            f"(labels of its nodes: {labels_seen()})",
+            need.setting,
+        )
+    there = cluster_resources(need.labels)
+    missing = {
+        name: amount for name, amount in need.resources.items() if amount > there.get(name, 0.0)
+    }
+    if not missing:
+        return None
+    whose = f"its nodes with {label_text(need.labels)} have" if need.labels else "the cluster has"
+    has = _amounts_text({name: there.get(name, 0.0) for name in missing})
+    return _Lack(
+        f"cluster: {need.what} need {_amounts_text(missing)} at the same time ({whose} {has})",
+        None,
+    )
+
+
+def _amounts_text(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items())
 
 
 def warn_of_unused_gpus(cluster: ClusterConfig) -> None:

@@ -67,8 +67,8 @@ from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, Task
 from moleblend_ray.orchestration.cluster_checks import (
-    require_labels,
-    require_resources,
+    Need,
+    require_room,
     require_shared_paths,
     warn_of_unused_gpus,
 )
@@ -217,12 +217,13 @@ def may_read_descriptors(config: PropertyConfig) -> bool:
 def check_cluster(config: PropertyConfig) -> None:
     """Refuse a cluster on which the trainings would wait forever, or on which each machine would write to its own disk."""
     cluster = config.cluster
-    require_labels("worker_labels", cluster.worker_labels)
-    require_labels("data_labels", cluster.data_labels)
     need = {"CPU": cluster.cpus_per_worker}
     if cluster.use_gpu:
         need["GPU"] = config.gpus_per_worker
-    require_resources(need, "one training", cluster.worker_labels)
+    require_room(
+        Need("one training", need, cluster.worker_labels, "worker_labels"),
+        Need("molecules and baselines", {}, cluster.data_labels, "data_labels"),
+    )
     # The checkpoint and prepared molecules are read by this process alone, and sent to the others.
     source = config.task.source
     raw = {} if is_prepared(source) else {"task.source": source}

@@ -37,8 +37,8 @@ from moleblend_ray.errors import (
 from moleblend_ray.evaluation.result_files import PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.cluster_checks import (
-    require_labels,
-    require_resources,
+    Need,
+    require_room,
     require_shared_paths,
     warn_of_unused_gpus,
 )
@@ -118,9 +118,9 @@ def run_parts(job: PartsJob) -> Outcome:
 def _check_cluster(job: PartsJob) -> None:
     """Refuse a cluster on which the actors would wait forever, or on which each machine would write to its own disk."""
     config, cluster = job.config, job.config.cluster
-    require_labels("worker_labels", cluster.worker_labels)
     need = {"CPU": cluster.cpus_per_worker, **({"GPU": 1.0} if cluster.use_gpu else {})}
-    require_resources(need, f"one actor of {job.kind.command}", cluster.worker_labels)
+    what = f"one actor of {job.kind.command}"
+    require_room(Need(what, need, cluster.worker_labels, "worker_labels"))
     # All of them: every actor reads the model by itself.
     require_shared_paths(path_settings(config))
     warn_of_unused_gpus(cluster)

@@ -25,7 +25,7 @@ from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, in
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, without_credentials
-from moleblend_ray.orchestration.cluster_checks import require_labels
+from moleblend_ray.orchestration.cluster_checks import Need, require_room
 from moleblend_ray.orchestration.conversion import Conversion, Effort
 from moleblend_ray.orchestration.exchange import run_exchange
 from moleblend_ray.orchestration.progress import Progress, Reporter
@@ -101,7 +101,7 @@ def prepare(
     if done:
         logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
     with ray_session(config.cluster), Progress("prepare", unit="row", out=config.out) as progress:
-        require_labels("data_labels", config.cluster.data_labels)
+        require_room(Need("prepare", {}, config.cluster.data_labels, "data_labels"))
         job = Conversion(config, sources, options, done)
         receipts = job.run(progress.reporter, progress.metrics)
         placed = _exchanged(config, sources, options, receipts, progress.reporter)

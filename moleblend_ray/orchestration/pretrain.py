@@ -35,8 +35,8 @@ from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.cluster_checks import (
-    require_labels,
-    require_resources,
+    Need,
+    require_room,
     require_shared_paths,
     warn_of_unused_gpus,
 )
@@ -258,16 +258,19 @@ def _require_fitting_cluster(config: PretrainConfig) -> None:
     """Refuse a cluster on which the run would wait forever, or on which each machine would write to its own disk."""
     cluster, workers, actors = config.cluster, config.worker_counts[0], config.stream.min_actors
     gpus = {"GPU": float(workers)} if cluster.use_gpu else {}
-    require_labels("worker_labels", cluster.worker_labels)
-    require_labels("data_labels", cluster.data_labels)
-    if cluster.worker_labels:
-        need = {"CPU": workers * cluster.cpus_per_worker, **gpus}
-        require_resources(need, f"{workers} workers", cluster.worker_labels)
-    if cluster.data_labels:
-        need = {"CPU": actors * config.stream.actor_cpus}
-        require_resources(need, f"{actors} data actors", cluster.data_labels)
-    need = {"CPU": config.reserved_cpus(actors, workers), **gpus}
-    require_resources(need, f"{workers} workers and {actors} data actors")
+    for_workers = {"CPU": workers * cluster.cpus_per_worker, **gpus}
+    for_actors = {"CPU": actors * config.stream.actor_cpus}
+    apart = (
+        Need(f"{workers} workers", for_workers, cluster.worker_labels, "worker_labels"),
+        Need(f"{actors} data actors", for_actors, cluster.data_labels, "data_labels"),
+    )
+    require_room(
+        *(apart if cluster.worker_labels or cluster.data_labels else ()),
+        together=Need(
+            f"{workers} workers and {actors} data actors",
+            {"CPU": config.reserved_cpus(actors, workers), **gpus},
+        ),
+    )
     require_shared_paths({"data": config.data, "out": config.out})
     warn_of_unused_gpus(cluster)
 

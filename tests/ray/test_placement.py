@@ -18,6 +18,7 @@ from synthetic import write_dataset
 from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration import cluster_checks
+from moleblend_ray.orchestration.cluster_checks import Need, require_room
 from moleblend_ray.orchestration.elastic import GracefulElasticPolicy
 from moleblend_ray.orchestration.session import GIB
 from moleblend_ray.orchestration.stream import most_actors, object_store_budget
@@ -107,22 +108,21 @@ def test_labels_that_no_live_node_carries_are_refused_with_those_that_are_there(
     with pytest.raises(
         ConfigError,
         match=r"cluster\.data_labels: no node .* label moleblend-role=data \(labels of its nodes: role=cpu\)"
-        r"\. Label nodes .* cluster\.data_labels=null",
+        r": the work would wait for ever\. Label nodes .* cluster\.data_labels=null",
     ):
-        cluster_checks.require_labels("data_labels", DATA)
-    cluster_checks.require_labels("data_labels", {"role": "cpu"})
-    cluster_checks.require_labels("data_labels", None)
+        require_room(Need("prepare", {}, DATA, "data_labels"))
+    require_room(Need("prepare", {}, {"role": "cpu"}, "data_labels"))
+    require_room(Need("prepare", {}, None, "data_labels"))
 
 
 def test_room_elsewhere_in_the_cluster_does_not_count(cluster_of: Any) -> None:
     cluster_of(node(8, TRAIN, gpus=4), node(2, DATA))
-    cluster_checks.require_resources({"CPU": 10, "GPU": 4}, "all")
-    cluster_checks.require_resources({"CPU": 2}, "2 data actors", DATA)
+    require_room(Need("all", {"CPU": 10, "GPU": 4}), Need("2 data actors", {"CPU": 2}, DATA))
     with pytest.raises(
         ConfigError,
-        match=r"4 data actors need 4 CPU \(its nodes with moleblend-role=data have 2\)",
+        match=r"4 data actors need 4 CPU at the same time \(its nodes with moleblend-role=data have 2 CPU\)",
     ):
-        cluster_checks.require_resources({"CPU": 4}, "4 data actors", DATA)
+        require_room(Need("4 data actors", {"CPU": 4}, DATA))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 def test_a_cluster_without_an_autoscaler_does_not_grow(ray_cluster: None) -> None:
     with pytest.raises(ConfigError, match="1000 workers need 1000 CPU"):
-        cluster_checks.require_resources({"CPU": 1000}, "1000 workers")
+        cluster_checks.require_room(cluster_checks.Need("1000 workers", {"CPU": 1000}))
 
 
 def test_a_session_inside_a_connected_process_leaves_the_connection(ray_cluster: None) -> None:

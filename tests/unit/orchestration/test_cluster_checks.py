@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
@@ -11,8 +12,10 @@ import ray._private.state
 import ray.experimental.internal_kv
 
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import cluster_checks
+from moleblend_ray.orchestration import cluster_checks, pretrain
+from moleblend_ray.orchestration.cluster_checks import Need, require_room
 
 
 def test_gpus_that_nobody_asked_for_are_told(
@@ -35,20 +38,51 @@ def attached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_cluster_too_small_is_refused_naming_need_and_what_is_there(attached: None) -> None:
-    cluster_checks.require_resources({"CPU": 4.0}, "2 workers")
+    require_room(Need("2 workers", {"CPU": 4.0}))
     with pytest.raises(
         ConfigError,
-        match=r"2 workers need 4\.5 CPU \(the cluster has 4\), 2 GPU \(the cluster has 0\)",
+        match=r"2 workers need 4\.5 CPU, 2 GPU at the same time \(the cluster has 4 CPU, 0 GPU\)",
     ):
-        cluster_checks.require_resources({"CPU": 4.5, "GPU": 2}, "2 workers")
+        require_room(Need("2 workers", {"CPU": 4.5, "GPU": 2}))
 
 
 def test_a_cluster_that_may_grow_is_waited_for(
     attached: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cluster_checks, "may_grow", lambda: True)
-    cluster_checks.require_resources({"CPU": 40}, "40 workers")
-    assert "40 workers need 40 CPU (the cluster has 4)" in caplog.text
+    require_room(Need("40 workers", {"CPU": 40}))
+    assert "40 workers need 40 CPU at the same time (the cluster has 4 CPU)" in caplog.text
+    assert "If none come (`ray status` tells why), end this command. Add nodes" in caplog.text
+
+
+def test_an_empty_cluster_is_waited_for_with_one_warning_that_names_everything(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(cluster_checks, "may_grow", lambda: True)
+    monkeypatch.setattr(pretrain, "require_shared_paths", lambda paths: None)
+    labels = {"worker_labels": {"role": "train"}, "data_labels": {"role": "data"}}
+    for chosen in ({}, labels):
+        cluster: Any = {"num_workers": 2, "use_gpu": True, **chosen}
+        pretrain._require_fitting_cluster(
+            PretrainConfig(data="s3://b/data", out="s3://b/run", cluster=ClusterConfig(**cluster))
+        )
+    plain, labelled = caplog.messages
+    assert "2 workers and 1 data actors need 3 CPU, 2 GPU at the same time" in plain
+    assert "cluster.worker_labels: no node" in labelled
+    assert "role=train, where 2 workers need 2 CPU, 2 GPU (labels of its nodes: none)" in labelled
+    assert "cluster.data_labels: no node" in labelled
+    assert "role=data, where 1 data actors need 1 CPU (" in labelled
+    assert "at the same time" not in labelled
+    assert labelled.endswith("with cluster.worker_labels=null cluster.data_labels=null")
+
+
+def test_what_each_has_alone_may_not_be_there_for_both(attached: None) -> None:
+    alone = (Need("workers", {"CPU": 3.0}), Need("actors", {"CPU": 3.0}))
+    require_room(*alone)
+    with pytest.raises(ConfigError, match=r"^cluster: both need 6 CPU at the same time"):
+        require_room(*alone, together=Need("both", {"CPU": 6.0}))
 
 
 @pytest.mark.parametrize(

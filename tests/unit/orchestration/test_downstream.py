@@ -57,8 +57,7 @@ TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4,
 def checks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What a cluster is asked for, in order; it has everything."""
     asked: list[object] = []
-    monkeypatch.setattr(downstream, "require_labels", lambda name, labels: None)
-    monkeypatch.setattr(downstream, "require_resources", lambda need, *_: asked.append(need))
+    monkeypatch.setattr(downstream, "require_room", lambda need, *_: asked.append(need.resources))
     monkeypatch.setattr(downstream, "require_shared_paths", lambda paths: asked.append(set(paths)))
     monkeypatch.setattr(downstream, "warn_of_unused_gpus", asked.append)
     return asked

@@ -162,8 +162,7 @@ def test_no_flipped_bit_of_the_data_is_taken_for_a_part(tmp_path: Path, manifest
 
 def test_every_path_that_an_actor_opens_must_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(parts, "require_labels", lambda name, labels: None)
-    monkeypatch.setattr(parts, "require_resources", lambda need, *_: asked.append(need))
+    monkeypatch.setattr(parts, "require_room", lambda need, *_: asked.append(need.resources))
     monkeypatch.setattr(parts, "require_shared_paths", lambda paths: asked.append(set(paths)))
     monkeypatch.setattr(parts, "warn_of_unused_gpus", lambda cluster: None)
     cluster = ClusterConfig(use_gpu=True)
