@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Final
+from typing import Any, Final
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
@@ -48,12 +48,12 @@ _TASK_SETTINGS: Final = {
 }
 """What the settings of `prepare` are called where a task has its own."""
 
-_RAW_SETTINGS: Final = {
+RAW_SETTINGS: Final[Mapping[str, Any]] = {
     field.name: field.default
     for field in dataclasses.fields(LibraryConfig)
     if field.name in ("smiles_column", "id_column", "max_atoms")
 }
-"""Settings of a library that say how raw molecules are read -> their defaults."""
+"""Settings of tasks and libraries that say how raw molecules are read -> their defaults."""
 
 
 def look_at_source(
@@ -62,11 +62,10 @@ def look_at_source(
     """Files and columns of raw molecules, for :func:`prepare_molecules`; None for a prepared dataset.
 
     Raises ColumnError if there is no column of a name that is asked for, and ConfigError for settings of raw molecules with a
-    prepared library.
+    prepared dataset.
     """
+    refuse_raw_settings(molecules)
     if is_prepared(molecules.source):
-        if not isinstance(molecules, TaskConfig):
-            _refuse_settings_of_raw_molecules(molecules)
         return None
     columns = ColumnConfig(
         smiles_column=molecules.smiles_column,
@@ -77,9 +76,15 @@ def look_at_source(
         return inspect_sources(find_sources(molecules.source), columns)
 
 
-def _refuse_settings_of_raw_molecules(molecules: EmbedConfig | PredictConfig) -> None:
-    given = [name for name, usual in _RAW_SETTINGS.items() if getattr(molecules, name) != usual]
-    if given:
+def refuse_raw_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> None:
+    """Raise ConfigError for settings of raw molecules with a prepared dataset, in which they would change nothing."""
+    section = "task." if isinstance(molecules, TaskConfig) else ""
+    given = [
+        f"{section}{name}"
+        for name, usual in RAW_SETTINGS.items()
+        if getattr(molecules, name) != usual
+    ]
+    if given and is_prepared(molecules.source):
         raise ConfigError(
             f"{', '.join(given)}: only for raw molecules, but {molecules.source} is a prepared data set, which is used as it is. "
             "Leave this out, or give the files that it was made from"

@@ -38,7 +38,12 @@ from moleblend_ray.evaluation.sources import TaskSources, task_sources
 from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
-from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
+from moleblend_ray.orchestration.molecules import (
+    RAW_SETTINGS,
+    look_at_source,
+    prepare_molecules,
+    refuse_raw_settings,
+)
 from moleblend_ray.orchestration.session import ray_session
 from moleblend_ray.orchestration.sweep import SweepSummary, search_method, sweep
 
@@ -106,6 +111,9 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     configs = _task_configs(config, sources)
     _check_questions(config.out, configs)
     finished_before = {name for name in configs if _is_finished(config.out, name)}
+    for name, source in sources.found.items():
+        if name not in finished_before:
+            refuse_raw_settings(dataclasses.replace(config.task, name=name, source=source))
     # What is finished needs its molecules no more: nothing is prepared again for it.
     prepares = finished_before != set(configs) or _is_shared_prepared(config, sources)
     shared = _look_at_shared(config, sources) if prepares else {}
@@ -162,6 +170,7 @@ def _task_configs(config: C, sources: TaskSources) -> dict[str, C]:
                 source=_shared_data(config.out, source),
                 split_file=_shared_split(config, source),
                 split_column=None,
+                **RAW_SETTINGS,  # They have made the shared molecules.
             )
         out = storage.join(config.out, name)
         configs[name] = dataclasses.replace(config, task=task, out=out)

@@ -229,6 +229,27 @@ def test_a_label_that_a_prepared_dataset_lacks_is_found_before_ray_is_started(
         finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
 
 
+@pytest.mark.parametrize("job", ["finetune", "sweep"])
+def test_settings_of_raw_molecules_are_refused_with_prepared_ones_before_ray_is_started(
+    tmp_path: Path, no_ray: None, job: str
+) -> None:
+    library = tmp_path / "data"
+    library.mkdir()
+    (library / "manifest.json").write_text("{}")
+    task = TaskConfig(name="esol", source=str(library), smiles_column="SMILES", max_atoms=50)
+    run: Callable[[], object] = partial(
+        finetune_module.finetune, FinetuneConfig(task=task, out=str(tmp_path / "out"))
+    )
+    if job == "sweep":
+        run = partial(sweep_module.sweep, SweepConfig(task=task, out=str(tmp_path / "out")))
+    with pytest.raises(
+        ConfigError,
+        match=rf"^task\.smiles_column, task\.max_atoms: only for raw .* but {library} is",
+    ):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_source_that_was_looked_at_is_what_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

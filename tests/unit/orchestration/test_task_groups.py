@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 
+from moleblend_ray.chemistry.config import MAX_ATOMS
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
@@ -143,6 +144,22 @@ def test_a_column_that_a_shared_source_lacks_is_found_before_ray_is_started(
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_of_raw_molecules_are_refused_if_a_task_that_is_left_has_prepared_ones(
+    tmp_path: Path, no_cluster: None
+) -> None:
+    fill(tmp_path, "esol.csv")
+    prepared = tmp_path / "tables" / "bbbp"
+    storage.write_json(str(prepared / "manifest.json"), {})
+    config = config_for(tmp_path, "esol", "bbbp")
+    config = dataclasses.replace(config, task=dataclasses.replace(config.task, max_atoms=50))
+    with pytest.raises(ConfigError, match=rf"^task\.max_atoms: only for raw .* but {prepared} is"):
+        _run_tasks(config, finish)
+    assert not (tmp_path / "out").exists()
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    finish(_task_configs(config, sources)["bbbp"])
+    assert _run_tasks(config, finish).tasks_finished == 2
+
+
 @pytest.fixture
 def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run for each task here needs none."""
@@ -198,7 +215,9 @@ def test_tasks_have_folders_and_sources_of_their_own_or_share_one_prepared_for_a
 ) -> None:
     fill(tmp_path, "esol.csv", "qm9.csv")
     config = config_for(tmp_path, "esol", "qm9_gap", "qm9_mu")
-    task = dataclasses.replace(config.task, split_column="split", skip_missing=True)
+    task = dataclasses.replace(
+        config.task, split_column="split", skip_missing=True, id_column="name", max_atoms=50
+    )
     config = dataclasses.replace(config, task=task)
     found = _task_configs(config, task_sources(task.source, tuple(task.tasks().values())))
     assert {name: one.out for name, one in found.items()} == {
@@ -207,5 +226,8 @@ def test_tasks_have_folders_and_sources_of_their_own_or_share_one_prepared_for_a
     esol, gap, mu = (found[name].task for name in found)
     assert (esol.source, esol.split_column) == (str(tmp_path / "tables/esol.csv"), "split")
     assert gap.source == mu.source == str(tmp_path / "out/data/qm9")
+    # Settings of raw molecules have done their work when the shared ones are prepared.
+    assert (esol.id_column, esol.max_atoms) == ("name", 50)
+    assert (gap.id_column, gap.max_atoms) == (None, MAX_ATOMS)
     assert (gap.split_column, gap.split_file) == (None, str(tmp_path / "out/data/qm9.split.json"))
     assert not any(one.is_group or one.skip_missing for one in (esol, gap, mu))
