@@ -1,11 +1,14 @@
-"""Names within the ``out`` of fine-tuning, sweeps, embeddings and predictions that several modules know.
+"""Names within the ``out`` of fine-tuning, sweeps, embeddings and predictions that several modules know, and whose it is.
 
 They are apart from what writes these files, as reading them must not take the import of torch, RDKit and Ray.
 """
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+from moleblend_ray.errors import ConfigError
 
 IDENTITY_NAME: Final = "config.json"
 """What question the results in a directory answer; another question needs another directory."""
@@ -56,3 +59,22 @@ class PartsKind(NamedTuple):
 
 EMBED: Final = PartsKind("embed", "embeddings")
 PREDICT: Final = PartsKind("predict", "predictions")
+
+
+def command_of(settings: Any) -> str | None:
+    """The command of `moleblend` whose settings these are, as ``config.json`` states them; None if they do not tell."""
+    if not isinstance(settings, Mapping):
+        return None
+    if "job" in settings:
+        return str(settings["job"]).removesuffix("Config").lower()
+    # A pretraining run states its settings alone.
+    return "pretrain" if "order" in settings else None
+
+
+def require_command(out: str, stored: Any, command: str) -> None:
+    """Raise ConfigError if ``out``, with the settings ``stored``, holds what another command than this one has made."""
+    theirs = command_of(stored)
+    if theirs not in (None, command):
+        raise ConfigError(
+            f"out: {out} holds results of `moleblend {theirs}`. Give another `out` for `moleblend {command}`"
+        )

@@ -72,7 +72,13 @@ from moleblend_ray.orchestration.cluster_checks import (
     require_shared_paths,
     warn_of_unused_gpus,
 )
-from moleblend_ray.orchestration.identity import check_finished, claim, data_inputs, question
+from moleblend_ray.orchestration.identity import (
+    check_claim,
+    check_finished,
+    claim,
+    data_inputs,
+    question,
+)
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Progress
@@ -116,7 +122,9 @@ class Inputs:
 
 def read_inputs(config: PropertyConfig) -> Inputs:
     """The starting weights, the named splits and the columns of the source; a ConfigError or DataError if the source
-    lacks one that the task needs."""
+    lacks one that the task needs, or ``out`` is of something else."""
+    # Molecules would be prepared into results of something else.
+    check_claim(config.out, {"config": question(config)})
     task = config.task.resolve()
     start = starting_point(config)
     named = named_splits(config.task)

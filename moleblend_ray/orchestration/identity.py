@@ -17,7 +17,7 @@ from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from moleblend_ray.evaluation.result_files import IDENTITY_NAME
+from moleblend_ray.evaluation.result_files import IDENTITY_NAME, command_of, require_command
 
 logger = logging.getLogger(__name__)
 
@@ -89,19 +89,12 @@ def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
     return with_defaults(note, _LATER_SETTINGS)
 
 
-def _command(note: Mapping[str, Any]) -> str | None:
-    """The command whose question, or identity with a question, ``note`` is; None for the identity's other entries."""
-    job = note.get("config", note).get("job")
-    return None if job is None else str(job).removesuffix("Config").lower()
-
-
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
     # Credentials may differ between a command and its repetition; both are compared without them.
-    theirs, ours = _command(stored), _command(asked)
-    if theirs and ours and theirs != ours:
-        raise ConfigError(
-            f"{out} holds results of `moleblend {theirs}`. Give another `out` for `moleblend {ours}`"
-        )
+    # A note is a question, or an identity that may have one.
+    theirs, ours = (note.get("config", note) for note in (stored, asked))
+    if (command := command_of(ours)) is not None:
+        require_command(out, theirs, command)
     differing = differences(redact(_completed(stored)), redact(_completed(asked)))
     if differing:
         listed = "; ".join(

@@ -17,7 +17,7 @@ from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.status import DataStatus, data_status, has_data_set
 from moleblend_ray.errors import DataError, StorageError
-from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME
+from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, command_of
 from moleblend_ray.evaluation.status import (
     PARTS_KINDS,
     TRAINING_JOBS,
@@ -66,7 +66,7 @@ def status(config: StatusConfig) -> Status:
         return parts_status(uri, document)
     if job in TRAINING_JOBS:
         return sweep_status(uri, document)
-    if isinstance(settings, Mapping) and "order" in settings:
+    if command_of(settings) == "pretrain":
         return run_status(uri, document)
     if storage.exists(storage.join(uri, f"{LEADERBOARD_NAME}.json")):
         return tasks_status(uri)

@@ -33,6 +33,8 @@ from moleblend_ray.evaluation.result_files import (
     IDENTITY_NAME,
     LEADERBOARD_NAME,
     RESULTS_NAME,
+    command_of,
+    require_command,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
 from moleblend_ray.orchestration.downstream import check_cluster, starting_point
@@ -137,7 +139,10 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
 
 def _find_sources(config: PropertyConfig) -> TaskSources:
     """The molecules of each task. Raises a ConfigError that names all missing ones, unless they may be missing."""
-    if storage.exists(storage.join(config.out, IDENTITY_NAME)):
+    identity = storage.join(config.out, IDENTITY_NAME)
+    if storage.exists(identity):
+        stored = storage.read_object(identity, "config")["config"]
+        require_command(config.out, stored, str(command_of(question(config))))
         raise ConfigError(
             f"out: {config.out} holds the results of a single task; expected a directory for several. Give another"
         )

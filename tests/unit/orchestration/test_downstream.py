@@ -18,9 +18,11 @@ import ray
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
@@ -248,6 +250,35 @@ def test_settings_of_raw_molecules_are_refused_with_prepared_ones_before_ray_is_
     ):
         run()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("job", ["finetune", "sweep"])
+def test_the_folder_of_a_pretraining_run_is_told_by_its_command_before_ray_is_started(
+    tmp_path: Path, no_ray: None, job: str
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path), checkpoint=None)
+    run_settings = to_dict(PretrainConfig(data="/data", out=config.out))
+    storage.write_json(storage.join(config.out, "config.json"), {"config": run_settings})
+    run: Callable[[], object] = partial(finetune_module.finetune, config)
+    if job == "sweep":
+        run = partial(sweep_module.sweep, SweepConfig(task=config.task, out=config.out))
+    with pytest.raises(
+        ConfigError,
+        match=rf"^out: .*/out holds results of `moleblend pretrain`\. .* for `moleblend {job}`$",
+    ):
+        run()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_other_settings_are_refused_before_molecules_are_prepared(
+    tmp_path: Path, no_ray: None
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    claim(config.out, {**IDENTITY, "config": question(config)})
+    with pytest.raises(AssertionError, match="Ray was started"):
+        finetune_module.finetune(config)
+    with pytest.raises(ConfigError, match=r"differ in config\.split_seed: 0 there, 5 here"):
+        finetune_module.finetune(dataclasses.replace(config, split_seed=5))
 
 
 def test_the_source_that_was_looked_at_is_what_is_prepared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -11,13 +12,15 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
+from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.errors import CheckpointError, DataError
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.orchestration.run_folder import (
     _require_coordinates,
     _require_descriptors,
     _require_same_run,
+    open_run,
     run_identity,
 )
 
@@ -32,6 +35,18 @@ def identity(**changes: Any) -> dict[str, Any]:
 def counts(rows_out: int, with_coordinates: int) -> Manifest:
     found = SimpleNamespace(rows_out=rows_out, with_coordinates=with_coordinates)
     return cast("Manifest", SimpleNamespace(counts=found))
+
+
+def whole() -> Manifest:
+    """Of nine molecules, all with coordinates."""
+    found = SimpleNamespace(
+        fingerprint="aaa",
+        featurizer_version=1,
+        options={},
+        counts=counts(9, 9).counts,
+        num_molecules=lambda split: 9,
+    )
+    return cast("Manifest", found)
 
 
 def test_a_run_without_any_coordinates_must_be_asked_for() -> None:
@@ -93,3 +108,26 @@ def test_runs_from_before_a_choice_existed_are_those_without_it() -> None:
     ):
         with pytest.raises(CheckpointError, match=told):
             _require_same_run(one, other, "run")
+
+
+@pytest.mark.parametrize("job", ["finetune", "sweep", "embed", "predict"])
+def test_results_of_another_command_are_told_by_its_name_and_stay_as_they_are(
+    tmp_path: Path, job: str
+) -> None:
+    uri = str(tmp_path / "config.json")
+    document = {"config": {"job": f"{job.title()}Config"}, "data_fingerprint": "aaa"}
+    storage.write_json(uri, document)
+    with pytest.raises(
+        ConfigError,
+        match=rf"holds results of `moleblend {job}`\. Give another `out` for `moleblend pretrain`$",
+    ):
+        open_run(dataclasses.replace(CONFIG, out=str(tmp_path)), whole())
+    assert storage.read_json(uri) == document
+
+
+@pytest.mark.parametrize("content", ['{"config": {"order": {}}}', "{}", "[]", '{"conf'])
+def test_a_run_that_committed_nothing_starts_anew(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert open_run(dataclasses.replace(CONFIG, out=str(tmp_path)), whole()) is None
+    stored = storage.read_json(str(tmp_path / "config.json"))
+    assert stored["config"]["data"] == "data"

@@ -67,6 +67,10 @@ def test_the_folder_of_a_single_task_is_not_taken_for_several(tmp_path: Path) ->
     finish(config)
     with pytest.raises(ConfigError, match="results of a single task"):
         finetune_tasks(config)
+    run_settings: dict[str, Any] = {"config": {"order": {}, "model": {}}}
+    storage.write_json(storage.join(config.out, "config.json"), run_settings)
+    with pytest.raises(ConfigError, match=r"`moleblend pretrain`.* for `moleblend finetune`"):
+        finetune_tasks(config)
 
 
 def test_other_settings_are_refused_before_a_leaderboard_of_errors_is_written(
