@@ -24,7 +24,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.sources.text import DELIMITERS, fields, stated_delimiter
+from moleblend_ray.data.sources.rows import DELIMITERS, fields, stated_delimiter
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import DataError
 

@@ -12,16 +12,11 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
-from moleblend_ray.data.sources.layouts import delimited_form
+from moleblend_ray.data.sources.damage import DamageError, unreadable
+from moleblend_ray.data.sources.headers import delimited_form
 from moleblend_ray.data.sources.parquet import parquet_file
 from moleblend_ray.data.sources.reading import open_items, open_records
-from moleblend_ray.data.sources.text import (
-    DELIMITERS,
-    DamageError,
-    fields,
-    unreadable,
-    without_empty_end,
-)
+from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
 from moleblend_ray.data.splits import NamedSplits, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
 

@@ -23,7 +23,7 @@ from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
-from moleblend_ray.data.sources.layouts import ColumnError
+from moleblend_ray.data.sources.columns import ColumnError
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.prepare import prepare

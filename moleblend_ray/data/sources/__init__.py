@@ -6,7 +6,8 @@ turns a chunk into records with identifiers and labels (:func:`parse_chunk`); it
 process can do it. For a damaged file, a DataError names the record where reading stopped.
 
 Modules: ``records`` (the types), ``files`` (finding them), ``published`` (layouts known by name), ``layouts``
-(columns and labels), ``reading``, ``parsing``; below them ``text``, ``archives``, ``cells`` and ``parquet``.
+(columns and labels of all files) from ``views`` (of each file), ``headers`` and ``columns``, ``reading``, ``parsing``;
+below them ``text``, ``rows``, ``cells``, ``parquet``, ``archives``, ``decompression`` and ``damage``.
 """
 
 import importlib

@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from typing import BinaryIO, Final, NamedTuple
 
+from moleblend_ray.data.sources.damage import DamageError
+from moleblend_ray.data.sources.decompression import COMPRESSIONS, blocks_of, decompressed
 from moleblend_ray.data.sources.records import Container, Format, SourceFile
-from moleblend_ray.data.sources.text import COMPRESSIONS, DamageError, blocks_of, decompressed
 from moleblend_ray.errors import DataError
 
 CONTAINERS: Final[dict[str, Container]] = {

@@ -13,9 +13,10 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.download import RECORD_NAME
 from moleblend_ray.data.sources import archives
+from moleblend_ray.data.sources.damage import DamageError, unreadable
+from moleblend_ray.data.sources.decompression import COMPRESSIONS, compression_of
 from moleblend_ray.data.sources.published import EXCLUSIONS_NAME, associate, pair_in_archive
 from moleblend_ray.data.sources.records import Container, Format, SourceFile
-from moleblend_ray.data.sources.text import COMPRESSIONS, DamageError, compression_of, unreadable
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from moleblend_ray.chemistry.records import GeometryRow, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources.cells import number
+from moleblend_ray.data.sources.damage import unreadable as damaged
 from moleblend_ray.data.sources.records import (
     EXCERPT_CHARACTERS,
     RawRecord,
@@ -26,7 +27,6 @@ from moleblend_ray.data.sources.records import (
     SourceLayout,
 )
 from moleblend_ray.data.sources.text import decode
-from moleblend_ray.data.sources.text import unreadable as damaged
 from moleblend_ray.errors import DataError, without_credentials
 
 logger = logging.getLogger(__name__)

@@ -15,22 +15,9 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.sources.cells import read_labels, sd_properties, sd_text, smiles_and_name
 from moleblend_ray.data.sources.parquet import parse_parquet
 from moleblend_ray.data.sources.reading import Item, items_of_payload
-from moleblend_ray.data.sources.records import (
-    EXCERPT_CHARACTERS,
-    RawRecord,
-    RowChunk,
-    SourceLayout,
-)
-from moleblend_ray.data.sources.text import (
-    DELIMITERS,
-    Beginning,
-    csv_records,
-    decode,
-    fields,
-    lines_of,
-    sd_records,
-    without_empty_end,
-)
+from moleblend_ray.data.sources.records import EXCERPT_CHARACTERS, RawRecord, RowChunk, SourceLayout
+from moleblend_ray.data.sources.rows import DELIMITERS, csv_records, fields, without_empty_end
+from moleblend_ray.data.sources.text import Beginning, decode, lines_of, sd_records
 
 _NO_ROW: Final = "not a row: a quote is not closed, or a carriage return stands outside quotes"
 

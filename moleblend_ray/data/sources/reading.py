@@ -13,25 +13,33 @@ import pyarrow as pa
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.sources.archives import Member, contents
+from moleblend_ray.data.sources.damage import DamageError, unreadable
 from moleblend_ray.data.sources.parquet import ParquetPart, parquet_chunks, parquet_parts, to_ipc
 from moleblend_ray.data.sources.published import read_exclusions
 from moleblend_ray.data.sources.records import (
     EXCERPT_CHARACTERS,
+    Format,
     RowChunk,
     SourceFile,
     SourceLayout,
 )
+from moleblend_ray.data.sources.rows import DELIMITERS, csv_records, without_delimiter_line
 from moleblend_ray.data.sources.text import (
-    DELIMITERS,
+    MAX_RECORD_BYTES,
     Beginning,
-    DamageError,
     decode,
+    sd_records,
     size_of,
-    split_records,
-    unreadable,
+    smiles_lines,
+    whole_text,
+    with_line_feeds,
 )
 
 MAX_CHUNK_BYTES: Final = 64 << 20
+SAMPLE_RECORDS: Final = 1000
+"""Records from which is decided which columns or properties are numeric, and whether a geometry fits its table."""
+_SAMPLE_BYTES: Final = 64 << 20
+"""A sample ends with the record that brings it to this size."""
 
 RECORD_SCHEMA: Final = pa.schema(
     [
@@ -131,6 +139,22 @@ def take(
     return taken, None
 
 
+def first_records(file: SourceFile, records: Iterator[bytes], count: int) -> list[bytes]:
+    """Up to ``count`` records from the beginning of a file, as :func:`first_items` has items."""
+    return [item.text for item in first_items(file, map(Item, records), count)]
+
+
+def first_items(file: SourceFile, items: Iterator[Item], count: int) -> list[Item]:
+    """Up to ``count`` items from the beginning of a file; DataError if not even one can be read.
+
+    Later damage is reported, with the number of the record, when the file is read.
+    """
+    found, damage = take(items, count, _SAMPLE_BYTES)
+    if damage is not None and not found:
+        raise unreadable(file.uri, 0, damage) from damage
+    return found
+
+
 def _payload_of_items(items: Sequence[Item]) -> bytes:
     """The items as an Arrow stream, which :func:`items_of_payload` reads."""
     rows = [
@@ -189,7 +213,7 @@ def open_records(file: SourceFile) -> Iterator[Iterator[bytes]]:
 def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
     header: bytes | None = None
     for name, blocks in members:
-        records = split_records(blocks, file.format)
+        records = _split(blocks, file.format)
         if file.format in DELIMITERS:
             first = next(records, None)
             if header is None:
@@ -205,6 +229,22 @@ def _records(file: SourceFile, members: Iterable[Member]) -> Iterator[bytes]:
         for record in records:
             is_whole = record.endswith(end) or isinstance(record, Beginning)
             yield record if is_whole else _with_end(record, file.format)
+
+
+def _split(blocks: Iterator[bytes], form: Format) -> Iterator[bytes]:
+    """The raw records of one text, each with its line end: of a table including the header, of ``smi`` without one.
+
+    A line ``sep=;`` before the header of a table is left out. In the place of a record that is too large there is its
+    ``Beginning``.
+    """
+    if form == "xyz":
+        return whole_text(blocks, MAX_RECORD_BYTES)
+    blocks = with_line_feeds(blocks)
+    if form == "sdf":
+        return sd_records(blocks, MAX_RECORD_BYTES)
+    if form == "smi":
+        return smiles_lines(blocks, MAX_RECORD_BYTES)
+    return without_delimiter_line(csv_records(blocks, DELIMITERS[form], MAX_RECORD_BYTES))
 
 
 def _bare(header: bytes) -> bytes:

@@ -47,7 +47,6 @@ from moleblend_ray.data.sources import (
     find_sources,
     inspect_sources,
     read_chunks,
-    text,
 )
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
@@ -147,10 +146,10 @@ def test_every_row_is_a_molecule_or_in_quarantine_with_its_reason(tmp_path: Path
     assert load_manifest(str(tmp_path / "out")) == manifest
 
 
+@pytest.mark.usefixtures("small_limit")
 def test_a_record_that_is_too_large_is_a_row_in_quarantine_also_of_a_continued_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     block = (
         "\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n" + "    0.0000" * 3 + " C   0  0\nM  END\n"
     )

@@ -27,7 +27,6 @@ from moleblend_ray.data.sources import (
     inspect_sources,
     parse_chunk,
     read_chunks,
-    text,
 )
 from moleblend_ray.errors import ConfigError, DataError
 
@@ -149,15 +148,14 @@ def test_a_member_without_a_line_end_does_not_run_into_the_next(
         assert names == ["m0", "m1", "m2"]
 
 
+@pytest.mark.usefixtures("small_limit")
 @pytest.mark.parametrize("pack", [tar, zipped])
 @pytest.mark.parametrize("end", [b"$$$$\n", b"$$$$", b"\n", b""])
 def test_a_record_that_is_too_large_does_not_run_into_the_next_member(
     tmp_path: Path,
     pack: Callable[[dict[str, bytes]], bytes],
     end: bytes,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     first, large, last = (METHANE.format(title=f"m{i}", mu=i).encode() for i in range(3))
     large = large.removesuffix(b"$$$$\n") + b"> <image>\n" + b"x" * (2 << 20) + b"\n" + end
     path = tmp_path / ("set.tar" if pack is tar else "set.zip")
@@ -344,9 +342,9 @@ def test_links_and_encrypted_members_of_a_zip_are_refused(tmp_path: Path) -> Non
 def test_a_bomb_is_stopped_with_little_memory(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moleblend_ray.data.sources import archives
+    from moleblend_ray.data.sources import archives, decompression
 
-    for module in (text, archives):
+    for module in (decompression, archives):
         monkeypatch.setattr(module, "_EXPANSION_GRACE_BYTES", 1 << 20)
     content = b"smiles,y\n" + (b"C" * (1 << 16) + b",1\n") * 640
     if suffix == ".zip":

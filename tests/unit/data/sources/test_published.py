@@ -29,7 +29,6 @@ from moleblend_ray.data.sources import (
     find_sources,
     inspect_sources,
     read_chunks,
-    text,
 )
 from moleblend_ray.data.sources.published import read_exclusions
 from moleblend_ray.data.split_file import read_split_file
@@ -217,10 +216,10 @@ def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
     assert "the geometry has heavy atoms C" in rejected[0]["detail"]
 
 
+@pytest.mark.usefixtures("small_limit")
 def test_a_geometry_that_is_too_large_costs_no_other_row(
-    tmp_path: Path, samples: list[SampleMolecule], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, samples: list[SampleMolecule]
 ) -> None:
-    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
     geometry = sdf(samples[:3]).removesuffix(b"$$$$\n") + b"x" * (1 << 20) + b"\n$$$$\n"
     geometry += sdf(samples[3:NUM_WITH_GEOMETRY])
     manifest = convert(write_pcqm(tmp_path / "raw", samples, geometry), tmp_path / "out")
@@ -309,10 +308,8 @@ def test_qm9_as_published_has_geometry_bonds_labels_and_units(tmp_path: Path) ->
     assert table["label:cv"].to_pylist()[2] == 3.14
 
 
-def test_a_file_of_qm9_that_is_too_large_costs_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text, "MAX_RECORD_BYTES", 1 << 20)
+@pytest.mark.usefixtures("small_limit")
+def test_a_file_of_qm9_that_is_too_large_costs_no_other(tmp_path: Path) -> None:
     files = qm9_files()
     files["dsgdb9nsd_000003.xyz"] += b"x" * (3 << 20)
     source = tmp_path / "dsgdb9nsd.xyz.tar.bz2"

@@ -1,0 +1,48 @@
+"""Cells and records that cannot be parsed are rejected alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from source_files import METHANE, records_of, smiles_of
+
+from moleblend_ray.chemistry.rejection import Rejection
+
+
+def test_cells_that_are_no_finite_number_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("smiles,y\n" + "C,1\n" * 1000 + "C,>10\nC,inf\nC,1_0\nC,N/A\n")
+    records = records_of(path)
+    assert [record.unreadable for record in records[-4:]] == [("y",), ("y",), ("y",), ()]
+    assert np.isnan([record.labels[0] for record in records[-4:]]).all()
+
+
+@pytest.mark.parametrize("row", ["C", "C,1,2", '"C,1,x'[1:]])
+def test_rows_with_a_wrong_number_of_fields_are_rejected(tmp_path: Path, row: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"smiles,y\nCC,1\n{row}\nCCC,2\n")
+    first, bad, last = records_of(path)
+    assert isinstance(bad.content, Rejection)
+    assert bad.content.code == "invalid_record"
+    assert "where the header has 2" in bad.content.detail
+    assert smiles_of([first, last]) == ["CC", "CCC"]
+    assert bad.excerpt.startswith("C")
+
+
+def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    path.write_text(METHANE.format(title="a") + ">  <x>  (1)\n1\n2\n\n> 25 <y>\n3\n$$$$\n")
+    (record,) = records_of(path, label_columns=("x", "y"))
+    assert np.isnan(record.labels[0])
+    assert record.labels[1] == 3.0
+    assert record.unreadable == ("x",)
+
+
+def test_several_lines_in_one_of_a_table_of_smiles_are_rejected(tmp_path: Path) -> None:
+    (tmp_path / "t.smi").write_bytes(b"C a\r\nN c\rNC d\rNCC e\r\nCC b\n")
+    first, bad, last = records_of(tmp_path / "t.smi")
+    assert smiles_of([first, last]) == ["C", "CC"]
+    assert isinstance(bad.content, Rejection)
+    assert "carriage return" in bad.content.detail
