@@ -45,11 +45,12 @@ if TYPE_CHECKING:
     from moleblend_ray.inference import MoleculeEncoder, PropertyPredictor
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
+    from moleblend_ray.orchestration.checkpoints import inspect_checkpoints
+    from moleblend_ray.orchestration.data import inspect_data
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
     from moleblend_ray.orchestration.export import export
     from moleblend_ray.orchestration.finetune import finetune
-    from moleblend_ray.orchestration.inspect import inspect_checkpoints, inspect_data
     from moleblend_ray.orchestration.leaderboard import leaderboard
     from moleblend_ray.orchestration.plan import plan
     from moleblend_ray.orchestration.predict import predict
@@ -206,8 +207,8 @@ _HOMES = {
     "export": "orchestration.export",
     "finetune": "orchestration.finetune",
     "finetune_tasks": "orchestration.task_groups",
-    "inspect_checkpoints": "orchestration.inspect",
-    "inspect_data": "orchestration.inspect",
+    "inspect_checkpoints": "orchestration.checkpoints",
+    "inspect_data": "orchestration.data",
     "leaderboard": "orchestration.leaderboard",
     "load_model": "training.export",
     "model_preset": "config.compose",

@@ -62,11 +62,11 @@ JOBS: Mapping[str, Job] = {
     "data": Job(
         "what a prepared data set holds: counts, atoms, labels, quarantine, damaged files",
         "moleblend_ray.config.inspect:InspectConfig",
-        "moleblend_ray.orchestration.inspect:inspect_data",
+        "moleblend_ray.orchestration.data:inspect_data",
         "runs/data --verify",
         first_key="data",
         flags=("verify",),
-        show="moleblend_ray.orchestration.inspect:show_report",
+        show="moleblend_ray.orchestration.data:show_data",
     ),
     "pretrain": Job(
         "shards -> a pretrained encoder; the same command again continues an interrupted run",
@@ -77,11 +77,11 @@ JOBS: Mapping[str, Job] = {
     "checkpoints": Job(
         "checkpoints of a run: whole or damaged, differences between two, old ones deleted",
         "moleblend_ray.config.inspect:CheckpointsConfig",
-        "moleblend_ray.orchestration.inspect:inspect_checkpoints",
+        "moleblend_ray.orchestration.checkpoints:inspect_checkpoints",
         "runs/encoder keep_last=2",
         first_key="run",
         flags=("verify",),
-        show="moleblend_ray.orchestration.inspect:show_checkpoints",
+        show="moleblend_ray.orchestration.checkpoints:show_checkpoints",
     ),
     "finetune": Job(
         "encoder + labelled molecules -> a property model and its scores",

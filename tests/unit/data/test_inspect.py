@@ -20,7 +20,7 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
-from moleblend_ray.orchestration.inspect import show_report
+from moleblend_ray.orchestration.data import show_data
 from moleblend_ray.orchestration.terminal import json_text
 
 TABLE = (
@@ -87,7 +87,7 @@ def shown(uri: str, **settings: object) -> str:
     screen = io.StringIO()
     config = InspectConfig(data=uri, **settings)  # type: ignore[arg-type]
     report = inspect_data_set(uri, verify=config.verify, num_examples=config.examples)
-    Console(file=screen, width=100).print(show_report(report))
+    Console(file=screen, width=100).print(show_data(report))
     return screen.getvalue()
 
 

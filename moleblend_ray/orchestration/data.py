@@ -1,4 +1,4 @@
-"""`moleblend data` and `moleblend checkpoints`: inspect what is in storage, and show it on a terminal."""
+"""`moleblend data`: what a prepared data set holds, and how it is shown on a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.inspect import CheckpointsConfig, InspectConfig
+from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.inspect import (
     DataSetReport,
@@ -25,15 +25,8 @@ from moleblend_ray.orchestration.terminal import (
     headed_table,
     progress_bar,
     stacked,
-    utc_text,
 )
 from moleblend_ray.quantities import bytes_text
-from moleblend_ray.training.inventory import (
-    DifferenceReport,
-    InventoryReport,
-    compare_checkpoints,
-    take_inventory,
-)
 from moleblend_ray.vocabulary import NUM_DESCRIPTORS
 
 Report = DataSetReport | UnfinishedReport
@@ -44,7 +37,6 @@ _MAX_ELEMENTS: Final = 12
 _MAX_LABELS: Final = 12
 _MAX_DAMAGES: Final = 20
 _MAX_SOURCES: Final = 5
-_MAX_TENSORS: Final = 12
 _EXCERPT_CHARACTERS: Final = 40
 
 
@@ -57,7 +49,7 @@ def inspect_data(config: InspectConfig) -> Report:
         )
 
 
-def show_report(report: Report) -> RenderableType:
+def show_data(report: Report) -> RenderableType:
     """The report of :func:`inspect_data` for a terminal."""
     if isinstance(report, UnfinishedReport):
         return _unfinished(report)
@@ -214,114 +206,6 @@ def _unfinished(report: UnfinishedReport) -> Table:
     )
     table.add_row("to finish", "the `moleblend prepare` command that began it, typed again")
     return table
-
-
-def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | DifferenceReport:
-    """The checkpoints of ``config.run``, or how two differ (``config.against``). Deletes only with ``keep_last``."""
-    config = with_absolute_paths(config)
-    if config.against is not None:
-        return compare_checkpoints(config.run, config.against)
-    with progress_bar("verify", enabled=config.verify, show=str, unit=" checkpoints") as progress:
-        return take_inventory(
-            config.run,
-            verify_content=config.verify,
-            keep_last=config.keep_last,
-            progress=progress,
-        )
-
-
-def show_checkpoints(report: InventoryReport | DifferenceReport) -> RenderableType:
-    """The report of :func:`inspect_checkpoints` for a terminal."""
-    if isinstance(report, DifferenceReport):
-        return _difference(report)
-    checked = (
-        "all bytes were compared"
-        if report.verified
-        else "sizes were compared; --verify reads every byte"
-    )
-    foot = Text(
-        "\n".join(report.damages) or f"no damage found ({checked})",
-        style="red" if report.damages else "",
-    )
-    return stacked(_run_overview(report), _checkpoint_table(report), foot)
-
-
-def _run_overview(report: InventoryReport) -> Table:
-    overview = facts_table()
-    overview.add_row("run", f"[bold]{escape(str(redact(report.uri)))}[/]")
-    overview.add_row("state", _state(report))
-    data = str(report.identity.get("data_fingerprint", ""))[:16]
-    model = report.identity.get("model", {})
-    if data:
-        overview.add_row("identity", f"data {data}, seed {report.identity.get('seed', '?')}")
-    if model:
-        sizes = ", ".join(
-            f"{name} {model[name]}" for name in ("num_layers", "dim") if name in model
-        )
-        overview.add_row("model", sizes)
-    if report.deleted:
-        overview.add_row("deleted", "steps " + ", ".join(map(str, report.deleted)))
-    return overview
-
-
-def _checkpoint_table(report: InventoryReport) -> Table:
-    checkpoints = headed_table(
-        "step",
-        "state",
-        "size",
-        "files",
-        "workers",
-        "loss",
-        "valid loss",
-        "written (UTC)",
-        numbers=(0, 2, 3, 4, 5, 6),
-    )
-    for one in report.checkpoints:
-        checkpoints.add_row(
-            f"{one.step:,}",
-            one.state if one.state == "whole" else f"[bold red]{one.state}[/]",
-            bytes_text(one.num_bytes) if one.num_files else "",
-            str(one.num_files or ""),
-            str(one.world_size or ""),
-            "" if one.loss is None else f"{one.loss:.4g}",
-            "" if one.valid_loss is None else f"{one.valid_loss:.4g}",
-            utc_text(one.created),
-        )
-    return checkpoints
-
-
-def _state(report: InventoryReport) -> str:
-    if report.finished:
-        return "finished"
-    if report.continues_at is None:
-        states = {one.state for one in report.checkpoints}
-        if "newer" in states:
-            return "a newer version wrote its newest checkpoint: its command asks for the upgrade"
-        if "damaged" in states:
-            return "all checkpoints are damaged: its command cannot continue"
-        return "nothing committed yet: its command starts anew"
-    return f"not finished; its command continues at step {report.continues_at:,}"
-
-
-def _difference(report: DifferenceReport) -> RenderableType:
-    overview = facts_table()
-    overview.add_row("first", f"[bold]{escape(str(redact(report.first)))}[/]")
-    overview.add_row("second", f"[bold]{escape(str(redact(report.second)))}[/]")
-    for index, setting in enumerate(report.settings):
-        overview.add_row("" if index else "settings", escape(str(redact(setting))))
-    if not report.settings:
-        overview.add_row("settings", "the same")
-    equal = report.num_tensors - len(report.tensors)
-    overview.add_row("weights", f"{equal} of {report.num_tensors} tensors are bit-identical")
-    overview.add_row("optimizer", "bit-identical" if report.optimizer_equal else "differs")
-    if not report.tensors:
-        return overview
-    tensors = headed_table("tensor", "relative difference", "largest absolute", numbers=(1, 2))
-    for tensor in report.tensors[:_MAX_TENSORS]:
-        tensors.add_row(escape(tensor.name), f"{tensor.relative:.3g}", f"{tensor.max_abs:.3g}")
-    if len(report.tensors) > _MAX_TENSORS:
-        tensors.add_row(f"and {len(report.tensors) - _MAX_TENSORS} more", "", "")
-    return stacked(overview, tensors)
 
 
 def _shares(counts: Mapping[str, int], total: int) -> str:
