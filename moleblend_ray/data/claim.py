@@ -6,15 +6,14 @@ the files: where a damaged file was replaced, the chunks that did not change are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
+    LEASES_DIR,
     PLAN_NAME,
-    QUARANTINE_DIR,
     RECEIPTS_DIR,
-    SPLITS,
     STAGED_DIR,
     is_prepared,
     listed,
@@ -71,43 +70,46 @@ def rows_per_chunk_of(out: str) -> int | None:
     return int(with_defaults(options, ConvertOptions().to_json())["rows_per_chunk"])
 
 
+def check_output(out: str, sources: SourceSet, options: ConvertOptions) -> bool:
+    """Whether a data set of these sources and options was begun in ``out``; ConfigError if another one was."""
+    uri = storage.join(out, PLAN_NAME)
+    if storage.exists(uri):
+        _check_plan(out, storage.read_json(uri), _plan(sources, options))
+        return True
+    if listed_shards(out):
+        raise ConfigError(
+            f"out: {out} holds shards of which neither a manifest nor a plan tells anything. "
+            "Give another `out`, or delete this one."
+        )
+    return False
+
+
 def claim_output(
     out: str, sources: SourceSet, options: ConvertOptions
 ) -> dict[tuple[int, int], Receipt]:
-    """Claim ``out`` for a data set of these sources and options, or continue one that an earlier run has begun.
+    """Claim ``out`` for a data set of these sources and options, or continue one that an earlier run has begun. No other
+    command may work there meanwhile (:mod:`.lease`).
 
     Returns the receipts of the chunks that are finished, by file and chunk. ConfigError if ``out`` belongs to another
     data set.
     """
-    plan = {
+    if not check_output(out, sources, options):
+        storage.write_json(storage.join(out, PLAN_NAME), _plan(sources, options))
+    return valid_receipts(out, listed(out))
+
+
+def _plan(sources: SourceSet, options: ConvertOptions) -> dict[str, Any]:
+    return {
         "format_version": FORMAT_VERSION,
         "featurizer_version": FEATURIZER_VERSION,
         "options": options.to_json(),
         "sources": [without_credentials(layout.file.uri) for layout in sources.layouts],
     }
-    uri = storage.join(out, PLAN_NAME)
-    present = listed(out)
-    if uri in present:
-        _check_plan(out, storage.read_json(uri), plan)
-    elif _has_shards(out, present):
-        raise ConfigError(
-            f"out: {out} holds shards of which neither a manifest nor a plan tells anything. "
-            "Give another `out`, or delete this one."
-        )
-    else:
-        storage.write_json(uri, plan)
-    return valid_receipts(out, present)
-
-
-def _has_shards(out: str, present: Iterable[str]) -> bool:
-    # Only directly below `out`, which may itself lie in a folder named "test".
-    places = tuple(storage.join(out, split) + "/" for split in (*SPLITS, QUARANTINE_DIR))
-    return any(uri.startswith(places) for uri in present)
 
 
 def remove_work_files(out: str) -> None:
-    """Delete what only an unfinished data set needs: the plan, receipts and staged molecules."""
-    for directory in (STAGED_DIR, RECEIPTS_DIR):
+    """Delete what only an unfinished data set needs: the plan, receipts, staged molecules and leases."""
+    for directory in (STAGED_DIR, RECEIPTS_DIR, LEASES_DIR):
         storage.delete_tree(storage.join(out, directory))
 
 

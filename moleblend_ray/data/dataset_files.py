@@ -29,6 +29,9 @@ PLAN_NAME: Final = f"{RECEIPTS_DIR}/plan.json"
 STAGED_DIR: Final = "staged"
 """Files in progress that are not part of the data set; removed when the manifest is written."""
 
+LEASES_DIR: Final = "leases"
+"""Files by which commands that prepare the same data set know of each other; removed when the manifest is written."""
+
 _CHUNK_RECEIPT: Final = re.compile(r"\d{5,}-\d{6,}\.json")
 
 

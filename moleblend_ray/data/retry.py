@@ -35,6 +35,8 @@ _TRANSIENT_CODES: Final = frozenset(
         "ThrottlingException",
         "RequestLimitExceeded",
         "OperationAborted",
+        # Another conditional request for the same key was not finished.
+        "ConditionalRequestConflict",
         # The response to a completed multipart upload was lost: the whole upload is repeated.
         "NoSuchUpload",
     }
@@ -109,6 +111,11 @@ def is_transient(error: BaseException) -> bool:
     if status := http_status(error):
         return status in TRANSIENT_STATUS
     return isinstance(error, _transient_types())
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether a file was not created because there is one."""
+    return isinstance(error, FileExistsError) or 412 in (s3_error(error)[1], http_status(error))
 
 
 def http_status(error: BaseException) -> int:

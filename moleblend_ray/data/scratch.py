@@ -49,6 +49,17 @@ def scratch_path(purpose: str, token: str) -> Path:
     return Path(tempfile.gettempdir()) / f"{_prefix()}{purpose}-{token}"
 
 
+def is_held(folder: Path) -> bool | None:
+    """Whether the process that made a scratch folder lives; None if the folder is not on this machine."""
+    try:
+        with _locked(folder):
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
 def remove_abandoned() -> None:
     """Remove this user's scratch folders that no process of this machine holds."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):

@@ -11,6 +11,7 @@ Below this module: ``storage_clients`` (URI -> client), ``storage_errors`` (what
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from moleblend_ray.data import storage_clients
 from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RemoteFile, WebFile, read_web_range
-from moleblend_ray.data.retry import retried
+from moleblend_ray.data.retry import is_conflict, retried, s3_error
 from moleblend_ray.data.storage_clients import (
     RANGED,
     is_web,
@@ -45,6 +46,10 @@ logger = logging.getLogger(__name__)
 
 _TEMPORARY: Final = re.compile(r"\..+\.[0-9a-f]{8}")
 """Names of local files before they get the names they are written for."""
+_NOT_IMPLEMENTED: Final = 501
+"""HTTP status: the store knows no conditional writes."""
+_WITHOUT_LINKS: Final = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What a file system answers that has no hard links."""
 _GLOB_CHARACTERS: Final = frozenset("*?[")
 _FOREIGN: Final = "it is damaged, or another program wrote it."
 
@@ -147,6 +152,30 @@ def write_bytes(uri: str, data: bytes) -> None:
             _call("write", uri, filesystem.pipe_file, path, data, **part_options(uri))
 
 
+def create_json(uri: str, value: Any) -> bool:
+    """Write a JSON document unless there is a file; whether the file is now this document.
+
+    Of several processes that create different documents at the same time, one succeeds. In a store that knows no
+    conditional writes the last one does, and one that was faster may not learn of it here.
+    """
+    filesystem, path = storage_clients.resolve(uri)
+    data = _json_bytes(value)
+    with translate_errors("write", uri):
+        try:
+            if is_local(uri):
+                _create_local(path, data)
+            else:
+                _call("write", uri, filesystem.pipe_file, path, data, mode="create")
+        except Exception as error:
+            if s3_error(error)[1] == _NOT_IMPLEMENTED:
+                if not exists(uri):
+                    write_bytes(uri, data)
+            elif not is_conflict(error):
+                raise
+    # A repeated request may meet the file that the first one made.
+    return read_bytes(uri) == data
+
+
 def upload(local_path: str | Path, uri: str) -> None:
     """Copy a local file to a URI atomically."""
     filesystem, path = storage_clients.resolve(uri)
@@ -200,8 +229,12 @@ def require_members(uri: str, value: Any, *members: str) -> None:
 
 def write_json(uri: str, value: Any) -> None:
     """Write a JSON document; equal values give the same bytes."""
+    write_bytes(uri, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes(uri, text.encode() + b"\n")
+    return text.encode() + b"\n"
 
 
 def list_files(uri: str) -> list[FileInfo]:
@@ -338,6 +371,25 @@ def delete_temporaries(uri: str) -> None:
         for path in folder.iterdir() if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(path.name):
                 path.unlink(missing_ok=True)
+
+
+def _create_local(path: str, data: bytes) -> None:
+    """Make a local file with all its content at once; FileExistsError if there is one."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.write_bytes(data)
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in _WITHOUT_LINKS:
+            raise
+        with target.open("xb") as stream:
+            stream.write(data)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

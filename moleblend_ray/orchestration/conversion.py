@@ -26,6 +26,7 @@ from ray.util.annotations import RayDeprecationWarning
 
 from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.lease import Lease
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.data.shard_writer import convert_chunk
@@ -164,14 +165,15 @@ class Conversion:
         self._num_actors = _num_actors(config, sources)
         self.effort = Effort()
 
-    def run(self, reporter: Reporter, metrics: JobMetrics) -> list[Receipt]:
+    def run(self, reporter: Reporter, metrics: JobMetrics, lease: Lease) -> list[Receipt]:
         """Convert what is not yet converted; returns the receipts of all chunks, or raises an error that says what is
-        missing."""
+        missing, or that the ``lease`` is lost."""
         receipts: list[Receipt] = []
         damages: list[str] = []
         rows = quarantined = 0
         metrics.count_rows(0, dict.fromkeys(_REASONS, 0))
         for result in self._results(reporter):
+            lease.require()
             if result["failure"] is not None:
                 # The storage is out of reach or full: all later chunks would fail as well.
                 raise StorageError(result["failure"])

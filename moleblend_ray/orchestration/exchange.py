@@ -12,6 +12,7 @@ import ray
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.dataset_files import RECEIPTS_DIR, listed
 from moleblend_ray.data.exchange import Exchange, Unit
+from moleblend_ray.data.lease import Lease
 from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
@@ -27,11 +28,12 @@ def run_exchange(
     passes: Sequence[Sequence[Unit]],
     cluster: ClusterConfig,
     report: Reporter,
+    lease: Lease,
 ) -> list[UnitReceipt]:
     """Run the passes of ``exchange``, as many units at a time as ``cluster`` has data actors; receipts of the last pass,
     in order.
 
-    Units that have a valid receipt are not run again.
+    Units that have a valid receipt are not run again. InUseError if the ``lease`` is lost.
     """
     done = _done(exchange, passes)
     shared = ray.put(exchange)
@@ -48,6 +50,7 @@ def run_exchange(
         )
         finished = len(units) - len(missing)
         for receipt in _run_tasks(task, shared, missing, cluster.num_data_actors, exchange.out):
+            lease.require()
             done[receipt.name] = receipt
             finished += 1
             report({"pass": units[0].kind, "pieces": f"{finished}/{len(units)}"})

@@ -1,7 +1,8 @@
 """Molecule files -> a prepared data set: chunks are converted, perhaps shuffled, and named in a manifest.
 
 Actors convert the chunks of the source (:mod:`.conversion`); at the end the driver writes the manifest from all receipts.
-What has a receipt is not done again, so the same command continues where it was interrupted.
+What has a receipt is not done again, so the same command continues where it was interrupted. One command at a time works
+on a data set (:mod:`moleblend_ray.data.lease`).
 """
 
 from __future__ import annotations
@@ -15,13 +16,25 @@ from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
+from moleblend_ray.data.claim import (
+    check_output,
+    claim_output,
+    finished_manifest,
+    remove_work_files,
+)
 from moleblend_ray.data.exchange import plan_exchange, staged_chunk
+from moleblend_ray.data.lease import Lease, leased
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, UnitReceipt
 from moleblend_ray.data.shards import DUPLICATE
-from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
+from moleblend_ray.data.sources import (
+    ColumnConfig,
+    SourceFile,
+    SourceSet,
+    find_sources,
+    inspect_sources,
+)
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, without_credentials
@@ -77,7 +90,7 @@ def prepare(
     finished. Molecules without coordinates are warned of if ``wants_coordinates``.
 
     ``sources`` is what :func:`inspect_sources` has told of the source and the columns of ``config``, if it was asked
-    before.
+    before. InUseError if another command prepares the same data set.
     """
     start_s = time.monotonic()
     config = with_absolute_paths(config)  # The actors have another working directory.
@@ -89,27 +102,48 @@ def prepare(
     _check_apart(config, [file.uri for file in files])
     splits = _named_splits(config, len(files))
     options = _options(config, splits)
-    manifest = finished_manifest(config.out, files, options)
-    shown_out = without_credentials(config.out)
-    if manifest is not None:
-        logger.info("%s is prepared already: nothing to do", shown_out)
-        remove_work_files(config.out)  # The run that wrote the manifest may have ended before this.
+    if (manifest := _finished(config.out, files, options)) is not None:
         return _summary(config.out, "already prepared", manifest, Effort(), start_s)
     if sources is None:
         sources = inspect_sources(files, options.columns)
+    check_output(config.out, sources, options)
+    with leased(config.out) as lease:
+        # The command that held the lease before may have finished the data set.
+        if (manifest := _finished(config.out, files, options)) is not None:
+            return _summary(config.out, "already prepared", manifest, Effort(), start_s)
+        status, manifest, effort = _run(config, sources, options, lease)
+    _log_outcome(manifest, config, wants_coordinates=wants_coordinates)
+    return _summary(config.out, status, manifest, effort, start_s)
+
+
+def _finished(out: str, files: Sequence[SourceFile], options: ConvertOptions) -> Manifest | None:
+    """The manifest of a finished data set, in which only its own files are left; None if it is not finished."""
+    manifest = finished_manifest(out, files, options)
+    if manifest is not None:
+        logger.info("%s is prepared already: nothing to do", without_credentials(out))
+        remove_work_files(out)  # The run that wrote the manifest may have ended before this.
+    return manifest
+
+
+def _run(
+    config: PrepareConfig, sources: SourceSet, options: ConvertOptions, lease: Lease
+) -> tuple[str, Manifest, Effort]:
+    """Do what is not done yet; returns ``prepared`` or ``continued``, the manifest, and what the conversion took."""
     done = claim_output(config.out, sources, options)
     if done:
-        logger.info("%s is unfinished: %d chunks are there", shown_out, len(done))
+        logger.info(
+            "%s is unfinished: %d chunks are there", without_credentials(config.out), len(done)
+        )
     with ray_session(config.cluster), Progress("prepare", unit="row", out=config.out) as progress:
         require_room(Need("prepare", {}, config.cluster.data_labels, "data_labels"))
         job = Conversion(config, sources, options, done)
-        receipts = job.run(progress.reporter, progress.metrics)
-        placed = _exchanged(config, sources, options, receipts, progress.reporter)
+        receipts = job.run(progress.reporter, progress.metrics, lease)
+        placed = _exchanged(config, sources, options, receipts, progress.reporter, lease)
         rows = sum(receipt.rows_in for receipt in receipts)
         progress.reporter({"done": rows, "total": rows})
+    lease.confirm()
     manifest = write_manifest(config.out, sources, options, receipts, placed)
-    _log_outcome(manifest, config, wants_coordinates=wants_coordinates)
-    return _summary(config.out, "continued" if done else "prepared", manifest, job.effort, start_s)
+    return "continued" if done else "prepared", manifest, job.effort
 
 
 def _exchanged(
@@ -118,6 +152,7 @@ def _exchanged(
     options: ConvertOptions,
     receipts: Sequence[Receipt],
     report: Reporter,
+    lease: Lease,
 ) -> list[UnitReceipt]:
     """Shards of all staged molecules after the shuffle or without duplicates; none if neither is asked for."""
     if not options.needs_exchange:
@@ -130,7 +165,7 @@ def _exchanged(
         options,
         memory_bytes=int(config.shuffle_memory_gib * GIB),
     )
-    return run_exchange(exchange, passes, config.cluster, report)
+    return run_exchange(exchange, passes, config.cluster, report, lease)
 
 
 def _named_splits(config: PrepareConfig, num_files: int) -> NamedSplits | None:

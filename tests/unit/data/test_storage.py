@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import sys
 import threading
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 
 from moleblend_ray.data import storage, storage_clients
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
@@ -44,6 +48,54 @@ def test_what_is_written_is_read_back_whole_and_by_range(base: str) -> None:
     with storage.open_read(uri) as file:
         assert file.read(4) == b"0123"
         assert file.read() == b"456789"
+
+
+def test_of_many_that_create_a_document_at_once_one_succeeds(base: str) -> None:
+    uri = storage.join(base, "deep", "one.json")
+    with ThreadPoolExecutor(8) as pool:
+        created = list(pool.map(lambda number: storage.create_json(uri, [number]), range(8)))
+    assert created.count(True) == 1
+    assert storage.read_json(uri) == [created.index(True)]
+    assert [file.uri for file in storage.list_files(base)] == [storage.absolute(uri)]
+    # A request whose answer was lost is repeated, and meets what it made.
+    assert storage.create_json(uri, storage.read_json(uri))
+    assert not storage.create_json(uri, ["later"])
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_a_document_is_created_once_on_a_file_system_without_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    uri = str(tmp_path / "one.json")
+    assert storage.create_json(uri, 1)
+    assert not storage.create_json(uri, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.json"]
+    assert storage.read_json(uri) == 1
+
+
+def test_a_document_is_created_once_in_a_store_without_conditional_writes(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filesystem, _ = storage_clients.resolve(s3_uri)
+    pipe_file = filesystem.pipe_file
+
+    def refuse(*arguments: Any, mode: str = "overwrite", **options: Any) -> Any:
+        if mode != "create":
+            return pipe_file(*arguments, **options)
+        response = {
+            "Error": {"Code": "NotImplemented"},
+            "ResponseMetadata": {"HTTPStatusCode": 501},
+        }
+        raise ClientError(response, "PutObject")
+
+    monkeypatch.setattr(filesystem, "pipe_file", refuse)
+    assert storage.create_json(s3_uri + "/one.json", 1)
+    assert not storage.create_json(s3_uri + "/one.json", 2)
+    assert storage.read_json(s3_uri + "/one.json") == 1
 
 
 def test_a_web_server_without_range_requests_gives_the_range(tmp_path: Path) -> None:
