@@ -95,18 +95,25 @@ class TaskRow:
     @property
     def reference(self) -> ModelScore | None:
         """The baseline that a user would choose: the best on the validation part."""
-        sign = -1.0 if self.higher_is_better else 1.0
         baselines = [model for model in self.models if model.is_baseline]
-        return min(baselines, key=lambda model: sign * model.valid.mean, default=None)
+        return max(baselines, key=lambda model: self._sign * model.valid.mean, default=None)
+
+    @property
+    def _sign(self) -> float:
+        """Factor with which a larger score is a better one."""
+        return 1.0 if self.higher_is_better else -1.0
+
+    def score_of(self, model: str) -> ModelScore | None:
+        """The scores of the model of this name; None if it has none for this task."""
+        return next((score for score in self.models if score.name == model), None)
 
     def ranks(self) -> dict[str, float]:
         """Model -> rank by mean test score; 1 is the best, and equal scores share their mean rank. Empty for a single
         model."""
         if len(self.models) < 2:
             return {}
-        sign = -1.0 if self.higher_is_better else 1.0
-        keys = np.array([sign * model.test.mean for model in self.models])
-        better = (keys[None, :] < keys[:, None]).sum(axis=1)
+        keys = np.array([self._sign * model.test.mean for model in self.models])
+        better = (keys[None, :] > keys[:, None]).sum(axis=1)
         equal = (keys[None, :] == keys[:, None]).sum(axis=1)
         ranks = better + (equal + 1) / 2
         return {model.name: float(rank) for model, rank in zip(self.models, ranks, strict=True)}
@@ -120,9 +127,8 @@ class TaskRow:
         if reference is None or reference.test.mean == 0 or not Metric(self.metric).is_ratio:
             return None
         difference = model.test.mean - reference.test.mean
-        sign = 1.0 if self.higher_is_better else -1.0
         scale = 100.0 / abs(reference.test.mean)
-        return sign * difference * scale, model.test.std * scale
+        return self._sign * difference * scale, model.test.std * scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,15 +178,20 @@ class Leaderboard:
         return tuple(sorted(found, key=lambda item: (item.mean_rank, -item.wins)))
 
     def _standing(self, model: ModelScore) -> Standing:
-        rows = [row for row in self.finished if model.name in row.ranks()]
-        ranks = [row.ranks()[model.name] for row in rows]
-        scores = [(row, score) for row in rows for score in row.models if score.name == model.name]
-        gains = [gain[0] for row, score in scores if (gain := row.gain(score)) is not None]
+        ranks, gains, wins = [], [], 0
+        for row in self.finished:
+            score, rank = row.score_of(model.name), row.ranks().get(model.name)
+            if score is None or rank is None:  # alone, it has no rank
+                continue
+            ranks.append(rank)
+            wins += model.name in row.best
+            if (gain := row.gain(score)) is not None:
+                gains.append(gain[0])
         return Standing(
             name=model.name,
             is_baseline=model.is_baseline,
-            tasks=len(rows),
-            wins=sum(model.name in row.best for row in rows),
+            tasks=len(ranks),
+            wins=wins,
             mean_rank=float(np.mean(ranks)) if ranks else float(len(self.models)),
             mean_gain=float(np.mean(gains)) if gains else None,
         )
@@ -241,32 +252,48 @@ def read_leaderboard(out: str) -> Leaderboard:
     """
     uri = storage.join(out, f"{LEADERBOARD_NAME}.json")
     if storage.exists(uri):
-        rows = [_stored_row(uri, value) for value in storage.read_object(uri, "tasks")["tasks"]]
-        folders = [row.results or row.name for row in rows]
-        if any(map(is_elsewhere, folders)):
-            raise DataError(
-                f"{uri} is a leaderboard of results in other directories; expected the directory of the results"
-            )
-    else:
-        base = storage.absolute(out).rstrip("/")
-        names = [file.uri[len(base) + 1 :] for file in storage.list_files(out)]
-        folders = [
-            name.removesuffix(RESULTS_NAME).rstrip("/")
-            for name in names
-            if _is_results(name) and _is_ours(storage.join(out, name))
+        # The directory of a single task holds the results itself.
+        found = [
+            read_row(out, row.results or row.name) or read_row(out, row.results) or row
+            for row in _stored_rows(uri)
         ]
-        rows = [TaskRow(name=folder, status=Status.WAITING) for folder in folders]
-    # The directory of a single task holds the results itself.
-    found = [
-        read_row(out, folder) or read_row(out, row.results) or row
-        for row, folder in zip(rows, folders, strict=True)
-    ]
+    else:
+        found = [row for folder in _folders_with_results(out) if (row := read_row(out, folder))]
     if not found:
         raise DataError(
             f"{out} holds neither {LEADERBOARD_NAME}.json nor finished results; expected the `out` of a "
             "`moleblend sweep` or `finetune`"
         )
     return Leaderboard(title=storage.name_of(out), rows=tuple(found))
+
+
+def _stored_rows(uri: str) -> list[TaskRow]:
+    """What the ``leaderboard.json`` at ``uri`` says of its tasks; DataError if their results are in other directories."""
+    rows = [_stored_row(uri, value) for value in storage.read_object(uri, "tasks")["tasks"]]
+    if any(is_elsewhere(row.results or row.name) for row in rows):
+        raise DataError(
+            f"{uri} is a leaderboard of results in other directories; expected the directory of the results"
+        )
+    return rows
+
+
+def _folders_with_results(out: str) -> list[str]:
+    """The folders directly in ``out``, and ``""`` for itself, that hold a ``results.json`` of this program."""
+    base = storage.absolute(out).rstrip("/")
+    names = [file.uri[len(base) + 1 :] for file in storage.list_files(out)]
+    return [
+        name.removesuffix(RESULTS_NAME).rstrip("/")
+        for name in names
+        if _is_results(name) and _is_ours(storage.join(out, name))
+    ]
+
+
+def rows_of_states(out: str, states: Sequence[TaskRow]) -> tuple[TaskRow, ...]:
+    """The rows of tasks that have folders with their names in ``out``, with scores if there are results by now."""
+    return tuple(
+        row if row.status in (Status.ABSENT, Status.FAILED) else read_row(out, row.name) or row
+        for row in states
+    )
 
 
 def seen_from_elsewhere(board: Leaderboard, uri: str) -> Leaderboard:
@@ -376,11 +403,3 @@ def _is_ours(uri: str) -> bool:
         logger.warning("left out: %s", error)
         return False
     return True
-
-
-def rows_of_states(out: str, states: Sequence[TaskRow]) -> tuple[TaskRow, ...]:
-    """The rows of tasks that have folders with their names in ``out``, with scores if there are results by now."""
-    return tuple(
-        row if row.status in (Status.ABSENT, Status.FAILED) else read_row(out, row.name) or row
-        for row in states
-    )

@@ -56,7 +56,6 @@ _RULES = (
     "baseline that is best on the validation molecules of the task."
 )
 
-
 _LOWEST_GAIN = -100.0
 """Lowest gain shown, in percent: with a model that is many times worse the others would look alike."""
 
@@ -156,10 +155,9 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
 
 
 def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
-    by_name = {model.name: model for model in row.models}
     cells = []
     for model in models:
-        score = by_name.get(model.name)
+        score = row.score_of(model.name)
         text = "" if score is None else _mean_and_std(score.test)
         cells.append(f"**{text}**" if model.name in row.best else text)
     return (
@@ -219,30 +217,29 @@ def html_text(board: Leaderboard, figure: bytes | None) -> str:
 def _html_standings(board: Leaderboard) -> str:
     rows = "".join(
         f"<tr{_class('soft', item.is_baseline)}>"
-        + "".join(_html_cell(text, index) for index, text in enumerate(_standing_cells(item)))
+        + "".join(f"<td>{_text(text)}</td>" for text in _standing_cells(item))
         + "</tr>"
         for item in board.standings()
     )
     heads = ("model", "tasks", "wins", "mean rank", "mean gain")
-    return f'<div class="scroll"><table class="standings">{_html_head(heads, texts=1)}<tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table class="standings">{_html_head(heads)}<tbody>{rows}</tbody></table></div>'
 
 
 def _html_scores(board: Leaderboard) -> str:
     models = board.models
     rows = []
     for row in board.finished:
-        scores = {model.name: model for model in row.models}
         cells = [
             f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {_molecules(row)}</small></td>"
         ]
         for model in models:
-            score = scores.get(model.name)
+            score = row.score_of(model.name)
             shown = "" if score is None else _html_spread(score.test)
             cells.append(f"<td{_class('best', model.name in row.best)}>{shown}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = ("task", *(model.name for model in models))
     return (
-        f'<div class="scroll"><table class="matrix">{_html_head(heads, texts=1)}'
+        f'<div class="scroll"><table class="matrix">{_html_head(heads)}'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -269,15 +266,9 @@ def _html_others(rows: Sequence[TaskRow]) -> str:
     return f"<ul>{''.join(items)}</ul>"
 
 
-def _html_head(heads: Sequence[str], *, texts: int) -> str:
-    cells = "".join(
-        f"<th{_class('text', index < texts)}>{_text(head)}</th>" for index, head in enumerate(heads)
-    )
+def _html_head(heads: Sequence[str]) -> str:
+    cells = "".join(f"<th>{_text(head)}</th>" for head in heads)
     return f"<thead><tr>{cells}</tr></thead>"
-
-
-def _html_cell(text: str, index: int) -> str:
-    return f"<td{_class('text', index == 0)}>{_text(text)}</td>"
 
 
 def _html_spread(spread: Spread) -> str:
@@ -343,8 +334,7 @@ def _draw_model(
     points = [
         (place, gain)
         for place, row in enumerate(rows)
-        for score in row.models
-        if score.name == model.name and (gain := row.gain(score)) is not None
+        if (score := row.score_of(model.name)) and (gain := row.gain(score)) is not None
     ]
     if not points:
         return
@@ -461,7 +451,7 @@ small, .soft { color: var(--soft); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .6rem; text-align: right; vertical-align: top; }
 th { font-weight: 600; }
-.text, td:first-child { text-align: left; }
+th:first-child, td:first-child { text-align: left; }
 .matrix th { min-width: 6.5rem; }
 .matrix td, .score, .standings td + td { white-space: nowrap; }
 .matrix td:first-child { min-width: 8rem; white-space: normal; }
