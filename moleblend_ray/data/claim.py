@@ -74,7 +74,7 @@ def check_output(out: str, sources: SourceSet, options: ConvertOptions) -> bool:
     """Whether a data set of these sources and options was begun in ``out``; ConfigError if another one was."""
     uri = storage.join(out, PLAN_NAME)
     if storage.exists(uri):
-        _check_plan(out, storage.read_json(uri), _plan(sources, options))
+        _check_plan(out, storage.read_object(uri), _plan(sources, options))
         return True
     if listed_shards(out):
         raise ConfigError(

@@ -9,14 +9,13 @@ Nothing is executed or unpacked: archives are read as they are.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, BinaryIO, Final, NamedTuple
 
 from moleblend_ray.checks import above, check_all
 from moleblend_ray.data import storage
@@ -214,7 +213,8 @@ def _from_source(url: str, transfer: Transfer, file: RemoteFile, recorded: str |
     """Complete the partial file from ``url``; DataError if it is not the published file."""
     for is_last in (False, True):
         is_continued = transfer.run(url)
-        digests = _digests(_file_blocks(transfer.partial))
+        with open(transfer.partial, "rb") as stream:
+            digests = _digests(stream)
         mismatch = _mismatch(file, digests, recorded)
         if mismatch is None:
             return digests
@@ -229,7 +229,7 @@ def _from_source(url: str, transfer: Transfer, file: RemoteFile, recorded: str |
 def _check_present(file: RemoteFile, target: str, job: _Job) -> FetchedFile:
     """Verify a file that is there already; it is never replaced."""
     with storage.translate_errors("read", target), storage.open_read(target) as stream:
-        digests = _digests(iter(lambda: stream.read(BLOCK_BYTES), b""))
+        digests = _digests(stream)
     recorded = _recorded(file, job)
     mismatch = _mismatch(file, digests, recorded)
     if mismatch is not None:
@@ -273,20 +273,14 @@ class _Digests(NamedTuple):
     sha256: str
 
 
-def _digests(blocks: Iterator[bytes]) -> _Digests:
+def _digests(stream: BinaryIO) -> _Digests:
     # Some publishers state MD5 only, which protects against damage but not against forgery.
     size, md5, sha256 = 0, hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    for block in blocks:
+    while block := stream.read(BLOCK_BYTES):
         size += len(block)
         md5.update(block)
         sha256.update(block)
     return _Digests(size, md5.hexdigest(), sha256.hexdigest())
-
-
-def _file_blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as handle:
-        while block := handle.read(BLOCK_BYTES):
-            yield block
 
 
 def _mismatch(file: RemoteFile, found: _Digests, recorded: str | None) -> str | None:
@@ -364,9 +358,8 @@ def _write_record(job: _Job, fetched: list[FetchedFile]) -> None:
         "files": [*({**job.record, **done}).values()],
     }
     uri = storage.join(job.out, RECORD_NAME)
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
-    if not storage.exists(uri) or storage.read_bytes(uri) != text:
-        storage.write_bytes(uri, text)
+    if not storage.exists(uri) or storage.read_json(uri) != value:
+        storage.write_json(uri, value)
 
 
 def _is_hex(text: str | None, length: int) -> bool:

@@ -161,7 +161,7 @@ def inspect_data_set(
 
 
 def _unfinished(uri: str) -> UnfinishedReport:
-    plan = storage.read_json(storage.join(uri, PLAN_NAME))
+    plan = storage.read_object(storage.join(uri, PLAN_NAME), "options", "sources")
     receipts = valid_receipts(uri, listed(uri)).values()
     return UnfinishedReport(
         uri=uri,
@@ -169,7 +169,7 @@ def _unfinished(uri: str) -> UnfinishedReport:
         sources=tuple(plan["sources"]),
         chunks_done=len(receipts),
         rows_in=sum(receipt.rows_in for receipt in receipts),
-        rows_quarantined=sum(sum(receipt.quarantined_by_reason.values()) for receipt in receipts),
+        rows_quarantined=sum(receipt.rows_quarantined for receipt in receipts),
     )
 
 

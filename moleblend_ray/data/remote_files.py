@@ -19,7 +19,7 @@ READ_AHEAD_BYTES: Final = 8 << 20
 """Bytes that one request of a streamed read fetches from remote storage."""
 
 
-class RemoteFile(PartialFile):
+class RangedFile(PartialFile):
     """A remote file that is read by range requests: a broken connection costs one request, not the whole stream."""
 
     def __init__(self, uri: str, size: int) -> None:

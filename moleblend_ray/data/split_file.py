@@ -5,12 +5,9 @@ No code in a file is executed: files of PyTorch are unpickled with an allow-list
 
 from __future__ import annotations
 
-import bz2
 import codecs
-import gzip
 import io
 import json
-import lzma
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -24,6 +21,8 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.sources.damage import DamageError
+from moleblend_ray.data.sources.decompression import COMPRESSIONS, decompressed
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, stated_delimiter
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import DataError
@@ -63,14 +62,14 @@ def read_split_file(uri: str) -> SplitTable:
     directory                               OGB style: ``train.csv``, ``valid.csv``, ``test.csv`` of indices
     ======================================  ==============================================================
 
-    Text files may be compressed (.gz, .bz2, .xz). DataError if the file is damaged or of another kind, names a record
+    Text files may be compressed (.gz, .bz2, .xz, .zst). DataError if the file is damaged or of another kind, names a record
     twice or an id in two splits, or holds anything else than indices or ids.
     """
     archive, mark, member = uri.partition(".zip!")
     if mark:
         return _from_zip(archive + ".zip", member)
     name = storage.name_of(uri).lower()
-    for suffix in (".gz", ".bz2", ".xz"):
+    for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)
     if name.endswith(".zip"):
         return _from_zip(uri, None)
@@ -100,20 +99,17 @@ def _read(uri: str) -> bytes:
 
 def _read_text(uri: str) -> bytes:
     """The content of the file, decompressed if necessary."""
-    raw = _read(uri)
-    opener: Any = None
-    for magic, module in ((b"\x1f\x8b", gzip), (b"BZh", bz2), (b"\xfd7zXZ\0", lzma)):
-        if raw.startswith(magic):
-            opener = module
-    if opener is None:
-        return raw
+    content = io.BytesIO()
     try:
-        content: bytes = opener.open(io.BytesIO(raw)).read(_MAX_BYTES + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+        for piece in decompressed(iter([_read(uri)])):
+            content.write(piece)
+            if content.tell() > _MAX_BYTES:
+                raise DataError(
+                    f"{uri}: unpacks to more than {_MAX_BYTES} bytes, too much for splits."
+                )
+    except DamageError as error:
         raise DataError(f"{uri}: a damaged compressed file ({error}). Fetch it again.") from error
-    if len(content) > _MAX_BYTES:
-        raise DataError(f"{uri}: unpacks to more than {_MAX_BYTES} bytes, too much for splits.")
-    return content
+    return content.getvalue()
 
 
 # -- what PyTorch wrote ---------------------------------------------------------------------------------

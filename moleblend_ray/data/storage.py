@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from moleblend_ray.data import storage_clients
-from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RemoteFile, WebFile, read_web_range
+from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RangedFile, WebFile, read_web_range
 from moleblend_ray.data.retry import is_conflict, retried, s3_error
 from moleblend_ray.data.storage_clients import (
     RANGED,
@@ -135,7 +135,7 @@ def open_read(uri: str) -> BinaryIO:
     filesystem, path = storage_clients.resolve(uri)
     with translate_errors("open", uri):
         if protocol_of(uri) in RANGED:
-            remote = RemoteFile(uri, size(uri))
+            remote = RangedFile(uri, size(uri))
             return cast(BinaryIO, io.BufferedReader(remote, READ_AHEAD_BYTES))
         stream = _call("open", uri, filesystem.open, path, "rb", block_size=READ_AHEAD_BYTES)
         return cast(BinaryIO, WebFile(uri, stream) if is_web(uri) else stream)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pickle
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from moleblend_ray.data import split_file
 from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.errors import DataError, StorageError
 
@@ -111,6 +116,28 @@ def test_npz_and_tables_and_index_files_give_the_same_rows(tmp_path: Path) -> No
     (folder / "train.csv.gz").write_bytes(gzip.compress(b"3\n0\n1\n"))
     (folder / "valid.csv").write_text("4\n")
     assert by_row(folder) == {"train": [0, 1, 3], "valid": [4]}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [
+        (".gz", gzip.compress),
+        (".bz2", bz2.compress),
+        (".xz", lzma.compress),
+        (".zst", partial(pa.compress, codec="zstd", asbytes=True)),
+    ],
+)
+def test_texts_may_be_compressed(
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.dumps({"train": [0, 1], "test": [2]}).encode()
+    path = tmp_path / f"s.json{suffix}"
+    path.write_bytes(pack(content))
+    assert by_row(path) == {"train": [0, 1], "test": [2]}
+    path.write_bytes(pack(content + b" " * 5000))
+    monkeypatch.setattr(split_file, "_MAX_BYTES", 4000)
+    with pytest.raises(DataError, match="unpacks to more than 4000 bytes"):
+        by_row(path)
 
 
 def test_a_table_of_ids_keeps_them_as_they_are_written(tmp_path: Path) -> None:
