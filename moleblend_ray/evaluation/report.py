@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
-from sklearn.metrics import roc_curve
 
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.report_figures import predictions_figure, trials_figure
+from moleblend_ray.evaluation.result_files import REPORT_NAME
 from moleblend_ray.evaluation.score_text import (
-    figure_text,
     mean_and_std_text,
     score_text,
     table_cell,
     values_text,
 )
 from moleblend_ray.evaluation.tasks import Metric
-
-logger = logging.getLogger(__name__)
-
-REPORT_NAME = "report.md"
 
 _MAX_TRIAL_ROWS = 50
 _MAX_COLUMN_ROWS = 50
@@ -41,10 +32,11 @@ def write_report(
     test_predictions: NDArray[np.float64],
 ) -> str:
     """Write ``report.md`` and its figures to ``out``; (M, T) labels and predictions are those of the first seed."""
-    figures = {"test.png": _test_figure(results, test_labels, test_predictions)}
+    task, seed = results["task"], results["final"]["seeds"][0]["seed"]
+    figures = {"test.png": predictions_figure(task, test_labels, test_predictions, seed=seed)}
     trials = results.get("trials", [])
     if sum(trial["valid_score"] is not None for trial in trials) > 1:
-        figures["trials.png"] = _trials_figure(results, trials)
+        figures["trials.png"] = trials_figure(trials, results["chosen"], _metric_name(task))
     for name, image in figures.items():
         storage.write_bytes(storage.join(out, "figures", name), image)
     uri = storage.join(out, REPORT_NAME)
@@ -341,113 +333,3 @@ def _metric_name(task: Mapping[str, Any]) -> str:
     metric = Metric(task["metric"])
     unit = f" in {task['unit']}" if task["unit"] and metric.is_error else ""
     return f"{metric.shown_name}{unit}"
-
-
-def _test_figure(
-    results: Mapping[str, Any], labels: NDArray[np.float64], predictions: NDArray[np.float64]
-) -> bytes:
-    figure = Figure(figsize=(5, 4.5), layout="constrained")
-    axes = figure.subplots()
-    if results["task"]["kind"] == "classification":
-        _draw_roc(axes, results["task"]["columns"], labels, predictions)
-    else:
-        _draw_parity(axes, results["task"], labels, predictions)
-    name = figure_text(results["task"]["name"])
-    axes.set_title(f"{name}: test molecules, seed {_first_seed(results)}")
-    return _png(figure)
-
-
-def _draw_roc(
-    axes: Axes,
-    columns: Sequence[str],
-    labels: NDArray[np.float64],
-    predictions: NDArray[np.float64],
-) -> None:
-    few = len(columns) <= 6
-    for index, column in enumerate(columns):
-        known = ~np.isnan(labels[:, index])
-        if len(np.unique(labels[known, index])) < 2:
-            continue
-        false_rate, true_rate, _ = roc_curve(labels[known, index], predictions[known, index])
-        label = figure_text(column) if few else None
-        axes.plot(false_rate, true_rate, label=label, alpha=1.0 if few else 0.3)
-    axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
-    axes.set(xlabel="false positive rate", ylabel="true positive rate")
-    if few:
-        axes.legend(loc="lower right", fontsize=8)
-
-
-def _draw_parity(
-    axes: Axes,
-    task: Mapping[str, Any],
-    labels: NDArray[np.float64],
-    predictions: NDArray[np.float64],
-) -> None:
-    for index, column in enumerate(task["columns"]):
-        label = figure_text(column)
-        axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)
-    low = float(min(np.nanmin(labels), predictions.min()))
-    high = float(max(np.nanmax(labels), predictions.max()))
-    axes.plot([low, high], [low, high], color="grey", linestyle=":", linewidth=1)
-    unit = f" ({figure_text(task['unit'])})" if task["unit"] else ""
-    axes.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
-    if 1 < len(task["columns"]) <= 6:
-        axes.legend(fontsize=8)
-
-
-def _trials_figure(results: Mapping[str, Any], trials: Sequence[Mapping[str, Any]]) -> bytes:
-    scored = [trial for trial in trials if trial["valid_score"] is not None]
-    names = list(dict.fromkeys(name for trial in scored for name in trial["settings"]))
-    figure = Figure(figsize=(3.2 * len(names), 3.2), layout="constrained")
-    row = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axes, name in zip(row, names, strict=True):
-        place = _placing([trial["settings"][name] for trial in scored])
-        for status, colour in (("finished", "tab:blue"), ("stopped", "tab:orange")):
-            shown = [t for t in scored if (t["status"] == "stopped") == (status == "stopped")]
-            values = [place(trial["settings"][name]) for trial in shown]
-            scores = [trial["valid_score"] for trial in shown]
-            if shown:
-                axes.scatter(values, scores, c=colour, s=14, label=status)
-        axes.axvline(
-            place(results["chosen"][name]), color="grey", linestyle=":", linewidth=1, label="chosen"
-        )
-        axes.set_xlabel(name)
-        set_scale(axes, name, [trial["settings"][name] for trial in scored])
-    row[0].set_ylabel(f"validation {figure_text(_metric_name(results['task']))}")
-    row[0].legend(fontsize="small")
-    return _png(figure)
-
-
-def set_scale(axes: Axes, name: str, values: Sequence[Any]) -> None:
-    """Scale and ticks of the x axis for the ``values`` of the setting ``name``, so that each can be read off: whole numbers
-    are marked where they are, and a logarithmic axis of little more than one decade has more than its power of ten."""
-    numbers = [value for value in values if type(value) in (int, float)]
-    if name in ("learning_rate", "weight_decay"):
-        axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        positive = [value for value in numbers if value > 0]
-        if positive and max(positive) < 30 * min(positive):
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    elif numbers and all(type(value) is int for value in values):
-        if len(set(numbers)) <= 6:
-            axes.set_xticks(sorted(set(numbers)))
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _placing(values: Sequence[Any]) -> Callable[[Any], Any]:
-    """Positions on an axis: numbers at their values; words, and numbers with nulls among them, side by side."""
-    is_numeric = all(type(value) in (int, float) for value in values)
-    return (lambda value: value) if is_numeric else str
-
-
-def _first_seed(results: Mapping[str, Any]) -> int:
-    return int(results["final"]["seeds"][0]["seed"])
-
-
-def _png(figure: Figure) -> bytes:
-    # A Figure without pyplot uses Agg. The global state of pyplot is not safe in threads and workers.
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

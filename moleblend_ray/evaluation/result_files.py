@@ -16,6 +16,9 @@ IDENTITY_NAME: Final = "config.json"
 RESULTS_NAME: Final = "results.json"
 """The results of a fine-tuning or sweep; its presence means that everything is done."""
 
+REPORT_NAME: Final = "report.md"
+"""The results for people, beside them."""
+
 DATA_DIR: Final = "data"
 """Folder into which fine-tuning and sweeps prepare a raw source."""
 

@@ -10,8 +10,7 @@ from typing import Any
 from moleblend_ray.config.downstream import FinetuneConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.evaluation.report import REPORT_NAME
-from moleblend_ray.evaluation.result_files import RESULTS_NAME
+from moleblend_ray.evaluation.result_files import REPORT_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Training
 from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (

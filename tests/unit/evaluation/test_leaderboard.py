@@ -29,11 +29,10 @@ from moleblend_ray.evaluation.leaderboard import (
     row_of_results,
     rows_of_states,
 )
+from moleblend_ray.evaluation.leaderboard_figure import draw_gains, gain_figure
 from moleblend_ray.evaluation.leaderboard_page import (
     CSV_COLUMNS,
     csv_text,
-    draw_gains,
-    gain_figure,
     html_text,
     markdown_text,
     write_leaderboard,

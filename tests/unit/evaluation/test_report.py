@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.report import set_scale, write_report
+from moleblend_ray.evaluation.report import write_report
+from moleblend_ray.evaluation.report_figures import set_scale
 from moleblend_ray.evaluation.results import (
     BaselineResult,
     Candidate,
