@@ -35,6 +35,8 @@ _RENEW_S: Final = 10.0
 """Seconds between two renewals."""
 _EXPIRY_S: Final = 60.0
 """A lease that is not renewed for so long is that of a killed command."""
+_END_S: Final = 10.0
+"""Most seconds that a command waits at its end until the storage knows of it."""
 _PURPOSE: Final = "lease"
 _NAME: Final = re.compile(r"(\d{6})\.json")
 _TOKEN: Final = re.compile(r"[0-9a-f]{12}")
@@ -66,7 +68,7 @@ class Lease:
         self._content = content
         self._is_over = threading.Event()
         self._is_lost = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="lease", daemon=True)
         self._thread.start()
 
     def require(self) -> None:
@@ -83,8 +85,11 @@ class Lease:
     def end(self) -> None:
         """Leave the data set to the next command, which need not wait; of a finished one, remove the leases."""
         self._is_over.set()
-        self._thread.join()
-        # What fails here must not hide why the work ended; the next command waits until the lease expires.
+        # Where the storage is out of reach, which may be why the work ended, the lease expires.
+        self._thread.join(_END_S)
+
+    def _live(self) -> None:
+        self._renew()
         with contextlib.suppress(StorageError):
             if is_prepared(self._out):
                 storage.delete_tree(storage.join(self._out, LEASES_DIR))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from commands import LIMIT_S, finish, kill_when, moleblend
+from commands import LIMIT_S, kill_when, moleblend
 from in_process import prepare_in_process
 
 from moleblend_ray.data.options import ConvertOptions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,8 +45,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 def leave_as_killed(out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lease that nobody renews or ends."""
     with monkeypatch.context() as patch:
-        patch.setattr(module.Lease, "_renew", lambda _: None)
-        patch.setattr(module.Lease, "end", lambda _: None)
+        patch.setattr(module.Lease, "_live", lambda _: None)
         with leased(out):
             pass
 
@@ -110,6 +110,16 @@ def test_a_killed_command_of_another_machine_holds_up_no_other_for_long(
 ) -> None:
     leave_as_killed(out, monkeypatch)
     assert EXPIRY_S <= seconds(lambda: enter(out)) < EXPIRY_S + 5
+
+
+def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = threading.Event()
+    monkeypatch.setattr(module, "_END_S", 0.2)
+    monkeypatch.setattr(module, "is_prepared", lambda _: reached.wait(60))
+    assert seconds(lambda: enter(str(tmp_path))) < 5
+    reached.set()
 
 
 @pytest.mark.usefixtures("elsewhere")

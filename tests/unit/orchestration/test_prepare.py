@@ -137,7 +137,7 @@ def test_no_manifest_is_written_after_another_command_took_over(
 
     monkeypatch.setattr(module, "ray_session", lambda _: nullcontext())
     monkeypatch.setattr(module, "Progress", lambda *_, **__: nullcontext(Anything()))
-    monkeypatch.setattr(module, "require_labels", lambda *_: None)
+    monkeypatch.setattr(module, "require_room", lambda *_: None)
     monkeypatch.setattr(Conversion, "run", run)
     with pytest.raises(InUseError, match="has taken over"):
         module.prepare(config)

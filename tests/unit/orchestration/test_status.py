@@ -295,6 +295,7 @@ def test_names_of_files_are_those_of_results_that_exist() -> None:
     assert {name: value for name, value in vars(result_files).items() if name.isupper()} == {
         "IDENTITY_NAME": "config.json",
         "RESULTS_NAME": "results.json",
+        "REPORT_NAME": "report.md",
         "DATA_DIR": "data",
         "MODELS_DIR": "models",
         "SEED_RESULT_NAME": "result.json",
