@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import re
@@ -58,6 +59,15 @@ class _Found(NamedTuple):
         known = {"host": "?", "process": "?", "started": "?"} | self.content
         return f"process {known['process']} on {known['host']}, started {known['started']}"
 
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last renewal, if the clocks of both machines agree."""
+        try:
+            renewed = datetime.fromisoformat(str(self.content.get("renewed")))
+            return (datetime.now(UTC) - renewed).total_seconds()
+        except (ValueError, TypeError):  # not written by this program
+            return math.inf
+
 
 class Lease:
     """The right to work on a data set, while it is renewed by a thread of this process."""
@@ -97,14 +107,12 @@ class Lease:
                 storage.write_json(_uri(self._out, self._number), self._content | {"ended": True})
 
     def _renew(self) -> None:
-        renewals = 0
         while not self._is_over.wait(_RENEW_S):
-            renewals += 1
             try:
                 if not self._is_newest():
                     self._is_lost.set()
                     return
-                content = self._content | {"renewals": renewals}
+                content = self._content | {"renewed": _now()}
                 storage.write_json(_uri(self._out, self._number), content)
             except StorageError as error:
                 logger.warning("cannot renew the lease of a data set: %s", error)
@@ -140,6 +148,7 @@ def leased(out: str) -> Iterator[Lease]:
         "host": platform.node(),
         "process": os.getpid(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "renewed": _now(),
     }
     with scratch_folder(_PURPOSE, token=token):
         lease = Lease(out, _acquire(out, content), content)
@@ -147,6 +156,20 @@ def leased(out: str) -> Iterator[Lease]:
             yield lease
         finally:
             lease.end()
+
+
+def command_at_work(out: str) -> str | None:
+    """The command that works on the data set ``out``, for messages; None if none seems to.
+
+    On this machine its lock tells. Of other machines a renewal within the last minute does, so their clocks matter here.
+    """
+    found = _newest(out)
+    if found is None or found.content.get("ended"):
+        return None
+    is_alive = _is_alive_here(found)
+    if is_alive is None:
+        is_alive = found.age_s < _EXPIRY_S
+    return found.who if is_alive else None
 
 
 def _acquire(out: str, content: dict[str, Any]) -> int:
@@ -188,6 +211,11 @@ def _is_alive_here(found: _Found) -> bool | None:
     """Whether its process lives, if it was started on this machine; else None."""
     token = str(found.content.get("token"))
     return is_held(scratch_path(_PURPOSE, token)) if _TOKEN.fullmatch(token) else None
+
+
+def _now() -> str:
+    """To the microsecond, so that every renewal changes the content."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def _newest(out: str) -> _Found | None:

@@ -22,6 +22,7 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
+from moleblend_ray.data.lease import command_at_work
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.receipts import Receipt
@@ -39,20 +40,21 @@ class DataStatus:
     kind: str
     uri: str
     state: str
-    """``finished``, ``unfinished``, or ``damaged`` (files of a finished one are missing or have another size)."""
+    """``finished``, ``running`` (a command works on it), ``unfinished``, or ``damaged`` (files of a finished one are missing
+    or have another size)."""
     detail: str
     chunks_done: int | None
     """Chunks that are converted; None once the data set is finished."""
     rows_in: int
-    """Source rows, while unfinished those of the converted chunks."""
+    """Source rows, before it is finished those of the converted chunks."""
     rows_out: int
     rows_quarantined: int
     is_estimate: bool
     """Whether the numbers of rows were extrapolated from a sample of the converted chunks."""
     molecules: Mapping[str, int]
-    """Split -> molecules; empty while unfinished."""
+    """Split -> molecules; empty before it is finished."""
     bytes: int
-    """Total size of the shards (while unfinished, also of staged molecules)."""
+    """Total size of the shards (before it is finished, also of staged molecules)."""
     sources: tuple[str, ...]
     """URIs of the source files, without credentials."""
 
@@ -104,12 +106,16 @@ def _unfinished(uri: str) -> DataStatus:
     scale = len(receipts) / len(read) if read else 0.0
     shards = listed(uri, *SPLITS, STAGED_DIR)
     meets = needs_exchange(plan.get("options", {}))
-    then = "; molecules are shuffled or deduplicated after that" if meets else ""
+    then = "; molecules are shuffled or deduplicated after the last chunk" if meets else ""
+    at_work = command_at_work(uri)
+    detail = f"there is a plan but no manifest: the same `moleblend prepare` continues{then}"
+    if at_work is not None:
+        detail = f"a command works on it ({at_work}){then}"
     return DataStatus(
         kind="data",
         uri=uri,
-        state="unfinished",
-        detail=f"there is a plan but no manifest: the same `moleblend prepare` continues{then}",
+        state="unfinished" if at_work is None else "running",
+        detail=detail,
         chunks_done=len(receipts),
         rows_in=round(scale * sum(one.rows_in for one in read)),
         rows_out=round(scale * sum(one.rows_out for one in read)),

@@ -298,7 +298,7 @@ def _data_set(report: DataStatus) -> RenderableType:
         table.add_row("holds", f"{splits}; {bytes_text(report.bytes)}")
     for index, source in enumerate(report.sources[:_MAX_SOURCES]):
         table.add_row("" if index else "made of", escape(str(redact(source))))
-    if report.state != "unfinished":
+    if report.state in ("finished", "damaged"):
         table.add_row("more", "moleblend data shows sizes, elements, labels and quarantined rows")
     return table
 

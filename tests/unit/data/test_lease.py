@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ import pytest
 from moleblend_ray.data import lease as module
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, listed
-from moleblend_ray.data.lease import InUseError, leased
+from moleblend_ray.data.lease import InUseError, command_at_work, leased
 
 HOLDER = """
 import sys, time
@@ -102,6 +103,25 @@ def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path) -> N
         process.kill()
         process.wait()
     assert seconds(lambda: enter(out)) < 5
+
+
+def test_a_look_tells_which_command_works_there(out: str) -> None:
+    assert command_at_work(out) is None
+    with leased(out):
+        assert f"process {os.getpid()} on" in str(command_at_work(out))
+    assert command_at_work(out) is None
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_look_finds_a_command_of_another_machine_while_it_renews_its_lease(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with leased(out):
+        time.sleep(1.5 * EXPIRY_S)
+        assert command_at_work(out) is not None
+    leave_as_killed(out, monkeypatch)
+    time.sleep(EXPIRY_S)
+    assert command_at_work(out) is None
 
 
 @pytest.mark.usefixtures("elsewhere")

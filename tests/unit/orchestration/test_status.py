@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
+from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
 from moleblend_ray.errors import ConfigError, DataError
@@ -133,6 +135,11 @@ def test_an_unfinished_prepare_tells_its_progress(tmp_path: Path) -> None:
     # From a sample of the receipts: a preparation of 10^9 rows has 10^5 of them.
     assert (found["chunks_done"], found["rows_in"], found["is_estimate"]) == (200, 20_000, True)
     assert "about 20,000 in" in shown(tmp_path)
+    with leased(str(tmp_path)):
+        assert document(tmp_path)["state"] == "running"
+        assert f"a command works on it (process {os.getpid()} on" in " ".join(
+            shown(tmp_path).split()
+        )
 
 
 def test_a_prepared_data_set_is_finished_until_a_file_is_lost(tmp_path: Path) -> None:
