@@ -16,7 +16,6 @@ from typing import Any, Final, Literal
 import ray
 import ray.exceptions
 from ray._raylet import PlacementGroupID
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -179,4 +178,7 @@ def _is_draining() -> bool:
     `ray.train.get_preemption_info` says the same, but is a barrier of all workers through an actor: too slow for each
     step.
     """
+    # Here, as the actor of the flag needs nothing of Ray Train, whose import takes it a second.
+    from ray.train.v2._internal.execution.context import get_train_context
+
     return get_train_context().preemption_context.preemption_info is not None
