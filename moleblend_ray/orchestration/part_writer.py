@@ -25,7 +25,7 @@ from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import CheckpointError, MoleBlendError, without_credentials
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PartsKind
-from moleblend_ray.orchestration.workers import use_reserved
+from moleblend_ray.orchestration.reserved import use_reserved
 
 logger = logging.getLogger(__name__)
 

@@ -14,11 +14,10 @@ the rows of the plan into the object store takes about 1 ms per row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pyarrow as pa
 import ray.data
-import ray.train
 from ray.data import (
     ActorPoolStrategy,
     DataContext,
@@ -46,6 +45,9 @@ from moleblend_ray.orchestration.placement import Labels, cluster_resources, liv
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
 from moleblend_ray.orchestration.session import GIB
+
+if TYPE_CHECKING:
+    from ray.train import DataConfig
 
 _PLAN_ROW_BYTES = 24
 
@@ -247,9 +249,12 @@ def _store_bytes(node: Mapping[str, Any]) -> float:
     return float(node["Resources"].get("object_store_memory", 0.0))
 
 
-def stream_data_config(stream: StreamConfig, labels: Labels = None) -> ray.train.DataConfig:
+def stream_data_config(stream: StreamConfig, labels: Labels = None) -> DataConfig:
     """Data settings of the trainer with which each rank gets its streams in order, within the budget."""
-    return ray.train.DataConfig(
+    # Here, as the actors that build blocks need nothing of Ray Train, whose import takes them half a second.
+    from ray.train import DataConfig
+
+    return DataConfig(
         enable_shard_locality=False,
         execution_options=_execution_options(object_store_budget(stream, labels)),
     )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from ray import tune
 
@@ -25,6 +24,7 @@ from moleblend_ray.evaluation.runs import Experiment, train_and_test
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.orchestration.reserved import use_reserved
 
 if TYPE_CHECKING:
     from moleblend_ray.orchestration.progress import Reporter
@@ -173,9 +173,3 @@ def train_seed(
     result = train_and_test(experiment, settings, seed, out, device, after_step=steps.add)
     steps.end()
     return result
-
-
-def use_reserved(cluster: ClusterConfig) -> torch.device:
-    """Limit torch to the CPUs that this process reserved, and return the device that it may use."""
-    torch.set_num_threads(cluster.threads_per_worker)
-    return torch.device("cuda" if cluster.use_gpu else "cpu")

@@ -132,13 +132,22 @@ def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
     assert not [name for name in modules if name.startswith("moleblend_ray.chemistry")]
 
 
-def test_processes_of_the_stream_import_neither_torch_nor_chemistry() -> None:
+def test_processes_of_the_stream_import_neither_torch_nor_chemistry_nor_ray_train() -> None:
     # Ray Data's own processes and the data actors get by with what these two modules bring.
     modules = modules_after(
         "import moleblend_ray.orchestration.stream, moleblend_ray.orchestration.stream_metrics"
     )
     assert "moleblend_ray.data.builder" in modules
-    assert not {"torch", "rdkit"} & modules
+    assert not {"torch", "rdkit", "ray.train"} & modules
+
+
+def test_actors_import_ray_train_and_tune_only_where_they_train() -> None:
+    modules = modules_after(
+        "import moleblend_ray.orchestration.embed, moleblend_ray.orchestration.predict"
+        ", moleblend_ray.orchestration.stopping, moleblend_ray.orchestration.progress"
+    )
+    assert "moleblend_ray.orchestration.part_writer" in modules
+    assert not {"ray.train", "ray.tune"} & modules
 
 
 def test_configurations_compose_without_torch_rdkit_ray_or_numba() -> None:
