@@ -50,8 +50,8 @@ def prepare_in_process(
     write_manifest(out, sources, options, receipts, placed)
 
 
-def pretrain_in_process(config: PretrainConfig, num_steps: int | None = None) -> list[Record]:
-    """The records of the first ``num_steps`` steps (None: of all) on one rank, without checkpoints."""
+def pretrain_in_process(config: PretrainConfig) -> list[Record]:
+    """The records of all steps on one rank, without validations and checkpoints."""
     learner = build_learner(
         config.model,
         train=replace(config.train, validate_every=0),
@@ -66,4 +66,4 @@ def pretrain_in_process(config: PretrainConfig, num_steps: int | None = None) ->
     )
     records: list[Record] = []
     fit(learner, iter(steps), hooks=Hooks(report=records.append))
-    return records[:num_steps]
+    return records

@@ -7,7 +7,7 @@ whether it lives.
 
 Leases are numbered, and the highest number counts. Taking over is creating the next number, in which one command
 succeeds. One that was taken over (it was suspended, or cut off from the storage) finds the higher number and ends. What
-it has written until then does no harm: the files of a chunk depend on its content and the plan alone.
+it writes until then are the bytes that the other one writes, unless a molecule meets its time limit in one of them only.
 """
 
 from __future__ import annotations

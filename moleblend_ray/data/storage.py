@@ -167,6 +167,7 @@ def create_json(uri: str, value: Any) -> bool:
             else:
                 _call("write", uri, filesystem.pipe_file, path, data, mode="create")
         except Exception as error:
+            # Each client has classes of its own; what is neither of these two is raised again.
             if s3_error(error)[1] == _NOT_IMPLEMENTED:
                 if not exists(uri):
                     write_bytes(uri, data)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_process import prepare_in_process
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.exchange import Exchange, Unit
 from moleblend_ray.data.lease import InUseError, Lease, leased
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.sources import find_sources, inspect_sources
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration import exchange as exchange_module
 from moleblend_ray.orchestration import prepare as module
@@ -43,14 +42,7 @@ def without_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def finish(config: PrepareConfig) -> None:
     """What another command does, from its claim to its manifest."""
-    options = module._options(config, None)
-    sources = inspect_sources(find_sources(*config.sources()), options.columns)
-    claim_output(config.out, sources, options)
-    receipts = [
-        convert_chunk(chunk, sources.layouts[0], sources.labels, options, config.out)
-        for chunk in read_chunks(sources.layouts[0], 0, options.rows_per_chunk)
-    ]
-    write_manifest(config.out, sources, options, receipts)
+    prepare_in_process(str(config.source), config.out, module._options(config, None))
 
 
 def content_of(out: str) -> dict[str, bytes]:

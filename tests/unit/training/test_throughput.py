@@ -31,6 +31,26 @@ def test_the_rate_counts_the_devices_of_all_ranks(monkeypatch: pytest.MonkeyPatc
     assert Meter.of_device(CPU, "fp32", world_size=4).matrix_rate == 12e9
 
 
+def test_the_rate_of_a_device_is_measured_once_in_a_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measured: list[Precision] = []
+
+    def measure(_: torch.device, precision: Precision) -> float:
+        measured.append(precision)
+        return 1e9 * len(measured)
+
+    monkeypatch.setattr(throughput, "matrix_rate", measure)
+    throughput._first_rate.cache_clear()
+    try:
+        asked: list[Precision] = ["fp32", "bf16", "fp32"]
+        rates = [Meter.of_device(CPU, precision, world_size=1).matrix_rate for precision in asked]
+    finally:
+        throughput._first_rate.cache_clear()
+    assert measured == ["fp32", "bf16"]
+    assert rates == [1e9, 2e9, 1e9]
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("rate", "size"), [(1e9, 256), (3e10, 1024), (1e15, 2048)])
 def test_the_rate_is_that_of_the_first_size_that_takes_long_enough(
