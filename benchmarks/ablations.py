@@ -54,10 +54,10 @@ from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, Task, resolve_task
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import build_learner
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.ranks import Ranks
 
 SCRATCH: Final = "scratch"
 DEFAULT: Final = "default"

@@ -31,8 +31,8 @@ from train_step import preset, step_batch
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import build_learner
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.step import train_step
 
 WAYS: dict[str, tuple[Strategy, bool]] = {

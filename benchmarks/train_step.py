@@ -44,9 +44,11 @@ from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.fused import plain_code
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
-from moleblend_ray.training.distributed import Ranks, autocast, evaluating
+from moleblend_ray.training.distributed import evaluating
 from moleblend_ray.training.learner import Learner, PretrainingObjective, build_learner
+from moleblend_ray.training.mixed_precision import autocast
 from moleblend_ray.training.prefetch import DeviceStep
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.step import train_step
 from moleblend_ray.training.throughput import (
     compiled_graphs,

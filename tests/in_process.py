@@ -13,10 +13,10 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import build_learner
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.ranks import Ranks
 
 
 def prepare_in_process(

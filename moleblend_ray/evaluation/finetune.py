@@ -36,7 +36,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.config import OptimConfig
-from moleblend_ray.training.distributed import autocast
+from moleblend_ray.training.mixed_precision import autocast
 from moleblend_ray.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -436,7 +436,7 @@ class _Trainer:
         micro_batches = build_micro_batches(
             self._molecules.posed(indices, numbers), step, 0, self._settings.micro_batch_size
         )
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad()
         loss = sum(self._backward(micro, known) for micro in micro_batches)
         norm = gradient_norm(self._parameters)
         if not np.isfinite(loss) or not torch.isfinite(norm):

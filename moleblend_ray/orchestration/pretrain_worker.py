@@ -35,11 +35,11 @@ from moleblend_ray.orchestration.train_metrics import TrainMetrics
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.commits import abandon_after
-from moleblend_ray.training.distributed import Ranks, current_ranks, gather_from_ranks
 from moleblend_ray.training.learner import Learner, build_learner
 from moleblend_ray.training.loop import FitResult, Hooks, fit, ignore
 from moleblend_ray.training.metrics import Record, drop_records_from, last_record
 from moleblend_ray.training.profile import trace_steps
+from moleblend_ray.training.ranks import Ranks, current_ranks, gather_from_ranks
 from moleblend_ray.training.saving import AnotherWriterError, CheckpointWriter
 from moleblend_ray.training.tracking import NoTracker, Tracker, TrackerError, start_tracker
 from moleblend_ray.training.validation import build_validation

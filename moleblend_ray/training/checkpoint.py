@@ -35,13 +35,13 @@ from moleblend_ray.training.commits import (
     read_commit,
     step_uri,
 )
-from moleblend_ray.training.distributed import Ranks, gather_from_ranks
+from moleblend_ray.training.optim import CutInvariantAdamW
+from moleblend_ray.training.ranks import Ranks, gather_from_ranks
 
 logger = logging.getLogger(__name__)
 
 TRANSFER_THREADS: Final = 8
 MODEL_PREFIX: Final = "model."
-_ADAM_STATE: Final = ("exp_avg", "exp_avg_sq", "step")
 
 # What the index of a checkpoint may be made of.
 _INDEX_MODULE: Final = "torch.distributed.checkpoint.metadata"
@@ -56,7 +56,7 @@ _INDEX_NAMES: Final = frozenset(
 T = TypeVar("T")
 
 
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def training_state(model: nn.Module, optimizer: CutInvariantAdamW) -> dict[str, Tensor]:
     """Parameters, buffers and Adam moments under names that do not depend on strategy or world size.
 
     The tensors are the live ones (DTensors when sharded): writing into them restores the state. Learning rate and
@@ -64,14 +64,13 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
     """
     state = {MODEL_PREFIX + name: tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
-        for key in _ADAM_STATE:
-            if key in optimizer.state[parameter]:
-                state[f"optimizer.{key}.{name}"] = optimizer.state[parameter][key]
+        for key, tensor in optimizer.state.get(parameter, {}).items():
+            state[f"optimizer.{key}.{name}"] = tensor
     return state
 
 
 def restore_training_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, run_uri: str, step: int, ranks: Ranks
+    model: nn.Module, optimizer: CutInvariantAdamW, run_uri: str, step: int, ranks: Ranks
 ) -> Commit:
     """Read the checkpoint at ``step`` into model and optimizer, whatever the world size that wrote it.
 

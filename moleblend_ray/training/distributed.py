@@ -1,4 +1,4 @@
-"""Processes, shards and sums: all that the loop knows of other ranks.
+"""One model on all ranks: whole, as replicas (DDP), or sharded (FSDP2).
 
 Gradients are *summed* over ranks, never averaged: the loss is normalised by counts of the whole step before
 the backward pass, so the sum is the gradient of the global batch at any world size.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,49 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.training.config import Precision, Strategy
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int = 0
-    """Number of this process, from 0."""
-
-    world_size: int = 1
-    """Number of processes."""
-
-    local_rank: int = 0
-    """Number of this process on its machine, from 0."""
-
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    """Where this process computes."""
-
-    @property
-    def is_first(self) -> bool:
-        """True for the one rank that writes logs and markers."""
-        return self.rank == 0
-
-
-def current_ranks(*, use_gpu: bool, local_rank: int) -> Ranks:
-    """Rank and device of this process, from the process group if there is one; ``local_rank`` is its number on its
-    machine."""
-    device = torch.device("cpu")
-    if use_gpu:
-        if not torch.cuda.is_available():
-            raise ConfigError("a GPU was asked for but torch finds none; set cluster.use_gpu=false")
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        return Ranks(local_rank=local_rank, device=device)
-    return Ranks(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        local_rank=local_rank,
-        device=device,
-    )
+from moleblend_ray.training.ranks import Ranks
 
 
 def distribute(
@@ -117,7 +74,7 @@ def _shard(
     *,
     reshard: bool,
 ) -> None:
-    # Autocast (see `autocast`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
+    # Autocast (see :mod:`.mixed_precision`) decides the arithmetic, so layer inputs are not cast. The layers hold nearly all
     # parameters: gathering these in bf16 halves the traffic. Not on CPU, whose LayerNorm refuses bf16 weights for
     # float32 tokens (autocast casts them on a GPU).
     on_gpu = ranks.device.type == "cuda"
@@ -210,27 +167,6 @@ def gradient_sync(module: nn.Module, *, enabled: bool, reshard: bool = True) -> 
             yield
     else:
         yield
-
-
-def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """Context of the forward pass: matrix products in bfloat16 if asked for, the rest in float32."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """``values`` summed over all ranks, in place, and returned."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def gather_from_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """The picklable ``value`` of every rank, in rank order; also a barrier. ``group``: of all ranks, None for the default one."""
-    if not dist.is_initialized():
-        return [value]
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.model.origin import Origin
-from moleblend_ray.training.checkpoint import load_model_state
 from moleblend_ray.training.commits import (
     COMMIT_NAME,
     FINISHED_NAME,
@@ -77,6 +76,9 @@ def export_run(run_uri: str) -> str:
 
 
 def _from_commit(run_uri: str, commit: Commit) -> MoleBlendModel:
+    # Most processes load finished models, and need neither this module nor the half second that importing it takes.
+    from moleblend_ray.training.checkpoint import load_model_state
+
     model = MoleBlendModel.without_weights(_model_config(run_uri, commit.identity))
     # Runs of earlier versions do not say it.
     molecules = commit.identity.get("molecules")

@@ -19,11 +19,12 @@ from moleblend_ray.model.losses import (
 )
 from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel
 from moleblend_ray.training.config import OptimConfig, TrainConfig
-from moleblend_ray.training.distributed import Ranks, distribute
+from moleblend_ray.training.distributed import distribute
 from moleblend_ray.training.host_memory import keep_freed_memory
 from moleblend_ray.training.metrics import TOTAL_LOSS, Record
 from moleblend_ray.training.optim import CutInvariantAdamW, build_optimizer
 from moleblend_ray.training.prefetch import DeviceStep, prepare_step
+from moleblend_ray.training.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

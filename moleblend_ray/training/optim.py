@@ -13,12 +13,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.autograd.profiler import record_function
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.adamw import adamw
 
 from moleblend_ray.model.device import on_gpu
 from moleblend_ray.training.config import OptimConfig
-from moleblend_ray.training.distributed import sum_over_ranks
+from moleblend_ray.training.ranks import sum_over_ranks
 
 LR_FACTOR: Final = "lr_factor"
 """Key of a parameter group: what its learning rate is multiplied with."""
@@ -41,22 +42,51 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     return config.final_learning_rate + cosine * (config.learning_rate - config.final_learning_rate)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: CutInvariantAdamW, value: float) -> None:
     """Set the learning rate of every parameter group, times the group's own factor where it has one."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get(LR_FACTOR, 1.0)
 
 
-class CutInvariantAdamW(torch.optim.AdamW):
+class CutInvariantAdamW:
     """AdamW whose update of an element does not depend on how its tensor is cut into shards.
 
     The fused kernel for CPUs rounds the last elements of a tensor, those that fill no vector register, in another way than
     the rest. Which these are changes with the number of workers, and training amplifies it. So tensors with such a rest are
     updated as one long, padded vector.
+
+    ``param_groups`` and ``state`` are as in ``torch.optim.Optimizer``. It is none, because that class imports PyTorch's compiler
+    into each process that makes one, which takes longer than many a fine-tuning on few molecules.
     """
 
+    def __init__(
+        self, groups: list[dict[str, Any]], *, betas: tuple[float, float], eps: float
+    ) -> None:
+        """``groups``: each has ``params``, ``lr`` and ``weight_decay``.
+
+        The moments are allocated at once, see :func:`build_optimizer`.
+        """
+        self.param_groups = groups
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {
+            parameter: {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for group in groups
+            for parameter in group["params"]
+        }
+        self._betas, self._eps = betas, eps
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    @record_function("Optimizer.step")
     @torch.no_grad()
-    def step(self, *, skip: Tensor | None = None) -> None:  # type: ignore[override]
+    def step(self, *, skip: Tensor | None = None) -> None:
         """Update all parameters that have a gradient.
 
         Nothing changes if ``skip``, () float32 on the device of the parameters, is 1. The host need not know its value.
@@ -64,7 +94,7 @@ class CutInvariantAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             parts = [self._part(p) for p in group["params"] if p.grad is not None]
             if any(on_gpu(part.parameter) for part in parts):
-                _update(group, parts, skip)
+                self._update(group, parts, skip)
                 continue
             whole = [part for part in parts if part.is_whole]
             # The kernel takes a step count for each tensor, and heads without targets are behind.
@@ -73,7 +103,7 @@ class CutInvariantAdamW(torch.optim.AdamW):
                 if not part.is_whole:
                     by_step.setdefault(float(part.step), []).append(part)
             joined = [_join(together) for together in by_step.values()]
-            _update(group, [*whole, *joined], skip)
+            self._update(group, [*whole, *joined], skip)
             for together, long in zip(by_step.values(), joined, strict=True):
                 _put_back(long, together)
 
@@ -87,6 +117,26 @@ class CutInvariantAdamW(torch.optim.AdamW):
             exp_avg_sq=_local(state["exp_avg_sq"]),
             step=state["step"],
             is_whole=math.prod(parameter.shape[1:]) % _VECTOR == 0 and parameter.ndim > 1,
+        )
+
+    def _update(self, group: dict[str, Any], parts: list[_Part], skip: Tensor | None) -> None:
+        beta1, beta2 = self._betas
+        adamw(
+            [part.parameter for part in parts],
+            [part.gradient for part in parts],
+            [part.exp_avg for part in parts],
+            [part.exp_avg_sq for part in parts],
+            [],
+            [part.step for part in parts],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=self._eps,
+            maximize=False,
+            found_inf=skip,
         )
 
 
@@ -104,8 +154,10 @@ class _Part:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-    return local
+    # Only shards have it. Their class is not imported: that takes half a second, and most processes that need an optimizer
+    # have no shards.
+    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
+    return tensor.detach() if to_local is None else to_local()
 
 
 def _join(parts: list[_Part]) -> _Part:
@@ -134,27 +186,6 @@ def _put_back(joined: _Part, parts: list[_Part]) -> None:
         part.step.copy_(joined.step)
 
 
-def _update(group: dict[str, Any], parts: list[_Part], skip: Tensor | None) -> None:
-    beta1, beta2 = group["betas"]
-    adamw(
-        [part.parameter for part in parts],
-        [part.gradient for part in parts],
-        [part.exp_avg for part in parts],
-        [part.exp_avg_sq for part in parts],
-        [],
-        [part.step for part in parts],
-        fused=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-        found_inf=skip,
-    )
-
-
 def build_optimizer(
     model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float] | None = None
 ) -> CutInvariantAdamW:
@@ -165,21 +196,10 @@ def build_optimizer(
     checkpoint is restored into them, and because a head that sees no target for some steps must not change
     which tensors a checkpoint holds.
     """
-    optimizer = CutInvariantAdamW(
-        _parameter_groups(model, config, lr_factor),
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-    return optimizer
+    groups = _parameter_groups(model, config, lr_factor)
+    for group in groups:
+        group["lr"] = config.learning_rate
+    return CutInvariantAdamW(groups, betas=config.betas, eps=config.eps)
 
 
 def _parameter_groups(
@@ -232,9 +252,9 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
     replicas = 1
     for parameter in parameters:
         gradient = parameter.grad
-        if isinstance(gradient, DTensor):
-            shards.append(gradient.to_local())
-            mesh = gradient.device_mesh
+        mesh: DeviceMesh | None = getattr(gradient, "device_mesh", None)
+        if gradient is not None and mesh is not None:
+            shards.append(_local(gradient))
             replicas = mesh.size(0) if mesh.ndim > 1 else 1
         elif gradient is not None:
             whole.append(gradient)

@@ -30,9 +30,9 @@ from moleblend_ray.data.scratch import scratch_folder
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import Learner, build_learner
 from moleblend_ray.training.prefetch import to_device
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.step import train_step
 
 _BATCHES: Final = 3

@@ -51,7 +51,6 @@ from moleblend_ray.training.commits import (
     write_commit,
 )
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.metrics import (
     TOTAL_LOSS,
     VALID_PREFIX,
@@ -59,6 +58,7 @@ from moleblend_ray.training.metrics import (
     read_records,
     write_records,
 )
+from moleblend_ray.training.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -18,15 +18,10 @@ from moleblend_ray.model.device import seed_generators
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.losses import LOSS_NAMES, count_other_bonds
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, finite
-from moleblend_ray.training.distributed import (
-    Ranks,
-    autocast,
-    gather_from_ranks,
-    gradient_sync,
-    sum_over_ranks,
-)
+from moleblend_ray.training.distributed import gradient_sync
 from moleblend_ray.training.learner import Learner, named_losses
 from moleblend_ray.training.metrics import Record, is_loss
+from moleblend_ray.training.mixed_precision import autocast
 from moleblend_ray.training.optim import (
     clip_gradients,
     gradient_norm,
@@ -34,6 +29,7 @@ from moleblend_ray.training.optim import (
     set_learning_rate,
 )
 from moleblend_ray.training.prefetch import DeviceStep
+from moleblend_ray.training.ranks import Ranks, gather_from_ranks, sum_over_ranks
 
 _GOLDEN_RATIO: Final = np.uint64(0x9E3779B97F4A7C15)
 
@@ -69,7 +65,7 @@ def train_step(learner: Learner, step: DeviceStep, *, stop: bool = False) -> tup
         learner.optimizer, learning_rate(batch.step, learner.optim, learner.train.num_steps)
     )
     learner.optimizer.step(skip=bad.float())
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.optimizer.zero_grad()
     record, stop, is_bad = _record(learner, batch.step, read())
     if is_bad:
         _raise_not_finite(learner, batch, losses, record, stop=stop)

@@ -17,9 +17,11 @@ from moleblend_ray.data.shards import training_columns
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.losses import LOSS_NAMES, loss_counts
-from moleblend_ray.training.distributed import Ranks, autocast, evaluating, sum_over_ranks
+from moleblend_ray.training.distributed import evaluating
 from moleblend_ray.training.learner import Learner, named_losses
 from moleblend_ray.training.metrics import VALID_PREFIX, Record
+from moleblend_ray.training.mixed_precision import autocast
+from moleblend_ray.training.ranks import Ranks, sum_over_ranks
 
 _STEP: Final = 2**32 - 1
 """Step that keys the blends of validation; no training step ever has this number."""

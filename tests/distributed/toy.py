@@ -19,10 +19,10 @@ from moleblend_ray.model.blending import BlendConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig
 from moleblend_ray.training.config import OptimConfig, Strategy, TrainConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import Learner, build_learner
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.ranks import Ranks
 
 NUM_MOLECULES = 50
 ORDER = OrderConfig(seed=3, global_batch_size=16, num_streams=4, shuffle_window=50, chunk_rows=8)

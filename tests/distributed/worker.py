@@ -24,9 +24,9 @@ from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks, current_ranks
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.ranks import Ranks, current_ranks
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.validation import build_validation
 

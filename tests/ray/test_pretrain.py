@@ -40,9 +40,9 @@ from moleblend_ray.training.config import (
     TrackingConfig,
     TrainConfig,
 )
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.export import load_model
 from moleblend_ray.training.metrics import Record, read_records
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.tracking import NoTracker, TrackerError
 
 NUM_STEPS = 24

@@ -150,6 +150,24 @@ def test_actors_import_ray_train_and_tune_only_where_they_train() -> None:
     assert not {"ray.train", "ray.tune"} & modules
 
 
+def test_molecules_are_embedded_and_models_fine_tuned_without_what_shards_and_compiles_models() -> (
+    None
+):
+    modules = modules_after(
+        "import moleblend_ray.orchestration.embed, moleblend_ray.orchestration.predict"
+        ", moleblend_ray.orchestration.finetune\n"
+        "import torch\n"
+        "from moleblend_ray.training import optim\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "optimizer = optim.build_optimizer(model, optim.OptimConfig())\n"
+        "model(torch.ones(1, 2)).sum().backward()\n"
+        "optimizer.step()\n"
+        "optimizer.zero_grad()"
+    )
+    assert "moleblend_ray.evaluation.finetune" in modules
+    assert not {"torch.distributed.tensor", "torch.distributed.fsdp", "torch._dynamo"} & modules
+
+
 def test_configurations_compose_without_torch_rdkit_ray_or_numba() -> None:
     modules = modules_after(
         "import moleblend_ray.config.prepare, moleblend_ray.config.pretrain, moleblend_ray.config.downstream"

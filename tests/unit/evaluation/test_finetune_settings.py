@@ -45,7 +45,12 @@ from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind, resolve_task
 from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.moleblend import HYDROGEN, PropertyModel
 from moleblend_ray.training.config import OptimConfig
-from moleblend_ray.training.optim import build_optimizer, gradient_norm, set_learning_rate
+from moleblend_ray.training.optim import (
+    CutInvariantAdamW,
+    build_optimizer,
+    gradient_norm,
+    set_learning_rate,
+)
 
 from .conftest import MakeLabelled, all_smiles
 
@@ -170,7 +175,7 @@ def test_the_settings_of_the_optimizer_reach_it(
 
     def build(
         model: nn.Module, config: OptimConfig, lr_factor: Callable[[str], float]
-    ) -> torch.optim.Optimizer:
+    ) -> CutInvariantAdamW:
         optimizer = build_optimizer(model, config, lr_factor)
         decays.update(group["weight_decay"] for group in optimizer.param_groups)
         step = optimizer.step
@@ -252,7 +257,7 @@ def test_learning_rates_fall_from_block_to_block(pretrained: StartingPoint) -> N
             rates.setdefault(depth(names[parameter], 2), set()).add(round(group["lr"], 12))
     assert rates == {0: {1.25e-5}, 1: {2.5e-5}, 2: {5e-5}, 3: {1e-3}}
 
-    def decays(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    def decays(optimizer: CutInvariantAdamW) -> dict[str, float]:
         return {
             names[parameter]: group["weight_decay"]
             for group in optimizer.param_groups

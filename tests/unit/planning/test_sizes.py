@@ -15,8 +15,8 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.planning.sizes import checkpoint_bytes, exchange, gathered_bytes, model_size
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.config import CheckpointConfig, OptimConfig, TrainConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import build_learner
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import CheckpointWriter
 
 

@@ -37,10 +37,10 @@ from moleblend_ray.training.commits import (
     steps_to_keep,
 )
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import Learner
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import AnotherWriterError, CheckpointWriter
 
 

@@ -16,8 +16,8 @@ from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training import distributed
 from moleblend_ray.training import step as step_module
 from moleblend_ray.training.config import Precision
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.learner import Learner, PretrainingObjective
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.step import train_step
 
 LAYERS = ["model.encoder.layers.0", "model.encoder.layers.1"]

@@ -16,10 +16,10 @@ from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training.commits import FINISHED_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.export import export_run, load_model
 from moleblend_ray.training.learner import Learner
 from moleblend_ray.training.loop import Hooks, fit
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import CheckpointWriter
 
 HYDROGENS = MoleculeForm(explicit_hydrogens=True)

@@ -18,10 +18,10 @@ from moleblend_ray.orchestration.terminal import json_text
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.commits import COMMIT_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.inventory import compare_checkpoints, take_inventory
 from moleblend_ray.training.loop import fit
 from moleblend_ray.training.metrics import read_records
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import CheckpointWriter
 
 

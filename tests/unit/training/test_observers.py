@@ -12,9 +12,9 @@ from moleblend_ray.errors import StorageError
 from moleblend_ray.training import saving
 from moleblend_ray.training.commits import CommittedFile
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import CheckpointWriter, Save
 
 

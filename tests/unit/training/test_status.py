@@ -15,9 +15,9 @@ import toy
 from moleblend_ray.data import storage
 from moleblend_ray.training.commits import COMMIT_NAME, FINISHED_NAME, committed_steps, read_commit
 from moleblend_ray.training.config import CheckpointConfig
-from moleblend_ray.training.distributed import Ranks
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import write_records
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.saving import CheckpointWriter
 from moleblend_ray.training.status import RunStatus, run_status
 

@@ -17,7 +17,7 @@ from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.model.config import LossConfig
-from moleblend_ray.training.distributed import Ranks
+from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.validation import _shares, build_validation
 
 
