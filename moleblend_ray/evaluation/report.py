@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -282,7 +283,7 @@ def _table(values: Mapping[str, Any]) -> list[str]:
     return [
         "| | |",
         "|---|---|",
-        *(f"| {name} | {_short(value)} |" for name, value in values.items()),
+        *(f"| {table_cell(name)} | {_short(value)} |" for name, value in values.items()),
     ]
 
 
@@ -301,7 +302,7 @@ def _trials_section(
     if has_figure:
         lines += ["![trials](figures/trials.png)", ""]
     lines += [
-        f"| trial | {' | '.join(names)} | epochs done | status | validation |",
+        f"| trial | {' | '.join(map(table_cell, names))} | epochs done | status | validation |",
         "|---" * (len(names) + 4) + "|",
     ]
     for trial in ranked[:_MAX_TRIAL_ROWS]:
@@ -313,7 +314,13 @@ def _trials_section(
     if len(ranked) > _MAX_TRIAL_ROWS:
         lines += ["", f"The best {_MAX_TRIAL_ROWS}; all {len(ranked)} are in `results.json`."]
     errors = [trial for trial in trials if trial["error"]]
-    return lines + [f"\nTrial {trial['number']} failed: {trial['error']}" for trial in errors]
+    return lines + [_failure(trial) for trial in errors]
+
+
+def _failure(trial: Mapping[str, Any]) -> str:
+    """What a trial ended with, word for word: an indented block, in which nothing is Markdown."""
+    error = textwrap.indent(trial["error"].strip(), "    ")
+    return f"\nTrial {trial['number']} failed:\n\n{error}"
 
 
 def _rank(score: float | None, higher_is_better: bool) -> float:
@@ -323,10 +330,10 @@ def _rank(score: float | None, higher_is_better: bool) -> float:
 
 
 def _short(value: object) -> str:
-    """A setting as it is written in a configuration, numbers with three digits."""
+    """A setting, for a cell of a table, as it is written in a configuration, numbers with three digits."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else table_cell(str(value))
 
 
 def _metric_name(task: Mapping[str, Any]) -> str:

@@ -281,3 +281,15 @@ def test_a_single_trial_is_listed_and_not_drawn(tmp_path: Path) -> None:
     assert "\n1 configuration, judged" in text
     assert "trials.png" not in text
     assert not (tmp_path / "figures" / "trials.png").exists()
+
+
+def test_text_from_elsewhere_is_shown_word_for_word(tmp_path: Path) -> None:
+    results = results_of(chosen={"note": "a|b <b>"}, versions={"x|y": "1"})
+    trial = {"number": 4, "settings": {"note": "c|d"}, "epochs": 0, "status": "failed"}
+    error = "RuntimeError: of *two*\n  - shapes"
+    results["trials"] = [trial | {"valid_score": None, "error": error}]
+    text = report_of(tmp_path, results)
+    for row in ("| note | a\\|b &lt;b> |", "| x\\|y | 1 |", "| 4 | c\\|d | 0 | failed |  |"):
+        assert row in text
+    # Indented by four: a block in which Markdown marks nothing.
+    assert "\nTrial 4 failed:\n\n    RuntimeError: of *two*\n      - shapes" in text
