@@ -15,7 +15,7 @@ from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.device import on_gpu
 from moleblend_ray.model.fused import kernels_fit
-from moleblend_ray.model.initialization import draw_normal, draw_uniform
+from moleblend_ray.model.initialization import draw_normal, draw_uniform, new_embedding
 from moleblend_ray.model.lookup import sum_of_rows
 from moleblend_ray.model.precision import at_least_float32, product_type
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES, NUM_BOND_CODES, NUM_HOPS
@@ -49,14 +49,15 @@ class AtomEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.categories = nn.Embedding(sum(ATOM_VOCAB_SIZES), config.dim)
-        self.degree = nn.Embedding(NUM_DEGREES, config.dim)
+        self.categories = new_embedding(sum(ATOM_VOCAB_SIZES), config.dim)
+        self.degree = new_embedding(NUM_DEGREES, config.dim)
         self.graph_token = nn.Parameter(torch.empty(1, config.dim))
         self.register_buffer(
             "offsets", torch.empty(len(ATOM_VOCAB_SIZES), dtype=torch.int64), persistent=False
         )
         self.reset_parameters()
-        self.fill_constants()
+        if self.offsets.device.type != "meta":
+            self.fill_constants()
 
     def reset_parameters(self) -> None:
         """Draw new weights."""
@@ -91,8 +92,8 @@ class TopologyBias(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H = config.num_heads
-        self.spd = nn.Embedding(NUM_SPD_CODES, H)
-        self.bonds = nn.Embedding(sum(BOND_VOCAB_SIZES), H)
+        self.spd = new_embedding(NUM_SPD_CODES, H)
+        self.bonds = new_embedding(sum(BOND_VOCAB_SIZES), H)
         self.hop_matrices = nn.Parameter(torch.empty(NUM_HOPS, H, H))
         self.virtual_distance = nn.Parameter(torch.empty(H))
         # The row of the official edge table for "no such hop". It is initialised to 0 and never trained, but some
@@ -104,7 +105,8 @@ class TopologyBias(nn.Module):
             persistent=False,
         )
         self.reset_parameters()
-        self.fill_constants()
+        if self.bond_rows.device.type != "meta":
+            self.fill_constants()
 
     def reset_parameters(self) -> None:
         """Draw new weights."""

@@ -26,7 +26,7 @@ from moleblend_ray.model.heads import (
     map_together,
     predict_classes,
 )
-from moleblend_ray.model.initialization import fill_constants, init_weights
+from moleblend_ray.model.initialization import allocate, fill_constants, init_weights
 from moleblend_ray.model.origin import Origin
 from moleblend_ray.model.precision import at_least_float32
 from moleblend_ray.vocabulary import (
@@ -105,7 +105,7 @@ class MoleBlendModel(nn.Module):
                 nn.Linear(config.dim, NUM_DESCRIPTORS) if config.descriptor_head else None
             )
         if device.type != "meta":
-            self.to_empty(device=device)
+            allocate(self, device)
             self.init_weights()
 
     @classmethod
@@ -114,7 +114,7 @@ class MoleBlendModel(nn.Module):
         anything."""
         with torch.device("meta"):
             model = cls(config).float()
-        model.to_empty(device="cpu")
+        allocate(model, torch.device("cpu"))
         fill_constants(model)
         return model
 

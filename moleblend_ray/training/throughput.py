@@ -21,8 +21,8 @@ from moleblend_ray.training.metrics import Record
 
 _SMALLEST_MATRIX: Final = 256
 _LARGEST_MATRIX: Final = {"cpu": 2048, "cuda": 8192}
-_LONG_ENOUGH_S: Final = {"cpu": 0.03, "cuda": 0.001}
-"""Larger matrices would not run faster: some CPUs take seconds for a bfloat16 product."""
+_LONG_ENOUGH_S: Final = {"cpu": 0.005, "cuda": 0.001}
+"""A product that takes as long is as fast as a larger one, which slow CPUs need seconds for."""
 _REPEATS: Final = 5
 MATRIX_TYPES: Final = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Type of the factors of matrix products at each setting of ``train.precision``."""

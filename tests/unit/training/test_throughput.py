@@ -52,7 +52,7 @@ def test_the_rate_of_a_device_is_measured_once_in_a_process(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("rate", "size"), [(1e9, 256), (3e10, 1024), (1e15, 2048)])
+@pytest.mark.parametrize(("rate", "size"), [(1e9, 256), (3e10, 512), (2e11, 1024), (1e15, 2048)])
 def test_the_rate_is_that_of_the_first_size_that_takes_long_enough(
     precision: Precision, rate: float, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
