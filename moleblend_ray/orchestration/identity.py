@@ -5,6 +5,7 @@ Repeating a command is safe because of this: another question needs another dire
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -13,11 +14,17 @@ from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from moleblend_ray.evaluation.result_files import IDENTITY_NAME, command_of, require_command
+from moleblend_ray.evaluation.result_files import (
+    IDENTITY_NAME,
+    LEADERBOARD_NAME,
+    command_of,
+    require_command,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +52,28 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
         storage.write_json(uri, redact(identity))
 
 
+def require_own(out: str, command: str) -> None:
+    """Raise ConfigError if ``out`` holds what another command than ``command`` has made.
+
+    A data set and the results of several tasks are known by their files, all others by their note.
+    """
+    note = storage.join(out, IDENTITY_NAME)
+    if storage.exists(note):
+        with contextlib.suppress(DataError):  # it was not written completely
+            stored = storage.read_object(note)
+            require_command(out, stored.get("config", stored), command)
+    elif command != "prepare" and (
+        is_prepared(out) or storage.exists(storage.join(out, DATA_PLAN_NAME))
+    ):
+        raise ConfigError(
+            f"out: {out} holds a data set of `moleblend prepare`. Give another `out` for `moleblend {command}`"
+        )
+    elif storage.exists(storage.join(out, f"{LEADERBOARD_NAME}.json")):
+        raise ConfigError(
+            f"out: {out} holds the results of several tasks. Give another `out` for `moleblend {command}`"
+        )
+
+
 def check_claim(out: str, known: Mapping[str, Any]) -> None:
     """Raise ConfigError if ``out`` is noted for another question; ``known`` is the part of the identity that is known before
     any work."""
@@ -52,6 +81,8 @@ def check_claim(out: str, known: Mapping[str, Any]) -> None:
     if storage.exists(uri):
         stored = storage.read_object(uri, "config")
         _compare(out, {name: stored.get(name) for name in known}, known)
+    elif (command := command_of(known.get("config"))) is not None:
+        require_own(out, command)
 
 
 def check_finished(

@@ -41,6 +41,7 @@ from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.orchestration.cluster_checks import Need, require_room
 from moleblend_ray.orchestration.conversion import Conversion, Effort
 from moleblend_ray.orchestration.exchange import run_exchange
+from moleblend_ray.orchestration.identity import require_own
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.session import GIB, ray_session
 
@@ -106,6 +107,7 @@ def prepare(
         return _summary(config.out, "already prepared", manifest, Effort(), start_s)
     if sources is None:
         sources = inspect_sources(files, options.columns)
+    require_own(config.out, "prepare")
     check_output(config.out, sources, options)
     with leased(config.out) as lease:
         # The command that held the lease before may have finished the data set.

@@ -17,8 +17,8 @@ from moleblend_ray.data.differences import with_defaults
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
-from moleblend_ray.evaluation.result_files import require_command
 from moleblend_ray.model.config import BlendConfig, ModelConfig
+from moleblend_ray.orchestration.identity import require_own
 from moleblend_ray.training.checkpoint import library_versions
 from moleblend_ray.training.commits import (
     CONFIG_NAME,
@@ -110,9 +110,10 @@ def open_run(
             f"{config.out} is finished ({finished.steps} steps) and has no checkpoints any more: it cannot go on to "
             f"{config.train.num_steps} steps. Put its newest checkpoint back, or start a new run under another `out`."
         )
-    elif storage.exists(storage.join(config.out, CONFIG_NAME)):
-        _require_pretraining(config.out)
-        logger.info("%s was started before but committed nothing: starting anew", config.out)
+    else:
+        require_own(config.out, "pretrain")
+        if storage.exists(storage.join(config.out, CONFIG_NAME)):
+            logger.info("%s was started before but committed nothing: starting anew", config.out)
     document = {
         "config": redact(to_dict(config)),
         "data_fingerprint": manifest.fingerprint,
@@ -120,16 +121,6 @@ def open_run(
     }
     storage.write_json(storage.join(config.out, CONFIG_NAME), document)
     return commit
-
-
-def _require_pretraining(run_uri: str) -> None:
-    """Refuse the results of another command, whose settings would be replaced."""
-    try:
-        document = storage.read_json(storage.join(run_uri, CONFIG_NAME))
-    except DataError:  # it was not written completely
-        return
-    if isinstance(document, Mapping):
-        require_command(run_uri, document.get("config"), "pretrain")
 
 
 def _require_coordinates(config: PretrainConfig, manifest: Manifest) -> None:
