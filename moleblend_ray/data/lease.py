@@ -1,4 +1,4 @@
-"""The lease of an unfinished data set: only one command at a time works on it, on any storage.
+"""The lease of unfinished work, a data set or other results: only one command at a time works on it, on any storage.
 
 A lease is a small file that its command writes anew every few seconds. A command that finds another's lease waits until
 it sees it renewed, and then gives up, or until it has seen it unchanged for a minute: that command was killed. What is
@@ -7,7 +7,8 @@ whether it lives.
 
 Leases are numbered, and the highest number counts. Taking over is creating the next number, in which one command
 succeeds. One that was taken over (it was suspended, or cut off from the storage) finds the higher number and ends. What
-it writes until then are the bytes that the other one writes, unless a molecule meets its time limit in one of them only.
+it writes of a data set until then are the bytes that the other one writes, unless a molecule meets its time limit in one of
+them only.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
@@ -44,7 +45,7 @@ _TOKEN: Final = re.compile(r"[0-9a-f]{12}")
 
 
 class InUseError(DataError):
-    """Another command prepares the same data set."""
+    """Another command works on the same data set or results."""
 
 
 class _Found(NamedTuple):
@@ -70,10 +71,13 @@ class _Found(NamedTuple):
 
 
 class Lease:
-    """The right to work on a data set, while it is renewed by a thread of this process."""
+    """The right to work on ``out``, while it is renewed by a thread of this process."""
 
-    def __init__(self, out: str, number: int, content: dict[str, Any]) -> None:
+    def __init__(
+        self, out: str, number: int, content: dict[str, Any], is_finished: Callable[[str], bool]
+    ) -> None:
         self._out = out
+        self._is_finished = is_finished
         self._number = number
         self._content = content
         self._is_over = threading.Event()
@@ -93,7 +97,7 @@ class Lease:
         self.require()
 
     def end(self) -> None:
-        """Leave the data set to the next command, which need not wait; of a finished one, remove the leases."""
+        """Leave the work to the next command, which need not wait; if it is finished, remove the leases."""
         self._is_over.set()
         # Where the storage is out of reach, which may be why the work ended, the lease expires.
         self._thread.join(_END_S)
@@ -101,7 +105,7 @@ class Lease:
     def _live(self) -> None:
         self._renew()
         with contextlib.suppress(StorageError):
-            if is_prepared(self._out):
+            if self._is_finished(self._out):
                 storage.delete_tree(storage.join(self._out, LEASES_DIR))
             elif not self._is_lost.is_set():
                 storage.write_json(_uri(self._out, self._number), self._content | {"ended": True})
@@ -115,30 +119,32 @@ class Lease:
                 content = self._content | {"renewed": _now()}
                 storage.write_json(_uri(self._out, self._number), content)
             except StorageError as error:
-                logger.warning("cannot renew the lease of a data set: %s", error)
+                logger.warning(
+                    "cannot renew the lease of %s: %s", without_credentials(self._out), error
+                )
 
     def _is_newest(self) -> bool:
         found = _newest(self._out)
-        # Numbers begin anew where a data set was finished or deleted.
+        # Numbers begin anew where the work was finished or deleted.
         return found is not None and found.content.get("token") == self._content["token"]
 
     def _raise_lost(self) -> None:
-        if is_prepared(self._out):
+        if self._is_finished(self._out):
             raise InUseError(
                 f"Another command has finished {self._out} meanwhile: the same command says what it holds."
             )
         found = _newest(self._out)
         if found is None:
-            raise InUseError(f"{self._out} was deleted while this command prepared it.")
+            raise InUseError(f"{self._out} was deleted while this command worked on it.")
         raise InUseError(
-            f"Another command ({found.who}) has taken over the preparation of {self._out}, as this one gave no sign of "
+            f"Another command ({found.who}) has taken over the work on {self._out}, as this one gave no sign of "
             f"life for {_EXPIRY_S:.0f} s: it was suspended, or could not write there. That one keeps what is done."
         )
 
 
 @contextlib.contextmanager
-def leased(out: str) -> Iterator[Lease]:
-    """Hold the lease of the data set ``out`` within the block.
+def leased(out: str, is_finished: Callable[[str], bool] = is_prepared) -> Iterator[Lease]:
+    """Hold the lease of ``out`` within the block; ``is_finished`` tells whether all work there is done.
 
     InUseError if another command works on it. If one was killed on another machine, this takes a minute to find out.
     """
@@ -151,7 +157,7 @@ def leased(out: str) -> Iterator[Lease]:
         "renewed": _now(),
     }
     with scratch_folder(_PURPOSE, token=token):
-        lease = Lease(out, _acquire(out, content), content)
+        lease = Lease(out, _acquire(out, content), content, is_finished)
         try:
             yield lease
         finally:
@@ -159,7 +165,7 @@ def leased(out: str) -> Iterator[Lease]:
 
 
 def command_at_work(out: str) -> str | None:
-    """The command that works on the data set ``out``, for messages; None if none seems to.
+    """The command that works on ``out``, for messages; None if none seems to.
 
     On this machine its lock tells. Of other machines a renewal within the last minute does, so their clocks matter here.
     """
@@ -202,7 +208,7 @@ def _await_expiry(out: str, found: _Found) -> None:
         is_alive = True if now != found else None
     if is_alive:
         raise InUseError(
-            f"out: another command prepares {out} at this moment ({found.who}). Wait until it has ended: the same "
+            f"out: another command works on {out} at this moment ({found.who}). Wait until it has ended: the same "
             "command then says what it made, or finishes it."
         )
 
@@ -224,7 +230,7 @@ def _newest(out: str) -> _Found | None:
         return None
     try:
         content = storage.read_json(_uri(out, number))
-    except storage.NotFoundError:  # its command has just finished the data set
+    except storage.NotFoundError:  # its command has just finished the work
         return None
     except DataError:  # not written by this program
         content = {}

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, is_prepared
+from moleblend_ray.data.lease import command_at_work
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
@@ -50,7 +51,7 @@ class PartsStatus:
     """``embed`` or ``predict``."""
     uri: str
     state: str
-    """``finished`` or ``unfinished``."""
+    """``finished``, ``running`` or ``unfinished``."""
     detail: str
     parts_done: int
     parts: int | None
@@ -71,7 +72,7 @@ class SweepStatus:
     """``sweep`` or ``finetune``."""
     uri: str
     state: str
-    """``finished`` or ``unfinished``."""
+    """``finished``, ``running`` or ``unfinished``."""
     detail: str
     task: str
     trials_done: int
@@ -107,7 +108,7 @@ class TasksStatus:
     kind: str
     uri: str
     state: str
-    """``finished``, ``failed`` (some tasks did) or ``unfinished``."""
+    """``finished``, ``running``, ``failed`` (some tasks did) or ``unfinished``."""
     detail: str
     tasks: tuple[TaskStatus, ...]
 
@@ -124,15 +125,26 @@ def tasks_status(uri: str) -> TasksStatus:
     )
     states = {task.state for task in tasks}
     done = sum(task.state == "finished" for task in tasks)
-    state = "failed" if "failed" in states else "unfinished" if "waiting" in states else "finished"
-    again = "" if state == "finished" else "; the same command continues with the others"
+    state, then = "finished", ""
+    if states & {"failed", "waiting"}:
+        state, then = _unfinished(uri, "the same command continues with the others")
+    if state == "unfinished" and "failed" in states:
+        state = "failed"
     return TasksStatus(
         kind="tasks",
         uri=uri,
         state=state,
-        detail=f"{done} of {len(tasks)} tasks have results{again}",
+        detail=f"{done} of {len(tasks)} tasks have results{then}",
         tasks=tasks,
     )
+
+
+def _unfinished(uri: str, then: str) -> tuple[str, str]:
+    """The state of unfinished work, and what is said of it: which command works there, or ``then``."""
+    at_work = command_at_work(uri)
+    if at_work is None:
+        return "unfinished", f"; {then}"
+    return "running", f"; a command works on it ({at_work})"
 
 
 def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
@@ -155,11 +167,12 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
             molecules_per_s=summary.get("molecules_per_s"),
         )
     parts, molecules, detail = _planned(uri, identity["config"].get("source"))
+    state, then = _unfinished(uri, "the same command continues")
     return PartsStatus(
         kind=kind.command,
         uri=uri,
-        state="unfinished",
-        detail=detail + "; the same command continues",
+        state=state,
+        detail=detail + then,
         parts_done=len(there),
         parts=parts,
         molecules=molecules,
@@ -202,11 +215,15 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
     higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
+    state, detail = "finished", f"its results ({RESULTS_NAME}) are there"
+    if not results:
+        state, then = _unfinished(uri, "the same command continues")
+        detail = _sweep_detail(uri, trials, seeds, is_sweep=is_sweep) + then
     return SweepStatus(
         kind="sweep" if is_sweep else "finetune",
         uri=uri,
-        state="finished" if results else "unfinished",
-        detail=_sweep_detail(uri, results, trials, seeds, is_sweep=is_sweep),
+        state=state,
+        detail=detail,
         task=str(results["task"]["name"] if results else config["task"]["name"]),
         trials_done=len(results["trials"])
         if results and is_sweep
@@ -222,18 +239,14 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     )
 
 
-def _sweep_detail(uri: str, results: Any, trials: list[Any], seeds: int, *, is_sweep: bool) -> str:
-    if results:
-        return f"its results ({RESULTS_NAME}) are there"
+def _sweep_detail(uri: str, trials: list[Any], seeds: int, *, is_sweep: bool) -> str:
     if seeds:
-        what = "the chosen settings are trained with each seed, and baselines"
-    elif trials:
-        what = "the search is under way"
-    elif is_prepared(storage.join(uri, DATA_DIR)) or not is_sweep:
-        what = "its molecules are prepared, no training is recorded yet"
-    else:
-        what = _preparing(storage.join(uri, DATA_DIR))
-    return f"{what}; the same command continues"
+        return "the chosen settings are trained with each seed, and baselines"
+    if trials:
+        return "the search is under way"
+    if is_prepared(storage.join(uri, DATA_DIR)) or not is_sweep:
+        return "its molecules are prepared, no training is recorded yet"
+    return _preparing(storage.join(uri, DATA_DIR))
 
 
 def _direction(trials: list[Any]) -> bool | None:

@@ -419,11 +419,16 @@ def write_results(
     return results
 
 
+def has_results(out: str) -> bool:
+    """Whether ``out`` holds finished results."""
+    return storage.exists(storage.join(out, RESULTS_NAME))
+
+
 def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     """The stored results if ``out`` holds finished ones for this question. Raises ConfigError if for another."""
-    uri = storage.join(config.out, RESULTS_NAME)
-    if not storage.exists(uri):
+    if not has_results(config.out):
         return None
+    uri = storage.join(config.out, RESULTS_NAME)
     results = storage.read_object(uri, "results_version")
     _check_version(uri, results)
     data_uri = storage.join(config.out, DATA_DIR)

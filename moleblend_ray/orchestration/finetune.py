@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from moleblend_ray.config.downstream import FinetuneConfig
+from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
+from moleblend_ray.data.lease import leased
 from moleblend_ray.evaluation.result_files import REPORT_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Training
 from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
     finished_results,
+    has_results,
     read_inputs,
     set_up,
     train_seeds,
     write_results,
 )
 from moleblend_ray.orchestration.session import ray_session
+
+C = TypeVar("C", bound=PropertyConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,20 +63,36 @@ class FinetuneSummary:
 def finetune(config: FinetuneConfig) -> FinetuneSummary:
     """Train a property model for each seed, score each once on the test molecules, write ``results.json``.
 
-    Repeating a finished command does nothing; repeating an interrupted one trains the seeds that are missing.
+    Repeating a finished command does nothing; repeating an interrupted one trains the seeds that are missing. InUseError
+    if another command works on the same results.
     """
     config = with_absolute_paths(config)
+    results, already_finished = compute_results(config, config.seeds, train)
+    return summarise(config.out, results, already_finished=already_finished)
+
+
+def compute_results(
+    config: C, seeds: Sequence[int], train: Callable[[C, Bench], Training]
+) -> tuple[dict[str, Any], bool]:
+    """The results of ``train`` with its baselines, and whether an earlier command had finished them.
+
+    The baselines are trained with each of ``seeds``.
+    """
     began = time.monotonic()
-    stored = finished_results(config)
-    if stored is not None:
-        return summarise(config.out, stored, already_finished=True)
+    if (stored := finished_results(config)) is not None:
+        return stored, True
     inputs = read_inputs(config)
-    with ray_session(config.cluster):
-        bench = set_up(config, inputs)
-        model = train(config, bench)
-        baselines = run_baselines(config, bench, config.seeds, train)
-        results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
-    return summarise(config.out, results, already_finished=False)
+    with leased(config.out, has_results) as lease:
+        # The command that held the lease before may have finished the work.
+        if (stored := finished_results(config)) is not None:
+            return stored, True
+        with ray_session(config.cluster):
+            bench = set_up(config, inputs)
+            model = train(config, bench)
+            baselines = run_baselines(config, bench, seeds, train)
+            lease.confirm()
+            seconds = time.monotonic() - began
+            return write_results(config, bench, model, baselines, seconds=seconds), False
 
 
 def train(config: FinetuneConfig, bench: Bench) -> Training:

@@ -12,6 +12,7 @@ import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import pyarrow as pa
@@ -25,6 +26,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, source_index
+from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
@@ -74,7 +76,8 @@ class Outcome:
 
 
 def run_parts(job: PartsJob) -> Outcome:
-    """Make every missing part, the list of rejected rows and the summary; do nothing if all are there."""
+    """Make every missing part, the list of rejected rows and the summary; do nothing if all are there. InUseError if another
+    command works on them."""
     began = time.monotonic()
     config = job.config
     stored = _finished(job)
@@ -86,6 +89,20 @@ def run_parts(job: PartsJob) -> Outcome:
     check_claim(config.out, {"config": job.question(), "checkpoint_fingerprint": maker.fingerprint})
     # Likewise errors of the source, before Ray is started.
     sources = look_at_source(config, _LABEL_COLUMNS)
+    with leased(config.out, partial(_has_summary, job)) as lease:
+        # The command that held the lease before may have finished the work.
+        if (stored := _finished(job)) is not None:
+            return Outcome(summary=stored, already_finished=True)
+        found = _make_all(job, maker, sources)
+        summary = redact({**found, "seconds": time.monotonic() - began})
+        lease.confirm()
+        storage.write_json(storage.join(config.out, job.kind.summary_name), summary)
+    return Outcome(summary=summary, already_finished=False)
+
+
+def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dict[str, Any]:
+    """Prepare the molecules, make all parts and the list of rejected rows; returns what the summary says of them."""
+    config = job.config
     with ray_session(config.cluster):
         _check_cluster(job)
         data_uri = _prepare(job, maker, sources)
@@ -100,19 +117,14 @@ def run_parts(job: PartsJob) -> Outcome:
         found = _make_parts(job, maker, data_uri, manifest)
     rejected = _write_rejected(config.out, data_uri, manifest)
     _check_sum(config.out, manifest, found[job.kind.counted], rejected)
-    summary = redact(
-        {
-            **found,
-            "rejected": rejected,
-            "rejected_by_reason": manifest.counts.quarantined_by_reason,
-            "data": {"uri": data_uri, "fingerprint": manifest.fingerprint},
-            "config": to_dict(config),
-            "versions": versions(),
-            "seconds": time.monotonic() - began,
-        }
-    )
-    storage.write_json(storage.join(config.out, job.kind.summary_name), summary)
-    return Outcome(summary=summary, already_finished=False)
+    return {
+        **found,
+        "rejected": rejected,
+        "rejected_by_reason": manifest.counts.quarantined_by_reason,
+        "data": {"uri": data_uri, "fingerprint": manifest.fingerprint},
+        "config": to_dict(config),
+        "versions": versions(),
+    }
 
 
 def _check_cluster(job: PartsJob) -> None:
@@ -275,13 +287,16 @@ def _check_sum(out: str, manifest: Manifest, kept: int, rejected: int) -> None:
         )
 
 
+def _has_summary(job: PartsJob, out: str) -> bool:
+    return storage.exists(storage.join(out, job.kind.summary_name))
+
+
 def _finished(job: PartsJob) -> dict[str, Any] | None:
     """The stored summary, if ``out`` is finished and for this question. Raises ConfigError if it is for another."""
     out = job.config.out
-    uri = storage.join(out, job.kind.summary_name)
-    if not storage.exists(uri):
+    if not _has_summary(job, out):
         return None
-    summary = storage.read_object(uri, job.kind.counted)
+    summary = storage.read_object(storage.join(out, job.kind.summary_name), job.kind.counted)
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:

@@ -91,7 +91,7 @@ def prepare(
     finished. Molecules without coordinates are warned of if ``wants_coordinates``.
 
     ``sources`` is what :func:`inspect_sources` has told of the source and the columns of ``config``, if it was asked
-    before. InUseError if another command prepares the same data set.
+    before. InUseError if another command works on the same data set.
     """
     start_s = time.monotonic()
     config = with_absolute_paths(config)  # The actors have another working directory.

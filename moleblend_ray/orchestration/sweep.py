@@ -12,7 +12,6 @@ import logging
 import math
 import pickle
 import re
-import time
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -38,19 +37,15 @@ from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.host import available_cpus
-from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.cluster_checks import may_grow
 from moleblend_ray.orchestration.downstream import (
     Bench,
     LostWorkError,
-    finished_results,
-    read_inputs,
-    set_up,
+    has_results,
     train_seeds,
     worker_resources,
-    write_results,
 )
-from moleblend_ray.orchestration.finetune import FinetuneSummary, summarise
+from moleblend_ray.orchestration.finetune import FinetuneSummary, compute_results, summarise
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.searchers import (
@@ -59,7 +54,7 @@ from moleblend_ray.orchestration.searchers import (
     build_scheduler,
     build_searcher,
 )
-from moleblend_ray.orchestration.session import environment_defaults, is_private, ray_session
+from moleblend_ray.orchestration.session import environment_defaults, is_private
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
@@ -122,23 +117,15 @@ def sweep(config: SweepConfig) -> SweepSummary:
     """Search, choose on validation, train the choice with each final seed, score the test part, write ``results.json``.
 
     Repeating a finished command does nothing; repeating an interrupted one keeps the trials and seeds that were
-    finished.
+    finished. InUseError if another command works on the same results.
     """
     config = with_absolute_paths(config)
-    began = time.monotonic()
-    stored = finished_results(config)
-    if stored is not None:
-        return _summary(summarise(config.out, stored, already_finished=True), stored)
-    warn_of_searched(config)
-    # A searcher that cannot be used fails now, not after the molecules were prepared.
-    search_method(config, config.task.resolve())
-    inputs = read_inputs(config)
-    with ray_session(config.cluster):
-        bench = set_up(config, inputs)
-        model = search_and_train(config, bench)
-        baselines = run_baselines(config, bench, config.final_seeds, search_and_train)
-        results = write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
-    return _summary(summarise(config.out, results, already_finished=False), results)
+    if not has_results(config.out):
+        warn_of_searched(config)
+        # A searcher that cannot be used fails now, not after the molecules were prepared.
+        search_method(config, config.task.resolve())
+    results, already_finished = compute_results(config, config.final_seeds, search_and_train)
+    return _summary(summarise(config.out, results, already_finished=already_finished), results)
 
 
 def warn_of_searched(config: SweepConfig) -> None:

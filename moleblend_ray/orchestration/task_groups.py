@@ -12,8 +12,9 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, Swee
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.lease import leased
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.given_split import rows_of_column
@@ -32,12 +34,11 @@ from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
-    RESULTS_NAME,
     command_of,
     require_command,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
-from moleblend_ray.orchestration.downstream import check_cluster, starting_point
+from moleblend_ray.orchestration.downstream import check_cluster, has_results, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
 from moleblend_ray.orchestration.molecules import (
@@ -119,10 +120,11 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     # What is finished needs its molecules no more: nothing is prepared again for it.
     prepares = finished_before != set(configs) or _is_shared_prepared(config, sources)
     shared = _look_at_shared(config, sources) if prepares else {}
-    # A session takes seconds to start; finished tasks only look at files.
-    session = ray_session(config.cluster)
-    with contextlib.nullcontext() if finished_before == set(configs) else session:
+    with contextlib.ExitStack() as stack:
+        # Finished tasks only look at files: they need neither a session, which takes seconds to start, nor a lease.
         if finished_before != set(configs):
+            stack.enter_context(leased(config.out, partial(_are_finished, tuple(configs))))
+            stack.enter_context(ray_session(config.cluster))
             check_cluster(config)
         board = _write_board(config.out, states)
         _prepare_shared(config, shared)
@@ -216,7 +218,11 @@ def _raise_for_failures(out: str, board: Leaderboard) -> None:
 
 
 def _is_finished(out: str, name: str) -> bool:
-    return storage.exists(storage.join(out, name, RESULTS_NAME))
+    return has_results(storage.join(out, name))
+
+
+def _are_finished(names: Sequence[str], out: str) -> bool:
+    return all(_is_finished(out, name) for name in names)
 
 
 def _write_board(out: str, states: Mapping[str, TaskRow]) -> Leaderboard:

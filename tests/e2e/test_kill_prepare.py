@@ -53,7 +53,7 @@ def finish_one(commands: Sequence[subprocess.Popen[str]], out: Path) -> None:
     refused = [errors for errors, code in endings if code]
     assert len(refused) < len(commands), refused
     for errors in refused:
-        assert f"another command prepares {out} at this moment" in errors
+        assert f"another command works on {out} at this moment" in errors
 
 
 @pytest.mark.ray

@@ -73,7 +73,7 @@ def test_a_second_command_is_told_at_once_who_works_there(out: str) -> None:
         before = listed(out)
         start_s = time.monotonic()
         with pytest.raises(
-            InUseError, match=r"another command prepares .* \(process \d+ on .*started 2"
+            InUseError, match=r"another command works on .* \(process \d+ on .*started 2"
         ) as error:
             enter(out)
         assert out in str(error.value)
@@ -137,15 +137,19 @@ def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
 ) -> None:
     reached = threading.Event()
     monkeypatch.setattr(module, "_END_S", 0.2)
-    monkeypatch.setattr(module, "is_prepared", lambda _: reached.wait(60))
-    assert seconds(lambda: enter(str(tmp_path))) < 5
+
+    def work() -> None:
+        with leased(str(tmp_path), is_finished=lambda _: reached.wait(60)):
+            pass
+
+    assert seconds(work) < 5
     reached.set()
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_living_command_of_another_machine_keeps_its_lease(out: str) -> None:
     with leased(out) as lease:
-        with pytest.raises(InUseError, match="another command prepares"):
+        with pytest.raises(InUseError, match="another command works on"):
             enter(out)
         lease.confirm()
 
@@ -211,7 +215,7 @@ def test_a_finished_data_set_has_no_leases_and_late_commands_learn_that_it_is_fi
 def test_a_data_set_that_is_deleted_meanwhile_is_told(out: str) -> None:
     with leased(out) as lease:
         storage.delete_tree(out)
-        with pytest.raises(InUseError, match="was deleted while this command prepared it"):
+        with pytest.raises(InUseError, match="was deleted while this command worked on it"):
             lease.confirm()
 
 

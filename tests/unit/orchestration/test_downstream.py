@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,8 @@ from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskCon
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import listed
+from moleblend_ray.data.lease import InUseError, Lease, leased
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.repeats import Repeats
@@ -72,8 +74,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(cluster: ClusterConfig) -> None:
         raise AssertionError("Ray was started")
 
-    for module in (finetune_module, sweep_module):
-        monkeypatch.setattr(module, "ray_session", fail)
+    monkeypatch.setattr(finetune_module, "ray_session", fail)
 
 
 def finetuning(folder: Path, **changes: Any) -> FinetuneConfig:
@@ -268,6 +269,45 @@ def test_the_folder_of_a_pretraining_run_is_told_by_its_command_before_ray_is_st
     ):
         run()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("job", ["finetune", "sweep"])
+def test_results_that_another_command_works_on_are_left_alone(
+    tmp_path: Path, no_ray: None, job: str
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    run: Callable[[], object] = partial(finetune_module.finetune, config)
+    if job == "sweep":
+        run = partial(sweep_module.sweep, SweepConfig(task=config.task, out=config.out))
+    with leased(config.out):
+        before = listed(config.out)
+        with pytest.raises(InUseError, match=rf"^out: another command works on {config.out} at"):
+            run()
+        assert listed(config.out) == before
+    with pytest.raises(AssertionError, match="Ray was started"):
+        run()
+
+
+def test_results_that_another_command_finished_meanwhile_are_these(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    stored = {"results_version": RESULTS_VERSION, "made_by": "another command"}
+
+    @contextmanager
+    def after_another(out: str, is_finished: Callable[[str], bool]) -> Iterator[Lease]:
+        claim(out, {"config": question(config), "checkpoint_fingerprint": None})
+        storage.write_json(storage.join(out, "results.json"), stored)
+        with leased(out, is_finished) as lease:
+            yield lease
+
+    monkeypatch.setattr(finetune_module, "leased", after_another)
+    found = finetune_module.compute_results(config, [0], finetune_module.train)
+    assert found == (stored, True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "results.json",
+    ]
 
 
 def test_other_settings_are_refused_before_molecules_are_prepared(

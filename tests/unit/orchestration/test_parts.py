@@ -19,6 +19,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.lease import InUseError, leased
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
@@ -302,6 +303,29 @@ def test_a_missing_column_is_found_before_ray_is_started(
     with pytest.raises(ConfigError, match=message):
         embed(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_another_command_makes_are_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+
+    def fail(cluster: ClusterConfig) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(parts, "ray_session", fail)
+    config = EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "library.csv"),
+        out=str(tmp_path / "out"),
+    )
+    with leased(config.out):
+        with pytest.raises(InUseError, match=rf"^out: another command works on {config.out} at"):
+            embed(config)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["leases"]
+    with pytest.raises(AssertionError, match="Ray was started"):
+        embed(config)
 
 
 @pytest.mark.parametrize("changed", ["settings", "weights"])

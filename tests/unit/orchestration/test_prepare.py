@@ -53,7 +53,7 @@ def content_of(out: str) -> dict[str, bytes]:
 def test_while_another_command_prepares_it_nothing_is_written(config: PrepareConfig) -> None:
     with leased(config.out):
         before = content_of(config.out)
-        with pytest.raises(InUseError, match="another command prepares"):
+        with pytest.raises(InUseError, match="another command works on"):
             module.prepare(config)
         assert content_of(config.out) == before
 

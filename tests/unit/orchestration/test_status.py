@@ -228,6 +228,25 @@ def test_several_tasks_are_listed_with_what_failed(tmp_path: Path) -> None:
     assert "no column" in shown(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["embed", "sweep", "tasks"])
+def test_what_a_command_works_on_is_running(tmp_path: Path, kind: str) -> None:
+    if kind == "embed":
+        folder = embedding(tmp_path, tmp_path / "library.csv")
+    elif kind == "sweep":
+        folder = sweep(tmp_path)
+    else:
+        folder = tmp_path / "tasks"
+        tasks = [{"name": "esol", "status": "failed"}, {"name": "bbbp", "status": "waiting"}]
+        storage.write_json(str(folder / "leaderboard.json"), {"tasks": tasks})
+    before = document(folder)
+    assert before["state"] == ("failed" if kind == "tasks" else "unfinished")
+    with leased(str(folder)):
+        found = document(folder)
+    assert (found["kind"], found["state"]) == (kind, "running")
+    assert f"; a command works on it (process {os.getpid()} on" in found["detail"]
+    assert document(folder) == before
+
+
 @pytest.mark.parametrize("where", ["missing", "empty"])
 def test_a_directory_of_no_command_is_an_error_that_says_what_is_expected(
     tmp_path: Path, where: str

@@ -13,6 +13,7 @@ import ray
 from moleblend_ray.chemistry.config import MAX_ATOMS
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
+from moleblend_ray.data.lease import InUseError, leased
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.orchestration import task_groups
@@ -169,6 +170,19 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is run for each task here needs none."""
     monkeypatch.setattr(task_groups, "ray_session", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(task_groups, "check_cluster", lambda _: None)
+
+
+def test_several_tasks_that_another_command_works_on_are_left_alone(
+    tmp_path: Path, no_cluster: None
+) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    config = config_for(tmp_path, "bbbp", "esol")
+    with leased(config.out):
+        with pytest.raises(InUseError, match=rf"^out: another command works on {config.out} at"):
+            _run_tasks(config, finish)
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["leases"]
+    assert _run_tasks(config, finish).tasks_finished == 2
+    assert not (tmp_path / "out" / "leases").exists()
 
 
 @pytest.mark.parametrize(
