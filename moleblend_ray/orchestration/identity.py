@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
 from moleblend_ray.data.dataset_files import is_prepared
@@ -25,6 +24,10 @@ from moleblend_ray.evaluation.result_files import (
     command_of,
     require_command,
 )
+
+if TYPE_CHECKING:
+    # Its modules are for chemistry too, which pretraining does without.
+    from moleblend_ray.config.downstream import PropertyConfig
 
 logger = logging.getLogger(__name__)
 
