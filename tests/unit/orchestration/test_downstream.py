@@ -310,6 +310,25 @@ def test_results_that_another_command_finished_meanwhile_are_these(
     ]
 
 
+def test_no_results_are_written_after_another_command_has_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
+    written: list[object] = []
+
+    def train(config: FinetuneConfig, bench: Any) -> Any:
+        # Another command believes that this one is dead.
+        storage.write_json(storage.join(config.out, "leases", "000002.json"), {"token": "another"})
+
+    monkeypatch.setattr(finetune_module, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(finetune_module, "set_up", lambda *_: None)
+    monkeypatch.setattr(finetune_module, "run_baselines", lambda *_: None)
+    monkeypatch.setattr(finetune_module, "write_results", lambda *_, **__: written.append(1))
+    with pytest.raises(InUseError, match="has taken over the work on"):
+        finetune_module.compute_results(config, [0], train)
+    assert written == []
+
+
 def test_other_settings_are_refused_before_molecules_are_prepared(
     tmp_path: Path, no_ray: None
 ) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
+from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.lease import InUseError, leased
@@ -277,6 +278,23 @@ def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unle
     assert (vectors[0] != vectors[1]) == seen
 
 
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbedConfig:
+    """Raw molecules and a model, on a machine where Ray must not be started."""
+    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
+
+    def fail(cluster: ClusterConfig) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(parts, "ray_session", fail)
+    return EmbedConfig(
+        checkpoint=str(tmp_path / "model"),
+        source=str(tmp_path / "library.csv"),
+        out=str(tmp_path / "out"),
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -285,47 +303,36 @@ def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unle
     ],
 )
 def test_a_missing_column_is_found_before_ray_is_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+    tmp_path: Path, library: EmbedConfig, changes: dict[str, Any], message: str
 ) -> None:
-    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
-    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
-
-    def fail(cluster: ClusterConfig) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(parts, "ray_session", fail)
-    config = EmbedConfig(
-        checkpoint=str(tmp_path / "model"),
-        source=str(tmp_path / "library.csv"),
-        out=str(tmp_path / "out"),
-        **changes,
-    )
     with pytest.raises(ConfigError, match=message):
-        embed(config)
+        embed(dataclasses.replace(library, **changes))
     assert not (tmp_path / "out").exists()
 
 
 def test_parts_that_another_command_makes_are_left_to_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, library: EmbedConfig
 ) -> None:
-    (tmp_path / "library.csv").write_text("smiles\nCCO\n")
-    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
-
-    def fail(cluster: ClusterConfig) -> None:
-        raise AssertionError("Ray was started")
-
-    monkeypatch.setattr(parts, "ray_session", fail)
-    config = EmbedConfig(
-        checkpoint=str(tmp_path / "model"),
-        source=str(tmp_path / "library.csv"),
-        out=str(tmp_path / "out"),
-    )
-    with leased(config.out):
-        with pytest.raises(InUseError, match=rf"^out: another command works on {config.out} at"):
-            embed(config)
+    with leased(library.out):
+        with pytest.raises(InUseError, match=rf"^out: another command works on {library.out} at"):
+            embed(library)
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["leases"]
     with pytest.raises(AssertionError, match="Ray was started"):
-        embed(config)
+        embed(library)
+
+
+def test_no_summary_is_written_after_another_command_has_taken_over(
+    tmp_path: Path, library: EmbedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(*_: object) -> dict[str, Any]:
+        # Another command believes that this one is dead.
+        storage.write_json(str(tmp_path / "out/leases/000002.json"), {"token": "another"})
+        return {}
+
+    monkeypatch.setattr(parts, "_make_all", make)
+    with pytest.raises(InUseError, match="has taken over the work on"):
+        embed(library)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["leases"]
 
 
 @pytest.mark.parametrize("changed", ["settings", "weights"])
