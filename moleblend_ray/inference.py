@@ -31,6 +31,7 @@ from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import load_members
+from moleblend_ray.evaluation.intervals import COVERAGE
 from moleblend_ray.evaluation.prediction import Predictor
 
 _NO_LABELS: Final = np.empty(0)
@@ -125,13 +126,15 @@ class PropertyPredictor:
         models: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
         conformers: int | None = None,
+        interval: float | None = COVERAGE,
         device: str | torch.device = "cpu",
         batch_size: int = 64,
     ) -> PropertyPredictor:
         """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
 
         Predictions are means over models and ``conformers`` (0: without coordinates; None: as many as the models were fine-tuned with,
-        none for models that see 2D relations alone); ``batch_size`` conformers are computed at once. A CheckpointError if there is no
+        none for models that see 2D relations alone); ``batch_size`` conformers are computed at once. Intervals around predicted
+        numbers hold the share ``interval`` of labels (above 0 and below 1; None: no intervals). A CheckpointError if there is no
         model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
         None, for a device that is not there or another wrong argument.
         """
@@ -142,6 +145,10 @@ class PropertyPredictor:
                 conformers is None or 0 <= conformers <= MAX_CONFORMERS,
                 f"conformers: expected 0 to {MAX_CONFORMERS}, found {conformers}",
             ),
+            (
+                interval is None or 0 < interval < 1,
+                f"interval: expected above 0 and below 1, found {interval}",
+            ),
             (batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"),
         )
         place = _usable(device)
@@ -149,6 +156,7 @@ class PropertyPredictor:
             load_members(tuple(os.fspath(uri) for uri in given)),
             conformers=conformers,
             threshold=None,
+            interval=interval,
             batch_size=batch_size,
             device=place,
         )
@@ -158,8 +166,8 @@ class PropertyPredictor:
         """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
 
         ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
-        writes: ``prediction:NAME`` in the property's unit or as a probability, ``std:NAME`` over models, ``conformer_std:NAME`` over several
-        conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
+        writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
+        ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         """
         asked = _listed(smiles)
         found = _featurize(asked, self.predictor.conformers, self.predictor.form, max_atoms)

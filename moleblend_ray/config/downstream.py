@@ -293,6 +293,9 @@ class PredictConfig(LibraryConfig):
     applicability: float | None = None
     """Tanimoto similarity (ECFP4) to the nearest training molecule from which on a molecule counts as in the
     models' domain; null: each model's own, the 5th percentile of its training molecules."""
+    interval: float | None = 0.9
+    """Share of the labels of molecules like those of validation that an interval (lower, upper) around the prediction of a
+    number is to hold; null: no intervals. Classes have none."""
     csv: bool = False
     """Also write all predictions as one table, predictions.csv."""
 
@@ -306,6 +309,10 @@ class PredictConfig(LibraryConfig):
             *self._library_checks(),
             *within(self, 0, MAX_CONFORMERS, "conformers"),
             *within(self, 0, 1, "applicability"),
+            (
+                self.interval is None or 0 < self.interval < 1,
+                f"interval: expected above 0 and below 1, found {self.interval}",
+            ),
         )
 
 

@@ -23,6 +23,8 @@ from moleblend_ray.evaluation.property_model import (
 )
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import weights_fingerprint
+from moleblend_ray.evaluation.stored_predictions import PartPredictions, read_predictions
+from moleblend_ray.evaluation.tasks import TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,8 @@ class Member:
     """Result of :func:`property_fingerprint`."""
     domain: ApplicabilityDomain | None
     """Fingerprints of its training molecules; None if its folder has none."""
+    validation: PartPredictions | None = None
+    """Its predictions of numbers for the validation molecules; None for classes, and if its folder has none."""
 
 
 class Combined(NamedTuple):
@@ -103,6 +107,7 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
             saved=saved,
             fingerprint=property_fingerprint(uri, saved),
             domain=load_domain(uri),
+            validation=_validation(uri, saved.trained),
         )
         for other in members:
             _check_pair(other, member)
@@ -115,6 +120,12 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
             without_credentials(", ".join(lacking)),
         )
     return tuple(members)
+
+
+def _validation(uri: str, trained: TrainedProperty) -> PartPredictions | None:
+    if trained.kind is TaskKind.CLASSIFICATION:
+        return None
+    return read_predictions(uri, "valid", trained.columns)
 
 
 def conformers_of(members: Sequence[Member]) -> int:

@@ -1,7 +1,9 @@
-"""Predictions for molecules of a shard: mean, spread over models and conformers, similarity to training molecules."""
+"""Predictions for molecules of a shard: mean, interval, spread over models and conformers, similarity to training molecules."""
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,13 @@ from moleblend_ray.evaluation.batches import (
     without_coordinates,
 )
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, form_of, question_of
+from moleblend_ray.evaluation.intervals import Calibration
 from moleblend_ray.evaluation.property_model import TrainedProperty
 from moleblend_ray.evaluation.similarity import packed_ecfp
+from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME
 from moleblend_ray.evaluation.tasks import TaskKind
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,10 @@ class Predictor:
     """The form of the molecules of fine-tuning; None: unknown."""
     threshold: float | None
     """Least similarity of a molecule inside the domain; None: that of each model."""
+    interval: float | None
+    """Share of labels inside the intervals; None for classes, and if there are to be no intervals."""
+    half_widths: NDArray[np.float64]
+    """(T,) half of the width of each interval; NaN where it is not known."""
     batch_size: int
     """Conformers computed at once."""
     device: torch.device
@@ -56,6 +66,7 @@ class Predictor:
         threshold: float | None,
         batch_size: int,
         device: torch.device,
+        interval: float | None = None,
     ) -> Predictor:
         """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
 
@@ -65,12 +76,16 @@ class Predictor:
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
         all_known = all(member.domain for member in members)
+        if members[0].saved.trained.kind is TaskKind.CLASSIFICATION:
+            interval = None
         return cls(
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
             conformers=conformers_of(members) if conformers is None else conformers,
             form=form_of(members),
             threshold=threshold,
+            interval=interval,
+            half_widths=_half_widths(members, interval),
             batch_size=batch_size,
             device=device,
         )
@@ -82,23 +97,40 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the models and of the fingerprints of their training molecules, in order."""
+        """SHA-256 of the models and of the fingerprints of their training molecules, in order, and of the intervals."""
         parts = [
             f"{member.fingerprint} {member.domain.checksum if member.domain else None}"
             for member in self.members
         ]
+        if self.interval is not None:
+            parts.append(repr(self.half_widths.tolist()))
         return storage.sha256_bytes("\n".join(parts).encode())
 
     @property
     def schema(self) -> pa.Schema:
         """Columns of the table that :meth:`part` returns."""
-        return prediction_schema(self.trained, conformers=self.conformers)
+        return prediction_schema(self.trained, self._statistics)
+
+    @property
+    def _statistics(self) -> list[str]:
+        """What is said of each property."""
+        return [
+            "prediction",
+            *(["lower", "upper"] if self.interval is not None else []),
+            "std",
+            *(["conformer_std"] if self.conformers > 1 else []),
+        ]
 
     def describe(self) -> dict[str, Any]:
         """The part of ``predictions.json`` that describes the models and the question."""
         return {
             **question_of(self.trained),
             "conformers": self.conformers,
+            "interval": self.interval,
+            "half_widths": {
+                name: None if math.isnan(width) else width
+                for name, width in zip(self.trained.columns, self.half_widths.tolist(), strict=True)
+            },
             "models": [
                 {
                     "uri": member.uri,
@@ -119,10 +151,15 @@ class Predictor:
         views = views_of(table, self.conformers)
         combined = combine(self._values(table, views), views)
         columns = [table[name] for name in MOLECULE_COLUMNS]
+        values = {
+            "prediction": combined.mean,
+            "lower": combined.mean - self.half_widths,
+            "upper": combined.mean + self.half_widths,
+            "std": combined.std,
+            "conformer_std": combined.conformer_std,
+        }
         for index in range(len(self.trained.columns)):
-            columns += [combined.mean[:, index], _or_null(combined.std[:, index])]
-            if self.conformers > 1:
-                columns.append(_or_null(combined.conformer_std[:, index]))
+            columns += [_or_null(values[name][:, index]) for name in self._statistics]
         similarity, in_domain = self._applicability(table["smiles"].to_pylist())
         return pa.table([*columns, similarity, in_domain], schema=self.schema)
 
@@ -164,10 +201,9 @@ class Predictor:
         return domain.threshold if self.threshold is None else self.threshold
 
 
-def prediction_schema(trained: TrainedProperty, *, conformers: int) -> pa.Schema:
-    """Columns of predictions; the unit is in the metadata of the field."""
+def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa.Schema:
+    """Columns of predictions, with those of ``statistics`` for each property; the unit is in the metadata of the field."""
     unit = _unit(trained)
-    statistics = ["prediction", "std", *(["conformer_std"] if conformers > 1 else [])]
     return pa.schema(
         [
             *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
@@ -182,6 +218,30 @@ def prediction_schema(trained: TrainedProperty, *, conformers: int) -> pa.Schema
     )
 
 
+def _half_widths(members: Sequence[Member], interval: float | None) -> NDArray[np.float64]:
+    """(T,) half widths of intervals for the mean of ``members``; NaN, with a warning, where they are not known."""
+    columns = members[0].saved.trained.columns
+    unknown = np.full(len(columns), np.nan)
+    if interval is None:
+        return unknown
+    calibration = Calibration.of([member.validation for member in members])
+    if calibration is None:
+        logger.warning(
+            "intervals stay empty: it is not known how wrong these models together are for validation molecules (%s is "
+            "absent beside one of them, or they had different molecules)",
+            PREDICTIONS_NAME,
+        )
+        return unknown
+    widths = calibration.half_widths(interval)
+    if few := [name for name, width in zip(columns, widths, strict=True) if math.isnan(width)]:
+        logger.warning(
+            "intervals stay empty for %s: there are too few validation labels to tell what holds %g of them",
+            ", ".join(few),
+            interval,
+        )
+    return widths
+
+
 def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
     if trained.kind is TaskKind.CLASSIFICATION:
         return {"unit": "probability"}
@@ -189,5 +249,5 @@ def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
 
 
 def _or_null(values: NDArray[np.float64]) -> pa.Array:
-    """A column with null for NaN: the spread of one value is not known."""
+    """A column with null for NaN: not known, as the spread of one value."""
     return pa.array(values, from_pandas=True)

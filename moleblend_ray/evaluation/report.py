@@ -64,6 +64,7 @@ def _text(
         "",
         *_comparison(task, results["final"], results["baselines"]),
         *_other_scores(task, (results["final"], *results["baselines"])),
+        *_intervals(task, results["final"].get("intervals")),
         f"![test molecules](figures/{figures[0]})",
         "",
         "## Molecules",
@@ -186,7 +187,12 @@ def _score_rows(
         (final, *baselines),
         key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]),
     )
-    return [_score_row(entry, is_bold=entry is final) for entry in ranked]
+    rows = []
+    for entry in ranked:
+        rows.append(_score_row(entry, is_bold=entry is final))
+        if entry is final and "ensemble" in final:
+            rows.append(_ensemble_row(final))
+    return rows
 
 
 def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
@@ -200,6 +206,17 @@ def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
         cells = [f"**{cell}**" for cell in cells]
     cells.append(values_text(test["mean"], test["values"]))
     return f"| {' | '.join(cells)} |"
+
+
+def _ensemble_row(final: Mapping[str, Any]) -> str:
+    """All seeds together: what a user of the predictions gets."""
+    together = final["ensemble"]
+    name = f"{_ensemble_name(final)}, as `moleblend predict` gives it"
+    return f"| {name} | {score_text(together['valid'])} | {score_text(together['test'])} | |"
+
+
+def _ensemble_name(final: Mapping[str, Any]) -> str:
+    return f"mean of these {len(final['seeds'])} models"
 
 
 def _comparison(
@@ -238,6 +255,10 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
             for name in metrics
         ]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
+        if "ensemble" in entry:
+            together = entry["ensemble"]["test_others"]
+            cells = [score_text(together[name]) if name in together else "" for name in metrics]
+            rows.append(f"| {' | '.join([_ensemble_name(entry), *cells])} |")
     # A unit such as log|S| must not end a cell.
     heads = [table_cell(_metric_name({**task, "metric": name})) for name in metrics]
     return [
@@ -248,6 +269,37 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
         *rows,
         "",
     ]
+
+
+def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> list[str]:
+    """How wide the intervals of predictions are, and whether they hold what they say for the test part."""
+    if not intervals:
+        return []
+    share = f"{intervals['coverage']:.0%}".replace("%", " %")
+    unit = f", {table_cell(task['unit'])}" if task["unit"] else ""
+    lines = [
+        f"`moleblend predict` gives intervals that hold {share} of the labels of molecules like those of validation. The last "
+        "column tells how many labels of the test part are inside; they had no part in the widths.",
+        "",
+        f"| column | prediction ±{unit} | validation labels | test labels inside |",
+        "|---|---|---|---|",
+    ]
+    columns = intervals["columns"]
+    lines += [
+        _interval_row(name, found) for name, found in list(columns.items())[:_MAX_COLUMN_ROWS]
+    ]
+    if len(columns) > _MAX_COLUMN_ROWS:
+        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
+    return [*lines, ""]
+
+
+def _interval_row(name: str, found: Mapping[str, Any]) -> str:
+    width, inside, total = (found[key] for key in ("half_width", "test_inside", "test_labels"))
+    cells = [table_cell(name), "too few labels", f"{found['valid_labels']:,}", ""]
+    if width is not None:
+        cells[1] = score_text(width)
+        cells[3] = f"{inside:,} of {total:,} ({100 * inside / total:.0f} %)" if total else "none"
+    return f"| {' | '.join(cells)} |"
 
 
 def _baselines_section(

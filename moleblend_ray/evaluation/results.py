@@ -21,7 +21,9 @@ from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
 from moleblend_ray.evaluation.repeats import Repeats
+from moleblend_ray.evaluation.scores import other_scores, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 
 logger = logging.getLogger(__name__)
@@ -172,6 +174,18 @@ def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
             if all(name in seed.test_others for seed in seeds)
         },
         "seeds": [dataclasses.asdict(seed) for seed in seeds],
+    }
+
+
+def ensemble_entry(
+    task: Task, columns: Sequence[str], valid: PartPredictions, test: PartPredictions
+) -> dict[str, Any]:
+    """The part of ``results.json`` for the mean of the predictions of all seeds, for validation and test molecules."""
+    found = test.predictions, test.labels, columns
+    return {
+        "valid": score(task.metric, valid.predictions, valid.labels, columns).value,
+        "test": score(task.metric, *found).value,
+        "test_others": other_scores(task.metric, *found),
     }
 
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import (
@@ -29,9 +28,13 @@ from moleblend_ray.evaluation.result_files import MODELS_DIR, SEED_RESULT_NAME
 from moleblend_ray.evaluation.results import SeedResult, read_seed_result, write_seed_result
 from moleblend_ray.evaluation.scores import other_scores, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.stored_predictions import (
+    PREDICTIONS_NAME,
+    PartPredictions,
+    read_predictions,
+    write_predictions,
+)
 from moleblend_ray.evaluation.tasks import Task
-
-_TABLE_NAME = "predictions.parquet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +90,7 @@ def train_and_test(
     storage.delete(_result_uri(out, seed))
     save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
     save_property_model(result.model, result.trained, folder)
-    _write_predictions(storage.join(folder, _TABLE_NAME), experiment, predictions)
+    write_predictions(folder, molecules, split, predictions)
     last = result.history[-1]
     found = SeedResult(
         seed=seed,
@@ -123,23 +126,21 @@ def model_path(seed: int) -> str:
     return f"{MODELS_DIR}/seed-{seed}"
 
 
-def read_test_predictions(out: str, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Labels and predictions (M, T) of the test molecules, as the run of this seed stored them."""
-    content = storage.read_bytes(storage.join(out, model_path(seed), _TABLE_NAME))
-    table = pq.read_table(pa.BufferReader(content))
-    table = table.filter(pc.equal(table["part"], "test"))
-    labels, predictions = (
-        np.stack(
-            [
-                table[name].to_numpy(zero_copy_only=False).astype(np.float64)
-                for name in table.column_names
-                if name.startswith(prefix)
-            ],
-            axis=1,
-        )
-        for prefix in ("label:", "prediction:")
-    )
-    return labels, predictions
+def read_of_seeds(
+    out: str, seeds: Sequence[int], part: Literal["valid", "test"], columns: Sequence[str]
+) -> list[PartPredictions]:
+    """Labels and predictions of a part, as the run of each seed stored them."""
+    found = []
+    for seed in seeds:
+        folder = storage.join(out, model_path(seed))
+        predictions = read_predictions(folder, part, columns)
+        if predictions is None:
+            raise CheckpointError(
+                f"{storage.join(folder, PREDICTIONS_NAME)} is gone. Delete {folder} and run the command again: it trains this "
+                "seed anew"
+            )
+        found.append(predictions)
+    return found
 
 
 def _predictions(
@@ -161,20 +162,3 @@ def _predictions(
         device,
     )
     return predictions
-
-
-def _write_predictions(uri: str, experiment: Experiment, predictions: NDArray[np.float64]) -> None:
-    molecules, split = experiment.molecules, experiment.split
-    rows = np.concatenate([split.valid, split.test])
-    parts = ["valid"] * len(split.valid) + ["test"] * len(split.test)
-    columns: dict[str, object] = {
-        "mol_id": [molecules.mol_ids[row] for row in rows],
-        "smiles": [molecules.smiles[row] for row in rows],
-        "part": parts,
-    }
-    for index, name in enumerate(molecules.columns):
-        columns[f"label:{name}"] = pa.array(molecules.labels[rows, index], from_pandas=True)
-        columns[f"prediction:{name}"] = predictions[rows, index]
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())

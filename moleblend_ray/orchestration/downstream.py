@@ -42,6 +42,7 @@ from moleblend_ray.evaluation.dataset import (
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column
+from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
@@ -52,6 +53,7 @@ from moleblend_ray.evaluation.results import (
     Training,
     baseline_entry,
     data_entry,
+    ensemble_entry,
     labels_entry,
     repeats_entry,
     seeds_entry,
@@ -61,11 +63,12 @@ from moleblend_ray.evaluation.results import (
 from moleblend_ray.evaluation.runs import (
     Experiment,
     finished_seed,
-    read_test_predictions,
+    read_of_seeds,
 )
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import SplitKind, Task
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,
@@ -374,29 +377,18 @@ def write_results(
     seconds: float,
 ) -> dict[str, Any]:
     """Write the report, then ``results.json``, whose presence means that everything is done."""
-    experiment, split = bench.experiment, bench.experiment.split
-    start = experiment.start
+    experiment, start = bench.experiment, bench.experiment.start
     name = "from scratch" if config.checkpoint is None else "fine-tuned"
-    parts = {part: len(getattr(split, part)) for part in ("train", "valid", "test")}
+    columns = experiment.molecules.columns
+    valid, test = (
+        read_of_seeds(config.out, [seed.seed for seed in model.final], part, columns)
+        for part in ("valid", "test")
+    )
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
         "task": task_entry(experiment.task, experiment.molecules),
-        "data": {
-            **data_entry(
-                bench.data_uri,
-                experiment.molecules,
-                experiment.task,
-                {
-                    "seed": config.split_seed,
-                    "hash": bench.split_hash,
-                    **({"fractions": None} if experiment.task.split is SplitKind.GIVEN else {}),
-                    **parts,
-                },
-            ),
-            "repeats": repeats_entry(bench.repeats),
-            "labels": labels_entry(experiment.task.kind, experiment.molecules, split),
-        },
+        "data": _data_part(config, bench),
         "checkpoint": {
             "uri": config.checkpoint,
             "fingerprint": start.fingerprint,
@@ -404,7 +396,10 @@ def write_results(
         },
         "chosen": to_dict(model.chosen),
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
-        "final": seeds_entry(f"MoleBLEND, {name}", model.final),
+        "final": {
+            **seeds_entry(f"MoleBLEND, {name}", model.final),
+            **_together(experiment.task, columns, valid, test),
+        },
         "baselines": [baseline_entry(result) for result in baselines.results],
         "baselines_absent": {kind.value: reason for kind, reason in baselines.absent.items()},
         "versions": versions(),
@@ -414,9 +409,43 @@ def write_results(
     # Not above: every process of these jobs imports this module, and would import matplotlib and scikit-learn with it.
     from moleblend_ray.evaluation.report import write_report
 
-    write_report(config.out, results, *read_test_predictions(config.out, model.final[0].seed))
+    write_report(config.out, results, test[0].labels, test[0].predictions)
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
+
+
+def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
+    """What ``results.json`` says of the molecules, their labels and their split."""
+    experiment = bench.experiment
+    task, molecules, split = experiment.task, experiment.molecules, experiment.split
+    of_split = {
+        "seed": config.split_seed,
+        "hash": bench.split_hash,
+        **({"fractions": None} if task.split is SplitKind.GIVEN else {}),
+        **{part: len(getattr(split, part)) for part in ("train", "valid", "test")},
+    }
+    return {
+        **data_entry(bench.data_uri, molecules, task, of_split),
+        "repeats": repeats_entry(bench.repeats),
+        "labels": labels_entry(task.kind, molecules, split),
+    }
+
+
+def _together(
+    task: Task,
+    columns: Sequence[str],
+    valid: Sequence[PartPredictions],
+    test: Sequence[PartPredictions],
+) -> dict[str, Any]:
+    """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
+    and of numbers the intervals."""
+    mean = mean_of(test)
+    found: dict[str, Any] = {}
+    if len(test) > 1:
+        found["ensemble"] = ensemble_entry(task, columns, mean_of(valid), mean)
+    if task.kind is TaskKind.REGRESSION:
+        found["intervals"] = intervals_entry(columns, valid, mean)
+    return found
 
 
 def has_results(out: str) -> bool:

@@ -52,6 +52,8 @@ class FinetuneSummary:
     """Test score, mean over seeds."""
     test_std: float
     """Test score, standard deviation over seeds."""
+    ensemble_score: float | None
+    """Test score of the mean of the predictions of all seeds, which :func:`moleblend_ray.predict` gives; None with one seed."""
     baselines: dict[str, float]
     """Test score of each baseline by its name, mean over seeds."""
     seconds: float
@@ -114,6 +116,8 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
         valid_score=results["final"]["valid"]["mean"],
         test_score=results["final"]["test"]["mean"],
         test_std=results["final"]["test"]["std"],
+        # Results of earlier versions lack it.
+        ensemble_score=results["final"].get("ensemble", {}).get("test"),
         baselines={entry["name"]: entry["test"]["mean"] for entry in results["baselines"]},
         seconds=results["seconds"],
         already_finished=already_finished,

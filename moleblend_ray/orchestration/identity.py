@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LATER_SETTINGS: Final[Mapping[str, Mapping[str, Any]]] = {
+_LATER_SETTINGS: Final[Mapping[str, Any]] = {
     "model": {"environment_bins": 0, "descriptor_head": False},
     "finetune": {"descriptors": False},
+    "interval": None,
 }
-"""Section -> settings that results of earlier versions do not name, and what these were made with."""
+"""Settings, by section, that results of earlier versions do not name, and what these were made with."""
 
 
 def question(config: PropertyConfig) -> dict[str, Any]:

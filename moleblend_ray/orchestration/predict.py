@@ -103,6 +103,7 @@ def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
         load_members(config.model_uris()),
         conformers=config.conformers,
         threshold=config.applicability,
+        interval=config.interval,
         batch_size=config.batch_size,
         device=device,
     )

@@ -39,6 +39,8 @@ _PRIVATE_SETTINGS = {
     "RAY_prestart_worker_first_driver": "0",
     # With three times this number of processes Ray prints "N PYTHON worker processes have been started" on stdout.
     "RAY_worker_maximum_startup_concurrency": "32",
+    # No node of such a cluster is ever announced to end. The actor of Ray Train that looks for it takes 2 s to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray's C++ code prints hints about Ray Data's actors on the user's screen. Failures are raised as exceptions.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }

@@ -105,6 +105,9 @@ class SweepSummary:
     """Test score, mean over the final seeds."""
     test_std: float
     """Test score, standard deviation over the final seeds."""
+    ensemble_score: float | None
+    """Test score of the mean of the predictions of all final seeds, which :func:`moleblend_ray.predict` gives; None with one
+    seed."""
     baselines: dict[str, float]
     """Test score of each baseline by its name, mean over seeds."""
     seconds: float

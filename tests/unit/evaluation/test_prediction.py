@@ -20,6 +20,7 @@ from moleblend_ray.evaluation.finetune import predict
 from moleblend_ray.evaluation.prediction import Predictor
 from moleblend_ray.evaluation.property_model import SavedProperty, Standardisation, TrainedProperty
 from moleblend_ray.evaluation.similarity import packed_ecfp
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
@@ -100,9 +101,15 @@ def predictor(
     conformers: int | None = 3,
     threshold: float | None = None,
     batch_size: int = 64,
+    interval: float | None = None,
 ) -> Predictor:
     return Predictor.build(
-        members, conformers=conformers, threshold=threshold, batch_size=batch_size, device=CPU
+        members,
+        conformers=conformers,
+        threshold=threshold,
+        batch_size=batch_size,
+        device=CPU,
+        interval=interval,
     )
 
 
@@ -256,3 +263,66 @@ def test_the_fingerprint_covers_models_and_training_molecules() -> None:
     sets = ([first], [second], [first, second], [second, first], [elsewhere], [without])
     assert len({predictor(*members).fingerprint for members in sets}) == len(sets)
     assert predictor(first, batch_size=2).fingerprint == predictor(first).fingerprint
+
+
+def validated(one: Member, errors: np.ndarray, *, shift: float = 0.0) -> Member:
+    """With predictions for molecules whose labels are 0 (+ ``shift``), which are wrong by (M, 2) ``errors``."""
+    names = tuple(f"C{row}" for row in range(len(errors)))
+    known = PartPredictions(
+        mol_ids=names,
+        smiles=names,
+        labels=np.full_like(errors, shift),
+        predictions=errors + shift,
+    )
+    return dataclasses.replace(one, validation=known)
+
+
+def test_an_interval_is_around_the_mean_of_all_models(table: pa.Table) -> None:
+    errors = np.tile(np.arange(1.0, 20.0)[:, None], (1, 2))
+    errors[10:, 1] = np.nan
+    members = [validated(member(0), errors), validated(member(1), 3 * errors)]
+    asked = predictor(*members, conformers=1, interval=0.9)
+    found = asked.part(table)
+    assert found.column_names[4:8] == ["prediction:a", "lower:a", "upper:a", "std:a"]
+    assert found.schema.field("upper:b").metadata == {b"unit": b"kcal/mol"}
+    centre = numbers(found, "prediction")
+    # The mean of both models is wrong by 2 to 38, of which 36 is not exceeded by 90 %; of b it is 20 of ten.
+    np.testing.assert_allclose(numbers(found, "lower"), centre - np.array([36.0, 20.0]))
+    np.testing.assert_allclose(numbers(found, "upper"), centre + np.array([36.0, 20.0]))
+    assert asked.describe()["half_widths"] == {"a": 36.0, "b": 20.0}
+    narrower = predictor(*members, conformers=1, interval=0.5)
+    assert narrower.describe()["half_widths"] == {"a": 20.0, "b": 12.0}
+    assert narrower.fingerprint != asked.fingerprint
+
+
+def test_intervals_that_are_not_known_are_empty_and_a_warning_says_why(
+    table: pa.Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = np.ones((19, 2))
+    few = np.ones((19, 2))
+    few[8:, 1] = np.nan
+    one = validated(member(0), errors)
+    cases = {
+        "it is not known how wrong": (one, member(1)),
+        "or they had different molecules": (one, validated(member(1), errors, shift=1.0)),
+        "empty for b: there are too few validation labels to tell what holds 0.9": (
+            validated(member(0), few),
+        ),
+    }
+    for reason, members in cases.items():
+        caplog.clear()
+        found = predictor(*members, interval=0.9).part(table)
+        assert reason in caplog.text
+        assert found["upper:b"].null_count == found["lower:b"].null_count == table.num_rows
+        assert found["prediction:b"].null_count == 0
+    assert found["lower:a"].null_count == 0
+
+
+def test_classes_have_no_intervals_and_numbers_only_if_asked(table: pa.Table) -> None:
+    asked = predictor(member(0, kind=TaskKind.CLASSIFICATION), interval=0.9)
+    without = predictor(validated(member(0), np.ones((19, 2))), interval=None)
+    for one in (asked, without):
+        assert one.interval is None
+        assert not any(name.startswith(("lower", "upper")) for name in one.schema.names)
+        assert one.part(table).num_rows == table.num_rows
+    assert without.fingerprint == predictor(member(0)).fingerprint

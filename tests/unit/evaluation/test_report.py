@@ -135,6 +135,39 @@ def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) 
     assert "fine-tuned is 0.5000 worse" in text
 
 
+def test_the_mean_of_all_models_stands_below_them_wherever_they_are(tmp_path: Path) -> None:
+    assert "as `moleblend predict`" not in report_of(tmp_path, results_of())
+    final = seeds_entry("MoleBLEND, fine-tuned", seeds(0.5, 0.6, 0.8, others=(0.25, 0.75)))
+    final["ensemble"] = {"valid": 0.45, "test": 0.55, "test_others": {"mae": 0.4}}
+    lines = report_of(tmp_path, results_of(final=final)).splitlines()
+    (row,) = (number for number, line in enumerate(lines) if "as `moleblend predict`" in line)
+    assert lines[row].startswith("| mean of these 2 models, as ")
+    assert lines[row].endswith(" | 0.4500 | 0.5500 | |")
+    assert lines[row - 1].startswith("| **MoleBLEND, fine-tuned** |")
+    assert lines[row + 1].startswith("| RDKit descriptors")
+    assert "| mean of these 2 models | 0.4000 |  |" in lines
+
+
+def test_intervals_are_shown_with_the_share_of_test_labels_inside(tmp_path: Path) -> None:
+    columns = {
+        "a|b": {"half_width": 1.5, "valid_labels": 1200, "test_labels": 40, "test_inside": 35},
+        "c": {"half_width": None, "valid_labels": 8, "test_labels": 4, "test_inside": 0},
+        "d": {"half_width": 2.0, "valid_labels": 30, "test_labels": 0, "test_inside": 0},
+    }
+    results = results_of()
+    results["task"]["unit"] = "log|S|"
+    results["final"]["intervals"] = {"coverage": 0.9, "columns": columns}
+    text = report_of(tmp_path, results)
+    assert "hold 90 % of the labels" in text
+    assert "| column | prediction ±, log\\|S\\| | validation labels | test labels inside |" in text
+    assert "\n| a\\|b | 1.5000 | 1,200 | 35 of 40 (88 %) |\n" in text
+    assert "\n| c | too few labels | 8 |  |\n" in text
+    assert "\n| d | 2.0000 | 30 | none |\n" in text
+    for absent in ({}, {"intervals": None}):
+        results["final"] = {**results_of()["final"], **absent}
+        assert "test labels inside" not in report_of(tmp_path, results)
+
+
 def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
     assert "Other scores" not in report_of(tmp_path, results_of())
     final = seeds_entry("MoleBLEND, fine-tuned", seeds(0.5, 0.6, 0.8, others=(0.25, 0.75)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,10 +12,18 @@ import pytest
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.runs import Experiment, finished_seed, train_and_test
+from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
+from moleblend_ray.evaluation.runs import (
+    Experiment,
+    finished_seed,
+    read_of_seeds,
+    train_and_test,
+)
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME
 from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
 from moleblend_ray.inference import PropertyPredictor
 
@@ -33,6 +42,9 @@ def experiment(make_labelled: MakeLabelled, tiny_start: StartingPoint) -> Experi
         split=Split(rows[:12], rows[12:16], rows[16:]),
         start=tiny_start,
     )
+
+
+PARTS: tuple[Literal["valid", "test"], ...] = ("valid", "test")
 
 
 def test_a_finished_seed_counts_for_its_own_settings_alone(
@@ -103,3 +115,49 @@ def test_a_training_tells_of_each_of_its_steps(experiment: Experiment, tmp_path:
         after_step=lambda: steps.append(None),
     )
     assert len(steps) == settings.num_steps(len(experiment.split.train)) == 9
+
+
+def test_intervals_of_predictions_are_those_that_the_results_judge(
+    experiment: Experiment, tmp_path: Path
+) -> None:
+    seeds, columns, out = (0, 1), experiment.molecules.columns, str(tmp_path)
+    found = [train_and_test(experiment, SETTINGS, seed, out, torch.device("cpu")) for seed in seeds]
+    valid, test = (read_of_seeds(out, seeds, part, columns) for part in PARTS)
+    assert [len(one.smiles) for one in (*valid, *test)] == [4, 4, 4, 4]
+    mean = mean_of(test)
+    entry = intervals_entry(columns, valid, mean)
+    assert entry is not None
+    # Of four labels nothing can be told that holds nine of ten; half of them can.
+    assert entry["columns"]["y0"]["half_width"] is None
+    predictor = PropertyPredictor.from_pretrained(
+        [f"{tmp_path}/{one.model}" for one in found], interval=0.5
+    )
+    asked = predictor.predict([*mean.smiles, "not a molecule"])
+    np.testing.assert_allclose(
+        asked["prediction:y0"].to_numpy()[:-1], mean.predictions[:, 0], rtol=1e-4
+    )
+    errors = np.sort(np.abs(mean_of(valid).predictions - valid[0].labels)[:, 0])
+    for name, side in (("lower", -1), ("upper", 1)):
+        np.testing.assert_allclose(
+            asked[f"{name}:y0"].to_numpy()[:-1],
+            mean.predictions[:, 0] + side * errors[2],
+            rtol=1e-4,
+        )
+        assert asked[f"{name}:y0"].to_pylist()[-1] is None
+
+
+def test_a_folder_without_predictions_or_with_damaged_ones_says_what_to_do(
+    experiment: Experiment, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = train_and_test(experiment, SETTINGS, 0, str(tmp_path), torch.device("cpu"))
+    file = tmp_path / str(found.model) / PREDICTIONS_NAME
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"damaged.*or delete the file to predict without"):
+        PropertyPredictor.from_pretrained(file.parent)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"is gone\. Delete .*seed-0 and run the command"):
+        read_of_seeds(str(tmp_path), [0], "valid", experiment.molecules.columns)
+    table = PropertyPredictor.from_pretrained(file.parent).predict(["CCO"])
+    assert table["lower:y0"].null_count == 1
+    assert f"{PREDICTIONS_NAME} is absent" in caplog.text

@@ -31,6 +31,7 @@ from moleblend_ray.errors import CheckpointError, ConfigError, DataError, Storag
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
@@ -106,6 +107,38 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
         set_up(config, inputs)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_models", [1, 2])
+@pytest.mark.parametrize("kind", list(TaskKind))
+def test_results_score_what_predictions_will_be_the_mean_of_all_models(
+    kind: TaskKind, num_models: int
+) -> None:
+    is_class = kind is TaskKind.CLASSIFICATION
+    labels = np.array([[0.0], [1.0], [0.0], [1.0]] * 5)
+    names = tuple(f"C{row}" for row in range(len(labels)))
+    # Each model is wrong where the other is right, so that the mean is better than both.
+    right, wrong = np.where(labels == 1.0, 0.9, 0.1), np.full_like(labels, 0.5)
+    first, second = labels.copy() * 0.0 + wrong, wrong.copy()
+    first[:10], second[10:] = right[:10], right[10:]
+    models = [
+        PartPredictions(mol_ids=names, smiles=names, labels=labels, predictions=values)
+        for values in (first, second)[:num_models]
+    ]
+    task = TaskConfig(name="own", source="a.csv", columns=("y",), kind=kind).resolve()
+    found = downstream._together(task, ("y",), models, models)
+    assert ("ensemble" in found) == (num_models == 2)
+    assert ("intervals" in found) == (not is_class)
+    if num_models == 2:
+        together = found["ensemble"]
+        assert together["valid"] == together["test"]
+        assert together["test"] == (1.0 if is_class else pytest.approx(0.3))
+        assert set(together["test_others"]) == (
+            {"pr_auc"} if is_class else {"mae", "r2", "spearman"}
+        )
+    if not is_class:
+        width = found["intervals"]["columns"]["y"]["half_width"]
+        assert width == pytest.approx(0.3 if num_models == 2 else 0.5)
 
 
 def test_molecules_in_two_parts_are_told_with_an_example_before_training(

@@ -403,3 +403,15 @@ def test_the_results_of_another_command_are_told_by_its_name(tmp_path: Path) -> 
         check_claim(out, {"config": prediction.question(), "checkpoint_fingerprint": "b"})
     with pytest.raises(ConfigError, match=r"differ in checkpoint_fingerprint: 'a' there, 'b' here"):
         check_claim(out, {"config": embedding.question(), "checkpoint_fingerprint": "b"})
+
+
+def test_predictions_of_before_there_were_intervals_go_on_without_them(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    config = PredictConfig(models="/m", source="/a.csv", out=out)
+    before = predict_job(config).question()
+    before.pop("interval")
+    claim(out, {"config": before, "checkpoint_fingerprint": "f"})
+    with pytest.raises(ConfigError, match=r"interval: None there, 0\.9 here"):
+        check_claim(out, {"config": predict_job(config).question()})
+    without = dataclasses.replace(config, interval=None)
+    check_claim(out, {"config": predict_job(without).question()})

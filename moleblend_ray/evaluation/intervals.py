@@ -1,0 +1,93 @@
+"""Prediction intervals for numbers, from the errors on the validation molecules (split conformal prediction).
+
+An interval is the prediction plus or minus a half width: the smallest error that a stated share of the validation
+molecules does not exceed, with a correction for their finite number. A new molecule that could as well have been among
+them has its label inside with at least this probability, whatever the model is (Lei et al., J. Am. Stat. Assoc. 113, 1094
+(2018); for property models: Norinder et al., J. Chem. Inf. Model. 54, 1596 (2014)). Molecules unlike them are covered
+less often, and so are the validation molecules' like, slightly, as the epoch was chosen on them: the share of test labels
+inside, which chose nothing, tells how much less.
+
+Shape legend: M molecules, T properties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
+
+COVERAGE: Final = 0.9
+"""Share of labels inside the intervals, unless another one is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Calibration:
+    """How wrong the mean of some models is."""
+
+    errors: tuple[NDArray[np.float64], ...]
+    """For each of T properties the absolute errors of the validation molecules with a label, in ascending order."""
+
+    @classmethod
+    def of(cls, parts: Sequence[PartPredictions | None]) -> Calibration | None:
+        """From the validation molecules of all models of an ensemble; None if they are not the same, or not known."""
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts) or not known:
+            return None
+        first = known[0]
+        if not all(first.is_about_the_same(other) for other in known[1:]):
+            return None
+        errors = np.abs(mean_of(known).predictions - first.labels)
+        return cls(errors=tuple(np.sort(column[~np.isnan(column)]) for column in errors.T))
+
+    def half_widths(self, coverage: float) -> NDArray[np.float64]:
+        """(T,) half of the width of intervals that hold the share ``coverage`` (0 to 1) of labels; NaN where there are too few
+        labels to tell: 9 are the fewest for 0.9."""
+        return np.array([_half_width(errors, coverage) for errors in self.errors])
+
+
+def mean_of(parts: Sequence[PartPredictions]) -> PartPredictions:
+    """The mean of the predictions of several models for the same molecules."""
+    first = parts[0]
+    return PartPredictions(
+        mol_ids=first.mol_ids,
+        smiles=first.smiles,
+        labels=first.labels,
+        predictions=np.mean([part.predictions for part in parts], axis=0),
+    )
+
+
+def intervals_entry(
+    columns: Sequence[str], valid: Sequence[PartPredictions], test: PartPredictions
+) -> dict[str, Any] | None:
+    """The part of ``results.json`` about the intervals of the mean of models, of which ``valid`` are the predictions for the
+    validation molecules and ``test`` the mean for the test molecules; None as for :meth:`Calibration.of`."""
+    calibration = Calibration.of(valid)
+    if calibration is None:
+        return None
+    widths = calibration.half_widths(COVERAGE)
+    inside = np.abs(test.predictions - test.labels) <= widths
+    known = ~np.isnan(test.labels)
+    return {
+        "coverage": COVERAGE,
+        "columns": {
+            name: {
+                "half_width": None if math.isnan(widths[index]) else float(widths[index]),
+                "valid_labels": len(calibration.errors[index]),
+                "test_labels": int(known[:, index].sum()),
+                "test_inside": int(inside[known[:, index], index].sum()),
+            }
+            for index, name in enumerate(columns)
+        },
+    }
+
+
+def _half_width(errors: NDArray[np.float64], coverage: float) -> float:
+    # Products such as 30 * 0.9 may come out a little above the whole number that they are.
+    rank = math.ceil((len(errors) + 1) * coverage - 1e-9)
+    return float(errors[rank - 1]) if rank <= len(errors) else math.nan

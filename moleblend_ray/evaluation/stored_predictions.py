@@ -1,0 +1,100 @@
+"""The predictions for validation and test molecules that lie beside a fine-tuned model, with the labels.
+
+Shape legend: M molecules of a part, T properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.data import storage
+from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.dataset import LabelledMolecules
+
+PREDICTIONS_NAME: Final = "predictions.parquet"
+"""Name of the file. It holds SMILES and labels, so it may be absent where these must stay unknown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PartPredictions:
+    """Labels and predictions of the molecules of one part."""
+
+    mol_ids: tuple[str | None, ...]
+    """(M,) ids of the source."""
+    smiles: tuple[str, ...]
+    """(M,) canonical SMILES."""
+    labels: NDArray[np.float64]
+    """(M, T), NaN where unknown."""
+    predictions: NDArray[np.float64]
+    """(M, T) numbers in the unit of the labels, or probabilities of class 1."""
+
+    def is_about_the_same(self, other: PartPredictions) -> bool:
+        """Whether molecules and labels are equal, in the same order."""
+        return (
+            self.mol_ids == other.mol_ids
+            and self.smiles == other.smiles
+            and np.array_equal(self.labels, other.labels, equal_nan=True)
+        )
+
+
+def write_predictions(
+    folder: str, molecules: LabelledMolecules, split: Split, predictions: NDArray[np.float64]
+) -> None:
+    """Write the rows of validation and test molecules of ``predictions``, which has a row for each of ``molecules``."""
+    rows = np.concatenate([split.valid, split.test])
+    columns: dict[str, object] = {
+        "mol_id": [molecules.mol_ids[row] for row in rows],
+        "smiles": [molecules.smiles[row] for row in rows],
+        "part": ["valid"] * len(split.valid) + ["test"] * len(split.test),
+    }
+    for index, name in enumerate(molecules.columns):
+        columns[f"label:{name}"] = pa.array(molecules.labels[rows, index], from_pandas=True)
+        columns[f"prediction:{name}"] = predictions[rows, index]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns), sink)
+    storage.write_bytes(storage.join(folder, PREDICTIONS_NAME), sink.getvalue().to_pybytes())
+
+
+def read_predictions(
+    folder: str, part: Literal["valid", "test"], columns: Sequence[str]
+) -> PartPredictions | None:
+    """What :func:`write_predictions` wrote into ``folder`` for a part, of these properties; None if there is no such file.
+
+    Raises CheckpointError if the file cannot be read or lacks a column.
+    """
+    uri = storage.join(folder, PREDICTIONS_NAME)
+    if not storage.exists(uri):
+        return None
+    content = storage.read_bytes(uri)
+    try:
+        table = pq.read_table(pa.BufferReader(content))
+        table = table.filter(pc.equal(table["part"], part))
+        return PartPredictions(
+            mol_ids=tuple(table["mol_id"].to_pylist()),
+            smiles=tuple(table["smiles"].to_pylist()),
+            labels=_stacked(table, "label", columns),
+            predictions=_stacked(table, "prediction", columns),
+        )
+    # A damaged footer raises whatever its bytes happen to mean.
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{uri} is damaged: {error}. Copy the model again, or delete the file to predict without intervals"
+        ) from error
+
+
+def _stacked(table: pa.Table, prefix: str, columns: Sequence[str]) -> NDArray[np.float64]:
+    """(M, T) values of the columns ``PREFIX:NAME``; null is NaN."""
+    values = [
+        table[f"{prefix}:{name}"].to_numpy(zero_copy_only=False).astype(np.float64)
+        for name in columns
+    ]
+    return np.stack(values, axis=1)
