@@ -1,11 +1,10 @@
 """Prediction intervals for numbers, from the errors on the validation molecules (split conformal prediction).
 
-An interval is the prediction plus or minus a half width: the smallest error that a stated share of the validation
-molecules does not exceed, with a correction for their finite number. A new molecule that could as well have been among
-them has its label inside with at least this probability, whatever the model is (Lei et al., J. Am. Stat. Assoc. 113, 1094
-(2018); for property models: Norinder et al., J. Chem. Inf. Model. 54, 1596 (2014)). Molecules unlike them are covered
-less often, and so are the validation molecules' like, slightly, as the epoch was chosen on them: the share of test labels
-inside, which chose nothing, tells how much less.
+An interval is the prediction plus or minus a half width: the error that a stated share of the validation molecules does
+not exceed, with a correction for their finite number. A new molecule that could as well have been among them has its label
+inside with at least this probability, whatever the model is (Lei et al., J. Am. Stat. Assoc. 113, 1094 (2018); for property
+models: Norinder et al., J. Chem. Inf. Model. 54, 1596 (2014)). Two things make it less: molecules unlike them, and that epoch
+and settings were chosen on them. How much less, the share of test labels inside tells, which had no part in this.
 
 Shape legend: M molecules, T properties.
 """
