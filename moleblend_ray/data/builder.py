@@ -41,9 +41,13 @@ class MicroBatchBuilder:
         split: str = "train",
         *,
         shared: bool = False,
+        fingerprint: str | None = None,
     ) -> None:
-        """``shared``: share decoded row groups with the other builders of this machine, until :meth:`close`."""
-        manifest = load_manifest(data_uri)
+        """``shared``: share decoded row groups with the other builders of this machine, until :meth:`close`.
+
+        DataError if the data set has another ``fingerprint`` (None: any).
+        """
+        manifest = load_manifest(data_uri, expected=fingerprint)
         self._shared = NodeCache(manifest.fingerprint[:32], stream.cache_bytes) if shared else None
         self._order = DataOrder(manifest.num_molecules(split), order)
         self._stream = stream

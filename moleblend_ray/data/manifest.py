@@ -220,8 +220,9 @@ def fingerprint(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_manifest(uri: str) -> Manifest:
-    """The manifest of the data set in directory ``uri``; DataError if it is missing, damaged or of a newer version."""
+def load_manifest(uri: str, *, expected: str | None = None) -> Manifest:
+    """The manifest of the data set in directory ``uri``; DataError if it is missing, damaged or of a newer version, or if its
+    fingerprint is not the ``expected`` one."""
     manifest_uri = storage.join(uri, MANIFEST_NAME)
     try:
         value = storage.read_json(manifest_uri)
@@ -257,5 +258,10 @@ def load_manifest(uri: str) -> Manifest:
         raise DataError(
             f"{manifest_uri} was changed after it was written: its fingerprint is {manifest.fingerprint}, "
             f"its content gives {found}. Restore it or prepare the data set again."
+        )
+    if expected is not None and found != expected:
+        raise DataError(
+            f"{uri} was replaced by another data set while it was in use: its fingerprint was {expected}, now it is {found}. "
+            "Put the former one back, or train on the new one under another `out`."
         )
     return manifest

@@ -57,7 +57,7 @@ from moleblend_ray.orchestration.stream import stream_data_config, stream_datase
 from moleblend_ray.orchestration.stream_metrics import publish_stream
 from moleblend_ray.training.commits import FINISHED_NAME, latest_committed
 from moleblend_ray.training.export import export_run
-from moleblend_ray.training.metrics import loss_ends, read_records
+from moleblend_ray.training.metrics import iter_records, sum_up
 
 logger = logging.getLogger(__name__)
 
@@ -118,20 +118,17 @@ def _summarize(
     resumed_from: int,
     seconds: float,
 ) -> PretrainSummary:
-    records = read_records(config.out)
-    loss_first, loss_last = loss_ends(records)
-    molecules = sum(int(record["molecules"]) for record in records)
-    step_seconds = sum(record["step_s"] for record in records)
+    totals = sum_up(iter_records(config.out))
     return PretrainSummary(
         out=config.out,
         finished=not outcome.stopped_by,
         steps=outcome.step,
         resumed_from=resumed_from,
         world_size=outcome.world_size,
-        molecules=molecules,
-        loss_first=loss_first,
-        loss_last=loss_last,
-        molecules_per_s=molecules / step_seconds if step_seconds else 0.0,
+        molecules=totals.molecules,
+        loss_first=totals.loss_first,
+        loss_last=totals.loss_last,
+        molecules_per_s=totals.molecules / totals.seconds if totals.seconds else 0.0,
         seconds=seconds,
         data_fingerprint=manifest.fingerprint,
         export=None if outcome.stopped_by else export_run(config.out),
@@ -212,7 +209,7 @@ def _newest_step(run_uri: str) -> int:
 def _new_trainer(
     settings: WorkerSettings, ray_notes: str, resize_interval_s: float
 ) -> ray.train.torch.TorchTrainer:
-    config = settings.config
+    config, data_fingerprint = settings.config, settings.manifest.fingerprint
     cluster, sizes = config.cluster, config.worker_counts
     is_elastic = cluster.min_workers is not None
     scaling: dict[str, Any] = {
@@ -231,7 +228,9 @@ def _new_trainer(
         "torch_config": ray.train.torch.TorchConfig(backend="nccl" if cluster.use_gpu else "gloo"),
         "scaling_config": ray.train.ScalingConfig(**scaling),
         # A callable is evaluated at each start of a worker group, so the stream begins at the newest checkpoint.
-        "datasets": {"train": partial(_stream_from_newest, config, settings.reporter)},
+        "datasets": {
+            "train": partial(_stream_from_newest, config, data_fingerprint, settings.reporter)
+        },
         "dataset_config": stream_data_config(config.stream, cluster.data_labels),
         "run_config": ray.train.RunConfig(
             # A new name each time, or Ray would restore its own state of an earlier run.
@@ -306,7 +305,9 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {message.rstrip('.')}"
 
 
-def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
+def _stream_from_newest(
+    config: PretrainConfig, data_fingerprint: str, reporter: Reporter
+) -> Dataset:
     """The stream of micro-batches from the newest committed step. Runs in the controller of Ray Train."""
     reporter.forward_logs()  # Warnings about a damaged checkpoint must appear on the driver.
     reporter.count("worker_groups")
@@ -318,6 +319,7 @@ def _stream_from_newest(config: PretrainConfig, reporter: Reporter) -> Dataset:
         config.stream,
         first_step,
         config.train.num_steps - first_step,
+        fingerprint=data_fingerprint,
         reserved_cpus=config.reserved_cpus(0),
         labels=config.cluster.data_labels,
         reporter=reporter,

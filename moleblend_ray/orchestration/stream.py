@@ -32,7 +32,7 @@ from ray.data.datasource import Datasource, ReadTask
 from moleblend_ray.data.batch import StepBatch, mean_molecule_bytes, num_micro_batches
 from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.transport import pack_block, pack_error, step_batches
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.budget import (
@@ -101,10 +101,18 @@ class _BlockBuilder:
     """The actor that turns one row of the plan into one packed block."""
 
     def __init__(
-        self, data_uri: str, order: OrderConfig, stream: StreamConfig, *, shared: bool
+        self,
+        data_uri: str,
+        order: OrderConfig,
+        stream: StreamConfig,
+        *,
+        shared: bool,
+        fingerprint: str,
     ) -> None:
         self._arguments = (data_uri, order, stream)
         self._shared = shared
+        # An actor may start days after the stream, and the molecules of a step must still be the same ones.
+        self._fingerprint = fingerprint
         self._builder: MicroBatchBuilder | None = None
 
     def __call__(self, plan: pa.Table) -> pa.Table:
@@ -113,7 +121,9 @@ class _BlockBuilder:
         # error in the constructor would make it start one actor after the other.
         try:
             if self._builder is None:
-                self._builder = MicroBatchBuilder(*self._arguments, shared=self._shared)
+                self._builder = MicroBatchBuilder(
+                    *self._arguments, shared=self._shared, fingerprint=self._fingerprint
+                )
             return pack_block(
                 self._builder.build(row["first_step"], row["num_steps"], row["stream"])
             )
@@ -133,6 +143,7 @@ def stream_dataset(
     first_step: int,
     num_steps: int,
     *,
+    fingerprint: str | None = None,
     reserved_cpus: float = 0.0,
     labels: Labels = None,
     reporter: Reporter | None = None,
@@ -143,10 +154,11 @@ def stream_dataset(
     consumer stops by itself. Split the dataset with ``streaming_split(W, equal=True)`` without locality hints, or give
     :func:`stream_data_config` to the trainer. Its actors run on nodes with ``labels`` and leave ``reserved_cpus`` of
     the cluster free; ``reporter`` shows decisions about their number. Raises ConfigError if the blocks are too large
-    for the object store's budget.
+    for the object store's budget, and DataError if the data set has another ``fingerprint`` (None: any).
     """
     budget = object_store_budget(stream, labels)
-    groups = _groups_of(data_uri, order, stream, num_steps, budget)
+    manifest = load_manifest(data_uri, expected=fingerprint)
+    groups = _groups_of(manifest, order, stream, num_steps, budget)
     plan = _StreamPlan(first_step, groups.num_groups, groups.num_steps, order.num_streams)
     # No CPU, as this task sleeps most of the time. Since the actors request something else, Ray does not fuse the two
     # operators, which would build every block in one task.
@@ -157,7 +169,7 @@ def stream_dataset(
     dataset: Dataset = rows.map_batches(
         _BlockBuilder,
         fn_constructor_args=(data_uri, order, stream),
-        fn_constructor_kwargs={"shared": most > 1},
+        fn_constructor_kwargs={"shared": most > 1, "fingerprint": manifest.fingerprint},
         batch_size=None,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
@@ -190,10 +202,9 @@ class _Groups(NamedTuple):
 
 
 def _groups_of(
-    data_uri: str, order: OrderConfig, stream: StreamConfig, num_steps: int, budget: int
+    manifest: Manifest, order: OrderConfig, stream: StreamConfig, num_steps: int, budget: int
 ) -> _Groups:
     """Groups for at least ``num_steps`` steps; ConfigError if their blocks are too large for ``budget`` bytes."""
-    manifest = load_manifest(data_uri)
     molecule_bytes = mean_molecule_bytes(
         manifest.counts.molecules_by_atoms, described=manifest.descriptors is not None
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from moleblend_ray.training.commits import (
     step_uri,
 )
 from moleblend_ray.training.export import split_checkpoint_uri
-from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, read_records
+from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record, iter_records
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +124,8 @@ def take_inventory(
         raise CheckpointError(
             f"{run_uri} holds no checkpoints: expected the folder of a run, the `out` of `moleblend pretrain`"
         )
-    losses = _losses(run_uri)
-    found = [_report(one, losses) for one in examined]
+    last = _records_before(run_uri, [one.step for one in examined])
+    found = [_report(one, last.get(one.step, {})) for one in examined]
     deleted = () if keep_last is None else _prune(run_uri, found, keep_last)
     left = tuple(report for report in found if report.step not in deleted)
     whole = [report.step for report in left if report.state == "whole"]
@@ -142,10 +144,9 @@ def take_inventory(
     )
 
 
-def _report(found: Examined, losses: Sequence[Mapping[str, float]]) -> CheckpointReport:
+def _report(found: Examined, last: Record) -> CheckpointReport:
+    """``last``: the newest record before the checkpoint."""
     commit = found.commit
-    before = [record for record in losses if record["step"] < found.step]
-    last = before[-1] if before else {}
     own = last if last.get("step") == found.step - 1 else {}
     return CheckpointReport(
         step=found.step,
@@ -160,11 +161,17 @@ def _report(found: Examined, losses: Sequence[Mapping[str, float]]) -> Checkpoin
     )
 
 
-def _losses(run_uri: str) -> list[dict[str, float]]:
-    names = ("step", TOTAL_LOSS, VALID_PREFIX + TOTAL_LOSS)
-    return [
-        {name: record[name] for name in names if name in record} for record in read_records(run_uri)
-    ]
+def _records_before(run_uri: str, steps: Sequence[int]) -> dict[int, Record]:
+    """The newest record of a step before each of ``steps`` that has one."""
+    ordered = sorted(steps)
+    found: dict[int, Record] = {}
+    for record in iter_records(run_uri):
+        if following := ordered[bisect_right(ordered, record["step"]) :][:1]:
+            found[following[0]] = record
+    for earlier, later in pairwise(ordered):
+        if earlier in found:
+            found.setdefault(later, found[earlier])
+    return found
 
 
 def _prune(run_uri: str, found: Sequence[CheckpointReport], keep_last: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
@@ -55,7 +55,7 @@ from moleblend_ray.training.metrics import (
     TOTAL_LOSS,
     VALID_PREFIX,
     Record,
-    read_records,
+    iter_records,
     write_records,
 )
 from moleblend_ray.training.ranks import Ranks
@@ -336,7 +336,7 @@ class CheckpointWriter:
     def _delete_old(self, records: Sequence[Record]) -> None:
         if self._config.keep_best:
             # Once, after a restart, those of earlier commands as well; `records` are on file by now.
-            new = records if self._validations is not None else read_records(self._run_uri)
+            new = records if self._validations is not None else iter_records(self._run_uri)
             self._validations = [*(self._validations or []), *_validations(new)]
         validations = self._validations or []
 
@@ -385,7 +385,7 @@ def _place_file(path: Path, folder: str) -> CommittedFile:
     return CommittedFile(name=path.name, num_bytes=path.stat().st_size, sha256=digest)
 
 
-def _validations(records: Sequence[Record]) -> list[tuple[int, float]]:
+def _validations(records: Iterable[Record]) -> list[tuple[int, float]]:
     """Step and loss of every validation whose loss is a number that can be ranked."""
     name = VALID_PREFIX + TOTAL_LOSS
     return [

@@ -41,3 +41,15 @@ def test_a_stream_over_a_damaged_shard_ends_with_its_name(tmp_path: Path, damage
         found.extend(shard_step_batches(shard, ORDER, STREAM, rank=0, world_size=1, first_step=0))
     assert [batch.step for batch in found] == list(range(len(found)))
     assert len(found) < NUM_STEPS
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_that_start_after_the_data_set_was_replaced_give_nothing_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    write_dataset(str(tmp_path), 120, seed=1, max_atoms=8)
+    dataset = stream_dataset(str(tmp_path), ORDER, STREAM, 0, NUM_STEPS)
+    write_dataset(str(tmp_path), 120, seed=2, max_atoms=8)
+    (shard,) = dataset.streaming_split(1, equal=True)
+    with pytest.raises(DataError, match=f"{tmp_path} was replaced by another data set"):
+        next(shard_step_batches(shard, ORDER, STREAM, rank=0, world_size=1, first_step=0))

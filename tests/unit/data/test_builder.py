@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from synthetic import write_dataset
 
+from moleblend_ray.data import shard_reader, shards
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.builder import MicroBatchBuilder, local_step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.manifest import ShardInfo, load_manifest
+from moleblend_ray.data.node_cache import NodeCache
 from moleblend_ray.data.order import DataOrder
-from moleblend_ray.errors import ConfigError
+from moleblend_ray.errors import ConfigError, DataError
 
 ORDER = OrderConfig(seed=1, global_batch_size=24, num_streams=4, shuffle_window=100, chunk_rows=32)
 STREAM = StreamConfig(micro_batch_size=4)
@@ -72,6 +74,39 @@ def test_descriptors_come_from_all_row_groups_scaled_and_with_their_molecule(
     assert len({int(i) // 64 for micro in alone for i in micro.molecule_ids}) > 3
 
 
+def test_what_one_builder_of_a_machine_has_read_costs_the_others_no_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(str(tmp_path), 500)
+    requests = []
+    read_shard_range = shards.read_shard_range
+
+    def counted(uri: str, shard: ShardInfo, offset: int, length: int) -> bytes:
+        requests.append(shard.path)
+        return read_shard_range(uri, shard, offset, length)
+
+    monkeypatch.setattr(shard_reader, "read_shard_range", counted)
+    builders = [MicroBatchBuilder(str(tmp_path), ORDER, STREAM, shared=True) for _ in range(2)]
+    try:
+        first = builders[0].build(0, 4, 0)
+        # Neither the row groups nor the footers of their shards.
+        made, requests[:] = len(requests), []
+        again = builders[1].build(0, 4, 0)
+        assert (made > 2, requests) == (True, [])
+        # A table that another process drops just then is read again, with its footer.
+        monkeypatch.setattr(NodeCache, "has", lambda *_: True)
+        assert builders[1]._shared is not None
+        for table in builders[1]._shared.folder.glob("*.arrow"):
+            table.unlink()
+        builders[1]._reader._groups.clear()
+        dropped = builders[1].build(0, 4, 0)
+    finally:
+        for builder in builders:
+            builder.close()
+    for micros in (again, dropped):
+        assert [bytes(micro.payload) for micro in micros] == [bytes(m.payload) for m in first]
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_build_the_bytes_of_a_single_process(
     dataset: tuple[str, MoleculeBlock], world_size: int
@@ -103,6 +138,19 @@ def test_a_group_of_steps_equals_its_steps_built_one_by_one(
     group = builder.build(20, 3, 2)
     single = [micro for step in (20, 21, 22) for micro in builder.build(step, 1, 2)]
     assert [bytes(m.payload) for m in group] == [bytes(m.payload) for m in single]
+
+
+def test_a_data_set_that_was_replaced_is_refused_and_not_mixed_with_the_former_one(
+    tmp_path: Path,
+) -> None:
+    uri = str(tmp_path)
+    write_dataset(uri, 40, seed=1)
+    former = load_manifest(uri).fingerprint
+    assert len(MicroBatchBuilder(uri, ORDER, STREAM, fingerprint=former).build(0, 1, 0)) == 2
+    write_dataset(uri, 40, seed=2)
+    later = load_manifest(uri).fingerprint
+    with pytest.raises(DataError, match=f"fingerprint was {former}, now it is {later}"):
+        MicroBatchBuilder(uri, ORDER, STREAM, fingerprint=former)
 
 
 def test_conformers_are_drawn_anew_each_step_and_only_by_key(
