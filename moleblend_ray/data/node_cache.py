@@ -83,6 +83,10 @@ class NodeCache:
         found = self._open(path)
         return table if found is None else found
 
+    def has(self, name: str) -> bool:
+        """Whether the table ``name`` is in the cache at this moment."""
+        return self._users >= 0 and (self._folder / (name + _SUFFIX)).exists()
+
     def close(self) -> None:
         """Leave the cache; the last process to leave removes it. Tables that were read stay readable."""
         if self._users >= 0:

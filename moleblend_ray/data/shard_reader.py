@@ -209,7 +209,9 @@ class ShardReader:
         for start in range(0, len(missing), _FETCH_THREADS):
             batch = missing[start : start + _FETCH_THREADS]
             asked = [places[index] for index in batch]
-            self._fetch_footers(sorted({place.shard for place in asked}))
+            self._fetch_footers(
+                sorted({place.shard for place in asked if not self._is_made(place)})
+            )
             # Threads only wait for storage: an actor with one core decodes fastest in one thread.
             for index, fetched in zip(
                 batch, self._in_threads(self._fetch_group, asked), strict=True
@@ -262,8 +264,21 @@ class ShardReader:
         """The byte range of a row group, fetched by one read; with a shared cache, the decoded table."""
         if self._shared is None:
             return self._read_group(place)
-        name = f"{self._split}-{place.shard}-{place.group}"
-        return self._shared.table(name, lambda: self._decode_group(place, self._read_group(place)))
+        return self._shared.table(
+            self._shared_name(place), lambda: self._decode_group(place, self._read_group(place))
+        )
+
+    def _is_made(self, place: _Place) -> bool:
+        """Whether another process has decoded the row group, so that nothing of its shard needs to be read."""
+        return self._shared is not None and self._shared.has(self._shared_name(place))
+
+    def _shared_name(self, place: _Place) -> str:
+        return f"{self._split}-{place.shard}-{place.group}"
+
+    def _footer(self, shard: int) -> pq.FileMetaData:
+        # The shared table that made it seem needless may have been dropped since.
+        footer = self._footers.get(shard)
+        return self._read_footer(shard) if footer is None else footer
 
     def _read_group(self, place: _Place) -> bytes:
         start, end = self._group_range(place)
@@ -271,15 +286,15 @@ class ShardReader:
 
     def _group_range(self, place: _Place) -> tuple[int, int]:
         """First and one-past-last byte of the columns in a row group."""
-        group = self._footers[place.shard].row_group(place.group)
+        group = self._footer(place.shard).row_group(place.group)
         return _byte_range(group, frozenset(self._columns))
 
     def _decode_group(self, place: _Place, content: bytes) -> pa.Table:
         """The columns of a row group, from its byte range."""
         with self._parquet_errors(place.shard):
+            metadata = self._footer(place.shard)
             start, _ = self._group_range(place)
             source = _FetchedPart(content, start, self._shards[place.shard].num_bytes)
-            metadata = self._footers[place.shard]
             file = pq.ParquetFile(source, metadata=metadata, page_checksum_verification=True)
             return file.read_row_group(place.group, self._columns, use_threads=False)
 
