@@ -22,7 +22,7 @@ from ray.data._internal.execution.backpressure_policy import (
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration.executor import blocks_taken
+from moleblend_ray.orchestration.executor import blocks_taken, forget_blocks
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import PhysicalOperator
@@ -67,7 +67,7 @@ def limit_blocks(context: DataContext, most: int) -> None:
 
 
 def pause_between_looks(context: DataContext) -> None:
-    """Keep the executor of a stream with this context from busy waiting.
+    """Keep the executor of a stream with this context from busy waiting, and from taking more memory with each block.
 
     While finished blocks wait for trainers, Ray's loop does not sleep. It was seen to use 0.8 cores of a machine that
     trainers needed.
@@ -78,8 +78,9 @@ def pause_between_looks(context: DataContext) -> None:
 class _PausingCallback(ExecutionCallback):
     """Ray Data's hook: called after each iteration of the executor."""
 
-    def on_execution_step(self, executor: StreamingExecutor) -> None:  # noqa: ARG002 - Ray's signature
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Sleep for a moment, so that others can use the core."""
+        forget_blocks(executor)
         time.sleep(_PAUSE_S)
 
 

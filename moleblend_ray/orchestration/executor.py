@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
     from ray.data._internal.execution.interfaces import PhysicalOperator
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+
+NOTED_BLOCKS: Final = 1000
+"""Newest blocks of each operator that Ray's summary of a stream tells of."""
 
 
 class Operators(NamedTuple):
@@ -29,6 +33,19 @@ def operators_of(executor: StreamingExecutor) -> Operators | None:
         for pool in operator.get_autoscaling_actor_pools():
             return Operators(operator, pool, operators[-1])
     return None
+
+
+def forget_blocks(executor: StreamingExecutor) -> None:
+    """Drop what the operators noted of blocks that they have handed on, except of the newest ones.
+
+    Ray keeps a note of each for the summary that it logs at the end: 0.7 kB for each block and operator, gigabytes in a run
+    of millions of blocks, all in one process.
+    """
+    assert executor._topology is not None
+    for operator in executor._topology:
+        noted = getattr(operator, "_output_blocks_stats", None)
+        if noted is not None and len(noted) > 2 * NOTED_BLOCKS:
+            del noted[:-NOTED_BLOCKS]
 
 
 def blocks_taken(sink: PhysicalOperator) -> int:

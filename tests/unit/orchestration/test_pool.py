@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from ray.data import DataContext
+from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
+from ray.data._internal.execution.operators.map_operator import MapOperator
 
-from moleblend_ray.orchestration.executor import operators_of
+from moleblend_ray.orchestration.executor import NOTED_BLOCKS, forget_blocks, operators_of
 from moleblend_ray.orchestration.pool import PoolBounds, Rates, wanted_actors
 
 BOUNDS = PoolBounds(fewest=1, most=16, molecules_per_block=4096)
@@ -38,6 +42,18 @@ def test_operators_are_found_among_others_and_may_be_absent() -> None:
     found = operators_of(executor(plan, builder, sink))
     assert found == (builder, pool, sink)
     assert operators_of(executor(plan, sink)) is None
+
+
+def test_what_ray_notes_of_each_block_is_dropped_but_for_the_newest_blocks() -> None:
+    source = InputDataBuffer(DataContext(), [])
+    plan: Any = MapOperator.create(Mock(), source, DataContext(), name="plan")
+    notes = list(range(2 * NOTED_BLOCKS))
+    plan._output_blocks_stats = notes
+    forget_blocks(executor(source, plan))
+    assert len(notes) == 2 * NOTED_BLOCKS  # few: not worth a copy in each iteration
+    notes.append(2 * NOTED_BLOCKS)
+    forget_blocks(executor(source, plan))
+    assert plan.get_stats() == {"plan": list(range(NOTED_BLOCKS + 1, 2 * NOTED_BLOCKS + 1))}
 
 
 def operator(*pools: Any) -> Any:
