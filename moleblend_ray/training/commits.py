@@ -115,6 +115,11 @@ def committed_steps(run_uri: str) -> list[int]:
     )
 
 
+def is_committed(run_uri: str, step: int) -> bool:
+    """Whether there is a marker of ``step`` at this moment."""
+    return step in committed_steps(run_uri)
+
+
 def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | None:
     """The newest checkpoint whose files are all there with the sizes of its marker; None if there never was one.
 
@@ -131,6 +136,9 @@ def latest_committed(run_uri: str, *, verify_content: bool = False) -> Commit | 
         except NewerFormatError:
             raise
         except CheckpointError as error:
+            if not is_committed(run_uri, step):
+                # A running command has deleted it meanwhile, and the older ones of this listing; it has committed newer ones.
+                return latest_committed(run_uri, verify_content=verify_content)
             damages.append(str(error))
             logger.warning("skipped a damaged checkpoint: %s", error)
         else:
@@ -305,8 +313,9 @@ def delete_old_checkpoints(run_uri: str, keep: Callable[[Sequence[int]], set[int
     checkpoint that never got a marker."""
     committed = committed_steps(run_uri)
     kept = keep(committed)
+    newest = max(committed, default=0)
     for step in _checkpoint_files(run_uri):
-        if step < committed[0] and step not in kept:
+        if step < newest and step not in kept:
             delete_checkpoint(run_uri, step)
 
 

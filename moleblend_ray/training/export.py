@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
+from moleblend_ray.errors import CheckpointError, ConfigError, StorageError, without_credentials
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -18,6 +18,7 @@ from moleblend_ray.training.commits import (
     COMMIT_NAME,
     FINISHED_NAME,
     Commit,
+    is_committed,
     latest_committed,
     read_commit,
 )
@@ -53,26 +54,45 @@ def load_model(uri: str | os.PathLike[str]) -> MoleBlendModel:
         return from_pretrained(uri)
     if storage.exists(storage.join(uri, FINISHED_NAME)):
         return from_pretrained(export_uri(uri))
-    # Every byte: what is damaged is found now, while the checkpoint before it can still be taken.
-    commit = latest_committed(uri, verify_content=True)
-    if commit is None:
+    found = _newest_model(uri)
+    if found is None:
         raise CheckpointError(
             f"{uri} names no model: expected a run of `moleblend pretrain` with a committed checkpoint, a folder "
             f".../checkpoints/step-NNNNNNNN with {COMMIT_NAME}, a folder with {WEIGHTS_NAME} and {CONFIG_NAME}, "
             "or a file of official parameters (.pt, .npz)"
         )
+    model, commit = found
     logger.info("%s is not finished: taking its checkpoint of step %d", uri, commit.step)
-    return _from_commit(uri, commit)
+    return model
 
 
 def export_run(run_uri: str) -> str:
     """Write the newest committed model of a run as ``model.safetensors`` and ``config.json``; the folder's URI."""
-    commit = latest_committed(run_uri, verify_content=True)
-    if commit is None:
+    found = _newest_model(run_uri)
+    if found is None:
         raise CheckpointError(f"{run_uri} has no committed checkpoint to export")
     target = export_uri(run_uri)
-    save_pretrained(_from_commit(run_uri, commit), target)
+    save_pretrained(found[0], target)
     return target
+
+
+def _newest_model(run_uri: str) -> tuple[MoleBlendModel, Commit] | None:
+    """The model and the marker of the newest committed checkpoint of a run; None without one."""
+    while True:
+        # Every byte: what is damaged is found now, while the checkpoint before it can still be taken.
+        commit = latest_committed(run_uri, verify_content=True)
+        if commit is None:
+            return None
+        try:
+            return _from_commit(run_uri, commit), commit
+        except (CheckpointError, StorageError):
+            if is_committed(run_uri, commit.step):
+                raise
+            logger.info(
+                "%s: the checkpoint of step %d was deleted while it was read, as the run goes on: taking a newer one",
+                run_uri,
+                commit.step,
+            )
 
 
 def _from_commit(run_uri: str, commit: Commit) -> MoleBlendModel:

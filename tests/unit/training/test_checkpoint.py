@@ -237,6 +237,13 @@ def test_a_checkpoint_that_is_only_half_deleted_is_not_believed(
     assert committed_steps(str(run)) == [6, 2]
 
 
+def test_nothing_is_deleted_where_a_listing_does_not_show_the_new_checkpoint_yet(run: Path) -> None:
+    for step in (2, 4, 6):
+        (Path(step_uri(str(run), step)) / COMMIT_NAME).unlink()
+    delete_old_checkpoints(str(run), lambda _: set())
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
 def test_a_save_under_way_is_not_deleted_with_the_old_checkpoints(run: Path) -> None:
     for step in (1, 8):
         Path(step_uri(str(run), step)).mkdir()

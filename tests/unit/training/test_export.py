@@ -14,7 +14,13 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.training.commits import FINISHED_NAME, committed_steps, step_uri
+from moleblend_ray.training import checkpoint, commits
+from moleblend_ray.training.commits import (
+    FINISHED_NAME,
+    committed_steps,
+    delete_checkpoint,
+    step_uri,
+)
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.export import export_run, load_model
 from moleblend_ray.training.learner import Learner
@@ -117,3 +123,50 @@ def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None
         load_model(str(tmp_path))
     with pytest.raises(CheckpointError, match="no committed checkpoint to export"):
         export_run(str(tmp_path))
+
+
+def test_a_checkpoint_that_a_running_command_deletes_while_it_is_read_gives_way_to_a_newer_one(
+    run: tuple[str, Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, learner = run
+    copy = str(tmp_path / "copy")
+    shutil.copytree(uri, copy)
+    newer = tmp_path / "newer"
+    shutil.move(step_uri(copy, 4), newer)
+    download = storage.download
+
+    def late_download(source: str, target: str | Path) -> None:
+        if newer.exists():
+            shutil.move(newer, step_uri(copy, 4))
+            delete_checkpoint(copy, 2)
+        download(source, target)
+
+    monkeypatch.setattr(checkpoint, "TRANSFER_THREADS", 1)
+    monkeypatch.setattr(storage, "download", late_download)
+    assert_same_weights(load_model(copy), learner.model)
+    assert not newer.exists()
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_checked_is_not_called_damaged(
+    run: tuple[str, Learner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    uri, learner = run
+    copy = str(tmp_path / "copy")
+    shutil.copytree(uri, copy)
+    newer = tmp_path / "newer"
+    shutil.move(step_uri(copy, 4), newer)
+    size = storage.size
+
+    def late_size(source: str) -> int:
+        if newer.exists():
+            shutil.move(newer, step_uri(copy, 4))
+            delete_checkpoint(copy, 2)
+        return size(source)
+
+    monkeypatch.setattr(commits, "_CHECK_THREADS", 1)
+    monkeypatch.setattr(storage, "size", late_size)
+    assert_same_weights(load_model(copy), learner.model)
+    assert "damaged" not in caplog.text
