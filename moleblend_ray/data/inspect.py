@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from moleblend_ray.data import storage
@@ -38,6 +39,9 @@ from moleblend_ray.data.shards import manifest_schema
 from moleblend_ray.errors import DataError
 
 _THREADS: Final = 8
+_MOST_SEARCHED: Final = 2000
+"""Parts of the quarantine that are read for examples. There is one for each chunk, and nearly always a reason with fewer rows
+than examples are asked for, so that a search would read all of them: 122,000 for a billion molecules."""
 _STATISTICS_COLUMNS: Final = ("num_atoms", "atom_features", "num_conformers", "conformer_status")
 
 
@@ -233,16 +237,18 @@ def _counts(uri: str, manifest: Manifest, damages: dict[str, str]) -> Counts:
 def _quarantine(
     uri: str, manifest: Manifest, num_examples: int, damages: dict[str, str]
 ) -> dict[str, QuarantineReason]:
-    """Each reason with its first rows; files are read only until every reason has enough of them, and those that cannot be are
-    added to ``damages``."""
+    """Each reason with its first rows; files are read only until every reason has enough of them, at most ``_MOST_SEARCHED``,
+    and those that cannot be are added to ``damages``."""
     rows = manifest.counts.quarantined_by_reason
     wanted = {reason: min(count, num_examples) for reason, count in rows.items()}
     examples: dict[str, list[QuarantinedRow]] = {reason: [] for reason in rows}
     for table in _quarantine_tables(uri, manifest, damages):
-        if all(len(examples[reason]) >= count for reason, count in wanted.items()):
+        lacking = [reason for reason, count in wanted.items() if len(examples[reason]) < count]
+        if not lacking:
             break
-        for row in table.to_pylist():
-            shown = examples.setdefault(row["reason"], [])
+        found = pc.is_in(table["reason"], pa.array(lacking))
+        for row in table.filter(found).to_pylist():
+            shown = examples[row["reason"]]
             if len(shown) < num_examples:
                 shown.append(
                     QuarantinedRow(
@@ -259,14 +265,25 @@ def _quarantine(
 
 
 def _quarantine_tables(uri: str, manifest: Manifest, damages: dict[str, str]) -> Iterator[pa.Table]:
-    for shard in manifest.shards_of(QUARANTINE_DIR):
-        if shard.path in damages:
-            continue
+    """The parts of the quarantine, a few of them read ahead."""
+
+    def read(shard: ShardInfo) -> pa.Table | str:
         content = storage.read_bytes(storage.join(uri, shard.path))
         try:
-            yield pq.read_table(pa.BufferReader(content))
+            return pq.read_table(pa.BufferReader(content))
         except (pa.ArrowException, OSError) as error:
-            damages[shard.path] = f"cannot be read: {' '.join(str(error).split())}"
+            return f"cannot be read: {' '.join(str(error).split())}"
+
+    shards = [one for one in manifest.shards_of(QUARANTINE_DIR) if one.path not in damages]
+    searched = shards[:_MOST_SEARCHED]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(searched), _THREADS):
+            ahead = searched[start : start + _THREADS]
+            for shard, found in zip(ahead, pool.map(read, ahead), strict=True):
+                if isinstance(found, str):
+                    damages[shard.path] = found
+                else:
+                    yield found
 
 
 def _schema(manifest: Manifest) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.data import inspect
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.inspect import DataSetReport, UnfinishedReport, inspect_data_set
@@ -118,6 +119,19 @@ def test_every_reason_of_the_quarantine_comes_with_its_first_rows(prepared: str)
     assert (example.source_row, example.excerpt) == (2, "C1CC")
     assert quarantine["missing_smiles"].examples[0].source_row == 3
     assert report_of(prepared, num_examples=0).quarantine["missing_smiles"].examples == ()
+
+
+def test_examples_of_rare_reasons_are_not_looked_for_in_all_of_a_large_quarantine(
+    prepared: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(report: DataSetReport) -> list[int]:
+        return [row.source_row for row in report.quarantine["unparsable_smiles"].examples]
+
+    assert rows(report_of(prepared)) == [2, 6]
+    monkeypatch.setattr(inspect, "_MOST_SEARCHED", 1)
+    report = report_of(prepared)
+    assert rows(report) == [2]
+    assert report.quarantine["unparsable_smiles"].rows == 2
 
 
 def test_a_manifest_without_histograms_gets_them_from_the_shards(prepared: str) -> None:
