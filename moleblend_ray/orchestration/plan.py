@@ -173,6 +173,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         message_s=times.message_s,
         ray_cores=times.ray_cores,
         shard_bytes=_shard_bytes(config, atom_counts, manifest),
+        row_group_rows=manifest.row_group_rows if manifest is not None else None,
         described=_described(config, manifest),
     )
 

@@ -64,9 +64,9 @@ class DataCosts:
     other_us: Figure
     """In Ray's own processes."""
 
-    def actor_us_of(self, amplification: float) -> float:
-        """CPU time in data actors if ``amplification`` machines decode each row group."""
-        return self.actor_us.value + self.decode_us.value * (amplification - 1)
+    def actor_us_of(self, decodings: float) -> float:
+        """CPU time in data actors if ``decodings`` rows are decoded for each that is used."""
+        return self.actor_us.value + self.decode_us.value * (decodings - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +103,8 @@ class Setup:
     """Without GPUs: cores that Ray's own processes use all the time; None: 0."""
     shard_bytes: Figure
     """Bytes per molecule in storage."""
+    row_group_rows: int | None = None
+    """Molecules of a row group, which is read as a whole; None: as many as a chunk of the order."""
     described: bool = False
     """Whether molecules come with descriptors."""
     steps_per_block: int | None = None
@@ -118,6 +120,16 @@ class Setup:
     def shards(self, workers: int) -> int:
         """Parts that the state of the model is divided into among ``workers`` trainers."""
         return workers // self.replicas if self.strategy == "fsdp" else 1
+
+    @property
+    def rows_read(self) -> float:
+        """Rows of row groups for each molecule of a shuffle window.
+
+        A chunk of the order begins anywhere in a row group, as splits leave shards that are no multiple of either. The
+        bundled costs were measured on shards that are: one row for each molecule.
+        """
+        chunk_rows = self.order.chunk_rows
+        return 1 + (self.row_group_rows or chunk_rows) / chunk_rows
 
     @property
     def molecule_bytes(self) -> float:
@@ -225,7 +237,7 @@ def _on_gpus(setup: Setup, workers: int, cpu_nodes: int | None) -> Throughput:
         limit.value, "molecules/s", f"capacity of the weakest resource: {binding}", limit
     )
     times = amplification(setup, workers, blocks.steps, num_cpu_nodes)
-    actor_us = setup.costs.actor_us_of(times)
+    actor_us = setup.costs.actor_us_of(times * setup.rows_read)
     return Throughput(
         workers=workers,
         nodes=nodes,
@@ -373,8 +385,8 @@ def _data_capacities(
 ) -> dict[str, _Capacity]:
     """The capacity of each part of ``nodes`` CPU nodes."""
     costs, times = setup.costs, amplification(setup, workers, blocks.steps, nodes)
-    actor_us = costs.actor_us_of(times)
-    read_bytes = setup.shard_bytes.value * times
+    actor_us = costs.actor_us_of(times * setup.rows_read)
+    read_bytes = setup.shard_bytes.value * setup.rows_read * times
     cores = nodes * setup.node_cores
     network = _network(setup)
     storage = assumed(setup.storage.total_gb_s, "GB/s", "storage settings", "storage")
@@ -388,7 +400,8 @@ def _data_capacities(
     reading = computed(
         min(setup.storage.total_gb_s, nodes * setup.storage.node_gb_s) * GB / read_bytes,
         "molecules/s",
-        f"{read_bytes:,.0f} bytes per molecule, each row group fetched by {times:.1f} machines",
+        f"{read_bytes:,.0f} bytes per molecule, each row group fetched by {times:.1f} machines, "
+        f"{setup.rows_read:.1f} rows for each molecule",
         storage,
         setup.shard_bytes,
     )

@@ -99,7 +99,7 @@ def _settings(premises: Premises, run: Pretraining) -> dict[str, str]:
     window = setup.order.shuffle_window
     # A machine keeps one copy of each row group of the windows that the blocks in work belong to.
     rows = WINDOWS_IN_WORK * max(window, found.workers * setup.batch * found.blocks.steps)
-    cache = rows * setup.decoded_bytes
+    cache = rows * setup.rows_read * setup.decoded_bytes
     if setup.on_gpu and cache > StreamConfig().cache_bytes:
         settings["stream.cache_bytes"] = str(math.ceil(cache / 2**28) * 2**28)
     if setup.on_gpu:

@@ -43,9 +43,10 @@ def pretraining(premises: Premises, found: Throughput, *, simulated: bool = True
     reliability = expected_reliability(premises, found, simulated=simulated)
     hours = _pretrain_hours(job, found, reliability)
     read = computed(
-        job.presentations * setup.shard_bytes.value * found.amplification,
+        job.presentations * setup.shard_bytes.value * setup.rows_read * found.amplification,
         "B",
-        f"{setup.shard_bytes.value:,.0f} bytes per molecule, each row group by {found.amplification:.1f} machines",
+        f"{setup.shard_bytes.value:,.0f} bytes per molecule, each row group by {found.amplification:.1f} machines, "
+        f"{setup.rows_read:.1f} rows for each molecule",
         setup.shard_bytes,
     )
     cost = _cost(
