@@ -201,7 +201,7 @@ def _usable(device: str | torch.device) -> torch.device:
 
 def _listed(smiles: Iterable[Any]) -> list[Any]:
     """SMILES by their place, whatever index a data frame has; what is missing is whatever the container holds for it."""
-    if isinstance(smiles, str):
+    if isinstance(smiles, str | bytes):
         raise DataError(f"expected a list of SMILES, found one text: [{smiles!r}]")
     # Iterating over a table gives the names of its columns, and some names (C, N) are SMILES.
     if isinstance(smiles, Mapping) or hasattr(smiles, "columns"):
@@ -210,7 +210,11 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
             f"expected a list of SMILES, found a table ({type(smiles).__name__}) with the columns "
             f"{[str(name) for name in names]}; give the column that holds them"
         )
-    return [item.as_py() if isinstance(item, pa.Scalar) else item for item in smiles]
+    try:
+        items = iter(smiles)
+    except TypeError as error:
+        raise DataError(f"expected a list of SMILES, found {smiles!r}") from error
+    return [item.as_py() if isinstance(item, pa.Scalar) else item for item in items]
 
 
 def _featurize(

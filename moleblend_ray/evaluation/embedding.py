@@ -22,6 +22,7 @@ from moleblend_ray.evaluation.batches import (
 )
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
 from moleblend_ray.evaluation.property_model import SavedProperty
+from moleblend_ray.model.blending import only_geometry
 from moleblend_ray.model.moleblend import MoleBlendModel
 
 
@@ -89,6 +90,10 @@ class Embedder:
         return 1 if self.fine_tuned is None else min(1, self.fine_tuned.conformers)
 
     @property
+    def _sees_geometry_alone(self) -> bool:
+        return self.fine_tuned is not None and self.fine_tuned.model.readout.relations == "3d"
+
+    @property
     def predicted(self) -> tuple[str, ...]:
         """Columns that the fine-tuned model predicts."""
         return self.fine_tuned.trained.columns if self.fine_tuned else ()
@@ -126,7 +131,9 @@ class Embedder:
         models = [] if self.fine_tuned is None else [self.fine_tuned.trained.descriptors]
         shown = descriptors_of_views(models, table["smiles"].to_pylist(), views)
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
-            embeddings[rows] = self.model.embed(batch).float().cpu().numpy()
+            # Graphs that the encoder was tuned without would move its vectors to where it never was.
+            blend = only_geometry(batch) if self._sees_geometry_alone else None
+            embeddings[rows] = self.model.embed(batch, blend).float().cpu().numpy()
             if self.fine_tuned is not None:
                 # The whole model, as its head may use the output of the encoder in another way than the embedding.
                 inputs = shown[0].of(rows, self.device)

@@ -176,9 +176,9 @@ class MoleBlendModel(nn.Module):
         )
         return spd, edge, direction, distance
 
-    def embed(self, batch: MoleculeBatch) -> Tensor:
-        """(B, D) state of each molecule's graph token, every relation visible."""
-        encoded: EncoderOutput = self.encoder(batch, None)
+    def embed(self, batch: MoleculeBatch, blend: Blend | None = None) -> Tensor:
+        """(B, D) state of each molecule's graph token, of the relations that ``blend`` shows; None: of all of them."""
+        encoded: EncoderOutput = self.encoder(batch, blend)
         return _graph_states(encoded, batch)
 
 

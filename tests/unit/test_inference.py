@@ -92,8 +92,12 @@ def test_what_cannot_be_read_is_named_or_a_row_of_nan(encoder: mb.MoleculeEncode
     assert np.isnan(encoder.encode(["", "("], invalid="nan")).all()
     with pytest.raises(DataError, match=r"1 of 1 SMILES.*too_many_atoms"):
         encoder.encode(["CCCC"], max_atoms=3)
-    with pytest.raises(DataError, match=r"expected a list of SMILES, found one text"):
-        encoder.encode("CCO")
+    for text in ("CCO", b"CCO"):
+        with pytest.raises(DataError, match=r"expected a list of SMILES, found one text"):
+            encoder.encode(text)  # type: ignore[arg-type]
+    for no_list in (None, 5, np.array("CCO")):
+        with pytest.raises(DataError, match=r"expected a list of SMILES, found "):
+            encoder.encode(no_list)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["asked", "loaded and asked"])
@@ -175,6 +179,20 @@ def test_vectors_of_a_fine_tuned_model_see_coordinates_if_it_was_tuned_with_them
     found = encoder.encode(SMILES[:2])
     np.testing.assert_array_equal(found, encoder.encode(SMILES[:2], conformers=generates))
     assert not np.array_equal(found, encoder.encode(SMILES[:2], conformers=not generates))
+
+
+def test_vectors_of_a_model_that_was_tuned_on_distances_alone_are_of_these_alone(
+    tmp_path: Path,
+) -> None:
+    uri = fine_tuned(tmp_path, 0, relations="3d")
+    predictor = mb.PropertyPredictor.from_pretrained(uri)
+    read: list[torch.Tensor] = []
+    head = predictor.predictor.members[0].saved.model.head
+    head.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    predictor.predict(["c1ccccc1O"])
+    # What its head reads is the graph token.
+    found = mb.MoleculeEncoder.from_pretrained(uri).encode(["c1ccccc1O"])
+    np.testing.assert_allclose(found, read[0].numpy(), rtol=1e-6, atol=1e-7)
 
 
 def test_molecules_get_the_form_of_those_the_model_was_tuned_on(tmp_path: Path) -> None:
