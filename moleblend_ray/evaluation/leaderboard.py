@@ -55,8 +55,8 @@ class ModelScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRow:
-    """One task with the scores of all models. Scores of two rows can be compared only if their split hashes are
-    equal."""
+    """One task with the scores of all models. Scores of two rows can be compared only if their label columns and split
+    hashes are equal."""
 
     name: str
     """Name of the task."""
@@ -68,6 +68,8 @@ class TaskRow:
     """Value of a :class:`Metric`; empty without scores, like all fields below."""
     unit: str = ""
     """Unit of the scores; empty for plain numbers."""
+    columns: tuple[str, ...] = ()
+    """Label columns, of which the scores are means, in alphabetical order."""
     higher_is_better: bool = False
     """Whether a larger score is better."""
     molecules: int = 0
@@ -220,6 +222,7 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         status=Status.FINISHED,
         metric=task["metric"],
         unit=(task["unit"] or "") if Metric(task["metric"]).is_error else "",
+        columns=tuple(sorted(task.get("columns", ()))),
         higher_is_better=task["higher_is_better"],
         molecules=data["molecules"],
         test_molecules=data["split"].get("test", 0),
@@ -313,17 +316,17 @@ def is_elsewhere(folder: str) -> bool:
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
-    Scores are in the same row only if task, metric, unit and split are the same. A baseline that has other scores in
+    Scores are in the same row only if task, metric, unit, label columns and split are the same. A baseline that has other scores in
     another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
     ConfigError for a single board.
     """
     if len(boards) < 2:
         raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
-    by_question: dict[tuple[str, ...], dict[str, TaskRow]] = {}
+    by_question: dict[tuple[object, ...], dict[str, TaskRow]] = {}
     for label, board in boards.items():
         for row in board.rows:
             reason = f"{label}: {row.reason}" if row.reason else ""
-            key = (row.name, row.metric, row.unit, row.split_hash, reason)
+            key = (row.name, row.metric, row.unit, row.columns, row.split_hash, reason)
             by_question.setdefault(key, {})[label] = dataclasses.replace(row, reason=reason)
     unequal = set[str]().union(
         *(_unequal_baselines(rows.values()) for rows in by_question.values())

@@ -43,7 +43,7 @@ Values of seeds are separated by spaces."""
 
 _RULES = (
     "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
-    "seed. Scores are means ± sample standard deviations over seeds (bars in the figure); ↑: higher is better, ↓: lower is "
+    "seed. Scores are means ± sample standard deviations over seeds (bars in the figure), a single seed has none; ↑: higher is better, ↓: lower is "
     "better. The best mean of a task is marked. Ranks and wins go by the mean test score. A gain is relative to the "
     "baseline that is best on the validation molecules of the task."
 )
@@ -262,7 +262,8 @@ def _html_head(heads: Sequence[str]) -> str:
 
 def _html_spread(spread: Spread) -> str:
     mean, _, std = _mean_and_std(spread).partition(" ")
-    return f'<span class="score">{mean} <small>{std}</small></span>'
+    small = f" <small>{std}</small>" if std else ""
+    return f'<span class="score">{mean}{small}</span>'
 
 
 def _class(name: str, holds: bool) -> str:
@@ -320,7 +321,7 @@ def _because(row: TaskRow) -> str:
 
 
 def _mean_and_std(spread: Spread) -> str:
-    return mean_and_std_text(spread.mean, spread.std)
+    return mean_and_std_text(spread.mean, spread.std, len(spread.values))
 
 
 def _values(spread: Spread) -> str:

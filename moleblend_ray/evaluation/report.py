@@ -200,7 +200,7 @@ def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
     cells = [
         entry["name"],
         score_text(valid["mean"]),
-        mean_and_std_text(test["mean"], test["std"]),
+        _mean_and_std(test),
     ]
     if is_bold:
         cells = [f"**{cell}**" for cell in cells]
@@ -217,6 +217,10 @@ def _ensemble_row(final: Mapping[str, Any]) -> str:
 
 def _ensemble_name(final: Mapping[str, Any]) -> str:
     return f"mean of these {len(final['seeds'])} models"
+
+
+def _mean_and_std(spread: Mapping[str, Any]) -> str:
+    return mean_and_std_text(spread["mean"], spread["std"], len(spread["values"]))
 
 
 def _comparison(
@@ -250,10 +254,7 @@ def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
     rows = []
     for entry in entries:
         others = entry.get("test_others", {})
-        cells = [
-            mean_and_std_text(others[name]["mean"], others[name]["std"]) if name in others else ""
-            for name in metrics
-        ]
+        cells = [_mean_and_std(others[name]) if name in others else "" for name in metrics]
         rows.append(f"| {' | '.join([entry['name'], *cells])} |")
         if "ensemble" in entry:
             together = entry["ensemble"]["test_others"]

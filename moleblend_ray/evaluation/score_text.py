@@ -27,8 +27,11 @@ def score_text(score: float, like: float | None = None) -> str:
     return _scaled(score, reference) + _power_of(reference)
 
 
-def mean_and_std_text(mean: float, std: float) -> str:
-    """Mean ± standard deviation, both with the digits of the mean."""
+def mean_and_std_text(mean: float, std: float, num_seeds: int) -> str:
+    """Mean ± standard deviation, both with the digits of the mean; the mean alone of a single seed, whose spread is not
+    known."""
+    if num_seeds < 2:
+        return score_text(mean)
     both = f"{_scaled(mean, mean)} ± {_scaled(std, mean)}"
     power = _power_of(mean)
     return f"({both}){power}" if power else both

@@ -51,7 +51,7 @@ class FinetuneSummary:
     test_score: float
     """Test score, mean over seeds."""
     test_std: float
-    """Test score, standard deviation over seeds."""
+    """Test score, standard deviation over seeds; 0 for a single seed."""
     ensemble_score: float | None
     """Test score of the mean of the predictions of all seeds, which :func:`moleblend_ray.predict` gives; None with one seed."""
     baselines: dict[str, float]

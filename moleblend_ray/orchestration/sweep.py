@@ -104,7 +104,7 @@ class SweepSummary:
     test_score: float
     """Test score, mean over the final seeds."""
     test_std: float
-    """Test score, standard deviation over the final seeds."""
+    """Test score, standard deviation over the final seeds; 0 for a single seed."""
     ensemble_score: float | None
     """Test score of the mean of the predictions of all final seeds, which :func:`moleblend_ray.predict` gives; None with one
     seed."""

@@ -242,10 +242,10 @@ def test_test_molecules_that_were_seen_in_training_are_told_beside_the_scores() 
     ("values", "shown"),
     [
         ([0.00512345, 0.00514321], "0.005133 ± 0.000014 | 0.005123, 0.005143 |"),
-        ([0.054321], "0.05432 ± 0.00000 | 0.05432 |"),
-        ([12.3456789], "12.346 ± 0.000 | 12.346 |"),
-        ([54321.9], "54322 ± 0 | 54322 |"),
-        ([0.0], "0.0000 ± 0.0000 | 0.0000 |"),
+        ([0.054321], "| 0.05432 | 0.05432 |"),
+        ([12.3456789], "| 12.346 | 12.346 |"),
+        ([54321.9], "| 54322 | 54322 |"),
+        ([0.0], "| 0.0000 | 0.0000 |"),
     ],
 )
 def test_scores_of_every_size_keep_their_digits(values: list[float], shown: str) -> None:
@@ -253,11 +253,20 @@ def test_scores_of_every_size_keep_their_digits(values: list[float], shown: str)
     assert shown in markdown_text(Leaderboard(title="x", rows=(row,)), None)
 
 
+def test_a_single_seed_has_no_spread_and_equal_seeds_have_none() -> None:
+    row = row_of_results(results("esol", "rmse", [0.5], entry(FOREST, [0.6, 0.6], [0.6, 0.6])), "")
+    board = Leaderboard(title="x", rows=(row,))
+    (shown,) = [line for line in markdown_text(board, None).splitlines() if "| esol | RMSE" in line]
+    assert shown.endswith("| **0.5000** | 0.6000 ± 0.0000 |")
+    (cells,) = [cells for cells in Table(html_text(board, None)).rows if "RMSE" in cells[0]]
+    assert cells[1:] == ["0.5000", "0.6000 ± 0.0000"]
+
+
 def test_the_page_shows_the_results_and_is_well_formed_and_self_contained() -> None:
     text = html_text(board(), b"\x89PNG")
     page = Table(text)
     (esol,) = [row for row in page.rows if row[0].startswith("esolRMSE")]
-    assert esol[1:] == ["1.0000 ± 0.1414", "1.2500 ± 0.0707", "2.0000 ± 0.0000"]
+    assert esol[1:] == ["1.0000 ± 0.1414", "1.2500 ± 0.0707", "2.0000"]
     standing = next(row for row in page.rows if row[0] == MEAN)
     assert standing[1:4] == ["2", "0", "3.00"]
     assert [link for link in page.links if not link.startswith("data:image/png;base64,")] == [
@@ -410,3 +419,18 @@ def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None
     assert {row.split_hash for row in found.rows[1:3]} == {"5f" * 8, "00" * 8}
     with pytest.raises(ConfigError, match="found 1"):
         compare({"old": board()})
+
+
+def test_scores_of_other_label_columns_are_not_in_one_row() -> None:
+    """Of one table and split, but one score is of two columns, the other of the easier one."""
+
+    def board_of(score: float, *columns: str) -> Leaderboard:
+        found = results("own", "rmse", [score])
+        found["task"]["columns"] = list(columns)
+        return Leaderboard(title="b", rows=(row_of_results(found, "own"),))
+
+    found = compare(
+        {"a": board_of(0.9, "x", "y"), "b": board_of(0.5, "y"), "c": board_of(0.8, "y", "x")}
+    )
+    scores = [[model.test.mean for model in row.models] for row in found.rows]
+    assert scores == [[0.9, 0.8], [0.5]]
