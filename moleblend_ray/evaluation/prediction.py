@@ -127,10 +127,7 @@ class Predictor:
             **question_of(self.trained),
             "conformers": self.conformers,
             "interval": self.interval,
-            "half_widths": {
-                name: None if math.isnan(width) else width
-                for name, width in zip(self.trained.columns, self.half_widths.tolist(), strict=True)
-            },
+            "half_widths": self._named_widths(),
             "models": [
                 {
                     "uri": member.uri,
@@ -143,6 +140,13 @@ class Predictor:
                 for member in self.members
             ],
         }
+
+    def _named_widths(self) -> dict[str, float | None]:
+        """Property -> half width of its intervals, None if not known; empty without intervals."""
+        if self.interval is None:
+            return {}
+        widths = zip(self.trained.columns, self.half_widths.tolist(), strict=True)
+        return {name: None if math.isnan(width) else width for name, width in widths}
 
     def part(self, table: pa.Table) -> pa.Table:
         """The rows of a shard table in their order, with predictions and their uncertainty."""

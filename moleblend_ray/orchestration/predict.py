@@ -45,6 +45,8 @@ class PredictSummary:
     """Unit of the predictions; empty for classes, for which the probability of class 1 is predicted."""
     models: int
     """Number of models."""
+    half_widths: dict[str, float | None]
+    """Property -> half of the width of its intervals, in the unit; None if not known. Empty for classes, and without intervals."""
     parts: int
     """Number of Parquet files."""
     parts_reused: int
@@ -78,6 +80,8 @@ def predict(config: PredictConfig) -> PredictSummary:
         columns=tuple(summary["columns"]),
         unit=summary["unit"],
         models=len(summary["models"]),
+        # Neither do they tell of intervals, which they had none of.
+        half_widths=dict(summary.get("half_widths", {})),
         parts=len(summary["parts"]),
         parts_reused=summary["parts_reused"],
         molecules_per_s=summary["molecules_per_s"],

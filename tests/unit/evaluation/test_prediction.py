@@ -323,6 +323,7 @@ def test_classes_have_no_intervals_and_numbers_only_if_asked(table: pa.Table) ->
     without = predictor(validated(member(0), np.ones((19, 2))), interval=None)
     for one in (asked, without):
         assert one.interval is None
+        assert one.describe()["half_widths"] == {}
         assert not any(name.startswith(("lower", "upper")) for name in one.schema.names)
         assert one.part(table).num_rows == table.num_rows
     assert without.fingerprint == predictor(member(0)).fingerprint
