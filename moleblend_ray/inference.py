@@ -91,7 +91,8 @@ class MoleculeEncoder:
         """(M, D) the state of each molecule's graph token, in the order of ``smiles`` (M texts: a list, an array, a column of a table).
 
         ``conformers`` generates 3D coordinates (ETKDGv3, MMFF94; the same ones each time); without them, and where they cannot be made,
-        the encoder sees 2D relations alone. None: as the model was fine-tuned; for a pretrained one, generate them.
+        the encoder sees 2D relations alone. None: as the model was fine-tuned; for a pretrained one, generate them. A model that was
+        fine-tuned on distances alone needs them: a ConfigError without, and a molecule of which they cannot be made is ``invalid``.
 
         ``invalid``: what becomes of a SMILES that cannot be read or has more than ``max_atoms`` atoms (hydrogens apart), or is missing:
         ``raise`` a DataError that names it, or give it a row of ``nan``.
@@ -101,7 +102,8 @@ class MoleculeEncoder:
         )
         given = _listed(smiles)
         count = self.embedder.conformers if conformers is None else int(bool(conformers))
-        found = _featurize(given, count, self.embedder.form, max_atoms)
+        self.embedder.require_coordinates(count)
+        found = _featurize(given, count, self.embedder, max_atoms)
         rejected = found.quarantine.to_pylist()
         if rejected and invalid == "raise":
             raise DataError(_problem(rejected, given))
@@ -170,7 +172,7 @@ class PropertyPredictor:
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         """
         asked = _listed(smiles)
-        found = _featurize(asked, self.predictor.conformers, self.predictor.form, max_atoms)
+        found = _featurize(asked, self.predictor.conformers, self.predictor, max_atoms)
         part = self.predictor.part(found.molecules)
         row_of = np.full(len(asked), -1, dtype=np.int64)
         row_of[part["source_row"].to_numpy()] = np.arange(len(part))
@@ -218,9 +220,10 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
 
 
 def _featurize(
-    smiles: Sequence[Any], conformers: int, form: MoleculeForm | None, max_atoms: int
+    smiles: Sequence[Any], conformers: int, model: Embedder | Predictor, max_atoms: int
 ) -> Featurized:
-    """The molecules as rows of a shard, and those that were turned away; ``source_row`` is the place in ``smiles``."""
+    """The molecules as ``model`` takes them, rows of a shard, and those that were turned away; ``source_row`` is the place
+    in ``smiles``."""
     records = [
         RawRecord(
             row=row,
@@ -233,8 +236,9 @@ def _featurize(
         for row, text in enumerate(smiles)
     ]
     config = FeaturizeConfig(
-        **asdict(form or MoleculeForm()),
+        **asdict(model.form or MoleculeForm()),
         max_atoms=max_atoms,
+        require_coordinates=model.needs_coordinates,
         conformers=ConformerConfig.of_count(conformers),
     )
     return featurize_records(records, "smiles", (), config)

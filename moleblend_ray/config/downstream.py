@@ -57,7 +57,7 @@ class TaskConfig:
     conformers: int = 1
     """Conformers of each molecule: training draws one anew each epoch, predictions are the mean over all. Where the source
     has no coordinates so many are made, with seeds; 0 makes none, and such molecules stay 2D. Of those that the
-    source has, the first so many are taken."""
+    source has, the first so many are taken, and the first also with 0 (`finetune.relations=2d` hides it)."""
     max_atoms: int = MAX_ATOMS
     """Larger molecules are left out, and counted."""
     train_molecules: int | None = None

@@ -75,6 +75,13 @@ class LabelledMolecules:
         return len(self.block)
 
     @property
+    def has_coordinates(self) -> NDArray[np.bool_]:
+        """(M,) whether an atom of the molecule has coordinates."""
+        first_atoms = np.cumsum(self.block.num_atoms, dtype=np.int64) - self.block.num_atoms
+        found: NDArray[np.bool_] = np.logical_or.reduceat(self.block.position_mask, first_atoms)
+        return found
+
+    @property
     def num_conformers(self) -> int:
         """Most conformers that a molecule has; 0 if none has coordinates."""
         if not self.block.position_mask.any():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
     batches_by_size,
@@ -21,7 +22,7 @@ from moleblend_ray.evaluation.batches import (
     without_coordinates,
 )
 from moleblend_ray.evaluation.finetune import StartingPoint, build_pretrained
-from moleblend_ray.evaluation.property_model import SavedProperty
+from moleblend_ray.evaluation.property_model import SavedProperty, distances_alone
 from moleblend_ray.model.blending import only_geometry
 from moleblend_ray.model.moleblend import MoleBlendModel
 
@@ -90,8 +91,14 @@ class Embedder:
         return 1 if self.fine_tuned is None else min(1, self.fine_tuned.conformers)
 
     @property
-    def _sees_geometry_alone(self) -> bool:
-        return self.fine_tuned is not None and self.fine_tuned.model.readout.relations == "3d"
+    def needs_coordinates(self) -> bool:
+        """Whether vectors of molecules without coordinates mean nothing, as the encoder was fine-tuned on distances alone."""
+        return self.fine_tuned is not None and self.fine_tuned.sees_geometry_alone
+
+    def require_coordinates(self, conformers: bool | int) -> None:
+        """Raise ConfigError if no ``conformers`` are asked for, but the encoder needs coordinates."""
+        if self.needs_coordinates and not conformers:
+            raise ConfigError(distances_alone("conformers: expected true", self.uri))
 
     @property
     def predicted(self) -> tuple[str, ...]:
@@ -132,7 +139,7 @@ class Embedder:
         shown = descriptors_of_views(models, table["smiles"].to_pylist(), views)
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
             # Graphs that the encoder was tuned without would move its vectors to where it never was.
-            blend = only_geometry(batch) if self._sees_geometry_alone else None
+            blend = only_geometry(batch) if self.needs_coordinates else None
             embeddings[rows] = self.model.embed(batch, blend).float().cpu().numpy()
             if self.fine_tuned is not None:
                 # The whole model, as its head may use the output of the encoder in another way than the embedding.

@@ -84,13 +84,25 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
             found.append(uri)
         elif storage.exists(results):
             seeds = storage.read_object(results, "final.seeds")["final"]["seeds"]
-            found += [storage.join(uri, seed["model"]) for seed in seeds]
+            folders = [storage.join(uri, seed["model"]) for seed in seeds]
+            _require_models(results, folders)
+            found += folders
         else:
             raise CheckpointError(
                 f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning or sweep "
                 f"(no property.json, no {RESULTS_NAME}). Finish that command, or name its models/seed-N"
             )
     return tuple(found)
+
+
+def _require_models(results: str, folders: Sequence[str]) -> None:
+    """Raise CheckpointError if a folder that ``results`` names holds no model: an ensemble of fewer would be another one."""
+    gone = [folder for folder in folders if not is_property_model(folder)]
+    if gone:
+        raise CheckpointError(
+            f"{results} names {len(folders)} models, but {', '.join(gone)} hold{'s' * (len(gone) == 1)} none. Copy them from where "
+            "they were made, or name the folders of those that are there"
+        )
 
 
 def load_members(models: Sequence[str]) -> tuple[Member, ...]:

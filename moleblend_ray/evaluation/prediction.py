@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
@@ -26,7 +27,7 @@ from moleblend_ray.evaluation.batches import (
 )
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, form_of, question_of
 from moleblend_ray.evaluation.intervals import Calibration
-from moleblend_ray.evaluation.property_model import TrainedProperty
+from moleblend_ray.evaluation.property_model import TrainedProperty, distances_alone
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME
 from moleblend_ray.evaluation.tasks import TaskKind
@@ -70,9 +71,13 @@ class Predictor:
     ) -> Predictor:
         """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
 
-        Raises ConfigError as :func:`conformers_of` and :func:`form_of`.
+        Raises ConfigError as :func:`conformers_of` and :func:`form_of`, and if there are to be none for a model of distances
+        alone.
         """
+        count = conformers_of(members) if conformers is None else conformers
         for member in members:
+            if count == 0 and member.saved.sees_geometry_alone:
+                raise ConfigError(distances_alone("conformers: expected at least 1", member.uri))
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
         all_known = all(member.domain for member in members)
@@ -81,7 +86,7 @@ class Predictor:
         return cls(
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
-            conformers=conformers_of(members) if conformers is None else conformers,
+            conformers=count,
             form=form_of(members),
             threshold=threshold,
             interval=interval,
@@ -89,6 +94,11 @@ class Predictor:
             batch_size=batch_size,
             device=device,
         )
+
+    @property
+    def needs_coordinates(self) -> bool:
+        """Whether predictions for molecules without coordinates mean nothing, as a model sees distances alone."""
+        return any(member.saved.sees_geometry_alone for member in self.members)
 
     @property
     def trained(self) -> TrainedProperty:

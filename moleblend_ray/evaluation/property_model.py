@@ -172,6 +172,19 @@ class SavedProperty(NamedTuple):
         """Most conformers of a molecule that the model saw in fine-tuning; 0: it sees 2D relations alone."""
         return 0 if self.model.readout.relations == "2d" else self.trained.conformers
 
+    @property
+    def sees_geometry_alone(self) -> bool:
+        """Whether the model sees distances, but no paths and bonds. Without coordinates isomers are all the same to it."""
+        return self.model.readout.relations == "3d"
+
+
+def distances_alone(expected: str, uri: str) -> str:
+    """What is told to those who ask the model at ``uri`` without coordinates, which it needs."""
+    return (
+        f"{expected}, found none: {uri} was fine-tuned on distances alone (finetune.relations=3d), and without coordinates "
+        "all isomers are the same to it"
+    )
+
 
 def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str) -> None:
     """Write ``model`` and what it predicts to the directory ``uri``."""

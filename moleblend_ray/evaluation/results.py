@@ -217,13 +217,11 @@ def data_entry(
     uri: str, molecules: LabelledMolecules, task: Task, split: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The part of ``results.json`` about the molecules."""
-    block = molecules.block
-    first_atoms = np.cumsum(block.num_atoms, dtype=np.int64) - block.num_atoms
     return {
         "uri": uri,
         "fingerprint": molecules.fingerprint,
         "molecules": len(molecules),
-        "with_coordinates": int(np.logical_or.reduceat(block.position_mask, first_atoms).sum()),
+        "with_coordinates": int(molecules.has_coordinates.sum()),
         "unlabelled": molecules.num_unlabelled,
         "quarantined": molecules.num_quarantined,
         "unreadable_labels": molecules.num_unreadable,

@@ -39,7 +39,8 @@ class FinetuneSettings:
     warmup_fraction: float = 0.06
     """Share of all steps in which the learning rate rises linearly; it then falls to 0 along a cosine."""
     relations: Literal["2d+3d", "2d", "3d"] = "2d+3d"
-    """What the encoder sees of a molecule. 2d: no coordinates; 3d: distances, but no paths, bonds or degrees."""
+    """What the encoder sees of a molecule. 2d: no coordinates; 3d: distances, but no paths, bonds or degrees;
+    only for molecules with coordinates."""
     readout: Literal["token", "mean", "token+mean", "sum"] = "token"
     """What the property head reads. token: the graph token; mean: the mean of the atoms; token+mean: both; sum: each
     atom, with outputs added, for properties that grow with the molecule."""
@@ -61,7 +62,7 @@ class FinetuneSettings:
     above."""
     class_weights: Literal["none", "balanced"] = "none"
     """Classification. balanced: in each column all positives together have the weight of all negatives (training
-    part)."""
+    part), and predicted probabilities are those of as many positives as negatives."""
     precision: Precision = "fp32"
     """Arithmetic of training: bf16 computes matrix products in bfloat16. Validation and test are always float32."""
     clip_norm: float = 5.0

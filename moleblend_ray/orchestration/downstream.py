@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+import numpy as np
 import ray
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
@@ -27,6 +28,7 @@ from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     ConfigError,
+    DataError,
     TrainingError,
     without_credentials,
 )
@@ -147,6 +149,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     data_uri = prepare_task(config, start.molecules, inputs.sources)
     molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
     split = _usable_split(config, task, molecules)
+    require_coordinates(config, molecules)
     identity = {
         "config": question(config),
         "data_fingerprint": molecules.fingerprint,
@@ -223,6 +226,29 @@ def may_read_descriptors(config: PropertyConfig) -> bool:
     if config.finetune.descriptors:
         return True
     return isinstance(config, SweepConfig) and True in config.search.choices.get("descriptors", ())
+
+
+def require_coordinates(config: PropertyConfig, molecules: LabelledMolecules) -> None:
+    """Raise DataError if a model of this command sees distances alone, and no molecule has coordinates; warn if some have
+    none."""
+    choices = config.search.choices if isinstance(config, SweepConfig) else {}
+    if "3d" not in choices.get("relations", (config.finetune.relations,)):
+        return
+    lacking = np.flatnonzero(~molecules.has_coordinates)
+    if len(lacking) == len(molecules):
+        raise DataError(
+            f"finetune.relations=3d: none of the {len(molecules)} molecules of {config.task.source} has coordinates, and a "
+            "model of distances alone cannot tell isomers apart without. Make some (task.conformers=1; for a prepared data "
+            "set featurize.conformers.generate=true), or take other relations"
+        )
+    if len(lacking):
+        logger.warning(
+            "%d of %d molecules have no coordinates, such as %r: a model of distances alone (finetune.relations=3d) sees only "
+            "their elements, and scores count them",
+            len(lacking),
+            len(molecules),
+            molecules.mol_ids[lacking[0]],
+        )
 
 
 def check_cluster(config: PropertyConfig) -> None:

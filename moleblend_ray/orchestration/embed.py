@@ -85,7 +85,7 @@ def load_embedder(config: EmbedConfig, device: torch.device) -> Embedder:
         property_fingerprint(config.checkpoint, fine_tuned) if fine_tuned else start.fingerprint
     )
     tuned_flat = fine_tuned is not None and fine_tuned.conformers == 0
-    return Embedder.build(
+    embedder = Embedder.build(
         start,
         fine_tuned,
         uri=config.checkpoint,
@@ -94,3 +94,5 @@ def load_embedder(config: EmbedConfig, device: torch.device) -> Embedder:
         device=device,
         coordinates=config.conformers is not None or not tuned_flat,
     )
+    embedder.require_coordinates(config.conformers is not False)
+    return embedder

@@ -111,12 +111,13 @@ def prepare_molecules(
     form: MoleculeForm | None,
     cluster: ClusterConfig,
     sources: SourceSet | None = None,
+    require_coordinates: bool = False,
 ) -> str:
     """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
     ``form`` is that of the molecules that the model was trained on, None if it is unknown: raw molecules get it, and a
     warning is logged if prepared ones have another. All molecules are in one split, in the order of the source. ``sources``
-    is what :func:`look_at_source` has found, if it was called.
+    is what :func:`look_at_source` has found, if it was called. ``require_coordinates`` rejects raw molecules that get none.
     """
     if is_prepared(molecules.source):
         if form is not None:
@@ -136,6 +137,7 @@ def prepare_molecules(
         featurize=FeaturizeConfig(
             **asdict(form or MoleculeForm()),
             max_atoms=molecules.max_atoms,
+            require_coordinates=require_coordinates,
             conformers=ConformerConfig.of_count(conformers),
         ),
         rows_per_chunk=rows,

@@ -49,6 +49,10 @@ class PartMaker(Protocol):
         """Conformers that it uses of each molecule; 0: it needs no coordinates."""
 
     @property
+    def needs_coordinates(self) -> bool:
+        """Whether what it makes of molecules without coordinates means nothing."""
+
+    @property
     def form(self) -> MoleculeForm | None:
         """The form of the molecules that it was trained on; None: unknown."""
 

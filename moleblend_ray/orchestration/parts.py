@@ -146,6 +146,7 @@ def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) 
         label_columns=_LABEL_COLUMNS,
         conformers=_wanted_conformers(job, maker),
         form=maker.form,
+        require_coordinates=maker.needs_coordinates,
         cluster=job.config.cluster,
         sources=sources,
     )
@@ -160,12 +161,14 @@ def _tell_of_missing_coordinates(job: PartsJob, maker: PartMaker, manifest: Mani
     """Warn if a prepared source, to which nothing is added, lacks coordinates that the model was tuned with."""
     total, placed = manifest.counts.rows_out, manifest.counts.with_coordinates
     if placed < total and _wanted_conformers(job, maker):
+        seen = "the elements" if maker.needs_coordinates else "2D relations"
         logger.warning(
-            "%d of %d molecules of %s have no coordinates: the model sees 2D relations of them alone, as a prepared data set "
+            "%d of %d molecules of %s have no coordinates: the model sees %s of them alone, as a prepared data set "
             "is used as it is. Prepare it with featurize.conformers.generate=true, or give the raw molecules",
             total - placed,
             total,
             without_credentials(job.config.source),
+            seen,
         )
 
 

@@ -27,6 +27,7 @@ from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.model.origin import Origin
+from moleblend_ray.orchestration.embed import load_embedder
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 SMILES = ["CCO", "c1ccccc1O", "C", "CC(=O)Oc1ccccc1C(=O)O", "CCO"]
@@ -193,6 +194,34 @@ def test_vectors_of_a_model_that_was_tuned_on_distances_alone_are_of_these_alone
     # What its head reads is the graph token.
     found = mb.MoleculeEncoder.from_pretrained(uri).encode(["c1ccccc1O"])
     np.testing.assert_allclose(found, read[0].numpy(), rtol=1e-6, atol=1e-7)
+
+
+def test_a_model_of_distances_alone_says_nothing_about_molecules_without_coordinates(
+    tmp_path: Path,
+) -> None:
+    """Without coordinates it would give all isomers the same number."""
+    uri = fine_tuned(tmp_path, 0, relations="3d")
+    with pytest.raises(
+        ConfigError, match=r"conformers: expected at least 1, found none: .*isomers"
+    ):
+        mb.PropertyPredictor.from_pretrained(uri, conformers=0)
+    encoder = mb.MoleculeEncoder.from_pretrained(uri)
+    with pytest.raises(ConfigError, match=r"conformers: expected true, found none: .*isomers"):
+        encoder.encode(["CCO"], conformers=False)
+    config = mb.EmbedConfig(checkpoint=uri, source="a.csv", out="o", conformers=False)
+    with pytest.raises(ConfigError, match="conformers: expected true"):
+        load_embedder(config, torch.device("cpu"))
+    # No geometry satisfies a triple bond in a ring of three.
+    given = ["CCO", "C1#CC1", "CCN"]
+    assert np.isnan(encoder.encode(given, invalid="nan")).all(1).tolist() == [False, True, False]
+    table = mb.PropertyPredictor.from_pretrained(uri).predict(given)
+    reasons = table["rejected"].to_pylist()
+    assert [reason and reason.partition(":")[0] for reason in reasons] == [
+        None,
+        "conformer_failed",
+        None,
+    ]
+    assert table["prediction:y"].null_count == 1
 
 
 def test_molecules_get_the_form_of_those_the_model_was_tuned_on(tmp_path: Path) -> None:

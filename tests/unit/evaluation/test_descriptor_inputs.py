@@ -252,9 +252,8 @@ def test_a_saved_model_predicts_the_same_from_smiles(
     np.testing.assert_allclose(
         table["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3
     )
-    part = mb.MoleculeEncoder.from_pretrained(uri).embedder.part(
-        _featurize(asked, 0, None, 200).molecules
-    )
+    embedder = mb.MoleculeEncoder.from_pretrained(uri).embedder
+    part = embedder.part(_featurize(asked, 0, embedder, 200).molecules)
     np.testing.assert_allclose(
         part["prediction:y0"].to_numpy(), expected[:, 0], rtol=1e-4, atol=1e-3
     )

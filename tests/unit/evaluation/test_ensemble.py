@@ -95,6 +95,10 @@ def test_a_finished_fine_tuning_stands_for_the_models_of_all_its_seeds(tmp_path:
     ]
     storage.write_json(str(out / "results.json"), {"final": seeds_entry("a model", results)})
     assert model_folders([single, str(out)]) == (single, *seeds)
+    # As when only some of them were copied.
+    (out / "models/seed-7/property.json").unlink()
+    with pytest.raises(CheckpointError, match=r"names 2 models, but \S+/models/seed-7 holds none"):
+        model_folders([str(out)])
 
 
 @pytest.mark.parametrize(

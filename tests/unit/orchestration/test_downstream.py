@@ -30,6 +30,7 @@ from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
+from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
@@ -48,6 +49,7 @@ from moleblend_ray.orchestration.downstream import (
     finished_results,
     prepare_task,
     read_inputs,
+    require_coordinates,
     set_up,
     starting_point,
 )
@@ -546,3 +548,41 @@ def test_a_prepared_source_of_another_form_is_named(
     assert not caplog.records
     prepare_task(config, MoleculeForm())
     assert "(featurize.explicit_hydrogens False and True)" in caplog.text
+
+
+def test_distances_alone_are_refused_where_there_are_none_and_told_where_some_lack(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = finetuning(tmp_path)
+    distances = FinetuneSettings(relations="3d")
+    alone = dataclasses.replace(config, finetune=distances)
+    searched = SweepConfig(
+        task=config.task, out="o", search=SearchSpace(choices={"relations": ("2d", "3d")})
+    )
+    never = SweepConfig(
+        task=config.task,
+        out="o",
+        finetune=distances,
+        search=SearchSpace(choices={"relations": ("2d", "2d+3d")}),
+    )
+
+    def molecules(*has_coordinates: bool) -> Any:
+        """As far as they are looked at."""
+
+        class Molecules(SimpleNamespace):
+            def __len__(self) -> int:
+                return len(has_coordinates)
+
+        return Molecules(has_coordinates=np.array(has_coordinates), mol_ids=("a", "b", "c"))
+
+    for one in (alone, searched):
+        with pytest.raises(
+            DataError, match=r"relations=3d: none of the 3 molecules .*\(task\.conf"
+        ):
+            require_coordinates(one, molecules(False, False, False))
+        require_coordinates(one, molecules(True, True, True))
+    for one in (config, never):
+        require_coordinates(one, molecules(False, False, False))
+    assert not caplog.records
+    require_coordinates(alone, molecules(True, False, False))
+    assert "2 of 3 molecules have no coordinates, such as 'b'" in caplog.text

@@ -203,11 +203,17 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
 ) -> None:
     found = []
     monkeypatch.setattr(
-        parts, "prepare_molecules", lambda *_, conformers, **__: found.append(conformers)
+        parts,
+        "prepare_molecules",
+        lambda *_, conformers, require_coordinates, **__: found.append(
+            (conformers, require_coordinates)
+        ),
     )
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
-    parts._prepare(predict_job(config), SimpleNamespace(conformers=4, form=None))
-    assert found == [made]
+    for needs in (False, True):
+        maker = SimpleNamespace(conformers=4, form=None, needs_coordinates=needs)
+        parts._prepare(predict_job(config), maker)
+    assert found == [(made, False), (made, True)]
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, True), (True, True), (False, False)])
@@ -270,7 +276,7 @@ def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unle
     save_property_model(model, trained, str(tmp_path))
     config = EmbedConfig(checkpoint=str(tmp_path), source="/a.sdf", out="/o", conformers=asked)
     embedder = load_embedder(config, torch.device("cpu"))
-    table = _featurize(["CCCO", "OCCc1ccccc1"], 1, None, 256).molecules
+    table = _featurize(["CCCO", "OCCc1ccccc1"], 1, embedder, 256).molecules
     assert min(table["num_conformers"].to_pylist()) == 1
     vectors = [
         embedder.part(part)["embedding"].to_pylist() for part in (table, without_coordinates(table))
