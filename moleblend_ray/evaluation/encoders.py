@@ -12,6 +12,7 @@ from moleblend_ray.evaluation.property_model import (
     SavedProperty,
     is_property_model,
     load_property_model,
+    require_finite,
 )
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import weights_fingerprint
@@ -31,7 +32,7 @@ class LoadedEncoder(NamedTuple):
 def load_encoder(checkpoint: str) -> LoadedEncoder:
     """Load an encoder from a pretraining run, one of its checkpoints, an exported model or a fine-tuned model.
 
-    Raises CheckpointError for anything else, also for a finished fine-tuning or sweep, whose models have an encoder each.
+    Raises CheckpointError for anything else, for weights that are not finite, and also for a finished fine-tuning or sweep, whose models have an encoder each.
     """
     fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
     if fine_tuned is None and storage.exists(storage.join(checkpoint, RESULTS_NAME)):
@@ -46,6 +47,7 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
     else:
         model, form = fine_tuned.model, fine_tuned.trained.molecules
     state = {name: value.detach().cpu() for name, value in model.encoder.state_dict().items()}
+    require_finite(state, checkpoint)
     start = StartingPoint(
         model=model.config,
         encoder=state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -12,6 +13,7 @@ import safetensors
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
@@ -254,7 +256,18 @@ def load_property_model(uri: str) -> SavedProperty:
         raise CheckpointError(
             f"the fine-tuned model at {uri} is damaged or of another version: {error}"
         ) from error
+    require_finite(state, uri)
     return SavedProperty(model.eval(), trained)
+
+
+def require_finite(state: Mapping[str, Tensor], uri: str) -> None:
+    """Raise CheckpointError if a weight of the model at ``uri`` is NaN or infinite: so would be all that it gives."""
+    wrong = [name for name, value in state.items() if not torch.isfinite(value).all()]
+    if wrong:
+        raise CheckpointError(
+            f"the model at {uri} has weights that are not finite, in {len(wrong)} of {len(state)} tensors ({wrong[0]}): its "
+            "training diverged. Leave it out, or train it again with a lower learning rate"
+        )
 
 
 def _readout(document: dict[str, Any]) -> ReadoutConfig:

@@ -343,6 +343,24 @@ def test_what_holds_fine_tuned_models_names_them_to_those_who_want_an_encoder(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_diverged_is_refused_and_not_part_of_an_ensemble(tmp_path: Path) -> None:
+    sound = fine_tuned(tmp_path / "sound", 0)
+    model = PropertyModel(MoleBlendModel(TINY), 1)
+    with torch.no_grad():
+        model.head.out.bias.fill_(torch.nan)
+    save_property_model(model, SOLUBILITY, str(tmp_path / "diverged"))
+    with pytest.raises(
+        CheckpointError, match=r"diverged has weights .* 1 of \d+ .*head\.out\.bias"
+    ):
+        mb.PropertyPredictor.from_pretrained([sound, str(tmp_path / "diverged")])
+    pretrained = MoleBlendModel(TINY)
+    with torch.no_grad():
+        next(pretrained.encoder.parameters())[0] = torch.inf
+    pretrained.save_pretrained(tmp_path / "pretrained")
+    with pytest.raises(CheckpointError, match="pretrained has weights that are not finite"):
+        mb.MoleculeEncoder.from_pretrained(tmp_path / "pretrained")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="names no model"):
         mb.MoleculeEncoder.from_pretrained(str(tmp_path))
