@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,6 @@ import numpy as np
 import ray
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
-from moleblend_ray.config.builder import to_dict
-from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import (
     PropertyConfig,
     SweepConfig,
@@ -27,10 +24,8 @@ from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
-    ConfigError,
     DataError,
     TrainingError,
-    without_credentials,
 )
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,
@@ -44,33 +39,19 @@ from moleblend_ray.evaluation.dataset import (
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column
-from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
-from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
+from moleblend_ray.evaluation.result_files import DATA_DIR
 from moleblend_ray.evaluation.results import (
-    RESULTS_VERSION,
-    Baselines,
     SeedResult,
-    Training,
-    baseline_entry,
-    data_entry,
-    ensemble_entry,
-    labels_entry,
-    repeats_entry,
-    seeds_entry,
-    task_entry,
-    versions,
 )
 from moleblend_ray.evaluation.runs import (
     Experiment,
     finished_seed,
-    read_of_seeds,
 )
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
-from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
+from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,
@@ -79,9 +60,7 @@ from moleblend_ray.orchestration.cluster_checks import (
 )
 from moleblend_ray.orchestration.identity import (
     check_claim,
-    check_finished,
     claim,
-    data_inputs,
     question,
 )
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
@@ -154,7 +133,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         "config": question(config),
         "data_fingerprint": molecules.fingerprint,
         "checkpoint_fingerprint": start.fingerprint,
-        **_split_identity(named),
+        **split_identity(named),
     }
     claim(config.out, identity)
     hash_of_split = split_hash(split)
@@ -291,7 +270,8 @@ def named_splits(task: TaskConfig) -> NamedSplits | None:
     return None if task.split_file is None else splits_of_file(task.split_file)
 
 
-def _split_identity(named: NamedSplits | None) -> dict[str, str | None]:
+def split_identity(named: NamedSplits | None) -> dict[str, str | None]:
+    """What the note of ``out`` says of splits that come with the data."""
     return {} if named is None else {"split_fingerprint": named.digest}
 
 
@@ -392,122 +372,3 @@ def worker_resources(config: PropertyConfig) -> dict[str, float]:
     """Resources that one training reserves, as arguments of ``ray.remote``, on nodes with ``cluster.worker_labels``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}
-
-
-def write_results(
-    config: PropertyConfig,
-    bench: Bench,
-    model: Training,
-    baselines: Baselines,
-    *,
-    seconds: float,
-) -> dict[str, Any]:
-    """Write the report, then ``results.json``, whose presence means that everything is done."""
-    experiment, start = bench.experiment, bench.experiment.start
-    name = "from scratch" if config.checkpoint is None else "fine-tuned"
-    columns = experiment.molecules.columns
-    valid, test = (
-        read_of_seeds(config.out, [seed.seed for seed in model.final], part, columns)
-        for part in ("valid", "test")
-    )
-    results: dict[str, Any] = {
-        "results_version": RESULTS_VERSION,
-        "config": to_dict(config),
-        "task": task_entry(experiment.task, experiment.molecules),
-        "data": _data_part(config, bench),
-        "checkpoint": {
-            "uri": config.checkpoint,
-            "fingerprint": start.fingerprint,
-            "model": to_dict(start.model),
-        },
-        "chosen": to_dict(model.chosen),
-        "trials": [dataclasses.asdict(trial) for trial in model.trials],
-        "final": {
-            **seeds_entry(f"MoleBLEND, {name}", model.final),
-            **_together(experiment.task, columns, valid, test),
-        },
-        "baselines": [baseline_entry(result) for result in baselines.results],
-        "baselines_absent": {kind.value: reason for kind, reason in baselines.absent.items()},
-        "versions": versions(),
-        "seconds": seconds,
-    }
-    results = redact(results)
-    # Not above: every process of these jobs imports this module, and would import matplotlib and scikit-learn with it.
-    from moleblend_ray.evaluation.report import write_report
-
-    write_report(config.out, results, test[0].labels, test[0].predictions)
-    storage.write_json(storage.join(config.out, RESULTS_NAME), results)
-    return results
-
-
-def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
-    """What ``results.json`` says of the molecules, their labels and their split."""
-    experiment = bench.experiment
-    task, molecules, split = experiment.task, experiment.molecules, experiment.split
-    of_split = {
-        "seed": config.split_seed,
-        "hash": bench.split_hash,
-        **({"fractions": None} if task.split is SplitKind.GIVEN else {}),
-        **{part: len(getattr(split, part)) for part in ("train", "valid", "test")},
-    }
-    return {
-        **data_entry(bench.data_uri, molecules, task, of_split),
-        "repeats": repeats_entry(bench.repeats),
-        "labels": labels_entry(task.kind, molecules, split),
-    }
-
-
-def _together(
-    task: Task,
-    columns: Sequence[str],
-    valid: Sequence[PartPredictions],
-    test: Sequence[PartPredictions],
-) -> dict[str, Any]:
-    """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
-    and of numbers the intervals."""
-    mean = mean_of(test)
-    found: dict[str, Any] = {}
-    if len(test) > 1:
-        found["ensemble"] = ensemble_entry(task, columns, mean_of(valid), mean)
-    if task.kind is TaskKind.REGRESSION:
-        found["intervals"] = intervals_entry(columns, valid, mean)
-    return found
-
-
-def has_results(out: str) -> bool:
-    """Whether ``out`` holds finished results."""
-    return storage.exists(storage.join(out, RESULTS_NAME))
-
-
-def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
-    """The stored results if ``out`` holds finished ones for this question. Raises ConfigError if for another."""
-    if not has_results(config.out):
-        return None
-    uri = storage.join(config.out, RESULTS_NAME)
-    results = storage.read_object(uri, "results_version")
-    _check_version(uri, results)
-    data_uri = storage.join(config.out, DATA_DIR)
-
-    def inputs() -> dict[str, str | None]:
-        start = starting_point(config)
-        return {
-            **data_inputs(
-                config.task.source, data_uri, lambda: prepare_task(config, start.molecules)
-            ),
-            "checkpoint_fingerprint": start.fingerprint,
-            **_split_identity(named_splits(config.task)),
-        }
-
-    check_finished(config.out, question(config), inputs)
-    logger.info("%s is finished: %s", config.out, without_credentials(uri))
-    return results
-
-
-def _check_version(uri: str, results: Mapping[str, Any]) -> None:
-    version = results.get("results_version")
-    if version != RESULTS_VERSION:
-        raise ConfigError(
-            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the "
-            "results there were made by another release, with other baselines. Their models and predictions can still "
-            "be used. Give another `out` to compute the results of this release"
-        )

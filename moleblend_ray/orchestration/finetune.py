@@ -16,11 +16,13 @@ from moleblend_ray.evaluation.results import Training
 from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
-    finished_results,
-    has_results,
     read_inputs,
     set_up,
     train_seeds,
+)
+from moleblend_ray.orchestration.result_writing import (
+    finished_results,
+    has_results,
     write_results,
 )
 from moleblend_ray.orchestration.session import ray_session

@@ -41,13 +41,13 @@ from moleblend_ray.orchestration.cluster_checks import may_grow
 from moleblend_ray.orchestration.downstream import (
     Bench,
     LostWorkError,
-    has_results,
     train_seeds,
     worker_resources,
 )
 from moleblend_ray.orchestration.finetune import FinetuneSummary, compute_results, summarise
 from moleblend_ray.orchestration.placement import cluster_resources
 from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.result_writing import has_results
 from moleblend_ray.orchestration.searchers import (
     METRIC,
     RoomLimiter,

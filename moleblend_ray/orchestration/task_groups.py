@@ -38,7 +38,7 @@ from moleblend_ray.evaluation.result_files import (
     require_command,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
-from moleblend_ray.orchestration.downstream import check_cluster, has_results, starting_point
+from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
 from moleblend_ray.orchestration.molecules import (
@@ -47,6 +47,7 @@ from moleblend_ray.orchestration.molecules import (
     prepare_molecules,
     refuse_raw_settings,
 )
+from moleblend_ray.orchestration.result_writing import has_results
 from moleblend_ray.orchestration.session import ray_session
 from moleblend_ray.orchestration.sweep import SweepSummary, search_method, sweep
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.config.builder import to_dict
@@ -32,11 +31,8 @@ from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.hub import save_pretrained
-from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import downstream
 from moleblend_ray.orchestration import finetune as finetune_module
 from moleblend_ray.orchestration import molecules as molecules_module
@@ -46,7 +42,6 @@ from moleblend_ray.orchestration.downstream import (
     LostWorkError,
     check_cluster,
     collect,
-    finished_results,
     prepare_task,
     read_inputs,
     require_coordinates,
@@ -109,38 +104,6 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
         set_up(config, inputs)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("num_models", [1, 2])
-@pytest.mark.parametrize("kind", list(TaskKind))
-def test_results_score_what_predictions_will_be_the_mean_of_all_models(
-    kind: TaskKind, num_models: int
-) -> None:
-    is_class = kind is TaskKind.CLASSIFICATION
-    labels = np.array([[0.0], [1.0], [0.0], [1.0]] * 5)
-    names = tuple(f"C{row}" for row in range(len(labels)))
-    # Each model is wrong where the other is right, so that the mean is better than both.
-    right, wrong = np.where(labels == 1.0, 0.9, 0.1), np.full_like(labels, 0.5)
-    first, second = labels.copy() * 0.0 + wrong, wrong.copy()
-    first[:10], second[10:] = right[:10], right[10:]
-    models = [
-        PartPredictions(mol_ids=names, smiles=names, labels=labels, predictions=values)
-        for values in (first, second)[:num_models]
-    ]
-    task = TaskConfig(name="own", source="a.csv", columns=("y",), kind=kind).resolve()
-    found = downstream._together(task, ("y",), models, models)
-    assert ("ensemble" in found) == (num_models == 2)
-    assert ("intervals" in found) == (not is_class)
-    if num_models == 2:
-        together = found["ensemble"]
-        assert together["valid"] == together["test"]
-        assert together["test"] == (1.0 if is_class else pytest.approx(0.3))
-        assert set(together["test_others"]) == (
-            {"pr_auc"} if is_class else {"mae", "r2", "spearman"}
-        )
-    if not is_class:
-        width = found["intervals"]["columns"]["y"]["half_width"]
-        assert width == pytest.approx(0.3 if num_models == 2 else 0.5)
 
 
 def test_molecules_in_two_parts_are_told_with_an_example_before_training(
@@ -463,39 +426,6 @@ def test_inputs_that_are_gone_leave_finished_results_finished(
     with caplog.at_level(logging.WARNING):
         check_finished(str(tmp_path), QUESTION, gone)
     assert "no such checkpoint" in caplog.text
-
-
-def test_a_checkpoint_replaced_under_its_name_is_not_what_the_results_are_of(
-    tmp_path: Path,
-) -> None:
-    config = FinetuneConfig(
-        task=TaskConfig(name="esol", source=str(tmp_path / "esol.csv")),
-        out=str(tmp_path / "out"),
-        checkpoint=str(tmp_path / "model"),
-    )
-    torch.manual_seed(0)
-    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
-    identity = {
-        "config": question(config),
-        "data_fingerprint": "aaa",
-        "checkpoint_fingerprint": starting_point(config).fingerprint,
-    }
-    claim(config.out, identity)
-    stored = {"results_version": RESULTS_VERSION, "seconds": 1.0}
-    storage.write_json(storage.join(config.out, "results.json"), stored)
-    assert finished_results(config) == stored
-    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
-    with pytest.raises(ConfigError, match="checkpoint_fingerprint"):
-        finished_results(config)
-
-
-def test_results_of_another_layout_are_refused_saying_what_to_do(tmp_path: Path) -> None:
-    config = FinetuneConfig(
-        task=TaskConfig(name="esol", source=str(tmp_path / "esol.csv")), out=str(tmp_path)
-    )
-    storage.write_json(storage.join(config.out, "results.json"), {"results_version": 1})
-    with pytest.raises(ConfigError, match=r"layout version 1, .* reads 2.*another `out`"):
-        finished_results(config)
 
 
 @pytest.mark.parametrize("checkpoint", ["run", None])
