@@ -320,7 +320,17 @@ def delete_old_checkpoints(run_uri: str, keep: Callable[[Sequence[int]], set[int
 
 
 def abandon_after(run_uri: str, step: int) -> None:
-    """Remove checkpoints newer than ``step``, where training goes on: they were found damaged or never committed."""
-    for newer in _checkpoint_files(run_uri):
-        if newer > step:
-            delete_checkpoint(run_uri, newer)
+    """Remove checkpoints newer than ``step``, where training goes on: they were found damaged or never committed.
+
+    CheckpointError if one is whole, which then somebody else has committed since ``step`` was found to be the newest.
+    """
+    found = _checkpoint_files(run_uri)
+    newer = sorted((one for one in found if one > step), reverse=True)
+    for one in newer:
+        if _examine(run_uri, one, COMMIT_NAME in found[one], True).state in ("whole", "newer"):
+            raise CheckpointError(
+                f"step {one} of {run_uri} was committed while this command started at step {step}, by another command or by "
+                "workers that were taken for lost. It is kept: start again from it. Let only one command train this run."
+            )
+    for one in newer:
+        delete_checkpoint(run_uri, one)

@@ -379,9 +379,22 @@ def test_two_writers_of_one_run_do_not_replace_each_other_s_checkpoints(
     assert read_commit(run, others_first) == before
 
 
-def test_what_is_newer_than_the_start_is_abandoned(run: Path) -> None:
-    abandon_after(str(run), 4)
-    assert committed_steps(str(run)) == [4, 2]
+def test_what_is_newer_than_the_start_is_abandoned_if_it_is_damaged_or_has_no_marker(
+    run: Path,
+) -> None:
+    content = bytearray(shard(run, 6).read_bytes())
+    content[len(content) // 2] ^= 1
+    shard(run, 6).write_bytes(content)
+    (Path(step_uri(str(run), 4)) / COMMIT_NAME).unlink()
+    abandon_after(str(run), 2)
+    assert [one.step for one in examine_checkpoints(str(run))] == [2]
+
+
+def test_what_another_command_commits_while_this_one_starts_is_kept(run: Path) -> None:
+    (Path(step_uri(str(run), 6)) / COMMIT_NAME).unlink()
+    with pytest.raises(CheckpointError, match=r"step 4 of .* was committed while this command"):
+        abandon_after(str(run), 2)
+    assert [one.step for one in examine_checkpoints(str(run))] == [6, 4, 2]
 
 
 @pytest.mark.parametrize("name", ["../outside", "folder/file", "/tmp/file", "..", ""])
