@@ -113,7 +113,8 @@ class TrainConfig:
     """Steps between validations (one more at the end); 0 for none."""
 
     validation_molecules: int = 2048
-    """Molecules of the valid split that a validation sees, always the same; fewer if the split has fewer."""
+    """Molecules of the valid split that a validation sees, always the same, from places all over the split; fewer if the split
+    has fewer."""
 
     def __post_init__(self) -> None:
         check_all(

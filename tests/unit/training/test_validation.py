@@ -18,7 +18,7 @@ from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.model.config import LossConfig
 from moleblend_ray.training.ranks import Ranks
-from moleblend_ray.training.validation import _shares, build_validation
+from moleblend_ray.training.validation import _shares, build_validation, validation_rows
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +54,36 @@ def test_the_blends_are_those_of_a_step_that_training_never_reaches(
     # Losses of validation are compared between runs of different versions: another number would be another blend.
     uri, manifest = dataset
     reader = ShardReader(uri, manifest, "valid", columns=list(GRAPH_COLUMNS))
-    steps = {int(share.batch.step) for share in _shares(reader, 20, 7, Ranks(), None)}
+    steps = {int(share.batch.step) for share in _shares(reader, np.arange(20), 7, Ranks(), None)}
     assert steps == {2**32 - 1}
 
 
-def test_the_molecules_are_the_first_of_the_valid_split(dataset: tuple[str, Manifest]) -> None:
+@pytest.mark.parametrize("available", [1, 31, 40, 2047, 2048, 2049, 5000, 10**6, 10**11])
+@pytest.mark.parametrize("wanted", [1, 7, 33, 2048])
+def test_the_molecules_are_distinct_and_from_all_over_the_split(
+    wanted: int, available: int
+) -> None:
+    rows = validation_rows(wanted, available)
+    assert len(rows) == min(wanted, available)
+    assert rows[0] == 0
+    assert rows[-1] < available
+    assert (np.diff(rows) > 0).all()
+    if wanted >= available:
+        assert rows.tolist() == list(range(available))
+    elif wanted > 32:
+        # Runs of neighbours: a row group is read whole.
+        assert (np.diff(rows) > 1).sum() <= 31
+        assert rows[-1] == available - 1
+        # In each quarter as much as in the others.
+        counts = np.histogram(rows, bins=4, range=(0, available))[0]
+        assert counts.max() - counts.min() <= wanted / 16
+
+
+def test_no_molecule_is_taken_of_a_split_that_has_none() -> None:
+    assert len(validation_rows(2048, 0)) == 0
+
+
+def test_a_part_of_the_valid_split_is_validated_or_all_of_it(dataset: tuple[str, Manifest]) -> None:
     uri, manifest = dataset
 
     def losses(manifest: Manifest, molecules: int) -> dict[str, float]:
@@ -70,9 +95,9 @@ def test_the_molecules_are_the_first_of_the_valid_split(dataset: tuple[str, Mani
     everything = losses(manifest, 2048)
     assert losses(manifest, 20) == everything
     assert losses(replace(manifest, shards=manifest.shards_of("valid")), 2048) == everything
-    first = losses(manifest, 7)
-    assert first["valid_loss"] != pytest.approx(everything["valid_loss"], rel=1e-4)
-    assert losses(manifest, 8) != first
+    part = losses(manifest, 7)
+    assert part["valid_loss"] != pytest.approx(everything["valid_loss"], rel=1e-4)
+    assert losses(manifest, 8) != part
 
 
 @pytest.mark.parametrize(
@@ -111,7 +136,7 @@ def test_every_molecule_counts_once_and_all_ranks_have_equal_rounds(
     uri, manifest = dataset
     reader = ShardReader(uri, manifest, "valid", columns=GRAPH_COLUMNS)
     shares = [
-        _shares(reader, 20, 3, Ranks(rank=rank, world_size=world_size), None)
+        _shares(reader, np.arange(20), 3, Ranks(rank=rank, world_size=world_size), None)
         for rank in range(world_size)
     ]
     assert len({len(of_rank) for of_rank in shares}) == 1
