@@ -58,6 +58,10 @@ LINEAR_SHARE: Final = 0.5
 """Share of the linear model of descriptors in a prediction. With small validation parts that differ from the test part,
 as those by scaffold do, a share chosen by validation is worse than the mean."""
 
+RESOLUTION: Final = 1e-6
+"""Smallest scale of what an element reference leaves, as a share of the largest sum over atoms: some ten times the
+rounding of float32."""
+
 PREDICTION_CHUNK = 1024
 """Molecules whose relation matrices are in memory at once while predicting."""
 
@@ -322,7 +326,12 @@ def _scale_labels(
         )
     counts = element_counts(molecules.block.take(train))
     reference = fit_reference(counts, labels)
-    standardisation = Standardisation.fit(task.kind, labels - counts @ reference, molecules.columns)
+    sums = counts @ reference
+    rest = Standardisation.fit(task.kind, labels - sums, molecules.columns)
+    # Of a column that the elements explain (as they do few labels), rounding is left. On its scale the sums over atoms,
+    # in float32, would err by many times 1, and the loss of this column would drown all others.
+    least = RESOLUTION * np.abs(sums).max(axis=0)
+    standardisation = dataclasses.replace(rest, std=np.maximum(rest.std, least))
     model.reference.copy_(torch.from_numpy(reference / standardisation.std))
     return standardisation
 

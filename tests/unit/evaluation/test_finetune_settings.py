@@ -391,6 +391,24 @@ def test_what_atoms_add_up_to_needs_no_training_with_an_atom_reference(
     assert np.abs(values[::4] - molecules.labels[::4]).mean() == pytest.approx(result.valid_score)
 
 
+def test_a_column_that_elements_explain_does_not_drown_the_others(
+    make_labelled: MakeLabelled, pretrained: StartingPoint
+) -> None:
+    """Three labels are fitted by elements up to rounding, which is no scale of what is left to learn."""
+    smiles = all_smiles()
+    labels = np.full((len(smiles), 2), np.nan)
+    labels[:, 0] = [text.upper().count("N") for text in smiles]
+    labels[1:4, 1] = 310.0, 275.0, 401.0
+    labels[::4, 1] = 300.0
+    task = resolve_task(
+        "numbers", columns=("y0", "y1"), kind=TaskKind.REGRESSION, metric=Metric.MAE
+    )
+    settings = dataclasses.replace(QUICK, epochs=1, atom_reference=True)
+    result = train(make_labelled(smiles, labels), pretrained, settings, task)
+    assert result.history[0].train_loss < 2.0
+    assert 1e-5 < result.trained.standardisation.std[1] < 1e-2
+
+
 def test_classes_have_no_atom_reference(
     molecules: LabelledMolecules, pretrained: StartingPoint
 ) -> None:
