@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.block import block_from_table
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shards import MOLECULE_FIELDS
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain
+from moleblend_ray.evaluation.atom_reference import element_counts
 from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
     batches_by_size,
@@ -31,6 +33,7 @@ from moleblend_ray.evaluation.property_model import TrainedProperty, distances_a
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME
 from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.model.moleblend import NUM_ELEMENTS
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +177,7 @@ class Predictor:
         }
         for index in range(len(self.trained.columns)):
             columns += [_or_null(values[name][:, index]) for name in self._statistics]
-        similarity, in_domain = self._applicability(table["smiles"].to_pylist())
+        similarity, in_domain = self._applicability(table)
         return pa.table([*columns, similarity, in_domain], schema=self.schema)
 
     @torch.no_grad()
@@ -195,21 +198,36 @@ class Predictor:
             outputs[index] = member.saved.trained.readout(outputs[index])
         return outputs
 
-    def _applicability(self, smiles: Sequence[str]) -> tuple[pa.Array, pa.Array]:
+    def _applicability(self, table: pa.Table) -> tuple[pa.Array, pa.Array]:
         """Similarity to the nearest training molecule, and whether it is high enough; null if not known.
 
         If the models were trained on different molecules, the smallest similarity counts, and a molecule is inside only
         if it is inside for all models.
         """
         if not self.domains:
-            return pa.nulls(len(smiles), pa.float64()), pa.nulls(len(smiles), pa.bool_())
-        queries = packed_ecfp(smiles)
-        similarity, inside = np.ones(len(smiles)), np.ones(len(smiles), dtype=np.bool_)
+            return pa.nulls(len(table), pa.float64()), pa.nulls(len(table), pa.bool_())
+        queries = packed_ecfp(table["smiles"].to_pylist())
+        similarity, inside = np.ones(len(table)), self._has_all_references(table)
         for domain in self.domains:
             nearest = domain.similarity(queries)
             similarity = np.minimum(similarity, nearest)
             inside &= nearest >= self._threshold(domain)
         return pa.array(similarity), pa.array(inside)
+
+    def _has_all_references(self, table: pa.Table) -> NDArray[np.bool_]:
+        """(M,) whether every element of a molecule is in the element references of those models that have one.
+
+        The sum over atoms lacks an element that no training molecule has: an energy of hundreds of hartree.
+        """
+        lacking = np.zeros(NUM_ELEMENTS, dtype=np.bool_)
+        for member in self.members:
+            known = member.saved.model.reference.any(dim=1).cpu().numpy()
+            if known.any():
+                lacking |= ~known
+        if not lacking.any():
+            return np.ones(len(table), dtype=np.bool_)
+        counts = element_counts(block_from_table(table, np.arange(len(table), dtype=np.int64)))
+        return np.asarray(counts[:, lacking].sum(axis=1) == 0)
 
     def _threshold(self, domain: ApplicabilityDomain) -> float:
         return domain.threshold if self.threshold is None else self.threshold

@@ -23,7 +23,7 @@ from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
+from moleblend_ray.model.moleblend import HYDROGEN, MoleBlendModel, PropertyModel
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(num_layers=2, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
@@ -246,6 +246,21 @@ def test_similarity_is_to_the_nearest_training_molecule_of_every_model(table: pa
     np.testing.assert_array_equal(alike["similarity"].to_numpy(), nearest[0])
     assert alike["in_domain"].to_pylist() == (nearest[0] >= 0.3).tolist()
     assert len(set(alike["in_domain"].to_pylist())) == 2
+
+
+def test_an_element_that_the_element_reference_lacks_is_outside(table: pa.Table) -> None:
+    """The energy of its atoms is not in the prediction, however similar the molecule is."""
+    plain, referenced = member(0), member(1)
+    carbon, oxygen = 5, 7
+    referenced.saved.model.reference[[HYDROGEN, carbon, oxygen]] = torch.tensor(
+        [[-0.5], [-38.0], [-75.0]]
+    )
+    inside = [
+        predictor(*members, conformers=1, threshold=0.0).part(table)["in_domain"].to_pylist()
+        for members in ((plain,), (plain, referenced))
+    ]
+    has_nitrogen = ["n" in text.lower() for text in (*FLEXIBLE, *FLAT)]
+    assert inside == [[True] * len(table), [not has for has in has_nitrogen]]
 
 
 def test_without_the_training_molecules_of_one_model_likeness_is_not_known(
