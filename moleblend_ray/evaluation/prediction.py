@@ -93,7 +93,7 @@ class Predictor:
             form=form_of(members),
             threshold=threshold,
             interval=interval,
-            half_widths=_half_widths(members, interval),
+            half_widths=_half_widths(members, interval, count),
             batch_size=batch_size,
             device=device,
         )
@@ -250,11 +250,22 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
     )
 
 
-def _half_widths(members: Sequence[Member], interval: float | None) -> NDArray[np.float64]:
-    """(T,) half widths of intervals for the mean of ``members``; NaN, with a warning, where they are not known."""
+def _half_widths(
+    members: Sequence[Member], interval: float | None, conformers: int
+) -> NDArray[np.float64]:
+    """(T,) half widths of intervals for the mean of ``members`` over ``conformers``; NaN, with a warning, where they are not
+    known."""
     columns = members[0].saved.trained.columns
     unknown = np.full(len(columns), np.nan)
     if interval is None:
+        return unknown
+    scored = {one.saved.conformers for one in members if one.saved.model.readout.relations != "2d"}
+    if scored - {conformers}:
+        logger.warning(
+            "intervals stay empty: the models' errors are known for %s conformers, and these predictions are from %d",
+            " or ".join(map(str, sorted(scored))),
+            conformers,
+        )
         return unknown
     calibration = Calibration.of([member.validation for member in members])
     if calibration is None:

@@ -22,7 +22,7 @@ from moleblend_ray.evaluation.property_model import SavedProperty, Standardisati
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
-from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import HYDROGEN, MoleBlendModel, PropertyModel
 
 CPU = torch.device("cpu")
@@ -326,11 +326,29 @@ def test_intervals_that_are_not_known_are_empty_and_a_warning_says_why(
     }
     for reason, members in cases.items():
         caplog.clear()
-        found = predictor(*members, interval=0.9).part(table)
+        found = predictor(*members, conformers=1, interval=0.9).part(table)
         assert reason in caplog.text
         assert found["upper:b"].null_count == found["lower:b"].null_count == table.num_rows
         assert found["prediction:b"].null_count == 0
     assert found["lower:a"].null_count == 0
+
+
+def test_errors_with_other_conformers_tell_nothing_of_these_predictions(
+    table: pa.Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = validated(member(0), np.ones((19, 2)))
+    flat = PropertyModel(MoleBlendModel(TINY), 2, ReadoutConfig(relations="2d")).eval()
+    without = dataclasses.replace(one, saved=SavedProperty(flat, one.saved.trained))
+    # A model of 2D relations alone sees the same of any conformer.
+    for members in ([one], [one, without]):
+        asked = predictor(*members, conformers=3, interval=0.9)
+        assert "known for 1 conformers, and these predictions are from 3" in caplog.text
+        assert asked.part(table)["lower:a"].null_count == table.num_rows
+        caplog.clear()
+    for members, conformers in (([one, without], 1), ([without], 3), ([without], 0)):
+        asked = predictor(*members, conformers=conformers, interval=0.9)
+        assert asked.describe()["half_widths"] == {"a": 1.0, "b": 1.0}
+    assert not caplog.records
 
 
 def test_classes_have_no_intervals_and_numbers_only_if_asked(table: pa.Table) -> None:
