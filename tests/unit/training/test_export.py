@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -125,48 +125,57 @@ def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None
         export_run(str(tmp_path))
 
 
+@dataclass(frozen=True)
+class RunningRun:
+    """A copy of a run whose newest checkpoint is not yet there."""
+
+    uri: str
+    newer: Path
+
+    def go_on(self) -> None:
+        """Commit the newest checkpoint and delete the one before, if that was not done yet."""
+        if self.newer.exists():
+            shutil.move(self.newer, step_uri(self.uri, 4))
+            delete_checkpoint(self.uri, 2)
+
+
+@pytest.fixture
+def running(run: tuple[str, Learner], tmp_path: Path) -> RunningRun:
+    copy = RunningRun(str(tmp_path / "copy"), tmp_path / "newer")
+    shutil.copytree(run[0], copy.uri)
+    shutil.move(step_uri(copy.uri, 4), copy.newer)
+    return copy
+
+
 def test_a_checkpoint_that_a_running_command_deletes_while_it_is_read_gives_way_to_a_newer_one(
-    run: tuple[str, Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: tuple[str, Learner], running: RunningRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri, learner = run
-    copy = str(tmp_path / "copy")
-    shutil.copytree(uri, copy)
-    newer = tmp_path / "newer"
-    shutil.move(step_uri(copy, 4), newer)
     download = storage.download
 
     def late_download(source: str, target: str | Path) -> None:
-        if newer.exists():
-            shutil.move(newer, step_uri(copy, 4))
-            delete_checkpoint(copy, 2)
+        running.go_on()
         download(source, target)
 
     monkeypatch.setattr(checkpoint, "TRANSFER_THREADS", 1)
     monkeypatch.setattr(storage, "download", late_download)
-    assert_same_weights(load_model(copy), learner.model)
-    assert not newer.exists()
+    assert_same_weights(load_model(running.uri), run[1].model)
+    assert not running.newer.exists()
 
 
 def test_a_checkpoint_that_is_deleted_while_it_is_checked_is_not_called_damaged(
     run: tuple[str, Learner],
-    tmp_path: Path,
+    running: RunningRun,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    uri, learner = run
-    copy = str(tmp_path / "copy")
-    shutil.copytree(uri, copy)
-    newer = tmp_path / "newer"
-    shutil.move(step_uri(copy, 4), newer)
     size = storage.size
 
     def late_size(source: str) -> int:
-        if newer.exists():
-            shutil.move(newer, step_uri(copy, 4))
-            delete_checkpoint(copy, 2)
+        running.go_on()
         return size(source)
 
     monkeypatch.setattr(commits, "_CHECK_THREADS", 1)
     monkeypatch.setattr(storage, "size", late_size)
-    assert_same_weights(load_model(copy), learner.model)
+    assert_same_weights(load_model(running.uri), run[1].model)
+    assert not running.newer.exists()
     assert "damaged" not in caplog.text
