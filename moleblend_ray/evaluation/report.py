@@ -32,9 +32,15 @@ def write_report(
     test_labels: NDArray[np.float64],
     test_predictions: NDArray[np.float64],
 ) -> str:
-    """Write ``report.md`` and its figures to ``out``; (M, T) labels and predictions are those of the first seed."""
-    task, seed = results["task"], results["final"]["seeds"][0]["seed"]
-    figures = {"test.png": predictions_figure(task, test_labels, test_predictions, seed=seed)}
+    """Write ``report.md`` and its figures to ``out``; of the test molecules (M, T) labels, and means of the predictions of all
+    seeds."""
+    task, final = results["task"], results["final"]
+    seeds = final["seeds"]
+    models = f"mean of {len(seeds)} models" if len(seeds) > 1 else f"seed {seeds[0]['seed']}"
+    drawn = predictions_figure(
+        task, test_labels, test_predictions, models=models, intervals=final.get("intervals")
+    )
+    figures = {"test.png": drawn}
     trials = results.get("trials", [])
     if sum(trial["valid_score"] is not None for trial in trials) > 1:
         figures["trials.png"] = trials_figure(trials, results["chosen"], _metric_name(task))
@@ -66,6 +72,7 @@ def _text(
         *_other_scores(task, (results["final"], *results["baselines"])),
         *_intervals(task, results["final"].get("intervals")),
         f"![test molecules](figures/{figures[0]})",
+        *_band_remark(task, results["final"].get("intervals")),
         "",
         "## Molecules",
         "",
@@ -292,6 +299,14 @@ def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> 
     if len(columns) > _MAX_COLUMN_ROWS:
         lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
     return [*lines, ""]
+
+
+def _band_remark(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> list[str]:
+    """What the grey band of the figure is, if it has one."""
+    if not intervals or len(task["columns"]) > 1:
+        return []
+    (found,) = intervals["columns"].values()
+    return [] if found["half_width"] is None else ["", "Grey: labels inside their interval."]
 
 
 def _interval_row(name: str, found: Mapping[str, Any]) -> str:

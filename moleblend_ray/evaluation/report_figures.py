@@ -21,16 +21,20 @@ def predictions_figure(
     labels: NDArray[np.float64],
     predictions: NDArray[np.float64],
     *,
-    seed: int,
+    models: str,
+    intervals: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The (M, T) labels and predictions of the test molecules, of one seed, as a PNG: curves of classes, or points."""
+    """The (M, T) labels and predictions of the test molecules as a PNG: curves of classes, or points.
+
+    ``models`` says in the title whose predictions they are. The ``intervals`` of a single property are drawn.
+    """
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     if task["kind"] == "classification":
         _draw_roc(axes, task["columns"], labels, predictions)
     else:
-        _draw_parity(axes, task, labels, predictions)
-    axes.set_title(f"{figure_text(task['name'])}: test molecules, seed {seed}")
+        _draw_parity(axes, task, labels, predictions, intervals)
+    axes.set_title(f"{figure_text(task['name'])}: test molecules, {models}")
     return _png(figure)
 
 
@@ -59,6 +63,7 @@ def _draw_parity(
     task: Mapping[str, Any],
     labels: NDArray[np.float64],
     predictions: NDArray[np.float64],
+    intervals: Mapping[str, Any] | None,
 ) -> None:
     for index, column in enumerate(task["columns"]):
         label = figure_text(column)
@@ -66,10 +71,21 @@ def _draw_parity(
     low = float(min(np.nanmin(labels), predictions.min()))
     high = float(max(np.nanmax(labels), predictions.max()))
     axes.plot([low, high], [low, high], color="grey", linestyle=":", linewidth=1)
+    if intervals and len(task["columns"]) == 1:
+        _draw_interval(axes, intervals["columns"][task["columns"][0]]["half_width"], low, high)
     unit = f" ({figure_text(task['unit'])})" if task["unit"] else ""
     axes.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
     if 1 < len(task["columns"]) <= 6:
         axes.legend(fontsize=8)
+
+
+def _draw_interval(axes: Axes, half_width: float | None, low: float, high: float) -> None:
+    """Where labels are inside the intervals of their predictions."""
+    if half_width is not None:
+        ends = np.array([low, high])
+        axes.fill_between(
+            ends, ends - half_width, ends + half_width, color="grey", alpha=0.12, lw=0
+        )
 
 
 def trials_figure(

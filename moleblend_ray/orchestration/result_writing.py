@@ -83,7 +83,7 @@ def write_results(
     # Not above: every process of these jobs imports this module, and would import matplotlib and scikit-learn with it.
     from moleblend_ray.evaluation.report import write_report
 
-    write_report(config.out, results, test[0].labels, test[0].predictions)
+    write_report(config.out, results, test[0].labels, mean_of(test).predictions)
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
 

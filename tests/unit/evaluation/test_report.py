@@ -155,7 +155,7 @@ def test_intervals_are_shown_with_the_share_of_test_labels_inside(tmp_path: Path
         "d": {"half_width": 2.0, "valid_labels": 30, "test_labels": 0, "test_inside": 0},
     }
     results = results_of()
-    results["task"]["unit"] = "log|S|"
+    results["task"] |= {"unit": "log|S|", "columns": list(columns)}
     results["final"]["intervals"] = {"coverage": 0.9, "columns": columns}
     text = report_of(tmp_path, results)
     assert "hold 90 % of the labels" in text
@@ -166,6 +166,22 @@ def test_intervals_are_shown_with_the_share_of_test_labels_inside(tmp_path: Path
     for absent in ({}, {"intervals": None}):
         results["final"] = {**results_of()["final"], **absent}
         assert "test labels inside" not in report_of(tmp_path, results)
+
+
+def test_the_figure_of_one_property_shows_where_labels_are_inside(tmp_path: Path) -> None:
+    results = results_of()
+    column = {"half_width": 0.5, "valid_labels": 30, "test_labels": 3, "test_inside": 3}
+    drawn = {}
+    for name, intervals in (
+        ("none", None),
+        ("wide", {"coverage": 0.9, "columns": {"y": column}}),
+        ("unknown", {"coverage": 0.9, "columns": {"y": {**column, "half_width": None}}}),
+    ):
+        results["final"]["intervals"] = intervals
+        text = report_of(tmp_path / name, results)
+        assert ("Grey: labels inside their interval." in text) == (name == "wide")
+        drawn[name] = (tmp_path / name / "figures" / "test.png").read_bytes()
+    assert drawn["none"] == drawn["unknown"] != drawn["wide"]
 
 
 def test_other_scores_stand_below_with_their_own_units(tmp_path: Path) -> None:
