@@ -31,8 +31,8 @@ from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import load_members
-from moleblend_ray.evaluation.intervals import COVERAGE
 from moleblend_ray.evaluation.prediction import Predictor
+from moleblend_ray.evaluation.settings import COVERAGE
 
 _NO_LABELS: Final = np.empty(0)
 

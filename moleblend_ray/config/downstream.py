@@ -10,7 +10,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
-from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.settings import COVERAGE, FinetuneSettings
 from moleblend_ray.evaluation.tasks import (
     Metric,
     SplitKind,
@@ -293,7 +293,7 @@ class PredictConfig(LibraryConfig):
     applicability: float | None = None
     """Tanimoto similarity (ECFP4) to the nearest training molecule from which on a molecule counts as in the
     models' domain; null: each model's own, the 5th percentile of its training molecules."""
-    interval: float | None = 0.9
+    interval: float | None = COVERAGE
     """Share of the labels of molecules like those of validation that an interval (lower, upper) around the prediction of a
     number is to hold; null: no intervals. Classes have none."""
     csv: bool = False

@@ -14,15 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.evaluation.settings import COVERAGE
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
-
-COVERAGE: Final = 0.9
-"""Share of labels inside the intervals, unless another one is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -87,6 +85,6 @@ def intervals_entry(
 
 
 def _half_width(errors: NDArray[np.float64], coverage: float) -> float:
-    # Products such as 30 * 0.9 may come out a little above the whole number that they are.
+    # Some products, such as 100 * 0.55, come out a little above the whole number that they are.
     rank = math.ceil((len(errors) + 1) * coverage - 1e-9)
     return float(errors[rank - 1]) if rank <= len(errors) else math.nan

@@ -1,12 +1,15 @@
-"""Hyper-parameters of fine-tuning. Imports nothing heavy."""
+"""Hyper-parameters of fine-tuning, and what predictions are asked for by default. Imports nothing heavy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from moleblend_ray.checks import above, at_least, below_one, check_all
 from moleblend_ray.training.config import Precision
+
+COVERAGE: Final = 0.9
+"""Share of labels inside the intervals of predictions, unless another one is asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,7 +80,7 @@ def write_results(
         "seconds": seconds,
     }
     results = redact(results)
-    # Not above: every process of these jobs imports this module, and would import matplotlib and scikit-learn with it.
+    # Not above: it takes matplotlib and scikit-learn, which only the end of a command needs.
     from moleblend_ray.evaluation.report import write_report
 
     write_report(config.out, results, test[0].labels, mean_of(test).predictions)

@@ -6,6 +6,7 @@ import pytest
 import ray
 import ray._private.state
 import ray.experimental.internal_kv
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError, MoleBlendError
@@ -17,6 +18,13 @@ def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
     assert session.logical_cpus(cluster) == 60 + 3 + 1
     assert session.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
     assert session.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+
+
+def test_only_clusters_whose_nodes_can_be_taken_away_are_watched_for_it() -> None:
+    # A name that Ray no longer knows would change nothing.
+    name = ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    assert session._private_settings()[name] == "0"
+    assert name not in session._QUIET_SETTINGS  # of a cluster that a command joins
 
 
 def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:
