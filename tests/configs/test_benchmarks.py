@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -41,6 +43,29 @@ def test_the_relations_benchmark_takes_its_molecules_in_turn(tmp_path: Path) -> 
     assert reader.num_rows == 9
     found = reader.read(np.arange(9))["num_atoms"].to_pylist()
     assert found == [1, 2, 3, 1, 1, 2, 3, 1, 1]
+
+
+def test_the_score_of_intervals_is_their_width_and_what_labels_are_outside(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    intervals = importlib.import_module("intervals")
+
+    def part(predictions: list[float]) -> PartPredictions:
+        names = tuple(map(str, predictions))
+        values = np.array(predictions)[:, None]
+        return PartPredictions(
+            mol_ids=names, smiles=names, labels=np.zeros_like(values), predictions=values
+        )
+
+    valid, test = part([float(error) for error in range(1, 20)]), part([0.0, 20.0])
+    ones = np.ones((19, 1)), np.ones((2, 1))
+    # Nine of ten errors are at most 18; the second label is 2 outside.
+    found = intervals.judged(valid, test, *ones)
+    assert found == {"inside": 0.5, "width": 36.0, "interval_score": 36.0 + 0.5 * 20.0 * 2.0}
+    # Twice as wide where the scale is twice that of all others.
+    found = intervals.judged(valid, test, ones[0], np.array([[1.0], [2.0]]))
+    assert found == {"inside": 1.0, "width": 54.0, "interval_score": 54.0}
 
 
 @pytest.mark.parametrize("name", ["train_step", "attention", "heads"])
