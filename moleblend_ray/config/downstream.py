@@ -50,6 +50,12 @@ class TaskConfig:
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
     unit: str | None = None
     """Unit of the labels, for reports; null: the task table's."""
+    censored: bool = False
+    """Train on labels of which the table tells only a bound, such as >10 or <0.5; otherwise they count as missing. For numbers
+    of one task. A prepared dataset must have been made with `censored_labels`."""
+    relation_column: str | None = None
+    """With `censored`: column (or SDF property) with the relation of a row's labels (>, <, =), for tables that keep it apart
+    from the number, as ChEMBL's do."""
     smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None
@@ -70,7 +76,7 @@ class TaskConfig:
         for name, words in (("kind", TaskKind), ("metric", Metric), ("split", SplitKind)):
             object.__setattr__(self, name, as_member(words, getattr(self, name), name))
         by_user = self.split_column or self.split_file
-        of_one_task = ("columns", "kind", "unit", "split_file") if self.is_group else ()
+        of_one_task = ("columns", "kind", "unit", "split_file", "censored") if self.is_group else ()
         check_all(
             *locations(self, "source", "split_file"),
             *within(self, 0, MAX_CONFORMERS, "conformers"),
@@ -96,7 +102,17 @@ class TaskConfig:
                 for name in of_one_task
             ),
         )
-        self.tasks()
+        kinds = {task.kind for task in self.tasks().values()}
+        check_all(
+            (
+                not self.censored or kinds == {TaskKind.REGRESSION},
+                "censored: expected for regression only, as classes have no bounds; found with classification",
+            ),
+            (
+                self.censored or self.relation_column is None,
+                f"relation_column: expected with censored=true only, found {self.relation_column!r} without",
+            ),
+        )
 
     @property
     def is_group(self) -> bool:

@@ -25,6 +25,11 @@ class PrepareConfig:
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
     label_columns: tuple[str, ...] | None = None
     """Numeric columns (or SDF properties) to keep as labels; null keeps every numeric column."""
+    censored_labels: bool = False
+    """Keep bounds such as >10 or <0.5 in label columns, beside the labels; otherwise such a cell counts as missing."""
+    relation_column: str | None = None
+    """With `censored_labels`: column (or SDF property) with the relation of a row's labels (>, <, =), for tables that keep it
+    apart from the number, as ChEMBL's do."""
     featurize: FeaturizeConfig = field(default_factory=FeaturizeConfig)
     """From molecule to atom and bond codes and coordinates; what is refused."""
     rows_per_chunk: int = 8192
@@ -62,6 +67,10 @@ class PrepareConfig:
             *locations(self, "source", "out", "split_file"),
             *at_least(self, 1, "rows_per_chunk", "row_group_rows", "rows_per_shard"),
             *at_least(self, 0.25, "shuffle_memory_gib"),
+            (
+                self.censored_labels or self.relation_column is None,
+                f"relation_column: expected with censored_labels=true only, found {self.relation_column!r} without",
+            ),
             *below_one(self, "valid_fraction"),
             (
                 self.test_fraction >= 0.0 and self.valid_fraction + self.test_fraction < 1.0,

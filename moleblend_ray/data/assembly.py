@@ -23,7 +23,6 @@ from moleblend_ray.data.dataset_files import (
 )
 from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import (
-    FORMAT_VERSION,
     Counts,
     DescriptorInfo,
     LabelInfo,
@@ -31,6 +30,7 @@ from moleblend_ray.data.manifest import (
     ShardInfo,
     SourceInfo,
     fingerprint,
+    format_version_of,
 )
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import IDS, Receipt, Statistics, UnitReceipt, sum_statistics
@@ -75,7 +75,7 @@ def write_manifest(
         if file.split == split
     )
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=format_version_of(sources.labels),
         featurizer_version=FEATURIZER_VERSION,
         options=options.to_json(),
         sources=_source_infos(sources, ordered),
@@ -83,7 +83,13 @@ def write_manifest(
         shards=shards,
         counts=_counts(out, ordered, shards, statistics),
         row_group_rows=options.row_group_rows,
-        fingerprint=fingerprint(FEATURIZER_VERSION, options.to_json(), labels, shards),
+        fingerprint=fingerprint(
+            FEATURIZER_VERSION,
+            options.to_json(),
+            labels,
+            shards,
+            format_version=format_version_of(sources.labels),
+        ),
     )
     if options.featurize.descriptors:
         manifest = _described(out, manifest)
@@ -118,6 +124,7 @@ def _described(out: str, manifest: Manifest) -> Manifest:
             manifest.options,
             manifest.labels,
             manifest.shards,
+            format_version=manifest.format_version,
             descriptors=info,
         ),
     )
@@ -166,6 +173,7 @@ def _label_infos(
             unit=label.unit,
             count=statistics.label_counts.get(label.name, 0),
             num_unreadable=unreadable[label.name],
+            num_bounds=statistics.bound_counts.get(label.name, 0) if label.censored else None,
         )
         for label in sources.labels
     )

@@ -21,7 +21,7 @@ from moleblend_ray.data.dataset_files import (
     wrong_files,
 )
 from moleblend_ray.data.differences import differences, with_defaults
-from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, SourceInfo, load_manifest
+from moleblend_ray.data.manifest import Manifest, SourceInfo, format_version_of, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt, valid_receipts
 from moleblend_ray.data.sources import SourceFile, SourceSet
@@ -100,7 +100,7 @@ def claim_output(
 
 def _plan(sources: SourceSet, options: ConvertOptions) -> dict[str, Any]:
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version_of(sources.labels),
         "featurizer_version": FEATURIZER_VERSION,
         "options": options.to_json(),
         "sources": [without_credentials(layout.file.uri) for layout in sources.layouts],

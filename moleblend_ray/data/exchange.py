@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple
 
 import pyarrow as pa
 
+from moleblend_ray.data.manifest import LabelColumn
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import STAGED, Receipt
 from moleblend_ray.data.shards import shard_schema
@@ -80,8 +81,7 @@ class Exchange:
     out: str
     source_uris: tuple[str, ...]
     """URIs of the source files, without credentials."""
-    labels: tuple[tuple[str, str | None], ...]
-    """Name and unit of each label."""
+    labels: tuple[LabelColumn, ...]
     descriptors: bool
     """Whether molecules have descriptors."""
     row_group_rows: int
@@ -124,7 +124,7 @@ class Exchange:
 def plan_exchange(
     out: str,
     source_uris: Sequence[str],
-    labels: Sequence[tuple[str, str | None]],
+    labels: Sequence[LabelColumn],
     chunks: Iterable[StagedChunk],
     options: ConvertOptions,
     *,
@@ -142,7 +142,7 @@ def plan_exchange(
     shuffle, deduplicate = options.shuffle, options.deduplicate != "none"
     row_group_rows = options.row_group_rows
     digest = hashlib.blake2b(digest_size=16)
-    settings = [shuffle, deduplicate, num_buckets, row_group_rows, [list(pair) for pair in labels]]
+    settings = [shuffle, deduplicate, num_buckets, row_group_rows, list(labels)]
     digest.update(json.dumps(settings).encode())
     for chunk in ordered:
         digest.update(json.dumps(chunk).encode())
@@ -150,7 +150,7 @@ def plan_exchange(
     exchange = Exchange(
         out=out,
         source_uris=tuple(source_uris),
-        labels=tuple((name, unit) for name, unit in labels),
+        labels=tuple(labels),
         descriptors=options.featurize.descriptors,
         row_group_rows=row_group_rows,
         shuffle=shuffle,

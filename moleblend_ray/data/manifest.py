@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
@@ -19,8 +19,25 @@ from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.errors import DataError
 from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
-FORMAT_VERSION: Final = 4
+FORMAT_VERSION: Final = 5
 """Increased whenever older code could not read what newer code writes. All versions up to this one can be read."""
+
+_VERSION_WITHOUT_BOUNDS: Final = 4
+
+
+class LabelColumn(NamedTuple):
+    """A label of a source or a data set."""
+
+    name: str
+    unit: str | None = None
+    """As the source states it; None if it states none."""
+    censored: bool = False
+    """Whether bounds (``>10``) are kept beside it."""
+
+
+def format_version_of(labels: Sequence[LabelColumn]) -> int:
+    """Version of the format of a data set with these labels: older installations read those without bounds."""
+    return FORMAT_VERSION if any(label.censored for label in labels) else _VERSION_WITHOUT_BOUNDS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +55,22 @@ class LabelInfo:
 
     num_unreadable: int = 0
     """Molecules whose cell in the source holds something that is not a number; their label is null."""
+
+    num_bounds: int | None = None
+    """Molecules of which the source tells only a bound (``>10``), in the columns ``at_least:<name>`` and
+    ``at_most:<name>``; their label is null. None if the data set does not keep bounds."""
+
+    @property
+    def column(self) -> LabelColumn:
+        """How it is stored."""
+        return LabelColumn(self.name, self.unit, self.num_bounds is not None)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON value; of a data set without bounds as earlier versions wrote it."""
+        value = asdict(self)
+        if self.num_bounds is None:
+            value.pop("num_bounds")
+        return value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,7 +190,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON value."""
-        return asdict(self)
+        return {**asdict(self), "labels": [label.to_json() for label in self.labels]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
@@ -210,7 +243,7 @@ def fingerprint(
         "format_version": format_version,
         "featurizer_version": featurizer_version,
         "options": dict(options),
-        "labels": [asdict(label) for label in labels],
+        "labels": [label.to_json() for label in labels],
         "shards": [
             [shard.path, shard.num_rows, shard.sha256] for shard in shards if shard.split in SPLITS
         ],

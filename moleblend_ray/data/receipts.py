@@ -27,7 +27,13 @@ from moleblend_ray.data.dataset_files import (
     wrong_files,
 )
 from moleblend_ray.data.manifest import ShardInfo
-from moleblend_ray.data.shards import LABEL_PREFIX, encode_shard, footer_crc32
+from moleblend_ray.data.shards import (
+    AT_LEAST_PREFIX,
+    AT_MOST_PREFIX,
+    LABEL_PREFIX,
+    encode_shard,
+    footer_crc32,
+)
 from moleblend_ray.errors import DataError, without_credentials
 from moleblend_ray.vocabulary import ATOM_FEATURE_NAMES, ELEMENT_SYMBOLS
 
@@ -58,6 +64,8 @@ class Statistics:
     """Kind of statement in ``conformer_detail`` -> molecules."""
     label_counts: dict[str, int] = field(default_factory=dict)
     """Label -> molecules that have it."""
+    bound_counts: dict[str, int] = field(default_factory=dict)
+    """Label -> molecules of which only a bound is known, of labels with bounds."""
     atom_count_histogram: dict[str, int] = field(default_factory=dict)
     """Number of atoms, as a decimal string -> molecules."""
     elements: dict[str, int] = field(default_factory=dict)
@@ -80,6 +88,7 @@ class Statistics:
                 name.removeprefix(LABEL_PREFIX): table.num_rows - table[name].null_count
                 for name in labels
             },
+            bound_counts=_bound_counts(table),
             atom_count_histogram={str(size): int(sizes[size]) for size in np.flatnonzero(sizes)},
             elements={
                 ELEMENT_SYMBOLS[code]: int(holding[code]) for code in np.flatnonzero(holding)
@@ -90,7 +99,7 @@ class Statistics:
 def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
     """The counts of all parts together; keys sorted, numbers of atoms by value and all others by name."""
     molecules = atoms = with_coordinates = 0
-    status, details, labels, sizes, elements = (Counter[str]() for _ in range(5))
+    status, details, labels, bounds, sizes, elements = (Counter[str]() for _ in range(6))
     for part in parts:
         molecules += part.molecules
         atoms += part.atoms
@@ -98,6 +107,7 @@ def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
         status.update(part.conformer_status)
         details.update(part.conformer_detail)
         labels.update(part.label_counts)
+        bounds.update(part.bound_counts)
         sizes.update(part.atom_count_histogram)
         elements.update(part.elements)
     return Statistics(
@@ -107,9 +117,20 @@ def sum_statistics(parts: Iterable[Statistics]) -> Statistics:
         conformer_status=dict(sorted(status.items())),
         conformer_detail=dict(sorted(details.items())),
         label_counts=dict(sorted(labels.items())),
+        bound_counts=dict(sorted(bounds.items())),
         atom_count_histogram={size: sizes[size] for size in sorted(sizes, key=int)},
         elements=dict(sorted(elements.items())),
     )
+
+
+def _bound_counts(table: pa.Table) -> dict[str, int]:
+    """The number of molecules with a bound of each label that has bounds: each has one at most."""
+    counts: Counter[str] = Counter()
+    for name in table.column_names:
+        for prefix in (AT_LEAST_PREFIX, AT_MOST_PREFIX):
+            if name.startswith(prefix):
+                counts[name.removeprefix(prefix)] += table.num_rows - table[name].null_count
+    return dict(counts)
 
 
 def _molecules_with_each_code(

@@ -33,7 +33,7 @@ from moleblend_ray.data.dataset_files import (
     shard_path,
     staged_path,
 )
-from moleblend_ray.data.manifest import ShardInfo
+from moleblend_ray.data.manifest import LabelColumn, ShardInfo
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import (
     IDS,
@@ -52,7 +52,6 @@ from moleblend_ray.data.shards import (
     shard_schema,
 )
 from moleblend_ray.data.sources import (
-    LabelColumn,
     RawRecord,
     RowChunk,
     SourceFile,
@@ -304,7 +303,22 @@ def _molecule_table(
     ]
     values = np.array([record.labels for record in records]).reshape(len(records), len(labels))
     arrays += [pa.array(column, pa.float64(), from_pandas=True) for column in values.T]
+    arrays += _bound_arrays(records, labels)
     return pa.table(arrays, schema=schema)
+
+
+def _bound_arrays(records: Sequence[RawRecord], labels: Sequence[LabelColumn]) -> list[pa.Array]:
+    """The columns of lower bounds of all labels that have bounds, then those of upper bounds."""
+    censored = [index for index, label in enumerate(labels) if label.censored]
+    # Records of formats without labels tell no bounds either.
+    none = np.full((2, len(labels)), np.nan)
+    found = [none if record.bounds is None else record.bounds for record in records]
+    bounds = np.array(found).reshape(len(records), 2, len(labels))
+    return [
+        pa.array(bounds[:, side, index], pa.float64(), from_pandas=True)
+        for side in range(2)
+        for index in censored
+    ]
 
 
 def _list_array(parts: Sequence[NDArray[Any]], kind: pa.DataType) -> pa.Array:

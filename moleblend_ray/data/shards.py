@@ -13,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import FORMAT_VERSION, LabelInfo, Manifest, ShardInfo
+from moleblend_ray.data.manifest import LabelColumn, Manifest, ShardInfo, format_version_of
 from moleblend_ray.errors import DataError
 
 LABEL_PREFIX: Final = "label:"
+AT_LEAST_PREFIX: Final = "at_least:"
+"""Of a column with lower bounds of a label, null for molecules that have none (or a label)."""
+AT_MOST_PREFIX: Final = "at_most:"
+"""Of a column with upper bounds."""
 
 DUPLICATE: Final = "duplicate"
 """Quarantine reason: another record of the same InChIKey is kept (``deduplicate``)."""
@@ -94,22 +98,30 @@ def training_columns(manifest: Manifest) -> tuple[str, ...]:
 def manifest_schema(manifest: Manifest) -> pa.Schema:
     """The schema of the shards of a data set."""
     return shard_schema(
-        manifest.labels, manifest.format_version, descriptors=manifest.descriptors is not None
+        [label.column for label in manifest.labels],
+        manifest.format_version,
+        descriptors=manifest.descriptors is not None,
     )
 
 
 def shard_schema(
-    labels: Sequence[LabelInfo] | Sequence[tuple[str, str | None]],
-    format_version: int = FORMAT_VERSION,
+    labels: Sequence[LabelColumn],
+    format_version: int | None = None,
     *,
     descriptors: bool = False,
 ) -> pa.Schema:
-    """The schema of a shard with these labels (``LabelInfo`` or (name, unit)) in a version of the format."""
-    label_fields = []
-    for label in labels:
-        name, unit = (label.name, label.unit) if isinstance(label, LabelInfo) else label
-        metadata = {"unit": unit} if unit else None
-        label_fields.append(pa.field(LABEL_PREFIX + name, pa.float64(), metadata=metadata))
+    """The schema of a shard with these labels in a version of the format; None: that of new data sets."""
+    if format_version is None:
+        format_version = format_version_of(labels)
+    prefixed = [(LABEL_PREFIX, label) for label in labels]
+    for prefix in (AT_LEAST_PREFIX, AT_MOST_PREFIX):
+        prefixed += [(prefix, label) for label in labels if label.censored]
+    label_fields = [
+        pa.field(
+            prefix + label.name, pa.float64(), metadata={"unit": label.unit} if label.unit else None
+        )
+        for prefix, label in prefixed
+    ]
     absent = _SINCE_VERSION_2 if format_version < 2 else ()
     fields = [field for field in MOLECULE_FIELDS if field.name not in absent]
     # Next to the graph columns, so that one range read fetches these as well.

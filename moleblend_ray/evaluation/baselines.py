@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.linear_model import fit_linear, linear_grid
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.tasks import Task, TaskKind
@@ -71,7 +72,12 @@ _LABELS: Final = {
 }
 
 Settings = Mapping[str, float | int | str]
-"""Hyper-parameters of a baseline, with the names of scikit-learn."""
+"""Hyper-parameters of a baseline, with the names of scikit-learn, and :data:`BOUNDS_SETTING`."""
+
+BOUNDS_SETTING: Final = "bounds"
+"""What trees do with labels of which only a bound is known: ``as_labels`` (``>10`` counts as 10) or ``left_out``."""
+
+BOUNDS_AS_LABELS: Final = "as_labels"
 
 MAX_FOREST_LABELS: Final = 80_000_000
 """Most known training labels that the trees of all columns process together. With the 1.3 million labels of ToxCast one
@@ -116,6 +122,8 @@ class BaselineData:
     """Rows by which settings are chosen."""
     test: NDArray[np.int64]
     """Rows scored at the end; empty while settings are chosen."""
+    bounds: LabelBounds | None = None
+    """Bounds of labels that have no number, for training; None if they count as missing."""
 
     def without_test(self) -> BaselineData:
         """The data with training and validation molecules only, in this order: what the choice of settings may see."""
@@ -124,6 +132,7 @@ class BaselineData:
             self,
             features=self.features[rows],
             labels=self.labels[rows],
+            bounds=None if self.bounds is None else self.bounds[rows],
             train=np.arange(len(self.train), dtype=np.int64),
             valid=np.arange(len(self.train), len(rows), dtype=np.int64),
             test=np.zeros(0, dtype=np.int64),
@@ -137,18 +146,29 @@ def candidate_groups(
     *,
     num_trees: int,
     num_rounds: int,
+    censored: bool = False,
 ) -> list[list[Settings]]:
     """The grid of a kind for (N, T) training labels. The settings of a group share one fit.
 
+    With ``censored`` labels, trees try both of what they can do with bounds; linear models use them as the encoder does.
     Tasks with many labels (ToxCast: 617 columns) get fewer trees and settings, see :data:`MAX_FOREST_LABELS`,
     :data:`MAX_BOOSTING_LABELS` and :data:`FULL_GRID_LABELS`.
     """
     known = (~np.isnan(train_labels)).sum(axis=0)
+    if kind is BaselineKind.DESCRIPTORS:
+        return [list(linear_grid(task_kind))]
     if kind is BaselineKind.FOREST:
-        return _forest_grid(task_kind, int(np.minimum(known, MAX_TREE_MOLECULES).sum()), num_trees)
-    if kind is BaselineKind.BOOSTING:
-        return _boosting_grid(int(known.sum()), num_rounds)
-    return [list(linear_grid(task_kind))]
+        num_labels = int(np.minimum(known, MAX_TREE_MOLECULES).sum())
+        groups = _forest_grid(task_kind, num_labels, num_trees)
+    else:
+        groups = _boosting_grid(int(known.sum()), num_rounds)
+    if not censored:
+        return groups
+    return [
+        [{**settings, BOUNDS_SETTING: use} for settings in group]
+        for use in (BOUNDS_AS_LABELS, "left_out")
+        for group in groups
+    ]
 
 
 def _forest_grid(task_kind: TaskKind, num_labels: int, num_trees: int) -> list[list[Settings]]:
@@ -209,19 +229,53 @@ def predict_group(
     fit = _FITS[kind]
     asked = inputs[rows]
     found = [np.zeros((len(rows), data.labels.shape[1])) for _ in group]
+    is_linear = kind is BaselineKind.DESCRIPTORS
+    own = [_without_bounds(settings) for settings in group]
     with threadpool_limits(limits=num_jobs):
-        for column, labels in enumerate(data.labels.T):
-            known = data.train[~np.isnan(labels[data.train])]
-            targets = labels[known]
-            if len(known) == 0 or targets.min() == targets.max():
-                constant = targets[0] if len(known) else 0.0
+        for column, labels in enumerate(_labels_for(data, group).T):
+            targets = labels[data.train]
+            targets = targets[~np.isnan(targets)]
+            if len(targets) == 0 or targets.min() == targets.max():
+                constant = targets[0] if len(targets) else 0.0
                 outputs = [np.full(len(rows), constant)] * len(group)
             else:
-                examples = Examples(inputs[known], targets, asked, data.task.kind, seed, num_jobs)
-                outputs = fit(examples, group)
+                bounds = data.bounds[:, [column]] if data.bounds and is_linear else None
+                used = _taught(data.train, labels, bounds)
+                examples = Examples(
+                    inputs[used],
+                    labels[used],
+                    asked,
+                    data.task.kind,
+                    seed,
+                    num_jobs,
+                    bounds and bounds[used],
+                )
+                outputs = fit(examples, own)
             for predictions, output in zip(found, outputs, strict=True):
                 predictions[:, column] = output
     return found
+
+
+def _labels_for(data: BaselineData, group: Sequence[Settings]) -> NDArray[np.float64]:
+    """(M, T) labels, of which some may be bounds that count as labels."""
+    if data.bounds is None or group[0].get(BOUNDS_SETTING) != BOUNDS_AS_LABELS:
+        return data.labels
+    return np.where(data.bounds.known, data.bounds.values, data.labels)
+
+
+def _taught(
+    train: NDArray[np.int64], labels: NDArray[np.float64], bounds: LabelBounds | None
+) -> NDArray[np.int64]:
+    """The rows of ``train`` of which a label (M,) or a bound (M, 1) is known."""
+    known = ~np.isnan(labels)
+    if bounds is not None:
+        known = known | bounds.known[:, 0]
+    return train[known[train]]
+
+
+def _without_bounds(settings: Settings) -> Settings:
+    """Those of scikit-learn."""
+    return {name: value for name, value in settings.items() if name != BOUNDS_SETTING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +285,7 @@ class Examples:
     inputs: Any
     """(K, F) features of molecules with a label, as an array or a sparse matrix."""
     targets: NDArray[np.float64]
-    """(K,) labels; at least two different ones."""
+    """(K,) labels, at least two different ones; NaN where only a bound is known."""
     asked: Any
     """(Q, F) features of molecules to predict."""
     kind: TaskKind
@@ -240,6 +294,8 @@ class Examples:
     """Seed of the model, if it draws random numbers."""
     num_jobs: int
     """Number of threads."""
+    bounds: LabelBounds | None = None
+    """(K, 1) these bounds; None if all labels are known."""
 
     @property
     def classes(self) -> NDArray[np.int64]:
@@ -323,7 +379,10 @@ def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray
 
 def _fit_linear(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
     labels = examples.targets[:, None]
-    models = (fit_linear(examples.kind, examples.inputs, labels, settings) for settings in group)
+    models = (
+        fit_linear(examples.kind, examples.inputs, labels, settings, bounds=examples.bounds)
+        for settings in group
+    )
     return [model(examples.asked)[:, 0] for model in models]
 
 

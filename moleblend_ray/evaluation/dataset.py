@@ -18,10 +18,16 @@ from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS, LABEL_PREFIX
+from moleblend_ray.data.shards import (
+    AT_LEAST_PREFIX,
+    AT_MOST_PREFIX,
+    GRAPH_COLUMNS,
+    LABEL_PREFIX,
+)
 from moleblend_ray.data.sources.records import SourceSet
 from moleblend_ray.data.splits import UNNAMED, NamedSplits
 from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.conformer_set import ConformerSet
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorTable
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
@@ -50,7 +56,7 @@ class LabelledMolecules:
     smiles: tuple[str, ...]
     """(M,) canonical SMILES."""
     labels: NDArray[np.float64]
-    """(M, T) labels in the unit of the source; NaN where missing."""
+    """(M, T) labels in the unit of the source; NaN where missing, also where only a bound is known."""
     columns: tuple[str, ...]
     """(T,) names of the labels."""
     fingerprint: str
@@ -70,6 +76,8 @@ class LabelledMolecules:
     """RDKit's descriptors; None if they were not computed."""
     form: MoleculeForm = MoleculeForm()  # noqa: RUF009 (frozen)
     """Which molecules the records of the source became."""
+    bounds: LabelBounds | None = None
+    """Bounds of labels that have no number; None if they count as missing."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -100,6 +108,7 @@ class LabelledMolecules:
             smiles=tuple(self.smiles[index] for index in indices),
             labels=self.labels[indices],
             parts=None if self.parts is None else self.parts[indices],
+            bounds=None if self.bounds is None else self.bounds[indices],
             conformers=self.conformers and self.conformers.take(self.block.num_atoms, indices),
             descriptors=None if self.descriptors is None else self.descriptors.take(indices),
         )
@@ -120,39 +129,46 @@ class LabelledMolecules:
 
 
 def load_labelled(
-    uri: str, task: Task, named: NamedSplits | None = None, *, num_conformers: int = 1
+    uri: str,
+    task: Task,
+    named: NamedSplits | None = None,
+    *,
+    num_conformers: int = 1,
+    with_bounds: bool = False,
 ) -> LabelledMolecules:
-    """All molecules of the prepared dataset at ``uri`` that have at least one of the task's labels.
+    """All molecules of the prepared dataset at ``uri`` that have at least one of the task's labels, or, ``with_bounds``, a bound
+    of one.
 
     Each has its first ``num_conformers`` conformers, or as many as there are. Its part is that of ``named`` or, without
-    it, the split of the dataset. Raises DataError if labels are missing or wrong, or if ``named`` leaves a molecule
-    out.
+    it, the split of the dataset. Raises DataError if labels are missing or wrong, if ``named`` leaves a molecule
+    out, or if the dataset keeps no bounds.
     """
     manifest = load_manifest(uri)
-    columns = labels_of_task(uri, manifest, task)
-    names = [LABEL_PREFIX + column for column in columns]
+    columns = labels_of_task(uri, manifest, task, with_bounds=with_bounds)
+    prefixes = [LABEL_PREFIX, *([AT_LEAST_PREFIX, AT_MOST_PREFIX] if with_bounds else [])]
+    names = [prefix + column for prefix in prefixes for column in columns]
     table = _read_molecules(
         uri, manifest, ["mol_id", "source_row", "smiles", *GRAPH_COLUMNS, *names]
     )
-    labels = np.stack(
-        [table[name].to_numpy(zero_copy_only=False).astype(np.float64) for name in names], axis=1
-    )
+    labels, *limits = (_matrix(table, prefix, columns) for prefix in prefixes)
+    bounds = LabelBounds(at_least=limits[0], at_most=limits[1]) if with_bounds else None
     num_unreadable = sum(info.num_unreadable for info in manifest.labels if info.name in columns)
-    known = ~np.isnan(labels).all(axis=1)
+    filled = labels if bounds is None else np.where(bounds.known, bounds.values, labels)
+    known = ~np.isnan(filled).all(axis=1)
     if not known.any():
         raise DataError(
             f"{uri}: no molecule has a value in any of the columns {list(columns)}"
             + _unreadable_remark(num_unreadable)
         )
     table = table.filter(pa.array(known)).combine_chunks()
-    labels = labels[known]
     mol_ids = tuple(table["mol_id"].to_pylist())
-    _check_labels(uri, task, columns, labels, mol_ids)
+    _check_labels(uri, task, columns, filled[known], mol_ids)
     return LabelledMolecules(
-        block=block_from_table(table, np.arange(len(labels), dtype=np.int64)),
+        block=block_from_table(table, np.arange(len(mol_ids), dtype=np.int64)),
         mol_ids=mol_ids,
         smiles=tuple(table["smiles"].to_pylist()),
-        labels=labels,
+        labels=labels[known],
+        bounds=None if bounds is None else bounds[known],
         columns=columns,
         fingerprint=manifest.fingerprint,
         num_unlabelled=int((~known).sum()),
@@ -164,6 +180,12 @@ def load_labelled(
         conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
         form=MoleculeForm.of_options(manifest.options),
     )
+
+
+def _matrix(table: pa.Table, prefix: str, columns: Sequence[str]) -> NDArray[np.float64]:
+    """(M, T) numbers of the columns with this prefix; NaN where null."""
+    values = [table[prefix + name].to_numpy(zero_copy_only=False) for name in columns]
+    return np.stack([column.astype(np.float64) for column in values], axis=1)
 
 
 def _read_molecules(uri: str, manifest: Manifest, columns: list[str]) -> pa.Table:
@@ -309,8 +331,11 @@ def require_numbers(uri: str, sources: SourceSet, task: Task) -> None:
         )
 
 
-def labels_of_task(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
-    """The label columns of a task, or all if it names none; DataError if the prepared dataset at ``uri`` lacks one."""
+def labels_of_task(
+    uri: str, manifest: Manifest, task: Task, *, with_bounds: bool = False
+) -> tuple[str, ...]:
+    """The label columns of a task, or all if it names none; DataError if the prepared dataset at ``uri`` lacks one, or,
+    ``with_bounds``, keeps no bounds."""
     available = manifest.label_names()
     if not available:
         raise DataError(
@@ -322,6 +347,11 @@ def labels_of_task(uri: str, manifest: Manifest, task: Task) -> tuple[str, ...]:
         raise DataError(
             f"task {task.name!r} needs the label columns {missing}, which {uri} does not have; it has: {shown}. "
             "Set task.columns to the columns of your file"
+        )
+    if with_bounds and any(label.num_bounds is None for label in manifest.labels):
+        raise DataError(
+            f"task.censored: {uri} was prepared without bounds of labels, which counted as missing. Prepare it with "
+            "censored_labels=true, or give the files that it was made from"
         )
     return task.columns or available
 

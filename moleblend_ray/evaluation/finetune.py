@@ -15,7 +15,6 @@ from typing import Final, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.layerwise_training import freeze_lowest, lr_factors, renew_highest
 from moleblend_ray.evaluation.linear_model import LinearModel, fit_linear, linear_grid
+from moleblend_ray.evaluation.losses import Targets, masked_loss, positive_weights
 from moleblend_ray.evaluation.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.scores import best_candidate, is_better, score, worst_score
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -44,12 +44,6 @@ from moleblend_ray.training.optim import (
     learning_rate,
     set_learning_rate,
 )
-
-_REGRESSION_LOSSES: Final = {
-    "mse": F.mse_loss,
-    "l1": F.l1_loss,
-    "huber": F.smooth_l1_loss,
-}
 
 _Loss = Callable[[Tensor, Tensor], Tensor]
 """Outputs and targets, (B, T) both -> sum over the known labels."""
@@ -115,36 +109,6 @@ class FinetuneResult:
         return self.history[-1].best_valid_score
 
 
-def masked_loss(
-    kind: TaskKind,
-    outputs: Tensor,
-    targets: Tensor,
-    *,
-    positive_weight: Tensor | None = None,
-    regression_loss: str = "mse",
-) -> Tensor:
-    """Sum over the known labels of BCE (of logits) or the regression loss; (B, T) both, NaN targets do not count.
-
-    ``positive_weight`` (T,) is the weight of the positive labels of each column.
-    """
-    known = ~torch.isnan(targets)
-    # As NaN times zero is NaN, unknown labels are replaced before the loss, not masked after it.
-    targets = torch.where(known, targets, 0.0)
-    if kind is TaskKind.CLASSIFICATION:
-        losses = F.binary_cross_entropy_with_logits(
-            outputs, targets, reduction="none", pos_weight=positive_weight
-        )
-    else:
-        losses = _REGRESSION_LOSSES[regression_loss](outputs, targets, reduction="none")
-    return torch.where(known, losses, 0.0).sum()
-
-
-def positive_weights(labels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(T,) negatives per positive in (M, T) labels; 1 for a column with one class or without labels."""
-    positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
-    return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
-
-
 def build_pretrained(start: StartingPoint) -> MoleBlendModel:
     """A model with the starting encoder, on the CPU and in float32. Its relation heads are new; no property needs them."""
     with torch.device("cpu"):
@@ -204,11 +168,12 @@ def finetune_once(
     if settings.descriptors:
         molecules = molecules.with_descriptors()
     model, trained = _new_model(molecules, train, valid, task, start, settings, seed)
-    targets = trained.standardisation.normalise(molecules.labels).astype(np.float32)
+    normalise = trained.standardisation.normalise
+    bounds = molecules.bounds and molecules.bounds.map(normalise)
     model.to(device)
     trainer = _Trainer(
         molecules=molecules,
-        targets=torch.from_numpy(targets),
+        targets=Targets.of(normalise(molecules.labels), bounds),
         train=train,
         model=model,
         loss=_loss_function(task, settings, molecules.labels[train], device),
@@ -294,10 +259,16 @@ def _linear_model(
     inputs = descriptors.double().numpy()
     # What the model adds by itself is not the linear model's to tell.
     known = element_counts(molecules.block) @ model.reference.double().numpy()
-    labels = trained.standardisation.normalise(molecules.labels) - known
+
+    def rest(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        beside: NDArray[np.float64] = trained.standardisation.normalise(values) - known
+        return beside
+
+    examples = inputs[train], rest(molecules.labels)[train]
+    bounds = molecules.bounds and molecules.bounds.map(rest)[train]
     candidates = []
     for penalty in linear_grid(task.kind):
-        linear = fit_linear(task.kind, inputs[train], labels[train], penalty, balanced=balanced)
+        linear = fit_linear(task.kind, *examples, penalty, balanced=balanced, bounds=bounds)
         predictions = trained.readout(linear(inputs[valid]) + known[valid])
         found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
         candidates.append(_LinearCandidate(linear, found.value))
@@ -380,7 +351,7 @@ class _Trainer:
         self,
         *,
         molecules: LabelledMolecules,
-        targets: Tensor,
+        targets: Targets,
         train: NDArray[np.int64],
         model: PropertyModel,
         loss: _Loss,
@@ -439,7 +410,7 @@ class _Trainer:
     def _step(
         self, step: int, indices: NDArray[np.int64], numbers: NDArray[np.int64] | None
     ) -> tuple[float, int]:
-        known = int((~torch.isnan(self._targets[torch.from_numpy(indices)])).sum())
+        known = self._targets.num_known(indices)
         if known == 0:
             return 0.0, 0
         micro_batches = build_micro_batches(
@@ -463,8 +434,8 @@ class _Trainer:
         batch = MoleculeBatch.from_micro_batch(micro, device=self._device)
         with autocast(self._settings.precision, self._device):
             outputs = self._model(batch)
-        targets = self._targets[torch.from_numpy(micro.molecule_ids)].to(self._device)
-        loss = self._loss(outputs.float(), targets)
+        outputs = outputs.float()
+        loss = self._loss(outputs, self._targets.for_outputs(outputs, micro.molecule_ids))
         torch.autograd.backward(loss / known)
         return float(loss.detach())
 

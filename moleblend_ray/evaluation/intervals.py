@@ -56,6 +56,7 @@ def mean_of(parts: Sequence[PartPredictions]) -> PartPredictions:
         smiles=first.smiles,
         labels=first.labels,
         predictions=np.mean([part.predictions for part in parts], axis=0),
+        bounds=first.bounds,
     )
 
 

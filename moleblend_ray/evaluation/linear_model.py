@@ -8,12 +8,18 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import TaskKind
 
 _GRIDS: Final[Mapping[TaskKind, Sequence[Mapping[str, float]]]] = {
     TaskKind.CLASSIFICATION: [{"C": value} for value in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)],
     TaskKind.REGRESSION: [{"alpha": value} for value in (1.0, 10.0, 100.0, 1000.0, 10000.0)],
 }
+
+
+_TOLERANCE: Final = 1e-3
+"""How far the values that stand for bounds may still move when a fit ends, in standard deviations of the labels."""
+_MOST_TURNS: Final = 100
 
 
 def linear_grid(kind: TaskKind) -> Sequence[Mapping[str, float]]:
@@ -42,20 +48,48 @@ def fit_linear(
     penalty: Mapping[str, float | int | str],
     *,
     balanced: bool = False,
+    bounds: LabelBounds | None = None,
 ) -> LinearModel:
     """Fit each column of ``labels`` (N, T), NaN where missing, to ``inputs`` (N, D).
 
-    Columns without labels, or with equal ones, get zeros. ``balanced`` weights both classes alike.
+    Columns without labels, or with equal ones, get zeros. ``balanced`` weights both classes alike. Of numbers that are known by
+    ``bounds`` only, the squared distance to what these allow counts.
     """
     found = LinearModel(np.zeros((labels.shape[1], inputs.shape[1])), np.zeros(labels.shape[1]))
     for column, values in enumerate(labels.T):
         known = ~np.isnan(values)
         targets = values[known]
         if len(targets) and targets.min() < targets.max():
-            fitted = _scikit_model(kind, penalty, balanced).fit(inputs[known], targets)
-            found.weight[column] = np.ravel(fitted.coef_)
-            found.bias[column] = np.ravel(fitted.intercept_)[0]
+            model = _scikit_model(kind, penalty, balanced)
+            model.fit(inputs[known], targets)
+            if bounds is not None:
+                _fit_to_bounds(model, inputs, values, bounds[:, column])
+            found.weight[column] = np.ravel(model.coef_)
+            found.bias[column] = np.ravel(model.intercept_)[0]
     return found
+
+
+def _fit_to_bounds(
+    model: Any, inputs: NDArray[Any], values: NDArray[np.float64], bounds: LabelBounds
+) -> None:
+    """Fit ``model``, which is fitted to the known ``values`` (N,), to these and the ``bounds`` (N,).
+
+    In turns, each bound stands for the nearest prediction that it allows, and the model is fitted to all. Both steps lower the
+    same convex function, the penalised sum of squared distances, so this approaches its minimum.
+    """
+    used = bounds.known | ~np.isnan(values)
+    inputs, values, bounds = inputs[used], values[used], bounds[used]
+    if not bounds.known.any():
+        return
+    tolerance = _TOLERANCE * np.nanstd(values)
+    targets = np.where(bounds.known, bounds.within(model.predict(inputs)), values)
+    for _ in range(_MOST_TURNS):
+        model.fit(inputs, targets)
+        moved = np.where(bounds.known, bounds.within(model.predict(inputs)), values)
+        change = np.abs(moved - targets).max()
+        targets = moved
+        if change <= tolerance:
+            return
 
 
 def _scikit_model(kind: TaskKind, penalty: Mapping[str, float | int | str], balanced: bool) -> Any:

@@ -71,6 +71,7 @@ def _text(
         *_comparison(task, results["final"], results["baselines"]),
         *_other_scores(task, (results["final"], *results["baselines"])),
         *_intervals(task, results["final"].get("intervals")),
+        *_bounds(data.get("labels", {}), results["final"].get("bounds")),
         f"![test molecules](figures/{figures[0]})",
         *_band_remark(task, results["final"].get("intervals")),
         "",
@@ -79,7 +80,7 @@ def _text(
         f"- {data['molecules']:,} molecules ({data['with_coordinates']:,} with coordinates), "
         f"{len(task['columns'])} label column(s); {data['unlabelled']:,} without a label and "
         f"{data['quarantined']:,} unusable rows left out",
-        *_unreadable_line(data.get("unreadable_labels", 0)),
+        *_unreadable_line(data.get("unreadable_labels", 0), task["kind"]),
         *_distinct_line(data),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
         f"- data fingerprint `{data['fingerprint']}`",
@@ -100,12 +101,13 @@ def _text(
     return "\n".join(lines)
 
 
-def _unreadable_line(count: int) -> list[str]:
+def _unreadable_line(count: int, kind: str) -> list[str]:
     if not count:
         return []
-    return [
-        f"- {count:,} label(s) in the source are no numbers (such as `>10`) and count as missing"
-    ]
+    advice = ""
+    if kind == "regression":
+        advice = "; `task.censored=true` trains on those that are bounds, such as `>10`"
+    return [f"- {count:,} label(s) in the source are no numbers and count as missing{advice}"]
 
 
 def _distinct_line(data: Mapping[str, Any]) -> list[str]:
@@ -301,6 +303,28 @@ def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> 
     return [*lines, ""]
 
 
+def _bounds(labels: Mapping[str, Any], bounds: Mapping[str, Any] | None) -> list[str]:
+    """How many labels are bounds, and what predictions make of those of the test part."""
+    if not bounds:
+        return []
+    lines = [
+        "Of some labels only a bound is known, such as `>10`. Training uses them; scores and intervals are of measured labels "
+        "alone. A prediction respects a bound if it is on the side where the label is.",
+        "",
+        "| column | training bounds | validation | test | respected by the test predictions |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in list(bounds.items())[:_MAX_COLUMN_ROWS]:
+        counts = [f"{labels[name][part]['bounds']:,}" for part in ("train", "valid", "test")]
+        share = _share_text(found["test_respected"], found["test_bounds"])
+        lines.append(f"| {' | '.join([table_cell(name), *counts, share])} |")
+    return [*lines, ""]
+
+
+def _share_text(part: int, total: int) -> str:
+    return f"{part:,} of {total:,} ({100 * part / total:.0f} %)" if total else "none"
+
+
 def _band_remark(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> list[str]:
     """What the grey band of the figure is, if it has one."""
     if not intervals or len(task["columns"]) > 1:
@@ -314,7 +338,7 @@ def _interval_row(name: str, found: Mapping[str, Any]) -> str:
     cells = [table_cell(name), "too few labels", f"{found['valid_labels']:,}", ""]
     if width is not None:
         cells[1] = score_text(width)
-        cells[3] = f"{inside:,} of {total:,} ({100 * inside / total:.0f} %)" if total else "none"
+        cells[3] = _share_text(inside, total)
     return f"| {' | '.join(cells)} |"
 
 

@@ -241,11 +241,17 @@ def repeats_entry(repeats: Repeats) -> dict[str, int]:
 def labels_entry(
     kind: TaskKind, molecules: LabelledMolecules, split: Split
 ) -> dict[str, dict[str, dict[str, int]]]:
-    """The part of ``results.json`` about the labels: column -> part -> number of known labels, of classes also of ones."""
+    """The part of ``results.json`` about the labels: column -> part -> number of known labels, of classes also of ones, of
+    censored labels also of bounds."""
     parts = split._asdict()
+    bounds = molecules.bounds
     return {
         column: {
-            part: _label_counts(kind, molecules.labels[rows, index]) for part, rows in parts.items()
+            part: {
+                **_label_counts(kind, molecules.labels[rows, index]),
+                **({} if bounds is None else {"bounds": int(bounds.known[rows, index].sum())}),
+            }
+            for part, rows in parts.items()
         }
         for index, column in enumerate(molecules.columns)
     }

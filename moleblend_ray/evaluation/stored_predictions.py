@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
+from moleblend_ray.data.shards import AT_LEAST_PREFIX, AT_MOST_PREFIX, LABEL_PREFIX
 from moleblend_ray.errors import CheckpointError
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 
 PREDICTIONS_NAME: Final = "predictions.parquet"
 """Name of the file. It holds SMILES and labels, so it may be absent where these must stay unknown."""
+
+_PREDICTION_PREFIX: Final = "prediction:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,6 +40,8 @@ class PartPredictions:
     """(M, T), NaN where unknown."""
     predictions: NDArray[np.float64]
     """(M, T) numbers in the unit of the labels, or probabilities of class 1."""
+    bounds: LabelBounds | None = None
+    """Bounds of labels that have no number; None if the models were trained without."""
 
     def is_about_the_same(self, other: PartPredictions) -> bool:
         """Whether molecules and labels are equal, in the same order."""
@@ -57,8 +63,12 @@ def write_predictions(
         "part": ["valid"] * len(split.valid) + ["test"] * len(split.test),
     }
     for index, name in enumerate(molecules.columns):
-        columns[f"label:{name}"] = pa.array(molecules.labels[rows, index], from_pandas=True)
-        columns[f"prediction:{name}"] = predictions[rows, index]
+        columns[LABEL_PREFIX + name] = pa.array(molecules.labels[rows, index], from_pandas=True)
+        if molecules.bounds is not None:
+            own = molecules.bounds[rows, index]
+            columns[AT_LEAST_PREFIX + name] = pa.array(own.at_least, from_pandas=True)
+            columns[AT_MOST_PREFIX + name] = pa.array(own.at_most, from_pandas=True)
+        columns[_PREDICTION_PREFIX + name] = predictions[rows, index]
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table(columns), sink)
     storage.write_bytes(storage.join(folder, PREDICTIONS_NAME), sink.getvalue().to_pybytes())
@@ -81,8 +91,9 @@ def read_predictions(
         return PartPredictions(
             mol_ids=tuple(table["mol_id"].to_pylist()),
             smiles=tuple(table["smiles"].to_pylist()),
-            labels=_stacked(table, "label", columns),
-            predictions=_stacked(table, "prediction", columns),
+            labels=_stacked(table, LABEL_PREFIX, columns),
+            predictions=_stacked(table, _PREDICTION_PREFIX, columns),
+            bounds=_bounds(table, columns),
         )
     # A damaged footer raises whatever its bytes happen to mean.
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -92,9 +103,17 @@ def read_predictions(
 
 
 def _stacked(table: pa.Table, prefix: str, columns: Sequence[str]) -> NDArray[np.float64]:
-    """(M, T) values of the columns ``PREFIX:NAME``; null is NaN."""
+    """(M, T) values of the columns with this prefix; null is NaN."""
     values = [
-        table[f"{prefix}:{name}"].to_numpy(zero_copy_only=False).astype(np.float64)
-        for name in columns
+        table[prefix + name].to_numpy(zero_copy_only=False).astype(np.float64) for name in columns
     ]
     return np.stack(values, axis=1)
+
+
+def _bounds(table: pa.Table, columns: Sequence[str]) -> LabelBounds | None:
+    if AT_LEAST_PREFIX + columns[0] not in table.column_names:
+        return None
+    return LabelBounds(
+        at_least=_stacked(table, AT_LEAST_PREFIX, columns),
+        at_most=_stacked(table, AT_MOST_PREFIX, columns),
+    )

@@ -214,6 +214,7 @@ class _FeatureBaselines:
             experiment.molecules.labels[experiment.split.train],
             num_trees=self._baseline.num_trees,
             num_rounds=self._baseline.num_rounds,
+            censored=experiment.molecules.bounds is not None,
         )
 
     def _data(self, kind: BaselineKind) -> _Shared:
@@ -223,6 +224,7 @@ class _FeatureBaselines:
                 task=experiment.task,
                 features=self._features(kind.features),
                 labels=experiment.molecules.labels,
+                bounds=experiment.molecules.bounds,
                 columns=experiment.molecules.columns,
                 train=experiment.split.train,
                 valid=experiment.split.valid,

@@ -146,17 +146,21 @@ def _bar(share: float) -> str:
 def _labels(report: DataSetReport) -> Table | None:
     if not report.labels:
         return None
-    table = headed_table("label", "unit", "molecules", "share", "unreadable", numbers=(2, 3, 4))
+    # Most data sets keep no bounds.
+    kept = ["bounds"] if any(label.num_bounds is not None for label in report.labels) else []
+    names = ("label", "unit", "molecules", "share", *kept, "unreadable")
+    table = headed_table(*names, numbers=range(2, len(names)))
     for label in report.labels[:_MAX_LABELS]:
         table.add_row(
             escape(label.name),
             escape(label.unit or ""),
             f"{label.count:,}",
             _percent(label.count, report.counts.rows_out),
+            *(f"{label.num_bounds or 0:,}" for _ in kept),
             f"{label.num_unreadable:,}" if label.num_unreadable else "",
         )
     if len(report.labels) > _MAX_LABELS:
-        table.add_row(f"and {len(report.labels) - _MAX_LABELS} more", "", "", "", "")
+        table.add_row(f"and {len(report.labels) - _MAX_LABELS} more", *[""] * (len(names) - 1))
     return table
 
 

@@ -26,6 +26,7 @@ from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import (
     DataError,
     TrainingError,
+    without_credentials,
 )
 from moleblend_ray.evaluation.dataset import (
     LabelledMolecules,
@@ -51,7 +52,7 @@ from moleblend_ray.evaluation.runs import (
 )
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,
@@ -114,7 +115,12 @@ def read_inputs(config: PropertyConfig) -> Inputs:
     named = named_splits(config.task)
     sources = look_at_source(config.task, task.columns or None)
     if sources is None:
-        labels_of_task(config.task.source, load_manifest(config.task.source), task)
+        labels_of_task(
+            config.task.source,
+            load_manifest(config.task.source),
+            task,
+            with_bounds=config.task.censored,
+        )
     else:
         require_numbers(config.task.source, sources, task)
     return Inputs(start=start, named=named, sources=sources)
@@ -126,7 +132,14 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     task = config.task.resolve()
     start, named = inputs.start, inputs.named
     data_uri = prepare_task(config, start.molecules, inputs.sources)
-    molecules = load_labelled(data_uri, task, named, num_conformers=config.task.conformers)
+    molecules = load_labelled(
+        data_uri,
+        task,
+        named,
+        num_conformers=config.task.conformers,
+        with_bounds=config.task.censored,
+    )
+    _tell_of_bounds(config.task, task, molecules)
     split = _usable_split(config, task, molecules)
     require_coordinates(config, molecules)
     identity = {
@@ -162,6 +175,24 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         split_hash=hash_of_split,
         repeats=repeats,
     )
+
+
+def _tell_of_bounds(config: TaskConfig, task: Task, molecules: LabelledMolecules) -> None:
+    """Log how many bounds are used, or that there may be some that are not."""
+    if molecules.bounds is not None:
+        logger.info(
+            "%s: %d labels, and %d bounds of others",
+            task.name,
+            int((~np.isnan(molecules.labels)).sum()),
+            int(molecules.bounds.known.sum()),
+        )
+    elif molecules.num_unreadable and task.kind is TaskKind.REGRESSION:
+        logger.warning(
+            "%d labels of %s are no numbers and count as missing. If some are bounds, such as >10, task.censored=true trains "
+            "on them",
+            molecules.num_unreadable,
+            without_credentials(config.source),
+        )
 
 
 def _usable_split(config: PropertyConfig, task: Task, molecules: LabelledMolecules) -> Split:

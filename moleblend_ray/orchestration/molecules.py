@@ -45,6 +45,7 @@ _TASK_SETTINGS: Final = {
     "smiles_column": "task.smiles_column",
     "id_column": "task.id_column",
     "label_columns": "task.columns",
+    "relation_column": "task.relation_column",
 }
 """What the settings of `prepare` are called where a task has its own."""
 
@@ -52,7 +53,7 @@ RAW_SETTINGS: Final[Mapping[str, Any]] = {
     field.name: field.default
     for field in dataclasses.fields(LibraryConfig)
     if field.name in ("smiles_column", "id_column", "max_atoms")
-}
+} | {"relation_column": None}
 """Settings of tasks and libraries that say how raw molecules are read -> their defaults."""
 
 
@@ -71,9 +72,20 @@ def look_at_source(
         smiles_column=molecules.smiles_column,
         id_column=molecules.id_column,
         label_columns=label_columns,
+        **_bound_settings(molecules),
     )
     with _settings_named_as_in(molecules):
         return inspect_sources(find_sources(molecules.source), columns)
+
+
+def _bound_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> dict[str, Any]:
+    """What becomes of bounds among the labels, as `prepare` calls these settings."""
+    if not isinstance(molecules, TaskConfig):
+        return {}
+    return {
+        "censored_labels": molecules.censored,
+        "relation_column": molecules.relation_column,
+    }
 
 
 def refuse_raw_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> None:
@@ -82,7 +94,7 @@ def refuse_raw_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> 
     given = [
         f"{section}{name}"
         for name, usual in RAW_SETTINGS.items()
-        if getattr(molecules, name) != usual
+        if getattr(molecules, name, usual) != usual
     ]
     if given and is_prepared(molecules.source):
         raise ConfigError(
@@ -134,6 +146,7 @@ def prepare_molecules(
         smiles_column=molecules.smiles_column,
         id_column=molecules.id_column,
         label_columns=label_columns,
+        **_bound_settings(molecules),
         featurize=FeaturizeConfig(
             **asdict(form or MoleculeForm()),
             max_atoms=molecules.max_atoms,

@@ -189,6 +189,8 @@ def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOption
             smiles_column=config.smiles_column,
             id_column=config.id_column,
             label_columns=config.label_columns,
+            censored_labels=config.censored_labels,
+            relation_column=config.relation_column,
         ),
         featurize=config.featurize,
         rows_per_chunk=config.rows_per_chunk,

@@ -12,6 +12,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
@@ -112,13 +113,15 @@ def _together(
     test: Sequence[PartPredictions],
 ) -> dict[str, Any]:
     """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
-    and of numbers the intervals."""
+    of numbers the intervals, and of censored labels the bounds that it respects."""
     mean = mean_of(test)
     found: dict[str, Any] = {}
     if len(test) > 1:
         found["ensemble"] = ensemble_entry(task, columns, mean_of(valid), mean)
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)
+    if mean.bounds is not None:
+        found["bounds"] = bounds_entry(columns, mean.bounds, mean.predictions)
     return found
 
 

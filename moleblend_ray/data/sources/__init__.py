@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from moleblend_ray.data.sources.reading import read_chunks
     from moleblend_ray.data.sources.records import (
         ColumnConfig,
-        LabelColumn,
         RawRecord,
         RowChunk,
         SourceFile,
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ColumnConfig",
-    "LabelColumn",
     "ParquetPart",
     "RawRecord",
     "RowChunk",

@@ -15,6 +15,24 @@ from moleblend_ray.data.sources.text import decode
 _MISSING: Final = frozenset({"", "na", "n/a", "null", "none", "?"})
 _TRUTH: Final = {"true": 1.0, "false": 0.0}
 
+_RELATIONS: Final = {
+    "": "=",
+    "=": "=",
+    "==": "=",
+    "~": "=",
+    "<": "<",
+    "<=": "<",
+    "<<": "<",
+    "\N{LESS-THAN OR EQUAL TO}": "<",
+    ">": ">",
+    ">=": ">",
+    ">>": ">",
+    "\N{GREATER-THAN OR EQUAL TO}": ">",
+}
+_LEADING_RELATION: Final = re.compile("\\s*(<=|<<|>=|>>|==|[<>=~\u2264\u2265])")
+_SIDES: Final = {">": 0, "<": 1}
+"""Index of what a bound says: the least value, or the greatest."""
+
 _LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
 _MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
 _PROPERTY: Final = re.compile(
@@ -33,9 +51,38 @@ def number(text: str) -> float | None:
     return None if math.isinf(value) or "_" in text else value
 
 
-def is_numeric(cells: Iterable[str]) -> bool:
-    """Whether all cells of a sample hold a number or nothing; true and false do not count as numbers here."""
-    return all(number(cell) is not None and cell.strip().lower() not in _TRUTH for cell in cells)
+def relation_of(text: str) -> str | None:
+    """What a relation says of a number: ``=``, or ``<`` or ``>`` if the number is a bound; None if it is no relation.
+
+    Nothing, and what is about a number (``~``), counts as equal. ChEMBL's files have quotes around relations.
+    """
+    return _RELATIONS.get(text.strip(" \t'\""))
+
+
+def censored_number(text: str, relation: str | None = "=") -> tuple[float, str] | None:
+    """The number in a cell, which may begin with a relation (``>10``), and the relation. NaN if the cell is missing.
+
+    None if there is no number, or if the ``relation`` that the record states elsewhere is none or another one.
+    """
+    sign = _LEADING_RELATION.match(text)
+    value = number(text[sign.end() :] if sign else text)
+    if value is None or (sign and math.isnan(value)):
+        return None
+    if math.isnan(value):
+        return value, "="
+    own = _RELATIONS[sign[1]] if sign else relation
+    return None if own is None or relation not in ("=", own) else (value, own)
+
+
+def is_numeric(cells: Iterable[str], censored: bool = False) -> bool:
+    """Whether all cells of a sample hold a number (with ``censored``, or a bound) or nothing; true and false do not count as
+    numbers here."""
+    return all(_is_number(cell, censored) for cell in cells)
+
+
+def _is_number(cell: str, censored: bool) -> bool:
+    found = censored_number(cell) if censored else number(cell)
+    return found is not None and cell.strip().lower() not in _TRUTH
 
 
 def holds_number(cells: Iterable[str]) -> bool:
@@ -60,6 +107,29 @@ def read_labels(
             else:
                 labels[index] = value
     return labels, tuple(unreadable)
+
+
+def read_censored(
+    cells: Sequence[str], relations: Sequence[str | None]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+    """Values of K cells (K,), the least and greatest values (2, K) of those that hold a bound, and which cells (K,) hold
+    something else; NaN where there is none.
+
+    ``relations`` (K,) are what records state elsewhere than in these cells, as :func:`relation_of` reads it.
+    """
+    values, bounds = np.full(len(cells), np.nan), np.full((2, len(cells)), np.nan)
+    unreadable = np.zeros(len(cells), dtype=np.bool_)
+    for index, (cell, relation) in enumerate(zip(cells, relations, strict=True)):
+        if not cell:
+            continue
+        found = censored_number(cell, relation)
+        if found is None:
+            unreadable[index] = True
+        elif found[1] == "=":
+            values[index] = found[0]
+        else:
+            bounds[_SIDES[found[1]], index] = found[0]
+    return values, bounds, unreadable
 
 
 def sd_text(raw: bytes) -> str:

@@ -8,12 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from moleblend_ray.chemistry.rejection import Rejection
+from moleblend_ray.data.manifest import LabelColumn
 from moleblend_ray.data.sources.columns import no_column
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.reading import SAMPLE_RECORDS, first_items, open_items
 from moleblend_ray.data.sources.records import (
     ColumnConfig,
-    LabelColumn,
     SourceFile,
     SourceLayout,
     SourceSet,
@@ -42,7 +42,12 @@ def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> Source
     labels = _merge_labels(views)
     if config.label_columns is not None:
         labels = _chosen_labels(config.label_columns, views, labels)
-    layouts = tuple(_layout(view, tuple(label.name for label in labels)) for view in views)
+    if config.censored_labels:
+        labels = tuple(label._replace(censored=True) for label in labels)
+    if config.relation_column is not None:
+        _require_anywhere("relation_column", config.relation_column, views)
+    names = tuple(label.name for label in labels)
+    layouts = tuple(_layout(view, names, config) for view in views)
     for layout in layouts:
         if layout.file.geometry is not None:
             _check_geometry(layout)
@@ -62,7 +67,7 @@ def _is_without_numbers(name: str, views: Sequence[FileView]) -> bool:
     )
 
 
-def _layout(view: FileView, labels: tuple[str, ...]) -> SourceLayout:
+def _layout(view: FileView, labels: tuple[str, ...], config: ColumnConfig) -> SourceLayout:
     return SourceLayout(
         file=view.file,
         columns=view.columns,
@@ -72,6 +77,8 @@ def _layout(view: FileView, labels: tuple[str, ...]) -> SourceLayout:
         # A property that is not in the sample of an SD file may come later in the file.
         own_labels=tuple(n for n in labels if n in view.columns or view.file.format == "sdf"),
         has_geometry=view.has_geometry,
+        censored=config.censored_labels,
+        relation_column=config.relation_column,
     )
 
 
@@ -117,19 +124,24 @@ def _chosen_labels(
 ) -> tuple[LabelColumn, ...]:
     """The labels that were asked for; ConfigError for a name that no file has."""
     units = {label.name: label.unit for label in numeric}
-    available = tuple(dict.fromkeys(column for view in views for column in view.columns))
     for name in names:
-        if name in available:
-            continue
-        if all(view.is_whole for view in views):
-            raise no_column(_names([view.file for view in views]), "label_columns", name, available)
-        logger.warning(
-            "label_columns: no record has %r among the first %d of each file", name, SAMPLE_RECORDS
-        )
+        _require_anywhere("label_columns", name, views)
     for view in views:
         for name, unit in view.units.items():
             units[name] = units.get(name) or unit
     return tuple(LabelColumn(name, units.get(name)) for name in names)
+
+
+def _require_anywhere(setting: str, name: str, views: Sequence[FileView]) -> None:
+    """ColumnError if no file has the column ``name`` of ``setting``; a warning if one may have it after its sample."""
+    available = tuple(dict.fromkeys(column for view in views for column in view.columns))
+    if name in available:
+        return
+    if all(view.is_whole for view in views):
+        raise no_column(_names([view.file for view in views]), setting, name, available)
+    logger.warning(
+        "%s: no record has %r among the first %d of each file", setting, name, SAMPLE_RECORDS
+    )
 
 
 def _names(files: Sequence[SourceFile]) -> str:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.records import GeometryRow, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.data import storage
-from moleblend_ray.data.sources.cells import number
+from moleblend_ray.data.sources.cells import number, read_censored, relation_of
 from moleblend_ray.data.sources.damage import unreadable as damaged
 from moleblend_ray.data.sources.records import (
     EXCERPT_CHARACTERS,
@@ -151,7 +151,12 @@ def parquet_chunks(
     layout: SourceLayout, file_index: int, parts: Sequence[ParquetPart]
 ) -> Iterator[RowChunk]:
     """The chunks of these parts, in order; DataError naming the row where a page cannot be read."""
-    wanted = [layout.smiles_column, layout.id_column, *layout.own_labels]
+    wanted = [
+        layout.smiles_column,
+        layout.id_column,
+        layout.relation_column,
+        *layout.own_labels,
+    ]
     wanted += [*_GEOMETRY_COLUMNS] if layout.has_geometry else []
     columns = [name for name in layout.columns if name in wanted]
     at_hand: tuple[tuple[int, ...], pa.Table] | None = None
@@ -204,7 +209,7 @@ def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
     table = pa.ipc.open_stream(chunk.payload).read_all().combine_chunks()
     smiles = _strings(table, layout.smiles_column)
     mol_ids = _strings(table, layout.id_column)
-    labels, unreadable = _label_matrix(table, layout.labels)
+    labels, unreadable, bounds = _label_matrix(table, layout)
     geometry = _geometry_rows(table, smiles) if layout.has_geometry else None
     for index in range(chunk.num_rows):
         text = smiles[index]
@@ -215,6 +220,7 @@ def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
             labels[index],
             tuple(layout.labels[i] for i in np.flatnonzero(unreadable[index])),
             (text or "")[:EXCERPT_CHARACTERS],
+            bounds[index] if layout.censored else None,
         )
 
 
@@ -237,15 +243,23 @@ def _text(value: Any) -> str:
 
 
 def _label_matrix(
-    table: pa.Table, names: Sequence[str]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Labels (M, L), NaN where missing, and a mask (M, L) of values that are not finite numbers."""
-    labels = np.full((table.num_rows, len(names)), np.nan)
-    unreadable = np.zeros(labels.shape, dtype=np.bool_)
-    for index, name in enumerate(names):
+    table: pa.Table, layout: SourceLayout
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Labels (M, L), NaN where missing, a mask (M, L) of values that are not finite numbers, and the least and greatest values
+    (M, 2, L) of labels of which only a bound is known."""
+    shape = table.num_rows, len(layout.labels)
+    labels, unreadable = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
+    bounds = np.full((shape[0], 2, shape[1]), np.nan)
+    relations = _relations(table, layout)
+    for index, name in enumerate(layout.labels):
         if name not in table.column_names:
             continue
         column = _plain(table[name])
+        if layout.censored:
+            cells = ["" if value is None else _text(value) for value in column.to_pylist()]
+            labels[:, index], found, unreadable[:, index] = read_censored(cells, relations)
+            bounds[:, :, index] = found.T
+            continue
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.uint8())
         if pa.types.is_large_binary(column.type):
@@ -256,7 +270,12 @@ def _label_matrix(
         values = column.cast(pa.float64(), safe=False).to_numpy()
         unreadable[:, index] = np.isinf(values)
         labels[:, index] = np.where(np.isfinite(values), values, np.nan)
-    return labels, unreadable
+    return labels, unreadable, bounds
+
+
+def _relations(table: pa.Table, layout: SourceLayout) -> list[str | None]:
+    """What each row says of all of its labels."""
+    return [relation_of(text or "") for text in _strings(table, layout.relation_column)]
 
 
 def _geometry_rows(

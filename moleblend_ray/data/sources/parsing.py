@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
 
 import numpy as np
 
@@ -12,7 +12,14 @@ from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
 from moleblend_ray.data import storage
-from moleblend_ray.data.sources.cells import read_labels, sd_properties, sd_text, smiles_and_name
+from moleblend_ray.data.sources.cells import (
+    read_censored,
+    read_labels,
+    relation_of,
+    sd_properties,
+    sd_text,
+    smiles_and_name,
+)
 from moleblend_ray.data.sources.parquet import parse_parquet
 from moleblend_ray.data.sources.reading import Item, items_of_payload
 from moleblend_ray.data.sources.records import EXCERPT_CHARACTERS, RawRecord, RowChunk, SourceLayout
@@ -76,9 +83,9 @@ def _parse_sdf(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     block, properties = sd_properties(text)
     title = text.partition("\n")[0].strip()
     mol_id = properties.get(layout.id_column, "") if layout.id_column else title
-    labels, unreadable = read_labels(layout.labels, properties)
     excerpt = text[:EXCERPT_CHARACTERS]
-    return RawRecord(row, mol_id or None, MolBlock(block), labels, unreadable, excerpt)
+    labels = _labels(layout, properties)
+    return RawRecord(row, mol_id or None, MolBlock(block), excerpt=excerpt, **labels)
 
 
 def _parse_smiles(row: int, item: Item, layout: SourceLayout) -> RawRecord:
@@ -121,7 +128,6 @@ def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     by_name = dict(zip(layout.columns, cells, strict=True))
     smiles = by_name[layout.smiles_column].strip() if layout.smiles_column else None
     mol_id = by_name[layout.id_column].strip() if layout.id_column else ""
-    labels, unreadable = read_labels(layout.labels, by_name)
     content: SmilesText | MolBlock | Rejection = SmilesText(smiles or "")
     if item.geometry is not None:
         content = _geometry(item.geometry, smiles, mol_id)
@@ -129,7 +135,20 @@ def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
         detail = "the geometry ends before this row"
         content = Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
     excerpt = (smiles if smiles is not None else decode(item.text))[:EXCERPT_CHARACTERS]
-    return RawRecord(row, mol_id or None, content, labels, unreadable, excerpt)
+    return RawRecord(row, mol_id or None, content, excerpt=excerpt, **_labels(layout, by_name))
+
+
+def _labels(layout: SourceLayout, cells: Mapping[str, str]) -> dict[str, Any]:
+    """The fields ``labels``, ``unreadable`` and ``bounds`` of a record."""
+    if not layout.censored:
+        labels, unreadable = read_labels(layout.labels, cells)
+        return {"labels": labels, "unreadable": unreadable}
+    column = layout.relation_column
+    relation = "=" if column is None else relation_of(cells.get(column, ""))
+    texts = [cells.get(name, "") for name in layout.labels]
+    labels, bounds, wrong = read_censored(texts, [relation] * len(texts))
+    unreadable = tuple(name for name, bad in zip(layout.labels, wrong, strict=True) if bad)
+    return {"labels": labels, "unreadable": unreadable, "bounds": bounds}
 
 
 def _geometry(raw: bytes, smiles: str | None, mol_id: str) -> MolBlock | Rejection:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.records import SourceRecord
 from moleblend_ray.chemistry.rejection import Rejection
+from moleblend_ray.data.manifest import LabelColumn
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
 """``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
@@ -34,6 +35,11 @@ class ColumnConfig:
     column of a known published table, or ``mol_id`` of a Parquet table; where there is none, file name and row."""
     label_columns: tuple[str, ...] | None = None
     """Columns or SD properties to keep as labels. None: all other numeric ones."""
+    censored_labels: bool = False
+    """Whether to keep bounds such as ``>10`` in label columns, beside the labels."""
+    relation_column: str | None = None
+    """With ``censored_labels``: column or SD property that says of all labels of a record whether they are bounds (``>``,
+    ``<``, ``=``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +80,10 @@ class SourceLayout:
     """The labels that this file has."""
     has_geometry: bool
     """Whether the file is a Parquet table with atoms, bonds and positions."""
+    censored: bool = False
+    """Whether bounds are kept beside labels."""
+    relation_column: str | None = None
+    """Column that says which labels are bounds; None: only their cells do."""
 
     @property
     def holds_atoms(self) -> bool:
@@ -86,13 +96,6 @@ class SourceLayout:
         """Whether a record is a piece of the file's text and nothing else."""
         file = self.file
         return file.format not in ("parquet", "xyz") and not (file.geometry or file.exclusions)
-
-
-class LabelColumn(NamedTuple):
-    """A label found in a source."""
-
-    name: str
-    unit: str | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +128,7 @@ class RowChunk:
 
     def digest(self, layout: SourceLayout) -> str:
         """Digest of all that decides what is made of the chunk: its bytes, its place in the file, and how they are read."""
-        read_as = (
+        read_as: tuple[Any, ...] = (
             self.first_row,
             self.num_rows,
             self.is_text,
@@ -136,6 +139,9 @@ class RowChunk:
             layout.own_labels,
             layout.has_geometry,
         )
+        # Chunks without bounds have the digests of earlier versions, whose unfinished data sets can be continued.
+        if layout.censored:
+            read_as += (layout.relation_column,)
         content = hashlib.blake2b(json.dumps(read_as).encode(), digest_size=16)
         content.update(self.payload)
         return content.hexdigest()
@@ -156,3 +162,6 @@ class RawRecord(NamedTuple):
     """Labels whose cell holds something that is not a finite number."""
     excerpt: str
     """The record's SMILES, or the beginning of the record."""
+    bounds: NDArray[np.float64] | None = None
+    """(2, L) the least and the greatest value that labels can have of which the record tells only a bound, NaN where it
+    tells none; None if the layout does not keep bounds."""

@@ -11,6 +11,7 @@ from typing import Final
 from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
+from moleblend_ray.data.manifest import LabelColumn
 from moleblend_ray.data.sources.cells import holds_number, is_numeric, sd_properties, sd_text
 from moleblend_ray.data.sources.columns import (
     ColumnError,
@@ -33,7 +34,7 @@ from moleblend_ray.data.sources.reading import (
     open_items,
     open_records,
 )
-from moleblend_ray.data.sources.records import ColumnConfig, LabelColumn, SourceFile
+from moleblend_ray.data.sources.records import ColumnConfig, SourceFile
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
 from moleblend_ray.data.sources.text import Beginning, decode
 from moleblend_ray.errors import DataError, without_credentials
@@ -107,7 +108,10 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> FileView:
         for index, name in enumerate(columns)
         if name and name not in (smiles_column, id_column)
     ]
-    numeric = [columns[i] for i in others if rows and is_numeric(row[i] for row in rows)]
+    censored = config.censored_labels
+    numeric = [
+        columns[i] for i in others if rows and is_numeric((row[i] for row in rows), censored)
+    ]
     without = [columns[i] for i in others if not holds_number(row[i] for row in rows)]
     asked = config.label_columns
     _warn_of_decimal_commas(
@@ -191,7 +195,8 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> FileView:
     numeric = [
         name
         for name in names
-        if name != config.id_column and is_numeric(record.get(name, "") for record in properties)
+        if name != config.id_column
+        and is_numeric((record.get(name, "") for record in properties), config.censored_labels)
     ]
     without = [
         name for name in names if not holds_number(record.get(name, "") for record in properties)

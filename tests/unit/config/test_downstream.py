@@ -126,6 +126,9 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"name": "moleculenet", "metric": "mae"}, "mae does not fit classification"),
         ({"split_file": "x.csv", "split_column": "part"}, "split_file: expected either"),
         ({"split_column": "part", "split": "random"}, "split: expected given with split_column"),
+        ({"censored": "true"}, "censored: expected for regression only"),
+        ({"name": "qm9", "censored": "true"}, "censored: expected for one task only"),
+        ({"name": "esol", "relation_column": "rel"}, "relation_column: expected with censored=tr"),
     ],
 )
 def test_tasks_that_contradict_themselves_are_refused(

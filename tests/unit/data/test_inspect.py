@@ -35,11 +35,11 @@ def prepared(tmp_path: Path) -> str:
     return prepare(tmp_path, finished=True)
 
 
-def prepare(folder: Path, *, finished: bool) -> str:
+def prepare(folder: Path, *, finished: bool, censored_labels: bool = False) -> str:
     source, out = folder / "table.csv", str(folder / "out")
     source.write_text(TABLE)
     options = ConvertOptions(
-        columns=ColumnConfig(id_column="id", label_columns=("y",)),
+        columns=ColumnConfig(id_column="id", label_columns=("y",), censored_labels=censored_labels),
         rows_per_chunk=4,
         valid_fraction=0.0,
     )
@@ -239,6 +239,18 @@ def test_the_report_for_people_shows_what_they_look_for(prepared: str) -> None:
         "every file is there",
     ):
         assert part in text
+
+
+def test_bounds_have_a_column_where_they_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "censored").mkdir()
+    for folder, kept in ((tmp_path, False), (tmp_path / "censored", True)):
+        lines = shown(prepare(folder, finished=True, censored_labels=kept)).splitlines()
+        cells = [line.split() for line in lines]
+        (head,) = [row for row in cells if row[:2] == ["label", "unit"]]
+        (row,) = [row for row in cells if row[:1] == ["y"]]
+        # The column has no unit; of its 4 molecules 2 have a number, and one has >10.
+        assert ("bounds" in head) == kept
+        assert row == ["y", "2", "50", "%", "1"]
 
 
 def test_damage_stands_at_the_end_of_the_report(prepared: str) -> None:

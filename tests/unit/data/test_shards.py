@@ -38,7 +38,7 @@ def make_table(num_rows: int, seed: int) -> pa.Table:
     """Rows of the shard schema with ragged lists of random content."""
     rng = np.random.default_rng(seed)
     num_atoms = rng.integers(1, 30, num_rows)
-    schema = shards.shard_schema(LABELS)
+    schema = shards.shard_schema([label.column for label in LABELS])
     columns: dict[str, object] = {
         "mol_id": [f"{seed}-{row}" for row in range(num_rows)],
         "source_row": list(range(num_rows)),

@@ -19,9 +19,9 @@ from moleblend_ray.evaluation.finetune import (
     StartingPoint,
     build_pretrained,
     finetune_once,
-    masked_loss,
     predict,
 )
+from moleblend_ray.evaluation.losses import masked_loss
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     load_property_model,

@@ -28,12 +28,11 @@ from moleblend_ray.evaluation.finetune import (
     build_model,
     build_pretrained,
     finetune_once,
-    masked_loss,
-    positive_weights,
     predict,
     predict_mean,
 )
 from moleblend_ray.evaluation.layerwise_training import depth, freeze_lowest, lr_factors
+from moleblend_ray.evaluation.losses import masked_loss, positive_weights
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
     TrainedProperty,

@@ -30,11 +30,12 @@ def prepare(tmp_path: Path) -> Prepare:
         text: str,
         label_columns: tuple[str, ...] | None = None,
         featurize: FeaturizeConfig = FeaturizeConfig(),  # noqa: B008 (frozen)
+        censored: bool = False,
     ) -> str:
         source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
         source.write_text(text)
         options = ConvertOptions(
-            columns=ColumnConfig(label_columns=label_columns),
+            columns=ColumnConfig(label_columns=label_columns, censored_labels=censored),
             featurize=featurize,
             rows_per_chunk=3,
             row_group_rows=2,
@@ -108,6 +109,33 @@ def test_cells_that_hold_no_number_are_counted_and_told_where_there_is_nothing_e
     assert (len(molecules), molecules.num_unlabelled, molecules.num_unreadable) == (2, 1, 1)
     with pytest.raises(DataError, match=r"\['a'\]; 3 of their cells hold something else than a"):
         load_labelled(uri, number("a"))
+
+
+def test_molecules_of_which_only_a_bound_is_known_count_where_bounds_do(prepare: Prepare) -> None:
+    text = "smiles,a,b\nCCO,1,>7\nCCN,<2,\nCCC,,x\nCO,>=4,3\n"
+    uri = prepare(text, ("a", "b"), censored=True)
+    found = load_labelled(uri, number("a"), with_bounds=True)
+    order = np.argsort(found.smiles)
+    assert [found.smiles[row] for row in order] == ["CCN", "CCO", "CO"]
+    assert found.bounds is not None
+    np.testing.assert_equal(found.labels[order, 0], [np.nan, 1.0, np.nan])
+    np.testing.assert_equal(found.bounds.at_least[order, 0], [np.nan, np.nan, 4.0])
+    np.testing.assert_equal(found.bounds.at_most[order, 0], [2.0, np.nan, np.nan])
+    assert (found.num_unlabelled, found.num_unreadable) == (1, 0)
+    without = load_labelled(uri, number("a"))
+    assert (without.smiles, without.bounds, without.num_unlabelled) == (("CCO",), None, 3)
+
+
+def test_bounds_are_checked_as_labels_are(prepare: Prepare) -> None:
+    uri = prepare("smiles,a\nCCO,1\nCCN,>1e200\n", ("a",), censored=True)
+    with pytest.raises(DataError, match=r"'a'.* has the value 1e\+200 for molecule '\S+_1'"):
+        load_labelled(uri, number("a"), with_bounds=True)
+
+
+def test_a_data_set_without_bounds_is_told_where_they_are_wanted(prepare: Prepare) -> None:
+    uri = prepare("smiles,a\nCCO,1\nCCN,2\n")
+    with pytest.raises(DataError, match=r"task\.censored: .*censored_labels=true"):
+        load_labelled(uri, number("a"), with_bounds=True)
 
 
 def test_a_folder_that_is_no_prepared_dataset_is_an_error(tmp_path: Path) -> None:

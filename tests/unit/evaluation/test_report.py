@@ -204,6 +204,28 @@ def test_labels_that_were_no_numbers_are_counted(tmp_path: Path) -> None:
     assert "- 1,200 label(s) in the source are no numbers" in report_of(tmp_path, results)
 
 
+def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> None:
+    results = results_of()
+    assert "bound" not in report_of(tmp_path, results)
+    counts = {"train": 1200, "valid": 30, "test": 40}
+    parts = {part: {"labels": 5, "bounds": count} for part, count in counts.items()}
+    results["data"]["labels"] = {"y|z": parts, "w": {**parts, "test": {"labels": 5, "bounds": 0}}}
+    results["final"]["bounds"] = {
+        "y|z": {"test_bounds": 40, "test_respected": 38},
+        "w": {"test_bounds": 0, "test_respected": 0},
+    }
+    text = report_of(tmp_path, results)
+    assert "| y\\|z | 1,200 | 30 | 40 | 38 of 40 (95 %) |" in text
+    assert "| w | 1,200 | 30 | 0 | none |" in text
+
+
+def test_labels_that_may_be_bounds_have_advice_for_numbers_only(tmp_path: Path) -> None:
+    for kind in ("regression", "classification"):
+        results = results_of(kind=kind)
+        results["data"]["unreadable_labels"] = 3
+        assert ("task.censored=true" in report_of(tmp_path, results)) == (kind == "regression")
+
+
 def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_path: Path) -> None:
     """With missing labels, a score over several columns is of fewer molecules than the test part has."""
     found = [
@@ -214,7 +236,7 @@ def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_
     results["task"]["columns"] = ["a|b<c>", "c"]
     labels = np.array([[0, 1], [1, np.nan], [1, np.nan], [np.nan, 1], [0, np.nan], [1, 1]])
     split = Split(*map(np.array, ([0, 1, 2], [3], [4, 5])))
-    molecules = SimpleNamespace(columns=("a|b<c>", "c"), labels=labels)
+    molecules = SimpleNamespace(bounds=None, columns=("a|b<c>", "c"), labels=labels)
     results["data"]["labels"] = labels_entry(TaskKind.CLASSIFICATION, molecules, split)  # type: ignore[arg-type]
     assert results["data"]["labels"]["c"]["test"] == {"labels": 1, "positives": 1}
     text = report_of(tmp_path, results)

@@ -87,7 +87,12 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
 ) -> None:
     labels = np.array([[0.0], [0.0], [0.0], [1.0], [0.0], [1.0]])
     molecules = SimpleNamespace(
-        labels=labels, columns=("y",), smiles=("C",) * 6, parts=np.array([0, 0, 1, 1, 2, 2])
+        labels=labels,
+        bounds=None,
+        num_unreadable=0,
+        columns=("y",),
+        smiles=("C",) * 6,
+        parts=np.array([0, 0, 1, 1, 2, 2]),
     )
     monkeypatch.setattr(downstream, "check_cluster", lambda config: None)
     monkeypatch.setattr(downstream, "prepare_task", lambda *_: "data")
@@ -171,6 +176,10 @@ MISSING_COLUMNS = [
     ),
     ({"columns": ("y",), "smiles_column": "SMILES"}, r"^task\.smiles_column: .*mean 'smiles'"),
     ({"columns": ("y",), "id_column": "name"}, r"^task\.id_column: .*has no 'name'"),
+    (
+        {"columns": ("y",), "censored": True, "relation_column": "relation"},
+        r"^task\.relation_column: .*has no 'relation'",
+    ),
 ]
 
 
@@ -438,6 +447,8 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
     note = {"config": question(config), "data_fingerprint": "d"}
     before = json.loads(json.dumps(note))
     del before["config"]["finetune"]["descriptors"]
+    for name in ("censored", "relation_column"):
+        del before["config"]["task"][name]
     for name in ("environment_bins", "descriptor_head"):
         del before["config"]["model"][name]
     claim(str(tmp_path), before)
@@ -445,6 +456,36 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
     changed = dataclasses.replace(config, finetune=FinetuneSettings(descriptors=True))
     with pytest.raises(ConfigError, match=r"finetune\.descriptors: False there, True here"):
         claim(str(tmp_path), {**note, "config": question(changed)})
+
+
+def test_raw_molecules_are_prepared_with_the_bounds_that_the_task_wants(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[PrepareConfig] = []
+    monkeypatch.setattr(molecules_module, "prepare", lambda config, **_: given.append(config))
+    for changes in ({}, {"censored": True}, {"censored": True, "relation_column": "part"}):
+        config = finetuning(tmp_path, columns=("y",), **changes)
+        prepare_task(dataclasses.replace(config, checkpoint=None), None)
+    found = [(one.censored_labels, one.relation_column) for one in given]
+    assert found == [(False, None), (True, None), (True, "part")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_unreadable", "told"),
+    [
+        (TaskKind.REGRESSION, 7, True),
+        (TaskKind.REGRESSION, 0, False),
+        (TaskKind.CLASSIFICATION, 7, False),
+    ],
+)
+def test_labels_that_may_be_bounds_are_told_where_they_could_be_used(
+    caplog: pytest.LogCaptureFixture, kind: TaskKind, num_unreadable: int, told: bool
+) -> None:
+    config = TaskConfig(name="own", source="a.csv", columns=("y",), kind=kind)
+    found: Any = SimpleNamespace(bounds=None, num_unreadable=num_unreadable)
+    downstream._tell_of_bounds(config, config.resolve(), found)
+    assert ("7 labels of a.csv are no numbers" in caplog.text) == told
+    assert ("task.censored=true" in caplog.text) == told
 
 
 def test_raw_molecules_get_the_form_of_pretraining(

@@ -1,0 +1,70 @@
+"""Labels of which only a bound is known, such as ``>10`` of an assay whose range ends there (censored labels).
+
+Training uses a bound as far as it tells something: a prediction that respects it is right, any other is as wrong as it is far
+from it. For squared errors this is the limit of a Tobit model of little noise (Tobin, Econometrica 26, 24 (1958)), and
+chemprop's `bounded-mse`. Scores, scales and intervals come from measured labels alone: how far beyond a bound the value lies,
+nobody knows.
+
+Shape legend: M molecules, T properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LabelBounds:
+    """What is known of labels that were not measured as a number."""
+
+    at_least: NDArray[np.float64]
+    """(M, T) least value that a label can have; NaN where no such bound is known."""
+    at_most: NDArray[np.float64]
+    """(M, T) greatest value; NaN likewise."""
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """(M, T) which labels have a bound."""
+        return ~(np.isnan(self.at_least) & np.isnan(self.at_most))
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        """(M, T) the bounds themselves, of either kind; NaN where there is none."""
+        return np.where(np.isnan(self.at_least), self.at_most, self.at_least)
+
+    def map(self, scale: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> LabelBounds:
+        """The same on another scale, of which greater values are greater, too."""
+        return LabelBounds(at_least=scale(self.at_least), at_most=scale(self.at_most))
+
+    def __getitem__(self, index: Any) -> LabelBounds:
+        """Those of some molecules or properties, chosen as NumPy does of (M, T)."""
+        return LabelBounds(at_least=self.at_least[index], at_most=self.at_most[index])
+
+    def within(self, predictions: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M, T) the values nearest to ``predictions`` that the bounds allow; NaN where there is none."""
+        nearest = np.fmin(np.fmax(predictions, self.at_least), self.at_most)
+        return np.where(self.known, nearest, np.nan)
+
+    def respected(self, predictions: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """(M, T) which predictions are where a bound says that the label is; False where there is no bound."""
+        allowed: NDArray[np.bool_] = self.within(predictions) == predictions
+        return allowed
+
+
+def bounds_entry(
+    columns: Sequence[str], bounds: LabelBounds, predictions: NDArray[np.float64]
+) -> dict[str, dict[str, int]]:
+    """The part of ``results.json`` about the bounds of the test molecules, and the ``predictions`` (M, T) that respect them."""
+    known, respected = bounds.known, bounds.respected(predictions)
+    return {
+        name: {
+            "test_bounds": int(known[:, index].sum()),
+            "test_respected": int(respected[:, index].sum()),
+        }
+        for index, name in enumerate(columns)
+    }
