@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
-from moleblend_ray.config.builder import model_preset
+from moleblend_ray.config.compose import model_preset
 from moleblend_ray.evaluation.baseline_runs import compute_features
 from moleblend_ray.evaluation.baselines import (
     BaselineData,

@@ -58,13 +58,18 @@ class LabelBounds:
 
 def bounds_entry(
     columns: Sequence[str], bounds: LabelBounds, predictions: NDArray[np.float64]
-) -> dict[str, dict[str, int]]:
-    """The part of ``results.json`` about the bounds of the test molecules, and the ``predictions`` (M, T) that respect them."""
+) -> dict[str, dict[str, Any]]:
+    """The part of ``results.json`` about the bounds of the test molecules: how many there are, how many ``predictions`` (M, T)
+    respect them, and the root mean square of the distance to what they allow (0 if respected), in the labels' unit."""
     known, respected = bounds.known, bounds.respected(predictions)
+    squares = (predictions - bounds.within(predictions)) ** 2
     return {
         name: {
             "test_bounds": int(known[:, index].sum()),
             "test_respected": int(respected[:, index].sum()),
+            "test_distance": float(np.sqrt(np.nanmean(squares[:, index])))
+            if known[:, index].any()
+            else None,
         }
         for index, name in enumerate(columns)
     }

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.report_figures import predictions_figure, trials_figure
 from moleblend_ray.evaluation.result_files import REPORT_NAME
 from moleblend_ray.evaluation.score_text import (
@@ -31,14 +32,20 @@ def write_report(
     results: Mapping[str, Any],
     test_labels: NDArray[np.float64],
     test_predictions: NDArray[np.float64],
+    test_bounds: LabelBounds | None = None,
 ) -> str:
-    """Write ``report.md`` and its figures to ``out``; of the test molecules (M, T) labels, and means of the predictions of all
-    seeds."""
+    """Write ``report.md`` and its figures to ``out``; of the test molecules (M, T) labels, means of the predictions of all
+    seeds, and bounds of labels that have no number."""
     task, final = results["task"], results["final"]
     seeds = final["seeds"]
     models = f"mean of {len(seeds)} models" if len(seeds) > 1 else f"seed {seeds[0]['seed']}"
     drawn = predictions_figure(
-        task, test_labels, test_predictions, models=models, intervals=final.get("intervals")
+        task,
+        test_labels,
+        test_predictions,
+        models=models,
+        intervals=final.get("intervals"),
+        bounds=test_bounds,
     )
     figures = {"test.png": drawn}
     trials = results.get("trials", [])
@@ -61,7 +68,8 @@ def _text(
         f"# {task['name']}",
         "",
         f"{metric} ({direction}) on {split['test']} test molecules{_unseen_remark(data)}."
-        + _left_out_remark(task, results["final"]),
+        + _left_out_remark(task, results["final"])
+        + _bounds_remark(results["final"].get("bounds")),
         "",
         *_seen_lines(data),
         "| model | validation | test, mean ± std | test, each seed |",
@@ -71,9 +79,9 @@ def _text(
         *_comparison(task, results["final"], results["baselines"]),
         *_other_scores(task, (results["final"], *results["baselines"])),
         *_intervals(task, results["final"].get("intervals")),
-        *_bounds(data.get("labels", {}), results["final"].get("bounds")),
+        *_bounds(task, data.get("labels", {}), results["final"].get("bounds")),
         f"![test molecules](figures/{figures[0]})",
-        *_band_remark(task, results["final"].get("intervals")),
+        *_figure_remark(results["final"]),
         "",
         "## Molecules",
         "",
@@ -151,6 +159,16 @@ def _left_out_remark(task: Mapping[str, Any], final: Mapping[str, Any]) -> str:
     return (
         f" It is the mean over {total - num_left_out} of the {total} label columns; the others cannot be scored there "
         "([label columns](#label-columns))."
+    )
+
+
+def _bounds_remark(bounds: Mapping[str, Any] | None) -> str:
+    """Says that some labels of these molecules are not scored."""
+    count = sum(found["test_bounds"] for found in (bounds or {}).values())
+    return (
+        f" Of {count:,} of their labels only a bound is known, and these have no score."
+        if count
+        else ""
     )
 
 
@@ -303,21 +321,29 @@ def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> 
     return [*lines, ""]
 
 
-def _bounds(labels: Mapping[str, Any], bounds: Mapping[str, Any] | None) -> list[str]:
+def _bounds(
+    task: Mapping[str, Any], labels: Mapping[str, Any], bounds: Mapping[str, Any] | None
+) -> list[str]:
     """How many labels are bounds, and what predictions make of those of the test part."""
     if not bounds:
         return []
+    unit = f", {table_cell(task['unit'])}" if task["unit"] else ""
     lines = [
         "Of some labels only a bound is known, such as `>10`. Training uses them; scores and intervals are of measured labels "
-        "alone. A prediction respects a bound if it is on the side where the label is.",
+        "alone. A prediction respects a bound if it is on the side where the label is, and its distance is then 0. The distance "
+        "is the root mean square over all bounds of the test part.",
         "",
-        "| column | training bounds | validation | test | respected by the test predictions |",
-        "|---|---|---|---|---|",
+        f"| column | training bounds | validation | test | test bounds respected | distance{unit} |",
+        "|---|---|---|---|---|---|",
     ]
     for name, found in list(bounds.items())[:_MAX_COLUMN_ROWS]:
         counts = [f"{labels[name][part]['bounds']:,}" for part in ("train", "valid", "test")]
-        share = _share_text(found["test_respected"], found["test_bounds"])
-        lines.append(f"| {' | '.join([table_cell(name), *counts, share])} |")
+        distance = found["test_distance"]
+        told = [
+            _share_text(found["test_respected"], found["test_bounds"]),
+            "" if distance is None else score_text(distance),
+        ]
+        lines.append(f"| {' | '.join([table_cell(name), *counts, *told])} |")
     return [*lines, ""]
 
 
@@ -325,12 +351,16 @@ def _share_text(part: int, total: int) -> str:
     return f"{part:,} of {total:,} ({100 * part / total:.0f} %)" if total else "none"
 
 
-def _band_remark(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> list[str]:
-    """What the grey band of the figure is, if it has one."""
-    if not intervals or len(task["columns"]) > 1:
-        return []
-    (found,) = intervals["columns"].values()
-    return [] if found["half_width"] is None else ["", "Grey: labels inside their interval."]
+def _figure_remark(final: Mapping[str, Any]) -> list[str]:
+    """What the grey band and the triangles of the figure are, if it has them."""
+    parts = []
+    intervals = (final.get("intervals") or {}).get("columns", {})
+    widths = [found["half_width"] for found in intervals.values()]
+    if len(widths) == 1 and widths[0] is not None:
+        parts.append("Grey: labels inside their interval.")
+    if any(found["test_bounds"] for found in final.get("bounds", {}).values()):
+        parts.append("Triangles: bounds, which point to where the label is.")
+    return ["", " ".join(parts)] if parts else []
 
 
 def _interval_row(name: str, found: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 from sklearn.metrics import roc_curve
 
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.score_text import figure_text
 
 
@@ -23,17 +24,21 @@ def predictions_figure(
     *,
     models: str,
     intervals: Mapping[str, Any] | None = None,
+    bounds: LabelBounds | None = None,
 ) -> bytes:
     """The (M, T) labels and predictions of the test molecules as a PNG: curves of classes, or points.
 
-    ``models`` says in the title whose predictions they are. The ``intervals`` of a single property are drawn.
+    ``models`` says in the title whose predictions they are. The ``intervals`` of a single property are drawn, and labels of
+    which only ``bounds`` are known, as triangles that point to where they are.
     """
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     if task["kind"] == "classification":
         _draw_roc(axes, task["columns"], labels, predictions)
     else:
-        _draw_parity(axes, task, labels, predictions, intervals)
+        ends = _draw_parity(axes, task, labels, predictions, bounds)
+        if intervals and len(task["columns"]) == 1:
+            _draw_interval(axes, intervals["columns"][task["columns"][0]]["half_width"], *ends)
     axes.set_title(f"{figure_text(task['name'])}: test molecules, {models}")
     return _png(figure)
 
@@ -63,20 +68,31 @@ def _draw_parity(
     task: Mapping[str, Any],
     labels: NDArray[np.float64],
     predictions: NDArray[np.float64],
-    intervals: Mapping[str, Any] | None,
-) -> None:
+    bounds: LabelBounds | None,
+) -> tuple[float, float]:
+    """Points, and a line where labels equal predictions; returns its ends."""
+    shown = labels if bounds is None else np.where(bounds.known, bounds.values, labels)
     for index, column in enumerate(task["columns"]):
         label = figure_text(column)
-        axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)
-    low = float(min(np.nanmin(labels), predictions.min()))
-    high = float(max(np.nanmax(labels), predictions.max()))
+        points = axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)
+        for side, marker in ((bounds.at_least, ">"), (bounds.at_most, "<")) if bounds else ():
+            axes.scatter(
+                side[:, index],
+                predictions[:, index],
+                s=12,
+                alpha=0.6,
+                marker=marker,
+                facecolors="none",
+                edgecolors=points.get_facecolor(),
+            )
+    low = float(min(np.nanmin(shown), predictions.min()))
+    high = float(max(np.nanmax(shown), predictions.max()))
     axes.plot([low, high], [low, high], color="grey", linestyle=":", linewidth=1)
-    if intervals and len(task["columns"]) == 1:
-        _draw_interval(axes, intervals["columns"][task["columns"][0]]["half_width"], low, high)
     unit = f" ({figure_text(task['unit'])})" if task["unit"] else ""
     axes.set(xlabel=f"measured{unit}", ylabel=f"predicted{unit}")
     if 1 < len(task["columns"]) <= 6:
         axes.legend(fontsize=8)
+    return low, high
 
 
 def _draw_interval(axes: Axes, half_width: float | None, low: float, high: float) -> None:

@@ -84,7 +84,8 @@ def write_results(
     # Not above: it takes matplotlib and scikit-learn, which only the end of a command needs.
     from moleblend_ray.evaluation.report import write_report
 
-    write_report(config.out, results, test[0].labels, mean_of(test).predictions)
+    mean = mean_of(test)
+    write_report(config.out, results, mean.labels, mean.predictions, mean.bounds)
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
 

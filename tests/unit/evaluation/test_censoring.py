@@ -192,7 +192,9 @@ def test_scores_scales_and_intervals_are_of_measured_labels(
 ) -> None:
     rows = np.arange(len(censored))
     split = Split(train=rows[::2], valid=rows[1::4], test=rows[3::4])
-    predictions = np.where(np.isnan(censored.labels), 100.0, censored.labels + 0.5)
+    # Of the large molecules every other one is predicted 3 below its bound.
+    beyond = 8.0 + np.where(rows % 8 < 4, 1.0, -3.0)[:, None]
+    predictions = np.where(np.isnan(censored.labels), beyond, censored.labels + 0.5)
     write_predictions(str(tmp_path), censored, split, predictions)
     valid, test = (read_predictions(str(tmp_path), part, ("y0",)) for part in ("valid", "test"))
     assert valid is not None
@@ -206,8 +208,11 @@ def test_scores_scales_and_intervals_are_of_measured_labels(
     assert calibration is not None
     assert calibration.half_widths(0.5).tolist() == [0.5]
     num_bounds = int(censored.bounds.known[split.test].sum())
-    found = bounds_entry(("y0",), test.bounds, mean_of([test, test]).predictions)
-    assert found == {"y0": {"test_bounds": num_bounds, "test_respected": num_bounds}}
+    wrong = int((beyond[split.test] < 8.0)[censored.bounds.known[split.test]].sum())
+    found = bounds_entry(("y0",), test.bounds, mean_of([test, test]).predictions)["y0"]
+    assert (found["test_bounds"], found["test_respected"]) == (num_bounds, num_bounds - wrong)
+    assert 0 < wrong < num_bounds
+    assert found["test_distance"] == pytest.approx(3.0 * (wrong / num_bounds) ** 0.5)
     counted = labels_entry(TaskKind.REGRESSION, censored, split)["y0"]["test"]
     assert counted == {"labels": len(split.test) - num_bounds, "bounds": num_bounds}
 

@@ -211,12 +211,13 @@ def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> 
     parts = {part: {"labels": 5, "bounds": count} for part, count in counts.items()}
     results["data"]["labels"] = {"y|z": parts, "w": {**parts, "test": {"labels": 5, "bounds": 0}}}
     results["final"]["bounds"] = {
-        "y|z": {"test_bounds": 40, "test_respected": 38},
-        "w": {"test_bounds": 0, "test_respected": 0},
+        "y|z": {"test_bounds": 40, "test_respected": 38, "test_distance": 0.25},
+        "w": {"test_bounds": 0, "test_respected": 0, "test_distance": None},
     }
     text = report_of(tmp_path, results)
-    assert "| y\\|z | 1,200 | 30 | 40 | 38 of 40 (95 %) |" in text
-    assert "| w | 1,200 | 30 | 0 | none |" in text
+    assert "| y\\|z | 1,200 | 30 | 40 | 38 of 40 (95 %) | 0.2500 |" in text
+    assert "| w | 1,200 | 30 | 0 | none |  |" in text
+    assert "Of 40 of their labels only a bound is known, and these have no score." in text
 
 
 def test_labels_that_may_be_bounds_have_advice_for_numbers_only(tmp_path: Path) -> None:
