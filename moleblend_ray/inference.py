@@ -136,7 +136,7 @@ class PropertyPredictor:
 
         Predictions are means over models and ``conformers`` (0: without coordinates; None: as many as the models were fine-tuned with,
         none for models that see 2D relations alone); ``batch_size`` conformers are computed at once. Intervals around predicted
-        numbers hold the share ``interval`` of labels (above 0 and below 1; None: no intervals). A CheckpointError if there is no
+        numbers, and sets of classes, hold the share ``interval`` of labels (above 0 and below 1; None: neither). A CheckpointError if there is no
         model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
         None, for a device that is not there or another wrong argument.
         """
@@ -169,6 +169,7 @@ class PropertyPredictor:
 
         ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
+        ``p0:NAME`` and ``p1:NAME``, the p-values of classes, and ``classes:NAME``, those that the molecule goes with,
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         """
         asked = _listed(smiles)

@@ -311,7 +311,7 @@ class PredictConfig(LibraryConfig):
     models' domain; null: each model's own, the 5th percentile of its training molecules."""
     interval: float | None = COVERAGE
     """Share of the labels of molecules like those of validation that an interval (lower, upper) around the prediction of a
-    number is to hold; null: no intervals. Classes have none."""
+    number is to hold, or of each class that its set of classes is to hold; null: neither."""
     csv: bool = False
     """Also write all predictions as one table, predictions.csv."""
 

@@ -24,7 +24,6 @@ from moleblend_ray.evaluation.property_model import (
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import weights_fingerprint
 from moleblend_ray.evaluation.stored_predictions import PartPredictions, read_predictions
-from moleblend_ray.evaluation.tasks import TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class Member:
     domain: ApplicabilityDomain | None
     """Fingerprints of its training molecules; None if its folder has none."""
     validation: PartPredictions | None = None
-    """Its predictions of numbers for the validation molecules; None for classes, and if its folder has none."""
+    """Its predictions for the validation molecules; None if its folder has none."""
 
 
 class Combined(NamedTuple):
@@ -119,7 +118,7 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
             saved=saved,
             fingerprint=property_fingerprint(uri, saved),
             domain=load_domain(uri),
-            validation=_validation(uri, saved.trained),
+            validation=read_predictions(uri, "valid", saved.trained.columns),
         )
         for other in members:
             _check_pair(other, member)
@@ -132,12 +131,6 @@ def load_members(models: Sequence[str]) -> tuple[Member, ...]:
             without_credentials(", ".join(lacking)),
         )
     return tuple(members)
-
-
-def _validation(uri: str, trained: TrainedProperty) -> PartPredictions | None:
-    if trained.kind is TaskKind.CLASSIFICATION:
-        return None
-    return read_predictions(uri, "valid", trained.columns)
 
 
 def conformers_of(members: Sequence[Member]) -> int:

@@ -33,19 +33,26 @@ class Calibration:
     @classmethod
     def of(cls, parts: Sequence[PartPredictions | None]) -> Calibration | None:
         """From the validation molecules of all models of an ensemble; None if they are not the same, or not known."""
-        known = [part for part in parts if part is not None]
-        if len(known) < len(parts) or not known:
+        mean = common_mean(parts)
+        if mean is None:
             return None
-        first = known[0]
-        if not all(first.is_about_the_same(other) for other in known[1:]):
-            return None
-        errors = np.abs(mean_of(known).predictions - first.labels)
+        errors = np.abs(mean.predictions - mean.labels)
         return cls(errors=tuple(np.sort(column[~np.isnan(column)]) for column in errors.T))
 
     def half_widths(self, coverage: float) -> NDArray[np.float64]:
         """(T,) half of the width of intervals that hold the share ``coverage`` (0 to 1) of labels; NaN where there are too few
         labels to tell: 9 are the fewest for 0.9."""
         return np.array([_half_width(errors, coverage) for errors in self.errors])
+
+
+def common_mean(parts: Sequence[PartPredictions | None]) -> PartPredictions | None:
+    """The mean of the predictions of several models; None if they are not for the same molecules, or not known of one."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts) or not known:
+        return None
+    if not all(known[0].is_about_the_same(other) for other in known[1:]):
+        return None
+    return mean_of(known)
 
 
 def mean_of(parts: Sequence[PartPredictions]) -> PartPredictions:

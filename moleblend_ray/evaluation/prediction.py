@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from moleblend_ray.evaluation.batches import (
     views_of,
     without_coordinates,
 )
+from moleblend_ray.evaluation.class_sets import SET_NAMES, ClassCalibration
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, form_of, question_of
 from moleblend_ray.evaluation.intervals import Calibration
 from moleblend_ray.evaluation.property_model import TrainedProperty, distances_alone
@@ -36,6 +37,12 @@ from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.moleblend import NUM_ELEMENTS
 
 logger = logging.getLogger(__name__)
+
+_OF_CLASSES: Final = ("p0", "p1", "classes")
+"""Columns for each property of classes: p-values of both, and the set of those that a molecule goes with."""
+
+_NAMED: Final = 5
+"""Cases that a warning names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,9 +60,11 @@ class Predictor:
     threshold: float | None
     """Least similarity of a molecule inside the domain; None: that of each model."""
     interval: float | None
-    """Share of labels inside the intervals; None for classes, and if there are to be no intervals."""
+    """Share of labels inside the intervals of numbers, or the sets of classes; None if there are to be none."""
     half_widths: NDArray[np.float64]
-    """(T,) half of the width of each interval; NaN where it is not known."""
+    """(T,) half of the width of each interval; NaN where it is not known, and for classes."""
+    classes: ClassCalibration | None
+    """What tells how well molecules go with each class; None if it is not known, and for numbers."""
     batch_size: int
     """Conformers computed at once."""
     device: torch.device
@@ -84,8 +93,7 @@ class Predictor:
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
         all_known = all(member.domain for member in members)
-        if members[0].saved.trained.kind is TaskKind.CLASSIFICATION:
-            interval = None
+        calibrated = members if interval is not None and _is_scored_with(members, count) else ()
         return cls(
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
@@ -93,7 +101,8 @@ class Predictor:
             form=form_of(members),
             threshold=threshold,
             interval=interval,
-            half_widths=_half_widths(members, interval, count),
+            half_widths=_half_widths(members, calibrated, interval),
+            classes=_class_calibration(members, calibrated, interval),
             batch_size=batch_size,
             device=device,
         )
@@ -110,13 +119,18 @@ class Predictor:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the models and of the fingerprints of their training molecules, in order, and of the intervals."""
+        """SHA-256 of the models and of the fingerprints of their training molecules, in order, and of what intervals or sets
+        of classes come from."""
         parts = [
             f"{member.fingerprint} {member.domain.checksum if member.domain else None}"
             for member in self.members
         ]
         if self.interval is not None:
             parts.append(repr(self.half_widths.tolist()))
+        if self.classes is not None:
+            parts += [
+                repr(values.tolist()) for both in self.classes.probabilities for values in both
+            ]
         return storage.sha256_bytes("\n".join(parts).encode())
 
     @property
@@ -129,10 +143,15 @@ class Predictor:
         """What is said of each property."""
         return [
             "prediction",
-            *(["lower", "upper"] if self.interval is not None else []),
+            *(self._bounded if self.interval is not None else ()),
             "std",
             *(["conformer_std"] if self.conformers > 1 else []),
         ]
+
+    @property
+    def _bounded(self) -> tuple[str, ...]:
+        """What is said of labels with a stated share."""
+        return _OF_CLASSES if self.trained.kind is TaskKind.CLASSIFICATION else ("lower", "upper")
 
     def describe(self) -> dict[str, Any]:
         """The part of ``predictions.json`` that describes the models and the question."""
@@ -156,7 +175,7 @@ class Predictor:
 
     def _named_widths(self) -> dict[str, float | None]:
         """Property -> half width of its intervals, None if not known; empty without intervals."""
-        if self.interval is None:
+        if self.interval is None or self.trained.kind is TaskKind.CLASSIFICATION:
             return {}
         widths = zip(self.trained.columns, self.half_widths.tolist(), strict=True)
         return {name: None if math.isnan(width) else width for name, width in widths}
@@ -175,8 +194,10 @@ class Predictor:
             "std": combined.std,
             "conformer_std": combined.conformer_std,
         }
+        if self.interval is not None and self.trained.kind is TaskKind.CLASSIFICATION:
+            values |= _class_columns(self.classes, combined.mean, self.interval)
         for index in range(len(self.trained.columns)):
-            columns += [_or_null(values[name][:, index]) for name in self._statistics]
+            columns += [_or_null(name, values[name][:, index]) for name in self._statistics]
         similarity, in_domain = self._applicability(table)
         return pa.table([*columns, similarity, in_domain], schema=self.schema)
 
@@ -240,7 +261,11 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
         [
             *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
             *(
-                pa.field(f"{statistic}:{name}", pa.float64(), metadata=unit)
+                pa.field(
+                    f"{statistic}:{name}",
+                    _type_of(statistic),
+                    metadata=None if statistic in _OF_CLASSES else unit,
+                )
                 for name in trained.columns
                 for statistic in statistics
             ),
@@ -250,33 +275,52 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
     )
 
 
-def _half_widths(
-    members: Sequence[Member], interval: float | None, conformers: int
-) -> NDArray[np.float64]:
-    """(T,) half widths of intervals for the mean of ``members`` over ``conformers``; NaN, with a warning, where they are not
-    known."""
-    columns = members[0].saved.trained.columns
-    unknown = np.full(len(columns), np.nan)
-    if interval is None:
-        return unknown
+def _is_scored_with(members: Sequence[Member], conformers: int) -> bool:
+    """Whether the models' errors are those of predictions from as many conformers; a warning if not."""
     scored = {one.saved.conformers for one in members if one.saved.model.readout.relations != "2d"}
-    if scored - {conformers}:
-        logger.warning(
-            "intervals stay empty: the models' errors are known for %s conformers, and these predictions are from %d",
-            " or ".join(map(str, sorted(scored))),
-            conformers,
-        )
+    if not scored - {conformers}:
+        return True
+    logger.warning(
+        "%s stay empty: the models' errors are known for %s conformers, and these predictions are from %d",
+        _what_stays_empty(members),
+        " or ".join(map(str, sorted(scored))),
+        conformers,
+    )
+    return False
+
+
+def _what_stays_empty(members: Sequence[Member]) -> str:
+    is_class = members[0].saved.trained.kind is TaskKind.CLASSIFICATION
+    return "p-values and sets of classes" if is_class else "intervals"
+
+
+def _warn_of_unknown_errors(members: Sequence[Member]) -> None:
+    logger.warning(
+        "%s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent beside "
+        "one of them, or they had different molecules)",
+        _what_stays_empty(members),
+        PREDICTIONS_NAME,
+    )
+
+
+def _half_widths(
+    members: Sequence[Member], calibrated: Sequence[Member], interval: float | None
+) -> NDArray[np.float64]:
+    """(T,) half widths of intervals for the mean of ``members``; NaN, with a warning, where they are not known.
+
+    ``calibrated`` are the same, or none if their errors say nothing of these predictions.
+    """
+    trained = members[0].saved.trained
+    unknown = np.full(len(trained.columns), np.nan)
+    if interval is None or not calibrated or trained.kind is TaskKind.CLASSIFICATION:
         return unknown
-    calibration = Calibration.of([member.validation for member in members])
+    calibration = Calibration.of([member.validation for member in calibrated])
     if calibration is None:
-        logger.warning(
-            "intervals stay empty: it is not known how wrong these models together are for validation molecules (%s is "
-            "absent beside one of them, or they had different molecules)",
-            PREDICTIONS_NAME,
-        )
+        _warn_of_unknown_errors(members)
         return unknown
     widths = calibration.half_widths(interval)
-    if few := [name for name, width in zip(columns, widths, strict=True) if math.isnan(width)]:
+    named = zip(trained.columns, widths, strict=True)
+    if few := [name for name, width in named if math.isnan(width)]:
         logger.warning(
             "intervals stay empty for %s: there are too few validation labels to tell what holds %g of them",
             ", ".join(few),
@@ -285,12 +329,55 @@ def _half_widths(
     return widths
 
 
+def _class_calibration(
+    members: Sequence[Member], calibrated: Sequence[Member], interval: float | None
+) -> ClassCalibration | None:
+    """What tells p-values of classes from the mean of ``members``; None, with a warning, if it is not known.
+
+    ``calibrated`` as in :func:`_half_widths`.
+    """
+    trained = members[0].saved.trained
+    if interval is None or not calibrated or trained.kind is TaskKind.REGRESSION:
+        return None
+    calibration = ClassCalibration.of([member.validation for member in calibrated])
+    if calibration is None:
+        _warn_of_unknown_errors(members)
+        return None
+    never = calibration.never_excluded(interval)
+    if never.any():
+        cases = [f"{trained.columns[column]} ({value})" for column, value in np.argwhere(never)]
+        more = f" and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
+        logger.warning(
+            "with %g, these classes are in every set, as there are too few validation molecules of them: %s%s",
+            interval,
+            ", ".join(cases[:_NAMED]),
+            more,
+        )
+    return calibration
+
+
+def _class_columns(
+    classes: ClassCalibration | None, probabilities: NDArray[np.float64], interval: float
+) -> dict[str, NDArray[Any]]:
+    """p-values (M, T) and sets of classes (M, T) of molecules with these probabilities; NaN and None if not known."""
+    if classes is None:
+        unknown = np.full_like(probabilities, np.nan)
+        return {"p0": unknown, "p1": unknown, "classes": np.full(unknown.shape, None)}
+    found = classes.p_values(probabilities)
+    words = np.array(SET_NAMES, dtype=object)[found.sets(interval)]
+    return {"p0": found.of_0, "p1": found.of_1, "classes": words}
+
+
 def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
     if trained.kind is TaskKind.CLASSIFICATION:
         return {"unit": "probability"}
     return {"unit": trained.unit} if trained.unit else None
 
 
-def _or_null(values: NDArray[np.float64]) -> pa.Array:
+def _or_null(statistic: str, values: NDArray[Any]) -> pa.Array:
     """A column with null for NaN: not known, as the spread of one value."""
-    return pa.array(values, from_pandas=True)
+    return pa.array(values, _type_of(statistic), from_pandas=True)
+
+
+def _type_of(statistic: str) -> pa.DataType:
+    return pa.string() if statistic == "classes" else pa.float64()

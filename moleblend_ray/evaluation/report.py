@@ -79,6 +79,7 @@ def _text(
         *_comparison(task, results["final"], results["baselines"]),
         *_other_scores(task, (results["final"], *results["baselines"])),
         *_intervals(task, results["final"].get("intervals")),
+        *_class_sets(results["final"].get("class_sets")),
         *_bounds(task, data.get("labels", {}), results["final"].get("bounds")),
         f"![test molecules](figures/{figures[0]})",
         *_figure_remark(results["final"]),
@@ -316,6 +317,34 @@ def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> 
     lines += [
         _interval_row(name, found) for name, found in list(columns.items())[:_MAX_COLUMN_ROWS]
     ]
+    if len(columns) > _MAX_COLUMN_ROWS:
+        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
+    return [*lines, ""]
+
+
+def _class_sets(sets: Mapping[str, Any] | None) -> list[str]:
+    """How often the sets of classes tell something, and whether they hold what they say for the test part."""
+    if not sets:
+        return []
+    share = f"{sets['coverage']:.0%}".replace("%", " %")
+    lines = [
+        f"`moleblend predict` gives each molecule the classes that it goes with, so that {share} of those like the validation "
+        "molecules of each class have it in their set. The last columns tell how many of the test part do; they had no part in this.",
+        "",
+        "| column | validation labels 0, 1 | sets of one class | both | neither | test 0 inside | test 1 inside |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = sets["columns"]
+    for name, found in list(columns.items())[:_MAX_COLUMN_ROWS]:
+        words = found["test_sets"]
+        inside = zip(found["test_inside"], found["test_labels"], strict=True)
+        cells = [
+            table_cell(name),
+            ", ".join(f"{count:,}" for count in found["valid_labels"]),
+            *(f"{count:,}" for count in (words["0"] + words["1"], words["both"], words["neither"])),
+            *(_share_text(*counts) for counts in inside),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if len(columns) > _MAX_COLUMN_ROWS:
         lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
     return [*lines, ""]

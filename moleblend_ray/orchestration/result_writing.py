@@ -13,6 +13,7 @@ from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.evaluation.censoring import bounds_entry
+from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
@@ -114,13 +115,15 @@ def _together(
     test: Sequence[PartPredictions],
 ) -> dict[str, Any]:
     """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
-    of numbers the intervals, and of censored labels the bounds that it respects."""
+    of numbers the intervals, of classes the sets, and of censored labels the bounds that it respects."""
     mean = mean_of(test)
     found: dict[str, Any] = {}
     if len(test) > 1:
         found["ensemble"] = ensemble_entry(task, columns, mean_of(valid), mean)
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)
+    else:
+        found["class_sets"] = class_sets_entry(columns, valid, mean)
     if mean.bounds is not None:
         found["bounds"] = bounds_entry(columns, mean.bounds, mean.predictions)
     return found

@@ -351,12 +351,76 @@ def test_errors_with_other_conformers_tell_nothing_of_these_predictions(
     assert not caplog.records
 
 
-def test_classes_have_no_intervals_and_numbers_only_if_asked(table: pa.Table) -> None:
-    asked = predictor(member(0, kind=TaskKind.CLASSIFICATION), interval=0.9)
-    without = predictor(validated(member(0), np.ones((19, 2))), interval=None)
-    for one in (asked, without):
-        assert one.interval is None
-        assert one.describe()["half_widths"] == {}
-        assert not any(name.startswith(("lower", "upper")) for name in one.schema.names)
-        assert one.part(table).num_rows == table.num_rows
-    assert without.fingerprint == predictor(member(0)).fingerprint
+def classified(one: Member, labels: Sequence[float], probabilities: np.ndarray) -> Member:
+    """With (M, 2) probabilities for molecules that have these classes in both columns."""
+    names = tuple(f"C{row}" for row in range(len(labels)))
+    known = PartPredictions(
+        mol_ids=names,
+        smiles=names,
+        labels=np.tile(np.array(labels)[:, None], (1, 2)),
+        predictions=probabilities,
+    )
+    return dataclasses.replace(one, validation=known)
+
+
+def test_classes_have_sets_by_the_mean_of_all_models(table: pa.Table) -> None:
+    labels = [0.0] * 19 + [1.0] * 19
+    steps = np.linspace(0.0, 1.0, 38)[:, None]
+    members = [
+        classified(member(seed, kind=TaskKind.CLASSIFICATION), labels, steps * scale)
+        for seed, scale in ((0, [1.0, 1.0]), (1, [1.0, 0.5]))
+    ]
+    asked = predictor(*members, conformers=1, interval=0.9)
+    found = asked.part(table)
+    names = ["prediction:a", "p0:a", "p1:a", "classes:a", "std:a"]
+    assert found.column_names[4:9] == names
+    assert found.schema.field("p0:a").metadata is None
+    assert found.schema.field("prediction:a").metadata == {b"unit": b"probability"}
+    means = numbers(found, "prediction")
+    for column, scale in enumerate((1.0, 0.75)):
+        expected = steps[:, 0] * scale
+        of_0 = (1 + (expected[:19] >= means[:, [column]]).sum(axis=1)) / 20
+        of_1 = (1 + (expected[19:] <= means[:, [column]]).sum(axis=1)) / 20
+        np.testing.assert_allclose(numbers(found, "p0")[:, column], of_0)
+        np.testing.assert_allclose(numbers(found, "p1")[:, column], of_1)
+        words = ["neither", "0", "1", "both"]
+        codes = (of_0 > 0.1 + 1e-9).astype(int) + 2 * (of_1 > 0.1 + 1e-9)
+        assert found[f"classes:{'ab'[column]}"].to_pylist() == [words[code] for code in codes]
+    assert asked.describe()["half_widths"] == {}
+    other = [classified(one, labels, 0.9 * steps * np.ones(2)) for one in members]
+    assert predictor(*other, conformers=1, interval=0.9).fingerprint != asked.fingerprint
+
+
+def test_sets_that_are_not_known_or_tell_little_are_told(
+    table: pa.Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = member(0, kind=TaskKind.CLASSIFICATION)
+    found = predictor(one, conformers=1, interval=0.9).part(table)
+    assert "p-values and sets of classes stay empty: it is not known" in caplog.text
+    for name in ("p0:a", "p1:b", "classes:a"):
+        assert found[name].null_count == table.num_rows
+    assert found.schema.field("classes:a").type == pa.string()
+    caplog.clear()
+    labels = [0.0] * 19 + [1.0] * 5
+    few = classified(one, labels, np.ones((24, 1)) * [0.5, 0.5])
+    found = predictor(few, conformers=1, interval=0.9).part(table)
+    assert "with 0.9, these classes are in every set" in caplog.text
+    assert "a (1), b (1)" in caplog.text
+    assert set(found["classes:a"].to_pylist()) <= {"1", "both"}
+    caplog.clear()
+    assert predictor(few, conformers=3, interval=0.9).part(table)["p0:a"].null_count == 7
+    assert "known for 1 conformers, and these predictions are from 3" in caplog.text
+
+
+def test_intervals_and_sets_are_there_only_if_asked(table: pa.Table) -> None:
+    classes = classified(
+        member(0, kind=TaskKind.CLASSIFICATION), [0.0, 1.0], np.array([[0.1, 0.1], [0.9, 0.9]])
+    )
+    for one in (classes, validated(member(0), np.ones((19, 2)))):
+        without = predictor(one, interval=None)
+        assert without.describe()["half_widths"] == {}
+        absent = ("lower", "upper", "p0", "p1", "classes")
+        assert not any(name.startswith(absent) for name in without.schema.names)
+        assert without.part(table).num_rows == table.num_rows
+        alone = dataclasses.replace(one, validation=None)
+        assert without.fingerprint == predictor(alone).fingerprint

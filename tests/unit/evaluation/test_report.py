@@ -204,6 +204,32 @@ def test_labels_that_were_no_numbers_are_counted(tmp_path: Path) -> None:
     assert "- 1,200 label(s) in the source are no numbers" in report_of(tmp_path, results)
 
 
+def test_sets_of_classes_are_shown_with_what_they_hold_of_each_class(tmp_path: Path) -> None:
+    results = results_of(kind="classification")
+    assert "sets of one class" not in report_of(tmp_path, results)
+    results["final"]["class_sets"] = {
+        "coverage": 0.9,
+        "columns": {
+            "a|b": {
+                "valid_labels": [1900, 19],
+                "test_sets": {"neither": 1, "0": 20, "1": 10, "both": 9},
+                "test_labels": [30, 10],
+                "test_inside": [27, 9],
+            },
+            "c": {
+                "valid_labels": [5, 0],
+                "test_sets": {"neither": 0, "0": 0, "1": 0, "both": 2},
+                "test_labels": [2, 0],
+                "test_inside": [2, 0],
+            },
+        },
+    }
+    text = report_of(tmp_path, results)
+    assert "so that 90 % of those like" in text
+    assert "| a\\|b | 1,900, 19 | 30 | 9 | 1 | 27 of 30 (90 %) | 9 of 10 (90 %) |" in text
+    assert "| c | 5, 0 | 0 | 2 | 0 | 2 of 2 (100 %) | none |" in text
+
+
 def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> None:
     results = results_of()
     assert "bound" not in report_of(tmp_path, results)

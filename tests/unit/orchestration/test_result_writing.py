@@ -45,6 +45,7 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
     found = result_writing._together(task, ("y",), models, models)
     assert ("ensemble" in found) == (num_models == 2)
     assert ("intervals" in found) == (not is_class)
+    assert ("class_sets" in found) == is_class
     if num_models == 2:
         together = found["ensemble"]
         assert together["valid"] == together["test"]
@@ -52,7 +53,10 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
         assert set(together["test_others"]) == (
             {"pr_auc"} if is_class else {"mae", "r2", "spearman"}
         )
-    if not is_class:
+    if is_class:
+        sets = found["class_sets"]["columns"]["y"]
+        assert (sets["valid_labels"], sets["test_labels"]) == ([10, 10], [10, 10])
+    else:
         width = found["intervals"]["columns"]["y"]["half_width"]
         assert width == pytest.approx(0.3 if num_models == 2 else 0.5)
 
