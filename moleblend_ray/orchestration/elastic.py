@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
+from moleblend_ray.orchestration.fixed_workers import InterruptibleTrainer
 from moleblend_ray.orchestration.placement import Labels, carries, live_nodes
 from moleblend_ray.orchestration.stopping import StopFlag
 
@@ -171,7 +172,7 @@ def count_workers(
     return max((size for size in sizes if size <= min(slots, by_cpus)), default=0)
 
 
-class ElasticTrainer(ray.train.torch.TorchTrainer):
+class ElasticTrainer(InterruptibleTrainer):
     """TorchTrainer under a :class:`GracefulElasticPolicy`."""
 
     def __init__(
@@ -194,4 +195,4 @@ class ElasticTrainer(ray.train.torch.TorchTrainer):
         options["scaling_policy"] = GracefulElasticPolicy(
             self.scaling_config, *self._policy_arguments
         )
-        return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
+        return super()._initialize_and_run_controller(**options)

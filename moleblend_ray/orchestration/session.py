@@ -51,18 +51,45 @@ _PRIVATE_SETTINGS = {
 _TOKEN = secrets.token_hex(32)
 
 
+_users_lock = threading.Lock()
+_users = 0
+"""Bodies in this process, of several threads, that use the cluster which the first of them started or attached to."""
+_end_of_cluster = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> Iterator[None]:
     """Ray for the body: the connection of this process if there is one, else an attached or a private cluster.
 
     A private cluster has room for the workers and for data actors that reserve `data_cpus` CPUs in total (None: one per
-    actor of `cluster.num_data_actors`). What is started or connected here is shut down here. A connection that existed
-    before is left alone.
+    actor of `cluster.num_data_actors`). What is started or connected here is shut down here, after the bodies of other
+    threads that joined it. A connection that existed before is left alone. Signals are handled as before in the end.
     """
-    if ray.is_initialized():
+    with _signal_handlers_kept(), _connected(cluster, data_cpus):
         _quiet_data()
         yield
-        return
+
+
+@contextlib.contextmanager
+def _connected(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
+    global _users
+    with _users_lock:
+        is_ours = _users > 0 or not ray.is_initialized()
+        if is_ours and not _users:
+            _end_of_cluster.enter_context(_cluster(cluster, data_cpus))
+        _users += is_ours
+    try:
+        yield
+    finally:
+        with _users_lock:
+            _users -= is_ours
+            if is_ours and not _users:
+                _end_of_cluster.close()
+
+
+@contextlib.contextmanager
+def _cluster(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
+    """An attached or a private cluster for the body."""
     address = None if is_private(cluster) else cluster.address or os.environ["RAY_ADDRESS"]
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
@@ -72,10 +99,27 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
             _start(cluster, logical_cpus(cluster, data_cpus))
         try:
             _take_sigterm_back(on_sigterm)
-            _quiet_data()
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _signal_handlers_kept() -> Iterator[None]:
+    """Handle SIGINT and SIGTERM as before when the body is over.
+
+    `ray.init` and Ray Train leave handlers: Ctrl-C in a notebook would no longer interrupt, but ask a trainer that is gone to
+    stop.
+    """
+    is_main = threading.current_thread() is threading.main_thread()  # Others cannot set any.
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    before = [(number, signal.getsignal(number)) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            if handler is not None:  # None: one of C, which Python cannot set again.
+                signal.signal(number, handler)
 
 
 def is_private(cluster: ClusterConfig) -> bool:
@@ -215,8 +259,11 @@ def _memory_bytes() -> int:
 def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
     """While the body runs, set the environment variables that the user has not set."""
     added = [name for name in settings if name not in os.environ]
-    # Ray sets this itself in the body, and would take it for the user's choice in the next session.
-    changed_by_ray = [name for name in ("RAY_AUTH_MODE",) if name not in os.environ]
+    # Ray sets these itself in the body, and would take the first for the user's choice in the next session. With the second,
+    # breakpoint() starts Ray's debugger.
+    changed_by_ray = [
+        name for name in ("RAY_AUTH_MODE", "PYTHONBREAKPOINT") if name not in os.environ
+    ]
     os.environ.update({name: settings[name] for name in added})
     try:
         yield

@@ -134,7 +134,8 @@ def train_workers() -> list[Any]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        if "TrainWorker" in " ".join(process.cmdline())
+        # None of one that has just ended.
+        if "TrainWorker" in " ".join(process.as_dict(["cmdline"])["cmdline"] or ())
     ]
 
 
@@ -166,6 +167,24 @@ def test_a_killed_worker_changes_no_step(
 
     again = pretrain(settings(data, run))
     assert again == summary
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_and_interrupts_the_caller_as_before_the_run(
+    data: str, tmp_path: Path, ray_cluster: None
+) -> None:
+    run, handler = str(tmp_path / "run"), signal.getsignal(signal.SIGINT)
+    watcher = when_committed(run, 4, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings(data, run))
+    watcher.join()
+    assert committed_steps(run)
+    deadline = time.monotonic() + 30  # The cluster goes on.
+    while train_workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.ray

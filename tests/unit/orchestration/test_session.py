@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+
 import pytest
 import ray
 import ray._private.state
@@ -66,3 +70,60 @@ def test_a_machine_too_busy_for_ray_to_start_is_told(
         session.ray_session(ClusterConfig(address="local")),
     ):
         pass
+
+
+@pytest.fixture
+def cluster_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of the private cluster of a session; none is really started."""
+    events: list[str] = []
+
+    def start(*_: object) -> None:
+        # As Ray does.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
+        events.append("start")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
+    monkeypatch.setattr(session, "_start", start)
+    monkeypatch.setattr(session, "_quiet_data", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: events[-1:] == ["start"])
+    monkeypatch.setattr(ray, "shutdown", lambda: events.append("end"))
+    return events
+
+
+def test_a_session_leaves_signals_and_the_environment_as_they_were(
+    cluster_events: list[str],
+) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = dict(os.environ), [signal.getsignal(number) for number in numbers]
+    with session.ray_session(ClusterConfig()):
+        pass
+    assert cluster_events == ["start", "end"]
+    assert (dict(os.environ), [signal.getsignal(number) for number in numbers]) == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_cluster_ends_with_the_last_command_that_uses_it(
+    cluster_events: list[str],
+) -> None:
+    joined, may_leave = threading.Event(), threading.Event()
+
+    def join() -> None:
+        with session.ray_session(ClusterConfig()):
+            joined.set()
+            may_leave.wait(10)
+
+    events = cluster_events
+    other = threading.Thread(target=join)
+    with session.ray_session(ClusterConfig()):
+        other.start()
+        assert joined.wait(10)
+    assert events == ["start"]
+    may_leave.set()
+    other.join()
+    assert events == ["start", "end"]
+    with session.ray_session(ClusterConfig()):
+        assert events == ["start", "end", "start"]
