@@ -42,7 +42,6 @@ from evidence import as_json, difference, finetune_and_score, interval, pretrain
 from shared_work import Job, run_jobs, share_cores
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
-from moleblend_ray.config.builder import build
 from moleblend_ray.config.downstream import BaselineConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import load_manifest
@@ -58,6 +57,7 @@ from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.scores import best_candidate, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, Task, resolve_task
+from moleblend_ray.settings import build
 
 PRETRAINED: Final = "pretrained"
 SCRATCH: Final = "scratch"

@@ -8,14 +8,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 from moleblend_ray.errors import ConfigError
 
 Check = tuple[bool, str]
-
-E = TypeVar("E", bound=StrEnum)
 
 
 def check_all(*checks: Check) -> None:
@@ -45,29 +42,14 @@ def below_one(config: object, *names: str) -> Iterator[Check]:
     return _each(config, names, lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 
-def as_member(kind: type[E], value: E | str | None, name: str) -> E | None:
-    """The member of an enumeration of words that ``value`` is or names, or None; a ConfigError for another word.
-
-    A setting given in Python may be the word itself, as on the command line; code compares members by identity.
-    """
-    if value is None:
-        return None
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise ConfigError(f"{name}: expected one of {', '.join(kind)}, found {value!r}") from error
-
-
 def locations(config: object, *names: str) -> Iterator[Check]:
-    """The fields are paths or URIs: texts, none of them empty, and in a tuple of several at least one."""
+    """The fields are paths or URIs, none of them empty, and in a tuple of several at least one."""
     for name, value, null in _values(config, names):
-        several = value if isinstance(value, tuple | list) else (value,)
-        are_texts = all(isinstance(item, str) for item in several)
-        expected = "a path or URI" if are_texts else "a path or URI as text"
+        several = value if isinstance(value, tuple) else (value,)
         found = "an empty string" if value == "" else repr(value)
         yield (
-            bool(several) and are_texts and "" not in several,
-            f"{name}: expected {null}{expected}, found {found}",
+            bool(several) and "" not in several,
+            f"{name}: expected {null}a path or URI, found {found}",
         )
 
 

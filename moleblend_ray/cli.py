@@ -282,10 +282,10 @@ def run_job(
 
 
 def _print_dry_run(job: Job, config: Any, *, as_json: bool) -> None:
-    from moleblend_ray.config.builder import to_dict
     from moleblend_ray.config.compose import to_yaml
     from moleblend_ray.config.describe import redact
     from moleblend_ray.orchestration.terminal import json_text
+    from moleblend_ray.settings import to_dict
 
     if as_json:
         print(json_text({"config": to_dict(config), "paths": _paths(config)}))
@@ -316,11 +316,11 @@ def submit_job(
     The settings of the submission are options; all other arguments, and `verbose`, are for the job. `dry_run`: print
     what would be sent. `as_json`: as in :func:`run_job`, so the log of the job is printed to standard error.
     """
-    from moleblend_ray.config.builder import build, to_dict
     from moleblend_ray.config.compose import load_config, to_yaml
     from moleblend_ray.config.describe import redact
     from moleblend_ray.config.submit import SubmitConfig, check_job, parse_arguments
     from moleblend_ray.orchestration.terminal import json_text
+    from moleblend_ray.settings import build, to_dict
 
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
     given = parse_arguments(arguments, flags)
@@ -504,8 +504,8 @@ def _paths(config: object) -> dict[str, str]:
 
 def _settings_table(given: object, config: object) -> Table:
     """The settings that differ from their defaults in ``given``, with their values in ``config``, whose paths are absolute."""
-    from moleblend_ray.config.builder import to_dict
     from moleblend_ray.config.describe import changed_settings, flatten, redact
+    from moleblend_ray.settings import to_dict
 
     table = _table("setting", "value")
     values = flatten(redact(to_dict(config)))
@@ -515,8 +515,8 @@ def _settings_table(given: object, config: object) -> Table:
 
 
 def _summary_table(summary: Any, config: object) -> Table:
-    from moleblend_ray.config.builder import to_dict
     from moleblend_ray.config.describe import flatten, redact
+    from moleblend_ray.settings import to_dict
 
     table = _table("what", "result")
     values = to_dict(summary)

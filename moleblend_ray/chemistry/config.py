@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from moleblend_ray.checks import above, at_least, check_all, within
+from moleblend_ray.settings import typed
 
 ATOM_LIMIT = 65_535
 """Most atoms of a molecule, as bonds store atom indices as uint16."""
@@ -25,6 +26,7 @@ TIMEOUT_S: Final = 30.0
 """Seconds for each step of RDKit with a molecule of many rings, unless a setting says otherwise."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConformerConfig:
     """How to make coordinates if the source has none: ETKDGv3, then MMFF94, or UFF if MMFF94 lacks parameters."""
@@ -65,6 +67,7 @@ class ConformerConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeaturizeConfig:
     """How a source record becomes a molecule: which atoms are kept, and which records are rejected."""

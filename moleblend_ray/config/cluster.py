@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from moleblend_ray.checks import above, at_least, check_all
+from moleblend_ray.settings import typed
 
 _LABEL_PART: Final = r"[A-Za-z0-9](?:[A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY: Final = re.compile(rf"(?:[A-Za-z0-9.-]{{1,253}}/)?{_LABEL_PART}")
 _LABEL_VALUE: Final = re.compile(_LABEL_PART)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterConfig:
     """The Ray cluster to use, and how much of it."""

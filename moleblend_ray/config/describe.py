@@ -12,8 +12,8 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from moleblend_ray.config.builder import field_types, nested_dataclass, to_dict, type_name
 from moleblend_ray.errors import HIDDEN, without_credentials
+from moleblend_ray.settings import field_types, nested_dataclass, to_dict, type_name
 
 _SECRET_KEY = re.compile(r"secret|token|password|passwd|credential|api_?key|access_?key", re.I)
 

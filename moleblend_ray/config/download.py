@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from moleblend_ray.checks import check_all, locations
 from moleblend_ray.data.download import Collection
 from moleblend_ray.data.transfer import TransferOptions
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DownloadConfig:
     """Published files of a collection -> a directory or object store, verified."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moleblend_ray.checks import Check, above, as_member, at_least, check_all, locations, within
+from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
 from moleblend_ray.chemistry.config import MAX_ATOMS, MAX_CONFORMERS, SMILES_COLUMN
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
@@ -21,8 +21,10 @@ from moleblend_ray.evaluation.tasks import (
     task_names,
 )
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
     """Which question, or a group of questions, and the molecules that answer them."""
@@ -73,8 +75,6 @@ class TaskConfig:
     """Choose by so many molecules of the validation part only, likewise."""
 
     def __post_init__(self) -> None:
-        for name, words in (("kind", TaskKind), ("metric", Metric), ("split", SplitKind)):
-            object.__setattr__(self, name, as_member(words, getattr(self, name), name))
         by_user = self.split_column or self.split_file
         of_one_task = ("columns", "kind", "unit", "split_file", "censored") if self.is_group else ()
         check_all(
@@ -82,11 +82,7 @@ class TaskConfig:
             *within(self, 0, MAX_CONFORMERS, "conformers"),
             *at_least(self, 1, "train_molecules", "valid_molecules"),
             (
-                not isinstance(self.columns, str),
-                f"columns: expected a list of names, found the text {self.columns!r}",
-            ),
-            (
-                len(set(self.columns)) == len(self.columns) or isinstance(self.columns, str),
+                len(set(self.columns)) == len(self.columns),
                 f"columns: expected each once, found {list(self.columns)}",
             ),
             (
@@ -144,6 +140,7 @@ class TaskConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineConfig:
     """What stands beside the model in the results: other models on the same split, with the same seeds."""
@@ -158,8 +155,6 @@ class BaselineConfig:
     """Most rounds of gradient boosting, likewise; how many are used is chosen on the validation part."""
 
     def __post_init__(self) -> None:
-        kinds = tuple(as_member(BaselineKind, kind, "kinds") for kind in self.kinds)
-        object.__setattr__(self, "kinds", kinds)
         check_all(
             (
                 len(set(self.kinds)) == len(self.kinds),
@@ -196,6 +191,7 @@ class PropertyConfig:
         return (*locations(self, "out", "checkpoint"), *above(self, 0, "gpus_per_worker"))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneConfig(PropertyConfig):
     """A pretrained encoder (or a new one) -> a property model and its scores."""
@@ -207,6 +203,7 @@ class FinetuneConfig(PropertyConfig):
         check_all(*self._common_checks(), *_seed_checks("seeds", self.seeds))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepConfig(PropertyConfig):
     """A search over hyper-parameters, judged on validation molecules, then test scores of the chosen one."""
@@ -231,6 +228,7 @@ class SweepConfig(PropertyConfig):
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaderboardConfig:
     """Results of many tasks -> tables, a page and a figure; of several directories, their models side by side."""
@@ -280,6 +278,7 @@ class LibraryConfig:
         return (*locations(self, "source", "out"), *at_least(self, 1, "batch_size"))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EmbedConfig(LibraryConfig):
     """Molecules -> one vector each, in the source's order."""
@@ -295,6 +294,7 @@ class EmbedConfig(LibraryConfig):
         check_all(*locations(self, "checkpoint"), *self._library_checks())
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PredictConfig(LibraryConfig):
     """Molecules -> class probabilities or values, with their uncertainty, in the source's order."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moleblend_ray.checks import at_least, check_all, locations
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InspectConfig:
     """A prepared dataset -> what it holds: counts, histograms, labels, quarantine, damage."""
@@ -25,6 +27,7 @@ class InspectConfig:
         check_all(*locations(self, "data"), *at_least(self, 0, "examples"))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointsConfig:
     """A run -> its checkpoints: which are whole, how two differ; deletes old ones if asked."""

@@ -16,12 +16,14 @@ from moleblend_ray.planning.settings import (
     PriceSettings,
     StorageSettings,
 )
+from moleblend_ray.settings import typed
 from moleblend_ray.training.config import Precision, Strategy
 
 _MOST_MOLECULES = 1e12
 """What the data order is tested for."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
     """A collection, a model and a number of trainers -> hours, machines, bytes, cost, and what limits."""

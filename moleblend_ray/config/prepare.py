@@ -8,8 +8,10 @@ from typing import Literal
 from moleblend_ray.checks import at_least, below_one, check_all, locations
 from moleblend_ray.chemistry.config import SMILES_COLUMN, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareConfig:
     """Molecules in SDF, CSV/TSV, SMILES or Parquet -> checksummed Parquet shards with a manifest and a quarantine."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.checks import check_all, locations
-from moleblend_ray.config.builder import run_checks
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.model.config import (
@@ -14,6 +13,7 @@ from moleblend_ray.model.config import (
     ModelConfig,
     check_objective,
 )
+from moleblend_ray.settings import run_checks, typed
 from moleblend_ray.training.config import (
     CheckpointConfig,
     OptimConfig,
@@ -22,6 +22,7 @@ from moleblend_ray.training.config import (
 )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
     """A prepared dataset -> a pretrained encoder."""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moleblend_ray.checks import check_all, locations
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StatusConfig:
     """A directory that a command wrote or writes -> how far it is, from its files alone."""

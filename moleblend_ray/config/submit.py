@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
 from moleblend_ray.checks import at_least, check_all
-from moleblend_ray.config.builder import field_types
 from moleblend_ray.config.describe import describe, redact
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.errors import SECRET_NAME, ConfigError, without_credentials
+from moleblend_ray.settings import field_types, typed
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SCRATCH: Final = ("dir", "spool")
@@ -30,6 +30,7 @@ _SCRATCH: Final = ("dir", "spool")
 _NOT_OPTIONS: Final = ("job", "overrides")
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SubmitConfig:
     """A job -> the Ray cluster at an address."""

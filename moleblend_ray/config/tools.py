@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moleblend_ray.checks import at_least, check_all, locations
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplesConfig:
     """Drug-like molecules enumerated from fragments, with conformers and computed labels."""
@@ -29,6 +31,7 @@ class SamplesConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportConfig:
     """A checkpoint of a run -> model.safetensors and config.json."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moleblend_ray.checks import above, at_least, check_all
+from moleblend_ray.settings import typed
 
 BLOCKS_PER_STREAM: Final = 6
 """Blocks that the object store should hold for each stream."""
@@ -14,6 +15,7 @@ BLOCK_BYTES: Final = 12 << 20
 MAX_BLOCK_STEPS: Final = 64
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OrderConfig:
     """The order of the molecules. It depends on every field, so none may change within a run."""
@@ -55,6 +57,7 @@ class OrderConfig:
         return self.global_batch_size // self.num_streams
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
     """How micro-batches are built, and by how many processes."""

@@ -34,6 +34,7 @@ from moleblend_ray.errors import (
     StorageError,
     without_credentials,
 )
+from moleblend_ray.settings import typed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ RECORD_NAME: Final = "download.json"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemoteFile:
     """A published file."""
@@ -76,6 +78,7 @@ class RemoteFile:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Collection:
     """A published data set: its files and how to cite it."""

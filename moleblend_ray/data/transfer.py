@@ -26,6 +26,7 @@ from moleblend_ray.checks import above, at_least, check_all
 from moleblend_ray.data import storage
 from moleblend_ray.data.retry import TRANSIENT_STATUS, backoff_seconds
 from moleblend_ray.errors import StorageError, without_credentials
+from moleblend_ray.settings import typed
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ Report = Callable[[str, int, int | None], None]
 """Called with the name of the file, its bytes so far, and its total bytes or None."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TransferOptions:
     """Timeouts and retries of downloads."""

@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 from moleblend_ray.checks import Check, check_all
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.settings import typed
 
 Scalar = bool | int | float | str | None
 """A value of a setting, as a searcher draws it and a file holds it."""
@@ -54,6 +55,7 @@ Dimension = Range | Choice
 """What is drawn for one setting."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchSpace:
     """What a sweep varies (defaults: the published ranges), and by which method."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moleblend_ray.checks import above, at_least, below_one, check_all
+from moleblend_ray.settings import typed
 from moleblend_ray.training.config import Precision
 
 COVERAGE: Final = 0.9
 """Share of labels inside the intervals of predictions, unless another one is asked for."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinetuneSettings:
     """How one fine-tuning run trains. A sweep may search every number and every choice."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moleblend_ray.checks import at_least, below_one, check_all
+from moleblend_ray.settings import typed
 
 PAPER_EDGE_VOCAB: Final = (4, 3, 2)
 """Bond types, stereo codes and conjugation codes that the paper's edge classes cover."""
@@ -27,6 +28,7 @@ LOSS_NAMES: Final = (
 """The pretraining losses, in the order of ``losses.loss_counts``."""
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """Shape of the encoder and its heads. The defaults are the paper's model, preset ``base``."""
@@ -101,6 +103,7 @@ class ModelConfig:
         return NUM_PAPER_EDGE_CLASSES + int(self.edge_other_class)
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlendConfig:
     """Probabilities of the relations and size of the coordinate noise."""
@@ -129,6 +132,7 @@ class BlendConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """Weights of the losses. A loss of weight 0 is not part of the sum, but still reported."""
@@ -167,6 +171,7 @@ class LossConfig:
         return value
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadoutConfig:
     """From token states to properties: which relations the encoder sees, and what the head reads."""

@@ -15,7 +15,6 @@ import numpy as np
 import ray
 from numpy.typing import NDArray
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.downstream import PropertyConfig, SweepConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
@@ -43,6 +42,7 @@ from moleblend_ray.evaluation.results import (
 from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
 from moleblend_ray.orchestration.placement import placed
+from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 

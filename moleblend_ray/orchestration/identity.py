@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
@@ -24,6 +23,7 @@ from moleblend_ray.evaluation.result_files import (
     command_of,
     require_command,
 )
+from moleblend_ray.settings import to_dict
 
 if TYPE_CHECKING:
     # Its modules are for chemistry too, which pretraining does without.

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import Manifest
@@ -26,6 +25,7 @@ from moleblend_ray.errors import CheckpointError, MoleBlendError, without_creden
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PartsKind
 from moleblend_ray.orchestration.reserved import use_reserved
+from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 

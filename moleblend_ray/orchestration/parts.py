@@ -21,7 +21,6 @@ import ray
 import ray.data
 import torch
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
@@ -56,6 +55,7 @@ from moleblend_ray.orchestration.part_writer import (
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.session import ray_session
+from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.plan import PlanConfig
@@ -35,6 +34,7 @@ from moleblend_ray.planning.rates import (
 )
 from moleblend_ray.planning.sizes import exchange, model_size
 from moleblend_ray.quantities import number_text
+from moleblend_ray.settings import to_dict
 from moleblend_ray.training.config import Precision
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from moleblend_ray.config.builder import build, to_dict
 from moleblend_ray.config.compose import compose, group_choices
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.plan import PlanConfig
@@ -25,6 +24,7 @@ from moleblend_ray.orchestration.terminal import (
 from moleblend_ray.planning.figures import Basis, Figure
 from moleblend_ray.planning.plan import Plan, Stage
 from moleblend_ray.quantities import bytes_text, duration_text, number_text
+from moleblend_ray.settings import build, to_dict
 
 _COLOURS: Final = {
     Basis.GIVEN: "cyan",

@@ -19,7 +19,6 @@ from typing import Final
 import ray.train
 import torch
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StepBatch
@@ -32,6 +31,7 @@ from moleblend_ray.orchestration.run_folder import config_fingerprint, run_ident
 from moleblend_ray.orchestration.stopping import StopFlag, StopPoll, StopReason
 from moleblend_ray.orchestration.stream import shard_step_batches
 from moleblend_ray.orchestration.train_metrics import TrainMetrics
+from moleblend_ray.settings import to_dict
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, write_anomaly
 from moleblend_ray.training.checkpoint import restore_training_state
 from moleblend_ray.training.commits import abandon_after

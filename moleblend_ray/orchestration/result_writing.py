@@ -7,7 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
@@ -40,6 +39,7 @@ from moleblend_ray.orchestration.downstream import (
     starting_point,
 )
 from moleblend_ray.orchestration.identity import check_finished, data_inputs, question
+from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 

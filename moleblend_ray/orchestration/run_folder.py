@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
@@ -19,6 +18,7 @@ from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
 from moleblend_ray.model.config import BlendConfig, ModelConfig
 from moleblend_ray.orchestration.identity import require_own
+from moleblend_ray.settings import to_dict
 from moleblend_ray.training.checkpoint import library_versions
 from moleblend_ray.training.commits import (
     CONFIG_NAME,

@@ -19,8 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.describe import json_values
+from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 

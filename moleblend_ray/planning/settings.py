@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from moleblend_ray.checks import above, at_least, check_all, within
 from moleblend_ray.planning.goodput import RATES
+from moleblend_ray.settings import typed
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSettings:
     """Networks between trainers, and between trainers and data. All values are assumptions."""
@@ -33,6 +35,7 @@ class NetworkSettings:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StorageSettings:
     """Bandwidth of object storage. Both values are assumptions."""
@@ -46,6 +49,7 @@ class StorageSettings:
         check_all(*above(self, 0, "total_gb_s", "node_gb_s"))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FailureSettings:
     """How often machines fail, and how soon they are replaced."""
@@ -60,6 +64,7 @@ class FailureSettings:
         check_all(*at_least(self, 0, "per_node_day", "replacement_min"))
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PriceSettings:
     """Prices, all in the same currency. A cost whose price is null is left out of the sum, and the plan says so."""

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moleblend_ray.checks import above, at_least, check_all
+from moleblend_ray.settings import typed
 
 Strategy = Literal["fsdp", "ddp", "none"]
 Precision = Literal["fp32", "bf16"]
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
     """How parameters follow their gradients: AdamW, linear warm-up, cosine."""
@@ -52,6 +54,7 @@ class OptimConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """How long and on what arithmetic the loop runs."""
@@ -141,6 +144,7 @@ class TrainConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """When the state of a run is committed, and how much of its past is kept."""
@@ -180,6 +184,7 @@ class CheckpointConfig:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackingConfig:
     """Where the numbers of a run go besides its own JSON lines."""

@@ -8,7 +8,6 @@ from typing import get_args
 import pytest
 
 from moleblend_ray import cli
-from moleblend_ray.config.builder import build, to_dict
 from moleblend_ray.config.compose import (
     ModelPreset,
     config_dir,
@@ -18,6 +17,7 @@ from moleblend_ray.config.compose import (
     model_preset,
 )
 from moleblend_ray.model.config import ModelConfig
+from moleblend_ray.settings import build, to_dict
 
 # What a user has to say for each job.
 REQUIRED = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray import cli
-from moleblend_ray.config.builder import leaf_paths
 from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.settings import leaf_paths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [

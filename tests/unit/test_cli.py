@@ -19,12 +19,12 @@ import pytest
 
 import moleblend_ray
 from moleblend_ray import cli
-from moleblend_ray.config.builder import field_types
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.config.submit import SubmitConfig
 from moleblend_ray.errors import ConfigError, StorageError
 from moleblend_ray.orchestration.submit import SubmitSummary
+from moleblend_ray.settings import field_types
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREPARE = ["prepare", "source=s3://key:secret@bucket/x.csv", "out=runs/data"]

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from moleblend_ray.config.builder import build
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.pretrain import PretrainConfig
@@ -18,6 +17,7 @@ from moleblend_ray.config.submit import (
     parse_arguments,
 )
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.settings import build
 
 URL = "http://127.0.0.1:8265"
 

@@ -18,5 +18,7 @@ def test_samples_go_to_a_file_that_prepare_will_read_as_parquet() -> None:
 
 
 def test_a_path_object_is_asked_for_as_text() -> None:
-    with pytest.raises(ConfigError, match="out: expected a path or URI as text"):
+    with pytest.raises(
+        ConfigError, match=r"out: expected str, .* \(give it as text: str\(path\)\)"
+    ):
         SamplesConfig(out=Path("a.parquet"))  # type: ignore[arg-type]

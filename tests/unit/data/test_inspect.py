@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.data import inspect
 from moleblend_ray.data.assembly import write_manifest
@@ -23,6 +22,7 @@ from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sourc
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.data import show_data
 from moleblend_ray.orchestration.terminal import json_text
+from moleblend_ray.settings import to_dict
 
 TABLE = (
     "smiles,id,y\nCCO,a,1\nc1ccccc1O,b,>10\nC1CC,c,3\n,d,4\nCCN,e,\nC[Si](C)(C)C,f,6\nC1CCCCC,g,7\n"

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moleblend_ray.config.builder import build, to_dict
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.search import (
     Choice,
@@ -17,6 +16,7 @@ from moleblend_ray.evaluation.search import (
     with_drawn,
 )
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.settings import build, to_dict
 
 EPOCHS = (40, 100)
 

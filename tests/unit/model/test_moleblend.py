@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moleblend_ray.config.builder import build
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import BlendConfig, draw_blend
@@ -20,6 +19,7 @@ from moleblend_ray.model.encoder import Block
 from moleblend_ray.model.fused import PathScale, add_and_norm
 from moleblend_ray.model.losses import loss_counts, loss_means, pretraining_loss_sums, total_loss
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel, ReadoutConfig
+from moleblend_ray.settings import build
 
 TINY = ModelConfig(num_layers=2, dim=32, ffn_dim=48, num_heads=4, num_kernels=8, pair_dim=8)
 QUIET = dataclasses.replace(TINY, attention_dropout=0.0, activation_dropout=0.0, drop_path=0.0)

@@ -17,7 +17,6 @@ import pytest
 import ray
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.config.builder import to_dict
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
@@ -49,6 +48,7 @@ from moleblend_ray.orchestration.downstream import (
     starting_point,
 )
 from moleblend_ray.orchestration.identity import check_finished, claim, question
+from moleblend_ray.settings import to_dict
 
 QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
 IDENTITY = {"config": QUESTION, "data_fingerprint": "aaa", "checkpoint_fingerprint": "bbb"}

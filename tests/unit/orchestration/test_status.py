@@ -337,3 +337,8 @@ def test_names_of_files_are_those_of_results_that_exist() -> None:
     assert result_files.EMBED.summary_name == "embeddings.json"
     assert result_files.PREDICT.summary_name == "predictions.json"
     assert MANIFEST_NAME == "manifest.json"
+
+
+def test_what_are_no_settings_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"expected settings, such as .* found 'runs/first'"):
+        status("runs/first")  # type: ignore[arg-type]

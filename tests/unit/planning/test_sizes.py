@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moleblend_ray.config.builder import build
 from moleblend_ray.config.compose import compose, group_choices
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.planning.sizes import checkpoint_bytes, exchange, gathered_bytes, model_size
+from moleblend_ray.settings import build
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.config import CheckpointConfig, OptimConfig, TrainConfig
 from moleblend_ray.training.learner import build_learner

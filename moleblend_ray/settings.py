@@ -1,4 +1,4 @@
-"""Strict mapping -> frozen dataclass, and back.
+"""Settings: frozen dataclasses whose values have their types, from strict mappings and back.
 
 Nested mappings become nested dataclasses. Every problem in the whole tree (unknown key, missing key, wrong
 type, value out of range) is collected, and one :class:`ConfigError` names them all with their full key path.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import functools
 import json
+import numbers
+import os
 import re
 import types
 import typing
@@ -27,6 +30,29 @@ Origin = Callable[[str], str | None]
 """Key path -> where its value was written ("conf/pretrain.yaml", "the command line"), None if unknown."""
 
 _INVALID = object()
+
+
+def typed(cls: type[T]) -> type[T]:
+    """The dataclass `cls`, whose constructor makes of every value what its annotation says, as `build` does, before its own
+    checks; a ConfigError naming every value of which that cannot be made.
+
+    So settings in Python are checked like those on the command line, and a word, a list or a number of NumPy is stored
+    as a member, a tuple or an int.
+    """
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: T, **values: Any) -> None:
+        builder = _Builder(lambda _: None, lambda _: ())
+        annotations = field_types(cls)
+        for name in values.keys() & annotations.keys():
+            values[name] = builder.value(annotations[name], values[name], name)
+        if builder.problems:
+            raise ConfigError("\n".join(sorted(builder.problems)))
+        make(self, **values)
+
+    setattr(cls, "__init__", init)  # noqa: B010
+    return cls
 
 
 def build(
@@ -125,7 +151,7 @@ class _Builder:
             if key not in annotations:
                 self._unknown_key(path, str(key), cls, values[key])
         arguments = {
-            name: self.value(annotation, values[name], _child(path, name))
+            name: self._argument(annotation, values[name], _child(path, name))
             for name, annotation in annotations.items()
             if name in values
         }
@@ -161,6 +187,12 @@ class _Builder:
             if converted is not _INVALID:
                 return converted
         return self._mismatch(path, type_name(annotation), value)
+
+    def _argument(self, annotation: Any, value: object, path: str) -> Any:
+        """`value` as `annotation`; _INVALID if anything in it is wrong."""
+        before = len(self.problems)
+        made = self.value(annotation, value, path)
+        return made if len(self.problems) == before else _INVALID
 
     def _convert(self, annotation: Any, value: object, path: str) -> Any:
         """`value` as `annotation`, or _INVALID. Only containers report problems of their own items."""
@@ -275,6 +307,8 @@ def _keys_of(cls: type, path: str) -> str:
 
 
 def _hint(expected: str, value: object, path: str) -> str:
+    if isinstance(value, os.PathLike):
+        return " (give it as text: str(path))"
     if expected.startswith("str") and isinstance(value, bool | int | float):
         text = f'"{json.dumps(value)}"'
         # Hydra takes no index: an item is given in its list.
@@ -283,7 +317,8 @@ def _hint(expected: str, value: object, path: str) -> str:
     if expected.startswith("list") and isinstance(value, str):
         return f" (write a list: {path}=[a,b])"
     if expected.startswith("one of") and isinstance(value, str):
-        close = difflib.get_close_matches(value, expected.removeprefix("one of ").split(", "), n=1)
+        words = expected.removeprefix("one of ").removesuffix(" or null").split(", ")
+        close = difflib.get_close_matches(value, words, n=1)
         return f"; did you mean {close[0]}?" if close else ""
     return ""
 
@@ -299,12 +334,25 @@ def _scalar(annotation: type, value: object) -> Any:
         return value if isinstance(value, annotation) else _INVALID
     if issubclass(annotation, enum.Enum):
         return next((member for member in annotation if value in (member, member.value)), _INVALID)
-    if annotation is float and type(value) is int:
-        return float(value)
-    if annotation is int and type(value) is float and value.is_integer() and abs(value) < 2**53:
-        return int(value)  # 1e4, which YAML and hydra read as a float
-    # bool is a subclass of int, but `num_layers: true` is a mistake.
+    if annotation in (int, float):
+        return _number(annotation, value)
+    if annotation is str and isinstance(value, str):
+        return str(value)
     return value if type(value) is annotation else _INVALID
+
+
+def _number(annotation: type, value: object) -> Any:
+    """``value`` as an int or a float, also one of NumPy."""
+    # bool is a subclass of int, but `num_layers: true` is a mistake.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return _INVALID
+    if annotation is float:
+        return float(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    # 1e4, which YAML and hydra read as a float.
+    number = float(value)
+    return int(number) if number.is_integer() and abs(number) < 2**53 else _INVALID
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

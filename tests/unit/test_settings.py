@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 
+import moleblend_ray as mb
 from moleblend_ray.checks import check_all
-from moleblend_ray.config.builder import build, run_checks, to_dict, type_name
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.settings import (
+    build,
+    field_types,
+    nested_dataclass,
+    run_checks,
+    to_dict,
+    type_name,
+    typed,
+)
 
 
 class Colour(StrEnum):
@@ -18,6 +32,7 @@ class Colour(StrEnum):
     BLUE = "blue"
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inner:
     rate: float = 0.5
@@ -31,6 +46,7 @@ class Inner:
         )
 
 
+@typed
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outer:
     name: str
@@ -189,3 +205,51 @@ def test_the_messages_of_all_checks_are_raised_together() -> None:
 def test_type_names_read_as_words() -> None:
     assert type_name(tuple[int, ...] | None) == "list of int or null"
     assert type_name(Literal["a", "b"]) == "one of a, b"
+
+
+def test_a_constructor_makes_of_values_what_their_types_say() -> None:
+    given: dict[str, Any] = {"count": np.int64(2), "limit": np.float32(0.5), "colour": "blue"}
+    made = Outer(name=np.str_("a"), names=["x"], **given)  # type: ignore[arg-type]
+    assert made == Outer(name="a", names=("x",), count=2, limit=0.5, colour=Colour.BLUE)
+    assert made.colour is Colour.BLUE
+    assert [type(value) for value in (made.name, made.count, made.limit)] == [str, int, float]
+    json.dumps(to_dict(made))
+
+
+def test_a_constructor_names_every_value_of_another_type_before_its_own_checks() -> None:
+    with pytest.raises(ConfigError) as raised:
+        Inner(rate="1", mode="kep", sizes=3)  # type: ignore[arg-type]
+    assert str(raised.value).splitlines() == [
+        "mode: expected one of keep, reject, found 'kep' (str); did you mean keep?",
+        "rate: expected float, found '1' (str)",
+        "sizes: expected list of int, found 3 (int)",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"name: expected str, .* \(give it as text: str\(path\)\)"
+    ):
+        Outer(name=Path("a"))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"inner: expected Inner, found 'keep' \(str\)"):
+        Outer(name="a", inner="keep")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nam'"):
+        Outer(nam="a")  # type: ignore[call-arg]
+
+
+def classes_of_settings() -> Iterator[type]:
+    """Every class of settings that a user can make, sections included."""
+    models = {"MoleculeEncoder", "PropertyPredictor"}
+    waiting: list[object] = [getattr(mb, name) for name in set(mb.__all__) - models]
+    seen: set[type] = set()
+    while waiting:
+        cls = waiting.pop()
+        if not isinstance(cls, type) or cls in seen or not dataclasses.is_dataclass(cls):
+            continue
+        seen.add(cls)
+        waiting += filter(None, map(nested_dataclass, field_types(cls).values()))
+    return iter(sorted(seen, key=lambda cls: cls.__name__))
+
+
+@pytest.mark.parametrize("cls", classes_of_settings(), ids=lambda cls: cls.__name__)
+def test_every_class_of_settings_checks_the_types_of_its_values(cls: type) -> None:
+    for name in field_types(cls):
+        with pytest.raises(ConfigError, match=rf"^{name}: expected "):
+            cls(**{name: object()})
