@@ -28,46 +28,41 @@ _REGRESSION_LOSSES: Final = {
 class Targets:
     """What a model should give for all molecules, on the scale of its outputs."""
 
-    values: Tensor
-    """(M, T) float32; NaN where no number is known."""
     at_least: Tensor
-    """(M, T) float32, lower bounds of what is not known as a number; -inf where there is none."""
+    """(M, T) float32, the least value that is right: the label, a lower bound, -inf; NaN where nothing is known."""
     at_most: Tensor
-    """(M, T) float32, upper bounds; inf where there is none."""
-    known: Tensor
-    """(M, T) bool, where a number or a bound is known."""
+    """(M, T) float32, the greatest one: the label, an upper bound, inf; NaN likewise."""
 
     @classmethod
     def of(cls, labels: NDArray[np.float64], bounds: LabelBounds | None) -> Targets:
         """From (M, T) labels on this scale, NaN where missing, and their bounds."""
-        values = torch.from_numpy(labels.astype(np.float32))
-        none = np.full(labels.shape, np.nan)
-        bounds = bounds or LabelBounds(at_least=none, at_most=none)
-        lowest, highest = bounds.at_least.astype(np.float32), bounds.at_most.astype(np.float32)
+        exact = torch.from_numpy(labels.astype(np.float32))
+        if bounds is None:
+            return cls(at_least=exact, at_most=exact)
+        known = torch.from_numpy(bounds.known)
+        least, most = (
+            torch.from_numpy(np.nan_to_num(side.astype(np.float32), nan=none))
+            for side, none in ((bounds.at_least, -np.inf), (bounds.at_most, np.inf))
+        )
         return cls(
-            values=values,
-            at_least=torch.from_numpy(np.nan_to_num(lowest, nan=-np.inf)),
-            at_most=torch.from_numpy(np.nan_to_num(highest, nan=np.inf)),
-            known=~torch.isnan(values) | torch.from_numpy(bounds.known),
+            at_least=torch.where(known, least, exact), at_most=torch.where(known, most, exact)
         )
 
     def num_known(self, rows: NDArray[np.int64]) -> int:
         """Number of labels of the molecules ``rows`` that a number or a bound tells something of."""
-        return int(self.known[torch.from_numpy(rows)].sum())
+        return int((~torch.isnan(self.at_least[torch.from_numpy(rows)])).sum())
 
     def for_outputs(self, outputs: Tensor, rows: NDArray[np.int64]) -> Tensor:
-        """(B, T) targets of the molecules ``rows`` (B,), on the device of ``outputs`` (B, T).
+        """(B, T) targets of the molecules ``rows`` (B,), on the device of ``outputs`` (B, T); NaN where nothing is known.
 
-        Where only a bound is known, the target is the value nearest to the output that it allows. So any loss of the
-        difference is that of the distance to what the bound allows, and so is its gradient.
+        A target is the right value nearest to the output: the label, or for a bound the output itself or the bound. So any loss
+        of the difference is that of the distance to what is right, and so is its gradient.
         """
         chosen = torch.from_numpy(rows)
-        values, lowest, highest, known = (
-            part[chosen].to(outputs.device)
-            for part in (self.values, self.at_least, self.at_most, self.known)
-        )
-        nearest = torch.minimum(torch.maximum(outputs.detach(), lowest), highest)
-        return torch.where(torch.isnan(values) & known, nearest, values)
+        least, most = (side[chosen].to(outputs.device) for side in (self.at_least, self.at_most))
+        # An output of NaN gets a target, so that its loss is NaN and not that of an unknown label.
+        nearest = torch.fmin(torch.fmax(outputs.detach(), least), most)
+        return torch.where(torch.isnan(least), least, nearest)
 
 
 def masked_loss(

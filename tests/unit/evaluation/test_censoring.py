@@ -89,6 +89,16 @@ def test_the_loss_of_a_bound_is_that_of_the_distance_beyond_it(loss: str) -> Non
         assert gradient[0, 3].item() == 0.0
 
 
+def test_bounds_do_not_hide_an_output_that_is_not_a_number() -> None:
+    labels = np.full((1, 2), NAN)
+    targets = Targets.of(labels, bounds_of([[1.0, NAN]], [[NAN, 2.0]]))
+    for column in range(2):
+        outputs = torch.zeros(1, 2)
+        outputs[0, column] = NAN
+        shown = targets.for_outputs(outputs, np.array([0]))
+        assert masked_loss(TaskKind.REGRESSION, outputs, shown).isnan()
+
+
 def test_targets_without_bounds_are_the_labels() -> None:
     labels = np.array([[0.5, NAN], [NAN, 2.0]])
     targets = Targets.of(labels, None)
