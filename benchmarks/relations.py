@@ -174,7 +174,13 @@ def grow(uri: str, source_uri: str, num_molecules: int, num_shard_rows: int = SH
     manifest = dataclasses.replace(
         source,
         shards=shards,
-        fingerprint=fingerprint(source.featurizer_version, source.options, source.labels, shards),
+        fingerprint=fingerprint(
+            source.featurizer_version,
+            source.options,
+            source.labels,
+            shards,
+            format_version=source.format_version,
+        ),
     )
     storage.write_json(storage.join(uri, MANIFEST_NAME), manifest.to_json())
 

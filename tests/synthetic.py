@@ -12,12 +12,12 @@ from moleblend_ray.data.block import MoleculeBlock, undescribed
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.descriptors import DescriptorScaling
 from moleblend_ray.data.manifest import (
-    FORMAT_VERSION,
     Counts,
     DescriptorInfo,
     Manifest,
     ShardInfo,
     fingerprint,
+    format_version_of,
 )
 from moleblend_ray.data.receipts import shard_info
 from moleblend_ray.data.shards import encode_shard, shard_schema
@@ -152,7 +152,7 @@ def write_dataset(
         duplicate_ids=0,
     )
     manifest = Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=format_version_of(()),
         featurizer_version=1,
         options={},
         sources=(),

@@ -83,13 +83,7 @@ def write_manifest(
         shards=shards,
         counts=_counts(out, ordered, shards, statistics),
         row_group_rows=options.row_group_rows,
-        fingerprint=fingerprint(
-            FEATURIZER_VERSION,
-            options.to_json(),
-            labels,
-            shards,
-            format_version=format_version_of(sources.labels),
-        ),
+        fingerprint=fingerprint(FEATURIZER_VERSION, options.to_json(), labels, shards),
     )
     if options.featurize.descriptors:
         manifest = _described(out, manifest)

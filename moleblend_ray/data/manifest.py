@@ -232,13 +232,15 @@ def fingerprint(
     labels: Sequence[LabelInfo],
     shards: Sequence[ShardInfo],
     *,
-    format_version: int = FORMAT_VERSION,
+    format_version: int | None = None,
     descriptors: DescriptorInfo | None = None,
 ) -> str:
     """The identity of a data set's molecules, wherever the data set and its sources are stored.
 
-    The quarantine, which names the sources, is not included.
+    The quarantine, which names the sources, is not included. A ``format_version`` of None is that of new data sets.
     """
+    if format_version is None:
+        format_version = format_version_of([label.column for label in labels])
     content = {
         "format_version": format_version,
         "featurizer_version": featurizer_version,

@@ -21,6 +21,7 @@ from moleblend_ray.data.manifest import (
     Manifest,
     ShardInfo,
     fingerprint,
+    format_version_of,
     load_manifest,
 )
 from moleblend_ray.data.receipts import shard_info
@@ -63,7 +64,7 @@ def make_table(num_rows: int, seed: int) -> pa.Table:
 
 def make_manifest(infos: list[ShardInfo]) -> Manifest:
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=format_version_of([label.column for label in LABELS]),
         featurizer_version=1,
         options={"x": 1},
         sources=(),

@@ -20,7 +20,7 @@ from moleblend_ray.data.assembly import count_repeats, write_manifest
 from moleblend_ray.data.claim import claim_output, finished_manifest, remove_work_files
 from moleblend_ray.data.dataset_files import listed
 from moleblend_ray.data.exchange import Exchange, StagedChunk, Unit, plan_exchange, staged_chunk
-from moleblend_ray.data.manifest import FORMAT_VERSION, Manifest, load_manifest
+from moleblend_ray.data.manifest import Manifest, format_version_of, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Statistics, UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shard_reader import ShardReader
@@ -383,7 +383,7 @@ def test_a_changed_source_leaves_nothing_stale(tmp_path: Path) -> None:
     options = ConvertOptions(rows_per_chunk=20, row_group_rows=8, shuffle=True, rows_per_shard=20)
     uris = [str(source)]
     plan = {
-        "format_version": FORMAT_VERSION,
+        "format_version": format_version_of(()),
         "featurizer_version": FEATURIZER_VERSION,
         "options": options.to_json(),
         "sources": uris,

@@ -25,7 +25,8 @@ def test_a_geometry_table_gives_rows_ids_and_labels_with_units(tmp_path: Path) -
     )
     pq.write_table(with_unit(table, "homo", "hartree"), tmp_path / "g.parquet")
     source = inspected(tmp_path / "g.parquet")
-    assert [tuple(label) for label in source.labels] == [("homo", "hartree"), ("count", None)]
+    found = [(label.name, label.unit) for label in source.labels]
+    assert found == [("homo", "hartree"), ("count", None)]
     records = records_of(tmp_path / "g.parquet")
     assert [record.mol_id for record in records] == ["m0", "m1", "m2"]
     np.testing.assert_array_equal(
