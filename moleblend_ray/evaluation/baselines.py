@@ -148,7 +148,7 @@ def candidate_groups(
     num_rounds: int,
     censored: bool = False,
 ) -> list[list[Settings]]:
-    """The grid of a kind for (N, T) training labels. The settings of a group share one fit.
+    """The grid of a kind for (N, T) training labels, and bounds in their place. The settings of a group share one fit.
 
     With ``censored`` labels, trees try both of what they can do with bounds; linear models use them as the encoder does.
     Tasks with many labels (ToxCast: 617 columns) get fewer trees and settings, see :data:`MAX_FOREST_LABELS`,
@@ -260,7 +260,7 @@ def _labels_for(data: BaselineData, group: Sequence[Settings]) -> NDArray[np.flo
     """(M, T) labels, of which some may be bounds that count as labels."""
     if data.bounds is None or group[0].get(BOUNDS_SETTING) != BOUNDS_AS_LABELS:
         return data.labels
-    return np.where(data.bounds.known, data.bounds.values, data.labels)
+    return data.bounds.filled(data.labels)
 
 
 def _taught(

@@ -37,6 +37,10 @@ class LabelBounds:
         """(M, T) the bounds themselves, of either kind; NaN where there is none."""
         return np.where(np.isnan(self.at_least), self.at_most, self.at_least)
 
+    def filled(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M, T) ``labels`` with the bounds in their place where there are no labels."""
+        return np.where(self.known, self.values, labels)
+
     def map(self, scale: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> LabelBounds:
         """The same on another scale, of which greater values are greater, too."""
         return LabelBounds(at_least=scale(self.at_least), at_most=scale(self.at_most))

@@ -153,7 +153,7 @@ def load_labelled(
     labels, *limits = (_matrix(table, prefix, columns) for prefix in prefixes)
     bounds = LabelBounds(at_least=limits[0], at_most=limits[1]) if with_bounds else None
     num_unreadable = sum(info.num_unreadable for info in manifest.labels if info.name in columns)
-    filled = labels if bounds is None else np.where(bounds.known, bounds.values, labels)
+    filled = labels if bounds is None else bounds.filled(labels)
     known = ~np.isnan(filled).all(axis=1)
     if not known.any():
         raise DataError(

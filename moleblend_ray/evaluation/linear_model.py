@@ -17,9 +17,10 @@ _GRIDS: Final[Mapping[TaskKind, Sequence[Mapping[str, float]]]] = {
 }
 
 
-_TOLERANCE: Final = 1e-3
-"""How far the values that stand for bounds may still move when a fit ends, in standard deviations of the labels."""
+_TOLERANCE: Final = 1e-6
+"""By what share a turn of a fit to bounds lowers what it minimises, at least, or the fit ends."""
 _MOST_TURNS: Final = 100
+_SMALLEST_STEP: Final = 1e-3
 
 
 def linear_grid(kind: TaskKind) -> Sequence[Mapping[str, float]]:
@@ -61,35 +62,55 @@ def fit_linear(
         targets = values[known]
         if len(targets) and targets.min() < targets.max():
             model = _scikit_model(kind, penalty, balanced)
-            model.fit(inputs[known], targets)
+            weights = _fitted(model, inputs[known], targets)
             if bounds is not None:
-                _fit_to_bounds(model, inputs, values, bounds[:, column])
-            found.weight[column] = np.ravel(model.coef_)
-            found.bias[column] = np.ravel(model.intercept_)[0]
+                weights = _fitted_to_bounds(model, inputs, values, bounds[:, column], weights)
+            found.weight[column], found.bias[column] = weights[:-1], weights[-1]
     return found
 
 
-def _fit_to_bounds(
-    model: Any, inputs: NDArray[Any], values: NDArray[np.float64], bounds: LabelBounds
-) -> None:
-    """Fit ``model``, which is fitted to the known ``values`` (N,), to these and the ``bounds`` (N,).
+def _fitted(model: Any, inputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:
+    """(D + 1,) the weights of ``model``, and its bias, after a fit."""
+    model.fit(inputs, targets)
+    return np.append(model.coef_, model.intercept_).astype(np.float64)
 
-    In turns, each bound stands for the nearest prediction that it allows, and the model is fitted to all. Both steps lower the
-    same convex function, the penalised sum of squared distances, so this approaches its minimum.
+
+def _fitted_to_bounds(
+    model: Any,
+    inputs: NDArray[Any],
+    values: NDArray[np.float64],
+    bounds: LabelBounds,
+    weights: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """(D + 1,) weights of a ridge regression on the known ``values`` (N,) and the ``bounds`` (N,), from ``weights`` that fit the
+    values alone.
+
+    The penalised sum of squared distances is convex and made of quadratic pieces: on each, some bounds are not respected, and
+    count as labels. A turn goes towards the minimum of the piece at hand, all the way or as far as the sum gets smaller (the
+    finite Newton method, Keerthi and DeCoste, J. Mach. Learn. Res. 6, 341 (2005)).
     """
     used = bounds.known | ~np.isnan(values)
     inputs, values, bounds = inputs[used], values[used], bounds[used]
-    if not bounds.known.any():
-        return
-    tolerance = _TOLERANCE * np.nanstd(values)
-    targets = np.where(bounds.known, bounds.within(model.predict(inputs)), values)
+    targets = bounds.filled(values)
+
+    def distances(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = inputs @ weights[:-1] + weights[-1]
+        return found - np.where(bounds.known, bounds.within(found), values)
+
+    def penalised(weights: NDArray[np.float64]) -> float:
+        return float((distances(weights) ** 2).sum() + model.alpha * (weights[:-1] ** 2).sum())
+
+    lowest = penalised(weights)
     for _ in range(_MOST_TURNS):
-        model.fit(inputs, targets)
-        moved = np.where(bounds.known, bounds.within(model.predict(inputs)), values)
-        change = np.abs(moved - targets).max()
-        targets = moved
-        if change <= tolerance:
-            return
+        counted = ~bounds.known | (distances(weights) != 0)
+        step, share = _fitted(model, inputs[counted], targets[counted]) - weights, 1.0
+        while penalised(weights + share * step) > lowest and share > _SMALLEST_STEP:
+            share /= 2
+        reached = penalised(weights + share * step)
+        if reached >= lowest * (1 - _TOLERANCE):
+            return weights
+        weights, lowest = weights + share * step, reached
+    return weights
 
 
 def _scikit_model(kind: TaskKind, penalty: Mapping[str, float | int | str], balanced: bool) -> Any:

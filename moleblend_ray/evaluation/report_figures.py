@@ -71,7 +71,7 @@ def _draw_parity(
     bounds: LabelBounds | None,
 ) -> tuple[float, float]:
     """Points, and a line where labels equal predictions; returns its ends."""
-    shown = labels if bounds is None else np.where(bounds.known, bounds.values, labels)
+    shown = labels if bounds is None else bounds.filled(labels)
     for index, column in enumerate(task["columns"]):
         label = figure_text(column)
         points = axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)

@@ -208,13 +208,14 @@ class _FeatureBaselines:
 
     def _grid(self, kind: BaselineKind) -> list[list[Settings]]:
         experiment = self._experiment
+        labels, bounds = experiment.molecules.labels, experiment.molecules.bounds
         return candidate_groups(
             kind,
             experiment.task.kind,
-            experiment.molecules.labels[experiment.split.train],
+            (labels if bounds is None else bounds.filled(labels))[experiment.split.train],
             num_trees=self._baseline.num_trees,
             num_rounds=self._baseline.num_rounds,
-            censored=experiment.molecules.bounds is not None,
+            censored=bounds is not None,
         )
 
     def _data(self, kind: BaselineKind) -> _Shared:
