@@ -89,7 +89,7 @@ def _text(
         f"- {data['molecules']:,} molecules ({data['with_coordinates']:,} with coordinates), "
         f"{len(task['columns'])} label column(s); {data['unlabelled']:,} without a label and "
         f"{data['quarantined']:,} unusable rows left out",
-        *_unreadable_line(data.get("unreadable_labels", 0), task["kind"]),
+        *_unreadable_line(data.get("unreadable_labels", 0), task, results["final"]),
         *_distinct_line(data),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
         f"- data fingerprint `{data['fingerprint']}`",
@@ -110,13 +110,15 @@ def _text(
     return "\n".join(lines)
 
 
-def _unreadable_line(count: int, kind: str) -> list[str]:
+def _unreadable_line(count: int, task: Mapping[str, Any], final: Mapping[str, Any]) -> list[str]:
     if not count:
         return []
-    advice = ""
-    if kind == "regression":
+    are, advice = "are no numbers", ""
+    if "bounds" in final:
+        are = "are neither numbers nor bounds"
+    elif task["kind"] == "regression":
         advice = "; `task.censored=true` trains on those that are bounds, such as `>10`"
-    return [f"- {count:,} label(s) in the source are no numbers and count as missing{advice}"]
+    return [f"- {count:,} label(s) in the source {are} and count as missing{advice}"]
 
 
 def _distinct_line(data: Mapping[str, Any]) -> list[str]:

@@ -251,6 +251,14 @@ def test_labels_that_may_be_bounds_have_advice_for_numbers_only(tmp_path: Path) 
         results = results_of(kind=kind)
         results["data"]["unreadable_labels"] = 3
         assert ("task.censored=true" in report_of(tmp_path, results)) == (kind == "regression")
+    results = results_of(kind="regression")
+    results["data"]["unreadable_labels"] = 3
+    results["final"]["bounds"] = {}
+    text = report_of(tmp_path, results)
+    assert (
+        "- 3 label(s) in the source are neither numbers nor bounds and count as missing\n" in text
+    )
+    assert "task.censored=true" not in text
 
 
 def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_path: Path) -> None:
