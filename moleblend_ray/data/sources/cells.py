@@ -16,7 +16,6 @@ _MISSING: Final = frozenset({"", "na", "n/a", "null", "none", "?"})
 _TRUTH: Final = {"true": 1.0, "false": 0.0}
 
 _RELATIONS: Final = {
-    "": "=",
     "=": "=",
     "==": "=",
     "~": "=",
@@ -54,9 +53,13 @@ def number(text: str) -> float | None:
 def relation_of(text: str) -> str | None:
     """What a relation says of a number: ``=``, or ``<`` or ``>`` if the number is a bound; None if it is no relation.
 
-    Nothing, and what is about a number (``~``), counts as equal. ChEMBL's files have quotes around relations.
+    What is missing, as a number can be, and what is about a number (``~``), counts as equal. ChEMBL's files have quotes around
+    relations.
     """
-    return _RELATIONS.get(text.strip(" \t'\""))
+    word = text.strip(" \t'\"")
+    value = number(word)
+    is_missing = value is not None and math.isnan(value)
+    return "=" if is_missing else _RELATIONS.get(word)
 
 
 def censored_number(text: str, relation: str | None = "=") -> tuple[float, str] | None:

@@ -9,7 +9,7 @@ from typing import Final
 
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data.manifest import LabelColumn
-from moleblend_ray.data.sources.columns import no_column
+from moleblend_ray.data.sources.columns import ColumnError, no_column
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.reading import SAMPLE_RECORDS, first_items, open_items
 from moleblend_ray.data.sources.records import (
@@ -44,9 +44,9 @@ def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> Source
         labels = _chosen_labels(config.label_columns, views, labels)
     if config.censored_labels:
         labels = tuple(label._replace(censored=True) for label in labels)
-    if config.relation_column is not None:
-        _require_anywhere("relation_column", config.relation_column, views)
     names = tuple(label.name for label in labels)
+    if config.relation_column is not None:
+        _check_relations(config.relation_column, names, views)
     layouts = tuple(_layout(view, names, config) for view in views)
     for layout in layouts:
         if layout.file.geometry is not None:
@@ -142,6 +142,29 @@ def _require_anywhere(setting: str, name: str, views: Sequence[FileView]) -> Non
     logger.warning(
         "%s: no record has %r among the first %d of each file", setting, name, SAMPLE_RECORDS
     )
+
+
+def _check_relations(name: str, labels: Sequence[str], views: Sequence[FileView]) -> None:
+    """ColumnError if no file has the column ``name`` of relations, or if it is a label; a warning if some files lack it."""
+    setting = "relation_column"
+    if name in labels:
+        raise ColumnError(
+            setting,
+            f"{name!r} is a label column, too; expected one that holds relations (>, <, =).",
+        )
+    _require_anywhere(setting, name, views)
+    lacking = [
+        view.file
+        for view in views
+        if view.is_whole and not view.is_empty and name not in view.columns
+    ]
+    if lacking:
+        logger.warning(
+            "%s: no %r in %s: numbers there count as measured, unless their own cells begin with a relation",
+            setting,
+            name,
+            without_credentials(_names(lacking)),
+        )
 
 
 def _names(files: Sequence[SourceFile]) -> str:

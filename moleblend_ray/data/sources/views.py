@@ -41,7 +41,7 @@ from moleblend_ray.errors import DataError, without_credentials
 
 logger = logging.getLogger(__name__)
 
-_DECIMAL_COMMA: Final = re.compile(r"[+-]?\d+,\d+")
+_DECIMAL_COMMA: Final = re.compile("[<>=~\u2264\u2265\\s]*[+-]?\\d+,\\d+")
 _PANDAS_INDEX: Final = re.compile(r"__index_level_\d+__")
 """What pandas calls row numbers that it writes as a column."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
@@ -106,7 +106,7 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> FileView:
     others = [
         index
         for index, name in enumerate(columns)
-        if name and name not in (smiles_column, id_column)
+        if name and name not in (smiles_column, id_column, config.relation_column)
     ]
     censored = config.censored_labels
     numeric = [
@@ -195,7 +195,7 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> FileView:
     numeric = [
         name
         for name in names
-        if name != config.id_column
+        if name not in (config.id_column, config.relation_column)
         and is_numeric((record.get(name, "") for record in properties), config.censored_labels)
     ]
     without = [
@@ -259,7 +259,7 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> FileView:
         for field in schema
         if field.metadata and b"unit" in field.metadata
     }
-    used = {smiles_column, id_column, *_COUNT_COLUMNS}
+    used = {smiles_column, id_column, config.relation_column, *_COUNT_COLUMNS}
     numeric = [
         field.name
         for field in schema

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,10 @@ def test_a_missing_cell_is_missing_whatever_its_relation(text: str, relation: st
 def test_relations_are_read_as_tables_write_them() -> None:
     shown = ["=", "'='", ' ">" ', "<", ">=", "~", "", "<<", "\u2265", "approx", "=>"]
     assert [relation_of(text) for text in shown] == ["=", "=", ">", "<", ">", "=", "=", "<", ">", None, None]  # fmt: skip
+
+
+def test_a_missing_relation_is_none_in_all_spellings_of_missing_numbers() -> None:
+    assert [relation_of(text) for text in ("", " ", "NA", "nan", "None", "null")] == ["="] * 6
 
 
 def write_csv(folder: Path) -> Path:
@@ -185,6 +190,46 @@ def test_a_relation_column_that_no_file_has_is_refused_with_its_nearest(tmp_path
     columns = ColumnConfig(censored_labels=True, relation_column="relations")
     with pytest.raises(ColumnError, match=r"relation_column: .*Did you mean 'relation'"):
         inspect_sources(find_sources(str(write_csv(tmp_path))), columns)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet, write_sdf])
+def test_the_relation_column_is_no_label_whatever_it_holds(tmp_path: Path, write: Any) -> None:
+    files = find_sources(str(write(tmp_path)))
+    columns = ColumnConfig(censored_labels=True, relation_column="ic50")
+    assert inspect_sources(files, columns).labels == ()
+    with pytest.raises(ColumnError, match="relation_column: 'ic50' is a label column, too"):
+        inspect_sources(files, dataclasses.replace(columns, label_columns=("ic50",)))
+
+
+def test_numbers_as_relations_are_no_labels(tmp_path: Path) -> None:
+    table = pa.table({"smiles": ["CCO"], "ic50": [1.5], "relation": [1.0]})
+    pq.write_table(table, tmp_path / "assay.parquet")
+    columns = ColumnConfig(censored_labels=True, relation_column="relation")
+    labels = inspect_sources(find_sources(str(tmp_path / "assay.parquet")), columns).labels
+    assert [label.name for label in labels] == ["ic50"]
+
+
+def test_files_without_the_relation_column_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = ColumnConfig(censored_labels=True, relation_column="relation")
+    write_csv(tmp_path)
+    inspect_sources(find_sources(str(tmp_path)), columns)
+    assert not caplog.records
+    (tmp_path / "other.csv").write_text("smiles,ic50,Relation\nCCO,10,>\n")
+    inspect_sources(find_sources(str(tmp_path)), columns)
+    (message,) = caplog.messages
+    assert message.startswith("relation_column: no 'relation' in ")
+    assert "other.csv: numbers there count as measured" in message
+
+
+def test_bounds_with_decimal_commas_are_told_before_anything_is_prepared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "assay.csv").write_text("smiles;ic50\nCCO;> 1,5\nCCN;5\n")
+    columns = ColumnConfig(censored_labels=True, label_columns=("ic50",))
+    inspect_sources(find_sources(str(tmp_path / "assay.csv")), columns)
+    assert "columns ic50 hold numbers with commas" in caplog.text
 
 
 def test_a_relation_column_alone_is_refused() -> None:
