@@ -12,6 +12,7 @@ from source_files import geometry_table, inspected, records_of, smiles_of, with_
 
 from moleblend_ray.chemistry.records import GeometryRow
 from moleblend_ray.chemistry.rejection import Rejection
+from moleblend_ray.data.manifest import LabelColumn
 from moleblend_ray.data.sources import (
     find_sources,
     parquet_parts,
@@ -25,8 +26,7 @@ def test_a_geometry_table_gives_rows_ids_and_labels_with_units(tmp_path: Path) -
     )
     pq.write_table(with_unit(table, "homo", "hartree"), tmp_path / "g.parquet")
     source = inspected(tmp_path / "g.parquet")
-    found = [(label.name, label.unit) for label in source.labels]
-    assert found == [("homo", "hartree"), ("count", None)]
+    assert source.labels == (LabelColumn("homo", "hartree"), LabelColumn("count"))
     records = records_of(tmp_path / "g.parquet")
     assert [record.mol_id for record in records] == ["m0", "m1", "m2"]
     np.testing.assert_array_equal(
@@ -38,7 +38,7 @@ def test_a_geometry_table_gives_rows_ids_and_labels_with_units(tmp_path: Path) -
     assert np.asarray(row.positions).tolist() == pytest.approx([0, 0, 0, 1.2, 0, 0])
     assert (list(row.atomic_numbers), list(row.bond_order), row.smiles) == ([6, 8], [2], "C=O")
     chosen = inspected(tmp_path / "g.parquet", label_columns=("done", "homo"))
-    assert [tuple(label) for label in chosen.labels] == [("done", None), ("homo", "hartree")]
+    assert chosen.labels == (LabelColumn("done"), LabelColumn("homo", "hartree"))
 
 
 TEXT_TYPES = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
