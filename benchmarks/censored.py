@@ -5,7 +5,7 @@
 
 The true labels of the test molecules beyond the limit are known here, so that what models say of them can be judged. Four ways
 to train, with the same split, settings and seeds: on bounds; with such molecules left out; with the bound in place of the label;
-and on the true labels, which no assay gives. Epochs are chosen on measured validation labels. For the mean of all seeds' models,
+and on the true labels, which no assay gives. Validation labels beyond the limit are as in training, or missing. For the mean of all seeds' models,
 on test molecules: RMSE of those within the range and of all, the rank correlation of all, and ROC-AUC of being beyond the limit.
 The baselines, with settings chosen on the same validation labels, do the same. Prints one JSON line last.
 """

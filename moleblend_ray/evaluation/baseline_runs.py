@@ -78,9 +78,9 @@ def fit_seed(
     began = time.monotonic()
     rows = np.concatenate([data.valid, data.test])
     (predictions,) = predict_group(data, kind, [settings], rows, seed, num_jobs)
-    first, metric, columns = len(data.valid), data.task.metric, data.columns
-    valid = score(metric, predictions[:first], data.labels[data.valid], columns)
-    outcome = metric, predictions[first:], data.labels[data.test], columns
+    first, metric = len(data.valid), data.task.metric
+    valid = score(metric, predictions[:first], *data.known(data.valid))
+    outcome = metric, predictions[first:], *data.known(data.test)
     test = score(*outcome)
     found = SeedResult(
         seed=seed,

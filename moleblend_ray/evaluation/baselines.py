@@ -125,6 +125,12 @@ class BaselineData:
     bounds: LabelBounds | None = None
     """Bounds of labels that have no number, for training; None if they count as missing."""
 
+    def known(
+        self, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None]:
+        """Labels, columns and bounds of the molecules ``rows``, as :func:`score` takes them."""
+        return self.labels[rows], self.columns, self.bounds and self.bounds[rows]
+
     def without_test(self) -> BaselineData:
         """The data with training and validation molecules only, in this order: what the choice of settings may see."""
         rows = np.concatenate([self.train, self.valid])
@@ -203,7 +209,7 @@ def validation_scores(
 ) -> list[float]:
     """The task's metric on ``data.valid`` for each settings of a group, fitted to ``data.train``."""
     return [
-        score(data.task.metric, predictions, data.labels[data.valid], data.columns).value
+        score(data.task.metric, predictions, *data.known(data.valid)).value
         for predictions in predict_group(data, kind, group, data.valid, seed, num_jobs)
     ]
 

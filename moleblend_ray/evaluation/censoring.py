@@ -2,8 +2,9 @@
 
 Training uses a bound as far as it tells something: a prediction that respects it is right, any other is as wrong as it is far
 from it. For squared errors this is the limit of a Tobit model of little noise (Tobin, Econometrica 26, 24 (1958)), and
-chemprop's `bounded-mse`. Scores, scales and intervals come from measured labels alone: how far beyond a bound the value lies,
-nobody knows.
+chemprop's `bounded-mse`. Errors in scores are counted in the same way, so that what is chosen by them may not predict anything
+beyond the range of an assay. Correlations, scales and intervals come from measured labels alone: how far beyond a bound the
+value lies, nobody knows.
 
 Shape legend: M molecules, T properties.
 """

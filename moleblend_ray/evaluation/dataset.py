@@ -113,6 +113,12 @@ class LabelledMolecules:
             descriptors=None if self.descriptors is None else self.descriptors.take(indices),
         )
 
+    def known(
+        self, rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None]:
+        """Labels, columns and bounds of the molecules ``rows``, as :func:`score` takes them."""
+        return self.labels[rows], self.columns, self.bounds and self.bounds[rows]
+
     def with_descriptors(self) -> LabelledMolecules:
         """The same with descriptors, which are computed if they are not there."""
         if self.descriptors is not None:

@@ -183,12 +183,13 @@ def finetune_once(
         after_step=after_step or (lambda: None),
     )
     micro_batch_size = predict_micro_batch_size or settings.micro_batch_size
+    known = molecules.known(valid)
     history: list[EpochReport] = []
     best = _BestEpoch(model, task.metric)
     for epoch in range(1, settings.epochs + 1):
         train_loss = trainer.run_epoch(epoch - 1)
         predictions = predict_mean(model, trained, molecules, valid, micro_batch_size, device)
-        found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
+        found = score(task.metric, predictions, *known)
         best.offer(epoch, found.value)
         history.append(
             EpochReport(
@@ -270,7 +271,7 @@ def _linear_model(
     for penalty in linear_grid(task.kind):
         linear = fit_linear(task.kind, *examples, penalty, balanced=balanced, bounds=bounds)
         predictions = trained.readout(linear(inputs[valid]) + known[valid])
-        found = score(task.metric, predictions, molecules.labels[valid], molecules.columns)
+        found = score(task.metric, predictions, *molecules.known(valid))
         candidates.append(_LinearCandidate(linear, found.value))
     return best_candidate(task.metric, candidates).model
 

@@ -166,13 +166,9 @@ def _left_out_remark(task: Mapping[str, Any], final: Mapping[str, Any]) -> str:
 
 
 def _bounds_remark(bounds: Mapping[str, Any] | None) -> str:
-    """Says that some labels of these molecules are not scored."""
+    """Says that not all labels of these molecules are numbers."""
     count = sum(found["test_bounds"] for found in (bounds or {}).values())
-    return (
-        f" Of {count:,} of their labels only a bound is known, and these have no score."
-        if count
-        else ""
-    )
+    return f" Of {count:,} of their labels only a bound is known." if count else ""
 
 
 def _columns_section(
@@ -360,9 +356,9 @@ def _bounds(
         return []
     unit = f", {table_cell(task['unit'])}" if task["unit"] else ""
     lines = [
-        "Of some labels only a bound is known, such as `>10`. Training uses them; scores and intervals are of measured labels "
-        "alone. A prediction respects a bound if it is on the side where the label is, and its distance is then 0. The distance "
-        "is the root mean square over all bounds of the test part.",
+        "Of some labels only a bound is known, such as `>10`. A prediction respects it if it is on the side where the label is; "
+        "otherwise its distance to the bound is its error, in training and in scores. Correlations and intervals are of measured "
+        "labels alone. The distance below is the root mean square over all bounds of the test part, 0 for those respected.",
         "",
         f"| column | training bounds | validation | test | test bounds respected | distance{unit} |",
         "|---|---|---|---|---|---|",

@@ -181,9 +181,9 @@ def ensemble_entry(
     task: Task, columns: Sequence[str], valid: PartPredictions, test: PartPredictions
 ) -> dict[str, Any]:
     """The part of ``results.json`` for the mean of the predictions of all seeds, for validation and test molecules."""
-    found = test.predictions, test.labels, columns
+    found = test.predictions, test.labels, columns, test.bounds
     return {
-        "valid": score(task.metric, valid.predictions, valid.labels, columns).value,
+        "valid": score(task.metric, valid.predictions, valid.labels, columns, valid.bounds).value,
         "test": score(task.metric, *found).value,
         "test_others": other_scores(task.metric, *found),
     }

@@ -77,12 +77,7 @@ def train_and_test(
         after_step=after_step,
     )
     predictions = _predictions(result, experiment, settings, device)
-    outcome = (
-        task.metric,
-        predictions[split.test],
-        molecules.labels[split.test],
-        molecules.columns,
-    )
+    outcome = task.metric, predictions[split.test], *molecules.known(split.test)
     test = score(*outcome)
     path = model_path(seed)
     folder = storage.join(out, path)

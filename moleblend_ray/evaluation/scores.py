@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of
 
 logger = logging.getLogger(__name__)
@@ -39,23 +40,30 @@ def score(
     predictions: NDArray[np.floating],
     labels: NDArray[np.floating],
     columns: Sequence[str],
+    bounds: LabelBounds | None = None,
 ) -> Score:
     """Score (M, T) predictions against (M, T) labels; NaN labels are ignored, unscorable columns are named.
 
-    For classes, predictions may be any monotone score, such as a logit. Raises TrainingError if a prediction is not
-    finite, DataError if no column can be scored.
+    Of labels that are known by ``bounds`` only, the distance of a prediction to what these allow counts as its error; they
+    have no part in correlations. For classes, predictions may be any monotone score, such as a logit. Raises TrainingError if
+    a prediction is not finite, DataError if no column can be scored.
     """
     if not np.isfinite(predictions).all():
         raise TrainingError(
             f"{int((~np.isfinite(predictions)).sum())} of {predictions.size} predictions are not finite; "
             "the model diverged: lower the learning rate"
         )
+    expected = labels
+    if bounds is not None and metric.is_error:
+        expected = np.where(bounds.known, bounds.within(predictions.astype(np.float64)), labels)
     scored: dict[str, float] = {}
     for index, column in enumerate(columns):
-        known = ~np.isnan(labels[:, index])
-        value = _column_score(metric, predictions[known, index], labels[known, index])
-        if value is not None:
-            scored[column] = value
+        if not _is_scorable(metric, labels[~np.isnan(labels[:, index]), index]):
+            continue
+        known = ~np.isnan(expected[:, index])
+        scored[column] = _FORMULAS[metric](
+            expected[known, index].astype(np.float64), predictions[known, index].astype(np.float64)
+        )
     if not scored:
         raise DataError(
             f"{metric.value} cannot be computed on these {len(labels)} molecules: none of the "
@@ -104,6 +112,7 @@ def other_scores(
     predictions: NDArray[np.floating],
     labels: NDArray[np.floating],
     columns: Sequence[str],
+    bounds: LabelBounds | None = None,
 ) -> dict[str, float]:
     """Values of the other metrics for the same type of labels, of those that these labels allow; as :func:`score`."""
     found = {}
@@ -111,16 +120,8 @@ def other_scores(
         if other is not metric:
             # Labels that are all equal have errors, but no correlation.
             with contextlib.suppress(DataError):
-                found[other.value] = score(other, predictions, labels, columns).value
+                found[other.value] = score(other, predictions, labels, columns, bounds).value
     return found
-
-
-def _column_score(
-    metric: Metric, predictions: NDArray[np.floating], labels: NDArray[np.floating]
-) -> float | None:
-    if not _is_scorable(metric, labels):
-        return None
-    return _FORMULAS[metric](labels.astype(np.float64), predictions.astype(np.float64))
 
 
 def _is_scorable(metric: Metric, known: NDArray[np.floating]) -> bool:

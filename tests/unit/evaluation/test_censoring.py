@@ -29,9 +29,10 @@ from moleblend_ray.evaluation.intervals import Calibration, mean_of
 from moleblend_ray.evaluation.linear_model import fit_linear
 from moleblend_ray.evaluation.losses import Targets, masked_loss
 from moleblend_ray.evaluation.results import labels_entry
+from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.stored_predictions import read_predictions, write_predictions
-from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+from moleblend_ray.evaluation.tasks import Metric, TaskKind, resolve_task
 
 from .conftest import MakeLabelled, all_smiles
 
@@ -208,7 +209,7 @@ def test_a_step_of_bounds_alone_is_a_step(
     assert result.history[0].train_loss > 0
 
 
-def test_scores_scales_and_intervals_are_of_measured_labels(
+def test_scales_and_intervals_are_of_measured_labels(
     censored: LabelledMolecules, tmp_path: Path
 ) -> None:
     rows = np.arange(len(censored))
@@ -236,6 +237,26 @@ def test_scores_scales_and_intervals_are_of_measured_labels(
     assert found["test_distance"] == pytest.approx(3.0 * (wrong / num_bounds) ** 0.5)
     counted = labels_entry(TaskKind.REGRESSION, censored, split)["y0"]["test"]
     assert counted == {"labels": len(split.test) - num_bounds, "bounds": num_bounds}
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_errors_count_the_distance_to_a_bound_and_correlations_do_not(metric: Metric) -> None:
+    labels = np.array([[1.0, 0.0], [2.0, 1.0], [NAN, NAN], [NAN, NAN]])
+    bounds = bounds_of(
+        [[NAN, NAN], [NAN, NAN], [5.0, NAN], [NAN, NAN]], [[NAN] * 2] * 3 + [[0.0, NAN]]
+    )
+    predictions = np.array([[1.5, 0.0], [2.0, 1.0], [2.0, 9.0], [-3.0, 9.0]])
+    without = score(metric, predictions, labels, ("a", "b"))
+    found = score(metric, predictions, labels, ("a", "b"), bounds)
+    assert found.columns["b"] == without.columns["b"]
+    expected = {Metric.RMSE: ((0.5**2 + 3**2) / 4) ** 0.5, Metric.MAE: 3.5 / 4}
+    assert found.columns["a"] == pytest.approx(expected.get(metric, without.columns["a"]))
+
+
+def test_a_column_of_bounds_alone_has_no_score() -> None:
+    labels, bounds = np.array([[1.0, NAN]]), bounds_of([[NAN, 3.0]], [[NAN, NAN]])
+    found = score(Metric.RMSE, np.array([[2.0, 2.0]]), labels, ("a", "b"), bounds)
+    assert (dict(found.columns), found.columns_left_out) == ({"a": 1.0}, ("b",))
 
 
 def baseline_data(molecules: LabelledMolecules, kind: BaselineKind) -> BaselineData:

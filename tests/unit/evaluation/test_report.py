@@ -243,7 +243,7 @@ def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> 
     text = report_of(tmp_path, results)
     assert "| y\\|z | 1,200 | 30 | 40 | 38 of 40 (95 %) | 0.2500 |" in text
     assert "| w | 1,200 | 30 | 0 | none |  |" in text
-    assert "Of 40 of their labels only a bound is known, and these have no score." in text
+    assert "Of 40 of their labels only a bound is known." in text
 
 
 def test_labels_that_may_be_bounds_have_advice_for_numbers_only(tmp_path: Path) -> None:
