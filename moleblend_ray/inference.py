@@ -98,7 +98,11 @@ class MoleculeEncoder:
         ``raise`` a DataError that names it, or give it a row of ``nan``.
         """
         check_all(
-            (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}")
+            (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}"),
+            (
+                conformers in (None, False, True),
+                f"conformers: expected True, False or None (each molecule has one), found {conformers!r}",
+            ),
         )
         given = _listed(smiles)
         count = self.embedder.conformers if conformers is None else int(bool(conformers))
@@ -182,7 +186,7 @@ class PropertyPredictor:
         reasons: list[str | None] = [None] * len(asked)
         for row in found.quarantine.to_pylist():
             reasons[row["source_row"]] = f"{row['reason']}: {row['detail']}"
-        texts = [text if isinstance(text, str) else None for text in asked]
+        texts = [_encodable(text) if isinstance(text, str) else None for text in asked]
         table = pa.table(
             {"smiles": pa.array(texts, pa.string()), "rejected": pa.array(reasons, pa.string())}
         )
@@ -196,7 +200,8 @@ def _usable(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: PyTorch without CUDA
+    # TypeError: no name at all; AssertionError: PyTorch without CUDA.
+    except (TypeError, RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"device: {str(device)!r} cannot be used here: {reason}") from error
     return found
@@ -220,6 +225,11 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
     return [item.as_py() if isinstance(item, pa.Scalar) else item for item in items]
 
 
+def _encodable(text: str) -> str:
+    """The text with an escape for each half of a surrogate pair, as broken JSON has them: a table cannot hold these."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _featurize(
     smiles: Sequence[Any], conformers: int, model: Embedder | Predictor, max_atoms: int
 ) -> Featurized:
@@ -232,7 +242,7 @@ def _featurize(
             content=SmilesText(text),
             labels=_NO_LABELS,
             unreadable=(),
-            excerpt=str(text),
+            excerpt=_encodable(str(text)),
         )
         for row, text in enumerate(smiles)
     ]

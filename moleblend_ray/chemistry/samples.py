@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from joblib.externals.loky import ProcessPoolExecutor
 from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdMolDescriptors
@@ -208,9 +208,11 @@ def make_samples(
     if processes == 1:
         yield from _numbered(map(_embed, candidates), num_molecules)
         return
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+    # Its processes do not import the caller's script, as those of `multiprocessing` do, which without an
+    # `if __name__ == "__main__"` would start the script again, and processes without end.
+    with ProcessPoolExecutor(processes) as pool:
         results = itertools.chain.from_iterable(
-            pool.imap(_embed, list(itertools.islice(candidates, size)), chunksize=8)
+            pool.map(_embed, list(itertools.islice(candidates, size)), chunksize=8)
             for size in itertools.repeat(min(_BLOCK, num_molecules))
         )
         yield from _numbered(results, num_molecules)

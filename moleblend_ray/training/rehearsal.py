@@ -126,7 +126,10 @@ def _next_result(results: Any, processes: Sequence[BaseProcess]) -> Any:
             return results.get(timeout=_LOOK_S)
         except queue.Empty:
             if lost:
-                return f"a process ended with status {lost[0]} (-9: killed, perhaps for its memory)"
+                return (
+                    f"a process ended with status {lost[0]} (-9: killed, perhaps for its memory; 1: in a script of your own, "
+                    'make the call under `if __name__ == "__main__":`, as each process imports the script)'
+                )
 
 
 def _summary(settings: Rehearsal, by_rank: Sequence[dict[str, list[float]]]) -> Found:

@@ -96,6 +96,11 @@ def test_what_cannot_be_read_is_named_or_a_row_of_nan(encoder: mb.MoleculeEncode
     for text in ("CCO", b"CCO"):
         with pytest.raises(DataError, match=r"expected a list of SMILES, found one text"):
             encoder.encode(text)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"1 of 1 SMILES.*surrogates not allowed"):
+        encoder.encode(["C\ud800"])
+    for several in (3, "no"):
+        with pytest.raises(ConfigError, match="conformers: expected True, False or None"):
+            encoder.encode(["C"], conformers=several)  # type: ignore[arg-type]
     for no_list in (None, 5, np.array("CCO")):
         with pytest.raises(DataError, match=r"expected a list of SMILES, found "):
             encoder.encode(no_list)  # type: ignore[arg-type]
@@ -134,8 +139,8 @@ def test_defaults_that_other_code_gave_pytorch_change_nothing(
 
 def test_an_ensemble_predicts_in_the_unit_with_its_spread(tmp_path: Path) -> None:
     uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    table = mb.PropertyPredictor.from_pretrained(uris).predict(["CCO", "C1CC", "CCCl"])
-    assert table["smiles"].to_pylist() == ["CCO", "C1CC", "CCCl"]
+    table = mb.PropertyPredictor.from_pretrained(uris).predict(["CCO", "\ud800", "CCCl"])
+    assert table["smiles"].to_pylist() == ["CCO", r"\ud800", "CCCl"]
     rejected = table["rejected"].to_pylist()
     assert rejected[0] is rejected[2] is None
     assert rejected[1].startswith("unparsable_smiles: ")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,17 @@ def test_processes_change_only_the_speed() -> None:
         assert first.mol_id == second.mol_id
         assert first.smiles == second.smiles
         np.testing.assert_array_equal(first.positions, second.positions)
+
+
+def test_a_script_is_not_run_again_by_the_processes(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from moleblend_ray.chemistry.samples import make_samples\n"
+        "print(len(list(make_samples(100, num_processes=2))))\n"
+    )
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "100\n"
 
 
 def test_a_smaller_collection_begins_a_larger_one_and_seeds_differ(
