@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError, MoleBlendError
@@ -46,8 +47,7 @@ _PRIVATE_SETTINGS = {
 }
 
 # A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and accepts
-# whoever has the token. There is one token per process, because Ray keeps the first that it reads. It is in the
-# environment, because Ray itself would keep it in a file in the user's home.
+# whoever has the token. It is in the environment, because Ray itself would keep it in a file in the user's home.
 _TOKEN = secrets.token_hex(32)
 
 
@@ -92,7 +92,8 @@ def _cluster(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
     """An attached or a private cluster for the body."""
     address = None if is_private(cluster) else cluster.address or os.environ["RAY_ADDRESS"]
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with environment_defaults(_QUIET_SETTINGS if address else _private_settings()):
+    settings = _QUIET_SETTINGS if address else _private_settings()
+    with environment_defaults(settings), _token_read_anew():
         if address:
             _attach(address)
         else:
@@ -102,6 +103,18 @@ def _cluster(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _token_read_anew() -> Iterator[None]:
+    """Let Ray read the token for the body, and again afterwards. It keeps the first that it reads in a process, which may be of a
+    cluster that the caller had before, and no other cluster would know it."""
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    try:
+        yield
+    finally:
+        loader.reset_cache()
 
 
 @contextlib.contextmanager

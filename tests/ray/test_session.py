@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -45,3 +47,25 @@ def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
         ray.get(work.remote(shown.reporter))
     assert "rank 1: odd molecule 5" in caplog.messages
     assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
+
+
+def test_a_private_cluster_starts_after_one_of_the_caller_and_before_the_next() -> None:
+    script = """
+import ray
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.orchestration.session import ray_session
+
+def start() -> None:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level=40)
+
+start()
+ray.shutdown()
+with ray_session(ClusterConfig(address="local", local_cpus=1)):
+    print("private")
+start()
+print("own")
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["private", "own"]
