@@ -164,7 +164,7 @@ def load_labelled(
     if not known.any():
         raise DataError(
             f"{uri}: no molecule has a value in any of the columns {list(columns)}"
-            + _unreadable_remark(num_unreadable)
+            + _unreadable_remark(num_unreadable, with_bounds=with_bounds)
         )
     table = table.filter(pa.array(known)).combine_chunks()
     mol_ids = tuple(table["mol_id"].to_pylist())
@@ -399,9 +399,14 @@ def _check_scale(
             )
 
 
-def _unreadable_remark(count: int) -> str:
+def _unreadable_remark(count: int, *, with_bounds: bool) -> str:
     if not count:
         return ""
+    if with_bounds:
+        return (
+            f"; {count} of their cells hold neither a number nor a bound such as >10, or have a relation beside them that is "
+            "none of >, <, = and the like, or that contradicts them"
+        )
     return f"; {count} of their cells hold something else than a number: {_WRITE_NUMBERS}"
 
 

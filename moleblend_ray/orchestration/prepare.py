@@ -225,10 +225,13 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates
     for label in manifest.labels:
         if label.num_unreadable:
             logger.warning(
-                "label %r: %d cells hold %s and count as missing",
+                "label %r: %d cells hold %s and count as missing%s",
                 label.name,
                 label.num_unreadable,
                 "no number" if label.num_bounds is None else "neither a number nor a bound",
+                f" (or {config.relation_column!r} holds no relation for them, or another one)"
+                if config.relation_column is not None
+                else "",
             )
     fractions = {"valid": config.valid_fraction, "test": config.test_fraction}
     wanted = [split for split, fraction in fractions.items() if fraction]

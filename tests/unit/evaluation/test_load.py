@@ -132,6 +132,12 @@ def test_bounds_are_checked_as_labels_are(prepare: Prepare) -> None:
         load_labelled(uri, number("a"), with_bounds=True)
 
 
+def test_no_label_with_bounds_is_an_error_that_says_what_was_expected(prepare: Prepare) -> None:
+    uri = prepare("smiles,a\nCCO,10+\nCCN,> 10 uM\n", ("a",), censored=True)
+    with pytest.raises(DataError, match="2 of their cells hold neither a number nor a bound"):
+        load_labelled(uri, number("a"), with_bounds=True)
+
+
 def test_a_data_set_without_bounds_is_told_where_they_are_wanted(prepare: Prepare) -> None:
     uri = prepare("smiles,a\nCCO,1\nCCN,2\n")
     with pytest.raises(DataError, match=r"task\.censored: .*censored_labels=true"):

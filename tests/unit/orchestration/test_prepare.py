@@ -16,6 +16,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.exchange import Exchange, Unit
 from moleblend_ray.data.lease import InUseError, Lease, leased
+from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.receipts import Receipt
 from moleblend_ray.data.sources import find_sources, inspect_sources
@@ -144,3 +145,36 @@ class Anything:
 
     def __call__(self, *_: object, **__: object) -> Any:
         return Anything()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "label 'a': 2 cells hold no number and count as missing"),
+        (
+            {"censored_labels": True},
+            "label 'a': 1 cells hold neither a number nor a bound and count as missing",
+        ),
+        (
+            {"censored_labels": True, "relation_column": "r"},
+            "label 'a': 2 cells hold neither a number nor a bound and count as missing (or 'r' holds no relation for them, or "
+            "another one)",
+        ),
+    ],
+)
+def test_cells_that_are_not_read_are_told_with_what_was_expected(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    settings: dict[str, Any],
+    expected: str,
+) -> None:
+    (tmp_path / "in.csv").write_text("smiles,a,r\nC,>1,<\nCC,x,=\nCCC,2,=\n")
+    config = PrepareConfig(
+        source=str(tmp_path / "in.csv"),
+        out=str(tmp_path / "out"),
+        label_columns=("a",),
+        **settings,
+    )
+    finish(config)
+    module._log_outcome(load_manifest(config.out), config, wants_coordinates=False)
+    assert expected in caplog.messages
