@@ -158,7 +158,12 @@ def load_labelled(
     )
     labels, *limits = (_matrix(table, prefix, columns) for prefix in prefixes)
     bounds = LabelBounds(at_least=limits[0], at_most=limits[1]) if with_bounds else None
-    num_unreadable = sum(info.num_unreadable for info in manifest.labels if info.name in columns)
+    # A bound that is not used counts as any cell does that holds no number.
+    num_unreadable = sum(
+        info.num_unreadable + (0 if with_bounds else info.num_bounds or 0)
+        for info in manifest.labels
+        if info.name in columns
+    )
     filled = labels if bounds is None else bounds.filled(labels)
     known = ~np.isnan(filled).all(axis=1)
     if not known.any():

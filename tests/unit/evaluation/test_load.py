@@ -124,6 +124,7 @@ def test_molecules_of_which_only_a_bound_is_known_count_where_bounds_do(prepare:
     assert (found.num_unlabelled, found.num_unreadable) == (1, 0)
     without = load_labelled(uri, number("a"))
     assert (without.smiles, without.bounds, without.num_unlabelled) == (("CCO",), None, 3)
+    assert without.num_unreadable == 2
 
 
 def test_bounds_are_checked_as_labels_are(prepare: Prepare) -> None:
