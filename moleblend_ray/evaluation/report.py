@@ -195,9 +195,14 @@ def _columns_section(
         ]
         score = score_text(float(np.mean(scores))) if scores else "none"
         lines.append(f"| {' | '.join([table_cell(column), *counts, score])} |")
-    if len(labels) > _MAX_COLUMN_ROWS:
-        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(labels)} are in `results.json`."]
-    return [*lines, ""]
+    return [*lines, *_remark_of_more(labels), ""]
+
+
+def _remark_of_more(columns: Mapping[str, Any]) -> list[str]:
+    """Says that a table has not all ``columns``, if it has not."""
+    if len(columns) <= _MAX_COLUMN_ROWS:
+        return []
+    return ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
 
 
 def _count_text(counts: Mapping[str, int]) -> str:
@@ -315,9 +320,7 @@ def _intervals(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> 
     lines += [
         _interval_row(name, found) for name, found in list(columns.items())[:_MAX_COLUMN_ROWS]
     ]
-    if len(columns) > _MAX_COLUMN_ROWS:
-        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
-    return [*lines, ""]
+    return [*lines, *_remark_of_more(columns), ""]
 
 
 def _class_sets(sets: Mapping[str, Any] | None) -> list[str]:
@@ -343,9 +346,7 @@ def _class_sets(sets: Mapping[str, Any] | None) -> list[str]:
             *(_share_text(*counts) for counts in inside),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    if len(columns) > _MAX_COLUMN_ROWS:
-        lines += ["", f"The first {_MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
-    return [*lines, ""]
+    return [*lines, *_remark_of_more(columns), ""]
 
 
 def _bounds(
@@ -371,7 +372,7 @@ def _bounds(
             "" if distance is None else score_text(distance),
         ]
         lines.append(f"| {' | '.join([table_cell(name), *counts, *told])} |")
-    return [*lines, ""]
+    return [*lines, *_remark_of_more(bounds), ""]
 
 
 def _share_text(part: int, total: int) -> str:

@@ -244,6 +244,13 @@ def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> 
     assert "| y\\|z | 1,200 | 30 | 40 | 38 of 40 (95 %) | 0.2500 |" in text
     assert "| w | 1,200 | 30 | 0 | none |  |" in text
     assert "Of 40 of their labels only a bound is known." in text
+    assert "in `results.json`" not in text
+    names = [f"column {index}" for index in range(51)]
+    results["final"]["bounds"] = dict.fromkeys(names, results["final"]["bounds"]["w"])
+    results["data"]["labels"] = dict.fromkeys(names, parts)
+    text = report_of(tmp_path, results)
+    assert text.count("The first 50; all 51 are in `results.json`.") == 2
+    assert "| column 50 |" not in text
 
 
 def test_labels_that_may_be_bounds_have_advice_for_numbers_only(tmp_path: Path) -> None:
