@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,11 +32,13 @@ from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, fo
 from moleblend_ray.evaluation.intervals import Calibration
 from moleblend_ray.evaluation.property_model import TrainedProperty, distances_alone
 from moleblend_ray.evaluation.similarity import packed_ecfp
-from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME
+from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME, PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.moleblend import NUM_ELEMENTS
 
 logger = logging.getLogger(__name__)
+
+C = TypeVar("C")
 
 _OF_CLASSES: Final = ("p0", "p1", "classes")
 """Columns for each property of classes: p-values of both, and the set of those that a molecule goes with."""
@@ -93,7 +95,13 @@ class Predictor:
             member.saved.model.to(device).eval()
         domains = {member.domain.checksum: member.domain for member in members if member.domain}
         all_known = all(member.domain for member in members)
-        calibrated = members if interval is not None and _is_scored_with(members, count) else ()
+        trained = members[0].saved.trained
+        widths, classes = None, None
+        if interval is not None and _is_scored_with(members, count):
+            if trained.kind is TaskKind.CLASSIFICATION:
+                classes = _class_calibration(members, interval)
+            else:
+                widths = _half_widths(members, interval)
         return cls(
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
@@ -101,8 +109,8 @@ class Predictor:
             form=form_of(members),
             threshold=threshold,
             interval=interval,
-            half_widths=_half_widths(members, calibrated, interval),
-            classes=_class_calibration(members, calibrated, interval),
+            half_widths=np.full(len(trained.columns), np.nan) if widths is None else widths,
+            classes=classes,
             batch_size=batch_size,
             device=device,
         )
@@ -294,32 +302,29 @@ def _what_stays_empty(members: Sequence[Member]) -> str:
     return "p-values and sets of classes" if is_class else "intervals"
 
 
-def _warn_of_unknown_errors(members: Sequence[Member]) -> None:
-    logger.warning(
-        "%s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent beside "
-        "one of them, or they had different molecules)",
-        _what_stays_empty(members),
-        PREDICTIONS_NAME,
-    )
+def _learned(
+    of: Callable[[Sequence[PartPredictions | None]], C | None], members: Sequence[Member]
+) -> C | None:
+    """What ``of`` learns from the validation molecules of ``members``; None, with a warning, if it is not known."""
+    found = of([member.validation for member in members])
+    if found is None:
+        logger.warning(
+            "%s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent "
+            "beside one of them, or they had different molecules)",
+            _what_stays_empty(members),
+            PREDICTIONS_NAME,
+        )
+    return found
 
 
-def _half_widths(
-    members: Sequence[Member], calibrated: Sequence[Member], interval: float | None
-) -> NDArray[np.float64]:
-    """(T,) half widths of intervals for the mean of ``members``; NaN, with a warning, where they are not known.
-
-    ``calibrated`` are the same, or none if their errors say nothing of these predictions.
-    """
-    trained = members[0].saved.trained
-    unknown = np.full(len(trained.columns), np.nan)
-    if interval is None or not calibrated or trained.kind is TaskKind.CLASSIFICATION:
-        return unknown
-    calibration = Calibration.of([member.validation for member in calibrated])
+def _half_widths(members: Sequence[Member], interval: float) -> NDArray[np.float64] | None:
+    """(T,) half widths of intervals for the mean of ``members``, NaN, with a warning, where they are not known; None if none
+    is."""
+    calibration = _learned(Calibration.of, members)
     if calibration is None:
-        _warn_of_unknown_errors(members)
-        return unknown
+        return None
     widths = calibration.half_widths(interval)
-    named = zip(trained.columns, widths, strict=True)
+    named = zip(members[0].saved.trained.columns, widths, strict=True)
     if few := [name for name, width in named if math.isnan(width)]:
         logger.warning(
             "intervals stay empty for %s: there are too few validation labels to tell what holds %g of them",
@@ -329,23 +334,16 @@ def _half_widths(
     return widths
 
 
-def _class_calibration(
-    members: Sequence[Member], calibrated: Sequence[Member], interval: float | None
-) -> ClassCalibration | None:
-    """What tells p-values of classes from the mean of ``members``; None, with a warning, if it is not known.
-
-    ``calibrated`` as in :func:`_half_widths`.
-    """
-    trained = members[0].saved.trained
-    if interval is None or not calibrated or trained.kind is TaskKind.REGRESSION:
-        return None
-    calibration = ClassCalibration.of([member.validation for member in calibrated])
+def _class_calibration(members: Sequence[Member], interval: float) -> ClassCalibration | None:
+    """What tells p-values of classes from the mean of ``members``; None if it is not known. A warning names classes that sets
+    cannot leave out."""
+    calibration = _learned(ClassCalibration.of, members)
     if calibration is None:
-        _warn_of_unknown_errors(members)
         return None
     never = calibration.never_excluded(interval)
     if never.any():
-        cases = [f"{trained.columns[column]} ({value})" for column, value in np.argwhere(never)]
+        columns = members[0].saved.trained.columns
+        cases = [f"{columns[column]} ({value})" for column, value in np.argwhere(never)]
         more = f" and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
         logger.warning(
             "with %g, these classes are in every set, as there are too few validation molecules of them: %s%s",
