@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Final
+import signal
+import threading
+from typing import Any
 
-import ray
-import ray.exceptions
 import ray.train.torch
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingDecision
 
 from moleblend_ray.orchestration.stopping import StopFlag
-
-_ABORT_S: Final = 30.0
-"""Seconds that workers have to end after Ctrl-C."""
 
 
 class StoppableFixedPolicy(FixedScalingPolicy):
@@ -33,20 +29,35 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
     """TorchTrainer of which Ctrl-C ends the workers and raises KeyboardInterrupt. Ray Train's own handler raises SystemExit, which
     ends a notebook's kernel or a script without a word, and stays when the training is over."""
 
-    _controller: Any = None
+    _is_interrupted = False
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        self._controller = controller
+        # Called in the main thread only. The handler raises nothing: an exception that meets a callback of Python or Ray is
+        # lost, and training would go on. The controller ends itself instead, and the call that waits for it with an error.
+        def interrupt(*_: object) -> None:
+            self._is_interrupted = True
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # whoever asks again does not wait
+            controller.abort.remote()
+
+        signal.signal(signal.SIGINT, interrupt)
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT)
         try:
-            return super()._initialize_and_run_controller(**options)  # type: ignore[misc]
-        except KeyboardInterrupt:
-            if self._controller is not None:
-                # The cluster may go on without this command. The controller ends itself, which is an error of the call.
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.get(self._controller.abort.remote(), timeout=_ABORT_S)
+            result = super()._initialize_and_run_controller(**options)  # type: ignore[misc]
+        except Exception as error:
+            if self._is_interrupted:
+                raise KeyboardInterrupt from error
             raise
+        finally:
+            if is_main and before is not None:
+                signal.signal(signal.SIGINT, before)
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+        return result
 
 
 class FixedTrainer(InterruptibleTrainer):
