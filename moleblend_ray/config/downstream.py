@@ -13,6 +13,7 @@ from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import COVERAGE, FinetuneSettings
 from moleblend_ray.evaluation.tasks import (
     Metric,
+    ReplicateRule,
     SplitKind,
     Task,
     TaskKind,
@@ -58,6 +59,9 @@ class TaskConfig:
     relation_column: str | None = None
     """With `censored`: column (or SDF property) with the relation of a row's labels (>, <, =), for tables that keep it apart
     from the number, as ChEMBL's do."""
+    replicates: ReplicateRule = ReplicateRule.KEEP
+    """What becomes of several rows of one molecule (equal canonical SMILES). keep: each counts. mean, median: one row with the
+    mean or the median of their labels, of classes with the more frequent one."""
     smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None

@@ -35,8 +35,10 @@ class LabelBounds:
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """(M, T) the bounds themselves, of either kind; NaN where there is none."""
-        return np.where(np.isnan(self.at_least), self.at_most, self.at_least)
+        """(M, T) the bounds themselves, the middle between two; NaN where there is none."""
+        low, high = np.fmin(self.at_least, self.at_most), np.fmax(self.at_least, self.at_most)
+        middle: NDArray[np.float64] = low + (high - low) / 2
+        return middle
 
     def filled(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M, T) ``labels`` with the bounds in their place where there are no labels."""

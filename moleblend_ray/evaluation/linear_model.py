@@ -91,18 +91,21 @@ def _fitted_to_bounds(
     """
     used = bounds.known | ~np.isnan(values)
     inputs, values, bounds = inputs[used], values[used], bounds[used]
-    targets = bounds.filled(values)
 
-    def distances(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def with_targets(
+        weights: NDArray[np.float64],
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         found: NDArray[np.float64] = inputs @ weights[:-1] + weights[-1]
-        return found - np.where(bounds.known, bounds.within(found), values)
+        return found, np.where(bounds.known, bounds.within(found), values)
 
     def penalised(weights: NDArray[np.float64]) -> float:
-        return float((distances(weights) ** 2).sum() + model.alpha * (weights[:-1] ** 2).sum())
+        found, targets = with_targets(weights)
+        return float(((found - targets) ** 2).sum() + model.alpha * (weights[:-1] ** 2).sum())
 
     lowest = penalised(weights)
     for _ in range(_MOST_TURNS):
-        counted = ~bounds.known | (distances(weights) != 0)
+        found, targets = with_targets(weights)
+        counted = ~bounds.known | (found != targets)
         step, share = _fitted(model, inputs[counted], targets[counted]) - weights, 1.0
         while penalised(weights + share * step) > lowest and share > _SMALLEST_STEP:
             share /= 2

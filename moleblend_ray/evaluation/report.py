@@ -91,6 +91,7 @@ def _text(
         f"{data['quarantined']:,} unusable rows left out",
         *_unreadable_line(data.get("unreadable_labels", 0), task, results["final"]),
         *_distinct_line(data),
+        *_replicates_line(task, data.get("replicates")),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
         f"- data fingerprint `{data['fingerprint']}`",
         f"- source: {task['citation']}",
@@ -128,6 +129,47 @@ def _distinct_line(data: Mapping[str, Any]) -> list[str]:
     return [
         f"- {distinct:,} of them are different: the others are repeats, or other salts, protonation states or tautomers"
     ]
+
+
+def _replicates_line(task: Mapping[str, Any], replicates: Mapping[str, Any] | None) -> list[str]:
+    """How many molecules have several rows, what became of these, and how far their labels are apart."""
+    if not replicates or not replicates["molecules"]:
+        return []
+    rule = replicates["rule"]
+    became = (
+        "each of which counts; `task.replicates=median` makes one of them"
+        if rule == "keep"
+        else f"of which each molecule has one, with their {rule}"
+        if task["kind"] == "regression"
+        else "of which each molecule has one, with the more frequent class"
+    )
+    text = f"- {replicates['molecules']:,} molecules had {replicates['rows']:,} rows, {became}{_spread_text(task, replicates['columns'])}"
+    if replicates["undecided"]:
+        text += (
+            f". {replicates['undecided']:,} label(s) contradict each other and count as missing, and "
+            f"{replicates['dropped']:,} molecule(s) without any other are left out"
+        )
+    return [text]
+
+
+def _spread_text(task: Mapping[str, Any], columns: Mapping[str, Mapping[str, Any]]) -> str:
+    """How far the labels of molecules that have several are apart; nothing if no molecule has."""
+    several = {name: found for name, found in columns.items() if found["molecules"]}
+    if not several:
+        return ""
+    if task["kind"] == "classification":
+        mixed, total = (
+            sum(found[key] for found in several.values()) for key in ("contradictory", "molecules")
+        )
+        return f". Of {total:,} labels given several times, {mixed:,} have both classes"
+    ordered = sorted(several.items(), key=lambda item: item[1]["std"])
+    ends = [f"{score_text(found['std'])} ({table_cell(name)})" for name, found in ordered]
+    shown = score_text(ordered[0][1]["std"]) if len(ordered) == 1 else f"{ends[0]} to {ends[-1]}"
+    unit = f" {task['unit']}" if task["unit"] else ""
+    return (
+        f". Labels of one molecule have a standard deviation of {shown}{unit}: the RMSE on single measurements of a model "
+        "that knew the true values"
+    )
 
 
 def _unseen_remark(data: Mapping[str, Any]) -> str:

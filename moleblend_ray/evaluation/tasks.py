@@ -25,6 +25,17 @@ class TaskKind(StrEnum):
     """A real number in each column."""
 
 
+class ReplicateRule(StrEnum):
+    """What becomes of several rows of one molecule."""
+
+    KEEP = "keep"
+    """Each counts by itself."""
+    MEAN = "mean"
+    """One row, with the mean of the labels."""
+    MEDIAN = "median"
+    """One row, with their median."""
+
+
 class Metric(StrEnum):
     """How predictions are scored."""
 

@@ -42,6 +42,7 @@ from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.given_split import splits_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
+from moleblend_ray.evaluation.replicates import Replicates, with_replicates
 from moleblend_ray.evaluation.result_files import DATA_DIR
 from moleblend_ray.evaluation.results import (
     SeedResult,
@@ -52,7 +53,7 @@ from moleblend_ray.evaluation.runs import (
 )
 from moleblend_ray.evaluation.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import Task, TaskKind
+from moleblend_ray.evaluation.tasks import ReplicateRule, SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,
@@ -91,6 +92,8 @@ class Bench:
     """Hash of the split of all labelled molecules of the dataset."""
     repeats: Repeats
     """Molecules that occur more than once."""
+    replicates: Replicates
+    """Those of all labelled molecules that had several rows, and what became of these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +143,13 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         with_bounds=config.task.censored,
     )
     _tell_of_bounds(config.task, task, molecules)
+    molecules, replicates = with_replicates(
+        molecules,
+        task.kind,
+        config.task.replicates,
+        within_parts=task.split is SplitKind.GIVEN,
+    )
+    _tell_of_replicates(task, replicates)
     split = _usable_split(config, task, molecules)
     require_coordinates(config, molecules)
     identity = {
@@ -174,6 +184,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         shared=ray.put(experiment),
         split_hash=hash_of_split,
         repeats=repeats,
+        replicates=replicates,
     )
 
 
@@ -192,6 +203,28 @@ def _tell_of_bounds(config: TaskConfig, task: Task, molecules: LabelledMolecules
             "on them",
             molecules.num_unreadable,
             without_credentials(config.source),
+        )
+
+
+def _tell_of_replicates(task: Task, replicates: Replicates) -> None:
+    """Log how many molecules have several rows, and what became of these."""
+    if not replicates.molecules:
+        return
+    is_kept = replicates.rule is ReplicateRule.KEEP
+    logger.info(
+        "%s: %d molecules have several rows, %d in all: %s",
+        task.name,
+        replicates.molecules,
+        replicates.rows,
+        "each counts (task.replicates=median makes one of them)"
+        if is_kept
+        else f"one each, with the {replicates.rule} of their labels",
+    )
+    if replicates.dropped:
+        logger.warning(
+            "%s: %d molecules are left out, as the labels of their rows contradict each other",
+            task.name,
+            replicates.dropped,
         )
 
 

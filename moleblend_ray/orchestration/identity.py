@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 _LATER_SETTINGS: Final[Mapping[str, Any]] = {
     "model": {"environment_bins": 0, "descriptor_head": False},
     "finetune": {"descriptors": False},
-    "task": {"censored": False, "relation_column": None},
+    "task": {"censored": False, "relation_column": None, "replicates": "keep"},
     "interval": None,
 }
 """Settings, by section, that results of earlier versions do not name, and what these were made with."""

@@ -104,6 +104,7 @@ def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
     return {
         **data_entry(bench.data_uri, molecules, task, of_split),
         "repeats": repeats_entry(bench.repeats),
+        "replicates": bench.replicates.to_json(),
         "labels": labels_entry(task.kind, molecules, split),
     }
 

@@ -54,8 +54,8 @@ def bounds_of(at_least: object, at_most: object) -> LabelBounds:
 
 
 def test_bounds_fill_the_places_of_labels_alone() -> None:
-    bounds = bounds_of([[1.0, NAN, NAN]], [[NAN, -2.0, NAN]])
-    assert bounds.filled(np.array([[NAN, NAN, 7.0]])).tolist() == [[1.0, -2.0, 7.0]]
+    bounds = bounds_of([[1.0, NAN, NAN, 1.0]], [[NAN, -2.0, NAN, 4.0]])
+    assert bounds.filled(np.array([[NAN, NAN, 7.0, NAN]])).tolist() == [[1.0, -2.0, 7.0, 2.5]]
 
 
 @given(arrays(np.float64, (6, 2), elements=st.floats(-50, 50)))
@@ -116,8 +116,9 @@ def test_targets_without_bounds_are_the_labels() -> None:
 # With a highest measured value of -2, one label in nine is measured.
 @pytest.mark.parametrize("highest", [2.0, -2.0])
 @pytest.mark.parametrize("alpha", [1.0, 100.0])
+@pytest.mark.parametrize("limit", [NAN, 0.5])
 def test_a_linear_model_with_bounds_is_the_minimum_of_its_penalised_distances(
-    alpha: float, highest: float
+    alpha: float, highest: float, limit: float
 ) -> None:
     generator = np.random.default_rng(3)
     inputs = generator.normal(size=(120, 4))
@@ -127,6 +128,8 @@ def test_a_linear_model_with_bounds_is_the_minimum_of_its_penalised_distances(
     bounds = bounds_of(
         np.where(above, highest, NAN)[:, None], np.where(below, highest - 3.0, NAN)[:, None]
     )
+    # With a limit, labels above lie between two bounds, too narrow for most.
+    bounds.at_most[above] = highest + limit
     labels[:5], bounds.at_least[:5], bounds.at_most[:5] = NAN, NAN, NAN  # nothing is known of these
 
     def objective(weights: np.ndarray) -> float:

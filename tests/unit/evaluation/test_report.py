@@ -406,3 +406,58 @@ def test_text_from_elsewhere_is_shown_word_for_word(tmp_path: Path) -> None:
         assert row in text
     # Indented by four: a block in which Markdown marks nothing.
     assert "\nTrial 4 failed:\n\n    RuntimeError: of *two*\n      - shapes" in text
+
+
+def replicates(**changes: Any) -> dict[str, Any]:
+    columns = {"y": {"molecules": 2, "std": 0.25}}
+    found = {"rule": "keep", "molecules": 2, "rows": 5, "undecided": 0, "dropped": 0}
+    return {**found, "columns": columns, **changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {},
+            "- 2 molecules had 5 rows, each of which counts; `task.replicates=median` makes one of them. Labels of one molecule "
+            "have a standard deviation of 0.2500 eV: the RMSE",
+        ),
+        (
+            {"rule": "mean", "columns": {"y": {"molecules": 0}}},
+            "had 5 rows, of which each molecule has one, with their mean\n",
+        ),
+        (
+            {
+                "columns": {
+                    "y": {"molecules": 2, "std": 0.5},
+                    "none": {"molecules": 0},
+                    "z": {"molecules": 1, "std": 0.25},
+                }
+            },
+            "a standard deviation of 0.2500 (z) to 0.5000 (y) eV",
+        ),
+        (
+            {"rule": "median", "undecided": 3, "dropped": 1},
+            "3 label(s) contradict each other and count as missing, and 1 molecule(s) without any other are left out",
+        ),
+    ],
+)
+def test_rows_of_one_molecule_are_told_with_how_far_their_labels_are_apart(
+    tmp_path: Path, changes: dict[str, Any], told: str
+) -> None:
+    results = results_of()
+    results["data"]["replicates"] = replicates(**changes)
+    assert told in report_of(tmp_path, results)
+
+
+def test_rows_of_one_molecule_with_both_classes_are_counted(tmp_path: Path) -> None:
+    results = results_of(kind="classification")
+    columns = {name: {"molecules": 4, "contradictory": 1} for name in ("y", "z")}
+    results["data"]["replicates"] = replicates(rule="mean", columns=columns)
+    text = report_of(tmp_path, results)
+    assert (
+        "one, with the more frequent class. Of 8 labels given several times, 2 have both classes\n"
+        in text
+    )
+    results["data"]["replicates"] = replicates(molecules=0, rows=0)
+    assert "replicates" not in report_of(tmp_path, results)

@@ -25,7 +25,12 @@ def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyP
     task = resolve_task("esol")
     experiment = Experiment(task=task, molecules=unused, split=unused, start=start)
     bench = Bench(
-        data_uri="d", experiment=experiment, shared=experiment, split_hash="h", repeats=unused
+        data_uri="d",
+        experiment=experiment,
+        shared=experiment,
+        split_hash="h",
+        repeats=unused,
+        replicates=unused,
     )
     config = SweepConfig(
         task=TaskConfig(name="esol", source="esol.csv"),

@@ -27,10 +27,11 @@ from moleblend_ray.data.lease import InUseError, Lease, leased
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.repeats import Repeats
+from moleblend_ray.evaluation.replicates import Replicates
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
+from moleblend_ray.evaluation.tasks import ReplicateRule, SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import downstream
 from moleblend_ray.orchestration import finetune as finetune_module
@@ -125,6 +126,27 @@ def test_molecules_in_two_parts_are_told_with_an_example_before_training(
     downstream._warn_of_seen(repeats, molecules, split)
     assert "1 of 2 test molecules are also in the training or validation part" in caplog.text
     assert "'d' (Cl.CCN) is 'a' (CCN)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        (ReplicateRule.KEEP, "each counts (task.replicates=median makes one of them)"),
+        (ReplicateRule.MEAN, "one each, with the mean of their labels"),
+    ],
+)
+def test_rows_of_one_molecule_are_told_with_what_becomes_of_them(
+    caplog: pytest.LogCaptureFixture, rule: ReplicateRule, told: str
+) -> None:
+    task = TaskConfig(name="esol", source="a.csv").resolve()
+    none = Replicates(rule=rule, molecules=0, rows=0, spreads={})
+    some = Replicates(rule=rule, molecules=2, rows=5, spreads={}, undecided=3, dropped=1)
+    with caplog.at_level(logging.INFO):
+        downstream._tell_of_replicates(task, none)
+        assert not caplog.text
+        downstream._tell_of_replicates(task, some)
+    assert f"esol: 2 molecules have several rows, 5 in all: {told}" in caplog.text
+    assert "1 molecules are left out" in caplog.text
 
 
 def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
@@ -447,7 +469,7 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
     note = {"config": question(config), "data_fingerprint": "d"}
     before = json.loads(json.dumps(note))
     del before["config"]["finetune"]["descriptors"]
-    for name in ("censored", "relation_column"):
+    for name in ("censored", "relation_column", "replicates"):
         del before["config"]["task"][name]
     for name in ("environment_bins", "descriptor_head"):
         del before["config"]["model"][name]
