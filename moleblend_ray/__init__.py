@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from moleblend_ray.evaluation.baselines import BaselineKind
     from moleblend_ray.evaluation.search import SearchSpace
     from moleblend_ray.evaluation.settings import FinetuneSettings
-    from moleblend_ray.evaluation.tasks import Metric, SplitKind, TaskKind
+    from moleblend_ray.evaluation.tasks import Metric, ReplicateRule, SplitKind, TaskKind
     from moleblend_ray.inference import MoleculeEncoder, PropertyPredictor
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
@@ -113,6 +113,7 @@ __all__ = [
     "PriceSettings",
     "PropertyPredictor",
     "RemoteFile",
+    "ReplicateRule",
     "SamplesConfig",
     "SearchSpace",
     "SplitKind",
@@ -187,6 +188,7 @@ _HOMES = {
     "PriceSettings": "planning.settings",
     "PropertyPredictor": "inference",
     "RemoteFile": "data.download",
+    "ReplicateRule": "evaluation.tasks",
     "SamplesConfig": "config.tools",
     "SearchSpace": "evaluation.search",
     "SplitKind": "evaluation.tasks",

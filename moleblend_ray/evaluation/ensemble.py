@@ -15,7 +15,6 @@ from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.property_model import (
-    PROPERTY_NAME,
     SavedProperty,
     TrainedProperty,
     is_property_model,
@@ -24,6 +23,7 @@ from moleblend_ray.evaluation.property_model import (
 from moleblend_ray.evaluation.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results import weights_fingerprint
 from moleblend_ray.evaluation.stored_predictions import PartPredictions, read_predictions
+from moleblend_ray.model.hub import PROPERTY_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -21,10 +21,8 @@ from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
+from moleblend_ray.model.hub import PROPERTY_NAME, WEIGHTS_NAME
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
-
-WEIGHTS_NAME: Final = "model.safetensors"
-PROPERTY_NAME: Final = "property.json"
 
 logger = logging.getLogger(__name__)
 

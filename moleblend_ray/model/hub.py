@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME: Final = "model.safetensors"
 CONFIG_NAME: Final = "config.json"
+PROPERTY_NAME: Final = "property.json"
+"""What a fine-tuned model has in place of a configuration."""
 
 FORMAT_VERSION: Final = 1
 """Increased with every change that older code could not read."""
@@ -295,8 +297,14 @@ def _read_config(uri: str) -> tuple[ModelConfig, Origin | None]:
     try:
         document = storage.read_json(uri)
     except storage.NotFoundError as error:
+        folder = uri.removesuffix(CONFIG_NAME)
+        if storage.exists(storage.join(folder, PROPERTY_NAME)):
+            raise CheckpointError(
+                f"{folder} is a fine-tuned model, not a pretrained one. In Python, PropertyPredictor.from_pretrained predicts with "
+                "it, and MoleculeEncoder.from_pretrained gives the vectors of its encoder"
+            ) from error
         raise CheckpointError(
-            f"There is no pretrained model at {uri.removesuffix(CONFIG_NAME)}: it has no {CONFIG_NAME}."
+            f"There is no pretrained model at {folder}: it has no {CONFIG_NAME}."
         ) from error
     version = document.get("format_version") if isinstance(document, dict) else None
     if not isinstance(version, int):

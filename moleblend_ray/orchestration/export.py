@@ -7,12 +7,8 @@ from dataclasses import dataclass
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.tools import ExportConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.property_model import (
-    PROPERTY_NAME,
-    WEIGHTS_NAME,
-    is_property_model,
-)
-from moleblend_ray.model.hub import save_pretrained
+from moleblend_ray.evaluation.property_model import is_property_model
+from moleblend_ray.model.hub import PROPERTY_NAME, WEIGHTS_NAME, save_pretrained
 from moleblend_ray.training.export import load_model
 
 

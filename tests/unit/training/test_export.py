@@ -123,6 +123,11 @@ def test_a_folder_without_a_model_says_what_was_expected(tmp_path: Path) -> None
         load_model(str(tmp_path))
     with pytest.raises(CheckpointError, match="no committed checkpoint to export"):
         export_run(str(tmp_path))
+    # As of a fine-tuned model.
+    for name in ("model.safetensors", "property.json"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=r"fine-tuned model, .* PropertyPredictor"):
+        load_model(str(tmp_path))
 
 
 @dataclass(frozen=True)
