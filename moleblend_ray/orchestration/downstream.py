@@ -135,21 +135,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     task = config.task.resolve()
     start, named = inputs.start, inputs.named
     data_uri = prepare_task(config, start.molecules, inputs.sources)
-    molecules = load_labelled(
-        data_uri,
-        task,
-        named,
-        num_conformers=config.task.conformers,
-        with_bounds=config.task.censored,
-    )
-    _tell_of_bounds(config.task, task, molecules)
-    molecules, replicates = with_replicates(
-        molecules,
-        task.kind,
-        config.task.replicates,
-        within_parts=task.split is SplitKind.GIVEN,
-    )
-    _tell_of_replicates(task, replicates)
+    molecules, replicates = _read_molecules(config.task, task, data_uri, named)
     split = _usable_split(config, task, molecules)
     require_coordinates(config, molecules)
     identity = {
@@ -186,6 +172,22 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
         repeats=repeats,
         replicates=replicates,
     )
+
+
+def _read_molecules(
+    config: TaskConfig, task: Task, data_uri: str, named: NamedSplits | None
+) -> tuple[LabelledMolecules, Replicates]:
+    """The labelled molecules of the prepared dataset, one row for each if the task wants so; tells what is special about their
+    labels."""
+    molecules = load_labelled(
+        data_uri, task, named, num_conformers=config.conformers, with_bounds=config.censored
+    )
+    _tell_of_bounds(config, task, molecules)
+    molecules, replicates = with_replicates(
+        molecules, task.kind, config.replicates, within_parts=task.split is SplitKind.GIVEN
+    )
+    _tell_of_replicates(task, replicates)
+    return molecules, replicates
 
 
 def _tell_of_bounds(config: TaskConfig, task: Task, molecules: LabelledMolecules) -> None:
