@@ -178,6 +178,11 @@ def command_at_work(out: str) -> str | None:
     return found.who if is_alive else None
 
 
+def was_leased(out: str) -> bool:
+    """Whether a command has begun work on ``out`` that is not finished, be it at work or not."""
+    return bool(_numbers(out))
+
+
 def _acquire(out: str, content: dict[str, Any]) -> int:
     """The number of a new lease with this content, once nobody else holds one."""
     while True:

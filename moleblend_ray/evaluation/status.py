@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, is_prepared
-from moleblend_ray.data.lease import command_at_work
+from moleblend_ray.data.lease import command_at_work, was_leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
@@ -111,6 +111,34 @@ class TasksStatus:
     """``finished``, ``running``, ``failed`` (some tasks did) or ``unfinished``."""
     detail: str
     tasks: tuple[TaskStatus, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BegunStatus:
+    """A command that has not noted yet what its results are for: it does so once it knows its molecules."""
+
+    kind: str
+    """``begun``."""
+    uri: str
+    state: str
+    """``running`` or ``unfinished``."""
+    detail: str
+
+
+def begun_status(uri: str) -> BegunStatus | None:
+    """The status of a directory in which a command holds or held a lease, and nothing else tells which; None without a
+    lease."""
+    if not was_leased(uri):
+        return None
+    state, then = _unfinished(uri, "the same command continues")
+    places = (storage.join(uri, folder) for folder in (DATA_DIR, PREPARED_DIR))
+    data_uri = next(filter(has_data_set, places), None)
+    detail = "nothing is prepared or trained yet"
+    if data_uri is not None:
+        detail = "its molecules are prepared, nothing else is recorded yet"
+        if not is_prepared(data_uri):
+            detail = _preparing(data_uri)
+    return BegunStatus(kind="begun", uri=uri, state=state, detail=detail + then)
 
 
 def tasks_status(uri: str) -> TasksStatus:

@@ -21,9 +21,11 @@ from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, command_of
 from moleblend_ray.evaluation.status import (
     PARTS_KINDS,
     TRAINING_JOBS,
+    BegunStatus,
     PartsStatus,
     SweepStatus,
     TasksStatus,
+    begun_status,
     parts_status,
     sweep_status,
     tasks_status,
@@ -33,7 +35,7 @@ from moleblend_ray.quantities import bytes_text, duration_text
 from moleblend_ray.training.commits import CONFIG_NAME
 from moleblend_ray.training.status import RunStatus, run_status
 
-Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | DataStatus
+Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | BegunStatus | DataStatus
 
 _STATE_STYLES: Final = {
     "finished": "bold green",
@@ -70,6 +72,8 @@ def status(config: StatusConfig) -> Status:
         return run_status(uri, document)
     if storage.exists(storage.join(uri, f"{LEADERBOARD_NAME}.json")):
         return tasks_status(uri)
+    if (begun := begun_status(uri)) is not None:
+        return begun
     raise DataError(
         f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, "
         "finetune, embed or predict. For a run give its own folder, not that of a checkpoint"
@@ -100,6 +104,8 @@ def show_status(report: Status) -> RenderableType:
         return _tasks(report)
     if isinstance(report, PartsStatus):
         return _parts(report)
+    if isinstance(report, BegunStatus):
+        return _overview_table("out", report.uri, report.state, report.detail)
     return _data_set(report)
 
 

@@ -247,6 +247,24 @@ def test_what_a_command_works_on_is_running(tmp_path: Path, kind: str) -> None:
     assert document(folder) == before
 
 
+@pytest.mark.parametrize("folder", ["data", "prepared"])
+def test_a_command_that_has_not_noted_what_it_is_for_is_told_from_none(
+    tmp_path: Path, folder: str
+) -> None:
+    # Preparing molecules with conformers can take an hour, and the note is written after it.
+    with leased(str(tmp_path), lambda _: False):
+        found = document(tmp_path)
+        assert (found["kind"], found["state"]) == ("begun", "running")
+        assert found["detail"].startswith("nothing is prepared or trained yet; a command works on")
+        plan = {"options": {"rows_per_chunk": 64}, "sources": ["library.csv"]}
+        storage.write_json(str(tmp_path / folder / "receipts/plan.json"), plan)
+        assert "its molecules are being prepared: 0 rows so far" in document(tmp_path)["detail"]
+    found = document(tmp_path)
+    assert found["state"] == "unfinished"
+    assert found["detail"].endswith("rows so far; the same command continues")
+    assert "unfinished: its molecules are being prepared" in shown(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["missing", "empty"])
 def test_a_directory_of_no_command_is_an_error_that_says_what_is_expected(
     tmp_path: Path, where: str
