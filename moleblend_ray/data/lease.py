@@ -28,7 +28,7 @@ from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import LEASES_DIR, is_prepared, listed
-from moleblend_ray.data.scratch import is_held, scratch_folder, scratch_path
+from moleblend_ray.data.scratch import LEASE, is_held, scratch_folder, scratch_path
 from moleblend_ray.errors import DataError, StorageError, without_credentials
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _EXPIRY_S: Final = 60.0
 """A lease that is not renewed for so long is that of a killed command."""
 _END_S: Final = 10.0
 """Most seconds that a command waits at its end until the storage knows of it."""
-_PURPOSE: Final = "lease"
 _NAME: Final = re.compile(r"(\d{6})\.json")
 _TOKEN: Final = re.compile(r"[0-9a-f]{12}")
 
@@ -156,7 +155,7 @@ def leased(out: str, is_finished: Callable[[str], bool] = is_prepared) -> Iterat
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "renewed": _now(),
     }
-    with scratch_folder(_PURPOSE, token=token):
+    with scratch_folder(LEASE, token=token):
         lease = Lease(out, _acquire(out, content), content, is_finished)
         try:
             yield lease
@@ -221,7 +220,7 @@ def _await_expiry(out: str, found: _Found) -> None:
 def _is_alive_here(found: _Found) -> bool | None:
     """Whether its process lives, if it was started on this machine; else None."""
     token = str(found.content.get("token"))
-    return is_held(scratch_path(_PURPOSE, token)) if _TOKEN.fullmatch(token) else None
+    return is_held(scratch_path(LEASE, token)) if _TOKEN.fullmatch(token) else None
 
 
 def _now() -> str:

@@ -26,6 +26,13 @@ _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _SETTLED_S: Final = 60.0
 """Age from which an unlocked folder counts as left behind, as a folder is locked a moment after it is made."""
 
+LEASE: Final = "lease"
+"""Purpose of folders that hold nothing but their lock, which tells whether a process lives: without the folder, nobody knows that
+it was killed."""
+
+_TOLD_S: Final = 86_400.0
+"""Age from which this matters no more."""
+
 
 @contextlib.contextmanager
 def scratch_folder(purpose: str, *, token: str | None = None) -> Iterator[Path]:
@@ -65,7 +72,8 @@ def remove_abandoned() -> None:
     for folder in Path(tempfile.gettempdir()).glob(f"{_prefix()}*"):
         with contextlib.suppress(OSError):  # removed by another process, or in use
             stat = folder.lstat()
-            if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < _SETTLED_S:
+            kept_s = _TOLD_S if folder.name.startswith(f"{_prefix()}{LEASE}-") else _SETTLED_S
+            if stat.st_uid != os.getuid() or time.time() - stat.st_mtime < kept_s:
                 continue
             with _locked(folder):
                 shutil.rmtree(folder)

@@ -18,6 +18,7 @@ from moleblend_ray.data import lease as module
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, listed
 from moleblend_ray.data.lease import InUseError, command_at_work, leased
+from moleblend_ray.data.scratch import scratch_path
 
 HOLDER = """
 import sys, time
@@ -92,7 +93,8 @@ def test_a_command_that_ended_holds_up_no_other_however_it_ended(out: str) -> No
     assert [storage.name_of(uri) for uri in listed(out)] == ["000001.json", "000002.json"]
 
 
-def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("age_s", [0, 3600])
+def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path, age_s: int) -> None:
     out = str(tmp_path)
     command = [sys.executable, "-c", HOLDER, out]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -102,6 +104,13 @@ def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path) -> N
             enter(out)
         process.kill()
         process.wait()
+    (lease,) = listed(out)
+    lock = scratch_path("lease", storage.read_json(lease)["token"])
+    began = time.time() - age_s
+    os.utime(lock, (began, began))
+    # Another command of this machine removes what killed ones left behind.
+    enter(str(tmp_path / "other"))
+    assert command_at_work(out) is None
     assert seconds(lambda: enter(out)) < 5
 
 
