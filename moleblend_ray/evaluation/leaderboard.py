@@ -55,8 +55,8 @@ class ModelScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRow:
-    """One task with the scores of all models. Scores of two rows can be compared only if their label columns and split
-    hashes are equal."""
+    """One task with the scores of all models. Scores of two rows can be compared only if their label columns, what was made of
+    their labels, and their split hashes are equal."""
 
     name: str
     """Name of the task."""
@@ -70,6 +70,8 @@ class TaskRow:
     """Unit of the scores; empty for plain numbers."""
     columns: tuple[str, ...] = ()
     """Label columns, of which the scores are means, in alphabetical order."""
+    labels: str = ""
+    """What was made of the labels before they were scored (merged replicates, bounds); empty if nothing was."""
     higher_is_better: bool = False
     """Whether a larger score is better."""
     molecules: int = 0
@@ -223,6 +225,7 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         metric=task["metric"],
         unit=(task["unit"] or "") if Metric(task["metric"]).is_error else "",
         columns=tuple(sorted(task.get("columns", ()))),
+        labels=_labels_text(results),
         higher_is_better=task["higher_is_better"],
         molecules=data["molecules"],
         test_molecules=data["split"].get("test", 0),
@@ -235,6 +238,21 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
             *(_model_score(entry, is_baseline=True) for entry in baseline_entries(results)),
         ),
     )
+
+
+def _labels_text(results: Mapping[str, Any]) -> str:
+    """What makes labels of the validation or test part others than those in the table."""
+    data, made = results["data"], []
+    merged = data.get("replicates", {})
+    # Results of earlier versions kept all rows.
+    if merged.get("molecules") and merged["rule"] != "keep":
+        # Of classes it is the more frequent one, by either rule.
+        is_number = results["task"]["kind"] == "regression"
+        made.append(f"{merged['rule']} of replicates" if is_number else "merged replicates")
+    labels = data.get("labels", {}).values()
+    if any(counts[part].get("bounds") for counts in labels for part in ("valid", "test")):
+        made.append("bounds")
+    return ", ".join(made)
 
 
 def read_row(out: str, folder: str) -> TaskRow | None:
@@ -316,8 +334,8 @@ def is_elsewhere(folder: str) -> bool:
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
-    Scores are in the same row only if task, metric, unit, label columns and split are the same. A baseline that has other scores in
-    another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
+    Scores are in the same row only if task, metric, unit, labels and split are the same. A baseline that has other scores in another
+    board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
     ConfigError for a single board.
     """
     if len(boards) < 2:
@@ -326,7 +344,8 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     for label, board in boards.items():
         for row in board.rows:
             reason = f"{label}: {row.reason}" if row.reason else ""
-            key = (row.name, row.metric, row.unit, row.columns, row.split_hash, reason)
+            labels = row.columns, row.labels, row.split_hash
+            key = (row.name, row.metric, row.unit, *labels, reason)
             by_question.setdefault(key, {})[label] = dataclasses.replace(row, reason=reason)
     unequal = set[str]().union(
         *(_unequal_baselines(rows.values()) for rows in by_question.values())

@@ -36,7 +36,7 @@ FIGURE_PATH = "figures/leaderboard.png"
 CSV_COLUMNS = (
     "task", "status", "metric", "unit", "higher_is_better", "molecules", "split", "split_hash", "model", "is_baseline",
     "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason", "test_molecules",
-    "test_seen",
+    "test_seen", "labels",
 )  # fmt: skip
 """Columns of the CSV file. It has one line per task and model, and one without a model for a task without scores.
 Values of seeds are separated by spaces."""
@@ -90,6 +90,7 @@ def csv_text(board: Leaderboard) -> str:
             "split_hash": row.split_hash,
             "test_molecules": str(row.test_molecules),
             "test_seen": str(row.test_seen),
+            "labels": row.labels,
         }
         writer.writerows({**common, **_csv_scores(row, model)} for model in row.models)
     return buffer.getvalue()
@@ -156,7 +157,7 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
 
 def _markdown_seeds(board: Leaderboard) -> list[str]:
     return [
-        f"| {_cell(row.name)} | {row.split} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
+        f"| {_cell(row.name)} | {row.split} `{row.split_hash}`{_labels_remark(row)} | {_cell(model.name)} | {score_text(model.valid.mean)} "
         f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
         for row in board.finished
         for model in row.models
@@ -242,9 +243,14 @@ def _html_card(row: TaskRow) -> str:
     )
     return (
         f"<article><h3>{_link(row)}</h3><p class='soft'>{_text(_metric(row))}, {row.molecules:,} molecules<br>"
-        f"split {_text(row.split)} <code>{_text(row.split_hash)}</code></p>"
+        f"split {_text(row.split)} <code>{_text(row.split_hash)}</code>{_labels_remark(row)}</p>"
         f"<table>{body}</table></article>"
     )
+
+
+def _labels_remark(row: TaskRow) -> str:
+    """What was made of the labels, behind the split."""
+    return f", {row.labels}" if row.labels else ""
 
 
 def _html_others(rows: Sequence[TaskRow]) -> str:

@@ -421,6 +421,45 @@ def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None
         compare({"old": board()})
 
 
+@pytest.mark.parametrize(
+    ("kind", "rules", "shown"),
+    [
+        ("regression", ["mean", "median"], ["mean of replicates", "median of replicates"]),
+        # Both take the more frequent class.
+        ("classification", ["mean", "median"], ["merged replicates"]),
+        ("regression", ["keep", "keep"], [""]),
+    ],
+)
+def test_scores_of_labels_that_were_merged_otherwise_are_not_in_one_row(
+    kind: str, rules: list[str], shown: list[str]
+) -> None:
+    boards = {}
+    for number, rule in enumerate(rules):
+        task = {**ESOL["task"], "kind": kind}
+        data = {**ESOL["data"], "replicates": {"rule": rule, "molecules": 11}}
+        row = row_of_results({**ESOL, "task": task, "data": data}, "esol")
+        boards[str(number)] = Leaderboard(title=rule, rows=(row,))
+    found = compare(boards)
+    assert [row.labels for row in found.rows] == shown
+    hash_of_split = "5f" * 8
+    for text in shown:
+        remark = f", {text}" if text else ""
+        assert f"| scaffold `{hash_of_split}`{remark} |" in markdown_text(found, None)
+        assert f"<code>{hash_of_split}</code>{remark}</p>" in html_text(found, None)
+    assert {line["labels"] for line in csv.DictReader(io.StringIO(csv_text(found)))} == set(shown)
+
+
+def test_errors_that_count_bounds_are_not_in_one_row_with_those_that_do_not() -> None:
+    counts = {"train": {"labels": 9, "bounds": 1}, "valid": {"labels": 9, "bounds": 0}}
+    boards = {}
+    for name, bounds in (("all", 3), ("none", 0)):
+        parts = {**counts, "test": {"labels": 9, "bounds": bounds}}
+        data = {**ESOL["data"], "labels": {"logS": parts}}
+        row = row_of_results({**ESOL, "data": data}, "esol")
+        boards[name] = Leaderboard(title=name, rows=(row,))
+    assert [row.labels for row in compare(boards).rows] == ["bounds", ""]
+
+
 def test_scores_of_other_label_columns_are_not_in_one_row() -> None:
     """Of one table and split, but one score is of two columns, the other of the easier one."""
 
