@@ -212,15 +212,19 @@ def _tell_of_replicates(task: Task, replicates: Replicates) -> None:
     """Log how many molecules have several rows, and what became of these."""
     if not replicates.molecules:
         return
-    is_kept = replicates.rule is ReplicateRule.KEEP
+    became = "each counts (task.replicates=median makes one of them)"
+    if replicates.rule is not ReplicateRule.KEEP:
+        of_classes = task.kind is TaskKind.CLASSIFICATION
+        merged = (
+            "the more frequent class" if of_classes else f"the {replicates.rule} of their labels"
+        )
+        became = f"one each, with {merged}"
     logger.info(
         "%s: %d molecules have several rows, %d in all: %s",
         task.name,
         replicates.molecules,
         replicates.rows,
-        "each counts (task.replicates=median makes one of them)"
-        if is_kept
-        else f"one each, with the {replicates.rule} of their labels",
+        became,
     )
     if replicates.dropped:
         logger.warning(

@@ -129,23 +129,24 @@ def test_molecules_in_two_parts_are_told_with_an_example_before_training(
 
 
 @pytest.mark.parametrize(
-    ("rule", "told"),
+    ("name", "rule", "told"),
     [
-        (ReplicateRule.KEEP, "each counts (task.replicates=median makes one of them)"),
-        (ReplicateRule.MEAN, "one each, with the mean of their labels"),
+        ("esol", ReplicateRule.KEEP, "each counts (task.replicates=median makes one of them)"),
+        ("esol", ReplicateRule.MEAN, "one each, with the mean of their labels"),
+        ("bbbp", ReplicateRule.MEAN, "one each, with the more frequent class"),
     ],
 )
 def test_rows_of_one_molecule_are_told_with_what_becomes_of_them(
-    caplog: pytest.LogCaptureFixture, rule: ReplicateRule, told: str
+    caplog: pytest.LogCaptureFixture, name: str, rule: ReplicateRule, told: str
 ) -> None:
-    task = TaskConfig(name="esol", source="a.csv").resolve()
+    task = TaskConfig(name=name, source="a.csv").resolve()
     none = Replicates(rule=rule, molecules=0, rows=0, spreads={})
     some = Replicates(rule=rule, molecules=2, rows=5, spreads={}, undecided=3, dropped=1)
     with caplog.at_level(logging.INFO):
         downstream._tell_of_replicates(task, none)
         assert not caplog.text
         downstream._tell_of_replicates(task, some)
-    assert f"esol: 2 molecules have several rows, 5 in all: {told}" in caplog.text
+    assert f"{name}: 2 molecules have several rows, 5 in all: {told}" in caplog.text
     assert "1 molecules are left out" in caplog.text
 
 
