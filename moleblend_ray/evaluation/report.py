@@ -453,6 +453,8 @@ def _baselines_section(
             f"| {entry['name']} | {_chosen_text(entry)} | {len(entry['candidates']) or 1} |"
             for entry in baselines
         ]
+        # Else renderers other than GitHub's take what follows for rows of the table.
+        lines += [""] if absent else []
     lines += [f"- {BaselineKind(kind).label}: absent, {reason}" for kind, reason in absent.items()]
     return lines
 

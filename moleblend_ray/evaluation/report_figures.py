@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,12 @@ def set_scale(axes: Axes, name: str, values: Sequence[Any]) -> None:
 def _placing(values: Sequence[Any]) -> Callable[[Any], Any]:
     """Positions on an axis: numbers at their values; words, and numbers with nulls among them, side by side."""
     is_numeric = all(type(value) in (int, float) for value in values)
-    return (lambda value: value) if is_numeric else str
+    return (lambda value: value) if is_numeric else _written
+
+
+def _written(value: Any) -> str:
+    """As a configuration writes it, and the tables of the report."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _png(figure: Figure) -> bytes:

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.evaluation import report_figures
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.report_figures import set_scale
@@ -340,8 +341,11 @@ def test_the_chosen_settings_of_each_baseline_are_shown(tmp_path: Path) -> None:
 
 def test_absent_baselines_are_named_with_their_reason(tmp_path: Path) -> None:
     reason = {"scratch": "the model itself starts from scratch"}
+    told = "- MoleBLEND, from scratch: absent, the model itself starts from scratch\n"
+    # Behind an empty line, or it would be a row of a table for some renderers.
+    assert f"\n\n{told}" in report_of(tmp_path, results_of(baselines_absent=reason))
     text = report_of(tmp_path, results_of(baselines=[], baselines_absent=reason))
-    assert "\n- MoleBLEND, from scratch: absent, the model itself starts from scratch\n" in text
+    assert f"\n\n{told}" in text
     assert names_in_table(text) == ["**MoleBLEND, fine-tuned**"]
     assert "than" not in text
     assert "## Baselines" not in report_of(tmp_path, results_of(baselines=[]))
@@ -461,3 +465,10 @@ def test_rows_of_one_molecule_with_both_classes_are_counted(tmp_path: Path) -> N
     )
     results["data"]["replicates"] = replicates(molecules=0, rows=0)
     assert "replicates" not in report_of(tmp_path, results)
+
+
+def test_the_figure_of_trials_writes_settings_as_a_configuration_does() -> None:
+    place = report_figures._placing([None, 2, True, "l1"])
+    assert [place(value) for value in (None, 2, True, "l1")] == ["null", "2", "true", "l1"]
+    numbers = report_figures._placing([1, 2.5])
+    assert numbers(2.5) == 2.5
