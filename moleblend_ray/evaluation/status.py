@@ -133,7 +133,7 @@ def begun_status(uri: str) -> BegunStatus | None:
     state, then = _unfinished(uri, "the same command continues")
     places = (storage.join(uri, folder) for folder in (DATA_DIR, PREPARED_DIR))
     data_uri = next(filter(has_data_set, places), None)
-    detail = "nothing is prepared or trained yet"
+    detail = "nothing is written yet"
     if data_uri is not None:
         detail = "its molecules are prepared, nothing else is recorded yet"
         if not is_prepared(data_uri):
@@ -246,7 +246,7 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     state, detail = "finished", f"its results ({RESULTS_NAME}) are there"
     if not results:
         state, then = _unfinished(uri, "the same command continues")
-        detail = _sweep_detail(uri, trials, seeds, is_sweep=is_sweep) + then
+        detail = _sweep_detail(trials, seeds) + then
     return SweepStatus(
         kind="sweep" if is_sweep else "finetune",
         uri=uri,
@@ -267,14 +267,13 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     )
 
 
-def _sweep_detail(uri: str, trials: list[Any], seeds: int, *, is_sweep: bool) -> str:
+def _sweep_detail(trials: list[Any], seeds: int) -> str:
     if seeds:
         return "the chosen settings are trained with each seed, and baselines"
     if trials:
         return "the search is under way"
-    if is_prepared(storage.join(uri, DATA_DIR)) or not is_sweep:
-        return "its molecules are prepared, no training is recorded yet"
-    return _preparing(storage.join(uri, DATA_DIR))
+    # They are, wherever they lie: only then is noted what the results are for.
+    return "its molecules are prepared, no training is recorded yet"
 
 
 def _direction(trials: list[Any]) -> bool | None:

@@ -213,6 +213,14 @@ def test_a_sweep_counts_trials_and_seeds(tmp_path: Path) -> None:
     assert "trained with each seed" in shown(tmp_path)
 
 
+@pytest.mark.parametrize("job", ["SweepConfig", "FinetuneConfig"])
+def test_molecules_of_a_training_are_prepared_wherever_they_lie(tmp_path: Path, job: str) -> None:
+    # Those of a prepared source are not below `out`.
+    config = {"job": job, "task": {"name": "esol"}}
+    storage.write_json(str(tmp_path / "config.json"), {"config": config})
+    assert "its molecules are prepared, no training is recorded yet" in document(tmp_path)["detail"]
+
+
 def test_several_tasks_are_listed_with_what_failed(tmp_path: Path) -> None:
     rows = [
         {"name": "esol", "status": "finished"},
@@ -255,7 +263,7 @@ def test_a_command_that_has_not_noted_what_it_is_for_is_told_from_none(
     with leased(str(tmp_path), lambda _: False):
         found = document(tmp_path)
         assert (found["kind"], found["state"]) == ("begun", "running")
-        assert found["detail"].startswith("nothing is prepared or trained yet; a command works on")
+        assert found["detail"].startswith("nothing is written yet; a command works on")
         plan = {"options": {"rows_per_chunk": 64}, "sources": ["library.csv"]}
         storage.write_json(str(tmp_path / folder / "receipts/plan.json"), plan)
         assert "its molecules are being prepared: 0 rows so far" in document(tmp_path)["detail"]
