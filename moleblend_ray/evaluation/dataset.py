@@ -40,6 +40,10 @@ _SMALLEST_SCALE = 1e-100
 """If no label of a column is as large as this, the squares of their differences are rounded to 0."""
 
 _WRITE_NUMBERS = "write classes as 0 and 1, and numbers with a decimal point (no comma), without units or signs such as >"
+_MEASURE_SOME = (
+    "bounds such as >10 alone do not tell the scale of labels, so some must be measured; write numbers with a decimal point (no "
+    "comma) and without units"
+)
 
 FRACTIONS = (0.8, 0.1, 0.1)
 """Shares of training, validation and test."""
@@ -328,8 +332,9 @@ def _past_copies(smiles: Sequence[str], order: NDArray[np.int64], cut: int) -> i
     return cut
 
 
-def require_numbers(uri: str, sources: SourceSet, task: Task) -> None:
-    """DataError if the raw ``sources`` at ``uri`` are seen to have no label of the task before they are prepared."""
+def require_numbers(uri: str, sources: SourceSet, task: Task, *, with_bounds: bool = False) -> None:
+    """DataError if the raw ``sources`` at ``uri`` are seen to have no label of the task before they are prepared; bounds alone,
+    which are read ``with_bounds``, are none."""
     names = tuple(label.name for label in sources.labels)
     if not names:
         raise DataError(
@@ -338,7 +343,8 @@ def require_numbers(uri: str, sources: SourceSet, task: Task) -> None:
         )
     if set(names) <= set(sources.labels_without_numbers):
         raise DataError(
-            f"{uri}: no row has a number in any of the columns {list(names)}: {_WRITE_NUMBERS}"
+            f"{uri}: no row has a number in any of the columns {list(names)}: "
+            + (_MEASURE_SOME if with_bounds else _WRITE_NUMBERS)
         )
 
 

@@ -125,7 +125,8 @@ def read_inputs(config: PropertyConfig) -> Inputs:
             with_bounds=config.task.censored,
         )
     else:
-        require_numbers(config.task.source, sources, task)
+        censored = config.task.censored
+        require_numbers(config.task.source, sources, task, with_bounds=censored)
     return Inputs(start=start, named=named, sources=sources)
 
 

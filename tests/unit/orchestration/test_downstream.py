@@ -248,6 +248,19 @@ def test_a_table_without_a_label_is_found_before_ray_is_started(
     assert not (tmp_path / "out").exists()
 
 
+def test_bounds_alone_are_no_labels_and_are_told_as_such(tmp_path: Path, no_ray: None) -> None:
+    (tmp_path / "table.csv").write_text("smiles,y\nCCO,>10\nC,<2\n")
+    task = TaskConfig(
+        name="mine",
+        source=str(tmp_path / "table.csv"),
+        columns=("y",),
+        kind=TaskKind.REGRESSION,
+        censored=True,
+    )
+    with pytest.raises(DataError, match=r"columns \['y'\]: bounds .* alone .* must be measured"):
+        finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+
+
 def test_a_label_that_a_prepared_dataset_lacks_is_found_before_ray_is_started(
     tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
