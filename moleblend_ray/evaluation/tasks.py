@@ -350,10 +350,10 @@ def _own_task(
 ) -> Task:
     if not columns or kind is None:
         near = difflib.get_close_matches(name, [*TASKS, *GROUPS], n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = f"did you mean {near[0]!r}? Known" if near else "known"
         known = f"{', '.join(TASKS)}; groups {', '.join(GROUPS)}"
         raise ConfigError(
-            f"task {name!r} is not in the table; {hint}Known: {known}. For a table of your own, "
+            f"task {name!r} is not in the table; {hint}: {known}. For a table of your own, "
             "set task.columns (label columns) and task.kind (classification or regression)"
         )
     usual = Metric.ROC_AUC if kind is TaskKind.CLASSIFICATION else Metric.RMSE
