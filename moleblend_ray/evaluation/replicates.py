@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.tasks import ReplicateRule, TaskKind
@@ -75,7 +76,7 @@ def with_replicates(
     A merged molecule is its first row with other labels. Of numbers that is the mean or the median of those that were measured,
     and if there are none, what all bounds allow. Of classes it is the more frequent one, by either rule. Labels that contradict
     each other (as many of either class, bounds that exclude each other) are missing. ``within_parts`` keeps rows in different
-    parts of the data apart.
+    parts of the data apart. DataError if no label is left.
     """
     group, first = _groups(molecules, within_parts=within_parts)
     sizes = np.bincount(group)
@@ -99,6 +100,12 @@ def with_replicates(
     had_some = np.zeros(filled.shape, dtype=np.bool_)
     np.logical_or.at(had_some, group, ~np.isnan(before))
     kept = np.flatnonzero(~np.isnan(filled).all(axis=1))
+    if not len(kept):
+        raise DataError(
+            f"task.replicates={rule}: no molecule is left, as the labels of each of the {len(first)} contradict each other, "
+            f"such as those of {molecules.mol_ids[0]!r} ({molecules.smiles[0]}). Expected rows of one molecule that mostly agree: "
+            "check the label columns, or keep all rows (task.replicates=keep)"
+        )
     merged = dataclasses.replace(
         molecules.take(first[kept]), labels=labels[kept], bounds=bounds and bounds[kept]
     )

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.replicates import (
@@ -49,6 +50,12 @@ def test_a_molecule_is_its_first_row_with_the_label_of_all(
     assert found.block.molecule_ids.tolist() == [0, 1, 2]
     assert found.block.num_atoms.tolist() == [3, 3, 3]
     assert (replicates.molecules, replicates.rows, replicates.dropped) == (2, 5, 0)
+
+
+def test_it_is_told_if_all_labels_contradict_each_other(make_labelled: MakeLabelled) -> None:
+    molecules = make_labelled(["CCO", "CCN", "OCC", "NCC"], np.array([1.0, 1.0, 0.0, 0.0]))
+    with pytest.raises(DataError, match=r"replicates=mean: .* each of the 2 .* 'mol_0' \(CCO\)"):
+        merged(molecules, MEAN, kind=TaskKind.CLASSIFICATION)
 
 
 def test_kept_rows_are_counted_with_the_deviation_within_molecules(
