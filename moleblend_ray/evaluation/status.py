@@ -168,7 +168,10 @@ def tasks_status(uri: str) -> TasksStatus:
 
 
 def _unfinished(uri: str, then: str) -> tuple[str, str]:
-    """The state of unfinished work, and what is said of it: which command works there, or ``then``."""
+    """The state of unfinished work, and what is said of it: which command works there, or ``then``.
+
+    It follows on what there is and what is missing, which is true of killed commands, too.
+    """
     at_work = command_at_work(uri)
     if at_work is None:
         return "unfinished", f"; {then}"
@@ -220,7 +223,7 @@ def _planned(uri: str, source: str | None) -> tuple[int | None, int | None, str]
             return (
                 parts,
                 manifest.counts.rows_out,
-                "its molecules are prepared, parts are being made",
+                "its molecules are prepared, its parts or their summary are not complete",
             )
     return None, None, _preparing(prepared)
 
@@ -228,7 +231,7 @@ def _planned(uri: str, source: str | None) -> tuple[int | None, int | None, str]
 def _preparing(data_uri: str) -> str:
     if not has_data_set(data_uri):
         return "its molecules are not prepared yet"
-    return f"its molecules are being prepared: {data_status(data_uri).rows_in:,} rows so far"
+    return f"its molecules are not all prepared: {data_status(data_uri).rows_in:,} rows so far"
 
 
 def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
@@ -269,9 +272,9 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
 
 def _sweep_detail(trials: list[Any], seeds: int) -> str:
     if seeds:
-        return "the chosen settings are trained with each seed, and baselines"
+        return "not all seeds and baselines are trained, or the report is not written"
     if trials:
-        return "the search is under way"
+        return "the search is not over"
     # They are, wherever they lie: only then is noted what the results are for.
     return "its molecules are prepared, no training is recorded yet"
 

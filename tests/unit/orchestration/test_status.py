@@ -171,6 +171,9 @@ def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
         30,
         100,
     )
+    # No command works on it: nothing is being made.
+    detail = "its molecules are prepared, its parts or their summary are not complete; the same command continues"
+    assert found["detail"] == detail
     shutil.rmtree(source)
     assert document(out)["parts"] is None
     assert "not prepared yet" in shown(out)
@@ -207,10 +210,10 @@ def test_a_sweep_counts_trials_and_seeds(tmp_path: Path) -> None:
     )  # fmt: skip
     # The direction is not in the files yet, but each epoch says which of those before it was the best.
     assert found["best_valid_score"] == 0.7
-    assert "the search is under way; the same command continues" in shown(tmp_path)
+    assert "the search is not over; the same command continues" in shown(tmp_path)
     storage.write_json(str(tmp_path / "models/seed-0/result.json"), {})
     assert document(tmp_path)["seeds_done"] == 1
-    assert "trained with each seed" in shown(tmp_path)
+    assert "not all seeds and baselines are trained" in shown(tmp_path)
 
 
 @pytest.mark.parametrize("job", ["SweepConfig", "FinetuneConfig"])
@@ -266,11 +269,11 @@ def test_a_command_that_has_not_noted_what_it_is_for_is_told_from_none(
         assert found["detail"].startswith("nothing is written yet; a command works on")
         plan = {"options": {"rows_per_chunk": 64}, "sources": ["library.csv"]}
         storage.write_json(str(tmp_path / folder / "receipts/plan.json"), plan)
-        assert "its molecules are being prepared: 0 rows so far" in document(tmp_path)["detail"]
+        assert "its molecules are not all prepared: 0 rows so far" in document(tmp_path)["detail"]
     found = document(tmp_path)
     assert found["state"] == "unfinished"
     assert found["detail"].endswith("rows so far; the same command continues")
-    assert "unfinished: its molecules are being prepared" in shown(tmp_path)
+    assert "unfinished: its molecules are not all prepared" in shown(tmp_path)
 
 
 @pytest.mark.parametrize("where", ["missing", "empty"])
