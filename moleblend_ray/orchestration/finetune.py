@@ -113,7 +113,7 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
         report=storage.join(out, REPORT_NAME),
         task=results["task"]["name"],
         metric=results["task"]["metric"],
-        unit=results["task"]["unit"],
+        unit=results["task"]["unit"] or None,
         molecules=results["data"]["molecules"],
         valid_score=results["final"]["valid"]["mean"],
         test_score=results["final"]["test"]["mean"],

@@ -248,6 +248,20 @@ def test_a_table_without_a_label_is_found_before_ray_is_started(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("unit", "summarised"), [("", None), ("nM", "nM")])
+def test_a_summary_has_no_unit_where_the_task_names_none(unit: str, summarised: str | None) -> None:
+    score = {"mean": 0.5, "std": 0.0, "values": [0.5]}
+    results = {
+        "task": {"name": "mine", "metric": "rmse", "unit": unit},
+        "data": {"molecules": 3},
+        "final": {"valid": score, "test": score},
+        "baselines": [],
+        "seconds": 1.0,
+    }
+    found = finetune_module.summarise("out", results, already_finished=False)
+    assert found.unit == summarised
+
+
 def test_bounds_alone_are_no_labels_and_are_told_as_such(tmp_path: Path, no_ray: None) -> None:
     (tmp_path / "table.csv").write_text("smiles,y\nCCO,>10\nC,<2\n")
     task = TaskConfig(
