@@ -72,7 +72,7 @@ def _draw_parity(
     bounds: LabelBounds | None,
 ) -> tuple[float, float]:
     """Points, and a line where labels equal predictions; returns its ends."""
-    shown = labels if bounds is None else bounds.filled(labels)
+    shown = [labels] if bounds is None else [labels, bounds.at_least, bounds.at_most]
     for index, column in enumerate(task["columns"]):
         label = figure_text(column)
         points = axes.scatter(labels[:, index], predictions[:, index], s=8, alpha=0.6, label=label)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.evaluation import report_figures
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.report_figures import set_scale
 from moleblend_ray.evaluation.results import (
@@ -472,3 +473,11 @@ def test_the_figure_of_trials_writes_settings_as_a_configuration_does() -> None:
     assert [place(value) for value in (None, 2, True, "l1")] == ["null", "2", "true", "l1"]
     numbers = report_figures._placing([1, 2.5])
     assert numbers(2.5) == 2.5
+
+
+def test_the_line_of_equal_values_is_as_long_as_bounds_on_both_sides_need() -> None:
+    bounds = LabelBounds(at_least=np.array([[np.nan], [2.0]]), at_most=np.array([[np.nan], [9.0]]))
+    task = {"columns": ["y"], "unit": ""}
+    labels, predictions = np.array([[5.0], [np.nan]]), np.array([[4.0], [3.0]])
+    ends = report_figures._draw_parity(Figure().subplots(), task, labels, predictions, bounds)
+    assert ends == (2.0, 9.0)
