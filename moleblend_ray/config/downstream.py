@@ -90,6 +90,10 @@ class TaskConfig:
                 f"columns: expected each once, found {list(self.columns)}",
             ),
             (
+                self.smiles_column not in self.columns,
+                f"columns: expected columns of labels, found {self.smiles_column!r}, which has the SMILES",
+            ),
+            (
                 not (self.split_column and self.split_file),
                 "split_file: expected either it or split_column, found both",
             ),

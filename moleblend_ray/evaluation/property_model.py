@@ -19,7 +19,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
-from moleblend_ray.evaluation.tasks import Task, TaskKind
+from moleblend_ray.evaluation.tasks import Task, TaskKind, no_column_has
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.hub import PROPERTY_NAME, WEIGHTS_NAME
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
@@ -84,8 +84,7 @@ def require_learnable(
     lacking = [column for column, does in zip(columns, differ, strict=True) if not does]
     if len(lacking) == len(columns):
         raise DataError(
-            f"nothing to learn: none of the {len(columns)} label columns has {needed} among the {len(labels)} "
-            "training molecules; use more molecules or another split"
+            f"nothing to learn: {no_column_has(columns)} {needed} among the {len(labels)} training molecules; use more molecules or another split"
         )
     if lacking:
         shown = ", ".join(lacking[:_NAMED]) + (" ..." if len(lacking) > _NAMED else "")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.censoring import LabelBounds
-from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of
+from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of, no_column_has
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +92,8 @@ def require_scorable(
             ", another split or task.metric=mae" if _has_error_for(metric) else " or another split"
         )
         raise DataError(
-            f"{metric.value} cannot be computed on the {len(labels)} molecules of the {part} part: none of the "
-            f"{len(columns)} label columns has {_needs(metric)} there; use more molecules{remedy}"
+            f"{metric.value} cannot be computed on the {len(labels)} molecules of the {part} part: {no_column_has(columns)} {_needs(metric)} "
+            f"there; use more molecules{remedy}"
         )
     if cannot:
         shown = ", ".join(cannot[:_NAMED]) + (" ..." if len(cannot) > _NAMED else "")

@@ -340,6 +340,13 @@ def resolve_task(
     )
 
 
+def no_column_has(columns: Sequence[str]) -> str:
+    """How a sentence begins which says that none of the label columns has something; names the only one."""
+    if len(columns) == 1:
+        return f"label column {columns[0]!r} does not have"
+    return f"none of the {len(columns)} label columns has"
+
+
 def _own_task(
     name: str,
     columns: tuple[str, ...],

@@ -126,6 +126,10 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"name": ("bbbp", "esool")}, "did you mean 'esol'"),
         ({"name": "qm9", "columns": ("gap",)}, "columns: expected for one task only"),
         ({"columns": ("p_np", "p_np")}, "columns: expected each once"),
+        (
+            {"columns": ("p_np", "smiles")},
+            "columns: expected columns of labels, found 'smiles', which",
+        ),
         ({"name": "qm9", "unit": "eV"}, "unit: expected for one task only"),
         ({"name": "qm9", "split_file": "x.csv"}, "split_file: expected for one task only"),
         ({"name": "moleculenet", "metric": "mae"}, "mae does not fit classification"),

@@ -85,7 +85,7 @@ def test_training_labels_that_teach_nothing_are_found_before_training(
         require_learnable(TaskKind.CLASSIFICATION, labels[:, 1:], columns[1:])
     require_learnable(TaskKind.REGRESSION, labels[:, :2], columns[:2])
     assert "1 of 2 columns do not have labels that differ" in caplog.text
-    with pytest.raises(DataError, match="none of the 1 label columns has labels that differ"):
+    with pytest.raises(DataError, match="label column 'one' does not have labels that differ"):
         require_learnable(TaskKind.REGRESSION, labels[:, 1:2], columns[1:2])
     with pytest.raises(DataError, match=r"\['none'\] have no value"):
         require_learnable(TaskKind.REGRESSION, labels, columns)

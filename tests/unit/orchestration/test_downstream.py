@@ -107,7 +107,9 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     )
     config = FinetuneConfig(task=task, out=str(tmp_path / "out"))
     inputs = Inputs(start=starting_point(config), named=None, sources=None)
-    with pytest.raises(DataError, match="has both classes among the 2 training molecules"):
+    with pytest.raises(
+        DataError, match="'y' does not have both classes among the 2 training molecules"
+    ):
         set_up(config, inputs)
     assert not (tmp_path / "out").exists()
 
