@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, is_dataclass
+from enum import Enum
 from pathlib import Path
 from typing import get_args
 
@@ -304,20 +305,22 @@ def test_every_exported_name_can_be_imported() -> None:
     assert all(getattr(moleblend_ray, name) is not None for name in moleblend_ray.__all__)
 
 
-def sections_of(config: type) -> set[type]:
-    """The configuration class and those of its sections, at every depth."""
+def classes_in(config: type) -> set[type]:
+    """The configuration class, those of its sections, at every depth, and the enumerations of their values."""
     inner: set[type] = set()
     for annotation in field_types(config).values():
         for kind in (annotation, *get_args(annotation)):
             if isinstance(kind, type) and is_dataclass(kind):
-                inner |= sections_of(kind)
+                inner |= classes_in(kind)
+            elif isinstance(kind, type) and issubclass(kind, Enum):
+                inner.add(kind)
     return {config, *inner}
 
 
 @pytest.mark.parametrize("job", list(cli.JOBS))
 def test_a_configuration_can_be_written_in_python_with_exported_names_alone(job: str) -> None:
-    for section in sections_of(cli.load_reference(cli.JOBS[job].config)):
-        assert getattr(moleblend_ray, section.__name__, None) is section
+    for cls in classes_in(cli.load_reference(cli.JOBS[job].config)):
+        assert getattr(moleblend_ray, cls.__name__, None) is cls
 
 
 def stub_prepare(monkeypatch: pytest.MonkeyPatch, function: object) -> None:
