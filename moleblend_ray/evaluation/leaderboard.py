@@ -15,7 +15,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Spread
-from moleblend_ray.evaluation.tasks import Metric
+from moleblend_ray.evaluation.tasks import Metric, ReplicateRule, TaskKind
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +55,8 @@ class ModelScore:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskRow:
-    """One task with the scores of all models. Scores of two rows can be compared only if their label columns, what was made of
-    their labels, and their split hashes are equal."""
+    """One task with the scores of all models. Scores of two rows can be compared only if their label columns, split
+    hashes and ``labels`` are equal."""
 
     name: str
     """Name of the task."""
@@ -70,8 +70,6 @@ class TaskRow:
     """Unit of the scores; empty for plain numbers."""
     columns: tuple[str, ...] = ()
     """Label columns, of which the scores are means, in alphabetical order."""
-    labels: str = ""
-    """What was made of the labels before they were scored (merged replicates, bounds); empty if nothing was."""
     higher_is_better: bool = False
     """Whether a larger score is better."""
     molecules: int = 0
@@ -85,6 +83,9 @@ class TaskRow:
     """How the molecules were divided."""
     split_hash: str = ""
     """16 hexadecimal digits that name the split."""
+    labels: str = ""
+    """How labels that scores are of differ from those of the table: what became of replicates, and whether errors are also of
+    bounds. Empty if they do not."""
     results: str = ""
     """Folder of the results, as a URI or relative to the folder of the leaderboard."""
     models: tuple[ModelScore, ...] = ()
@@ -225,13 +226,13 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         metric=task["metric"],
         unit=(task["unit"] or "") if Metric(task["metric"]).is_error else "",
         columns=tuple(sorted(task.get("columns", ()))),
-        labels=_labels_text(results),
         higher_is_better=task["higher_is_better"],
         molecules=data["molecules"],
         test_molecules=data["split"].get("test", 0),
         test_seen=data.get("repeats", {}).get("test_seen", 0),
         split=data["split"]["kind"],
         split_hash=data["split"]["hash"],
+        labels=_labels_of(results),
         results=folder,
         models=(
             _model_score(results["final"], is_baseline=False),
@@ -240,19 +241,18 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
     )
 
 
-def _labels_text(results: Mapping[str, Any]) -> str:
-    """What makes labels of the validation or test part others than those in the table."""
-    data, made = results["data"], []
-    merged = data.get("replicates", {})
-    # Results of earlier versions kept all rows.
-    if merged.get("molecules") and merged["rule"] != "keep":
-        # Of classes it is the more frequent one, by either rule.
-        is_number = results["task"]["kind"] == "regression"
-        made.append(f"{merged['rule']} of replicates" if is_number else "merged replicates")
-    labels = data.get("labels", {}).values()
-    if any(counts[part].get("bounds") for counts in labels for part in ("valid", "test")):
-        made.append("bounds")
-    return ", ".join(made)
+def _labels_of(results: Mapping[str, Any]) -> str:
+    """What :attr:`TaskRow.labels` is of these results; those of earlier versions know neither replicates nor bounds."""
+    metric = Metric(results["task"]["metric"])
+    replicates = results["data"].get("replicates") or {"rule": ReplicateRule.KEEP}
+    said = []
+    if replicates["rule"] != ReplicateRule.KEEP and replicates["molecules"]:
+        is_number = metric.kind is TaskKind.REGRESSION
+        said.append(f"{replicates['rule'] if is_number else 'majority'} of replicates")
+    bounds = results["final"].get("bounds") or {}
+    if metric.is_error and any(found["test_bounds"] for found in bounds.values()):
+        said.append("with bounds")
+    return ", ".join(said)
 
 
 def read_row(out: str, folder: str) -> TaskRow | None:
@@ -334,8 +334,8 @@ def is_elsewhere(folder: str) -> bool:
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
-    Scores are in the same row only if task, metric, unit, labels and split are the same. A baseline that has other scores in another
-    board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
+    Scores are in the same row only if task, metric, unit, label columns, split and what became of labels are the same. A baseline
+    that has other scores in another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
     ConfigError for a single board.
     """
     if len(boards) < 2:
@@ -344,8 +344,7 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     for label, board in boards.items():
         for row in board.rows:
             reason = f"{label}: {row.reason}" if row.reason else ""
-            labels = row.columns, row.labels, row.split_hash
-            key = (row.name, row.metric, row.unit, *labels, reason)
+            key = (row.name, row.metric, row.unit, row.columns, row.split_hash, row.labels, reason)
             by_question.setdefault(key, {})[label] = dataclasses.replace(row, reason=reason)
     unequal = set[str]().union(
         *(_unequal_baselines(rows.values()) for rows in by_question.values())

@@ -157,7 +157,7 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
 
 def _markdown_seeds(board: Leaderboard) -> list[str]:
     return [
-        f"| {_cell(row.name)} | {row.split} `{row.split_hash}`{_labels_remark(row)} | {_cell(model.name)} | {score_text(model.valid.mean)} "
+        f"| {_cell(row.name)} | {_split(row)} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
         f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
         for row in board.finished
         for model in row.models
@@ -243,14 +243,9 @@ def _html_card(row: TaskRow) -> str:
     )
     return (
         f"<article><h3>{_link(row)}</h3><p class='soft'>{_text(_metric(row))}, {row.molecules:,} molecules<br>"
-        f"split {_text(row.split)} <code>{_text(row.split_hash)}</code>{_labels_remark(row)}</p>"
+        f"split {_text(_split(row))} <code>{_text(row.split_hash)}</code></p>"
         f"<table>{body}</table></article>"
     )
-
-
-def _labels_remark(row: TaskRow) -> str:
-    """What was made of the labels, behind the split."""
-    return f", {row.labels}" if row.labels else ""
 
 
 def _html_others(rows: Sequence[TaskRow]) -> str:
@@ -305,6 +300,11 @@ def _metric(row: TaskRow) -> str:
 def _molecules(row: TaskRow) -> str:
     """Their number, with the mark that :func:`_seen_note` explains."""
     return f"{row.molecules:,}{'*' * bool(row.test_seen)}"
+
+
+def _split(row: TaskRow) -> str:
+    """The kind of the split, and what became of labels: of others, the same split gives other scores."""
+    return ", ".join(filter(None, (row.split, row.labels)))
 
 
 def _seen_note(board: Leaderboard) -> str:

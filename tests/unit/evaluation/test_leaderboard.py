@@ -421,45 +421,6 @@ def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None
         compare({"old": board()})
 
 
-@pytest.mark.parametrize(
-    ("kind", "rules", "shown"),
-    [
-        ("regression", ["mean", "median"], ["mean of replicates", "median of replicates"]),
-        # Both take the more frequent class.
-        ("classification", ["mean", "median"], ["merged replicates"]),
-        ("regression", ["keep", "keep"], [""]),
-    ],
-)
-def test_scores_of_labels_that_were_merged_otherwise_are_not_in_one_row(
-    kind: str, rules: list[str], shown: list[str]
-) -> None:
-    boards = {}
-    for number, rule in enumerate(rules):
-        task = {**ESOL["task"], "kind": kind}
-        data = {**ESOL["data"], "replicates": {"rule": rule, "molecules": 11}}
-        row = row_of_results({**ESOL, "task": task, "data": data}, "esol")
-        boards[str(number)] = Leaderboard(title=rule, rows=(row,))
-    found = compare(boards)
-    assert [row.labels for row in found.rows] == shown
-    hash_of_split = "5f" * 8
-    for text in shown:
-        remark = f", {text}" if text else ""
-        assert f"| scaffold `{hash_of_split}`{remark} |" in markdown_text(found, None)
-        assert f"<code>{hash_of_split}</code>{remark}</p>" in html_text(found, None)
-    assert {line["labels"] for line in csv.DictReader(io.StringIO(csv_text(found)))} == set(shown)
-
-
-def test_errors_that_count_bounds_are_not_in_one_row_with_those_that_do_not() -> None:
-    counts = {"train": {"labels": 9, "bounds": 1}, "valid": {"labels": 9, "bounds": 0}}
-    boards = {}
-    for name, bounds in (("all", 3), ("none", 0)):
-        parts = {**counts, "test": {"labels": 9, "bounds": bounds}}
-        data = {**ESOL["data"], "labels": {"logS": parts}}
-        row = row_of_results({**ESOL, "data": data}, "esol")
-        boards[name] = Leaderboard(title=name, rows=(row,))
-    assert [row.labels for row in compare(boards).rows] == ["bounds", ""]
-
-
 def test_scores_of_other_label_columns_are_not_in_one_row() -> None:
     """Of one table and split, but one score is of two columns, the other of the easier one."""
 
@@ -473,3 +434,37 @@ def test_scores_of_other_label_columns_are_not_in_one_row() -> None:
     )
     scores = [[model.test.mean for model in row.models] for row in found.rows]
     assert scores == [[0.9, 0.8], [0.5]]
+
+
+def test_scores_of_labels_that_were_merged_otherwise_are_not_in_one_row() -> None:
+    """Of one split, as the molecules are the same: their labels are means in one and medians in the other."""
+
+    def row_of(
+        metric: str, score: float, rule: str | None, replicates: int = 3, bounds: int = 0
+    ) -> TaskRow:
+        found = results("own", metric, [score])
+        if rule is not None:
+            found["data"]["replicates"] = {"rule": rule, "molecules": replicates}
+            found["final"]["bounds"] = {"x": {"test_bounds": bounds}}
+        return row_of_results(found, "own")
+
+    def compared(*rows: TaskRow) -> list[list[float]]:
+        boards = {str(i): Leaderboard(title="b", rows=(row,)) for i, row in enumerate(rows)}
+        return [[model.test.mean for model in row.models] for row in compare(boards).rows]
+
+    mean, median = row_of("rmse", 0.9, "mean"), row_of("rmse", 0.5, "median")
+    assert compared(mean, median, row_of("rmse", 0.7, "mean")) == [[0.9, 0.7], [0.5]]
+    assert compared(row_of("rmse", 0.9, None), row_of("rmse", 0.5, "keep")) == [[0.9, 0.5]]
+    # Nothing was merged, and of classes the more frequent one is taken by either rule.
+    assert compared(row_of("rmse", 0.9, "mean", 0), row_of("rmse", 0.5, "median", 0)) == [
+        [0.9, 0.5]
+    ]
+    assert compared(row_of("roc_auc", 0.9, "mean"), row_of("roc_auc", 0.5, "median")) == [
+        [0.9, 0.5]
+    ]
+    # Errors are also of bounds, correlations are not.
+    for metric, expected in (("rmse", [[0.9], [0.5]]), ("r2", [[0.9, 0.5]])):
+        rows = row_of(metric, 0.9, "keep"), row_of(metric, 0.5, "keep", bounds=4)
+        assert compared(*rows) == expected
+    board = Leaderboard(title="b", rows=(row_of("rmse", 0.5, "median", bounds=4),))
+    assert f"scaffold, median of replicates, with bounds `{'5f' * 8}`" in markdown_text(board, None)
