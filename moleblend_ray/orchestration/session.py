@@ -65,7 +65,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     actor of `cluster.num_data_actors`). What is started or connected here is shut down here, after the bodies of other
     threads that joined it. A connection that existed before is left alone. Signals are handled as before in the end.
     """
-    with _signal_handlers_kept(), _connected(cluster, data_cpus):
+    with signal_handlers_kept(), _connected(cluster, data_cpus):
         _quiet_data()
         yield
 
@@ -118,14 +118,14 @@ def _token_read_anew() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """Handle SIGINT and SIGTERM as before when the body is over.
+def signal_handlers_kept() -> Iterator[None]:
+    """Handle SIGINT, SIGTERM and SIGUSR1 as before when the body is over.
 
-    `ray.init` and Ray Train leave handlers: Ctrl-C in a notebook would no longer interrupt, but ask a trainer that is gone to
-    stop.
+    `ray.init`, Ray Train and Ray Tune leave handlers: Ctrl-C in a notebook would no longer interrupt, but ask a trainer or a search
+    that is gone to stop.
     """
     is_main = threading.current_thread() is threading.main_thread()  # Others cannot set any.
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if is_main else ()
     before = [(number, signal.getsignal(number)) for number in numbers]
     try:
         yield

@@ -6,14 +6,18 @@ configuration is trained with several seeds, and each is scored once on the test
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
+import os
 import pickle
 import re
+import signal
+import threading
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,7 +58,11 @@ from moleblend_ray.orchestration.searchers import (
     build_scheduler,
     build_searcher,
 )
-from moleblend_ray.orchestration.session import environment_defaults, is_private
+from moleblend_ray.orchestration.session import (
+    environment_defaults,
+    is_private,
+    signal_handlers_kept,
+)
 from moleblend_ray.orchestration.workers import TrialData, run_trial
 
 logger = logging.getLogger(__name__)
@@ -181,7 +189,11 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
                 warnings.filterwarnings("ignore", "The reported value is ignored", UserWarning)
                 # `RoomLimiter` says how many trials wait for nodes; Tune would take the number of the start.
                 waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(config.num_trials)}
-                with environment_defaults(_TUNE_SETTINGS | waiting):
+                with (
+                    environment_defaults(_TUNE_SETTINGS | waiting),
+                    signal_handlers_kept(),
+                    _interrupts_raised(),
+                ):
                     grid = _tuner(config, experiment.task, trainable).fit()
         finally:
             _ProgressCallback.reporter = None
@@ -197,6 +209,23 @@ def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
         if trial.error is not None:
             logger.warning("trial %d failed: %s", trial.number, trial.error)
     return trials
+
+
+@contextlib.contextmanager
+def _interrupts_raised() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end of the body if Ctrl-C came within it.
+
+    Tune handles the signal itself: it stores the state of the search, ends the trials, and returns as if all of them were over.
+    """
+    # Only the main thread gets signals, and Tune takes them only if the user does not forbid it.
+    takes_them = threading.current_thread() is threading.main_thread() and not int(
+        os.environ.get("TUNE_DISABLE_SIGINT_HANDLER", "0")
+    )
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    # When the signal comes, Tune puts the handler from before back for a second one; without it, its own stays.
+    if takes_them and signal.getsignal(signal.SIGINT) is before:
+        raise KeyboardInterrupt
 
 
 def keep_keys_from_trials() -> None:

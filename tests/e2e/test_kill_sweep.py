@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import LIMIT_S, finish, kill_when, moleblend
 
-from moleblend_ray.cli import EXIT_UNFINISHED
+from moleblend_ray.cli import EXIT_INTERRUPTED, EXIT_UNFINISHED
 
 NUM_TRIALS, NUM_EPOCHS = 6, 3
 NUM_SCORED = 4
@@ -146,8 +146,15 @@ def test_a_sweep_killed_at_its_start_and_among_its_trials_trains_each_finished_t
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_that_is_asked_to_stop_among_its_trials_says_so_and_ends_by_status_75(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [
+        (signal.SIGTERM, EXIT_UNFINISHED, "stopped by SIGTERM; the same command continues"),
+        (signal.SIGINT, EXIT_INTERRUPTED, "interrupted; the same command continues"),
+    ],
+)
+def test_a_sweep_that_is_asked_to_stop_among_its_trials_says_so_and_chooses_among_none_of_them(
+    tmp_path: Path, number: signal.Signals, status: int, said: str
 ) -> None:
     write_table(tmp_path / "molecules.csv")
     # Its process then waits for the trials within Ray, where the signal finds it.
@@ -157,9 +164,16 @@ def test_a_sweep_that_is_asked_to_stop_among_its_trials_says_so_and_ends_by_stat
         assert process.poll() is None, "it ended before it was asked to"
         assert time.monotonic() < deadline, "no trial began"
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == EXIT_UNFINISHED, errors[-3000:]
-    assert errors.splitlines()[-1].endswith("stopped by SIGTERM; the same command continues")
+    assert process.returncode == status, errors[-3000:]
+    assert errors.splitlines()[-1].endswith(said)
     # Nor does the stack trace of Ray's own handler appear, which would also end a slow shutdown by SIGABRT.
     assert "SIGTERM received" not in errors
+    assert not (tmp_path / "out/models").exists()
+
+    finish(start(tmp_path, pause_s=0.0))
+    trials = json.loads((tmp_path / "out/results.json").read_text())["trials"]
+    assert len(trials) == NUM_TRIALS
+    scored = [trial for trial in trials if trial["status"] == "finished"]
+    assert [trial["epochs"] for trial in scored] == [NUM_EPOCHS] * NUM_SCORED

@@ -78,9 +78,10 @@ def cluster_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     events: list[str] = []
 
     def start(*_: object) -> None:
-        # As Ray does.
+        # As Ray does, and Ray Tune.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
         os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
         events.append("start")
 
@@ -96,7 +97,7 @@ def cluster_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_session_leaves_signals_and_the_environment_as_they_were(
     cluster_events: list[str],
 ) -> None:
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = dict(os.environ), [signal.getsignal(number) for number in numbers]
     with session.ray_session(ClusterConfig()):
         pass
