@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -22,7 +21,6 @@ import pyarrow as pa
 import ray
 import ray.data
 from ray.data.block import BlockMetadata
-from ray.util.annotations import RayDeprecationWarning
 
 from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.config.prepare import PrepareConfig
@@ -42,6 +40,7 @@ from moleblend_ray.data.sources import (
 from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.host import peak_memory_bytes
+from moleblend_ray.orchestration.executor import MAX_RETRIES, retries_limited
 from moleblend_ray.orchestration.metrics import JobMetrics
 from moleblend_ray.orchestration.placement import place_dataset
 from moleblend_ray.orchestration.progress import Reporter
@@ -53,8 +52,6 @@ _BYTES_PER_ACTOR: Final = 256 << 10
 _BYTES_PER_CONFORMER_ACTOR: Final = 4 << 10
 """The same of SMILES that get conformers: some dozens of molecules."""
 _THREADS: Final = 16
-MAX_RETRIES: Final = 3
-"""Retries of work that kills its process or loses its machine. One failure more ends the run."""
 _MAX_SHOWN: Final = 10
 """Damaged files that one error names."""
 _READER_CPUS: Final = 0.1
@@ -209,9 +206,7 @@ class Conversion:
             concurrency=min(self._num_actors, source.num_tasks),
             override_num_blocks=source.num_tasks,
         )
-        with warnings.catch_warnings():
-            # Ray 2.60 deprecates this limit of retries, but has no other.
-            warnings.simplefilter("ignore", RayDeprecationWarning)
+        with retries_limited() as limit:
             dataset = dataset.map_batches(
                 _Converter,
                 fn_constructor_args=(
@@ -228,7 +223,7 @@ class Conversion:
                     min_size=1, initial_size=self._num_actors, max_size=self._num_actors
                 ),
                 num_cpus=ACTOR_CPUS,
-                max_task_retries=MAX_RETRIES,
+                **limit,
             )
         place_dataset(dataset, self._labels)
         # One row per block, or one actor would get many chunks at once and the others none.

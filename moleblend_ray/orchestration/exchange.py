@@ -16,7 +16,8 @@ from moleblend_ray.data.lease import Lease
 from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
 from moleblend_ray.data.shuffle import run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
-from moleblend_ray.orchestration.conversion import ACTOR_CPUS, MAX_RETRIES
+from moleblend_ray.orchestration.conversion import ACTOR_CPUS
+from moleblend_ray.orchestration.executor import MAX_RETRIES
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.orchestration.progress import Reporter
 

@@ -1,8 +1,14 @@
-"""The parts of Ray Data's executor that a stream looks at. Ray has no public names for them."""
+"""What Ray Data's executor does with work that ends its process, and the parts of it that a stream looks at, for which Ray has no
+public names."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, NamedTuple
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from ray.util.annotations import RayDeprecationWarning
 
 if TYPE_CHECKING:
     from ray.data._internal.actor_autoscaler.autoscaling_actor_pool import AutoscalingActorPool
@@ -10,8 +16,21 @@ if TYPE_CHECKING:
     from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
 
+MAX_RETRIES: Final = 3
+"""Retries of work that kills its process or loses its machine. One failure more ends the run."""
+
 NOTED_BLOCKS: Final = 1000
 """Newest blocks of each operator that Ray's summary of a stream tells of."""
+
+
+@contextlib.contextmanager
+def retries_limited() -> Iterator[dict[str, Any]]:
+    """Options of ``map_batches``, to be called within the body, with which actors try the same work at most ``MAX_RETRIES`` times
+    again: by default Ray does so for ever, and the command would neither go on nor end."""
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates this limit of retries, but has no other.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        yield {"max_task_retries": MAX_RETRIES}
 
 
 class Operators(NamedTuple):

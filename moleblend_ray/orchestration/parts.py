@@ -43,6 +43,7 @@ from moleblend_ray.orchestration.cluster_checks import (
     require_shared_paths,
     warn_of_unused_gpus,
 )
+from moleblend_ray.orchestration.executor import MAX_RETRIES, retries_limited
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, data_inputs
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.part_writer import (
@@ -233,14 +234,17 @@ def _source_uris(manifest: Manifest) -> list[str | None]:
 def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the summary says about each part, in order."""
     job, cluster = writer.job, writer.job.config.cluster
-    dataset = ray.data.from_items(places, override_num_blocks=len(places)).map_batches(
-        PartActor,
-        fn_constructor_args=(writer,),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(cluster.num_data_actors, len(places))),
-        num_cpus=cluster.cpus_per_worker,
-        num_gpus=1 if cluster.use_gpu else 0,
-    )
+    items = ray.data.from_items(places, override_num_blocks=len(places))
+    with retries_limited() as limit:
+        dataset = items.map_batches(
+            PartActor,
+            fn_constructor_args=(writer,),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(cluster.num_data_actors, len(places))),
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=1 if cluster.use_gpu else 0,
+            **limit,
+        )
     place_dataset(dataset, cluster.worker_labels)
     total = sum(place["rows"] for place in places)
     written: dict[int, dict[str, Any]] = {}
@@ -264,8 +268,9 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
             raise
         except ray.exceptions.RayError as error:
             raise TrainingError(
-                f"{job.kind.command} into {job.config.out}: a worker was lost: {error}. Parts made so far are kept: "
-                "run the same command again"
+                f"{job.kind.command} into {job.config.out}: making a part ended its process {MAX_RETRIES + 1} times: it was "
+                f"killed for lack of memory, or its machine was lost. ({error}) Parts made so far are kept: run the same "
+                "command again, with a smaller batch_size or fewer cluster.num_data_actors if memory is short"
             ) from error
     return [written[number] for number in sorted(written)]
 

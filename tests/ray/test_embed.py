@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +18,17 @@ import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
-from moleblend_ray.errors import CheckpointError
+from moleblend_ray.errors import CheckpointError, TrainingError
 from moleblend_ray.evaluation.encoders import load_encoder
+from moleblend_ray.evaluation.result_files import EMBED
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.orchestration import embed as embed_module
 from moleblend_ray.orchestration import molecules as molecules_module
 from moleblend_ray.orchestration.embed import EmbedSummary, embed
+from moleblend_ray.orchestration.part_writer import PartWriter
+from moleblend_ray.orchestration.parts import _run_actors
 
 pytestmark = pytest.mark.ray
 
@@ -134,3 +140,28 @@ def test_a_checkpoint_that_changes_meanwhile_ends_the_run_with_its_own_error(
     monkeypatch.setattr(embed_module, "load_encoder", lambda _: other)
     with pytest.raises(CheckpointError, match="changed while"):
         embed(config)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_molecules_that_end_every_process_end_the_command(
+    config: EmbedConfig, tmp_path: Path
+) -> None:
+    """As a part does for which there is not enough memory: by default Ray tries it again for ever."""
+    tries = tmp_path / "tries"
+
+    class Writer:
+        job = SimpleNamespace(kind=EMBED, config=config)
+
+        def write(self, number: int, split: str, shard: int) -> dict[str, object]:
+            if number == 1:
+                with tries.open("a") as file:
+                    file.write("once\n")
+                os._exit(1)
+            return {"rows": 1, "reused": False}
+
+    places = [{"number": number, "split": "train", "shard": number, "rows": 1} for number in (0, 1)]
+    with pytest.raises(
+        TrainingError, match=r"ended its process 4 times.*Parts made so far are kept"
+    ):
+        _run_actors(cast("PartWriter", Writer()), places)
+    assert tries.read_text().splitlines() == ["once"] * 4
