@@ -24,13 +24,13 @@ NOTED_BLOCKS: Final = 1000
 
 
 @contextlib.contextmanager
-def retries_limited() -> Iterator[dict[str, Any]]:
-    """Options of ``map_batches``, to be called within the body, with which actors try the same work at most ``MAX_RETRIES`` times
+def retries_limited(most: int = MAX_RETRIES) -> Iterator[dict[str, Any]]:
+    """Options of ``map_batches``, to be called within the body, with which actors try the same work at most ``most`` times
     again: by default Ray does so for ever, and the command would neither go on nor end."""
     with warnings.catch_warnings():
         # Ray 2.60 deprecates this limit of retries, but has no other.
         warnings.simplefilter("ignore", RayDeprecationWarning)
-        yield {"max_task_retries": MAX_RETRIES}
+        yield {"max_task_retries": most}
 
 
 class Operators(NamedTuple):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import pyarrow as pa
+import ray
 import ray.data
 from ray.data import (
     ActorPoolStrategy,
@@ -34,13 +35,14 @@ from moleblend_ray.data.builder import MicroBatchBuilder
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.transport import pack_block, pack_error, step_batches
-from moleblend_ray.errors import MoleBlendError
+from moleblend_ray.errors import MoleBlendError, TrainingError
 from moleblend_ray.orchestration.budget import (
     BLOCKS_IN_ADVANCE,
     limit_blocks,
     most_blocks,
     pause_between_looks,
 )
+from moleblend_ray.orchestration.executor import retries_limited
 from moleblend_ray.orchestration.placement import Labels, cluster_resources, live_nodes, placed
 from moleblend_ray.orchestration.pool import POOL_CONFIG_KEY, PoolBounds, PoolSizer
 from moleblend_ray.orchestration.progress import Reporter
@@ -50,6 +52,9 @@ if TYPE_CHECKING:
     from ray.train import DataConfig
 
 _PLAN_ROW_BYTES = 24
+
+_MAX_RETRIES: Final = 10
+"""Retries of a block that ends its actor: more than of other work, as all trainers start anew after one failure more."""
 
 _STORE_SHARE: Final = 0.3
 """Default share of the object store: Ray begins to spill at four fifths, and others use the store as well."""
@@ -166,18 +171,21 @@ def stream_dataset(
     most = max(
         stream.min_actors, min(most_actors(stream, reserved_cpus, labels), groups.block_limit)
     )
-    dataset: Dataset = rows.map_batches(
-        _BlockBuilder,
-        fn_constructor_args=(data_uri, order, stream),
-        fn_constructor_kwargs={"shared": most > 1, "fingerprint": manifest.fingerprint},
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
-        num_cpus=stream.actor_cpus,
-        # Not for the whole dataset: the task of the plan stays on the node of the driver, which outlives the actors'
-        # nodes.
-        **placed(labels),
-    )
+    # Trainers would wait for ever for a block that there is not enough memory to build.
+    with retries_limited(_MAX_RETRIES) as limit:
+        dataset: Dataset = rows.map_batches(
+            _BlockBuilder,
+            fn_constructor_args=(data_uri, order, stream),
+            fn_constructor_kwargs={"shared": most > 1, "fingerprint": manifest.fingerprint},
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(min_size=stream.min_actors, max_size=most),
+            num_cpus=stream.actor_cpus,
+            **limit,
+            # Not for the whole dataset: the task of the plan stays on the node of the driver, which outlives the actors'
+            # nodes.
+            **placed(labels),
+        )
     _configure(dataset.context, budget, groups.block_limit)
     if most > stream.min_actors:
         bounds = PoolBounds(
@@ -287,19 +295,37 @@ def shard_step_batches(
     world_size: int,
     first_step: int | None = None,
 ) -> Iterator[StepBatch]:
-    """The steps of one rank from its share of :func:`stream_dataset`; ``first_step`` None: the first of the stream."""
-    blocks = shard.iter_batches(
-        batch_size=None,  # type: ignore[arg-type]
-        batch_format="pyarrow",
-        # With n here, Ray's threads hold about 2 + 2 n blocks in advance: as many as the budget allows. Other finished
-        # blocks wait where they are counted.
-        prefetch_batches=int(order.num_streams >= 2 * BLOCKS_IN_ADVANCE * world_size),
-    )
+    """The steps of one rank from its share of :func:`stream_dataset`; ``first_step`` None: the first of the stream.
+
+    TrainingError if the same block ends its actors again and again.
+    """
+    # With n here, Ray's threads hold about 2 + 2 n blocks in advance: as many as the budget allows. Other finished blocks
+    # wait where they are counted.
+    num_ahead = int(order.num_streams >= 2 * BLOCKS_IN_ADVANCE * world_size)
     return step_batches(
-        blocks,
+        _blocks(shard, num_ahead),
         rank=rank,
         world_size=world_size,
         num_streams=order.num_streams,
         num_micro=num_micro_batches(order.stream_batch_size, stream.micro_batch_size),
         first_step=first_step,
     )
+
+
+def _blocks(shard: DataIterator, num_ahead: int) -> Iterator[pa.Table]:
+    """The blocks of a share, up to ``num_ahead`` of them asked for before they are needed."""
+    try:
+        yield from shard.iter_batches(
+            batch_size=None,  # type: ignore[arg-type]
+            batch_format="pyarrow",
+            prefetch_batches=num_ahead,
+        )
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, ray.exceptions.RayActorError):
+            raise
+        # Without the chain, whose first error says nothing of this.
+        raise TrainingError(
+            f"building the same micro-batches ended its data actor {_MAX_RETRIES + 1} times: it was killed for lack of memory, or "
+            f"its machine was lost ({error.cause}). If memory is short, set fewer stream.max_actors or stream.steps_per_block, "
+            "or less stream.cache_bytes"
+        ) from None
