@@ -80,23 +80,34 @@ def _run_unit(exchange: Exchange, unit: Unit) -> UnitReceipt | MoleBlendError:
 def _run_tasks(
     task: Any, exchange: Any, units: Sequence[Unit], num_tasks: int, out: str
 ) -> Iterator[UnitReceipt]:
-    """The receipts of ``units`` as they arrive, with at most ``num_tasks`` units at work."""
+    """The receipts of ``units`` as they arrive, with at most ``num_tasks`` units at work, which end where this ends."""
     waiting = iter(units)
     running = [task.remote(exchange, unit) for unit in islice(waiting, num_tasks)]
-    while running:
-        ready, running = ray.wait(running, num_returns=1)
-        try:
-            outcome = ray.get(ready[0])
-        except ray.exceptions.RayTaskError:
-            # An error of this program: its traceback is needed.
-            raise
-        except ray.exceptions.RayError as error:
-            raise DataError(
-                f"Placing molecules in {out} ended its process {MAX_RETRIES + 1} times: it was killed for lack of "
-                f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "
-                "with a smaller shuffle_memory_gib or fewer cluster.num_data_actors if memory is short."
-            ) from error
-        if isinstance(outcome, MoleBlendError):
-            raise outcome
-        yield outcome
-        running += [task.remote(exchange, unit) for unit in islice(waiting, 1)]
+    try:
+        while running:
+            ready, running = ray.wait(running, num_returns=1)
+            yield _outcome(ready[0], out)
+            running += [task.remote(exchange, unit) for unit in islice(waiting, 1)]
+    finally:
+        # Whatever ended this: what comes next needs their CPUs, and may make something else of the output.
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _outcome(reference: Any, out: str) -> UnitReceipt:
+    """The receipt of a unit that is over, or its error raised."""
+    try:
+        outcome = ray.get(reference)
+    except ray.exceptions.RayTaskError:
+        # An error of this program: its traceback is needed.
+        raise
+    except ray.exceptions.RayError as error:
+        raise DataError(
+            f"Placing molecules in {out} ended its process {MAX_RETRIES + 1} times: it was killed for lack of "
+            f"memory, or its machine was lost. ({error}) What is done is kept: run the same command again, "
+            "with a smaller shuffle_memory_gib or fewer cluster.num_data_actors if memory is short."
+        ) from error
+    if isinstance(outcome, MoleBlendError):
+        raise outcome
+    receipt: UnitReceipt = outcome
+    return receipt

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from in_process import prepare_in_process
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.exchange import Unit
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_reader import ShardReader
@@ -23,6 +26,7 @@ from moleblend_ray.data.sources import (
     ColumnConfig,
 )
 from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.orchestration.exchange import _run_tasks
 from moleblend_ray.orchestration.prepare import prepare
 
 pytestmark = pytest.mark.ray
@@ -239,3 +243,25 @@ def test_each_real_file_is_accounted_for(
     assert set(summary.quarantined_by_reason) <= {"unparsable_smiles", "too_many_atoms"}
     assert summary.train + summary.valid == summary.rows_out
     assert summary.duplicate_ids == 0
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_units_of_an_exchange_end_with_it(tmp_path: Path) -> None:
+    """On a cluster that lives on they would write into an output that may be another one by then."""
+    begun, done = tmp_path / "begun", tmp_path / "done"
+
+    def run(_: object, unit: str) -> DataError | None:
+        if unit == "slow":
+            begun.touch()
+            time.sleep(3.0)
+            done.touch()
+            return None
+        while not begun.exists():
+            time.sleep(0.05)
+        return DataError("the other one failed")
+
+    task = ray.remote(num_cpus=0.5)(run)
+    with pytest.raises(DataError, match="the other one failed"):
+        list(_run_tasks(task, None, cast("list[Unit]", ["slow", "bad"]), 2, "out"))
+    time.sleep(4.0)
+    assert not done.exists()
