@@ -248,21 +248,18 @@ def _run_actors(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[s
     place_dataset(dataset, cluster.worker_labels)
     total = sum(place["rows"] for place in places)
     written: dict[int, dict[str, Any]] = {}
+    done = made = 0
     began = time.monotonic()
     with Progress(job.kind.command, unit="molecule", total=total, out=job.config.out) as progress:
         try:
             for row in dataset.iter_rows():
                 if row["error"]:
                     raise pickle.loads(row["error"])
-                written[row["number"]] = json.loads(row["part"])
-                made = sum(part["rows"] for part in written.values() if not part["reused"])
-                progress.reporter(
-                    {
-                        "done": sum(part["rows"] for part in written.values()),
-                        "total": total,
-                        "molecules_per_s": made / (time.monotonic() - began),
-                    }
-                )
+                part = written[row["number"]] = json.loads(row["part"])
+                done += part["rows"]
+                made += 0 if part["reused"] else part["rows"]
+                rate = made / (time.monotonic() - began)
+                progress.reporter({"done": done, "total": total, "molecules_per_s": rate})
         except ray.exceptions.RayTaskError:
             # An error of this program: its traceback is needed.
             raise
