@@ -1,12 +1,16 @@
 """Compiles every Triton kernel for an H100 on a machine without GPU.
 
-Prints a JSON object for each kernel, by kernel and tile: the bytes of registers that each thread spills, and the
-instructions of the code times its warps (of kernels without loops, what a program executes).
+    python tests/numerics/support/compile_kernels.py [--instructions]
+
+Prints a JSON object for each kernel, by kernel and tile: the bytes of registers that each thread spills. With
+``--instructions`` also the instructions of the code times its warps (of kernels without loops, what a program executes), for
+which the code is disassembled.
 This needs a process of its own: that of the tests runs Triton's interpreter, which accepts more than the compiler.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -131,8 +135,11 @@ def without_draws(constants: Mapping[str, Any]) -> dict[str, Any]:
     return {**constants, **{name: False for name in ("SCALES", "DROPS") if name in constants}}
 
 
-def compiled_size(kernel: Any, constants: Mapping[str, Any], warps: int) -> dict[str, int]:
-    """``spilled``, bytes of local memory of each thread, as registers did not suffice, and ``instructions`` of all warps."""
+def compiled_size(
+    kernel: Any, constants: Mapping[str, Any], warps: int, *, counts: bool
+) -> dict[str, int]:
+    """``spilled``, bytes of local memory of each thread, as registers did not suffice, and if it ``counts`` them the
+    ``instructions`` of all warps."""
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     source = ASTSource(
@@ -149,11 +156,11 @@ def compiled_size(kernel: Any, constants: Mapping[str, Any], warps: int) -> dict
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, code = (dump(option, file.name) for option in ("-res-usage", "-sass"))
-    return {
-        "spilled": int(re.findall(r"STACK:(\d+)", usage)[0]),
-        "instructions": warps * len(re.findall(r"/\*[0-9a-f]{4}\*/\s+\S", code)),
-    }
+        size = {"spilled": int(re.findall(r"STACK:(\d+)", dump("-res-usage", file.name))[0])}
+        if counts:
+            code = dump("-sass", file.name)
+            size["instructions"] = warps * len(re.findall(r"/\*[0-9a-f]{4}\*/\s+\S", code))
+    return size
 
 
 def dump(option: str, file: str) -> str:
@@ -170,10 +177,13 @@ def name_of(kernel: Any, constants: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--instructions", action="store_true")
+    counts = parser.parse_args().instructions
     print(
         json.dumps(
             {
-                name_of(kernel, constants): compiled_size(kernel, constants, warps)
+                name_of(kernel, constants): compiled_size(kernel, constants, warps, counts=counts)
                 for kernel, constants, warps in cases()
             }
         )
