@@ -22,7 +22,7 @@ from moleblend_ray.evaluation.tasks import ReplicateRule, TaskKind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
+class LabelSpread:
     """How labels of one property differ within molecules that have several."""
 
     molecules: int
@@ -42,7 +42,7 @@ class Replicates:
     """Number of such molecules."""
     rows: int
     """Number of their rows."""
-    spreads: dict[str, Spread]
+    spreads: dict[str, LabelSpread]
     """Property -> differences of its labels."""
     undecided: int = 0
     """Number of labels that are missing after the merge, as those of the molecule contradict each other."""
@@ -130,7 +130,7 @@ def _groups(
     return group, first.astype(np.int64)
 
 
-def _spread(kind: TaskKind, values: NDArray[np.float64], group: NDArray[np.int64]) -> Spread:
+def _spread(kind: TaskKind, values: NDArray[np.float64], group: NDArray[np.int64]) -> LabelSpread:
     known = ~np.isnan(values)
     values, group = values[known], group[known]
     counts = np.bincount(group)
@@ -138,12 +138,12 @@ def _spread(kind: TaskKind, values: NDArray[np.float64], group: NDArray[np.int64
     means = _means(values, group, len(counts))
     if kind is TaskKind.CLASSIFICATION:
         mixed = int(((means > 0) & (means < 1)).sum())
-        return Spread(molecules=several, std=None, contradictory=mixed)
+        return LabelSpread(molecules=several, std=None, contradictory=mixed)
     if not several:
-        return Spread(molecules=0, std=None, contradictory=None)
+        return LabelSpread(molecules=0, std=None, contradictory=None)
     squares = float(((values - means[group]) ** 2).sum())
     degrees = int((counts[counts > 1] - 1).sum())
-    return Spread(molecules=several, std=float(np.sqrt(squares / degrees)), contradictory=None)
+    return LabelSpread(molecules=several, std=float(np.sqrt(squares / degrees)), contradictory=None)
 
 
 def _merged(

@@ -130,6 +130,7 @@ def test_results_name_seeds_split_data_versions_and_baselines(
     assert sum(data["split"][part] for part in ("train", "valid", "test")) == 60
     assert len(data["split"]["hash"]) == 16
     assert len(data["fingerprint"]) == 64
+    assert (data["replicates"]["rule"], data["replicates"]["molecules"]) == ("keep", 0)
     assert [entry["kind"] for entry in results["baselines"]] == ["forest", "descriptors"]
     for entry in results["baselines"]:
         assert [seed["seed"] for seed in entry["seeds"]] == list(config.final_seeds)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from in_process import prepare_in_process
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.config.cluster import ClusterConfig
@@ -25,6 +26,9 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import listed
 from moleblend_ray.data.lease import InUseError, Lease, leased
 from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.sources import ColumnConfig
+from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.replicates import Replicates
@@ -150,6 +154,38 @@ def test_rows_of_one_molecule_are_told_with_what_becomes_of_them(
         downstream._tell_of_replicates(task, some)
     assert f"{name}: 2 molecules have several rows, 5 in all: {told}" in caplog.text
     assert "1 molecules are left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "split", "expected"),
+    [
+        ("keep", "random", [1.0, 5.0, 2.0, 9.0]),
+        ("mean", "random", [4.0, 5.0]),
+        ("median", "random", [2.0, 5.0]),
+        # The last row is in another part.
+        ("mean", "given", [1.5, 5.0, 9.0]),
+    ],
+)
+def test_a_task_has_the_labels_that_its_rule_for_replicates_gives(
+    tmp_path: Path, rule: str, split: str, expected: list[float]
+) -> None:
+    rows = ["CCO,1", "CCN,5", "OCC,2", "C(O)C,9"]
+    (tmp_path / "a.csv").write_text("\n".join(["smiles,y", *rows]) + "\n")
+    data = str(tmp_path / "data")
+    options = ConvertOptions(columns=ColumnConfig(label_columns=("y",)))
+    prepare_in_process(str(tmp_path / "a.csv"), data, options)
+    config = TaskConfig(
+        name="own",
+        source=data,
+        columns=("y",),
+        kind=TaskKind.REGRESSION,
+        split=SplitKind(split),
+        replicates=ReplicateRule(rule),
+    )
+    named = NamedSplits({"train": np.arange(3), "test": np.array([3])}, None, "the test")
+    molecules, replicates = downstream._read_molecules(config, config.resolve(), data, named)
+    assert molecules.labels[:, 0].tolist() == expected
+    assert replicates.rule is ReplicateRule(rule)
 
 
 def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
