@@ -6,6 +6,7 @@ same code, so a molecule gets the same numbers (up to rounding: what shares a ba
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -168,21 +169,33 @@ class PropertyPredictor:
         )
         return cls(predictor=predictor)
 
-    def predict(self, smiles: Iterable[str | None], *, max_atoms: int = MAX_ATOMS) -> pa.Table:
+    def predict(
+        self,
+        smiles: Iterable[str | None],
+        *,
+        atom_contributions: bool = False,
+        max_atoms: int = MAX_ATOMS,
+    ) -> pa.Table:
         """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
 
         ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
         ``p0:NAME`` and ``p1:NAME``, the p-values of classes, and ``classes:NAME``, those that the molecule goes with,
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
+
+        ``atom_contributions`` adds ``atom_contributions:NAME`` and ``atom_contributions_std:NAME`` as ``moleblend predict`` does, lists of the
+        atoms in the order of ``canonical_smiles``, which follows ``smiles``. This takes about as many times longer as a molecule has
+        atoms.
         """
         asked = _listed(smiles)
-        found = _featurize(asked, self.predictor.conformers, self.predictor, max_atoms)
-        part = self.predictor.part(found.molecules)
+        predictor = dataclasses.replace(self.predictor, atom_contributions=atom_contributions)
+        found = _featurize(asked, predictor.conformers, predictor, max_atoms)
+        part = predictor.part(found.molecules)
         row_of = np.full(len(asked), -1, dtype=np.int64)
         row_of[part["source_row"].to_numpy()] = np.arange(len(part))
         rows = pa.array(row_of, mask=row_of < 0)
-        answers = part.drop_columns(["mol_id", "source_row", "smiles"]).take(rows)
+        unwanted = ["mol_id", "source_row", *([] if atom_contributions else ["smiles"])]
+        answers = part.drop_columns(unwanted).take(rows)
         reasons: list[str | None] = [None] * len(asked)
         for row in found.quarantine.to_pylist():
             reasons[row["source_row"]] = f"{row['reason']}: {row['detail']}"
@@ -190,8 +203,9 @@ class PropertyPredictor:
         table = pa.table(
             {"smiles": pa.array(texts, pa.string()), "rejected": pa.array(reasons, pa.string())}
         )
-        for name, column in zip(answers.column_names, answers.columns, strict=True):
-            table = table.append_column(answers.schema.field(name), column)
+        for field, column in zip(answers.schema, answers.columns, strict=True):
+            name = "canonical_smiles" if field.name == "smiles" else field.name
+            table = table.append_column(field.with_name(name), column)
         return table
 
 
@@ -250,6 +264,7 @@ def _featurize(
         **asdict(model.form or MoleculeForm()),
         max_atoms=max_atoms,
         require_coordinates=model.needs_coordinates,
+        canonical_order=model.needs_canonical_order,
         conformers=ConformerConfig.of_count(conformers),
     )
     return featurize_records(records, "smiles", (), config)

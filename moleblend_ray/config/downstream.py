@@ -320,6 +320,9 @@ class PredictConfig(LibraryConfig):
     interval: float | None = COVERAGE
     """Share of the labels of molecules like those of validation that an interval (lower, upper) around the prediction of a
     number is to hold, or of each class that its set of classes is to hold; null: neither."""
+    atom_contributions: bool = False
+    """Also say what each atom adds to each prediction: how much it changes without the atom, in the unit or, of classes, in
+    log-odds. Takes about as many times longer as a molecule has atoms."""
     csv: bool = False
     """Also write all predictions as one table, predictions.csv."""
 

@@ -1,4 +1,5 @@
-"""Predictions for molecules of a shard: mean, interval, spread over models and conformers, similarity to training molecules."""
+"""Predictions for molecules of a shard: mean, interval, spread over models and conformers, contributions of atoms, similarity to
+training molecules."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -22,18 +24,21 @@ from moleblend_ray.evaluation.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.atom_reference import element_counts
 from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
+    ViewDescriptors,
     batches_by_size,
     descriptors_of_views,
     views_of,
     without_coordinates,
 )
 from moleblend_ray.evaluation.class_sets import SET_NAMES, ClassCalibration
+from moleblend_ray.evaluation.contributions import Ask, atom_contributions
 from moleblend_ray.evaluation.ensemble import Member, combine, conformers_of, form_of, question_of
 from moleblend_ray.evaluation.intervals import Calibration
 from moleblend_ray.evaluation.property_model import TrainedProperty, distances_alone
 from moleblend_ray.evaluation.similarity import packed_ecfp
 from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME, PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.moleblend import NUM_ELEMENTS
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,9 @@ C = TypeVar("C")
 
 _OF_CLASSES: Final = ("p0", "p1", "classes")
 """Columns for each property of classes: p-values of both, and the set of those that a molecule goes with."""
+
+_OF_ATOMS: Final = ("atom_contributions", "atom_contributions_std")
+"""Columns for each property with a list of the atoms of each molecule."""
 
 _NAMED: Final = 5
 """Cases that a warning names."""
@@ -71,6 +79,8 @@ class Predictor:
     """Conformers computed at once."""
     device: torch.device
     """Device on which they are computed."""
+    atom_contributions: bool = False
+    """Whether to say what each atom adds to a prediction. The atoms of shard tables are then in the order of their SMILES."""
 
     @classmethod
     def build(
@@ -82,6 +92,7 @@ class Predictor:
         batch_size: int,
         device: torch.device,
         interval: float | None = None,
+        atom_contributions: bool = False,
     ) -> Predictor:
         """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
 
@@ -113,7 +124,13 @@ class Predictor:
             classes=classes,
             batch_size=batch_size,
             device=device,
+            atom_contributions=atom_contributions,
         )
+
+    @property
+    def needs_canonical_order(self) -> bool:
+        """Whether the atoms of a molecule must have the order of its canonical SMILES."""
+        return self.atom_contributions
 
     @property
     def needs_coordinates(self) -> bool:
@@ -154,6 +171,7 @@ class Predictor:
             *(self._bounded if self.interval is not None else ()),
             "std",
             *(["conformer_std"] if self.conformers > 1 else []),
+            *(_OF_ATOMS if self.atom_contributions else ()),
         ]
 
     @property
@@ -193,7 +211,8 @@ class Predictor:
         if not self.conformers:
             table = without_coordinates(table)
         views = views_of(table, self.conformers)
-        combined = combine(self._values(table, views), views)
+        ask = self._asker(table, views)
+        combined = combine(self._values(table, views, ask), views)
         columns = [table[name] for name in MOLECULE_COLUMNS]
         values = {
             "prediction": combined.mean,
@@ -204,28 +223,55 @@ class Predictor:
         }
         if self.interval is not None and self.trained.kind is TaskKind.CLASSIFICATION:
             values |= _class_columns(self.classes, combined.mean, self.interval)
+        made = {name: _columns(name, found) for name, found in values.items()}
+        if self.atom_contributions:
+            made |= self._of_atoms(table, views, ask)
         for index in range(len(self.trained.columns)):
-            columns += [_or_null(name, values[name][:, index]) for name in self._statistics]
+            columns += [made[name][index] for name in self._statistics]
         similarity, in_domain = self._applicability(table)
         return pa.table([*columns, similarity, in_domain], schema=self.schema)
 
-    @torch.no_grad()
-    def _values(self, table: pa.Table, views: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(S, R, T) predictions of S models: values in the unit, or probabilities."""
-        shape = (len(self.members), int(views.sum()), len(self.trained.columns))
-        outputs = np.empty(shape)
+    def _asker(self, table: pa.Table, views: NDArray[np.int64]) -> Ask:
+        """What asks all models for the views of the molecules of a shard table."""
         shown = descriptors_of_views(
             [member.saved.trained.descriptors for member in self.members],
             table["smiles"].to_pylist(),
             views,
         )
+        return partial(self._ask, shown)
+
+    @torch.no_grad()
+    def _ask(
+        self, shown: Sequence[ViewDescriptors], rows: NDArray[np.int64], batch: MoleculeBatch
+    ) -> NDArray[np.float64]:
+        """(S, B, T) outputs of S models for the views ``rows`` (B,): values in the unit, or log-odds."""
+        answers = []
+        for member, inputs in zip(self.members, shown, strict=True):
+            output = member.saved.model(batch, inputs.of(rows, self.device))
+            standardisation = member.saved.trained.standardisation
+            answers.append(standardisation.restore(output.double().cpu().numpy()))
+        return np.stack(answers)
+
+    def _values(self, table: pa.Table, views: NDArray[np.int64], ask: Ask) -> NDArray[np.float64]:
+        """(S, R, T) predictions of S models: values in the unit, or probabilities."""
+        outputs = np.empty((len(self.members), int(views.sum()), len(self.trained.columns)))
         for rows, batch in batches_by_size(table, views, self.batch_size, self.device):
-            for index, member in enumerate(self.members):
-                inputs = shown[index].of(rows, self.device)
-                outputs[index, rows] = member.saved.model(batch, inputs).double().cpu().numpy()
-        for index, member in enumerate(self.members):
-            outputs[index] = member.saved.trained.readout(outputs[index])
-        return outputs
+            outputs[:, rows] = ask(rows, batch)
+        return self.trained.predictions(outputs)
+
+    def _of_atoms(
+        self, table: pa.Table, views: NDArray[np.int64], ask: Ask
+    ) -> dict[str, list[pa.Array]]:
+        """The columns of each of ``_OF_ATOMS``, one for each property."""
+        found = atom_contributions(
+            table,
+            views,
+            ask,
+            shape=(len(self.members), len(self.trained.columns)),
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+        return dict(zip(_OF_ATOMS, (found.lists(found.mean), found.lists(found.std)), strict=True))
 
     def _applicability(self, table: pa.Table) -> tuple[pa.Array, pa.Array]:
         """Similarity to the nearest training molecule, and whether it is high enough; null if not known.
@@ -264,7 +310,6 @@ class Predictor:
 
 def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa.Schema:
     """Columns of predictions, with those of ``statistics`` for each property; the unit is in the metadata of the field."""
-    unit = _unit(trained)
     return pa.schema(
         [
             *(field for field in MOLECULE_FIELDS if field.name in MOLECULE_COLUMNS),
@@ -272,7 +317,7 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
                 pa.field(
                     f"{statistic}:{name}",
                     _type_of(statistic),
-                    metadata=None if statistic in _OF_CLASSES else unit,
+                    metadata=_unit(trained, statistic),
                 )
                 for name in trained.columns
                 for statistic in statistics
@@ -366,16 +411,20 @@ def _class_columns(
     return {"p0": found.of_0, "p1": found.of_1, "classes": words}
 
 
-def _unit(trained: TrainedProperty) -> Mapping[str, str] | None:
+def _unit(trained: TrainedProperty, statistic: str) -> Mapping[str, str] | None:
+    if statistic in _OF_CLASSES:
+        return None
     if trained.kind is TaskKind.CLASSIFICATION:
-        return {"unit": "probability"}
+        return {"unit": "log-odds" if statistic in _OF_ATOMS else "probability"}
     return {"unit": trained.unit} if trained.unit else None
 
 
-def _or_null(statistic: str, values: NDArray[Any]) -> pa.Array:
-    """A column with null for NaN: not known, as the spread of one value."""
-    return pa.array(values, _type_of(statistic), from_pandas=True)
+def _columns(statistic: str, values: NDArray[Any]) -> list[pa.Array]:
+    """The columns of (M, T) values, with null for NaN: not known, as the spread of one value."""
+    return [pa.array(column, _type_of(statistic), from_pandas=True) for column in values.T]
 
 
 def _type_of(statistic: str) -> pa.DataType:
+    if statistic in _OF_ATOMS:
+        return pa.list_(pa.float32())
     return pa.string() if statistic == "classes" else pa.float64()

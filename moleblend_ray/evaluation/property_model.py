@@ -151,7 +151,10 @@ class TrainedProperty:
 
     def readout(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M, T) head outputs as numbers in the unit, or as probabilities of class 1."""
-        values = self.standardisation.restore(outputs)
+        return self.predictions(self.standardisation.restore(outputs))
+
+    def predictions(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(..., T) restored outputs as predictions: numbers as they are, log-odds as probabilities of class 1."""
         if self.kind is TaskKind.REGRESSION:
             return values
         probabilities: NDArray[np.float64] = 0.5 * (1.0 + np.tanh(0.5 * values))

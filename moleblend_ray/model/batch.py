@@ -196,6 +196,32 @@ class MoleculeBatch:
             position_mask=torch.zeros_like(self.position_mask),
         )
 
+    def without_atom(self, molecule: Tensor, atom: Tensor) -> MoleculeBatch:
+        """V molecules: ``molecule`` (V,) int64 of this batch, each without its ``atom`` (V,) int64; both on the CPU.
+
+        All else stays as in the whole molecule: the number of neighbours of the other atoms, and paths also through the absent atom.
+        Each molecule must have at least two atoms.
+        """
+        device = self.atom_mask.device
+        num_atoms = self.num_atoms.cpu()[molecule] - 1
+        N = int(num_atoms.max())
+        rank = torch.arange(N)
+        kept = (rank + (rank >= atom[:, None])).to(device)
+        of = molecule.to(device)
+        rows, pairs = (of[:, None], kept), (of[:, None, None], kept[:, :, None], kept[:, None, :])
+        of_atoms = ("atom_features", "degrees", "positions", "position_mask")
+        changed: dict[str, Any] = {
+            "molecule_ids": self.molecule_ids[of],
+            "num_atoms": num_atoms.to(device),
+            "atom_mask": (rank < num_atoms[:, None]).to(device),
+            "descriptors": self.descriptors[of] if len(self.descriptors) else self.descriptors,
+            "size_groups": size_groups(num_atoms.numpy()),
+            **{name: getattr(self, name)[rows] for name in of_atoms},
+            **{name: getattr(self, name)[pairs] for name in ("spd", "path_codes")},
+            **_indices(num_atoms.numpy(), N, device),
+        }
+        return dataclasses.replace(self, **changed)
+
     def pack_tokens(self, padded: Tensor) -> Tensor:
         """(B, T, ...) to the (S, ...) real tokens."""
         return padded.flatten(0, 1).index_select(0, self.token_index)
@@ -208,7 +234,7 @@ class MoleculeBatch:
         return rectangle.view(B, T, *packed.shape[1:])
 
 
-def size_groups(num_atoms: NDArray[np.int32]) -> tuple[SizeGroup, ...]:
+def size_groups(num_atoms: NDArray[np.integer]) -> tuple[SizeGroup, ...]:
     """Groups of neighbouring molecules with tiles of one size, from their ``num_atoms`` (B,).
 
     A molecule has one token more than atoms. If the molecules are in no order of size, so that there would be too many
@@ -223,6 +249,21 @@ def size_groups(num_atoms: NDArray[np.int32]) -> tuple[SizeGroup, ...]:
         SizeGroup(begin, end - begin, int(tiles[begin]))
         for begin, end in zip(begins, ends, strict=True)
     )
+
+
+def _indices(num_atoms: NDArray[np.int64], N: int, device: torch.device) -> dict[str, Tensor]:
+    """The index tensors of :class:`MoleculeBatch` for molecules of ``num_atoms`` (B,), at most ``N``."""
+    B, A = len(num_atoms), int(num_atoms.sum())
+    lengths = {
+        "graph_token": B,
+        "atom_index": A,
+        "atom_token": A,
+        "token_index": A + B,
+        "token_molecule": A + B,
+    }
+    arrays = {name: np.empty(length, np.int64) for name, length in lengths.items()}
+    _index(N, num_atoms, *arrays.values())
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 class _Staging:

@@ -36,6 +36,7 @@ _LATER_SETTINGS: Final[Mapping[str, Any]] = {
     "finetune": {"descriptors": False},
     "task": {"censored": False, "relation_column": None, "replicates": "keep"},
     "interval": None,
+    "atom_contributions": False,
 }
 """Settings, by section, that results of earlier versions do not name, and what these were made with."""
 

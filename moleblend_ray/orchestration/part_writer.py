@@ -53,6 +53,10 @@ class PartMaker(Protocol):
         """Whether what it makes of molecules without coordinates means nothing."""
 
     @property
+    def needs_canonical_order(self) -> bool:
+        """Whether the atoms of a molecule must have the order of its canonical SMILES, as it tells of single atoms."""
+
+    @property
     def form(self) -> MoleculeForm | None:
         """The form of the molecules that it was trained on; None: unknown."""
 

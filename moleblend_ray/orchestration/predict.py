@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
         conformers=config.conformers,
         threshold=config.applicability,
         interval=config.interval,
+        atom_contributions=config.atom_contributions,
         batch_size=config.batch_size,
         device=device,
     )
@@ -120,7 +122,19 @@ def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
         with path.open("wb") as file:
             for index, part in enumerate(summary["parts"]):
                 content = storage.read_bytes(storage.join(out, part["path"]))
-                table = pq.read_table(pa.BufferReader(content))
+                table = _without_lists(pq.read_table(pa.BufferReader(content)))
                 options = pa.csv.WriteOptions(include_header=index == 0)
                 pa.csv.write_csv(table, file, options)
         storage.upload(path, storage.join(out, CSV_NAME))
+
+
+def _without_lists(table: pa.Table) -> pa.Table:
+    """The table with lists of numbers as text, in JSON: a cell of a CSV file holds no list."""
+    for place, field in enumerate(table.schema):
+        if pa.types.is_list(field.type):
+            texts = [
+                None if row is None else json.dumps([float(f"{value:.6g}") for value in row])
+                for row in table[place].to_pylist()
+            ]
+            table = table.set_column(place, field.name, pa.array(texts, pa.string()))
+    return table

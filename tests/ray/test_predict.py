@@ -74,6 +74,7 @@ def test_every_row_is_predicted_once_and_what_is_missing_is_made_again(
     config: PredictConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(molecules_module, "_FEWEST_ROWS", 20)
+    config = dataclasses.replace(config, atom_contributions=True)
     summary = predict(config)
     assert (summary.predictions, summary.rejected, summary.parts, summary.models) == (30, 1, 2, 2)
     assert summary.rejected_by_reason == {"unparsable_smiles": 1}
@@ -114,6 +115,9 @@ def test_every_row_is_predicted_once_and_what_is_missing_is_made_again(
     written = pa.csv.read_csv(out / "predictions.csv")
     assert written.column_names == table.column_names
     assert written["prediction:y"].to_pylist() == table["prediction:y"].to_pylist()
+    of_atoms = table["atom_contributions:y"].to_pylist()
+    for text, expected in zip(written["atom_contributions:y"].to_pylist(), of_atoms, strict=True):
+        np.testing.assert_allclose(json.loads(text), expected, rtol=1e-5)
 
     with pytest.raises(ConfigError, match=r"applicability: None there, 0\.5 here"):
         predict(dataclasses.replace(config, applicability=0.5))

@@ -55,6 +55,42 @@ def test_packing_and_padding_undo_each_other() -> None:
     assert batch.token_molecule.tolist() == [0] * 2 + [1] * 4 + [2] * 6
 
 
+def test_without_an_atom_all_else_is_as_in_the_whole_molecule() -> None:
+    molecules = [zoo.chain(2), zoo.ring(6).without_positions([2]), zoo.salt(), zoo.chain(9)]
+    batch = zoo.batch(molecules, ids=[3, 5, 7, 9], step=4)
+    places = [(row, atom) for row in (0, 1, 2) for atom in range(molecules[row].num_atoms)]
+    order = np.random.default_rng(0).permutation(len(places))
+    molecule, atom = torch.tensor(places)[order].unbind(1)
+    found = batch.without_atom(molecule, atom)
+    assert found.step == batch.step
+    assert found.molecule_ids.tolist() == batch.molecule_ids[molecule].tolist()
+    most = max(molecules[row].num_atoms for row, _ in places) - 1
+    assert found.max_atoms == most
+    for row, (whole, gone) in enumerate(zip(molecule.tolist(), atom.tolist(), strict=True)):
+        left = [index for index in range(molecules[whole].num_atoms) if index != gone]
+        n = len(left)
+        assert found.num_atoms[row] == n
+        assert found.atom_mask[row].tolist() == [True] * n + [False] * (most - n)
+        for name in ("atom_features", "degrees", "positions", "position_mask"):
+            values = getattr(found, name)[row]
+            assert torch.equal(values[:n], getattr(batch, name)[whole][left])
+            assert not values[n:].any()
+        for name in ("spd", "path_codes"):
+            values = getattr(found, name)[row]
+            assert torch.equal(values[:n, :n], getattr(batch, name)[whole][left][:, left])
+            assert not values[n:].any()
+            assert not values[:, n:].any()
+    tokens = torch.randn(int(found.num_atoms.sum()) + len(places), 4)
+    padded = found.pad_tokens(tokens)
+    assert torch.equal(found.pack_tokens(padded), tokens)
+    assert torch.equal(padded[:, 0], tokens[found.graph_token])
+    assert torch.equal(padded[:, 1:][found.atom_mask], tokens[found.atom_token])
+    assert torch.equal(
+        found.pad_atoms(tokens[found.atom_token])[found.atom_mask], tokens[found.atom_token]
+    )
+    assert found.size_groups == size_groups(found.num_atoms.numpy())
+
+
 def test_a_received_buffer_gives_the_same_batch_and_stays_untouched() -> None:
     (micro,) = build_micro_batches(zoo.block([zoo.chain(3), zoo.ring(6)]), 2, 0, 8)
     sent = bytes(micro.payload)

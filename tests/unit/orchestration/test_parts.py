@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data import storage
@@ -42,7 +43,7 @@ from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.identity import check_claim, claim
 from moleblend_ray.orchestration.molecules import look_at_source
 from moleblend_ray.orchestration.part_writer import PartWriter
-from moleblend_ray.orchestration.predict import predict_job
+from moleblend_ray.orchestration.predict import predict, predict_job
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 
@@ -55,9 +56,13 @@ def manifest(tmp_path: Path) -> Manifest:
     return prepared(str(source), str(tmp_path / "data"))
 
 
-def prepared(source: str, out: str) -> Manifest:
+def prepared(source: str, out: str, *, canonical_order: bool = False) -> Manifest:
     """Of the data set ``out``, which is made of ``source`` without Ray."""
-    options = ConvertOptions(columns=ColumnConfig(), valid_fraction=0.0)
+    options = ConvertOptions(
+        columns=ColumnConfig(),
+        valid_fraction=0.0,
+        featurize=FeaturizeConfig(canonical_order=canonical_order),
+    )
     sources = inspect_sources(find_sources(source), options.columns)
     claim_output(out, sources, options)
     receipts = [
@@ -66,6 +71,18 @@ def prepared(source: str, out: str) -> Manifest:
         for chunk in read_chunks(layout, index, options.rows_per_chunk)
     ]
     return write_manifest(out, sources, options, receipts)
+
+
+def trained_property(conformers: int = 1) -> TrainedProperty:
+    """One number."""
+    return TrainedProperty(
+        task="esol",
+        kind=TaskKind.REGRESSION,
+        columns=("y",),
+        unit="",
+        standardisation=Standardisation(mean=np.zeros(1), std=np.ones(1)),
+        conformers=conformers,
+    )
 
 
 def writer(folder: Path, manifest: Manifest, *, model: str = "model") -> PartWriter:
@@ -205,15 +222,17 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     monkeypatch.setattr(
         parts,
         "prepare_molecules",
-        lambda *_, conformers, require_coordinates, **__: found.append(
-            (conformers, require_coordinates)
+        lambda *_, conformers, require_coordinates, canonical_order, **__: found.append(
+            (conformers, require_coordinates, canonical_order)
         ),
     )
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
     for needs in (False, True):
-        maker = SimpleNamespace(conformers=4, form=None, needs_coordinates=needs)
+        maker = SimpleNamespace(
+            conformers=4, form=None, needs_coordinates=needs, needs_canonical_order=not needs
+        )
         parts._prepare(predict_job(config), maker)
-    assert found == [(made, False), (made, True)]
+    assert found == [(made, False, True), (made, True, False)]
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, True), (True, True), (False, False)])
@@ -264,16 +283,8 @@ def test_a_model_tuned_without_coordinates_does_not_see_those_of_the_source_unle
     seen: bool,
 ) -> None:
     torch.manual_seed(0)
-    trained = TrainedProperty(
-        task="esol",
-        kind=TaskKind.REGRESSION,
-        columns=("y",),
-        unit="",
-        standardisation=Standardisation(mean=np.zeros(1), std=np.ones(1)),
-        conformers=tuned_with,
-    )
     model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig(relations=relations))
-    save_property_model(model, trained, str(tmp_path))
+    save_property_model(model, trained_property(tuned_with), str(tmp_path))
     config = EmbedConfig(checkpoint=str(tmp_path), source="/a.sdf", out="/o", conformers=asked)
     embedder = load_embedder(config, torch.device("cpu"))
     table = _featurize(["CCCO", "OCCc1ccccc1"], 1, embedder, 256).molecules
@@ -400,6 +411,36 @@ def test_settings_of_raw_molecules_are_refused_with_a_prepared_library(tmp_path:
         look_at_source(dataclasses.replace(config, id_column="name", max_atoms=50), ())
 
 
+def test_contributions_are_refused_where_atoms_are_not_in_the_order_of_the_smiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: Manifest
+) -> None:
+    save_property_model(
+        PropertyModel(MoleBlendModel(TINY), 1), trained_property(), str(tmp_path / "model")
+    )
+    config = PredictConfig(
+        models=str(tmp_path / "model"),
+        source=str(tmp_path / "data"),
+        out=str(tmp_path / "out"),
+        conformers=0,
+        atom_contributions=True,
+    )
+
+    class StartedError(Exception):
+        """Ray was started."""
+
+    def start(cluster: ClusterConfig) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(parts, "ray_session", start)
+    with pytest.raises(ConfigError, match=r"atom_contributions: .*featurize\.canonical_order=true"):
+        predict(config)
+    with pytest.raises(StartedError):
+        predict(dataclasses.replace(config, atom_contributions=False))
+    prepared(manifest.sources[0].uri, str(tmp_path / "ordered"), canonical_order=True)
+    with pytest.raises(StartedError):
+        predict(dataclasses.replace(config, source=str(tmp_path / "ordered")))
+
+
 def test_the_results_of_another_command_are_told_by_its_name(tmp_path: Path) -> None:
     out = str(tmp_path)
     embedding = embed_job(EmbedConfig(checkpoint="/m", source="/a.csv", out=out))
@@ -415,7 +456,9 @@ def test_predictions_of_before_there_were_intervals_go_on_without_them(tmp_path:
     out = str(tmp_path / "out")
     config = PredictConfig(models="/m", source="/a.csv", out=out)
     before = predict_job(config).question()
+    # As versions without them stored it.
     before.pop("interval")
+    before.pop("atom_contributions")
     claim(out, {"config": before, "checkpoint_fingerprint": "f"})
     with pytest.raises(ConfigError, match=r"interval: None there, 0\.9 here"):
         check_claim(out, {"config": predict_job(config).question()})
