@@ -232,8 +232,12 @@ def _record(name: str, value: float, labels: dict[str, str]) -> None:
         metric = METRICS[name]
         make = Counter if metric.kind == "counter" else Gauge
         _instruments[name] = make(name, description=metric.help, tag_keys=metric.labels)
+    # Ray encodes labels in ASCII, and names of runs and tasks may be in any language.
+    shown = {
+        label: text.encode("ascii", "backslashreplace").decode() for label, text in labels.items()
+    }
     # Not `inc`, which refuses 0. Without a first 0, rate() does not see a counter's first event.
-    _instruments[name]._record(value, labels)
+    _instruments[name]._record(value, shown)
 
 
 class JobMetrics:

@@ -233,6 +233,13 @@ def test_metrics_that_fail_are_given_up_once_and_harm_nothing(
     assert caplog.text.count("metrics are not published: RuntimeError: no agent") == 1
 
 
+def test_names_of_runs_in_any_language_are_published(caplog: pytest.LogCaptureFixture) -> None:
+    publisher = Publisher(run="Müller/µ-Opioid")
+    publisher.add("moleblend_train_steps_total", 0)
+    publisher.publish()
+    assert "metrics are not published" not in caplog.text
+
+
 def test_a_name_that_is_not_declared_is_our_own_mistake() -> None:
     with pytest.raises(KeyError):
         Publisher(run="a").set("moleblend_train_wrokers", 1)
