@@ -334,7 +334,8 @@ def _by_row(where: str, value: Any) -> SplitTable:
 
 def _by_id(where: str, pairs: list[tuple[str, str]]) -> SplitTable:
     table: dict[str, str] = {}
-    for mol_id, split in pairs:
+    # Without spaces around them, as the ids of a source are read.
+    for mol_id, split in ((mol_id.strip(), split) for mol_id, split in pairs):
         if table.setdefault(mol_id, split) != split:
             raise DataError(
                 f"{where}: id {mol_id!r} is in {table[mol_id]} and in {split}; expected one split."

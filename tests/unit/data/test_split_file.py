@@ -140,6 +140,16 @@ def test_texts_may_be_compressed(
         by_row(path)
 
 
+def test_spaces_around_ids_do_not_count_as_in_a_source(tmp_path: Path) -> None:
+    (tmp_path / "s.csv").write_text("id,split\nA 1 ,train\n A2,test\n")
+    (tmp_path / "s.json").write_text('{"train": ["A 1 "], "test": [" A2"]}')
+    for name in ("s.csv", "s.json"):
+        assert read_split_file(str(tmp_path / name)).by_id == {"A 1": "train", "A2": "test"}
+    (tmp_path / "twice.csv").write_text("id,split\nA1 ,train\nA1,test\n")
+    with pytest.raises(DataError, match="id 'A1' is in train and in test"):
+        read_split_file(str(tmp_path / "twice.csv"))
+
+
 def test_a_table_of_ids_keeps_them_as_they_are_written(tmp_path: Path) -> None:
     for name, text in {
         "s.tsv": "id\tsplit\n007\ttrain\n7\ttest\n",
