@@ -136,8 +136,9 @@ def read_censored(
 
 
 def sd_text(raw: bytes) -> str:
-    """An SD record as text, without its ``$$$$`` line and with Unix line ends."""
-    return decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
+    """An SD record as text, without its ``$$$$`` line, with Unix line ends, and without a byte order mark before its title."""
+    text = decode(_LAST_RECORD_END.sub(b"", raw)).replace("\r\n", "\n")
+    return text.removeprefix("\ufeff")
 
 
 def sd_properties(text: str) -> tuple[str, dict[str, str]]:

@@ -40,6 +40,13 @@ def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -
     assert record.unreadable == ("x",)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_title(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    text = "".join(METHANE.format(title=title) + "$$$$\n" for title in ("a", "b"))
+    path.write_text(text, encoding="utf-8-sig")
+    assert [record.mol_id for record in records_of(path)] == ["a", "b"]
+
+
 def test_several_lines_in_one_of_a_table_of_smiles_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "t.smi").write_bytes(b"C a\r\nN c\rNC d\rNCC e\r\nCC b\n")
     first, bad, last = records_of(tmp_path / "t.smi")
