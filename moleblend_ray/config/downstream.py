@@ -52,7 +52,8 @@ class TaskConfig:
     split_file: str | None = None
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
     unit: str | None = None
-    """Unit of the labels, for reports; null: the task table's."""
+    """Unit of the labels, for reports and predictions; null: the one that the data state for all columns (in Parquet the field
+    metadata `unit`), else the task table's."""
     censored: bool = False
     """Train on labels of which the table tells only a bound, such as >10 or <0.5; otherwise they count as missing. For numbers
     of one task. A prepared dataset must have been made with `censored_labels`."""

@@ -82,6 +82,8 @@ class LabelledMolecules:
     """Which molecules the records of the source became."""
     bounds: LabelBounds | None = None
     """Bounds of labels that have no number; None if they count as missing."""
+    unit: str | None = None
+    """The unit that the data state for every column; None if they state none, or several."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -194,7 +196,13 @@ def load_labelled(
         else _named_parts(named, table, manifest, uri),
         conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
         form=MoleculeForm.of_options(manifest.options),
+        unit=_common_unit(manifest, columns),
     )
+
+
+def _common_unit(manifest: Manifest, columns: Sequence[str]) -> str | None:
+    stated = {label.unit for label in manifest.labels if label.name in columns}
+    return stated.pop() if len(stated) == 1 else None
 
 
 def _matrix(table: pa.Table, prefix: str, columns: Sequence[str]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     start, named = inputs.start, inputs.named
     data_uri = prepare_task(config, start.molecules, inputs.sources)
     molecules, replicates = _read_molecules(config.task, task, data_uri, named)
+    task = _in_unit_of_data(config.task, task, molecules.unit)
     split = _usable_split(config, task, molecules)
     require_coordinates(config, molecules)
     identity = {
@@ -189,6 +191,24 @@ def _read_molecules(
     )
     _tell_of_replicates(task, replicates)
     return molecules, replicates
+
+
+def _in_unit_of_data(config: TaskConfig, task: Task, stated: str | None) -> Task:
+    """The task in the unit that its data state, unless the user names one; tells if the task table has another."""
+    is_class = task.kind is TaskKind.CLASSIFICATION
+    if is_class or config.unit is not None or not stated or stated == task.unit:
+        return task
+    if task.unit:
+        logger.warning(
+            "%s: the labels of %s are in %s, and not in %s as in the table of tasks; scores and predictions are in %s, too. If "
+            "both are names of one unit, set task.unit to the one that you want",
+            task.name,
+            without_credentials(config.source),
+            stated,
+            task.unit,
+            stated,
+        )
+    return dataclasses.replace(task, unit=stated)
 
 
 def _tell_of_bounds(config: TaskConfig, task: Task, molecules: LabelledMolecules) -> None:

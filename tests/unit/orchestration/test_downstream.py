@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from in_process import prepare_in_process
@@ -94,6 +96,7 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
     molecules = SimpleNamespace(
         labels=labels,
         bounds=None,
+        unit=None,
         num_unreadable=0,
         columns=("y",),
         smiles=("C",) * 6,
@@ -186,6 +189,63 @@ def test_a_task_has_the_labels_that_its_rule_for_replicates_gives(
     molecules, replicates = downstream._read_molecules(config, config.resolve(), data, named)
     assert molecules.labels[:, 0].tolist() == expected
     assert replicates.rule is ReplicateRule(rule)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "units", "expected", "is_told"),
+    [
+        ("qm9_gap", None, ["eV"], "eV", True),
+        ("qm9_gap", None, ["hartree"], "hartree", False),
+        ("qm9_gap", "electronvolt", ["eV"], "electronvolt", False),
+        ("qm9_gap", None, [None], "hartree", False),
+        ("own", None, ["eV", "eV"], "eV", False),
+        ("own", None, ["eV", "Debye"], "", False),
+        ("own", None, ["eV", None], "", False),
+    ],
+)
+def test_results_are_in_the_unit_that_the_data_state(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    asked: str | None,
+    units: list[str | None],
+    expected: str,
+    is_told: bool,
+) -> None:
+    columns = ("gap", "mu")[: len(units)]
+    fields = [
+        pa.field(column, pa.float64(), metadata={"unit": unit} if unit else None)
+        for column, unit in zip(columns, units, strict=True)
+    ]
+    smiles = ["C" * length for length in range(1, 7)]
+    values = [[float(length) for length in range(6)]] * len(columns)
+    schema = pa.schema([pa.field("smiles", pa.string()), *fields])
+    pq.write_table(pa.table([smiles, *values], schema=schema), tmp_path / "a.parquet")
+    data = str(tmp_path / "data")
+    prepare_in_process(str(tmp_path / "a.parquet"), data, ConvertOptions(columns=ColumnConfig()))
+    task = TaskConfig(
+        name=name,
+        source=data,
+        columns=columns,
+        kind=TaskKind.REGRESSION,
+        split=SplitKind.GIVEN,
+        unit=asked,
+    )
+    config = FinetuneConfig(task=task, out=str(tmp_path / "out"), model=TINY)
+    parts = {"train": np.arange(2), "valid": np.arange(2, 4), "test": np.arange(4, 6)}
+    named = NamedSplits(parts, None, "the test")
+    monkeypatch.setattr(downstream, "check_cluster", lambda config: None)
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    with caplog.at_level(logging.WARNING):
+        bench = set_up(config, Inputs(start=starting_point(config), named=named, sources=None))
+    assert bench.experiment.task.unit == expected
+    assert ("are in eV, and not in hartree" in caplog.text) == is_told
+
+
+def test_classes_have_no_unit() -> None:
+    config = TaskConfig(name="bbbp", source="a.parquet")
+    assert downstream._in_unit_of_data(config, config.resolve(), "class").unit == ""
 
 
 def test_a_cluster_is_asked_for_room_for_one_training_and_for_shared_paths(
