@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.evaluation.ensemble import model_folders
+from moleblend_ray.evaluation.ensemble import (
+    is_of_several_tasks,
+    model_folders,
+    several_tasks,
+)
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.property_model import (
     SavedProperty,
@@ -32,7 +36,8 @@ class LoadedEncoder(NamedTuple):
 def load_encoder(checkpoint: str) -> LoadedEncoder:
     """Load an encoder from a pretraining run, one of its checkpoints, an exported model or a fine-tuned model.
 
-    Raises CheckpointError for anything else, for weights that are not finite, and also for a finished fine-tuning or sweep, whose models have an encoder each.
+    Raises CheckpointError for anything else, for weights that are not finite, and also for a finished fine-tuning or sweep, of one
+    task or several, whose models have an encoder each.
     """
     fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
     if fine_tuned is None and storage.exists(storage.join(checkpoint, RESULTS_NAME)):
@@ -40,6 +45,8 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
             f"{checkpoint} is the `out` of a fine-tuning or sweep, whose models have an encoder each; name one of them: "
             + ", ".join(model_folders((checkpoint,)))
         )
+    if is_of_several_tasks(checkpoint):
+        raise CheckpointError(several_tasks(checkpoint))
     model: MoleBlendModel | PropertyModel
     if fine_tuned is None:
         model = pretrained = load_model(checkpoint)

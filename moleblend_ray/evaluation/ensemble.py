@@ -14,13 +14,18 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
+from moleblend_ray.evaluation.leaderboard import read_leaderboard
 from moleblend_ray.evaluation.property_model import (
     SavedProperty,
     TrainedProperty,
     is_property_model,
     load_property_model,
 )
-from moleblend_ray.evaluation.result_files import RESULTS_NAME
+from moleblend_ray.evaluation.result_files import (
+    IDENTITY_NAME,
+    LEADERBOARD_NAME,
+    RESULTS_NAME,
+)
 from moleblend_ray.evaluation.results import weights_fingerprint
 from moleblend_ray.evaluation.stored_predictions import PartPredictions, read_predictions
 from moleblend_ray.model.hub import PROPERTY_NAME
@@ -86,12 +91,31 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
             folders = [storage.join(uri, seed["model"]) for seed in seeds]
             _require_models(results, folders)
             found += folders
+        elif is_of_several_tasks(uri):
+            raise CheckpointError(several_tasks(uri))
         else:
             raise CheckpointError(
                 f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning or sweep "
                 f"(no property.json, no {RESULTS_NAME}). Finish that command, or name its models/seed-N"
             )
     return tuple(found)
+
+
+def is_of_several_tasks(uri: str) -> bool:
+    """Whether the directory ``uri`` is the `out` of a fine-tuning or sweep of several tasks.
+
+    Leaderboards can be written elsewhere, too, but what else a leaderboard and models have in common notes its settings.
+    """
+    names = (f"{LEADERBOARD_NAME}.json", IDENTITY_NAME)
+    has_board, has_note = (storage.exists(storage.join(uri, name)) for name in names)
+    return has_board and not has_note
+
+
+def several_tasks(uri: str) -> str:
+    """What is told to those who ask for one model at ``uri``, where several tasks have theirs."""
+    finished = [storage.join(uri, row.results) for row in read_leaderboard(uri).finished]
+    listed = f"name one of them: {', '.join(finished)}" if finished else "none of them is finished"
+    return f"{uri} is the `out` of a fine-tuning or sweep of several tasks, each with models of its own; {listed}"
 
 
 def _require_models(results: str, folders: Sequence[str]) -> None:

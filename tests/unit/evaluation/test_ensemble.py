@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
+from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import (
     combine,
     conformers_of,
@@ -30,6 +32,7 @@ from moleblend_ray.evaluation.results import SeedResult, seeds_entry
 from moleblend_ray.evaluation.runs import model_path
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
+from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
@@ -99,6 +102,37 @@ def test_a_finished_fine_tuning_stands_for_the_models_of_all_its_seeds(tmp_path:
     (out / "models/seed-7/property.json").unlink()
     with pytest.raises(CheckpointError, match=r"names 2 models, but \S+/models/seed-7 holds none"):
         model_folders([str(out)])
+
+
+def test_the_folder_of_several_tasks_is_answered_by_those_that_have_models(tmp_path: Path) -> None:
+    out = tmp_path / "many"
+    rows = [
+        {"name": name, "status": "waiting", "reason": "", "results": ""}
+        for name in ("esol", "bbbp")
+    ]
+    storage.write_json(str(out / "leaderboard.json"), {"tasks": rows})
+    asks: list[Callable[[str], object]] = [lambda uri: model_folders([uri]), load_encoder]
+    for ask in asks:
+        with pytest.raises(CheckpointError, match=r"several tasks.*none of them is finished"):
+            ask(str(out))
+    spread = {"mean": 1.0, "std": 0.0, "values": [1.0]}
+    results = {
+        "task": {"name": "esol", "metric": "rmse", "higher_is_better": False, "unit": ""},
+        "data": {"molecules": 9, "split": {"kind": "random", "hash": "0"}},
+        "final": {"name": "a model", "valid": spread, "test": spread},
+    }
+    storage.write_json(str(out / "esol/results.json"), results)
+    for ask in asks:
+        with pytest.raises(CheckpointError, match=r"name one of them: \S+/many/esol$"):
+            ask(str(out))
+
+
+def test_a_run_that_has_a_leaderboard_of_its_fine_tunings_is_still_a_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = MoleBlendModel(TINY)
+    save_pretrained(model, str(tmp_path))
+    storage.write_json(str(tmp_path / "leaderboard.json"), {"tasks": []})
+    assert load_encoder(str(tmp_path)).start.model == TINY
 
 
 @pytest.mark.parametrize(
