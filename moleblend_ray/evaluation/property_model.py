@@ -58,8 +58,10 @@ class Standardisation:
                 f"label columns {[columns[index] for index in empty]} have no value among the "
                 f"{len(labels)} training molecules; leave them out of task.columns"
             )
-        std = np.nanstd(labels, axis=0)
-        return cls(mean=np.nanmean(labels, axis=0), std=np.where(std > 0, std, 1.0))
+        # Because the mean is rounded, equal labels have a tiny deviation without meaning, on which a bound would lie far out.
+        differ = np.nanmin(labels, axis=0) < np.nanmax(labels, axis=0)
+        std = np.where(differ, np.nanstd(labels, axis=0), 1.0)
+        return cls(mean=np.nanmean(labels, axis=0), std=std)
 
     def normalise(self, labels: NDArray[np.float64]) -> NDArray[np.float64]:
         """Labels as the model should predict them."""

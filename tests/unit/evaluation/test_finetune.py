@@ -114,6 +114,12 @@ def test_labels_are_standardised_on_the_training_part_alone() -> None:
     np.testing.assert_allclose(standardisation.restore(standardisation.normalise(labels)), labels)
 
 
+def test_equal_labels_keep_their_scale_though_their_mean_is_rounded() -> None:
+    labels = np.full((3, 1), 0.1)
+    assert labels.std() > 0
+    assert Standardisation.fit(TaskKind.REGRESSION, labels, ("a",)).std.tolist() == [1.0]
+
+
 def test_a_column_without_training_labels_is_named() -> None:
     with pytest.raises(DataError, match=r"\['b'\] have no value"):
         Standardisation.fit(TaskKind.REGRESSION, np.array([[1.0, np.nan]]), ("a", "b"))
