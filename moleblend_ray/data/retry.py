@@ -118,6 +118,11 @@ def is_conflict(error: BaseException) -> bool:
     return isinstance(error, FileExistsError) or 412 in (s3_error(error)[1], http_status(error))
 
 
+def is_beyond_end(error: BaseException) -> bool:
+    """Whether a range was refused because the file ends before it."""
+    return 416 in (s3_error(error)[1], http_status(error))
+
+
 def http_status(error: BaseException) -> int:
     """Status of the HTTP response that an error of aiohttp or gcsfs is about; 0 if there was none."""
     for name in ("status", "code"):

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from moleblend_ray.data import storage_clients
 from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RangedFile, WebFile, read_web_range
-from moleblend_ray.data.retry import is_conflict, retried, s3_error
+from moleblend_ray.data.retry import is_beyond_end, is_conflict, retried, s3_error
 from moleblend_ray.data.storage_clients import (
     RANGED,
     is_web,
@@ -123,11 +123,16 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
     """Bytes ``[offset, offset + length)`` of a file, fewer if it ends earlier."""
     filesystem, path = storage_clients.resolve(uri)
     with translate_errors("read", uri):
-        if is_web(uri):
-            return bytes(_call("read", uri, read_web_range, uri, offset, length))
-        return bytes(
-            _call("read", uri, filesystem.cat_file, path, start=offset, end=offset + length)
-        )
+        try:
+            if is_web(uri):
+                return bytes(_call("read", uri, read_web_range, uri, offset, length))
+            return bytes(
+                _call("read", uri, filesystem.cat_file, path, start=offset, end=offset + length)
+            )
+        except Exception as error:  # each client has classes of its own
+            if is_beyond_end(error):
+                return b""
+            raise
 
 
 def open_read(uri: str) -> BinaryIO:

@@ -42,6 +42,7 @@ def test_what_is_written_is_read_back_whole_and_by_range(base: str) -> None:
     assert storage.read_bytes(uri) == b"0123456789"
     assert storage.read_range(uri, 3, 4) == b"3456"
     assert storage.read_range(uri, 8, 100) == b"89"
+    assert storage.read_range(uri, 10, 1) == storage.read_range(uri, 99, 1) == b""
     assert storage.size(uri) == 10
     assert storage.exists(uri)
     assert storage.exists(base)

@@ -246,6 +246,11 @@ def test_what_google_s_storage_fails_at_for_a_while_is_tried_again(
     assert not bucket.errors
 
 
+def test_a_range_behind_the_end_is_empty_in_google_s_storage_too(google: Any) -> None:
+    google(Bucket(HttpError(416, "The requested range cannot be satisfied.")))
+    assert storage.read_range("gs://b/k", 9, 3) == b""
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
