@@ -35,6 +35,7 @@ from moleblend_ray.evaluation.stored_predictions import (
     write_predictions,
 )
 from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.model.hub import PROPERTY_NAME
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +82,12 @@ def train_and_test(
     test = score(*outcome)
     path = model_path(seed)
     folder = storage.join(out, path)
-    # A result of other settings must not be beside a model of these.
+    # A result or a model of other settings must not be beside files of these.
     storage.delete(_result_uri(out, seed))
+    storage.delete(storage.join(folder, PROPERTY_NAME))
     save_domain(ApplicabilityDomain.of([molecules.smiles[row] for row in split.train]), folder)
-    save_property_model(result.model, result.trained, folder)
     write_predictions(folder, molecules, split, predictions)
+    save_property_model(result.model, result.trained, folder)
     last = result.history[-1]
     found = SeedResult(
         seed=seed,

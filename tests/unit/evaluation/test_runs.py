@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
+from moleblend_ray.evaluation.property_model import is_property_model
 from moleblend_ray.evaluation.runs import (
     Experiment,
     finished_seed,
@@ -57,25 +59,25 @@ def test_a_finished_seed_counts_for_its_own_settings_alone(
     assert finished_seed(out, 5, SETTINGS) is None
 
 
-def test_a_training_killed_while_it_replaces_a_model_leaves_no_result(
-    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("writes", range(5))
+def test_a_training_killed_while_it_replaces_a_model_leaves_none_beside_files_of_the_former(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    out = str(tmp_path)
-    train_and_test(experiment, SETTINGS, 4, out, torch.device("cpu"))
+    out, other = str(tmp_path), dataclasses.replace(SETTINGS, relations="2d")
+    found = train_and_test(experiment, SETTINGS, 4, out, torch.device("cpu"))
+    write, left = storage.write_bytes, iter(range(writes))
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def killed(uri: str, content: bytes) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        write(uri, content)
 
-    monkeypatch.setattr("moleblend_ray.evaluation.runs.save_property_model", killed)
+    monkeypatch.setattr(storage, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
-        train_and_test(
-            experiment,
-            dataclasses.replace(SETTINGS, epochs=2),
-            4,
-            out,
-            torch.device("cpu"),
-        )
-    assert finished_seed(out, 4, SETTINGS) is None
+        train_and_test(experiment, other, 4, out, torch.device("cpu"))
+    assert finished_seed(out, 4, SETTINGS) is finished_seed(out, 4, other) is None
+    # The result is the fifth and last file. Without it, the model is whole, too.
+    assert is_property_model(f"{out}/{found.model}") == (writes == 4)
 
 
 def test_predictions_of_new_molecules_are_those_that_were_scored(
