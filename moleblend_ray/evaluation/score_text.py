@@ -16,8 +16,10 @@ def figure_text(text: str) -> str:
 
 
 def table_cell(text: str) -> str:
-    """A name or unit for a cell of a Markdown table, where a bar would end the cell and a tag would be none of the text."""
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    """A name or unit for a cell of a Markdown table, where a bar would end the cell, a line break (which spreadsheets have in
+    headers) the row, and a tag would be none of the text."""
+    line = " ".join(text.split())
+    return line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def score_text(score: float, like: float | None = None) -> str:

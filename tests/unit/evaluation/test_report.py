@@ -153,7 +153,7 @@ def test_the_mean_of_all_models_stands_below_them_wherever_they_are(tmp_path: Pa
 def test_intervals_are_shown_with_the_share_of_test_labels_inside(tmp_path: Path) -> None:
     columns = {
         "a|b": {"half_width": 1.5, "valid_labels": 1200, "test_labels": 40, "test_inside": 35},
-        "c": {"half_width": None, "valid_labels": 8, "test_labels": 4, "test_inside": 0},
+        "c\n(nM)": {"half_width": None, "valid_labels": 8, "test_labels": 4, "test_inside": 0},
         "d": {"half_width": 2.0, "valid_labels": 30, "test_labels": 0, "test_inside": 0},
     }
     results = results_of()
@@ -163,7 +163,7 @@ def test_intervals_are_shown_with_the_share_of_test_labels_inside(tmp_path: Path
     assert "hold 90 % of the labels" in text
     assert "| column | prediction ±, log\\|S\\| | validation labels | test labels inside |" in text
     assert "\n| a\\|b | 1.5000 | 1,200 | 35 of 40 (88 %) |\n" in text
-    assert "\n| c | too few labels | 8 |  |\n" in text
+    assert "\n| c (nM) | too few labels | 8 |  |\n" in text
     assert "\n| d | 2.0000 | 30 | none |\n" in text
     for absent in ({}, {"intervals": None}):
         results["final"] = {**results_of()["final"], **absent}
