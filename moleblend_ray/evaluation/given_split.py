@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
@@ -14,7 +15,7 @@ from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
 from moleblend_ray.data.sources.damage import DamageError, unreadable
 from moleblend_ray.data.sources.headers import delimited_form
-from moleblend_ray.data.sources.parquet import parquet_file
+from moleblend_ray.data.sources.parquet import parquet_file, strings
 from moleblend_ray.data.sources.reading import open_items, open_records
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
 from moleblend_ray.data.splits import NamedSplits, is_split_name
@@ -104,8 +105,8 @@ def _parquet_cells(file: SourceFile, column: str) -> Iterator[str]:
         if column not in table.schema_arrow.names:
             raise _no_column(file, column, table.schema_arrow.names)
         for batch in table.iter_batches(columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield "" if value is None else str(value)
+            for text in strings(pa.Table.from_batches([batch]), column):
+                yield text or ""
 
 
 def _no_column(file: SourceFile, column: str, columns: Sequence[str]) -> DataError:

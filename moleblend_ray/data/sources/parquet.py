@@ -207,8 +207,8 @@ def parquet_file(file: SourceFile) -> Iterator[pq.ParquetFile]:
 def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
     """The records of a chunk of rows."""
     table = pa.ipc.open_stream(chunk.payload).read_all().combine_chunks()
-    smiles = _strings(table, layout.smiles_column)
-    mol_ids = _strings(table, layout.id_column)
+    smiles = strings(table, layout.smiles_column)
+    mol_ids = strings(table, layout.id_column)
     labels, unreadable, bounds = _label_matrix(table, layout)
     geometry = _geometry_rows(table, smiles) if layout.has_geometry else None
     for index in range(chunk.num_rows):
@@ -224,7 +224,8 @@ def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
         )
 
 
-def _strings(table: pa.Table, name: str | None) -> list[str | None]:
+def strings(table: pa.Table, name: str | None) -> list[str | None]:
+    """(M,) the texts of a column, None where it has none, also if there is no such column."""
     if name is None or name not in table.column_names:
         return [None] * table.num_rows
     return [
@@ -275,7 +276,7 @@ def _label_matrix(
 
 def _relations(table: pa.Table, layout: SourceLayout) -> list[str | None]:
     """What each row says of all of its labels."""
-    return [relation_of(text or "") for text in _strings(table, layout.relation_column)]
+    return [relation_of(text or "") for text in strings(table, layout.relation_column)]
 
 
 def _geometry_rows(

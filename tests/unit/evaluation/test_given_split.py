@@ -113,15 +113,17 @@ def test_parts_stay_with_their_molecules_when_some_are_taken(tmp_path: Path) -> 
 
 def test_parquet_and_sd_files_give_the_rows_that_a_table_gives(tmp_path: Path) -> None:
     expected = {"train": [0, 3, 5], "validation": [1], "test": [2], "Test": [4]}
-    parquet = tmp_path / "table.parquet"
+    parquet, in_bytes = tmp_path / "table.parquet", tmp_path / "bytes.parquet"
     smiles, _, words = zip(*ROWS, strict=True)
     pq.write_table(pa.table({"smiles": smiles, "part": words}), parquet)
+    # As some writers have text.
+    pq.write_table(pa.table({"smiles": smiles, "part": [w.encode() for w in words]}), in_bytes)
     block = (
         "\n\n\n  1  0  0  0  0  0  0  0  0  0999 V2000\n" + "    0.0000" * 3 + " C   0  0\nM  END\n"
     )
     sdf = tmp_path / "table.sdf"
     sdf.write_text("".join(f"{block}>  <part>\n{word}\n\n$$$$\n" for word in words))
-    for source in (write_csv(tmp_path), str(parquet), str(sdf)):
+    for source in (write_csv(tmp_path), str(parquet), str(in_bytes), str(sdf)):
         found = rows_of_column(source, "part")
         assert {word: rows.tolist() for word, rows in found.items()} == expected
 
