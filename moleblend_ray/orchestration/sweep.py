@@ -84,44 +84,15 @@ _TUNE_SETTINGS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepSummary:
-    """What a sweep found, and where it is."""
+class SweepSummary(FinetuneSummary):
+    """What a sweep found, and where it is; its seeds are the final ones."""
 
-    out: str
-    """Directory of the results."""
-    results: str
-    """URI of ``results.json``."""
-    report: str
-    """URI of ``report.md``, the same for reading."""
-    task: str
-    """Name of the task."""
-    metric: str
-    """Metric of the task."""
-    unit: str | None
-    """Unit of score and labels; None for classification, and if the task names none."""
-    molecules: int
-    """Molecules with labels, all parts together."""
     trials: int
     """Number of configurations tried."""
     trials_failed: int
     """Trials without any score."""
     chosen: dict[str, Scalar]
     """The configuration with the best validation score."""
-    valid_score: float
-    """Validation score of the chosen configuration, mean over the final seeds."""
-    test_score: float
-    """Test score, mean over the final seeds."""
-    test_std: float
-    """Test score, standard deviation over the final seeds; 0 for a single seed."""
-    ensemble_score: float | None
-    """Test score of the mean of the predictions of all final seeds, which :func:`moleblend_ray.predict` gives; None with one
-    seed."""
-    baselines: dict[str, float]
-    """Test score of each baseline by its name, mean over seeds."""
-    seconds: float
-    """Wall time of the command that wrote the results."""
-    already_finished: bool
-    """True if an earlier command had written the results and this one did nothing."""
 
 
 def sweep(config: SweepConfig) -> SweepSummary:
