@@ -53,8 +53,9 @@ def save_pretrained(model: MoleBlendModel, uri: str) -> None:
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
+    # The configuration, also of a model that was there before, goes first and comes last: a directory that has one is complete.
+    storage.delete(storage.join(uri, CONFIG_NAME))
     storage.write_bytes(storage.join(uri, WEIGHTS_NAME), safetensors.torch.save(tensors))
-    # The configuration goes last: a directory that has one is complete.
     document = {
         "format_version": FORMAT_VERSION,
         "model": dataclasses.asdict(model.config),

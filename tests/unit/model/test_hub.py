@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import from_pretrained, import_official, save_pretrained
@@ -46,6 +47,21 @@ def test_the_class_saves_and_loads_as_the_functions_do(tmp_path: Path) -> None:
     assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+def test_an_export_killed_over_another_model_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storage, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path)
+    with pytest.raises(CheckpointError, match="no pretrained model"):
+        from_pretrained(str(tmp_path))
 
 
 def test_a_folder_without_model_says_so(tmp_path: Path) -> None:
