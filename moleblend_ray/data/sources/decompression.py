@@ -29,6 +29,8 @@ _GZIP_MAGIC: Final = b"\x1f\x8b"
 _BZIP2_MAGIC: Final = re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)")
 _XZ_MAGIC: Final = b"\xfd7zXZ\0"
 _ZSTD_MAGIC: Final = b"\x28\xb5\x2f\xfd"
+_PADDING: Final = b"\0"
+"""May stand between members, and behind the last."""
 
 
 def blocks_of(stream: BinaryIO) -> Iterator[bytes]:
@@ -95,7 +97,7 @@ def _unpacked_gzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
     member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     is_open = False
     for raw in blocks:
-        rest = raw
+        rest = raw if is_open else raw.lstrip(_PADDING)
         while rest:
             is_open = True
             try:
@@ -104,7 +106,7 @@ def _unpacked_gzip(blocks: Iterator[bytes]) -> Iterator[bytes]:
                 raise DamageError(f"the gzip stream is corrupt ({error})") from error
             rest = member.unconsumed_tail
             if member.eof:
-                rest = member.unused_data.lstrip(b"\0")  # zeros may pad an archive
+                rest = member.unused_data.lstrip(_PADDING)
                 member, is_open = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), False
     if is_open:
         raise DamageError("the gzip stream is truncated")
@@ -114,7 +116,7 @@ def _unpacked(name: str, make: Callable[[], Any], blocks: Iterator[bytes]) -> It
     """The content of a stream of one or more members, by decompressors with the interface of those in bz2 and lzma."""
     member, is_open = make(), False
     for raw in blocks:
-        rest = raw
+        rest = raw if is_open else raw.lstrip(_PADDING)
         while rest or (is_open and not member.needs_input and not member.eof):
             is_open = True
             try:
@@ -123,7 +125,7 @@ def _unpacked(name: str, make: Callable[[], Any], blocks: Iterator[bytes]) -> It
                 raise DamageError(f"the {name} stream is corrupt ({error})") from error
             rest = b""
             if member.eof:
-                rest = member.unused_data.lstrip(b"\0")
+                rest = member.unused_data.lstrip(_PADDING)
                 member, is_open = make(), False
     if is_open:
         raise DamageError(f"the {name} stream is truncated")

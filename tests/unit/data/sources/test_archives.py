@@ -28,6 +28,7 @@ from moleblend_ray.data.sources import (
     parse_chunk,
     read_chunks,
 )
+from moleblend_ray.data.sources.decompression import decompressed
 from moleblend_ray.errors import ConfigError, DataError
 
 
@@ -108,6 +109,16 @@ def smiles_and_labels(uri: Path | str) -> list[tuple[str | None, float]]:
         assert isinstance(record.content, SmilesText)
         found.append((record.content.smiles, record.labels[0]))
     return found
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+@pytest.mark.parametrize("padding", [4, 512])
+def test_zeros_behind_members_are_left_out_wherever_blocks_end(suffix: str, padding: int) -> None:
+    packed = PACKERS[suffix](b"CCO\n" * 100)
+    padded = 2 * (packed + bytes(padding))
+    for size in (16, len(packed), len(packed) + 2, len(padded)):
+        blocks = (padded[start : start + size] for start in range(0, len(padded), size))
+        assert b"".join(decompressed(blocks)) == 2 * b"CCO\n" * 100
 
 
 @pytest.mark.parametrize("suffix", PACKERS)
