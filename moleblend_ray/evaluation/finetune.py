@@ -21,7 +21,7 @@ from torch import Tensor
 from moleblend_ray.data.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.block import MoleculeBlock
 from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.errors import ConfigError, TrainingError
+from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
@@ -162,9 +162,11 @@ def finetune_once(
 
     Equal arguments give equal results on one kind of device: initialisation, order and dropout come from ``seed``.
     ``report`` is called after each epoch, ``after_step`` after each of its ``settings.steps_per_epoch``.
-    ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training.
+    ``predict_micro_batch_size`` is for validation, which needs less memory than training; None: as in training. Raises
+    ConfigError as :meth:`FinetuneSettings.require_fitting`.
     """
     started = time.monotonic()
+    settings.require_fitting(task.kind, start.model.num_layers)
     if settings.descriptors:
         molecules = molecules.with_descriptors()
     model, trained = _new_model(molecules, train, valid, task, start, settings, seed)
@@ -292,10 +294,6 @@ def _scale_labels(
     labels = molecules.labels[train]
     if not settings.atom_reference:
         return Standardisation.fit(task.kind, labels, molecules.columns)
-    if task.kind is not TaskKind.REGRESSION:
-        raise ConfigError(
-            f"finetune.atom_reference: task {task.name!r} is {task.kind.value}; the setting is for regression only"
-        )
     counts = element_counts(molecules.block.take(train))
     reference = fit_reference(counts, labels)
     sums = counts @ reference

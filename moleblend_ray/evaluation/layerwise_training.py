@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from typing import Final
 
-from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.model.initialization import init_weights
 from moleblend_ray.model.moleblend import PropertyModel
@@ -41,29 +40,15 @@ def lr_factors(model: PropertyModel, settings: FinetuneSettings) -> Callable[[st
 
 
 def renew_highest(model: PropertyModel, num_blocks: int) -> None:
-    """Draw new weights for the highest ``num_blocks`` blocks, as for pretraining. ConfigError if the model has
-    fewer."""
-    most = model.config.num_layers
-    if num_blocks > most:
-        raise ConfigError(
-            f"finetune.fresh_blocks: expected 0 to {most}, the blocks of the model, found {num_blocks}"
-        )
-    for block in model.encoder.layers[most - num_blocks :]:
+    """Draw new weights for the highest ``num_blocks`` blocks, as for pretraining."""
+    for block in model.encoder.layers[model.config.num_layers - num_blocks :]:
         init_weights(block)
 
 
 def freeze_lowest(model: PropertyModel, num_blocks: int | None) -> None:
-    """Do not train the embeddings and the lowest ``num_blocks`` blocks; None: train everything.
-
-    Raises ConfigError if the model has fewer blocks.
-    """
+    """Do not train the embeddings and the lowest ``num_blocks`` blocks; None: train everything."""
     if num_blocks is None:
         return
-    most = model.config.num_layers
-    if num_blocks > most:
-        raise ConfigError(
-            f"finetune.frozen_blocks: expected null or 0 to {most}, the blocks of the model, found {num_blocks}"
-        )
     for name, parameter in model.named_parameters():
-        if depth(name, most) <= num_blocks:
+        if depth(name, model.config.num_layers) <= num_blocks:
             parameter.requires_grad_(False)

@@ -126,6 +126,15 @@ class SearchSpace:
             found[name] = Choice(values=tuple(plain_value(name, value) for value in values))
         return found
 
+    def tried(self, settings: FinetuneSettings) -> list[FinetuneSettings]:
+        """What may become of ``settings``: each value of ``choices`` and each end of ``ranges`` is in one of these at least."""
+        varied: dict[str, tuple[Scalar, ...]] = {**self.ranges, **self.choices}
+        base = with_drawn(settings, {name: values[0] for name, values in varied.items()})
+        return [
+            base,
+            *(with_drawn(base, {name: v}) for name, values in varied.items() for v in values),
+        ]
+
     def without(self, names: Collection[str]) -> SearchSpace:
         """The same space, in which these settings of ``ranges`` and ``choices`` are not varied."""
         options = dict(self.searcher_options)

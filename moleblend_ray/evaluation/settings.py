@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from moleblend_ray.checks import above, at_least, below_one, check_all
+from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.settings import typed
 from moleblend_ray.training.config import Precision
 
@@ -82,6 +83,25 @@ class FinetuneSettings:
     def num_steps(self, num_molecules: int) -> int:
         """Most optimizer steps of a training on so many molecules; ``patience`` may end it earlier."""
         return self.epochs * self.steps_per_epoch(num_molecules)
+
+    def require_fitting(self, kind: TaskKind, num_blocks: int) -> None:
+        """Raise ConfigError for what means nothing for labels of this ``kind``, or for a model of so many blocks."""
+        check_all(
+            (
+                kind is TaskKind.REGRESSION or not self.atom_reference,
+                f"finetune.atom_reference: expected for regression only, found with {kind.value}",
+            ),
+            *(
+                (
+                    (value or 0) <= num_blocks,
+                    f"finetune.{name}: expected at most {num_blocks}, the blocks of the model, found {value}",
+                )
+                for name, value in (
+                    ("frozen_blocks", self.frozen_blocks),
+                    ("fresh_blocks", self.fresh_blocks),
+                )
+            ),
+        )
 
     def __post_init__(self) -> None:
         dropouts = ("head_dropout", "attention_dropout", "activation_dropout", "drop_path")

@@ -111,11 +111,13 @@ class Inputs:
 
 def read_inputs(config: PropertyConfig) -> Inputs:
     """The starting weights, the named splits and the columns of the source; a ConfigError or DataError if the source
-    lacks one that the task needs, or ``out`` is of something else."""
+    lacks one that the task needs, ``out`` is of something else, or settings do not fit the model or the labels."""
     # Molecules would be prepared into results of something else.
     check_claim(config.out, {"config": question(config)})
     task = config.task.resolve()
     start = starting_point(config)
+    for settings in settings_tried(config):
+        settings.require_fitting(task.kind, start.model.num_layers)
     named = named_splits(config.task)
     sources = look_at_source(config.task, task.columns or None)
     if sources is None:
@@ -291,18 +293,22 @@ def _warn_of_seen(repeats: Repeats, molecules: LabelledMolecules, split: Split) 
     )
 
 
+def settings_tried(config: PropertyConfig) -> list[FinetuneSettings]:
+    """The settings of a fine-tuning, or examples of those of a sweep (:meth:`SearchSpace.tried`)."""
+    if isinstance(config, SweepConfig):
+        return config.search.tried(config.finetune)
+    return [config.finetune]
+
+
 def may_read_descriptors(config: PropertyConfig) -> bool:
     """Whether a model of this command reads descriptors, which are then computed once for all."""
-    if config.finetune.descriptors:
-        return True
-    return isinstance(config, SweepConfig) and True in config.search.choices.get("descriptors", ())
+    return any(settings.descriptors for settings in settings_tried(config))
 
 
 def require_coordinates(config: PropertyConfig, molecules: LabelledMolecules) -> None:
     """Raise DataError if a model of this command sees distances alone, and no molecule has coordinates; warn if some have
     none."""
-    choices = config.search.choices if isinstance(config, SweepConfig) else {}
-    if "3d" not in choices.get("relations", (config.finetune.relations,)):
+    if not any(settings.relations == "3d" for settings in settings_tried(config)):
         return
     lacking = np.flatnonzero(~molecules.has_coordinates)
     if len(lacking) == len(molecules):

@@ -31,7 +31,7 @@ from moleblend_ray.evaluation.finetune import (
     predict,
     predict_mean,
 )
-from moleblend_ray.evaluation.layerwise_training import depth, freeze_lowest, lr_factors
+from moleblend_ray.evaluation.layerwise_training import depth, lr_factors
 from moleblend_ray.evaluation.losses import masked_loss, positive_weights
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
@@ -114,11 +114,13 @@ def test_frozen_blocks_stay_as_they_were_pretrained(
     assert changed(result.model, pretrained) == trained
 
 
-def test_more_frozen_blocks_than_there_are_is_an_error_that_says_how_many(
-    pretrained: StartingPoint,
+def test_more_blocks_than_there_are_are_errors_that_say_how_many(
+    molecules: LabelledMolecules, pretrained: StartingPoint
 ) -> None:
-    with pytest.raises(ConfigError, match=r"0 to 2.*found 3"):
-        freeze_lowest(build_model(pretrained, 1, QUICK, 0), 3)
+    settings = dataclasses.replace(QUICK, frozen_blocks=3, fresh_blocks=4)
+    expected = r"frozen_blocks: expected at most 2, .* found 3\n.*fresh_blocks: .* found 4"
+    with pytest.raises(ConfigError, match=expected):
+        train(molecules, pretrained, settings)
 
 
 @pytest.mark.parametrize(("fresh", "new"), [(0, {3}), (1, {2, 3}), (2, {1, 2, 3})])
@@ -135,13 +137,6 @@ def test_fresh_blocks_are_drawn_anew_and_the_others_stay_as_they_were_pretrained
     )
     assert torch.equal(weight, same)
     assert torch.equal(weight, another) == (fresh == 0)
-
-
-def test_more_fresh_blocks_than_there_are_is_an_error_that_says_how_many(
-    pretrained: StartingPoint,
-) -> None:
-    with pytest.raises(ConfigError, match=r"0 to 2.*found 3"):
-        build_model(pretrained, 1, dataclasses.replace(QUICK, fresh_blocks=3), 0)
 
 
 def test_the_head_trains_alone_while_it_warms_up_and_all_does_afterwards(

@@ -290,6 +290,40 @@ def test_what_can_be_wrong_without_molecules_is_found_before_ray_is_started(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "finetune", "choices", "message"),
+    [
+        ("regression", {"frozen_blocks": 2}, {}, "frozen_blocks: expected at most 1, .* found 2"),
+        ("regression", {}, {"fresh_blocks": (0, 1, 3)}, "fresh_blocks: expected at most 1, .* 3"),
+        ("classification", {"atom_reference": True}, {}, "atom_reference: .* classification"),
+        ("classification", {}, {"atom_reference": (False, True)}, "atom_reference: .* classif"),
+    ],
+)
+def test_settings_that_fit_no_model_or_labels_leave_the_folder_to_others(
+    tmp_path: Path,
+    no_ray: None,
+    kind: str,
+    finetune: dict[str, Any],
+    choices: dict[str, Any],
+    message: str,
+) -> None:
+    source = tmp_path / "t.csv"
+    source.write_text("smiles,y\nCCO,1\n")
+    common: dict[str, Any] = {
+        "task": TaskConfig(name="t", source=str(source), columns=("y",), kind=TaskKind(kind)),
+        "out": str(tmp_path / "out"),
+        "model": TINY,
+        "finetune": FinetuneSettings(**finetune),
+    }
+    run: Callable[[], object] = partial(finetune_module.finetune, FinetuneConfig(**common))
+    if choices:
+        search = SearchSpace(choices=choices)
+        run = partial(sweep_module.sweep, SweepConfig(**common, search=search))
+    with pytest.raises(ConfigError, match=message):
+        run()
+    assert not (tmp_path / "out").exists()
+
+
 MISSING_COLUMNS = [
     (
         {"columns": ("pIC50",)},
