@@ -4,7 +4,6 @@ heavy."""
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 import types
 import typing
@@ -182,47 +181,27 @@ def _left_of(values: Mapping[str, V], names: Collection[str]) -> dict[str, V]:
 
 def with_drawn(settings: FinetuneSettings, drawn: Mapping[str, Any]) -> FinetuneSettings:
     """``settings`` with the values that a searcher drew. Raises ConfigError if they contradict each other."""
-    values = {name: _typed(name, plain_value(name, value)) for name, value in drawn.items()}
-    return dataclasses.replace(settings, **values)
+    return dataclasses.replace(settings, **plain_values(drawn))
 
 
-def plain_values(drawn: Mapping[str, Any]) -> dict[str, Scalar]:
+def plain_values(drawn: Mapping[str, Any]) -> dict[str, Any]:
     """What a searcher drew, as plain values of the types of the settings: some searchers draw NumPy numbers."""
     return {name: plain_value(name, value) for name, value in drawn.items()}
 
 
 def plain_value(name: str, value: Any) -> Scalar:
     """A value of the setting ``name`` as plain Python. Raises ConfigError if it is no value of this setting."""
-    if isinstance(value, enum.Enum):
-        value = value.value
-    number = _number_type(name)
-    if number is not None and _is_number(value):
-        if number is int and float(value).is_integer():
-            return int(value)
-        if number is float:
-            return float(value)
-    listed: list[Scalar] = [_plain(option) for option in _listed_values(name)]
-    if value in listed:
-        return listed[listed.index(value)]
-    if (value is None and type(None) in _options(name)) or (
-        isinstance(value, str) and str in _options(name)
-    ):
-        return value
-    raise ConfigError(f"{name}: expected {_expected(name)}, found {value!r}")
-
-
-def _typed(name: str, value: Scalar) -> Any:
-    """A plain value as the type of the setting, such as the member of an enumeration."""
-    for option in _options(name):
-        if isinstance(option, type) and issubclass(option, enum.Enum):
-            return value if value is None else option(value)
-    return value
+    # Words and truth values of NumPy equal those that are listed, but have other types.
+    known = next((listed for listed in _listed_values(name) if listed == value), value)
+    drawn: dict[str, Any] = {name: known}
+    plain: Scalar = getattr(FinetuneSettings(**drawn), name)
+    return plain
 
 
 def _value_problem(name: str, value: Any) -> str | None:
     """What is wrong with a value by itself."""
     try:
-        with_drawn(FinetuneSettings(), {name: value})
+        plain_value(name, value)
     except ConfigError as error:
         # A value that contradicts the defaults may still fit other settings.
         return next((line for line in str(error).splitlines() if line.startswith(f"{name}:")), None)
@@ -255,33 +234,15 @@ def _number_type(name: str) -> type | None:
     return next((option for option in _options(name) if option in (int, float)), None)
 
 
-def _listed_values(name: str) -> list[Any]:
-    """All values of a setting with a fixed set of values; empty for numbers and free text."""
-    values: list[Any] = []
+def _listed_values(name: str) -> list[Scalar]:
+    """All values of a setting with a fixed set of values; empty for numbers."""
+    values: list[Scalar] = []
     for option in _options(name):
         if typing.get_origin(option) is typing.Literal:
             values += typing.get_args(option)
         elif option is bool:
             values += [False, True]
-        elif isinstance(option, type) and issubclass(option, enum.Enum):
-            values += list(option)
     return values
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, enum.Enum) else value
-
-
-def _expected(name: str) -> str:
-    number = _number_type(name)
-    if number is not None:
-        return "a whole number" if number is int else "a number"
-    return f"one of {', '.join(str(_plain(value)) for value in _listed_values(name))}"
-
-
-def _is_number(value: Any) -> bool:
-    # Searchers may draw NumPy numbers. bool is a number for Python, but not here.
-    return isinstance(value, typing.SupportsFloat) and not isinstance(value, bool | str)
 
 
 def _log_range(name: str, limits: tuple[float, float] | None) -> Check:

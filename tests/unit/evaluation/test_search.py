@@ -111,11 +111,11 @@ def test_a_space_is_read_from_a_plain_configuration_and_written_back() -> None:
         ({"ranges": {"atom_reference": (0.0, 1.0)}}, "ranges: atom_reference is no number"),
         ({"ranges": {"head_dropout": (0.3, 0.1)}}, "head_dropout: expected lowest <= highest"),
         ({"ranges": {"head_dropout": (0.3, 1.1)}}, "ranges: head_dropout: expected .*1.1"),
-        ({"ranges": {"patience": (1.5, 3.0)}}, "patience: expected a whole number, found 1.5"),
+        ({"ranges": {"patience": (1.5, 3.0)}}, "patience: expected int, found 1.5"),
         ({"choices": {"readout": ("token", "max")}}, "readout: expected one of token,.*'max'"),
         ({"choices": {"readout": ("token", "token")}}, "readout: expected distinct values"),
         ({"choices": {"readout": ()}}, "readout: expected distinct values, found \\[\\]"),
-        ({"choices": {"patience": ("few",)}}, "patience: expected a whole number, found 'few'"),
+        ({"choices": {"patience": ("few",)}}, "patience: expected int, found 'few'"),
         ({"choices": {"patience": (0, 3)}}, "choices: patience: expected at least 1, found 0"),
         (
             {"choices": {"patience": (2, 3)}, "ranges": {"patience": (2.0, 3.0)}},
