@@ -23,26 +23,16 @@ from moleblend_ray.errors import ConfigError, DataError
 
 
 def splits_of_column(source: str, column: str) -> NamedSplits:
-    """The splits that a column (or SD property) of a source with one file names: train, valid or test in each row.
+    """The splits of :func:`rows_of_column`."""
+    return NamedSplits(rows_of_column(source, column), None, f"column {column!r} of {source}")
+
+
+def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
+    """Rows (K,) int64, ascending, by the word for train, valid or test that a column (or SD property) has in them.
 
     Rows whose cell is empty or missing are in no split. Raises ConfigError if the source has several files or a
     word is none of these (validation, val and dev mean valid), DataError if there is no such column.
     """
-    rows = rows_of_column(source, column)
-    others = {word: int(found[0]) for word, found in rows.items() if not is_split_name(word)}
-    if others:
-        row, word = min((row, word) for word, row in others.items())
-        raise ConfigError(
-            f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
-            f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
-            "row. For a split by date or project write a column of these words, such as test in the latest tenth of "
-            "the rows"
-        )
-    return NamedSplits(rows, None, f"column {column!r} of {source}")
-
-
-def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
-    """Word in the column -> rows (K,) int64, ascending, of the source's only file that have it."""
     if is_prepared(source):
         raise ConfigError(
             f"task.split_column: {source} is a prepared dataset, which keeps numbers only. Leave the column out to use "
@@ -68,6 +58,15 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
     if not rows:
         raise DataError(
             f"task.split_column: column {column!r} of {source} is empty; expected train, valid or test"
+        )
+    others = {word: found[0] for word, found in rows.items() if not is_split_name(word)}
+    if others:
+        row, word = min((row, word) for word, row in others.items())
+        raise ConfigError(
+            f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
+            f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
+            "row. For a split by date or project write a column of these words, such as test in the latest tenth of "
+            "the rows"
         )
     return {word: np.array(found, dtype=np.int64) for word, found in rows.items()}
 

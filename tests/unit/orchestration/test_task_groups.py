@@ -128,9 +128,10 @@ def test_nothing_is_prepared_again_for_tasks_that_are_finished(
     [
         ({"smiles_column": "SMILES"}, ConfigError, r"^task\.smiles_column: .*has no 'SMILES'"),
         ({"split_column": "part"}, DataError, r"^task\.split_column: .*has no column 'part'"),
+        ({"split_column": "smiles"}, ConfigError, r"^task\.split_column: .*says 'C' in row 0"),
     ],
 )
-def test_a_column_that_a_shared_source_lacks_is_found_before_ray_is_started(
+def test_a_column_that_a_shared_source_lacks_or_that_says_no_splits_is_found_before_ray_is_started(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     changes: dict[str, Any],
