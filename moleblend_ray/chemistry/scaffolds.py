@@ -10,7 +10,7 @@ import hashlib
 import logging
 import random
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,10 @@ from moleblend_ray.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 ScaffoldVariant = Literal["deepchem", "chemprop-balanced"]
+
+
+FRACTIONS: Final = (0.8, 0.1, 0.1)
+"""Shares of the molecules for training, selection and testing."""
 
 
 class Split(NamedTuple):
@@ -72,7 +76,7 @@ def scaffold_or_error(smiles: str) -> str | DataError:
 
 def scaffold_split(
     smiles: Sequence[str],
-    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    fractions: tuple[float, float, float] = FRACTIONS,
     *,
     variant: ScaffoldVariant = "deepchem",
     seed: int = 0,
@@ -107,7 +111,7 @@ def scaffold_split(
         )
     if variant == "deepchem":
         ordered = sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
-        return _deal(ordered, len(smiles) * fractions[0], len(smiles) * sum(fractions[:2]))
+        return deal_largest_first(ordered, fractions)
     sizes = [share * len(smiles) for share in fractions]
     ordered = _balanced_order(list(groups.values()), sizes, seed)
     return _fill(ordered, sizes)
@@ -122,8 +126,12 @@ def split_hash(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _deal(groups: Sequence[Sequence[int]], train_end: float, valid_end: float) -> Split:
-    """DeepChem's rule: valid may also fill what train has left of its share."""
+def deal_largest_first(
+    groups: Sequence[Sequence[int]], fractions: tuple[float, float, float]
+) -> Split:
+    """DeepChem's rule for groups in the order of their size: valid may also fill what train has left of its share."""
+    total = sum(map(len, groups))
+    train_end, valid_end = total * fractions[0], total * sum(fractions[:2])
     train: list[int] = []
     valid: list[int] = []
     test: list[int] = []

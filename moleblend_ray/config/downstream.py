@@ -45,10 +45,12 @@ class TaskConfig:
     metric: Metric | None = None
     """Score by which configurations are chosen and reported; null: the task's usual one."""
     split: SplitKind | None = None
-    """How molecules are divided 80/10/10; null: the task's usual way, scaffolds for a table of your own. given: as a
-    prepared dataset is, or as `split_column` or `split_file` say."""
+    """How molecules are divided 80/10/10; null: the task's usual way, scaffolds for a table of your own. butina: by clusters of
+    similar molecules. time: test on the newest, by the dates or numbers in `split_column`. given: as a prepared dataset is, or as
+    `split_column` or `split_file` say."""
     split_column: str | None = None
-    """Column (or SDF property) of the source that says train, valid or test; it makes the split given."""
+    """Column (or SDF property) of the source that says train, valid or test, which makes the split given; with split=time, its
+    dates (such as 2024-05-31) or numbers (such as years)."""
     split_file: str | None = None
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
     unit: str | None = None
@@ -99,8 +101,14 @@ class TaskConfig:
                 "split_file: expected either it or split_column, found both",
             ),
             (
-                not by_user or self.split in (None, SplitKind.GIVEN),
-                f"split: expected given with split_column or split_file, found {self.split}",
+                self.split is SplitKind.TIME
+                or not by_user
+                or self.split in (None, SplitKind.GIVEN),
+                f"split: expected given or time with split_column, given with split_file, found {self.split}",
+            ),
+            (
+                self.split is not SplitKind.TIME or (bool(self.split_column) and not self.is_group),
+                "split: expected time for one task only, with split_column, found it without",
             ),
             *(
                 (not getattr(self, name), f"{name}: expected for one task only, found with a group")
@@ -144,7 +152,7 @@ class TaskConfig:
             columns=self.columns,
             kind=self.kind,
             metric=self.metric,
-            split=SplitKind.GIVEN if is_given else self.split,
+            split=SplitKind.GIVEN if is_given and self.split is None else self.split,
             unit=self.unit,
         )
 

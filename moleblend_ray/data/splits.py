@@ -1,4 +1,4 @@
-"""The split of each molecule: by a hash of the molecule, or by the source's own split file."""
+"""The split of each molecule: by a hash of the molecule, by the source's own split file, or by time."""
 
 from __future__ import annotations
 
@@ -63,6 +63,9 @@ def hashed_splits(
 class NamedSplits:
     """The splits that a file names, by row of the source or by id of the molecule."""
 
+    wanted = "train, valid or test"
+    """What to give a molecule that is in no part."""
+
     def __init__(
         self,
         by_row: Mapping[str, NDArray[np.int64]] | None,
@@ -113,6 +116,44 @@ class NamedSplits:
             f"split_file: {self._uri} names no split for {where} ({mol_id}). Complete the file, or set "
             "split_file_unnamed=train or split_file_unnamed=quarantine."
         )
+
+
+class TimeSplit:
+    """The newest molecules are for testing, those before them for validation.
+
+    This is the split of prospective use (Sheridan, J. Chem. Inf. Model. 53, 783 (2013)). Molecules of one time stay together, in the
+    newer part where the limit divides them.
+    """
+
+    names_rows = True
+    """Rows have times, and ids have not."""
+    wanted = "a date or a number"
+    """What to give a molecule that is in no part."""
+
+    def __init__(self, times: NDArray[np.float64], fractions: tuple[float, float, float]) -> None:
+        """From the time (R,) of each row of the source, in any unit, NaN where there is none, and the shares of the parts."""
+        self._times = times
+        self._fractions = fractions
+
+    @property
+    def digest(self) -> str:
+        """Digest of the order of the rows, equal for equal orders however times are written."""
+        _, ranks = np.unique(self._times, return_inverse=True)
+        ordered = np.where(np.isnan(self._times), -1, ranks).astype("<i8")
+        return hashlib.blake2b(ordered.tobytes(), digest_size=16).hexdigest()
+
+    def codes(self, rows: NDArray[np.int64], _mol_ids: Sequence[str]) -> NDArray[np.uint8]:
+        """Split codes (M,) of the molecules of these rows (M,), all that there are; ``UNNAMED`` where a row has no time."""
+        times = np.full(len(rows), np.nan)
+        inside = rows < len(self._times)
+        times[inside] = self._times[rows[inside]]
+        known = np.sort(times[~np.isnan(times)])
+        if not len(known):
+            return np.full(len(rows), UNNAMED, np.uint8)
+        ends = np.cumsum(self._fractions[:2]) * len(known)
+        limits = known[np.minimum(np.round(ends).astype(np.int64), len(known) - 1)]
+        codes = np.searchsorted(limits, times, side="right").astype(np.uint8)
+        return np.where(np.isnan(times), np.uint8(UNNAMED), codes)
 
 
 def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.uint8]:

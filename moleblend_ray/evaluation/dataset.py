@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.scaffolds import Split, scaffold_split
+from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split, scaffold_split
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
@@ -25,7 +25,7 @@ from moleblend_ray.data.shards import (
     LABEL_PREFIX,
 )
 from moleblend_ray.data.sources.records import SourceSet
-from moleblend_ray.data.splits import UNNAMED, NamedSplits
+from moleblend_ray.data.splits import UNNAMED, NamedSplits, TimeSplit
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.conformer_set import ConformerSet
@@ -44,9 +44,6 @@ _MEASURE_SOME = (
     "bounds such as >10 alone do not tell the scale of labels, so some must be measured; write numbers with a decimal point (no "
     "comma) and without units"
 )
-
-FRACTIONS = (0.8, 0.1, 0.1)
-"""Shares of training, validation and test."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +140,7 @@ class LabelledMolecules:
 def load_labelled(
     uri: str,
     task: Task,
-    named: NamedSplits | None = None,
+    named: NamedSplits | TimeSplit | None = None,
     *,
     num_conformers: int = 1,
     with_bounds: bool = False,
@@ -230,7 +227,7 @@ def _own_parts(manifest: Manifest) -> NDArray[np.uint8]:
 
 
 def _named_parts(
-    named: NamedSplits, table: pa.Table, manifest: Manifest, uri: str
+    named: NamedSplits | TimeSplit, table: pa.Table, manifest: Manifest, uri: str
 ) -> NDArray[np.uint8]:
     if named.names_rows and len(manifest.sources) > 1:
         raise ConfigError(
@@ -244,8 +241,8 @@ def _named_parts(
         first = int(unnamed[0])
         raise DataError(
             f"{uri}: the given split leaves out {len(unnamed)} of {len(parts)} labelled molecules, the first of them "
-            f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). Say train, valid or test "
-            "for each, or take these molecules out of the source"
+            f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). Say {named.wanted} for each, or take "
+            "these molecules out of the source"
         )
     return parts
 
@@ -254,12 +251,17 @@ def split_molecules(
     smiles: Sequence[str], kind: SplitKind, seed: int, parts: NDArray[np.uint8] | None = None
 ) -> Split:
     """Divide molecules 80/10/10, or into the given ``parts`` (M,). Raises DataError if a part would be empty."""
-    if kind is SplitKind.GIVEN:
-        return _given_split(smiles, parts)
+    if kind.is_of_data:
+        return _given_split(smiles, kind, parts)
     if kind is SplitKind.RANDOM:
         split = _random_split(smiles, seed)
     elif kind is SplitKind.SCAFFOLD:
         split = scaffold_split(list(smiles), FRACTIONS, variant="deepchem")
+    elif kind is SplitKind.BUTINA:
+        # It needs RDKit, which machines that only train need not have.
+        from moleblend_ray.evaluation.clusters import butina_split
+
+        split = butina_split(smiles, FRACTIONS)
     else:
         split = scaffold_split(list(smiles), FRACTIONS, variant="chemprop-balanced", seed=seed)
     sizes = _sizes(split)
@@ -271,10 +273,15 @@ def split_molecules(
     return split
 
 
-def _given_split(smiles: Sequence[str], parts: NDArray[np.uint8] | None) -> Split:
+def _given_split(smiles: Sequence[str], kind: SplitKind, parts: NDArray[np.uint8] | None) -> Split:
     codes = np.zeros(len(smiles), dtype=np.uint8) if parts is None else parts
     split = Split(*(np.flatnonzero(codes == code).astype(np.int64) for code in range(len(SPLITS))))
     sizes = _sizes(split)
+    if min(sizes.values()) == 0 and kind is SplitKind.TIME:
+        raise DataError(
+            f"the time split of {len(smiles)} molecules leaves a part empty ({sizes}), as too many have the same time; expected "
+            "times in task.split_column that tell the newest fifth of them apart"
+        )
     if min(sizes.values()) == 0:
         raise DataError(
             f"the given split of {len(smiles)} molecules leaves a part empty ({sizes}); expected train, valid and "
@@ -283,7 +290,7 @@ def _given_split(smiles: Sequence[str], parts: NDArray[np.uint8] | None) -> Spli
     train, valid, test = ({smiles[index] for index in part} for part in split)
     shared = len(test & (train | valid)) + len(train & valid)
     if shared:
-        logger.warning("%d molecules are in two parts of the given split", shared)
+        logger.warning("%d molecules are in two parts of the %s split", shared, kind.value)
     return split
 
 

@@ -1,14 +1,19 @@
-"""Splits that come with the data, in a column of the table."""
+"""Splits that come with the data, in a column of the table: by words, or by time."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from moleblend_ray.chemistry.scaffolds import FRACTIONS
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.sources import SourceFile, find_sources
@@ -18,8 +23,10 @@ from moleblend_ray.data.sources.headers import delimited_form
 from moleblend_ray.data.sources.parquet import parquet_file, strings
 from moleblend_ray.data.sources.reading import open_items, open_records
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
-from moleblend_ray.data.splits import NamedSplits, is_split_name
+from moleblend_ray.data.splits import NamedSplits, TimeSplit, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
+
+_MONTH: Final = re.compile(r"\d{4}-\d{2}")
 
 
 def splits_of_column(source: str, column: str) -> NamedSplits:
@@ -33,6 +40,66 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
     Rows whose cell is empty or missing are in no split. Raises ConfigError if the source has several files or a
     word is none of these (validation, val and dev mean valid), DataError if there is no such column.
     """
+    rows = _rows_by_word(source, column, "train, valid or test")
+    others = {word: found[0] for word, found in rows.items() if not is_split_name(word)}
+    if others:
+        row, word = min((row, word) for word, row in others.items())
+        raise ConfigError(
+            f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
+            f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
+            "row. If it holds dates or years, task.split=time tests on the newest rows. For a split by project write a column "
+            "of these words"
+        )
+    return {word: np.array(found, dtype=np.int64) for word, found in rows.items()}
+
+
+def times_of_column(source: str, column: str) -> TimeSplit:
+    """The split by the dates (ISO 8601, such as 2024-05-31 or 2024-05) or numbers (such as years) of a column (or SD property).
+
+    Rows whose cell is empty or missing have no time. Raises ConfigError if the source has several files or a cell is no date or
+    number, or some are dates and others numbers, DataError if there is no such column.
+    """
+    rows = _rows_by_word(source, column, "a date or a number")
+    read: Callable[[str], float] = _number if any(map(_is_number, rows)) else _date
+    times = np.full(1 + max(found[-1] for found in rows.values()), np.nan)
+    for word, found in rows.items():
+        try:
+            times[found] = read(word)
+        except ValueError as error:
+            kind = (
+                "a number, as in other rows,"
+                if read is _number
+                else "a date (such as 2024-05-31) or a number"
+            )
+            raise ConfigError(
+                f"task.split_column: column {column!r} of {source} says {word!r} in row {found[0]} (counted from 0); expected "
+                f"{kind} for task.split=time"
+            ) from error
+    return TimeSplit(times, FRACTIONS)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        _number(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(word: str) -> float:
+    if not math.isfinite(number := float(word)):
+        raise ValueError(f"{word} is no time")
+    return number
+
+
+def _date(word: str) -> float:
+    """Seconds since 1970; a month counts as its first day, and what has no time zone is in UTC."""
+    found = datetime.fromisoformat(f"{word}-01" if _MONTH.fullmatch(word) else word)
+    return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+
+
+def _rows_by_word(source: str, column: str, expected: str) -> dict[str, list[int]]:
+    """Rows, ascending, by the text of the column; ``expected`` is what it should say."""
     if is_prepared(source):
         raise ConfigError(
             f"task.split_column: {source} is a prepared dataset, which keeps numbers only. Leave the column out to use "
@@ -57,18 +124,9 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
         raise unreadable(file.uri, num_rows, damage) from damage
     if not rows:
         raise DataError(
-            f"task.split_column: column {column!r} of {source} is empty; expected train, valid or test"
+            f"task.split_column: column {column!r} of {source} is empty; expected {expected}"
         )
-    others = {word: found[0] for word, found in rows.items() if not is_split_name(word)}
-    if others:
-        row, word = min((row, word) for word, row in others.items())
-        raise ConfigError(
-            f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
-            f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
-            "row. For a split by date or project write a column of these words, such as test in the latest tenth of "
-            "the rows"
-        )
-    return {word: np.array(found, dtype=np.int64) for word, found in rows.items()}
+    return rows
 
 
 def _cells(file: SourceFile, column: str) -> Iterator[str]:

@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.dataset import FRACTIONS, LabelledMolecules
+from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.scores import other_scores, score
 from moleblend_ray.evaluation.settings import FinetuneSettings

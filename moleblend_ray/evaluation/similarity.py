@@ -55,18 +55,18 @@ def nearest_similarity(
     best = np.zeros(len(queries))
     # Word by word over many fingerprints, so that the innermost loop reads contiguous memory.
     by_word = np.ascontiguousarray(others.T)
-    _nearest(queries, by_word, _num_bits(queries), _num_bits(others), leave_out, best)
+    _nearest(queries, by_word, num_bits_of(queries), num_bits_of(others), leave_out, best)
     return best
 
 
-def _num_bits(words: NDArray[np.uint64]) -> NDArray[np.int64]:
+def num_bits_of(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Number of bits set in each row."""
     counts: NDArray[np.int64] = np.bitwise_count(words).sum(axis=1, dtype=np.int64)
     return counts
 
 
 def _type_popcount(_typing_context: Any, _word: Any) -> Any:
-    """How Numba types and compiles ``_popcount``."""
+    """How Numba types and compiles ``popcount``."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -75,7 +75,7 @@ def _type_popcount(_typing_context: Any, _word: Any) -> Any:
 
 
 # In kernels: the number of bits set in a uint64. One instruction, which also exists for eight words at a time.
-_popcount: Any = intrinsic(_type_popcount)
+popcount: Any = intrinsic(_type_popcount)
 
 
 @kernel
@@ -90,7 +90,7 @@ def _nearest(queries, by_word, query_bits, other_bits, leave_out, best):  # type
                 if bits != 0:
                     row = by_word[word, begin : begin + size]
                     for j in range(size):
-                        common[j] += _popcount(bits & row[j])
+                        common[j] += popcount(bits & row[j])
             nearest = best[i]
             for j in range(size):
                 shared = np.int64(common[j])

@@ -109,8 +109,17 @@ class SplitKind(StrEnum):
     (chemprop's)."""
     RANDOM = "random"
     """Random by a seed, over distinct SMILES; no molecule is in two parts."""
+    BUTINA = "butina"
+    """Butina's clusters of similar molecules, largest first into training (DeepChem's); no cluster is in two parts."""
+    TIME = "time"
+    """The newest tenth for test, the tenth before it for validation, by a column of dates or numbers."""
     GIVEN = "given"
     """Given with the data, by a column, a split file or the splits of a prepared dataset."""
+
+    @property
+    def is_of_data(self) -> bool:
+        """Whether the data say more than the molecules themselves about their parts."""
+        return self in (SplitKind.TIME, SplitKind.GIVEN)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

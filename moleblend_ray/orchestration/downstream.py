@@ -23,7 +23,7 @@ from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import NamedSplits
+from moleblend_ray.data.splits import NamedSplits, TimeSplit
 from moleblend_ray.errors import (
     DataError,
     TrainingError,
@@ -40,7 +40,7 @@ from moleblend_ray.evaluation.dataset import (
 )
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.given_split import splits_of_column
+from moleblend_ray.evaluation.given_split import splits_of_column, times_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.replicates import Replicates, with_replicates
@@ -103,7 +103,7 @@ class Inputs:
 
     start: StartingPoint
     """Weights to start from."""
-    named: NamedSplits | None
+    named: NamedSplits | TimeSplit | None
     """Splits that come with the data."""
     sources: SourceSet | None
     """Files and columns of raw molecules; None for a prepared dataset."""
@@ -180,7 +180,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
 
 
 def _read_molecules(
-    config: TaskConfig, task: Task, data_uri: str, named: NamedSplits | None
+    config: TaskConfig, task: Task, data_uri: str, named: NamedSplits | TimeSplit | None
 ) -> tuple[LabelledMolecules, Replicates]:
     """The labelled molecules of the prepared dataset, one row for each if the task wants so; tells what is special about their
     labels."""
@@ -189,7 +189,7 @@ def _read_molecules(
     )
     _tell_of_bounds(config, task, molecules)
     molecules, replicates = with_replicates(
-        molecules, task.kind, config.replicates, within_parts=task.split is SplitKind.GIVEN
+        molecules, task.kind, config.replicates, within_parts=task.split.is_of_data
     )
     _tell_of_replicates(task, replicates)
     return molecules, replicates
@@ -360,14 +360,16 @@ def prepare_task(
     )
 
 
-def named_splits(task: TaskConfig) -> NamedSplits | None:
+def named_splits(task: TaskConfig) -> NamedSplits | TimeSplit | None:
     """The splits that the column or the file of the task names; None if it has neither."""
+    if task.split_column is not None and task.split is SplitKind.TIME:
+        return times_of_column(task.source, task.split_column)
     if task.split_column is not None:
         return splits_of_column(task.source, task.split_column)
     return None if task.split_file is None else splits_of_file(task.split_file)
 
 
-def split_identity(named: NamedSplits | None) -> dict[str, str | None]:
+def split_identity(named: NamedSplits | TimeSplit | None) -> dict[str, str | None]:
     """What the note of ``out`` says of splits that come with the data."""
     return {} if named is None else {"split_fingerprint": named.digest}
 

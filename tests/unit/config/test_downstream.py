@@ -134,7 +134,16 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"name": "qm9", "split_file": "x.csv"}, "split_file: expected for one task only"),
         ({"name": "moleculenet", "metric": "mae"}, "mae does not fit classification"),
         ({"split_file": "x.csv", "split_column": "part"}, "split_file: expected either"),
-        ({"split_column": "part", "split": "random"}, "split: expected given with split_column"),
+        (
+            {"split_column": "part", "split": "random"},
+            "split: expected given or time with split_column",
+        ),
+        ({"split": "time"}, "split: expected time for one task only, with split_column"),
+        (
+            {"name": "moleculenet", "split": "time", "split_column": "year"},
+            "split: expected time for one task only",
+        ),
+        ({"split": "time", "split_file": "x.csv"}, "split: expected time for one task only, with"),
         ({"censored": "true"}, "censored: expected for regression only"),
         ({"name": "qm9", "censored": "true"}, "censored: expected for one task only"),
         ({"name": "esol", "relation_column": "rel"}, "relation_column: expected with censored=tr"),
@@ -157,6 +166,8 @@ def test_a_split_column_or_file_makes_the_split_given() -> None:
     ways: tuple[dict[str, Any], ...] = ({"split_column": "part"}, {"split_file": "split.csv"})
     for given in ways:
         assert TaskConfig(name="esol", source="x", **given).resolve().split is SplitKind.GIVEN
+    by_time = TaskConfig(name="esol", source="x", split_column="year", split=SplitKind.TIME)
+    assert by_time.resolve().split is SplitKind.TIME
 
 
 def test_groups_lists_and_searches_are_told_on_the_command_line() -> None:

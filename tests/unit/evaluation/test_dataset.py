@@ -19,7 +19,7 @@ from moleblend_ray.evaluation.tasks import SplitKind
 
 from .conftest import MakeLabelled, all_smiles
 
-COMPUTED = [kind for kind in SplitKind if kind is not SplitKind.GIVEN]
+COMPUTED = [kind for kind in SplitKind if not kind.is_of_data]
 
 
 @pytest.mark.parametrize("kind", COMPUTED)
@@ -72,6 +72,12 @@ def test_a_given_split_is_taken_as_it_is_and_its_copies_are_told(
     split = split_molecules(smiles, SplitKind.GIVEN, 0, parts)
     assert [part.tolist() for part in split] == [[0, 3], [1], [2, 4]]
     assert "1 molecules are in two parts" in caplog.text
+
+
+def test_molecules_of_too_few_times_are_told() -> None:
+    parts = np.array([0, 2, 2], np.uint8)
+    with pytest.raises(DataError, match=r"the time split .*'valid': 0.*the newest fifth"):
+        split_molecules(["CC", "CN", "CO"], SplitKind.TIME, 0, parts)
 
 
 @pytest.mark.parametrize("parts", [None, np.zeros(3, np.uint8), np.array([0, 1, 0], np.uint8)])

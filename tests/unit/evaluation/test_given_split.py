@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,10 +19,14 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import NamedSplits
+from moleblend_ray.data.splits import UNNAMED, NamedSplits, TimeSplit
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.dataset import load_labelled
-from moleblend_ray.evaluation.given_split import rows_of_column, splits_of_column
+from moleblend_ray.evaluation.given_split import (
+    rows_of_column,
+    splits_of_column,
+    times_of_column,
+)
 from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
 
 ROWS = (
@@ -81,7 +88,7 @@ def prepare(source: str, out: Path, splits: NamedSplits | None = None) -> str:
     return str(out)
 
 
-def parts_of(uri: str, named: NamedSplits | None) -> dict[str, str]:
+def parts_of(uri: str, named: NamedSplits | TimeSplit | None) -> dict[str, str]:
     molecules = load_labelled(uri, task(), named)
     assert molecules.parts is not None
     names = [SPLITS[code] for code in molecules.parts]
@@ -160,12 +167,100 @@ def test_a_column_that_is_not_there_or_says_something_else_is_refused(tmp_path: 
         splits_of_column(source, "y")
 
 
-def test_a_column_of_dates_is_answered_with_how_to_split_by_date(tmp_path: Path) -> None:
+def test_a_column_of_dates_is_answered_with_the_split_by_time(tmp_path: Path) -> None:
     rows = [("CCO", "1", "train"), ("CCN", "2", "2024-05-01"), ("CCF", "3", "2023-01-07")]
     with pytest.raises(
-        ConfigError, match=r"says '2024-05-01' in row 1 .* 2 such words .*split by date"
+        ConfigError, match=r"says '2024-05-01' in row 1 .* 2 such words .*split=time"
     ):
         splits_of_column(write_csv(tmp_path, rows), "part")
+
+
+TIMES: dict[str, list[Any]] = {
+    "years": [2001 + row for row in range(20)],
+    "numbers": [0.5 * row - 3 for row in range(20)],
+    "days": [f"2024-05-{row + 1:02}" for row in range(20)],
+    "months": [f"{2023 + row // 12}-{row % 12 + 1:02}" for row in range(20)],
+    "moments": [f"2024-05-01T00:{row:02}:00" for row in range(20)],
+    "zones": [f"2024-05-01 {row:02}:30:00+02:00" for row in range(20)],
+}
+"""Ascending."""
+
+
+@pytest.mark.parametrize("kind", TIMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_newest_tenth_is_for_testing_and_that_before_it_for_validation(
+    tmp_path: Path, kind: str, seed: int
+) -> None:
+    order = np.random.default_rng(seed).permutation(20)
+    smiles = ["C" * (row + 1) for row in range(20)]
+    lines = [f"{smiles[row]},{row},{TIMES[kind][row]}" for row in order]
+    # Neither what is no molecule nor what has no label takes part.
+    lines.insert(3, "not a molecule,1,")
+    lines.insert(9, f"CCN,,{TIMES[kind][19]}")
+    source = tmp_path / "table.csv"
+    source.write_text("\n".join(["smiles,y,when", *lines]) + "\n")
+    named = times_of_column(str(source), "when")
+    found = parts_of(prepare(str(source), tmp_path / "data"), named)
+    expected = ["train"] * 16 + ["valid"] * 2 + ["test"] * 2
+    assert [found[text] for text in smiles] == expected
+
+
+def test_times_in_parquet_files_are_read_too(tmp_path: Path) -> None:
+    days = [date(2024, 1, day + 1) for day in range(20)]
+    moments = [datetime(2024, 1, day + 1, 12) for day in range(20)]
+    path = tmp_path / "table.parquet"
+    pq.write_table(pa.table({"smiles": ["C"] * 20, "day": days, "moment": moments}), path)
+    expected = [0] * 16 + [1] * 2 + [2] * 2
+    for column in ("day", "moment"):
+        named = times_of_column(str(path), column)
+        assert named.codes(np.arange(20), [""] * 20).tolist() == expected
+
+
+def test_molecules_of_one_time_stay_together_in_the_newer_part() -> None:
+    years = np.array([2001.0] * 7 + [2002.0] * 2 + [2003.0])
+    rows = np.arange(10)
+    split = TimeSplit(years, (0.8, 0.1, 0.1))
+    assert split.codes(rows, [""] * 10).tolist() == [0] * 7 + [1] * 2 + [2]
+    # With one time more, the limit of validation moves, and that of the test part stays.
+    assert split.codes(rows[:-1], [""] * 9).tolist() == [0] * 7 + [2] * 2
+    assert split.codes(np.array([0, 10]), [""] * 2).tolist() == [2, UNNAMED]
+
+
+def test_equal_orders_of_time_have_equal_digests() -> None:
+    share = (0.8, 0.1, 0.1)
+    one = TimeSplit(np.array([2001.0, np.nan, 2003.0, 2003.0]), share)
+    assert one.digest == TimeSplit(np.array([0.5, np.nan, 7.0, 7.0]), share).digest
+    for other in ([2001.0, 2002.0, 2003.0, 2003.0], [2001.0, np.nan, 2003.0, 2004.0]):
+        assert one.digest != TimeSplit(np.array(other), share).digest
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("31/05/2024", r"says '31/05/2024' in row 1 .*a date \(such as 2024-05-31\) or a number"),
+        ("unknown", r"says 'unknown' in row 1 "),
+        ("nan", r"says 'nan' in row 1 "),
+    ],
+)
+def test_what_is_no_time_is_named(tmp_path: Path, word: str, told: str) -> None:
+    rows = [("CCO", "1", "2024-05-01"), ("CCN", "2", word), ("CCF", "3", "2023-01-07")]
+    with pytest.raises(
+        ConfigError, match=rf"^task\.split_column: column 'part' .*{told}.*split=time"
+    ):
+        times_of_column(write_csv(tmp_path, rows), "part")
+
+
+def test_years_and_dates_do_not_mix(tmp_path: Path) -> None:
+    rows = [("CCO", "1", "2024"), ("CCN", "2", "2024-05-01")]
+    with pytest.raises(ConfigError, match=r"says '2024-05-01' in row 1 .* a number, as in other"):
+        times_of_column(write_csv(tmp_path, rows), "part")
+
+
+def test_a_molecule_without_a_time_is_told(tmp_path: Path) -> None:
+    source = write_csv(tmp_path, [(*row[:2], "" if row[0] == "CCF" else "7") for row in ROWS])
+    data = prepare(source, tmp_path / "data")
+    with pytest.raises(DataError, match=r"leaves out 1 of 4 .*row 4 .* Say a date or a number for"):
+        load_labelled(data, task(), times_of_column(source, "part"))
 
 
 def test_rows_of_several_files_and_of_prepared_datasets_are_refused(tmp_path: Path) -> None:

@@ -91,9 +91,10 @@ def test_models_of_other_molecules_or_none_have_no_common_errors() -> None:
 
 def test_results_tell_how_many_test_labels_are_inside() -> None:
     valid = part(np.zeros((20, 2)), np.tile(np.arange(1.0, 21.0)[:, None], (1, 2)))
-    labels = np.zeros((5, 2))
+    labels = np.full((5, 2), 50.0)
     labels[0, 1] = np.nan
-    predictions = np.array([[0, 1], [18, 18], [19, 19], [20, 20], [-19, -19.5]], dtype=np.float64)
+    errors = np.array([[0, 1], [18, 18], [19, 19], [20, 20], [-19, -19.5]], dtype=np.float64)
+    predictions = 50.0 + errors
     found = intervals_entry(("a", "b"), [valid], part(labels, predictions))
     assert found == {
         "coverage": 0.9,
