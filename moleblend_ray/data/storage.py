@@ -104,12 +104,18 @@ def exists(uri: str) -> bool:
 
 def size(uri: str) -> int:
     """The size of a file in bytes."""
+    return size_and_version(uri)[0]
+
+
+def size_and_version(uri: str) -> tuple[int, str]:
+    """The size of a file in bytes, and its ETag or, without one, the time of its last change."""
     filesystem, path = storage_clients.resolve(uri)
     with translate_errors("look at", uri):
         info = _call("look at", uri, filesystem.info, path)
     if info["type"] == "directory":
         raise StorageError(f"{uri} is a directory, where a file is expected.")
-    return _size(uri, info)
+    version = info.get("ETag") or info.get("etag") or info.get("mtime")
+    return _size(uri, info), str(version)
 
 
 def read_bytes(uri: str) -> bytes:

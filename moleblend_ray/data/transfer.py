@@ -152,6 +152,10 @@ class Transfer:
         with source(url, offset, validator, self.options.timeout_s) as answer:
             if answer.is_complete:
                 return True
+            if answer.offset and _differ(validator, answer.validator):
+                # The server has ranges, but does not heed If-Range.
+                self.discard()
+                raise _RetriedError("the file changed")
             if self.num_bytes is not None and answer.total not in (None, self.num_bytes):
                 raise StorageError(
                     f"Cannot download {without_credentials(url)}: it has {answer.total} bytes, expected "
@@ -220,7 +224,7 @@ class _Beginning(NamedTuple):
     offset: int
     """Position of the first byte that is asked for."""
     validator: str | None
-    """ETag or date of the version that the bytes before it are of."""
+    """ETag or time of the version that the bytes before it are of."""
 
 
 _FROM_START: Final = _Beginning(0, None)
@@ -236,7 +240,7 @@ class _Answer:
     total: int | None
     """Bytes of the whole file."""
     validator: str | None
-    """For ``If-Range`` in the next attempt: a strong ETag, or the date of the last change."""
+    """Tells this version from others, also by ``If-Range`` in the next attempt: an ETag, or the time of the last change."""
     is_complete: bool = False
     """Whether the partial file was complete already."""
 
@@ -341,17 +345,24 @@ def _open_storage(
     validator: str | None,
     timeout_s: float,  # noqa: ARG001 - the storage layer has its own
 ) -> Iterator[_Answer]:
-    """A file in a directory or an object store, where the validator is its size."""
-    size = storage.size(url)
-    start = offset if validator in (None, str(size)) and offset <= size else 0
+    """A file in a directory or an object store."""
+    size, version = storage.size_and_version(url)
+    start = offset if validator in (None, version) and offset <= size else 0
     with storage.translate_errors("read", url), storage.open_read(url) as stream:
         stream.seek(start)
-        yield _Answer(read=stream.read, offset=start, total=size, validator=str(size))
+        yield _Answer(read=stream.read, offset=start, total=size, validator=version)
 
 
 def scheme_of(url: str) -> str:
     """The scheme of a URL, in lower case; empty for a path."""
     return urlsplit(url).scheme.lower()
+
+
+def _differ(validator: str | None, other: str | None) -> bool:
+    """Whether both are known to be of different versions: an ETag, which is quoted, says nothing about a time."""
+    if not validator or not other or (validator[0] == '"') != (other[0] == '"'):
+        return False
+    return validator != other
 
 
 def _reason(error: Exception) -> str:
