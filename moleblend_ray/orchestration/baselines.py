@@ -235,7 +235,10 @@ class _FeatureBaselines:
         return self._shared[kind.features]
 
     def _features(self, kind: FeatureKind) -> NDArray[np.uint8 | np.float64]:
-        smiles, size = self._experiment.molecules.smiles, MOLECULES_PER_TASK[kind]
+        molecules = self._experiment.molecules
+        if kind is FeatureKind.DESCRIPTORS and molecules.descriptors is not None:
+            return molecules.descriptors.values
+        smiles, size = molecules.smiles, MOLECULES_PER_TASK[kind]
         task = ray.remote(compute_features).options(**self._options)
         references = {
             task.remote(kind, smiles[first : first + size]): first

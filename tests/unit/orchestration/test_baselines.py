@@ -1,12 +1,15 @@
-"""The encoder from scratch is trained like the model, but for what only pretrained blocks have."""
+"""The encoder from scratch is trained like the model, but for what only pretrained blocks have; nothing is computed twice."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
+from moleblend_ray.evaluation.baselines import FeatureKind
+from moleblend_ray.evaluation.descriptor_inputs import DescriptorTable
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.results import Training
 from moleblend_ray.evaluation.runs import Experiment
@@ -18,13 +21,13 @@ from moleblend_ray.orchestration import baselines
 from moleblend_ray.orchestration.downstream import Bench
 
 
-def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.put", lambda value: value)
+def bench_with(molecules: Any) -> Bench:
     unused: Any = None
     start = StartingPoint(model=ModelConfig(num_layers=4), encoder={}, fingerprint="f")
-    task = resolve_task("esol")
-    experiment = Experiment(task=task, molecules=unused, split=unused, start=start)
-    bench = Bench(
+    experiment = Experiment(
+        task=resolve_task("esol"), molecules=molecules, split=unused, start=start
+    )
+    return Bench(
         data_uri="d",
         experiment=experiment,
         shared=experiment,
@@ -32,6 +35,12 @@ def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyP
         repeats=unused,
         replicates=unused,
     )
+
+
+def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.put", lambda value: value)
+    bench = bench_with(molecules=None)
+    start = bench.experiment.start
     config = SweepConfig(
         task=TaskConfig(name="esol", source="esol.csv"),
         checkpoint="run",
@@ -52,3 +61,11 @@ def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyP
     assert set(scratch.search.choices) == {"readout"}
     assert (scratch.out, scratch.model) == ("out/scratch", start.model)
     assert found.chosen["frozen_blocks"] is None
+
+
+def test_descriptors_that_a_model_reads_are_those_of_the_baseline() -> None:
+    table = DescriptorTable.of(("CCO", "c1ccccc1"))
+    config = SweepConfig(task=TaskConfig(name="esol", source="esol.csv"), out="out")
+    molecules = SimpleNamespace(smiles=("CCO", "c1ccccc1"), descriptors=table)
+    found = baselines._FeatureBaselines(config, bench_with(molecules))
+    assert found._features(FeatureKind.DESCRIPTORS) is table.values  # no task of Ray
