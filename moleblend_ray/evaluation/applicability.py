@@ -77,6 +77,21 @@ class ApplicabilityDomain:
         )
 
 
+def similarity_entry(training: Sequence[str], test: Sequence[str]) -> dict[str, float | int]:
+    """The part of ``results.json`` about the similarity of each of the ``test`` molecules to the nearest ``training`` molecule:
+    5th, 50th and 95th percentile, the threshold of the domain of a model trained on these, and how many are inside."""
+    domain = ApplicabilityDomain.of(training)
+    nearest = domain.similarity(packed_ecfp(test))
+    low, median, high = np.percentile(nearest, (PERCENTILE, 50.0, 100.0 - PERCENTILE)).tolist()
+    return {
+        "percentile_5": low,
+        "median": median,
+        "percentile_95": high,
+        "threshold": domain.threshold,
+        "in_domain": int((nearest >= domain.threshold).sum()),
+    }
+
+
 def similarity_threshold(fingerprints: NDArray[np.uint64]) -> float:
     """The 5th percentile of the similarity of each of (M, W) distinct ``fingerprints`` to its nearest other.
 

@@ -93,6 +93,7 @@ def _text(
         *_distinct_line(data),
         *_replicates_line(task, data.get("replicates")),
         f"- split {split['kind']}: {split['train']:,} / {split['valid']:,} / {split['test']:,}, hash `{split['hash']}`",
+        *_similarity_line(data.get("similarity"), split["test"]),
         f"- data fingerprint `{data['fingerprint']}`",
         f"- source: {task['citation']}",
         "",
@@ -109,6 +110,17 @@ def _text(
         lines += ["", *_trials_section(task, trials, "trials.png" in figures)]
     lines += ["", "## Versions", "", *_table(results["versions"]), ""]
     return "\n".join(lines)
+
+
+def _similarity_line(similarity: Mapping[str, Any] | None, num_test: int) -> list[str]:
+    """How much the test molecules resemble those of training; results of earlier versions do not tell."""
+    if similarity is None:
+        return []
+    return [
+        f"- similarity of test molecules to the nearest training molecule (Tanimoto, ECFP4): median {similarity['median']:.2f}, 5th and "
+        f"95th percentile {similarity['percentile_5']:.2f} and {similarity['percentile_95']:.2f}; {similarity['in_domain']:,} of "
+        f"{num_test:,} reach {similarity['threshold']:.2f}, as 95 % of the training molecules do among themselves"
+    ]
 
 
 def _unreadable_line(count: int, task: Mapping[str, Any], final: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
@@ -106,6 +107,9 @@ def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
         "repeats": repeats_entry(bench.repeats),
         "replicates": bench.replicates.to_json(),
         "labels": labels_entry(task.kind, molecules, split),
+        "similarity": similarity_entry(
+            *([molecules.smiles[row] for row in part] for part in (split.train, split.test))
+        ),
     }
 
 

@@ -12,7 +12,12 @@ from rdkit.Chem import rdFingerprintGenerator
 
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation import applicability
-from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain, save_domain
+from moleblend_ray.evaluation.applicability import (
+    ApplicabilityDomain,
+    load_domain,
+    save_domain,
+    similarity_entry,
+)
 from moleblend_ray.evaluation.similarity import packed_ecfp
 
 from .conftest import all_smiles
@@ -34,6 +39,27 @@ def test_95_percent_of_the_training_molecules_are_inside_of_the_others(
     ]
     assert domain.threshold == pytest.approx(np.percentile(nearest, 5))
     assert np.mean(np.array(nearest) >= domain.threshold) == pytest.approx(0.95, abs=0.02)
+
+
+def test_the_test_molecules_of_a_split_are_compared_with_those_of_training() -> None:
+    training, test = all_smiles()[:60], all_smiles()[50:]
+    generator = rdFingerprintGenerator.GetMorganGenerator(radius=2, fpSize=2048)
+    known, new = (
+        [generator.GetFingerprint(Chem.MolFromSmiles(text)) for text in part]
+        for part in (training, test)
+    )
+    nearest = [max(DataStructs.BulkTanimotoSimilarity(one, known)) for one in new]
+    threshold = ApplicabilityDomain.of(training).threshold
+    low, median, high = np.percentile(nearest, [5, 50, 95])
+    assert similarity_entry(training, test) == pytest.approx(
+        {
+            "percentile_5": low,
+            "median": median,
+            "percentile_95": high,
+            "threshold": threshold,
+            "in_domain": sum(one >= threshold for one in nearest),
+        }
+    )
 
 
 def test_a_threshold_from_some_of_the_molecules_is_near_that_from_all(

@@ -101,6 +101,11 @@ def test_the_more_frequent_class_counts_and_none_if_both_are_as_frequent(
         "y0": {"molecules": 2, "contradictory": 2},
         "y1": {"molecules": 1, "contradictory": 1},
     }
+    # Rows that agree contradict nothing, of either class.
+    _, agreeing = merged(
+        make_labelled(SMILES, np.zeros((6, 1))), rule, kind=TaskKind.CLASSIFICATION
+    )
+    assert agreeing.to_json()["columns"]["y0"]["contradictory"] == 0
 
 
 def test_rows_in_different_parts_stay_apart_where_the_data_divide_them(

@@ -413,6 +413,21 @@ def test_text_from_elsewhere_is_shown_word_for_word(tmp_path: Path) -> None:
     assert "\nTrial 4 failed:\n\n    RuntimeError: of *two*\n      - shapes" in text
 
 
+def test_the_similarity_of_test_molecules_to_training_is_told(tmp_path: Path) -> None:
+    results = results_of()
+    assert "similarity of test" not in report_of(tmp_path, results)
+    results["data"]["split"]["test"] = 1200
+    results["data"]["similarity"] = {
+        "percentile_5": 0.255,
+        "median": 0.5,
+        "percentile_95": 1.0,
+        "threshold": 0.31,
+        "in_domain": 1100,
+    }
+    text = report_of(tmp_path, results)
+    assert "median 0.50, 5th and 95th percentile 0.26 and 1.00; 1,100 of 1,200 reach 0.31" in text
+
+
 def replicates(**changes: Any) -> dict[str, Any]:
     columns = {"y": {"molecules": 2, "std": 0.25}}
     found = {"rule": "keep", "molecules": 2, "rows": 5, "undecided": 0, "dropped": 0}
