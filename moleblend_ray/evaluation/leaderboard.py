@@ -92,6 +92,11 @@ class TaskRow:
     """The fine-tuned models, then the baselines."""
 
     @property
+    def basis(self) -> str:
+        """The kind of the split, and what became of labels: of others, the same split gives other scores."""
+        return ", ".join(filter(None, (self.split, self.labels)))
+
+    @property
     def best(self) -> tuple[str, ...]:
         """Names of the models with the best mean test score; empty if there is only one model."""
         ranks = self.ranks()

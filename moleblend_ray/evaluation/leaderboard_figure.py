@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -42,7 +43,7 @@ def draw_gains(board: Leaderboard) -> Figure | None:
     for index, model in enumerate(models):
         _draw_model(axes, rows, model, index, len(models))
     axes.axvline(0.0, color=_GREY, linewidth=1)
-    axes.set_yticks(range(len(rows)), [figure_text(row.name) for row in rows])
+    axes.set_yticks(range(len(rows)), [figure_text(name) for name in _names(rows)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     for line in range(1, len(rows)):
         axes.axhline(line - 0.5, color=_GREY, linewidth=0.4, alpha=0.5)
@@ -56,6 +57,12 @@ def draw_gains(board: Leaderboard) -> Figure | None:
         loc="outside upper left", ncols=2, frameon=False, fontsize="small", labelcolor=_GREY
     )
     return figure
+
+
+def _names(rows: Sequence[TaskRow]) -> list[str]:
+    """The name of each task; where a task has several rows, also what tells them apart."""
+    counts = Counter(row.name for row in rows)
+    return [row.name if counts[row.name] == 1 else f"{row.name}\n{row.basis}" for row in rows]
 
 
 def _draw_model(

@@ -128,8 +128,8 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
         lines += [
             "## Test scores",
             "",
-            f"| task | metric | molecules | {' | '.join(names)} |",
-            "|---|---|--:|" + "--:|" * len(models),
+            f"| task | metric | split | molecules | {' | '.join(names)} |",
+            "|---|---|---|--:|" + "--:|" * len(models),
             *(_markdown_row(row, models) for row in board.finished),
             "",
         ]
@@ -150,14 +150,13 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
         score = row.score_of(model.name)
         text = "" if score is None else _mean_and_std(score.test)
         cells.append(f"**{text}**" if model.name in row.best else text)
-    return (
-        f"| {_cell(row.name)} | {_cell(_metric(row))} | {_molecules(row)} | {' | '.join(cells)} |"
-    )
+    described = _cell(row.name), _cell(_metric(row)), _cell(row.basis), _molecules(row)
+    return f"| {' | '.join((*described, *cells))} |"
 
 
 def _markdown_seeds(board: Leaderboard) -> list[str]:
     return [
-        f"| {_cell(row.name)} | {_split(row)} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
+        f"| {_cell(row.name)} | {row.basis} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
         f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
         for row in board.finished
         for model in row.models
@@ -220,7 +219,7 @@ def _html_scores(board: Leaderboard) -> str:
     rows = []
     for row in board.finished:
         cells = [
-            f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {_molecules(row)}</small></td>"
+            f"<td>{_link(row)}<br><small>{_text(_metric(row))} · {_text(row.basis)} · {_molecules(row)}</small></td>"
         ]
         for model in models:
             score = row.score_of(model.name)
@@ -243,7 +242,7 @@ def _html_card(row: TaskRow) -> str:
     )
     return (
         f"<article><h3>{_link(row)}</h3><p class='soft'>{_text(_metric(row))}, {row.molecules:,} molecules<br>"
-        f"split {_text(_split(row))} <code>{_text(row.split_hash)}</code></p>"
+        f"split {_text(row.basis)} <code>{_text(row.split_hash)}</code></p>"
         f"<table>{body}</table></article>"
     )
 
@@ -300,11 +299,6 @@ def _metric(row: TaskRow) -> str:
 def _molecules(row: TaskRow) -> str:
     """Their number, with the mark that :func:`_seen_note` explains."""
     return f"{row.molecules:,}{'*' * bool(row.test_seen)}"
-
-
-def _split(row: TaskRow) -> str:
-    """The kind of the split, and what became of labels: of others, the same split gives other scores."""
-    return ", ".join(filter(None, (row.split, row.labels)))
 
 
 def _seen_note(board: Leaderboard) -> str:

@@ -205,8 +205,8 @@ def test_markdown_shows_the_results_rounded_with_the_best_in_bold() -> None:
     text = markdown_text(board(), "figures/x.png")
     cells = [[cell.strip() for cell in line.split(" | ")] for line in text.splitlines()]
     (esol,) = [row for row in cells if row[0] == "| esol" and "RMSE" in row[1]]
-    assert esol[1:4] == ["RMSE ↓, log10(mol/L)", "1,234", "**1.0000 ± 0.1414**"]
-    assert esol[4] == "1.2500 ± 0.0707"
+    assert esol[1:5] == ["RMSE ↓, log10(mol/L)", "scaffold", "1,234", "**1.0000 ± 0.1414**"]
+    assert esol[5] == "1.2500 ± 0.0707"
     assert "| bbbp | scaffold `5f5f5f5f5f5f5f5f` | MoleBLEND, fine-tuned | 0.7012 |" in text
     assert "0.7123, 0.6900 |" in text
     assert "- muv: failed: label &lt;script>\\|2.5 is none" in text
@@ -223,10 +223,10 @@ def test_test_molecules_that_were_seen_in_training_are_told_beside_the_scores() 
     seen = Leaderboard(title="x", rows=rows)
     note = "in another form: 17 of 124 in bbbp. Scores may be better than those of new molecules."
     text = markdown_text(seen, None)
-    assert "| esol | RMSE ↓, log10(mol/L) | 1,234 |" in text
-    assert "| bbbp | ROC-AUC ↑ | 1,234* |" in text
+    assert "| esol | RMSE ↓, log10(mol/L) | scaffold | 1,234 |" in text
+    assert "| bbbp | ROC-AUC ↑ | scaffold | 1,234* |" in text
     page = html_text(seen, None)
-    assert "ROC-AUC ↑ · 1,234*<" in page
+    assert "ROC-AUC ↑ · scaffold · 1,234*<" in page
     for shown in (text, page):
         assert note in shown
     assert "another form" not in markdown_text(board(), None) + html_text(board(), None)
@@ -307,6 +307,22 @@ def test_the_figure_has_a_dot_for_each_model_and_task_with_a_baseline() -> None:
         assert np.asarray(points.lines[0].get_ydata(), float).round().tolist() == [0, 1]
         bars = [segment[:, 0] for segment in points.lines[2][0].get_segments()]
         assert [(high - low) / 2 for low, high in bars] == pytest.approx([std for _, std in gains])
+
+
+def test_rows_of_one_task_are_told_apart_by_their_splits() -> None:
+    by_cluster = {**ESOL["data"], "split": {"kind": "butina", "hash": "6e" * 8}}
+    rows = (row_of_results(ESOL, "esol"), row_of_results(BBBP, "bbbp"))
+    other = (row_of_results({**ESOL, "data": by_cluster}, "esol"),)
+    both = compare(
+        {"a": Leaderboard(title="a", rows=rows), "b": Leaderboard(title="b", rows=other)}
+    )
+    figure = draw_gains(both)
+    assert figure is not None
+    shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert sorted(shown) == ["bbbp", "esol\nbutina", "esol\nscaffold"]
+    text = markdown_text(both, None)
+    assert "| esol | RMSE ↓, log10(mol/L) | butina |" in text
+    assert "log10(mol/L) · butina ·" in html_text(both, None)
 
 
 def test_dollars_in_names_are_no_formula_in_the_figure() -> None:
