@@ -340,8 +340,8 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
     Scores are in the same row only if task, metric, unit, label columns, split and what became of labels are the same. A baseline
-    that has other scores in another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models. Raises
-    ConfigError for a single board.
+    that has other scores in another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models;
+    one without randomness has the same for any number of seeds. Raises ConfigError for a single board.
     """
     if len(boards) < 2:
         raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
@@ -364,9 +364,21 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
 
 def _unequal_baselines(rows: Iterable[TaskRow]) -> set[str]:
     """Names of baselines with other scores in one of these rows than in another."""
-    found: dict[str, ModelScore] = {}
+    found: dict[str, object] = {}
     baselines = [model for row in rows for model in row.models if model.is_baseline]
-    return {model.name for model in baselines if found.setdefault(model.name, model) != model}
+    return {
+        model.name
+        for model in baselines
+        if found.setdefault(model.name, _scores_of(model)) != _scores_of(model)
+    }
+
+
+def _scores_of(model: ModelScore) -> tuple[tuple[float, ...], ...]:
+    """What tells a baseline from another of its name. Of one without randomness all seeds are equal, however many they are."""
+    return tuple(
+        spread.values[:1] if len(set(spread.values)) == 1 else spread.values
+        for spread in (model.valid, model.test)
+    )
 
 
 def _joined(rows: Mapping[str, TaskRow], labelled: Collection[str]) -> TaskRow:

@@ -415,6 +415,18 @@ def test_equal_baselines_are_shown_once_and_others_with_the_label_of_their_board
     assert gain[0] == pytest.approx(-2.7, abs=0.01)
 
 
+def test_a_baseline_without_randomness_is_the_same_for_any_number_of_seeds() -> None:
+    def board_of(seeds: int) -> Leaderboard:
+        fixed = entry(MEAN, [0.5] * seeds, [0.4] * seeds)
+        drawn = entry(FOREST, [0.6, 0.7, 0.8][:seeds], [0.6, 0.7, 0.8][:seeds])
+        found = results("bbbp", "roc_auc", [0.3] * seeds, fixed, drawn)
+        return Leaderboard(title="b", rows=(row_of_results(found, "bbbp"),))
+
+    (row,) = compare({"one": board_of(1), "three": board_of(3)}).rows
+    names = [model.name for model in row.models if model.is_baseline]
+    assert names == [MEAN, f"{FOREST} (one)", f"{FOREST} (three)"]
+
+
 def test_boards_are_compared_task_by_task_where_their_splits_are_equal() -> None:
     other_split = results("bbbp", "roc_auc", [0.9], split_hash="00" * 8)
     better = results("esol", "rmse", [0.5], entry(FOREST, [9.0], [9.0]))
