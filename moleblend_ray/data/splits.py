@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data.dataset_files import SPLITS
-from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.errors import ConfigError, DataError, without_credentials
+
+logger = logging.getLogger(__name__)
 
 UNNAMED: Final = 255
 """Code of a molecule that the split file does not name; the other codes are indices of ``SPLITS``."""
@@ -27,6 +30,11 @@ _CODE_OF_NAME: Final = {
     "test": _TEST,
     "testing": _TEST,
 }
+
+_MOST_ROWS_PER_NAMED: Final = 1000
+"""Most rows of a source for each that a file names, which may be those of a small test part. Ids that are numbers would need more."""
+_ALWAYS_ROWS: Final = 1 << 28
+"""So many rows a source may have, whatever is named: their codes take 256 MiB."""
 
 _TEST_PARTS: Final = ("test-", "test_")
 
@@ -74,7 +82,7 @@ class NamedSplits:
     ) -> None:
         """From the rows of each split, no row in two of them, or the split of each id.
 
-        ConfigError if the name of a split is not train, valid (validation, val,
+        DataError for numbers that are too large for rows, ConfigError if the name of a split is not train, valid (validation, val,
         dev) or test (testing, test-...).
         """
         self._uri = uri
@@ -109,6 +117,18 @@ class NamedSplits:
         if self._by_id is not None:
             found[:] = [self._by_id.get(mol_id, UNNAMED) for mol_id in mol_ids]
         return found
+
+    def warn_of_rows_beyond(self, num_rows: int) -> None:
+        """Log if rows are named that a source of ``num_rows`` does not have: the split may be of another version of it."""
+        beyond = 0 if self._codes is None else int((self._codes[num_rows:] != UNNAMED).sum())
+        if beyond:
+            logger.warning(
+                "%s names %d rows after the last of the source, which has %d. If rows were taken out of the source, others have "
+                "their numbers now, and are in wrong parts: name molecules by id (as texts), or make the split anew",
+                without_credentials(self._uri),
+                beyond,
+                num_rows,
+            )
 
     def unnamed_error(self, where: str, mol_id: str) -> DataError:
         """The error for a molecule that the split file does not name."""
@@ -159,6 +179,12 @@ class TimeSplit:
 def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.uint8]:
     """The code of each row, up to the last row that the file names."""
     size = 1 + max((int(rows.max()) for rows in by_row.values() if len(rows)), default=-1)
+    named = sum(map(len, by_row.values()))
+    if size > _MOST_ROWS_PER_NAMED * named + _ALWAYS_ROWS:
+        raise DataError(
+            f"split_file: {uri} names row {size - 1}, but only {named} rows in all. Numbers are rows of the source, counted from "
+            "0. If these are ids of molecules, write them as texts, or as column 'id' of a table"
+        )
     codes = np.full(size, UNNAMED, dtype=np.uint8)
     for name, rows in by_row.items():
         codes[rows] = _code(name, uri)

@@ -115,6 +115,8 @@ def prepare(
             return _summary(config.out, "already prepared", manifest, Effort(), start_s)
         status, manifest, effort = _run(config, sources, options, lease)
     _log_outcome(manifest, config, wants_coordinates=wants_coordinates)
+    if splits is not None:
+        splits.warn_of_rows_beyond(manifest.counts.rows_in)
     return _summary(config.out, status, manifest, effort, start_s)
 
 

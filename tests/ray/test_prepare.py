@@ -149,10 +149,10 @@ def test_a_shuffle_by_several_actors_is_that_of_one_process(
 
 
 def test_the_split_file_of_a_source_decides_and_must_name_every_molecule(
-    ray_cluster: None, tmp_path: Path
+    ray_cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "in.csv").write_text("\n".join(["smiles", *smiles(60)]) + "\n")
-    splits = {"train": [*range(40)], "valid": [*range(40, 50)], "test-dev": [*range(50, 59)]}
+    splits = {"train": [*range(40)], "valid": [*range(40, 50)], "test-dev": [*range(50, 59), 60]}
     (tmp_path / "split.json").write_text(json.dumps(splits))
     config = config_for(
         tmp_path / "in.csv", tmp_path / "out", split_file=str(tmp_path / "split.json")
@@ -164,6 +164,7 @@ def test_the_split_file_of_a_source_decides_and_must_name_every_molecule(
     )
     assert (summary.train, summary.valid, summary.test) == (40, 10, 9)
     assert summary.quarantined_by_reason == {"not_in_split_file": 1}
+    assert "names 1 rows after the last of the source, which has 60" in caplog.text
     (tmp_path / "in").mkdir()
     for name in ("a.csv", "b.csv"):
         (tmp_path / "in" / name).write_text("smiles\nC\n")

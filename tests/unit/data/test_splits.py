@@ -56,6 +56,25 @@ def test_a_split_file_decides_by_row_or_by_id() -> None:
     assert by_id.codes(np.arange(3), ["b", "x", "a"]).tolist() == [VALID, UNNAMED, TEST]
 
 
+def test_ids_that_are_numbers_are_not_taken_for_rows_of_a_huge_table() -> None:
+    ids = {"train": np.array([1_000_000_000_001]), "test": np.array([1_000_000_000_002])}
+    with pytest.raises(DataError, match=r"row 1000000000002, but only 2 rows.*as texts"):
+        NamedSplits(ids, None, "s.json")
+    few = NamedSplits({"test": np.array([1_000_000])}, None, "s.json")
+    assert few.codes(np.array([1_000_000]), [""]).tolist() == [TEST]
+
+
+def test_rows_that_the_source_does_not_have_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    rows = {"train": np.array([0, 1, 2]), "test": np.array([4, 6])}
+    splits = NamedSplits(rows, None, "s3://key:secret@bucket/s.json")
+    splits.warn_of_rows_beyond(7)
+    NamedSplits(None, {"a": "train"}, "ids.json").warn_of_rows_beyond(0)
+    assert not caplog.text
+    splits.warn_of_rows_beyond(4)
+    assert "s.json names 2 rows after the last of the source, which has 4" in caplog.text
+    assert "secret" not in caplog.text
+
+
 def test_equal_splits_have_equal_digests() -> None:
     one = NamedSplits({"train": np.array([0, 1]), "val": np.array([2])}, None, "a")
     same = NamedSplits({"valid": np.array([2]), "train": np.array([1, 0])}, None, "b")

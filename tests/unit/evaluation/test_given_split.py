@@ -156,6 +156,17 @@ def test_a_molecule_that_the_split_leaves_out_is_told(tmp_path: Path) -> None:
         load_labelled(data, task(), splits_of_column(source, "part"))
 
 
+def test_a_split_of_more_rows_than_the_source_has_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = prepare(write_csv(tmp_path), tmp_path / "data")
+    rows = np.arange(len(ROWS) + 2)
+    load_labelled(data, task(), NamedSplits({"train": rows[:-2]}, None, "s.json"))
+    assert not caplog.text
+    load_labelled(data, task(), NamedSplits({"train": rows}, None, "s.json"))
+    assert "s.json names 2 rows after the last of the source, which has 6" in caplog.text
+
+
 def test_a_column_that_is_not_there_or_says_something_else_is_refused(tmp_path: Path) -> None:
     source = write_csv(tmp_path)
     with pytest.raises(DataError, match=r"no column 'split'; its columns: smiles, y, part"):
