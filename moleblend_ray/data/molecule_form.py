@@ -11,7 +11,8 @@ from moleblend_ray.data.differences import differences
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoleculeForm:
-    """The settings of ``featurize`` that decide which atoms a molecule has, with the same values and defaults."""
+    """The settings of ``featurize`` that decide which atoms a molecule has, and in which order, with the same values and
+    defaults."""
 
     explicit_hydrogens: bool = False
     """Every hydrogen is an atom."""
@@ -19,6 +20,9 @@ class MoleculeForm:
     """What becomes of records of several fragments."""
     dummy_atoms: Literal["reject", "other"] = "reject"
     """What becomes of atoms without an element."""
+    canonical_order: bool = False
+    """Atoms are in the order of the canonical SMILES. The codes of chiral atoms depend on the order of their neighbours. Models
+    from before this was stored count as trained on molecules in the order of their source."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> MoleculeForm:

@@ -182,6 +182,9 @@ def read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary
 
 def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
     """As :func:`require_same_run`; both with the settings that :func:`run_identity` leaves out."""
+    # Of what earlier versions did not store of molecules, the fingerprint of the data tells.
+    if "molecules" in stored:
+        stored = {**stored, "molecules": with_defaults(stored["molecules"], wanted["molecules"])}
     require_same_run(_with_later_settings(stored), _with_later_settings(wanted), run_uri)
 
 

@@ -250,6 +250,22 @@ def test_molecules_get_the_form_of_those_the_model_was_tuned_on(tmp_path: Path) 
         mb.PropertyPredictor.from_pretrained([str(tmp_path / name) for name in predictions])
 
 
+def test_a_stereoisomer_written_in_two_ways_is_one_to_a_model_of_canonical_order(
+    tmp_path: Path,
+) -> None:
+    # The codes of chiral atoms depend on the order of their neighbours, as those of OGB do.
+    ways = ["C[C@H](N)C(=O)O", "N[C@@H](C)C(O)=O"]
+    torch.manual_seed(0)
+    model = PropertyModel(MoleBlendModel(TINY), 1, ReadoutConfig())
+    for canonical_order in (False, True):
+        form = MoleculeForm(canonical_order=canonical_order)
+        trained = dataclasses.replace(SOLUBILITY, conformers=0, molecules=form)
+        save_property_model(model, trained, str(tmp_path / str(canonical_order)))
+        encoder = mb.MoleculeEncoder.from_pretrained(tmp_path / str(canonical_order))
+        one, other = encoder.encode(ways)
+        assert np.array_equal(one, other) == canonical_order
+
+
 def test_a_model_of_before_forms_were_stored_gets_the_default(tmp_path: Path) -> None:
     uri = fine_tuned(tmp_path, 0)
     assert "molecules" not in storage.read_json(f"{uri}/property.json")

@@ -77,12 +77,23 @@ def test_descriptors_to_predict_must_be_in_the_data() -> None:
 
 
 def test_the_form_of_the_molecules_is_known_and_that_of_earlier_runs_is_not_compared() -> None:
-    options = {"featurize": {"explicit_hydrogens": True, "max_atoms": 9}}
-    manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1, options=options)
-    found = run_identity(CONFIG, cast("Manifest", manifest))
+    def of(**featurize: object) -> dict[str, Any]:
+        options = {"featurize": featurize}
+        manifest = SimpleNamespace(fingerprint="aaa", featurizer_version=1, options=options)
+        return run_identity(CONFIG, cast("Manifest", manifest))
+
+    found = of(explicit_hydrogens=True, max_atoms=9)
     assert found["molecules"]["explicit_hydrogens"] is True
     earlier = {name: value for name, value in found.items() if name != "molecules"}
     _require_same_run(earlier, found, "run")
+    # As of a version that knew less of the form.
+    before, ordered = of(canonical_order=True), of(canonical_order=True)
+    assert before["molecules"].pop("canonical_order") is True
+    _require_same_run(before, ordered, "run")
+    with pytest.raises(CheckpointError, match=r"molecules\.explicit_hydrogens: .* asks for True"):
+        _require_same_run(before, found, "run")
+    with pytest.raises(CheckpointError, match=r"molecules\.canonical_order: .* asks for False"):
+        _require_same_run(ordered, of(), "run")
 
 
 def test_where_a_run_is_computed_may_change() -> None:
