@@ -35,8 +35,9 @@ _SIDES: Final = {">": 0, "<": 1}
 _LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
 _MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
 _PROPERTY: Final = re.compile(
-    r"^>.*?<(?P<name>[^>]*)>.*\n(?P<value>(?:[^\n]+(?:\n|\Z))*)", re.MULTILINE
+    r"^>.*?<(?P<name>.*)>.*\n(?P<value>(?:[^\n]+(?:\n|\Z))*)", re.MULTILINE
 )
+"""Names may contain the signs that are around them, and go from the first ``<`` to the last ``>`` of the line, as for RDKit."""
 
 
 def number(text: str) -> float | None:

@@ -40,6 +40,16 @@ def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -
     assert record.unreadable == ("x",)
 
 
+def test_names_of_properties_may_contain_angle_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "m.sdf"
+    values = ">  <logD (pH>7)>  (1)\n1\n\n>  <logD (pH>2)>\n>2\n\n> 25 <a<b> DT5\n3\n\n$$$$\n"
+    path.write_text(METHANE.format(title="a") + values)
+    names = ("logD (pH>7)", "logD (pH>2)", "a<b")
+    (record,) = records_of(path, label_columns=names)
+    np.testing.assert_equal(record.labels, [1.0, np.nan, 3.0])
+    assert record.unreadable == ("logD (pH>2)",)
+
+
 def test_a_byte_order_mark_is_no_part_of_the_first_title(tmp_path: Path) -> None:
     path = tmp_path / "m.sdf"
     text = "".join(METHANE.format(title=title) + "$$$$\n" for title in ("a", "b"))
