@@ -14,6 +14,7 @@ import json
 import numbers
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,6 +179,7 @@ class _Builder:
         )
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
+        value = _without_numpy(value)
         options = _options(annotation)
         inner = nested_dataclass(annotation)
         if inner is not None and isinstance(value, Mapping):
@@ -341,8 +343,15 @@ def _scalar(annotation: type, value: object) -> Any:
     return value if type(value) is annotation else _INVALID
 
 
+def _without_numpy(value: Any) -> Any:
+    """A number, truth value or text of NumPy, as data frames hold them, as one of Python."""
+    # Who has such a value has imported it.
+    numpy = sys.modules.get("numpy")
+    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
+
+
 def _number(annotation: type, value: object) -> Any:
-    """``value`` as an int or a float, also one of NumPy."""
+    """``value`` as an int or a float."""
     # bool is a subclass of int, but `num_layers: true` is a mistake.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return _INVALID

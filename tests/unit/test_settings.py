@@ -216,6 +216,17 @@ def test_a_constructor_makes_of_values_what_their_types_say() -> None:
     json.dumps(to_dict(made))
 
 
+def test_truth_values_and_words_of_numpy_are_taken_as_its_numbers_are() -> None:
+    given: dict[str, Any] = {"descriptors": np.bool_(True), "relations": np.str_("2d")}
+    made = mb.FinetuneSettings(**given)
+    found = to_dict(made)
+    assert [type(found[name]) for name in given] == [bool, str]
+    json.dumps(found)
+    wrong: dict[str, Any] = {"epochs": np.bool_(True)}
+    with pytest.raises(ConfigError, match=r"epochs: expected int, found True \(bool\)"):
+        mb.FinetuneSettings(**wrong)
+
+
 def test_a_constructor_names_every_value_of_another_type_before_its_own_checks() -> None:
     with pytest.raises(ConfigError) as raised:
         Inner(rate="1", mode="kep", sizes=3)  # type: ignore[arg-type]
