@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from source_files import records_of, smiles_of
 
 from moleblend_ray import cli
 from moleblend_ray.errors import MoleBlendError
@@ -129,3 +130,33 @@ def test_the_table_of_the_model_names_every_module() -> None:
     named = [*re.findall(r"`(\w+\.py)`", text), "__init__.py"]
     lacking = [name for name in modules if name not in named and not name.endswith("_kernels.py")]
     assert lacking == []
+
+
+def test_the_recipe_for_an_export_of_chembl_turns_every_relation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A concentration above a bound is a pIC50 below it."""
+    pytest.importorskip("pandas")
+    text = (REPOSITORY / "docs" / "downstream.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (recipe,) = (block for block in blocks if "Standard Units" in block)
+    relations = ("'='", "'>'", "'>='", "'>>'", "'<'", "'<='", "'<<'", "'~'", "")
+    rows = [f'"{"C" * size}";"IC50";"{sign}";"100";"nM"' for size, sign in enumerate(relations, 1)]
+    rows += ['"N";"Ki";"\'=\'";"100";"nM"', '"O";"Inhibition";"\'=\'";"50";"%"']
+    names = "Smiles", "Standard Type", "Standard Relation", "Standard Value", "Standard Units"
+    header = ";".join(f'"{name}"' for name in names)
+    (tmp_path / "export.csv").write_text("\n".join([header, *rows]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    exec(recipe, {})
+    records = records_of(
+        tmp_path / "assay.csv",
+        label_columns=("pIC50",),
+        relation_column="relation",
+        censored_labels=True,
+    )
+    assert smiles_of(records) == ["C" * size for size in range(1, 10)]
+    at_most = [record.bounds is not None and record.bounds[1, 0] == 7.0 for record in records]
+    at_least = [record.bounds is not None and record.bounds[0, 0] == 7.0 for record in records]
+    assert at_most == [False] + [True] * 3 + [False] * 5
+    assert at_least == [False] * 4 + [True] * 3 + [False] * 2
+    assert [record.labels[0] == 7.0 for record in records] == [True] + [False] * 6 + [True] * 2
