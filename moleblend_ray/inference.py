@@ -264,7 +264,6 @@ def _featurize(
         **asdict(model.form or MoleculeForm()),
         max_atoms=max_atoms,
         require_coordinates=model.needs_coordinates,
-        canonical_order=model.needs_canonical_order,
         conformers=ConformerConfig.of_count(conformers),
     )
     return featurize_records(records, "smiles", (), config)

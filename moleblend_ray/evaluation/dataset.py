@@ -234,7 +234,8 @@ def _named_parts(
             f"task: the split is given by rows, which are those of one file; {uri} was made of "
             f"{len(manifest.sources)}. Give a split file with ids"
         )
-    named.warn_of_rows_beyond(manifest.counts.rows_in)
+    if isinstance(named, NamedSplits):
+        named.warn_of_rows_beyond(manifest.counts.rows_in)
     mol_ids = table["mol_id"].to_pylist()
     parts = named.codes(table["source_row"].to_numpy(), mol_ids)
     unnamed = np.flatnonzero(parts == UNNAMED)

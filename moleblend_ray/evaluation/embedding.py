@@ -91,11 +91,6 @@ class Embedder:
         return 1 if self.fine_tuned is None else min(1, self.fine_tuned.conformers)
 
     @property
-    def needs_canonical_order(self) -> bool:
-        """False: a vector says nothing of single atoms."""
-        return False
-
-    @property
     def needs_coordinates(self) -> bool:
         """Whether vectors of molecules without coordinates mean nothing, as the encoder was fine-tuned on distances alone."""
         return self.fine_tuned is not None and self.fine_tuned.sees_geometry_alone

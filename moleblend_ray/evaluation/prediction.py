@@ -3,6 +3,7 @@ training molecules."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ class Predictor:
     """The distinct applicability domains of the members; empty if a member has none."""
     conformers: int
     """Number of conformers used per molecule, the first ones; 0: none, also where the source has coordinates."""
-    form: MoleculeForm | None
+    trained_form: MoleculeForm | None
     """The form of the molecules of fine-tuning; None: unknown."""
     threshold: float | None
     """Least similarity of a molecule inside the domain; None: that of each model."""
@@ -80,7 +81,7 @@ class Predictor:
     device: torch.device
     """Device on which they are computed."""
     atom_contributions: bool = False
-    """Whether to say what each atom adds to a prediction. The atoms of shard tables are then in the order of their SMILES."""
+    """Whether to say what each atom adds to a prediction."""
 
     @classmethod
     def build(
@@ -117,7 +118,7 @@ class Predictor:
             members=tuple(members),
             domains=tuple(domains.values()) if all_known else (),
             conformers=count,
-            form=form_of(members),
+            trained_form=form_of(members),
             threshold=threshold,
             interval=interval,
             half_widths=np.full(len(trained.columns), np.nan) if widths is None else widths,
@@ -128,9 +129,11 @@ class Predictor:
         )
 
     @property
-    def needs_canonical_order(self) -> bool:
-        """Whether the atoms of a molecule must have the order of its canonical SMILES."""
-        return self.atom_contributions
+    def form(self) -> MoleculeForm | None:
+        """The form that molecules should have; None: unknown. For contributions, atoms have the order of the canonical SMILES."""
+        if not self.atom_contributions:
+            return self.trained_form
+        return dataclasses.replace(self.trained_form or MoleculeForm(), canonical_order=True)
 
     @property
     def needs_coordinates(self) -> bool:

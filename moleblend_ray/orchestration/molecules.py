@@ -124,14 +124,12 @@ def prepare_molecules(
     cluster: ClusterConfig,
     sources: SourceSet | None = None,
     require_coordinates: bool = False,
-    canonical_order: bool = False,
 ) -> str:
     """URI of the prepared dataset: the source itself if it is prepared, else ``out``, which is made or completed now.
 
     ``form`` is that of the molecules that the model was trained on, None if it is unknown: raw molecules get it, and a
     warning is logged if prepared ones have another. All molecules are in one split, in the order of the source. ``sources``
-    is what :func:`look_at_source` has found, if it was called. ``require_coordinates`` rejects raw molecules that get none; ``canonical_order`` gives the
-    atoms of raw molecules the order of their canonical SMILES.
+    is what :func:`look_at_source` has found, if it was called. ``require_coordinates`` rejects raw molecules that get none.
     """
     if is_prepared(molecules.source):
         if form is not None:
@@ -153,7 +151,6 @@ def prepare_molecules(
             **asdict(form or MoleculeForm()),
             max_atoms=molecules.max_atoms,
             require_coordinates=require_coordinates,
-            canonical_order=canonical_order,
             conformers=ConformerConfig.of_count(conformers),
         ),
         rows_per_chunk=rows,

@@ -53,12 +53,8 @@ class PartMaker(Protocol):
         """Whether what it makes of molecules without coordinates means nothing."""
 
     @property
-    def needs_canonical_order(self) -> bool:
-        """Whether the atoms of a molecule must have the order of its canonical SMILES, as it tells of single atoms."""
-
-    @property
     def form(self) -> MoleculeForm | None:
-        """The form of the molecules that it was trained on; None: unknown."""
+        """The form that molecules should have, which is that of its training; None: unknown."""
 
     def describe(self) -> dict[str, Any]:
         """What the summary says about the model, as JSON values."""

@@ -31,7 +31,6 @@ from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import (
-    ConfigError,
     DataError,
     TrainingError,
     without_credentials,
@@ -91,8 +90,6 @@ def run_parts(job: PartsJob) -> Outcome:
     check_claim(config.out, {"config": job.question(), "checkpoint_fingerprint": maker.fingerprint})
     # Likewise errors of the source, before Ray is started.
     sources = look_at_source(config, _LABEL_COLUMNS)
-    if sources is None and maker.needs_canonical_order:
-        _require_canonical_order(config.source)
     with leased(config.out, partial(_has_summary, job)) as lease:
         # The command that held the lease before may have finished the work.
         if (stored := _finished(job)) is not None:
@@ -151,19 +148,9 @@ def _prepare(job: PartsJob, maker: PartMaker, sources: SourceSet | None = None) 
         conformers=_wanted_conformers(job, maker),
         form=maker.form,
         require_coordinates=maker.needs_coordinates,
-        canonical_order=maker.needs_canonical_order,
         cluster=job.config.cluster,
         sources=sources,
     )
-
-
-def _require_canonical_order(source: str) -> None:
-    """Raise ConfigError if the atoms of a prepared data set have another order than its SMILES."""
-    if not load_manifest(source).options.get("featurize", {}).get("canonical_order"):
-        raise ConfigError(
-            f"atom_contributions: the atoms of {source} have the order of the files that it was prepared from, so contributions "
-            "could not be told by its SMILES. Give these files, or prepare them with featurize.canonical_order=true"
-        )
 
 
 def _wanted_conformers(job: PartsJob, maker: PartMaker) -> int:

@@ -18,6 +18,10 @@ import torch
 from moleblend_ray.config.downstream import PredictConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.ensemble import load_members
 from moleblend_ray.evaluation.prediction import Predictor
 from moleblend_ray.evaluation.result_files import PREDICT
@@ -67,6 +71,8 @@ def predict(config: PredictConfig) -> PredictSummary:
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
     config = with_absolute_paths(config)
+    if config.atom_contributions and is_prepared(config.source):
+        _require_canonical_order(config.source)
     outcome = run_parts(predict_job(config))
     summary = outcome.summary
     csv = storage.join(config.out, CSV_NAME)
@@ -89,6 +95,15 @@ def predict(config: PredictConfig) -> PredictSummary:
         seconds=summary["seconds"],
         already_finished=outcome.already_finished,
     )
+
+
+def _require_canonical_order(source: str) -> None:
+    """Raise ConfigError if the atoms of a prepared data set have another order than its SMILES."""
+    if not MoleculeForm.of_options(load_manifest(source).options).canonical_order:
+        raise ConfigError(
+            f"atom_contributions: the atoms of {source} have the order of the files that it was prepared from, so contributions "
+            "could not be told by its SMILES. Give these files, or prepare them with featurize.canonical_order=true"
+        )
 
 
 def predict_job(config: PredictConfig) -> PartsJob:

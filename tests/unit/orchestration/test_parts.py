@@ -222,17 +222,15 @@ def test_molecules_get_the_conformers_that_are_asked_for_or_else_those_of_the_mo
     monkeypatch.setattr(
         parts,
         "prepare_molecules",
-        lambda *_, conformers, require_coordinates, canonical_order, **__: found.append(
-            (conformers, require_coordinates, canonical_order)
+        lambda *_, conformers, require_coordinates, **__: found.append(
+            (conformers, require_coordinates)
         ),
     )
     config = PredictConfig(models="/m", source="/a.csv", out="/o", conformers=asked)
     for needs in (False, True):
-        maker = SimpleNamespace(
-            conformers=4, form=None, needs_coordinates=needs, needs_canonical_order=not needs
-        )
+        maker = SimpleNamespace(conformers=4, form=None, needs_coordinates=needs)
         parts._prepare(predict_job(config), maker)
-    assert found == [(made, False, True), (made, True, False)]
+    assert found == [(made, False), (made, True)]
 
 
 @pytest.mark.parametrize(("asked", "told"), [(None, True), (True, True), (False, False)])
