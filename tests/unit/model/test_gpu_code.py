@@ -172,3 +172,19 @@ def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_plain_code(
         errors.append((lost.norm() / expected.norm(), allowed.norm() / expected.norm()))
     typical, allowed = torch.tensor(errors).median(0).values
     assert typical <= 1.3 * allowed
+
+
+def test_molecules_without_an_atom_are_seen_as_by_the_plain_code(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batch = zoo.batch(MOLECULES, device=DEVICE)
+    sizes = batch.num_atoms.tolist()
+    places = [(row, atom) for row, n in enumerate(sizes) if n > 1 for atom in range(n)]
+    left = batch.without_atom(*torch.tensor(places).unbind(1))
+    model = new_model(SMALL_MODEL).eval()
+    with torch.no_grad():
+        with plain_code():
+            expected = model.embed(left)
+        monkeypatch.setattr(device, "GPU_TYPES", frozenset({"cpu", "cuda"}))
+        found = model.embed(left)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
