@@ -272,19 +272,22 @@ def read_row(out: str, folder: str) -> TaskRow | None:
 def read_leaderboard(out: str) -> Leaderboard:
     """The leaderboard of a directory, from the results in it.
 
-    ``leaderboard.json`` tells of tasks without results. If there is none, every folder with results is a task, or the
-    directory itself is one; a file of this name that another program wrote is left out with a warning. Raises DataError if
-    there are no results.
+    ``leaderboard.json`` tells of tasks without results, and of the order. Every other folder with results is a task, too, or the
+    directory itself is one; a file of this name that another program wrote is left out with a warning. Raises DataError if there
+    are no results.
     """
     uri = storage.join(out, f"{LEADERBOARD_NAME}.json")
-    if storage.exists(uri):
-        # The directory of a single task holds the results itself.
-        found = [
-            read_row(out, row.results or row.name) or read_row(out, row.results) or row
-            for row in _stored_rows(uri)
-        ]
-    else:
-        found = [row for folder in _folders_with_results(out) if (row := read_row(out, folder))]
+    # The directory of a single task holds the results itself.
+    found = [
+        read_row(out, row.results or row.name) or read_row(out, row.results) or row
+        for row in (_stored_rows(uri) if storage.exists(uri) else ())
+    ]
+    known = {row.results for row in found if row.status is Status.FINISHED}
+    found += [
+        row
+        for folder in _folders_with_results(out)
+        if folder not in known and (row := read_row(out, folder))
+    ]
     if not found:
         raise DataError(
             f"{out} holds neither {LEADERBOARD_NAME}.json nor finished results; expected the `out` of a "

@@ -371,6 +371,21 @@ def test_results_without_a_leaderboard_are_found_in_folders_or_in_the_directory_
         read_leaderboard(str(tmp_path / "empty"))
 
 
+def test_results_that_came_after_a_leaderboard_are_on_the_next_one(tmp_path: Path) -> None:
+    write_results(tmp_path, "second", ESOL)
+    write_leaderboard(str(tmp_path), read_leaderboard(str(tmp_path)))
+    write_results(tmp_path, "first", BBBP)
+    found = read_leaderboard(str(tmp_path))
+    assert [(row.name, row.results) for row in found.rows] == [
+        ("esol", "second"),
+        ("bbbp", "first"),
+    ]
+    # The directory of a single task has a leaderboard of itself.
+    alone = str(tmp_path / "first")
+    write_leaderboard(alone, read_leaderboard(alone))
+    assert [(row.name, row.results) for row in read_leaderboard(alone).rows] == [("bbbp", "")]
+
+
 @pytest.mark.parametrize("foreign", [[], {}, {"task": {"name": "x"}}, 3], ids=str)
 def test_results_of_another_program_are_left_out_where_none_are_expected_and_else_an_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, foreign: Any
