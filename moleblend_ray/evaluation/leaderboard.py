@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -342,7 +343,8 @@ def is_elsewhere(folder: str) -> bool:
 def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
     """Several leaderboards, each with its own label, as one: all models side by side, equal baselines once.
 
-    Scores are in the same row only if task, metric, unit, label columns, split and what became of labels are the same. A baseline
+    A board that answers a question in several folders has the models of each, labelled with the folder, too. Scores are in the
+    same row only if task, metric, unit, label columns, split and what became of labels are the same. A baseline
     that has other scores in another board (the encoder from scratch, or one of other settings or seeds) is labelled like the models;
     one without randomness has the same for any number of seeds. Raises ConfigError for a single board.
     """
@@ -350,10 +352,12 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
         raise ConfigError(f"compare: expected several leaderboards, found {len(boards)}")
     by_question: dict[tuple[object, ...], dict[str, TaskRow]] = {}
     for label, board in boards.items():
-        for row in board.rows:
-            reason = f"{label}: {row.reason}" if row.reason else ""
-            key = (row.name, row.metric, row.unit, row.columns, row.split_hash, row.labels, reason)
-            by_question.setdefault(key, {})[label] = dataclasses.replace(row, reason=reason)
+        keyed = [_with_question(row, label) for row in board.rows]
+        counts = Counter(question for question, _ in keyed)
+        for question, row in keyed:
+            # One board may answer a question in several folders, as with several checkpoints.
+            own = label if counts[question] == 1 else f"{label}/{storage.name_of(row.results)}"
+            by_question.setdefault(question, {})[own] = row
     unequal = set[str]().union(
         *(_unequal_baselines(rows.values()) for rows in by_question.values())
     )
@@ -363,6 +367,13 @@ def compare(boards: Mapping[str, Leaderboard]) -> Leaderboard:
         key=lambda row: order.index(row.name),
     )
     return Leaderboard(title=" and ".join(boards), rows=tuple(rows))
+
+
+def _with_question(row: TaskRow, label: str) -> tuple[tuple[object, ...], TaskRow]:
+    """What rows with comparable scores have in common, and the row, whose reason tells the board ``label`` that it is of."""
+    reason = f"{label}: {row.reason}" if row.reason else ""
+    question = row.name, row.metric, row.unit, row.columns, row.split_hash, row.labels, reason
+    return question, dataclasses.replace(row, reason=reason)
 
 
 def _unequal_baselines(rows: Iterable[TaskRow]) -> set[str]:

@@ -430,6 +430,22 @@ def test_equal_baselines_are_shown_once_and_others_with_the_label_of_their_board
     assert gain[0] == pytest.approx(-2.7, abs=0.01)
 
 
+def test_a_question_that_a_board_answers_in_several_folders_keeps_all_answers() -> None:
+    def row_in(folder: str, score: float) -> TaskRow:
+        found = results("bbbp", "roc_auc", [score], entry(FOREST, [0.6], [0.6]))
+        return row_of_results(found, folder)
+
+    ours = Leaderboard(title="a", rows=(row_in("/runs/a/mini", 0.7), row_in("/runs/a/base", 0.8)))
+    theirs = Leaderboard(title="b", rows=(row_in("/runs/b/bbbp", 0.9),))
+    (row,) = compare({"a": ours, "b": theirs}).rows
+    assert {model.name: model.test.mean for model in row.models} == {
+        f"{MODEL} (a/mini)": 0.7,
+        f"{MODEL} (a/base)": 0.8,
+        f"{MODEL} (b)": 0.9,
+        FOREST: 0.6,
+    }
+
+
 def test_a_baseline_without_randomness_is_the_same_for_any_number_of_seeds() -> None:
     def board_of(seeds: int) -> Leaderboard:
         fixed = entry(MEAN, [0.5] * seeds, [0.4] * seeds)
