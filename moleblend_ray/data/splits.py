@@ -132,8 +132,9 @@ class NamedSplits:
 
     def unnamed_error(self, where: str, mol_id: str) -> DataError:
         """The error for a molecule that the split file does not name."""
+        by_id = "" if self.names_rows else "set id_column to the column that holds the ids, "
         return DataError(
-            f"split_file: {self._uri} names no split for {where} ({mol_id}). Complete the file, or set "
+            f"split_file: {self._uri} names no split for {where} ({mol_id}). Complete the file, {by_id}or set "
             "split_file_unnamed=train or split_file_unnamed=quarantine."
         )
 

@@ -241,10 +241,13 @@ def _named_parts(
     unnamed = np.flatnonzero(parts == UNNAMED)
     if len(unnamed):
         first = int(unnamed[0])
+        # As without the column of ids, when molecules have the name of the file and their row.
+        none_known = len(unnamed) == len(parts) and not named.names_rows
+        hint = "If the source has the ids in a column, set task.id_column. " if none_known else ""
         raise DataError(
             f"{uri}: the given split leaves out {len(unnamed)} of {len(parts)} labelled molecules, the first of them "
-            f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). Say {named.wanted} for each, or take "
-            "these molecules out of the source"
+            f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). {hint}Say {named.wanted} for each, or "
+            "take these molecules out of the source"
         )
     return parts
 

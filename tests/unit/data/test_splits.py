@@ -64,6 +64,13 @@ def test_ids_that_are_numbers_are_not_taken_for_rows_of_a_huge_table() -> None:
     assert few.codes(np.array([1_000_000]), [""]).tolist() == [TEST]
 
 
+def test_a_molecule_that_is_not_named_by_id_leads_to_the_column_of_ids() -> None:
+    by_id = NamedSplits(None, {"a": "train"}, "s.csv").unnamed_error("row 0 of t.csv", "t_0")
+    by_row = NamedSplits({"train": np.array([1])}, None, "s.csv").unnamed_error("row 0", "t_0")
+    assert "set id_column to the column that holds the ids" in str(by_id)
+    assert "id_column" not in str(by_row)
+
+
 def test_rows_that_the_source_does_not_have_are_told(caplog: pytest.LogCaptureFixture) -> None:
     rows = {"train": np.array([0, 1, 2]), "test": np.array([4, 6])}
     splits = NamedSplits(rows, None, "s3://key:secret@bucket/s.json")

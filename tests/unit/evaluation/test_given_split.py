@@ -156,6 +156,15 @@ def test_a_molecule_that_the_split_leaves_out_is_told(tmp_path: Path) -> None:
         load_labelled(data, task(), splits_of_column(source, "part"))
 
 
+def test_ids_of_which_the_source_has_none_lead_to_their_column(tmp_path: Path) -> None:
+    data = prepare(write_csv(tmp_path), tmp_path / "data")
+    with pytest.raises(DataError, match=r"leaves out 4 of 4 .*set task\.id_column"):
+        load_labelled(data, task(), NamedSplits(None, {"a": "train"}, "s.csv"))
+    with pytest.raises(DataError, match=r"leaves out 3 of 4 ") as raised:
+        load_labelled(data, task(), NamedSplits(None, {"table_0": "train"}, "s.csv"))
+    assert "id_column" not in str(raised.value)
+
+
 def test_a_split_of_more_rows_than_the_source_has_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
