@@ -131,13 +131,21 @@ def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
 
 
 def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
-    """Write ``predictions.csv`` from the parts, with one part in memory at a time."""
+    """Write ``predictions.csv`` from the parts, with one part in memory at a time.
+
+    ``source_row`` counts the rows of one file; if there are several, a column ``source_uri`` tells them apart.
+    """
+    # Summaries of earlier versions do not tell.
+    files = {part.get("source_uri") for part in summary["parts"]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, CSV_NAME)
         with path.open("wb") as file:
             for index, part in enumerate(summary["parts"]):
                 content = storage.read_bytes(storage.join(out, part["path"]))
                 table = _without_lists(pq.read_table(pa.BufferReader(content)))
+                if len(files) > 1:
+                    uris = pa.repeat(pa.scalar(part["source_uri"], pa.string()), len(table))
+                    table = table.add_column(1, "source_uri", uris)
                 options = pa.csv.WriteOptions(include_header=index == 0)
                 pa.csv.write_csv(table, file, options)
         storage.upload(path, storage.join(out, CSV_NAME))
