@@ -52,7 +52,7 @@ def finished_manifest(
     if problems:
         raise ConfigError(
             f"out: {out} holds a data set prepared otherwise. {'; '.join(problems)}. "
-            "Give another `out`, or delete this one to prepare it anew."
+            f"Give another `out`, or delete {out} to prepare it anew."
         )
     _check_shards(out, manifest)
     return manifest
@@ -79,7 +79,7 @@ def check_output(out: str, sources: SourceSet, options: ConvertOptions) -> bool:
     if listed_shards(out):
         raise ConfigError(
             f"out: {out} holds shards of which neither a manifest nor a plan tells anything. "
-            "Give another `out`, or delete this one."
+            f"Give another `out`, or delete {out}."
         )
     return False
 

@@ -211,7 +211,7 @@ def _error_of(run: Callable[[C], Any], config: C) -> str | None:
 def _raise_for_failures(out: str, board: Leaderboard) -> None:
     failed = [row for row in board.rows if row.status is Status.FAILED]
     if failed:
-        listed = "; ".join(f"{row.name}: {row.reason}" for row in failed)
+        listed = "; ".join(f"{row.name}: {row.reason.rstrip('.')}" for row in failed)
         raise TrainingError(
             f"{len(failed)} of {len(board.rows)} tasks failed: {listed}. The others are in {out}; the same command "
             "tries only these again"

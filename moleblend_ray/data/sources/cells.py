@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data.sources.text import decode
 
-_MISSING: Final = frozenset({"", "na", "n/a", "null", "none", "?"})
+_MISSING: Final = frozenset({"", "na", "n/a", "#n/a", "<na>", "null", "none", "?"})
+"""In lower case; spreadsheets and pandas write those with signs."""
 _TRUTH: Final = {"true": 1.0, "false": 0.0}
 
 _RELATIONS: Final = {

@@ -189,7 +189,7 @@ def test_several_tasks_that_another_command_works_on_are_left_alone(
 @pytest.mark.parametrize(
     "error",
     [
-        DataError("no labels"),
+        DataError("no labels."),
         TrainingError("no labels"),
         RuntimeError("no labels"),
         ValueError("no labels"),
@@ -205,11 +205,11 @@ def test_a_task_that_fails_is_recorded_the_next_one_is_done_and_the_end_names_it
             raise error
         finish(config)
 
-    with pytest.raises(TrainingError, match="1 of 2 tasks failed: bbbp: no labels"):
+    with pytest.raises(TrainingError, match=r"1 of 2 tasks failed: bbbp: no labels\. The others"):
         _run_tasks(config_for(tmp_path, "bbbp", "esol"), run)
     rows = storage.read_json(str(tmp_path / "out/leaderboard.json"))["tasks"]
     assert [(row["name"], row["status"], row["reason"]) for row in rows] == [
-        ("bbbp", "failed", "no labels"),
+        ("bbbp", "failed", str(error)),
         ("esol", "finished", ""),
     ]
 

@@ -13,10 +13,19 @@ from moleblend_ray.chemistry.rejection import Rejection
 
 def test_cells_that_are_no_finite_number_are_told(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    path.write_text("smiles,y\n" + "C,1\n" * 1000 + "C,>10\nC,inf\nC,1_0\nC,N/A\n")
+    path.write_text("smiles,y\n" + "C,1\n" * 1000 + "C,>10\nC,inf\nC,1_0\n")
     records = records_of(path)
-    assert [record.unreadable for record in records[-4:]] == [("y",), ("y",), ("y",), ()]
-    assert np.isnan([record.labels[0] for record in records[-4:]]).all()
+    assert [record.unreadable for record in records[-3:]] == [("y",)] * 3
+    assert np.isnan([record.labels[0] for record in records[-3:]]).all()
+
+
+@pytest.mark.parametrize("cell", ["", " ", "NA", "N/A", "#N/A", "<NA>", "nan", "NULL", "None", "?"])
+def test_what_tables_write_for_a_missing_number_is_none(tmp_path: Path, cell: str) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(f"smiles,y\nC,1\nCC,{cell}\n")
+    missing = records_of(path)[1]
+    assert missing.unreadable == ()
+    assert np.isnan(missing.labels[0])
 
 
 @pytest.mark.parametrize("row", ["C", "C,1,2", '"C,1,x'[1:]])
