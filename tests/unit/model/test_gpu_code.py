@@ -177,7 +177,7 @@ def test_in_bfloat16_gradients_are_as_exact_as_those_of_the_plain_code(
 def test_molecules_without_an_atom_are_seen_as_by_the_plain_code(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch = zoo.batch(MOLECULES, device=DEVICE)
+    batch = zoo.batch([one for one in MOLECULES if one.num_atoms < 10], device=DEVICE)
     sizes = batch.num_atoms.tolist()
     places = [(row, atom) for row, n in enumerate(sizes) if n > 1 for atom in range(n)]
     left = batch.without_atom(*torch.tensor(places).unbind(1))
