@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.fingerprints import ecfp
 from moleblend_ray.chemistry.scaffolds import Split, deal_largest_first
 from moleblend_ray.compilation import kernel
-from moleblend_ray.evaluation.similarity import num_bits_of, pack, popcount
+from moleblend_ray.evaluation.similarity import common_bits, num_bits_of, pack
 
 logger = logging.getLogger(__name__)
 
@@ -76,15 +76,10 @@ _TILE: Final = 1024
 def _neighbours(index, by_word, num_bits, cutoff, near):  # type: ignore[no-untyped-def]
     """Write to ``near`` (M,) which fingerprints, in columns of ``by_word`` (W, M), are neighbours of one, and that it is itself."""
     common = np.zeros(_TILE, np.uint64)
+    query = by_word[:, index].copy()
     for begin in range(0, by_word.shape[1], _TILE):
         size = min(_TILE, by_word.shape[1] - begin)
-        common[:] = 0
-        for word in range(by_word.shape[0]):
-            bits = by_word[word, index]
-            if bits != 0:
-                row = by_word[word, begin : begin + size]
-                for j in range(size):
-                    common[j] += popcount(bits & row[j])
+        common_bits(query, by_word, begin, size, common)
         for j in range(size):
             shared = np.int64(common[j])
             union = num_bits[index] + num_bits[begin + j] - shared

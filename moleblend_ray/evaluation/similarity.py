@@ -66,7 +66,7 @@ def num_bits_of(words: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def _type_popcount(_typing_context: Any, _word: Any) -> Any:
-    """How Numba types and compiles ``popcount``."""
+    """How Numba types and compiles ``_popcount``."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
@@ -75,7 +75,20 @@ def _type_popcount(_typing_context: Any, _word: Any) -> Any:
 
 
 # In kernels: the number of bits set in a uint64. One instruction, which also exists for eight words at a time.
-popcount: Any = intrinsic(_type_popcount)
+_popcount: Any = intrinsic(_type_popcount)
+
+
+@kernel
+def common_bits(query, by_word, begin, size, common):  # type: ignore[no-untyped-def]
+    """Write to ``common`` how many bits ``query`` (W,) shares with each of ``size`` fingerprints, columns ``begin`` and following of
+    ``by_word`` (W, M)."""
+    common[:size] = 0
+    for word in range(query.shape[0]):
+        bits = query[word]
+        if bits != 0:
+            row = by_word[word, begin : begin + size]
+            for j in range(size):
+                common[j] += _popcount(bits & row[j])
 
 
 @kernel
@@ -84,13 +97,7 @@ def _nearest(queries, by_word, query_bits, other_bits, leave_out, best):  # type
     for begin in range(0, by_word.shape[1], _TILE):
         size = min(_TILE, by_word.shape[1] - begin)
         for i in range(queries.shape[0]):
-            common[:] = 0
-            for word in range(queries.shape[1]):
-                bits = queries[i, word]
-                if bits != 0:
-                    row = by_word[word, begin : begin + size]
-                    for j in range(size):
-                        common[j] += popcount(bits & row[j])
+            common_bits(queries[i], by_word, begin, size, common)
             nearest = best[i]
             for j in range(size):
                 shared = np.int64(common[j])
