@@ -107,8 +107,12 @@ class TaskConfig:
                 f"split: expected given or time with split_column, given with split_file, found {self.split}",
             ),
             (
-                self.split is not SplitKind.TIME or (bool(self.split_column) and not self.is_group),
-                "split: expected time for one task only, with split_column, found it without",
+                self.split is not SplitKind.TIME or bool(self.split_column),
+                "split_column: expected a column of dates or numbers with split=time, found none",
+            ),
+            (
+                self.split is not SplitKind.TIME or not self.is_group,
+                "split: expected time for one task only, found with a group",
             ),
             *(
                 (not getattr(self, name), f"{name}: expected for one task only, found with a group")

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,6 +175,10 @@ class TimeSplit:
         limits = known[np.minimum(np.round(ends).astype(np.int64), len(known) - 1)]
         codes = np.searchsorted(limits, times, side="right").astype(np.uint8)
         return np.where(np.isnan(times), np.uint8(UNNAMED), codes)
+
+
+SplitsOfData: TypeAlias = NamedSplits | TimeSplit
+"""What data say of the parts of their molecules, beside the molecules themselves."""
 
 
 def _row_codes(by_row: Mapping[str, NDArray[np.int64]], uri: str) -> NDArray[np.uint8]:

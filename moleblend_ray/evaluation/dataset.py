@@ -25,7 +25,7 @@ from moleblend_ray.data.shards import (
     LABEL_PREFIX,
 )
 from moleblend_ray.data.sources.records import SourceSet
-from moleblend_ray.data.splits import UNNAMED, NamedSplits, TimeSplit
+from moleblend_ray.data.splits import UNNAMED, NamedSplits, SplitsOfData
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.conformer_set import ConformerSet
@@ -140,7 +140,7 @@ class LabelledMolecules:
 def load_labelled(
     uri: str,
     task: Task,
-    named: NamedSplits | TimeSplit | None = None,
+    named: SplitsOfData | None = None,
     *,
     num_conformers: int = 1,
     with_bounds: bool = False,
@@ -227,7 +227,7 @@ def _own_parts(manifest: Manifest) -> NDArray[np.uint8]:
 
 
 def _named_parts(
-    named: NamedSplits | TimeSplit, table: pa.Table, manifest: Manifest, uri: str
+    named: SplitsOfData, table: pa.Table, manifest: Manifest, uri: str
 ) -> NDArray[np.uint8]:
     if named.names_rows and len(manifest.sources) > 1:
         raise ConfigError(

@@ -23,7 +23,7 @@ from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import NamedSplits, TimeSplit
+from moleblend_ray.data.splits import SplitsOfData
 from moleblend_ray.errors import (
     DataError,
     TrainingError,
@@ -103,7 +103,7 @@ class Inputs:
 
     start: StartingPoint
     """Weights to start from."""
-    named: NamedSplits | TimeSplit | None
+    named: SplitsOfData | None
     """Splits that come with the data."""
     sources: SourceSet | None
     """Files and columns of raw molecules; None for a prepared dataset."""
@@ -180,7 +180,7 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
 
 
 def _read_molecules(
-    config: TaskConfig, task: Task, data_uri: str, named: NamedSplits | TimeSplit | None
+    config: TaskConfig, task: Task, data_uri: str, named: SplitsOfData | None
 ) -> tuple[LabelledMolecules, Replicates]:
     """The labelled molecules of the prepared dataset, one row for each if the task wants so; tells what is special about their
     labels."""
@@ -360,7 +360,7 @@ def prepare_task(
     )
 
 
-def named_splits(task: TaskConfig) -> NamedSplits | TimeSplit | None:
+def named_splits(task: TaskConfig) -> SplitsOfData | None:
     """The splits that the column or the file of the task names; None if it has neither."""
     if task.split_column is not None and task.split is SplitKind.TIME:
         return times_of_column(task.source, task.split_column)
@@ -369,7 +369,7 @@ def named_splits(task: TaskConfig) -> NamedSplits | TimeSplit | None:
     return None if task.split_file is None else splits_of_file(task.split_file)
 
 
-def split_identity(named: NamedSplits | TimeSplit | None) -> dict[str, str | None]:
+def split_identity(named: SplitsOfData | None) -> dict[str, str | None]:
     """What the note of ``out`` says of splits that come with the data."""
     return {} if named is None else {"split_fingerprint": named.digest}
 

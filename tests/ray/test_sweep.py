@@ -131,6 +131,8 @@ def test_results_name_seeds_split_data_versions_and_baselines(
     assert len(data["split"]["hash"]) == 16
     assert len(data["fingerprint"]) == 64
     assert (data["replicates"]["rule"], data["replicates"]["molecules"]) == ("keep", 0)
+    assert 0 < data["similarity"]["percentile_5"] <= data["similarity"]["median"] < 1
+    assert "similarity of test molecules" in (Path(config.out) / "report.md").read_text()
     assert [entry["kind"] for entry in results["baselines"]] == ["forest", "descriptors"]
     for entry in results["baselines"]:
         assert [seed["seed"] for seed in entry["seeds"]] == list(config.final_seeds)

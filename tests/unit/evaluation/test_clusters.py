@@ -82,7 +82,7 @@ def test_clusters_of_more_fingerprints_than_a_tile_holds() -> None:
     assert all(len(np.unique(words[order][cluster])) == 1 for cluster in clusters)
 
 
-def test_the_split_is_that_of_a_second_implementation_and_harder_than_by_scaffold() -> None:
+def test_the_split_is_that_of_a_second_implementation_and_divides_scaffolds() -> None:
     smiles = [sample.smiles for sample in make_samples(150, num_processes=1)]
     split = butina_split(smiles, FRACTIONS)
     assert lists(split) == second_split(smiles)

@@ -19,7 +19,7 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import UNNAMED, NamedSplits, TimeSplit
+from moleblend_ray.data.splits import UNNAMED, NamedSplits, SplitsOfData, TimeSplit
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.dataset import load_labelled
 from moleblend_ray.evaluation.given_split import (
@@ -88,7 +88,7 @@ def prepare(source: str, out: Path, splits: NamedSplits | None = None) -> str:
     return str(out)
 
 
-def parts_of(uri: str, named: NamedSplits | TimeSplit | None) -> dict[str, str]:
+def parts_of(uri: str, named: SplitsOfData | None) -> dict[str, str]:
     molecules = load_labelled(uri, task(), named)
     assert molecules.parts is not None
     names = [SPLITS[code] for code in molecules.parts]

@@ -243,6 +243,29 @@ def test_results_are_in_the_unit_that_the_data_state(
     assert ("are in eV, and not in hartree" in caplog.text) == is_told
 
 
+def test_a_split_by_time_tests_on_the_newest_labelled_molecules(tmp_path: Path) -> None:
+    years = np.random.default_rng(0).permutation(np.arange(2000, 2020)).tolist()
+    rows = [f"{'C' * (row + 1)},{row % 7},{year}" for row, year in enumerate(years)]
+    source = tmp_path / "assay.csv"
+    source.write_text("\n".join(["smiles,y,year", "CCN,,2030", *rows]) + "\n")
+    task = TaskConfig(
+        name="mine",
+        source=str(source),
+        columns=("y",),
+        kind=TaskKind.REGRESSION,
+        split=SplitKind.TIME,
+        split_column="year",
+    )
+    config = FinetuneConfig(task=task, out=str(tmp_path / "out"), model=TINY)
+    named = downstream.read_inputs(config).named
+    options = ConvertOptions(columns=ColumnConfig(label_columns=("y",)), valid_fraction=0.0)
+    prepare_in_process(str(source), str(tmp_path / "data"), options)
+    molecules, _ = downstream._read_molecules(task, task.resolve(), str(tmp_path / "data"), named)
+    split = downstream._usable_split(config, task.resolve(), molecules)
+    found = [sorted(years[len(molecules.smiles[row]) - 1] for row in part) for part in split]
+    assert found == [list(range(2000, 2016)), [2016, 2017], [2018, 2019]]
+
+
 def test_classes_have_no_unit() -> None:
     config = TaskConfig(name="bbbp", source="a.parquet")
     assert downstream._in_unit_of_data(config, config.resolve(), "class").unit == ""
