@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import io
 import json
 import logging
@@ -14,6 +15,10 @@ from typing import Any
 import pytest
 import torch
 import toy
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    TensorStorageMetadata,
+)
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, StorageError
@@ -425,6 +430,35 @@ def test_an_index_that_would_run_code_is_refused(run: Path, called: Any) -> None
     learner = toy.learner()
     with pytest.raises(CheckpointError, match="tampered"):
         restore_training_state(learner.model, learner.optimizer, str(run), 6, Ranks())
+
+
+class PicklerOfEarly311(pickle.Pickler):
+    """Stores members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, value: object) -> Any:
+        if isinstance(value, enum.Enum):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def test_an_index_of_another_release_of_python_is_read(run: Path) -> None:
+    index = shard(run, 6).parent / ".metadata"
+    expected = _IndexUnpickler(io.BytesIO(index.read_bytes())).load()
+    stored = io.BytesIO()
+    PicklerOfEarly311(stored).dump(expected)
+    assert b"getattr" in stored.getvalue()
+    assert _IndexUnpickler(io.BytesIO(stored.getvalue())).load() == expected
+
+
+@pytest.mark.parametrize("name", ["__class__", "__init_subclass__", "mro", "_member_map_", "none"])
+@pytest.mark.parametrize("kind", [_MEM_FORMAT_ENCODING, TensorStorageMetadata])
+def test_an_index_gets_no_attribute_but_members_of_enumerations(kind: type, name: str) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return getattr, (kind, name)
+
+    with pytest.raises(CheckpointError, match=rf"asks for '{name}' of .*tampered"):
+        _IndexUnpickler(io.BytesIO(pickle.dumps(Evil()))).load()
 
 
 def test_an_index_imports_no_module_but_those_of_torch() -> None:
