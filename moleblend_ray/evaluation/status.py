@@ -13,6 +13,7 @@ from moleblend_ray.data.lease import command_at_work, was_leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.additions import missing_in
 from moleblend_ray.evaluation.result_files import (
     BASELINES_DIR,
     DATA_DIR,
@@ -39,7 +40,14 @@ PARTS_KINDS: Final = {
 
 TRAINING_JOBS: Final = ("FinetuneConfig", "SweepConfig")
 
-_RESULTS: Final = ("task.name", "task.metric", "task.higher_is_better", "trials", "final.test.mean")
+_RESULTS: Final = (
+    "config",
+    "task.name",
+    "task.metric",
+    "task.higher_is_better",
+    "trials",
+    "final.test.mean",
+)
 """What is read of the results."""
 
 
@@ -246,10 +254,11 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
     higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
+    missing = missing_in(results["config"], config) if results else {}
     state, detail = "finished", f"its results ({RESULTS_NAME}) are there"
-    if not results:
+    if missing or not results:
         state, then = _unfinished(uri, "the same command continues")
-        detail = _sweep_detail(trials, seeds) + then
+        detail = (_missing_detail(missing) if missing else _sweep_detail(trials, seeds)) + then
     return SweepStatus(
         kind="sweep" if is_sweep else "finetune",
         uri=uri,
@@ -277,6 +286,11 @@ def _sweep_detail(trials: list[Any], seeds: int) -> str:
         return "the search is not over"
     # They are, wherever they lie: only then is noted what the results are for.
     return "its molecules are prepared, no training is recorded yet"
+
+
+def _missing_detail(missing: Mapping[str, list[Any]]) -> str:
+    listed = ", ".join(f"{name}={values}" for name, values in missing.items())
+    return f"its results ({RESULTS_NAME}) are there, those of {listed} are not"
 
 
 def _direction(trials: list[Any]) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
@@ -67,8 +68,8 @@ class FinetuneSummary:
 def finetune(config: FinetuneConfig) -> FinetuneSummary:
     """Train a property model for each seed, score each once on the test molecules, write ``results.json``.
 
-    Repeating a finished command does nothing; repeating an interrupted one trains the seeds that are missing. InUseError
-    if another command works on the same results.
+    Repeating a finished command does nothing; repeating an interrupted one, or one with further seeds or baselines, trains
+    those that are missing. InUseError if another command works on the same results.
     """
     config = with_absolute_paths(config)
     results, already_finished = compute_results(config, config.seeds, train)
@@ -86,7 +87,7 @@ def compute_results(
     if (stored := finished_results(config)) is not None:
         return stored, True
     inputs = read_inputs(config)
-    with leased(config.out, has_results) as lease:
+    with leased(config.out, partial(has_results, config)) as lease:
         # The command that held the lease before may have finished the work.
         if (stored := finished_results(config)) is not None:
             return stored, True

@@ -17,6 +17,7 @@ from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
+from moleblend_ray.evaluation.additions import is_addition
 from moleblend_ray.evaluation.result_files import (
     IDENTITY_NAME,
     LEADERBOARD_NAME,
@@ -50,11 +51,12 @@ def question(config: PropertyConfig) -> dict[str, Any]:
 
 
 def claim(out: str, identity: Mapping[str, Any]) -> None:
-    """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note."""
+    """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note.
+
+    A question that adds to the noted one (:data:`~moleblend_ray.evaluation.additions.ADDABLE`) takes its place.
+    """
     uri = storage.join(out, IDENTITY_NAME)
-    if storage.exists(uri):
-        _compare(out, storage.read_object(uri, "config"), identity)
-    else:
+    if not storage.exists(uri) or _compare(out, storage.read_object(uri, "config"), identity):
         storage.write_json(uri, redact(identity))
 
 
@@ -126,18 +128,25 @@ def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
     return with_defaults(note, _LATER_SETTINGS)
 
 
-def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Raise ConfigError if a question differs from that of ``out``; whether it adds to it otherwise."""
     # Credentials may differ between a command and its repetition; both are compared without them.
     # A note is a question, or an identity that may have one.
     theirs, ours = (note.get("config", note) for note in (stored, asked))
     if (command := command_of(ours)) is not None:
         require_command(out, theirs, command)
     differing = differences(redact(_completed(stored)), redact(_completed(asked)))
-    if differing:
+    changed = {
+        name: values
+        for name, values in differing.items()
+        if not is_addition(name.removeprefix("config."), *values)
+    }
+    if changed:
         listed = "; ".join(
-            f"{name}: {there!r} there, {here!r} here" for name, (there, here) in differing.items()
+            f"{name}: {there!r} there, {here!r} here" for name, (there, here) in changed.items()
         )
         raise ConfigError(
             f"{out} holds results of other settings or inputs; they differ in {listed}. "
             "Give another `out`, or repeat settings and inputs as they were"
         )
+    return bool(differing)

@@ -11,6 +11,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.evaluation.additions import missing_in
 from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
@@ -134,18 +135,25 @@ def _together(
     return found
 
 
-def has_results(out: str) -> bool:
-    """Whether ``out`` holds finished results."""
-    return storage.exists(storage.join(out, RESULTS_NAME))
+def has_results(config: PropertyConfig, out: str | None = None) -> bool:
+    """Whether ``out``, by default that of ``config``, holds results with all seeds and baselines of ``config``."""
+    uri = storage.join(config.out if out is None else out, RESULTS_NAME)
+    return storage.exists(uri) and not missing_in(
+        storage.read_object(uri, "config")["config"], question(config)
+    )
 
 
 def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
-    """The stored results if ``out`` holds finished ones for this question. Raises ConfigError if for another."""
-    if not has_results(config.out):
-        return None
+    """The stored results if ``out`` holds those of all seeds and baselines of this question.
+
+    Raises ConfigError if they are of another question, which differs in more than further seeds and baselines.
+    """
     uri = storage.join(config.out, RESULTS_NAME)
+    if not storage.exists(uri):
+        return None
     results = storage.read_object(uri, "results_version")
     _check_version(uri, results)
+    storage.require_members(uri, results, "config")
     data_uri = storage.join(config.out, DATA_DIR)
 
     def inputs() -> dict[str, str | None]:
@@ -159,6 +167,10 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
         }
 
     check_finished(config.out, question(config), inputs)
+    if missing := missing_in(results["config"], question(config)):
+        listed = ", ".join(f"{name}={values}" for name, values in missing.items())
+        logger.info("%s has results; adding %s to them", config.out, listed)
+        return None
     logger.info("%s is finished: %s", config.out, without_credentials(uri))
     return results
 

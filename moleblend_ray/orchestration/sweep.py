@@ -98,11 +98,11 @@ class SweepSummary(FinetuneSummary):
 def sweep(config: SweepConfig) -> SweepSummary:
     """Search, choose on validation, train the choice with each final seed, score the test part, write ``results.json``.
 
-    Repeating a finished command does nothing; repeating an interrupted one keeps the trials and seeds that were
-    finished. InUseError if another command works on the same results.
+    Repeating a finished command does nothing; repeating an interrupted one, or one with further final seeds or baselines,
+    keeps the trials and seeds that were finished. InUseError if another command works on the same results.
     """
     config = with_absolute_paths(config)
-    if not has_results(config.out):
+    if not has_results(config):
         warn_of_searched(config)
         # A searcher that cannot be used fails now, not after the molecules were prepared.
         search_method(config, config.task.resolve())

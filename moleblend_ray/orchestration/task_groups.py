@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -114,7 +114,7 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     states = {name: _first_state(name, config, sources) for name in config.task.tasks()}
     configs = _task_configs(config, sources)
     _check_questions(config.out, configs)
-    finished_before = {name for name in configs if _is_finished(config.out, name)}
+    finished_before = {name for name, task_config in configs.items() if has_results(task_config)}
     for name, source in sources.found.items():
         if name not in finished_before:
             refuse_raw_settings(dataclasses.replace(config.task, name=name, source=source))
@@ -124,7 +124,7 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     with contextlib.ExitStack() as stack:
         # Finished tasks only look at files: they need neither a session, which takes seconds to start, nor a lease.
         if finished_before != set(configs):
-            stack.enter_context(leased(config.out, partial(_are_finished, tuple(configs))))
+            stack.enter_context(leased(config.out, partial(_are_finished, configs)))
             stack.enter_context(ray_session(config.cluster))
             check_cluster(config)
         board = _write_board(config.out, states)
@@ -218,12 +218,8 @@ def _raise_for_failures(out: str, board: Leaderboard) -> None:
         )
 
 
-def _is_finished(out: str, name: str) -> bool:
-    return has_results(storage.join(out, name))
-
-
-def _are_finished(names: Sequence[str], out: str) -> bool:
-    return all(_is_finished(out, name) for name in names)
+def _are_finished(configs: Mapping[str, PropertyConfig], out: str) -> bool:  # noqa: ARG001 - a lease asks of its out
+    return all(map(has_results, configs.values()))
 
 
 def _write_board(out: str, states: Mapping[str, TaskRow]) -> Leaderboard:

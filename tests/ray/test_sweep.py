@@ -195,3 +195,29 @@ def test_an_interrupted_sweep_keeps_its_trials_and_trains_the_missing_seed(
             trial.pop("seconds")
     assert after["trials"] == before["trials"]
     assert after["final"]["test"]["values"] == before["final"]["test"]["values"]
+
+
+def test_further_seeds_and_baselines_are_added_to_finished_results(
+    finished: tuple[SweepConfig, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    config, before = finished
+    more = dataclasses.replace(
+        config,
+        final_seeds=(*config.final_seeds, 8),
+        baseline=dataclasses.replace(
+            config.baseline, kinds=(BaselineKind.BOOSTING, *config.baseline.kinds)
+        ),
+    )
+    with caplog.at_level(logging.INFO, "moleblend_ray"):
+        summary = sweep(more)
+    assert "adding final_seeds=[8], baseline.kinds=['boosting'] to them" in caplog.text
+    after = storage.read_json(summary.results)
+    grown = [after["final"], *after["baselines"]]
+    assert [model.get("kind") for model in grown] == [None, "boosting", "forest", "descriptors"]
+    assert {len(model["test"]["values"]) for model in grown} == {3}
+    for model in (before["final"], *before["baselines"]):
+        values = next(other for other in grown if other["name"] == model["name"])["test"]["values"]
+        assert values[:2] == model["test"]["values"]
+    assert sweep(more).already_finished
+    with pytest.raises(ConfigError, match=r"final_seeds: \[3, 5, 8\] there, \[3, 5\] here"):
+        sweep(config)

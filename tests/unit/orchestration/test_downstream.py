@@ -504,7 +504,8 @@ def test_results_that_another_command_finished_meanwhile_are_these(
     tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(finetuning(tmp_path, columns=("y",)), checkpoint=None)
-    stored = {"results_version": RESULTS_VERSION, "made_by": "another command"}
+    stored = {"results_version": RESULTS_VERSION, "config": question(config)}
+    stored = json.loads(json.dumps(stored))
 
     @contextmanager
     def after_another(out: str, is_finished: Callable[[str], bool]) -> Iterator[Lease]:

@@ -11,7 +11,7 @@ import pytest
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration.identity import check_claim, require_own
+from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, require_own
 from moleblend_ray.orchestration.prepare import prepare
 from moleblend_ray.orchestration.run_folder import open_run
 
@@ -90,3 +90,36 @@ def test_prepare_refuses_the_folder_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"results of `moleblend pretrain`\. .*moleblend prepare"):
         prepare(PrepareConfig(source=str(source), out=str(out)))
     assert [path.name for path in out.iterdir()] == ["config.json"]
+
+
+def noted(seeds: list[int], kinds: list[str], **others: object) -> dict[str, object]:
+    config = {"job": "FinetuneConfig", "seeds": seeds, "baseline": {"kinds": kinds}, **others}
+    return {"config": config, "data_fingerprint": "aaa"}
+
+
+def test_seeds_and_baselines_are_added_to_the_note_and_nothing_else_is(tmp_path: Path) -> None:
+    out, note = str(tmp_path), tmp_path / "config.json"
+    claim(out, noted([1, 0], ["forest"], split_seed=0))
+    for seeds, kinds in (([1, 0, 2], ["forest"]), ([1, 0, 2], ["boosting", "forest"])):
+        asked = noted(seeds, kinds, split_seed=0)
+        check_claim(out, {"config": asked["config"]})
+        claim(out, asked)
+        assert storage.read_json(str(note)) == asked
+    before = note.read_bytes()
+    for other, named in (
+        (noted([1, 0], ["boosting", "forest"], split_seed=0), "config.seeds"),
+        # Settings of baselines were chosen with the first seed.
+        (noted([0, 1, 2], ["boosting", "forest"], split_seed=0), "config.seeds"),
+        (noted([1, 0, 2], ["boosting"], split_seed=0), r"config\.baseline\.kinds"),
+        (noted([1, 0, 2, 3], ["boosting", "forest"], split_seed=1), r"config\.split_seed"),
+        ({**asked, "data_fingerprint": "bbb"}, "data_fingerprint"),
+    ):
+        with pytest.raises(ConfigError, match=f"they differ in {named}: [^;]*$"):
+            claim(out, other)
+        assert note.read_bytes() == before
+
+
+def test_the_order_of_baselines_makes_no_other_question(tmp_path: Path) -> None:
+    claim(str(tmp_path), noted([0], ["forest", "descriptors"]))
+    asked = noted([0], ["descriptors", "forest"])
+    check_finished(str(tmp_path), asked["config"], dict)  # type: ignore[arg-type]

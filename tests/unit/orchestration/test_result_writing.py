@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from moleblend_ray.orchestration import result_writing
 from moleblend_ray.orchestration.downstream import starting_point
 from moleblend_ray.orchestration.identity import claim, question
 from moleblend_ray.orchestration.result_writing import finished_results
+from moleblend_ray.settings import to_dict
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 
@@ -77,9 +80,10 @@ def test_a_checkpoint_replaced_under_its_name_is_not_what_the_results_are_of(
         "checkpoint_fingerprint": starting_point(config).fingerprint,
     }
     claim(config.out, identity)
-    stored = {"results_version": RESULTS_VERSION, "seconds": 1.0}
+    stored = {"results_version": RESULTS_VERSION, "seconds": 1.0, "config": to_dict(config)}
     storage.write_json(storage.join(config.out, "results.json"), stored)
-    assert finished_results(config) == stored
+    assert finished_results(config) == json.loads(json.dumps(stored))
+    assert finished_results(dataclasses.replace(config, seeds=(0, 1))) is None
     save_pretrained(MoleBlendModel(TINY), str(tmp_path / "model"))
     with pytest.raises(ConfigError, match="checkpoint_fingerprint"):
         finished_results(config)

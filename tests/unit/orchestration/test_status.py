@@ -216,6 +216,22 @@ def test_a_sweep_counts_trials_and_seeds(tmp_path: Path) -> None:
     assert "not all seeds and baselines are trained" in shown(tmp_path)
 
 
+def test_results_to_which_seeds_are_being_added_are_not_finished(tmp_path: Path) -> None:
+    config = {"job": "FinetuneConfig", "task": {"name": "esol"}, "seeds": [0, 1]}
+    storage.write_json(str(tmp_path / "config.json"), {"config": config})
+    task = {"name": "esol", "metric": "rmse", "higher_is_better": False}
+    final = {"name": "model", "test": {"mean": 1.0}}
+    results = {"config": config, "task": task, "trials": [], "final": final}
+    storage.write_json(str(tmp_path / "results.json"), results)
+    assert document(tmp_path)["state"] == "finished"
+    storage.write_json(
+        str(tmp_path / "results.json"), {**results, "config": {**config, "seeds": [0]}}
+    )
+    found = document(tmp_path)
+    assert (found["state"], found["seeds"], found["test"]) == ("unfinished", 2, {"model": 1.0})
+    assert "those of seeds=[1] are not; the same command continues" in found["detail"]
+
+
 @pytest.mark.parametrize("job", ["SweepConfig", "FinetuneConfig"])
 def test_molecules_of_a_training_are_prepared_wherever_they_lie(tmp_path: Path, job: str) -> None:
     # Those of a prepared source are not below `out`.

@@ -18,7 +18,9 @@ from moleblend_ray.errors import CheckpointError, ConfigError, DataError, Traini
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.orchestration import task_groups
 from moleblend_ray.orchestration.identity import question
+from moleblend_ray.orchestration.result_writing import has_results
 from moleblend_ray.orchestration.task_groups import _run_tasks, _task_configs, finetune_tasks
+from moleblend_ray.settings import to_dict
 
 RESULTS = {
     "task": {"name": "esol", "metric": "rmse", "higher_is_better": False, "unit": "log10(mol/L)"},
@@ -45,7 +47,8 @@ def fill(folder: Path, *names: str) -> None:
 
 def finish(config: FinetuneConfig) -> None:
     """What a finished fine-tuning of one task leaves, as far as it is looked at."""
-    storage.write_json(storage.join(config.out, "results.json"), RESULTS)
+    results = {**RESULTS, "config": to_dict(config)}
+    storage.write_json(storage.join(config.out, "results.json"), results)
     storage.write_json(storage.join(config.out, "config.json"), {"config": question(config)})
 
 
@@ -101,6 +104,18 @@ def test_finished_tasks_need_no_cluster_and_make_the_leaderboard_again(tmp_path:
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert "| 1.5000 |" in text
     assert "- freesolv: absent: " in text
+
+
+def test_a_seed_is_added_to_tasks_that_are_finished_without_it(tmp_path: Path) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    config = config_for(tmp_path, "esol", "bbbp")
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    more = dataclasses.replace(config, seeds=(0, 1))
+    finish(_task_configs(config, sources)["esol"])
+    finish(_task_configs(more, sources)["bbbp"])
+    done = [has_results(one) for one in _task_configs(more, sources).values()]
+    assert done == [False, True]
+    task_groups._check_questions(more.out, _task_configs(more, sources))
 
 
 def test_nothing_is_prepared_again_for_tasks_that_are_finished(
