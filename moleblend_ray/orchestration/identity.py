@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.data import storage
+from moleblend_ray.data.dataset_files import LEASES_DIR, is_prepared
 from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
-from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.additions import is_addition
 from moleblend_ray.evaluation.result_files import (
+    DATA_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
+    PREPARED_DIR,
     command_of,
     require_command,
 )
@@ -53,7 +55,8 @@ def question(config: PropertyConfig) -> dict[str, Any]:
 def claim(out: str, identity: Mapping[str, Any]) -> None:
     """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note.
 
-    A question that adds to the noted one (:data:`~moleblend_ray.evaluation.additions.ADDABLE`) takes its place.
+    A question that adds to the noted one (:data:`~moleblend_ray.evaluation.additions.ADDABLE`) takes its place, and any other
+    one if there are no results.
     """
     uri = storage.join(out, IDENTITY_NAME)
     if not storage.exists(uri) or _compare(out, storage.read_object(uri, "config"), identity):
@@ -129,7 +132,8 @@ def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Raise ConfigError if a question differs from that of ``out``; whether it adds to it otherwise."""
+    """Raise ConfigError if ``out`` has results of a question that is not this one or a part of it; otherwise, whether the note
+    of ``out`` differs from this one."""
     # Credentials may differ between a command and its repetition; both are compared without them.
     # A note is a question, or an identity that may have one.
     theirs, ours = (note.get("config", note) for note in (stored, asked))
@@ -141,12 +145,22 @@ def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> b
         for name, values in differing.items()
         if not is_addition(name.removeprefix("config."), *values)
     }
-    if changed:
-        listed = "; ".join(
-            f"{name}: {there!r} there, {here!r} here" for name, (there, here) in changed.items()
-        )
+    listed = "; ".join(
+        f"{name}: {there!r} there, {here!r} here" for name, (there, here) in changed.items()
+    )
+    if changed and _has_no_results(out):
+        logger.info("%s was begun otherwise and has no results: beginning anew (%s)", out, listed)
+    elif changed:
         raise ConfigError(
             f"{out} holds results of other settings or inputs; they differ in {listed}. "
             "Give another `out`, or repeat settings and inputs as they were"
         )
     return bool(differing)
+
+
+def _has_no_results(out: str) -> bool:
+    """Whether there is nothing beside the note in ``out`` but molecules that were prepared, and leases: whatever began there
+    ended before its first result, such as by a learning rate that was too high."""
+    base = storage.absolute(out)
+    names = {file.uri[len(base) + 1 :].partition("/")[0] for file in storage.list_files(out)}
+    return names <= {IDENTITY_NAME, DATA_DIR, PREPARED_DIR, LEASES_DIR}

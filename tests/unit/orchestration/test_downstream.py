@@ -54,7 +54,7 @@ from moleblend_ray.orchestration.downstream import (
     set_up,
     starting_point,
 )
-from moleblend_ray.orchestration.identity import check_finished, claim, question
+from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, question
 from moleblend_ray.settings import to_dict
 
 QUESTION = {"job": "EmbedConfig", "source": "https://me:secret@host/a?Signature=s3cret&id=1"}
@@ -542,6 +542,27 @@ def test_no_results_are_written_after_another_command_has_taken_over(
     assert written == []
 
 
+def write_result(out: str) -> None:
+    """The result of a first seed, which belongs to the settings that ``out`` is noted for."""
+    storage.write_json(storage.join(out, "models/seed-0/result.json"), {})
+
+
+def test_settings_that_led_to_no_result_do_not_bind_the_next_command(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = str(tmp_path)
+    claim(out, IDENTITY)
+    storage.write_json(storage.join(out, "data/manifest.json"), {})
+    with leased(out), caplog.at_level(logging.INFO, "moleblend_ray"):
+        other = {**IDENTITY, "checkpoint_fingerprint": "ccc"}
+        check_claim(out, other)
+        claim(out, other)
+    assert caplog.text.count("has no results: beginning anew (checkpoint_fingerprint: ") == 2
+    write_result(out)
+    with pytest.raises(ConfigError, match="'ccc' there, 'bbb' here"):
+        claim(out, IDENTITY)
+
+
 def test_other_settings_are_refused_before_molecules_are_prepared(
     tmp_path: Path, no_ray: None
 ) -> None:
@@ -549,6 +570,7 @@ def test_other_settings_are_refused_before_molecules_are_prepared(
     claim(config.out, {**IDENTITY, "config": question(config)})
     with pytest.raises(AssertionError, match="Ray was started"):
         finetune_module.finetune(config)
+    write_result(config.out)
     with pytest.raises(ConfigError, match=r"differ in config\.split_seed: 0 there, 5 here"):
         finetune_module.finetune(dataclasses.replace(config, split_seed=5))
 
@@ -607,6 +629,7 @@ def inputs(**changes: str) -> Mapping[str, str | None]:
 
 def test_credentials_are_not_stored_and_do_not_make_another_question(tmp_path: Path) -> None:
     claim(str(tmp_path), IDENTITY)
+    write_result(str(tmp_path))
     text = (tmp_path / "config.json").read_text()
     assert "secret" not in text
     assert "s3cret" not in text
@@ -626,6 +649,7 @@ def test_finished_results_of_changed_inputs_are_refused_naming_both(
     tmp_path: Path, name: str
 ) -> None:
     claim(str(tmp_path), IDENTITY)
+    write_result(str(tmp_path))
     with pytest.raises(ConfigError, match=rf"{name}: '.*' there, 'ccc' here.*another `out`"):
         check_finished(str(tmp_path), QUESTION, lambda: inputs(**{name: "ccc"}))
 
@@ -659,6 +683,7 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
         del before["config"]["model"][name]
     claim(str(tmp_path), before)
     claim(str(tmp_path), note)
+    write_result(str(tmp_path))
     changed = dataclasses.replace(config, finetune=FinetuneSettings(descriptors=True))
     with pytest.raises(ConfigError, match=r"finetune\.descriptors: False there, True here"):
         claim(str(tmp_path), {**note, "config": question(changed)})

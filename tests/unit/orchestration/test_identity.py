@@ -104,6 +104,7 @@ def test_seeds_and_baselines_are_added_to_the_note_and_nothing_else_is(tmp_path:
         asked = noted(seeds, kinds, split_seed=0)
         check_claim(out, {"config": asked["config"]})
         claim(out, asked)
+        storage.write_json(str(tmp_path / "models/seed-1/result.json"), {})
         assert storage.read_json(str(note)) == asked
     before = note.read_bytes()
     for other, named in (

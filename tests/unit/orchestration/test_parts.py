@@ -350,6 +350,12 @@ def test_no_summary_is_written_after_another_command_has_taken_over(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["leases"]
 
 
+def write_part(out: Path) -> None:
+    """A first part, which belongs to the settings that ``out`` is noted for."""
+    (out / "parts").mkdir()
+    (out / "parts/part-00000.parquet").touch()
+
+
 @pytest.mark.parametrize("changed", ["settings", "weights"])
 def test_an_out_of_another_question_is_refused_before_molecules_are_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
@@ -371,6 +377,7 @@ def test_an_out_of_another_question_is_refused_before_molecules_are_prepared(
             "checkpoint_fingerprint": fingerprint,
         },
     )
+    write_part(tmp_path / "out")
 
     class StartedError(Exception):
         """Ray was started."""
@@ -444,6 +451,7 @@ def test_the_results_of_another_command_are_told_by_its_name(tmp_path: Path) -> 
     embedding = embed_job(EmbedConfig(checkpoint="/m", source="/a.csv", out=out))
     prediction = predict_job(PredictConfig(models="/m", source="/a.csv", out=out))
     claim(out, {"config": embedding.question(), "checkpoint_fingerprint": "a"})
+    write_part(tmp_path)
     with pytest.raises(ConfigError, match=r"holds results of `moleblend embed`\. Give another"):
         check_claim(out, {"config": prediction.question(), "checkpoint_fingerprint": "b"})
     with pytest.raises(ConfigError, match=r"differ in checkpoint_fingerprint: 'a' there, 'b' here"):
@@ -458,6 +466,7 @@ def test_predictions_of_before_there_were_intervals_go_on_without_them(tmp_path:
     before.pop("interval")
     before.pop("atom_contributions")
     claim(out, {"config": before, "checkpoint_fingerprint": "f"})
+    write_part(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"interval: None there, 0\.9 here"):
         check_claim(out, {"config": predict_job(config).question()})
     without = dataclasses.replace(config, interval=None)
