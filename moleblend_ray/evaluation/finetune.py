@@ -416,7 +416,7 @@ class _Trainer:
             self._molecules.posed(indices, numbers), step, 0, self._settings.micro_batch_size
         )
         self._optimizer.zero_grad()
-        loss = sum(self._backward(micro, known) for micro in micro_batches)
+        loss = float(sum(self._backward(micro, known) for micro in micro_batches))
         norm = gradient_norm(self._parameters)
         if not np.isfinite(loss) or not torch.isfinite(norm):
             raise TrainingError(
@@ -429,14 +429,15 @@ class _Trainer:
         self._optimizer.step()
         return loss, known
 
-    def _backward(self, micro: MicroBatch, known: int) -> float:
+    def _backward(self, micro: MicroBatch, known: int) -> Tensor:
+        """Add the gradients of a micro-batch; its loss, summed over labels, stays on the device, for which nothing waits here."""
         batch = MoleculeBatch.from_micro_batch(micro, device=self._device)
         with autocast(self._settings.precision, self._device):
             outputs = self._model(batch)
         outputs = outputs.float()
         loss = self._loss(outputs, self._targets.for_outputs(outputs, micro.molecule_ids))
         torch.autograd.backward(loss / known)
-        return float(loss.detach())
+        return loss.detach().double()
 
 
 @contextlib.contextmanager
