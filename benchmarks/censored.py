@@ -141,6 +141,8 @@ def baseline_predictor(
     def predict(molecules: LabelledMolecules) -> NDArray[np.float64]:
         data = BaselineData(
             task=task,
+            mol_ids=molecules.mol_ids,
+            smiles=molecules.smiles,
             features=features,
             labels=molecules.labels,
             bounds=molecules.bounds,

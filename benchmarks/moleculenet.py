@@ -264,6 +264,8 @@ def fit_baseline(what: Run, molecules: LabelledMolecules, split: Split) -> dict[
     task, seed, threads = what.task, what.seed, what.threads
     data = baselines.BaselineData(
         task=task,
+        mol_ids=molecules.mol_ids,
+        smiles=molecules.smiles,
         features=features_of(kind.features, what.data, what.splits, task),
         labels=molecules.labels,
         columns=molecules.columns,

@@ -533,6 +533,8 @@ def _rounded(value: Any) -> Any:
     """Floats with six digits for reading; the files of the run hold all digits."""
     if isinstance(value, Mapping):
         return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [float(f"{item:.6g}") if isinstance(item, float) else item for item in value]
     return f"{value:.6g}" if isinstance(value, float) else value
 
 

@@ -33,6 +33,7 @@ from moleblend_ray.evaluation.results import (
     write_seed_result,
 )
 from moleblend_ray.evaluation.scores import other_scores, score
+from moleblend_ray.evaluation.stored_predictions import PREDICTIONS_NAME, write_predictions
 
 
 def compute_features(kind: FeatureKind, smiles: Sequence[str]) -> NDArray[np.uint8 | np.float64]:
@@ -74,7 +75,7 @@ def tried_settings(
 def fit_seed(
     data: BaselineData, kind: BaselineKind, settings: Settings, seed: int, num_jobs: int, out: str
 ) -> SeedResult:
-    """Fit the chosen settings with one seed and score the test part."""
+    """Fit the chosen settings with one seed, store its predictions, and score the test part."""
     began = time.monotonic()
     rows = np.concatenate([data.valid, data.test])
     (predictions,) = predict_group(data, kind, [settings], rows, seed, num_jobs)
@@ -93,14 +94,22 @@ def fit_seed(
         seconds=time.monotonic() - began,
         model=None,
         test_others=other_scores(*outcome),
+        predictions=_seed_path(kind, seed),
     )
+    of_all = np.full(data.labels.shape, np.nan)
+    of_all[rows] = predictions
+    write_predictions(storage.join(out, _seed_path(kind, seed)), data, data, of_all)
+    # Last: with this file the seed is done.
     write_seed_result(_seed_uri(out, kind, seed), settings, found)
     return found
 
 
 def fitted_seed(kind: BaselineKind, settings: Settings, seed: int, out: str) -> SeedResult | None:
-    """What :func:`fit_seed` found with these settings in an earlier, interrupted command."""
-    return read_seed_result(_seed_uri(out, kind, seed), settings)
+    """What :func:`fit_seed` found with these settings in an earlier, interrupted command, if its predictions are there (earlier
+    versions did not store them)."""
+    found = read_seed_result(_seed_uri(out, kind, seed), settings)
+    stored = storage.join(out, _seed_path(kind, seed), PREDICTIONS_NAME)
+    return found if found is not None and storage.exists(stored) else None
 
 
 def _candidates_uri(out: str, kind: BaselineKind, group: Sequence[Settings], seed: int) -> str:
@@ -109,5 +118,9 @@ def _candidates_uri(out: str, kind: BaselineKind, group: Sequence[Settings], see
     return storage.join(out, BASELINES_DIR, kind.value, name)
 
 
+def _seed_path(kind: BaselineKind, seed: int) -> str:
+    return f"{BASELINES_DIR}/{kind.value}/seed-{seed}"
+
+
 def _seed_uri(out: str, kind: BaselineKind, seed: int) -> str:
-    return storage.join(out, BASELINES_DIR, kind.value, f"seed-{seed}.json")
+    return f"{storage.join(out, _seed_path(kind, seed))}.json"

@@ -110,6 +110,10 @@ class BaselineData:
 
     task: Task
     """The task."""
+    mol_ids: tuple[str, ...]
+    """(M,) ids as in the source."""
+    smiles: tuple[str, ...]
+    """(M,) canonical SMILES."""
     features: NDArray[Any]
     """(M, F) features of one :class:`FeatureKind`."""
     labels: NDArray[np.float64]
@@ -136,6 +140,8 @@ class BaselineData:
         rows = np.concatenate([self.train, self.valid])
         return dataclasses.replace(
             self,
+            mol_ids=tuple(self.mol_ids[row] for row in rows),
+            smiles=tuple(self.smiles[row] for row in rows),
             features=self.features[rows],
             labels=self.labels[rows],
             bounds=None if self.bounds is None else self.bounds[rows],

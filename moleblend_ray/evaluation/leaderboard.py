@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -52,6 +52,11 @@ class ModelScore:
     """Validation scores, in the task's unit."""
     test: Spread
     """Test scores, in the task's unit."""
+    test_interval: tuple[float, float] | None = None
+    """95 % interval of the mean test score over draws of the test molecules; None if results do not tell."""
+    better_by: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of a fine-tuned model: baseline -> 95 % interval of the difference to it on the same draws, positive where the model is
+    better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +123,13 @@ class TaskRow:
         """The scores of the model of this name; None if it has none for this task."""
         return next((score for score in self.models if score.name == model), None)
 
+    def verdict(self, model: ModelScore) -> int | None:
+        """1 if the model is better than the reference beyond the chance of which molecules were tested, -1 if worse, 0 if it may be
+        either; None if that is not known."""
+        reference = self.reference
+        limits = None if reference is None else model.better_by.get(reference.name)
+        return None if limits is None else int(limits[0] > 0) - int(limits[1] < 0)
+
     def ranks(self) -> dict[str, float]:
         """Model -> rank by mean test score; 1 is the best, and equal scores share their mean rank. Empty for a single
         model."""
@@ -158,6 +170,11 @@ class Standing:
     """Its mean rank on these tasks; 1 is the best."""
     mean_gain: float | None
     """Its mean gain over the best baseline on these tasks, in percent."""
+    better: int | None
+    """Tasks on which it is better than the best baseline beyond the chance of which molecules were tested; None if that is
+    known of no task."""
+    worse: int | None
+    """Likewise worse."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -190,6 +207,7 @@ class Leaderboard:
 
     def _standing(self, model: ModelScore) -> Standing:
         ranks, gains, wins = [], [], 0
+        verdicts: list[int] = []
         for row in self.finished:
             score, rank = row.score_of(model.name), row.ranks().get(model.name)
             if score is None or rank is None:  # alone, it has no rank
@@ -198,6 +216,8 @@ class Leaderboard:
             wins += model.name in row.best
             if (gain := row.gain(score)) is not None:
                 gains.append(gain[0])
+            if (verdict := row.verdict(score)) is not None:
+                verdicts.append(verdict)
         return Standing(
             name=model.name,
             is_baseline=model.is_baseline,
@@ -205,6 +225,8 @@ class Leaderboard:
             wins=wins,
             mean_rank=float(np.mean(ranks)) if ranks else float(len(self.models)),
             mean_gain=float(np.mean(gains)) if gains else None,
+            better=verdicts.count(1) if verdicts else None,
+            worse=verdicts.count(-1) if verdicts else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -241,7 +263,9 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         labels=_labels_of(results),
         results=folder,
         models=(
-            _model_score(results["final"], is_baseline=False),
+            dataclasses.replace(
+                _model_score(results["final"], is_baseline=False), better_by=_better_by(results)
+            ),
             *(_model_score(entry, is_baseline=True) for entry in baseline_entries(results)),
         ),
     )
@@ -399,10 +423,16 @@ def _joined(rows: Mapping[str, TaskRow], labelled: Collection[str]) -> TaskRow:
     """The models of all rows, by the labels of their boards, in one row; baselines that are not ``labelled`` once."""
     models: dict[str, ModelScore] = {}
     for label, row in rows.items():
+        names = {
+            model.name: model.name
+            if model.is_baseline and model.name not in labelled
+            else f"{model.name} ({label})"
+            for model in row.models
+        }
         for model in row.models:
-            is_shared = model.is_baseline and model.name not in labelled
-            name = model.name if is_shared else f"{model.name} ({label})"
-            models.setdefault(name, dataclasses.replace(model, name=name))
+            better_by = {names[name]: limits for name, limits in model.better_by.items()}
+            renamed = dataclasses.replace(model, name=names[model.name], better_by=better_by)
+            models.setdefault(renamed.name, renamed)
     ordered = sorted(models.values(), key=lambda model: model.is_baseline)
     return dataclasses.replace(next(iter(rows.values())), models=tuple(ordered))
 
@@ -413,7 +443,21 @@ def _model_score(entry: Mapping[str, Any], *, is_baseline: bool) -> ModelScore:
         is_baseline=is_baseline,
         valid=_spread(entry["valid"]),
         test=_spread(entry["test"]),
+        test_interval=_limits(entry.get("test_interval")),
     )
+
+
+def _better_by(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """What :attr:`ModelScore.better_by` is of the fine-tuned model; nothing of results of earlier versions."""
+    known = {
+        entry["name"]: _limits(entry.get("model_is_better_by"))
+        for entry in baseline_entries(results)
+    }
+    return {name: limits for name, limits in known.items() if limits is not None}
+
+
+def _limits(values: Sequence[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
 
 
 def _spread(value: Mapping[str, Any]) -> Spread:

@@ -36,7 +36,7 @@ FIGURE_PATH = "figures/leaderboard.png"
 CSV_COLUMNS = (
     "task", "status", "metric", "unit", "higher_is_better", "molecules", "split", "split_hash", "model", "is_baseline",
     "valid_mean", "valid_std", "test_mean", "test_std", "test_values", "rank", "gain_percent", "reason", "test_molecules",
-    "test_seen", "labels",
+    "test_seen", "labels", "test_low", "test_high",
 )  # fmt: skip
 """Columns of the CSV file. It has one line per task and model, and one without a model for a task without scores.
 Values of seeds are separated by spaces."""
@@ -45,8 +45,11 @@ _RULES = (
     "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
     "seed. Scores are means ± sample standard deviations over seeds (bars in the figure), a single seed has none; ↑: higher is better, ↓: lower is "
     "better. The best mean of a task is marked. Ranks and wins go by the mean test score. A gain is relative to the "
-    "baseline that is best on the validation molecules of the task."
+    "baseline that is best on the validation molecules of the task. It is surely better or worse than this baseline where the 95 % "
+    "interval of the difference, over draws of the test molecules, does not contain 0."
 )
+
+_STANDING_HEADS = ("model", "tasks", "wins", "mean rank", "mean gain", "surely better, worse")
 
 
 def write_leaderboard(out: str, board: Leaderboard) -> str:
@@ -108,6 +111,7 @@ def _csv_scores(row: TaskRow, model: ModelScore) -> dict[str, str]:
         "test_values": " ".join(map(repr, model.test.values)),
         "rank": "" if rank is None else f"{rank:g}",
         "gain_percent": "" if gain is None else repr(gain[0]),
+        **dict(zip(("test_low", "test_high"), map(repr, model.test_interval or ()), strict=False)),
     }
 
 
@@ -117,8 +121,8 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
     standings = board.standings()
     if standings:
         lines += [
-            "| model | tasks | wins | mean rank | mean gain |",
-            "|---|--:|--:|--:|--:|",
+            f"| {' | '.join(_STANDING_HEADS)} |",
+            "|---" + "|--:" * (len(_STANDING_HEADS) - 1) + "|",
             *(f"| {' | '.join(map(_cell, _standing_cells(item)))} |" for item in standings),
             "",
         ]
@@ -138,8 +142,14 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
     if figure is not None:
         lines += [f"![gain over the best baseline]({figure})", ""]
     if models:
-        lines += ["## Each seed", "", "| task | split | model | validation | test | each seed |"]
-        lines += ["|---|---|---|--:|--:|---|", *_markdown_seeds(board), ""]
+        lines += [
+            "## Each seed",
+            "",
+            "| task | split | model | validation | test | 95 % interval | each seed |",
+            "|---|---|---|--:|--:|--:|---|",
+            *_markdown_seeds(board),
+            "",
+        ]
     lines += _markdown_others(board)
     return "\n".join([*lines, _RULES, ""])
 
@@ -157,7 +167,7 @@ def _markdown_row(row: TaskRow, models: Sequence[ModelScore]) -> str:
 def _markdown_seeds(board: Leaderboard) -> list[str]:
     return [
         f"| {_cell(row.name)} | {row.basis} `{row.split_hash}` | {_cell(model.name)} | {score_text(model.valid.mean)} "
-        f"| {_mean_and_std(model.test)} | {_values(model.test)} |"
+        f"| {_mean_and_std(model.test)} | {_limits(model)} | {_values(model.test)} |"
         for row in board.finished
         for model in row.models
     ]
@@ -210,8 +220,7 @@ def _html_standings(board: Leaderboard) -> str:
         + "</tr>"
         for item in board.standings()
     )
-    heads = ("model", "tasks", "wins", "mean rank", "mean gain")
-    return f'<div class="scroll"><table class="standings">{_html_head(heads)}<tbody>{rows}</tbody></table></div>'
+    return f'<div class="scroll"><table class="standings">{_html_head(_STANDING_HEADS)}<tbody>{rows}</tbody></table></div>'
 
 
 def _html_scores(board: Leaderboard) -> str:
@@ -237,7 +246,7 @@ def _html_card(row: TaskRow) -> str:
     body = "".join(
         f"<tr{_class('soft', model.is_baseline)}><td>{_text(model.name)}</td>"
         f"<td{_class('best', model.name in row.best)}>{_html_spread(model.test)}"
-        f"<br><small>{_values(model.test)}</small></td></tr>"
+        f"<br><small>{_values(model.test)}{_html_limits(model)}</small></td></tr>"
         for model in row.models
     )
     return (
@@ -266,6 +275,17 @@ def _html_spread(spread: Spread) -> str:
     return f'<span class="score">{mean}{small}</span>'
 
 
+def _html_limits(model: ModelScore) -> str:
+    if model.test_interval is None:
+        return ""
+    return f"<br>95 %: {_limits(model)}"
+
+
+def _limits(model: ModelScore) -> str:
+    """The interval of the mean test score, if it is known."""
+    return " to ".join(score_text(limit, model.test.mean) for limit in model.test_interval or ())
+
+
 def _class(name: str, holds: bool) -> str:
     return f' class="{name}"' if holds else ""
 
@@ -287,7 +307,8 @@ def _summary(board: Leaderboard) -> str:
 
 def _standing_cells(item: Standing) -> tuple[str, ...]:
     gain = "" if item.mean_gain is None else f"{item.mean_gain:+.1f} %"
-    return item.name, str(item.tasks), str(item.wins), f"{item.mean_rank:.2f}", gain
+    sure = "" if item.better is None else f"{item.better}, {item.worse}"
+    return item.name, str(item.tasks), str(item.wins), f"{item.mean_rank:.2f}", gain, sure
 
 
 def _metric(row: TaskRow) -> str:

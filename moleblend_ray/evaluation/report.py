@@ -72,11 +72,12 @@ def _text(
         + _bounds_remark(results["final"].get("bounds")),
         "",
         *_seen_lines(data),
-        "| model | validation | test, mean ± std | test, each seed |",
-        "|---|---|---|---|",
+        "| model | validation | test, mean ± std | 95 % interval | test, each seed |",
+        "|---|---|---|---|---|",
         *_score_rows(task, results["final"], results["baselines"]),
         "",
         *_comparison(task, results["final"], results["baselines"]),
+        *_differences(results),
         *_other_scores(task, (results["final"], *results["baselines"])),
         *_intervals(task, results["final"].get("intervals")),
         *_class_sets(results["final"].get("class_sets")),
@@ -286,9 +287,10 @@ def _score_row(entry: Mapping[str, Any], *, is_bold: bool) -> str:
         entry["name"],
         score_text(valid["mean"]),
         _mean_and_std(test),
+        _limits_text(entry.get("test_interval"), test["mean"]),
     ]
     if is_bold:
-        cells = [f"**{cell}**" for cell in cells]
+        cells = [f"**{cell}**" if cell else "" for cell in cells]
     cells.append(values_text(test["mean"], test["values"]))
     return f"| {' | '.join(cells)} |"
 
@@ -297,7 +299,13 @@ def _ensemble_row(final: Mapping[str, Any]) -> str:
     """All seeds together: what a user of the predictions gets."""
     together = final["ensemble"]
     name = f"{_ensemble_name(final)}, as `moleblend predict` gives it"
-    return f"| {name} | {score_text(together['valid'])} | {score_text(together['test'])} | |"
+    limits = _limits_text(together.get("test_interval"), together["test"])
+    return f"| {name} | {score_text(together['valid'])} | {score_text(together['test'])} | {limits} | |"
+
+
+def _limits_text(limits: Sequence[float] | None, like: float) -> str:
+    """The limits of an interval, with the digits of the score ``like``; nothing of results that have none."""
+    return " to ".join(score_text(limit, like) for limit in limits) if limits else ""
 
 
 def _ensemble_name(final: Mapping[str, Any]) -> str:
@@ -315,18 +323,60 @@ def _comparison(
     if not baselines:
         return []
     best = min(baselines, key=lambda entry: _rank(entry["valid"]["mean"], task["higher_is_better"]))
-    gain = best["test"]["mean"] - final["test"]["mean"]
-    gain = -gain if task["higher_is_better"] else gain
+    gain = _gain(task, final, best)
     verdict = "better" if gain > 0 else "worse"
     means = [entry["test"]["mean"] for entry in (best, final)]
     smallest = min(filter(None, means), key=abs, default=0.0)
     than = f"{score_text(abs(gain), smallest)} {verdict} in {_metric_name(task)} than"
     if gain == 0:
         than = f"as good in {_metric_name(task)} as"
+    limits = best.get("model_is_better_by")
+    is_unsure = limits is not None and limits[0] <= 0 <= limits[1]
+    remark = (
+        " With other test molecules it might be the other way round, see below."
+        if is_unsure
+        else ""
+    )
     return [
-        f"On the test molecules {final['name']} is {than} {best['name']}, the best of the baselines by validation.",
+        f"On the test molecules {final['name']} is {than} {best['name']}, the best of the baselines by validation.{remark}",
         "",
     ]
+
+
+def _gain(task: Mapping[str, Any], final: Mapping[str, Any], baseline: Mapping[str, Any]) -> float:
+    """By how much the model is better than a baseline on the test molecules; negative if it is worse."""
+    difference: float = final["test"]["mean"] - baseline["test"]["mean"]
+    return difference if task["higher_is_better"] else -difference
+
+
+def _differences(results: Mapping[str, Any]) -> list[str]:
+    """By how much the model is better than each baseline, and how sure that is; nothing of results of earlier versions."""
+    task, final = results["task"], results["final"]
+    resampling = results.get("resampling")
+    if not resampling:
+        return []
+    how = (
+        f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the test molecules with replacement: what other "
+        "test molecules of this kind might have given. The deviation over seeds comes on top."
+    )
+    compared = [entry for entry in results["baselines"] if entry.get("model_is_better_by")]
+    if not compared:
+        return [how, ""]
+    lines = [
+        f"{how} Differences are on the same draws, and so surer than the scores:",
+        "",
+        f"| {final['name']} compared with | better by (negative: worse) | 95 % interval |",
+        "|---|---|---|",
+    ]
+    for entry in compared:
+        gain, limits = _gain(task, final, entry), entry["model_is_better_by"]
+        smallest = min(
+            filter(None, (final["test"]["mean"], entry["test"]["mean"])), key=abs, default=0.0
+        )
+        lines.append(
+            f"| {entry['name']} | {score_text(gain, smallest)} | {_limits_text(limits, smallest)} |"
+        )
+    return [*lines, ""]
 
 
 def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -79,6 +79,8 @@ class SeedResult:
     test_others: Mapping[str, float] = field(default_factory=dict)
     """Scores on the test molecules by the other metrics of this type of labels (a value of `Metric` -> score). Nothing is
     chosen by them."""
+    predictions: str | None = None
+    """Folder of the predictions for validation and test molecules within ``out``; None: that of the model."""
 
 
 def write_seed_result(uri: str, settings: Mapping[str, Any], found: SeedResult) -> None:

@@ -127,9 +127,22 @@ def read_of_seeds(
     out: str, seeds: Sequence[int], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
     """Labels and predictions of a part, as the run of each seed stored them."""
+    return _read(out, [model_path(seed) for seed in seeds], part, columns)
+
+
+def read_of_results(
+    out: str, seeds: Sequence[SeedResult], part: Literal["valid", "test"], columns: Sequence[str]
+) -> list[PartPredictions]:
+    """Labels and predictions of a part by each seed of a model or a baseline."""
+    return _read(out, [str(seed.predictions or seed.model) for seed in seeds], part, columns)
+
+
+def _read(
+    out: str, paths: Sequence[str], part: Literal["valid", "test"], columns: Sequence[str]
+) -> list[PartPredictions]:
     found = []
-    for seed in seeds:
-        folder = storage.join(out, model_path(seed))
+    for path in paths:
+        folder = storage.join(out, path)
         predictions = read_predictions(folder, part, columns)
         if predictions is None:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The predictions for validation and test molecules that lie beside a fine-tuned model, with the labels.
+"""The predictions for validation and test molecules that lie beside a fine-tuned model or a baseline, with the labels.
 
 Shape legend: M molecules of a part, T properties.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
 from moleblend_ray.data.shards import AT_LEAST_PREFIX, AT_MOST_PREFIX, LABEL_PREFIX
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.censoring import LabelBounds
-from moleblend_ray.evaluation.dataset import LabelledMolecules
 
 PREDICTIONS_NAME: Final = "predictions.parquet"
 """Name of the file. It holds SMILES and labels, so it may be absent where these must stay unknown."""
@@ -39,7 +37,7 @@ class PartPredictions:
     labels: NDArray[np.float64]
     """(M, T), NaN where unknown."""
     predictions: NDArray[np.float64]
-    """(M, T) numbers in the unit of the labels, or probabilities of class 1."""
+    """(M, T) numbers in the unit of the labels, or probabilities of class 1; of baselines any number that is greater for it."""
     bounds: LabelBounds | None = None
     """Bounds of labels that have no number; None if the models were trained without."""
 
@@ -52,8 +50,44 @@ class PartPredictions:
         )
 
 
+class Labelled(Protocol):
+    """Molecules with labels, as fine-tuning and baselines have them."""
+
+    @property
+    def mol_ids(self) -> tuple[str, ...]:
+        """(M,) ids as in the source."""
+
+    @property
+    def smiles(self) -> tuple[str, ...]:
+        """(M,) canonical SMILES."""
+
+    @property
+    def labels(self) -> NDArray[np.float64]:
+        """(M, T), NaN where unknown."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """(T,) names of the labels."""
+
+    @property
+    def bounds(self) -> LabelBounds | None:
+        """Bounds of labels that have no number; None if they count as missing."""
+
+
+class Parts(Protocol):
+    """Rows of the molecules that were predicted."""
+
+    @property
+    def valid(self) -> NDArray[np.int64]:
+        """Those of validation."""
+
+    @property
+    def test(self) -> NDArray[np.int64]:
+        """Those of the test part."""
+
+
 def write_predictions(
-    folder: str, molecules: LabelledMolecules, split: Split, predictions: NDArray[np.float64]
+    folder: str, molecules: Labelled, split: Parts, predictions: NDArray[np.float64]
 ) -> None:
     """Write the rows of validation and test molecules of ``predictions``, which has a row for each of ``molecules``."""
     rows = np.concatenate([split.valid, split.test])

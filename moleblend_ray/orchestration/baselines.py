@@ -223,6 +223,8 @@ class _FeatureBaselines:
             experiment = self._experiment
             data = BaselineData(
                 task=experiment.task,
+                mol_ids=experiment.molecules.mol_ids,
+                smiles=experiment.molecules.smiles,
                 features=self._features(kind.features),
                 labels=experiment.molecules.labels,
                 bounds=experiment.molecules.bounds,

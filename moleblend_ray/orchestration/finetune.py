@@ -55,6 +55,9 @@ class FinetuneSummary:
     """Test score, mean over seeds."""
     test_std: float
     """Test score, standard deviation over seeds; 0 for a single seed."""
+    test_interval: tuple[float, float] | None
+    """95 % interval of the mean test score, as far as it is chance which molecules were tested
+    (:mod:`moleblend_ray.evaluation.resampling`); None with too few of them, and for results of earlier versions."""
     ensemble_score: float | None
     """Test score of the mean of the predictions of all seeds, which :func:`moleblend_ray.predict` gives; None with one seed."""
     baselines: dict[str, float]
@@ -119,9 +122,15 @@ def summarise(out: str, results: Mapping[str, Any], *, already_finished: bool) -
         valid_score=results["final"]["valid"]["mean"],
         test_score=results["final"]["test"]["mean"],
         test_std=results["final"]["test"]["std"],
+        test_interval=_pair(results["final"].get("test_interval")),
         # Results of earlier versions lack it.
         ensemble_score=results["final"].get("ensemble", {}).get("test"),
         baselines={entry["name"]: entry["test"]["mean"] for entry in results["baselines"]},
         seconds=results["seconds"],
         already_finished=already_finished,
     )
+
+
+def _pair(values: Sequence[float] | None) -> tuple[float, float] | None:
+    """The limits of an interval, of which JSON makes a list."""
+    return None if values is None else (values[0], values[1])

@@ -7,6 +7,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
@@ -16,9 +19,16 @@ from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
+from moleblend_ray.evaluation.resampling import (
+    gains,
+    interval,
+    resampled_scores,
+    resampling_entry,
+)
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
+    BaselineResult,
     Baselines,
     Training,
     baseline_entry,
@@ -30,7 +40,7 @@ from moleblend_ray.evaluation.results import (
     task_entry,
     versions,
 )
-from moleblend_ray.evaluation.runs import read_of_seeds
+from moleblend_ray.evaluation.runs import read_of_results
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.downstream import (
@@ -59,9 +69,9 @@ def write_results(
     name = "from scratch" if config.checkpoint is None else "fine-tuned"
     columns = experiment.molecules.columns
     valid, test = (
-        read_of_seeds(config.out, [seed.seed for seed in model.final], part, columns)
-        for part in ("valid", "test")
+        read_of_results(config.out, model.final, part, columns) for part in ("valid", "test")
     )
+    draws = resampled_scores(experiment.task.metric, test, columns)
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -76,9 +86,17 @@ def write_results(
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
         "final": {
             **seeds_entry(f"MoleBLEND, {name}", model.final),
+            "test_interval": interval(draws),
             **_together(experiment.task, columns, valid, test),
         },
-        "baselines": [baseline_entry(result) for result in baselines.results],
+        "baselines": [
+            {
+                **baseline_entry(result),
+                **_compared(config.out, experiment.task, columns, draws, result),
+            }
+            for result in baselines.results
+        ],
+        "resampling": resampling_entry(),
         "baselines_absent": {kind.value: reason for kind, reason in baselines.absent.items()},
         "versions": versions(),
         "seconds": seconds,
@@ -91,6 +109,23 @@ def write_results(
     write_report(config.out, results, mean.labels, mean.predictions, mean.bounds)
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return results
+
+
+def _compared(
+    out: str,
+    task: Task,
+    columns: Sequence[str],
+    model: NDArray[np.float64],
+    baseline: BaselineResult,
+) -> dict[str, Any]:
+    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better; ``model`` (D,) are scores
+    of the model for the draws of the test molecules."""
+    test = read_of_results(out, baseline.seeds, "test", columns)
+    draws = resampled_scores(task.metric, test, columns)
+    return {
+        "test_interval": interval(draws),
+        "model_is_better_by": interval(gains(task.metric, model, draws)),
+    }
 
 
 def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
@@ -125,7 +160,10 @@ def _together(
     mean = mean_of(test)
     found: dict[str, Any] = {}
     if len(test) > 1:
-        found["ensemble"] = ensemble_entry(task, columns, mean_of(valid), mean)
+        found["ensemble"] = {
+            **ensemble_entry(task, columns, mean_of(valid), mean),
+            "test_interval": interval(resampled_scores(task.metric, [mean], columns)),
+        }
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)
     else:

@@ -110,7 +110,7 @@ def test_an_interrupted_command_repeats_no_finished_step(
     shutil.rmtree(out / "scratch/models/seed-3")
     kept = {
         path: path.stat().st_mtime_ns
-        for path in (*out.glob("baselines/*/*"), *out.glob("scratch/models/*/result.json"))
+        for path in (*out.glob("baselines/*/*.json"), *out.glob("scratch/models/*/result.json"))
     }
     # Four settings and a seed of the forest, the linear model's grid and seed, an encoder.
     assert len(kept) == 4 + 1 + 1 + 1 + 1

@@ -21,9 +21,11 @@ from moleblend_ray.config.downstream import BaselineConfig, SweepConfig, TaskCon
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.evaluation.stored_predictions import read_predictions
+from moleblend_ray.evaluation.tasks import Metric, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.sweep import sweep
 
@@ -153,6 +155,26 @@ def test_stored_predictions_give_the_reported_test_score(
         rows = [row for row in table.to_pylist() if row["part"] == "test"]
         errors = [row["prediction:size"] - row["label:size"] for row in rows]
         assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(seed["test_score"])
+
+
+def test_scores_and_differences_have_intervals_from_stored_predictions(
+    finished: tuple[SweepConfig, dict[str, Any]],
+) -> None:
+    config, results = finished
+    models = [results["final"], *results["baselines"]]
+    for entry in models:
+        low, high = entry["test_interval"]
+        assert low <= entry["test"]["mean"] <= high
+    for entry in results["baselines"]:
+        low, high = entry["model_is_better_by"]
+        assert low <= entry["test"]["mean"] - results["final"]["test"]["mean"] <= high
+        for seed in entry["seeds"]:
+            test = read_predictions(str(Path(config.out) / seed["predictions"]), "test", ("size",))
+            assert test is not None
+            found = score(Metric.RMSE, test.predictions, test.labels, ("size",))
+            assert found.value == pytest.approx(seed["test_score"])
+    text = (Path(config.out) / "report.md").read_text()
+    assert "compared with" in text
 
 
 def test_the_report_shows_the_model_beside_the_baselines(

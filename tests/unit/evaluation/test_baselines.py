@@ -34,13 +34,15 @@ from moleblend_ray.evaluation.baselines import (
     predict_group,
     validation_scores,
 )
+from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.stored_predictions import read_predictions
 from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
 
 from .conftest import all_smiles
 
 KINDS = [kind for kind in BaselineKind if kind is not BaselineKind.SCRATCH]
 TREES = [BaselineKind.FOREST, BaselineKind.BOOSTING]
-SMILES = all_smiles()
+SMILES = tuple(all_smiles())
 FEATURES: dict[FeatureKind, np.ndarray] = {
     FeatureKind.FINGERPRINTS: ecfp(SMILES),
     FeatureKind.DESCRIPTORS: descriptors(SMILES),
@@ -64,6 +66,8 @@ def data_for(
     names = tuple(f"y{column}" for column in range(labels.shape[1]))
     return BaselineData(
         task=resolve_task("own", columns=names, kind=task_kind),
+        mol_ids=tuple(map(str, ROWS)),
+        smiles=SMILES,
         features=FEATURES[kind.features],
         labels=labels,
         columns=names,
@@ -125,6 +129,8 @@ def test_solubility_is_predicted_better_than_by_the_mean(
     rows = np.arange(len(smiles))
     data = BaselineData(
         task=task,
+        mol_ids=tuple(map(str, rows)),
+        smiles=tuple(smiles),
         features=features,
         labels=table[list(task.columns)].to_numpy(),
         columns=task.columns,
@@ -315,3 +321,16 @@ def test_finished_steps_are_found_again_for_their_own_settings_and_seed_alone(
     assert fitted_seed(kind, group[0], 4, out) == found
     assert fitted_seed(kind, group[0], 5, out) is None
     assert fitted_seed(kind, {**group[0], "more": 1}, 4, out) is None
+    stored = Path(out) / str(found.predictions) / "predictions.parquet"
+    for part, rows, told in (
+        ("valid", data.valid, found.valid_score),
+        ("test", data.test, found.test_score),
+    ):
+        read = read_predictions(str(stored.parent), part, data.columns)  # type: ignore[arg-type]
+        assert read is not None
+        assert read.smiles == tuple(data.smiles[row] for row in rows)
+        assert read.mol_ids == tuple(data.mol_ids[row] for row in rows)
+        assert score(data.task.metric, read.predictions, *data.known(rows)).value == told
+    # Earlier versions stored none: such a seed is fitted again.
+    stored.unlink()
+    assert fitted_seed(kind, group[0], 4, out) is None

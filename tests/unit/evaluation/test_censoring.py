@@ -268,6 +268,8 @@ def baseline_data(molecules: LabelledMolecules, kind: BaselineKind) -> BaselineD
     rows = np.arange(len(molecules))
     return BaselineData(
         task=SIZE_TASK,
+        mol_ids=molecules.mol_ids,
+        smiles=molecules.smiles,
         features=bits if kind is not BaselineKind.DESCRIPTORS else size[:, None],
         labels=molecules.labels,
         bounds=molecules.bounds,

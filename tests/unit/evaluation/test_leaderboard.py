@@ -156,6 +156,65 @@ def test_the_reference_is_the_baseline_a_user_would_have_chosen_not_the_best_on_
     assert row.best == ("b",)
 
 
+def with_intervals(results: dict[str, Any], better_by: list[float] | None) -> dict[str, Any]:
+    """The results with intervals of the scores, and of the difference to each baseline."""
+    baselines = [
+        {**entry, "test_interval": [0.5, 0.875], "model_is_better_by": better_by}
+        for entry in results["baselines"]
+    ]
+    final = {**results["final"], "test_interval": [0.25, 1.0]}
+    return {**results, "final": final, "baselines": baselines}
+
+
+def test_a_difference_is_sure_where_its_interval_is_on_one_side() -> None:
+    intervals: dict[str, list[float] | None] = {
+        "a": [0.1, 0.5], "b": [-0.1, 0.5], "c": [-0.5, -0.1], "d": [0.01, 0.02], "e": None
+    }  # fmt: skip
+    rows = [
+        row_of_results(with_intervals(ESOL, limits), name) for name, limits in intervals.items()
+    ]
+    assert [row.verdict(row.models[0]) for row in rows] == [1, 0, -1, 1, None]
+    assert [row.verdict(row.models[1]) for row in rows] == [None] * 5
+    board = Leaderboard(title="x", rows=(*rows, row_of_results(ESOL, "f")))
+    model, *baselines = sorted(board.standings(), key=lambda item: item.is_baseline)
+    assert (model.better, model.worse) == (2, 1)
+    assert {(item.better, item.worse) for item in baselines} == {(None, None)}
+    assert f"| {MODEL} | 6 | 6 | 1.00 | +20.0 % | 2, 1 |" in markdown_text(board, None)
+    none_known = Leaderboard(title="x", rows=(row_of_results(ESOL, "f"),))
+    assert none_known.standings()[0].better is None
+
+
+def test_intervals_of_scores_are_in_every_format() -> None:
+    row = row_of_results(with_intervals(ESOL, [0.1, 0.5]), "esol")
+    board = Leaderboard(title="x", rows=(row,))
+    assert "| 1.0000 ± 0.1414 | 0.2500 to 1.0000 | 0.9000, 1.1000 |" in markdown_text(board, None)
+    assert "95 %: 0.2500 to 1.0000" in html_text(board, None)
+    lines = list(csv.DictReader(io.StringIO(csv_text(board))))
+    assert [line["test_low"] for line in lines] == ["0.25", "0.5", "0.5"]
+    assert [line["test_high"] for line in lines] == ["1.0", "0.875", "0.875"]
+    stored = json.loads(json.dumps(board.to_json()))["tasks"][0]["models"]
+    assert stored[0]["better_by"][FOREST] == [0.1, 0.5]
+    assert stored[1]["test_interval"] == [0.5, 0.875]
+
+
+def test_differences_are_to_the_baseline_of_the_own_board_when_boards_are_compared() -> None:
+    other = results("esol", "rmse", [0.8], entry(FOREST, [1.5], [1.6]))
+    boards = {
+        label: Leaderboard(
+            title=label, rows=(row_of_results(with_intervals(found, limits), "esol"),)
+        )
+        for label, found, limits in (("one", ESOL, [0.1, 0.5]), ("two", other, [-0.4, -0.1]))
+    }
+    (row,) = compare(boards).rows
+    models = {model.name: model for model in row.models}
+    assert set(models[f"{MODEL} (one)"].better_by) == {f"{FOREST} (one)", MEAN}
+    assert set(models[f"{MODEL} (two)"].better_by) == {f"{FOREST} (two)"}
+    assert row.reference is not None
+    assert row.reference.name == f"{FOREST} (one)"
+    assert row.verdict(models[f"{MODEL} (one)"]) == 1
+    assert row.verdict(models[f"{MODEL} (two)"]) is None
+
+
 def test_equal_scores_share_rank_and_win() -> None:
     row = row_of_results(
         results("bbbp", "roc_auc", [0.7], entry("a", [0.9], [0.7]), entry("b", [0.8], [0.6])),
@@ -241,11 +300,11 @@ def test_test_molecules_that_were_seen_in_training_are_told_beside_the_scores() 
 @pytest.mark.parametrize(
     ("values", "shown"),
     [
-        ([0.00512345, 0.00514321], "0.005133 ± 0.000014 | 0.005123, 0.005143 |"),
-        ([0.054321], "| 0.05432 | 0.05432 |"),
-        ([12.3456789], "| 12.346 | 12.346 |"),
-        ([54321.9], "| 54322 | 54322 |"),
-        ([0.0], "| 0.0000 | 0.0000 |"),
+        ([0.00512345, 0.00514321], "0.005133 ± 0.000014 |  | 0.005123, 0.005143 |"),
+        ([0.054321], "| 0.05432 |  | 0.05432 |"),
+        ([12.3456789], "| 12.346 |  | 12.346 |"),
+        ([54321.9], "| 54322 |  | 54322 |"),
+        ([0.0], "| 0.0000 |  | 0.0000 |"),
     ],
 )
 def test_scores_of_every_size_keep_their_digits(values: list[float], shown: str) -> None:

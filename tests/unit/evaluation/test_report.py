@@ -18,6 +18,7 @@ from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.report_figures import set_scale
+from moleblend_ray.evaluation.resampling import resampling_entry
 from moleblend_ray.evaluation.results import (
     BaselineResult,
     Candidate,
@@ -122,6 +123,38 @@ def test_rows_are_sorted_by_validation_and_the_model_stands_out(tmp_path: Path, 
     assert names == (ascending if kind == "regression" else ascending[::-1])
 
 
+def with_intervals(better_by: tuple[float, float] | None, **changes: Any) -> dict[str, Any]:
+    """Results with intervals of scores; of the differences to the baselines, each has this one."""
+    results = results_of(resampling=resampling_entry(), **changes)
+    results["final"] |= {"test_interval": [0.61234, 0.8]}
+    for entry in results["baselines"]:
+        entry |= {"test_interval": None, "model_is_better_by": better_by}
+    return results
+
+
+def test_scores_and_differences_have_intervals(tmp_path: Path) -> None:
+    text = report_of(tmp_path, with_intervals((0.02, 0.19)))
+    assert "| **0.7000 ± 0.1414** | **0.6123 to 0.8000** | 0.6000, 0.8000 |" in text
+    assert "1,000 draws of the test molecules with replacement" in text
+    assert "| ECFP4 + random forest | 0.1000 | 0.0200 to 0.1900 |" in text
+    assert "| RDKit descriptors + linear model | -0.6000 | 0.0200 to 0.1900 |" in text
+    assert "the other way round" not in text
+
+
+def test_a_difference_that_may_be_chance_is_told_as_such(tmp_path: Path) -> None:
+    text = report_of(tmp_path, with_intervals((-0.05, 0.19)))
+    assert "by validation. With other test molecules it might be the other way round" in text
+
+
+def test_what_has_no_interval_is_left_out(tmp_path: Path) -> None:
+    text = report_of(tmp_path, with_intervals(None))
+    assert "compared with" not in text
+    assert "1,000 draws" in text
+    alone = report_of(tmp_path, with_intervals(None, baselines=[]))
+    assert "1,000 draws" in alone
+    assert "draws" not in report_of(tmp_path, results_of())
+
+
 def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) -> None:
     text = report_of(tmp_path, results_of())
     assert "fine-tuned is 0.1000 better in RMSE in eV than ECFP4 + random forest, the best" in text
@@ -144,7 +177,7 @@ def test_the_mean_of_all_models_stands_below_them_wherever_they_are(tmp_path: Pa
     lines = report_of(tmp_path, results_of(final=final)).splitlines()
     (row,) = (number for number, line in enumerate(lines) if "as `moleblend predict`" in line)
     assert lines[row].startswith("| mean of these 2 models, as ")
-    assert lines[row].endswith(" | 0.4500 | 0.5500 | |")
+    assert lines[row].endswith(" | 0.4500 | 0.5500 |  | |")
     assert lines[row - 1].startswith("| **MoleBLEND, fine-tuned** |")
     assert lines[row + 1].startswith("| RDKit descriptors")
     assert "| mean of these 2 models | 0.4000 |  |" in lines
@@ -320,7 +353,8 @@ def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
         ),
     )
     assert (
-        "| **MoleBLEND** | **5.000e-09** | **(7.000 ± 1.414)e-09** | 6.000e-09, 8.000e-09 |" in text
+        "| **MoleBLEND** | **5.000e-09** | **(7.000 ± 1.414)e-09** |  | 6.000e-09, 8.000e-09 |"
+        in text
     )
     assert "is 1.500e-09 better in RMSE" in text
     assert "| MoleBLEND | (4.000 ± 0.000)e-09 |" in text

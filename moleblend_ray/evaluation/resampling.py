@@ -1,0 +1,217 @@
+"""How much of a score is chance of which molecules were tested: a bootstrap over the test molecules.
+
+A test part is a sample. Drawn again, it would give other scores, and a model that is a little better on it need not be better.
+So the test molecules are drawn with replacement many times, every model is scored on each draw, and the middle 95 % of these
+scores are the interval (percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
+All models are scored on the same draws: the interval of a difference between two is much narrower than those of their
+scores, as both find the same molecules hard (Nicholls, J. Comput. Aided Mol. Des. 30, 103 (2016)).
+
+A draw is given as the number of times that each molecule was drawn, and scores are computed with these weights, which is
+the score of :mod:`~moleblend_ray.evaluation.scores` on a list with repetitions.
+
+Molecules count as independent. Those of one series are alike, so where a test part consists of few series, as with a split by
+scaffolds, intervals are too narrow.
+
+Shape legend: D draws, M molecules, K molecules with a label of a column, G different values among K, T columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.tasks import Metric
+
+DRAWS: Final = 1000
+"""Draws of the test molecules."""
+
+LEVEL: Final = 0.95
+"""Share of the draws inside an interval."""
+
+_SEED: Final = 0
+"""All models are scored on the same draws, and so are those of a repeated command."""
+
+_MIN_SCORED: Final = 0.9
+"""Share of draws that must have a score: those with one class alone have none. Of fewer than three molecules of a class there
+are more."""
+
+_CHUNK: Final = 1 << 21
+"""Weights in memory at once."""
+
+Array = NDArray[np.float64]
+
+
+def resampled_scores(
+    metric: Metric, parts: Sequence[PartPredictions], columns: Sequence[str]
+) -> Array:
+    """(D,) score of each draw of the molecules, which are the same in all ``parts``, mean over these (the seeds of a model).
+
+    A score is the mean over the columns that have one in this draw; NaN if none has.
+    """
+    chunks = []
+    for weights in _drawn(len(parts[0].smiles)):
+        total = np.zeros((weights.shape[1], len(parts)))
+        for index, part in enumerate(parts):
+            total[:, index] = _weighted_score(metric, part, len(columns), weights)
+        chunks.append(total.mean(axis=1))
+    return np.concatenate(chunks)
+
+
+def interval(scores: Array) -> tuple[float, float] | None:
+    """Limits of the middle :data:`LEVEL` of the scores (D,) of draws; None if too many draws have none."""
+    known = scores[~np.isnan(scores)]
+    if len(known) < _MIN_SCORED * len(scores):
+        return None
+    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def gains(metric: Metric, model: Array, other: Array) -> Array:
+    """(D,) by how much ``model`` is better than ``other`` in each draw; negative where it is worse."""
+    return model - other if metric.higher_is_better else other - model
+
+
+def resampling_entry() -> dict[str, Any]:
+    """The part of ``results.json`` about how intervals of scores are made."""
+    return {"draws": DRAWS, "level": LEVEL, "of": "test molecules, with replacement"}
+
+
+def _drawn(count: int) -> Iterator[Array]:
+    """(M, D') how often each of ``count`` molecules was drawn, for some of the draws at a time; the same in each call."""
+    generator = np.random.default_rng((_SEED, count))
+    size = max(1, _CHUNK // count)
+    for start in range(0, DRAWS, size):
+        width = min(size, DRAWS - start)
+        rows = generator.integers(count, size=(width, count))
+        flat = (rows + count * np.arange(width)[:, None]).ravel()
+        times = np.bincount(flat, minlength=width * count).reshape(width, count)
+        yield np.ascontiguousarray(times.T, dtype=np.float64)
+
+
+def _weighted_score(
+    metric: Metric, part: PartPredictions, num_columns: int, weights: Array
+) -> Array:
+    """(D',) mean over columns of the score of each draw."""
+    labels, predictions = part.labels, part.predictions
+    if part.bounds is not None and metric.is_error:
+        labels = np.where(part.bounds.known, part.bounds.within(predictions), labels)
+    found = np.full((num_columns, weights.shape[1]), np.nan)
+    for column in range(num_columns):
+        known = np.flatnonzero(~np.isnan(labels[:, column]))
+        if len(known) and not np.isnan(part.labels[:, column]).all():
+            found[column] = _FORMULAS[metric](
+                labels[known, column], predictions[known, column], weights[known]
+            )
+    with warnings.catch_warnings():
+        # A draw in which no column has a score.
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        mean: Array = np.nanmean(found, axis=0)
+    return mean
+
+
+# -- scores with weights: labels (K,), predictions (K,), weights (K, D) -> (D,); NaN where a draw has no score -----------------
+
+
+def _rmse(labels: Array, predictions: Array, weights: Array) -> Array:
+    return np.sqrt(_ratio((predictions - labels) ** 2 @ weights, weights.sum(axis=0)))
+
+
+def _mae(labels: Array, predictions: Array, weights: Array) -> Array:
+    return _ratio(np.abs(predictions - labels) @ weights, weights.sum(axis=0))
+
+
+def _r2(labels: Array, predictions: Array, weights: Array) -> Array:
+    residual = (predictions - labels) ** 2 @ weights
+    # Beside a mean far from 0 the difference of squares would be rounding.
+    centred = labels - labels.mean()
+    total = centred**2 @ weights - _ratio((centred @ weights) ** 2, weights.sum(axis=0))
+    varied = np.where(total > 1e-12 * (centred**2 @ weights), total, 0.0)
+    return 1.0 - _ratio(residual, varied)
+
+
+def _roc_auc(labels: Array, predictions: Array, weights: Array) -> Array:
+    order, groups = _sorted_groups(predictions)
+    positive, negative = _classes(labels[order], weights[order], groups)
+    lower = np.cumsum(negative, axis=0) - 0.5 * negative
+    pairs = positive.sum(axis=0) * negative.sum(axis=0)
+    return _ratio(np.einsum("gd,gd->d", positive, lower), pairs)
+
+
+def _average_precision(labels: Array, predictions: Array, weights: Array) -> Array:
+    order, groups = _sorted_groups(-predictions)
+    positive, negative = _classes(labels[order], weights[order], groups)
+    found, wrong = np.cumsum(positive, axis=0), np.cumsum(negative, axis=0)
+    # Before the first molecule of a draw nothing is found, and nothing counted.
+    precision = found / np.maximum(found + wrong, 1.0)
+    total = positive.sum(axis=0)
+    score = _ratio(np.einsum("gd,gd->d", positive, precision), total)
+    return np.where(negative.sum(axis=0) > 0, score, np.nan)
+
+
+def _spearman(labels: Array, predictions: Array, weights: Array) -> Array:
+    ranks, predicted = (_midranks(values, weights) for values in (labels, predictions))
+    mean = (weights.sum(axis=0) + 1.0) / 2
+    ranks, predicted = ranks - mean, predicted - mean
+    products = [
+        np.einsum("kd,kd,kd->d", weights, *pair)
+        for pair in ((ranks, predicted), (ranks, ranks), (predicted, predicted))
+    ]
+    norm = np.sqrt(products[1] * products[2])
+    score = np.divide(products[0], norm, out=np.zeros_like(norm), where=norm > 0)
+    # As in scores: predictions that are all equal have no correlation, labels that are have no score.
+    return np.where(products[1] > 0, score, np.nan)
+
+
+_FORMULAS: Final[Mapping[Metric, Callable[[Array, Array, Array], Array]]] = {
+    Metric.ROC_AUC: _roc_auc,
+    Metric.PR_AUC: _average_precision,
+    Metric.RMSE: _rmse,
+    Metric.MAE: _mae,
+    Metric.R2: _r2,
+    Metric.SPEARMAN: _spearman,
+}
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """The quotient; NaN where the denominator is 0."""
+    nothing = np.full(np.shape(denominator), np.nan)
+    found: Array = np.divide(numerator, denominator, out=nothing, where=denominator > 0)
+    return found
+
+
+def _sorted_groups(values: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(K,) ascending order of ``values``, and (G,) where in it each different value begins."""
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    begins = np.flatnonzero(np.append(True, ascending[1:] != ascending[:-1]))
+    return order, begins
+
+
+def _summed(values: Array, groups: NDArray[np.int64]) -> Array:
+    """(G, D) sums of (K, D) over the groups of :func:`_sorted_groups`."""
+    if len(groups) == len(values):
+        return values
+    found: Array = np.add.reduceat(values, groups, axis=0)
+    return found
+
+
+def _classes(labels: Array, weights: Array, groups: NDArray[np.int64]) -> tuple[Array, Array]:
+    """(G, D) weights of the positives and of the negatives in each group."""
+    positive = weights * (labels == 1)[:, None]
+    return _summed(positive, groups), _summed(weights - positive, groups)
+
+
+def _midranks(values: Array, weights: Array) -> Array:
+    """(K, D) rank of each value from 1 in each draw, equal values sharing their mean rank."""
+    order, groups = _sorted_groups(values)
+    drawn = _summed(weights[order], groups)
+    of_groups = np.cumsum(drawn, axis=0) - (drawn - 1.0) / 2
+    sizes = np.diff(np.append(groups, len(values)))
+    ranks = np.empty_like(weights)
+    ranks[order] = np.repeat(of_groups, sizes, axis=0)
+    return ranks
