@@ -355,8 +355,11 @@ def _differences(results: Mapping[str, Any]) -> list[str]:
     resampling = results.get("resampling")
     if not resampling:
         return []
+    drawn = f"{resampling['units']:,} test molecules"
+    if resampling["of"] == "scaffolds":
+        drawn = f"{resampling['units']:,} scaffolds of the test molecules (one without rings counts as its own)"
     how = (
-        f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the test molecules with replacement: what other "
+        f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the {drawn}, with replacement: what other "
         "test molecules of this kind might have given. The deviation over seeds comes on top."
     )
     compared = [entry for entry in results["baselines"] if entry.get("model_is_better_by")]

@@ -1,16 +1,17 @@
 """How much of a score is chance of which molecules were tested: a bootstrap over the test molecules.
 
 A test part is a sample. Drawn again, it would give other scores, and a model that is a little better on it need not be better.
-So the test molecules are drawn with replacement many times, every model is scored on each draw, and the middle 95 % of these
-scores are the interval (percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13).
-All models are scored on the same draws: the interval of a difference between two is much narrower than those of their
-scores, as both find the same molecules hard (Nicholls, J. Comput. Aided Mol. Des. 30, 103 (2016)).
+So its molecules are drawn with replacement many times, every model is scored on each draw, and the middle 95 % of these scores
+are the interval (percentile bootstrap: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). All models
+are scored on the same draws: the interval of a difference between two is much narrower than those of their scores, as both find
+the same molecules hard (Nicholls, J. Comput. Aided Mol. Des. 30, 103 (2016)).
 
-A draw is given as the number of times that each molecule was drawn, and scores are computed with these weights, which is
+Molecules of one scaffold are alike, so whole scaffolds are drawn (cluster bootstrap: Davison and Hinkley, "Bootstrap Methods and
+their Application", 1997, section 3.8). Drawn one by one, as if they were independent, they give intervals that are too narrow
+where a test part has series of molecules (``benchmarks/score_intervals.py``).
+
+A draw is given as the number of times that each molecule is in it, and scores are computed with these weights, which is
 the score of :mod:`~moleblend_ray.evaluation.scores` on a list with repetitions.
-
-Molecules count as independent. Those of one series are alike, so where a test part consists of few series, as with a split by
-scaffolds, intervals are too narrow.
 
 Shape legend: D draws, M molecules, K molecules with a label of a column, G different values among K, T columns.
 """
@@ -19,22 +20,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.chemistry.scaffolds import murcko_scaffold
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Metric
 
 DRAWS: Final = 1000
-"""Draws of the test molecules."""
+"""Number of draws."""
 
 LEVEL: Final = 0.95
 """Share of the draws inside an interval."""
 
 _SEED: Final = 0
 """All models are scored on the same draws, and so are those of a repeated command."""
+
+_FEWEST_SCAFFOLDS: Final = 10
+"""With fewer, molecules are drawn one by one: the test part is of these few series, not a sample of series."""
 
 _MIN_SCORED: Final = 0.9
 """Share of draws that must have a score: those with one class alone have none. Of fewer than three molecules of a class there
@@ -46,20 +53,62 @@ _CHUNK: Final = 1 << 21
 Array = NDArray[np.float64]
 
 
-def resampled_scores(
-    metric: Metric, parts: Sequence[PartPredictions], columns: Sequence[str]
-) -> Array:
-    """(D,) score of each draw of the molecules, which are the same in all ``parts``, mean over these (the seeds of a model).
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Resampling:
+    """Draws of the molecules of a test part."""
 
-    A score is the mean over the columns that have one in this draw; NaN if none has.
-    """
-    chunks = []
-    for weights in _drawn(len(parts[0].smiles)):
-        total = np.zeros((weights.shape[1], len(parts)))
-        for index, part in enumerate(parts):
-            total[:, index] = _weighted_score(metric, part, len(columns), weights)
-        chunks.append(total.mean(axis=1))
-    return np.concatenate(chunks)
+    units: NDArray[np.int64]
+    """(M,) what each molecule is drawn with: the number of its scaffold, or of itself."""
+    is_by_scaffold: bool
+    """Whether whole scaffolds are drawn."""
+
+    @classmethod
+    def of(cls, smiles: Sequence[str]) -> Resampling:
+        """Draws of molecules by their SMILES (M,). One without rings, or of which RDKit finds no scaffold, is drawn alone."""
+        names = [_scaffold(text) or f"molecule {row}" for row, text in enumerate(smiles)]
+        _, units = np.unique(names, return_inverse=True)
+        is_by_scaffold = int(units.max()) + 1 >= _FEWEST_SCAFFOLDS
+        return cls(
+            units=units if is_by_scaffold else np.arange(len(smiles), dtype=np.int64),
+            is_by_scaffold=is_by_scaffold,
+        )
+
+    def scores(
+        self, metric: Metric, parts: Sequence[PartPredictions], columns: Sequence[str]
+    ) -> Array:
+        """(D,) score of each draw of the molecules, which are the same in all ``parts``, mean over these (the seeds of a model).
+
+        A score is the mean over the columns that have one in this draw; NaN if none has.
+        """
+        chunks = []
+        for weights in self._drawn():
+            scores = [_weighted_score(metric, part, len(columns), weights) for part in parts]
+            chunks.append(np.mean(scores, axis=0))
+        return np.concatenate(chunks)
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of ``results.json`` about how intervals of scores are made."""
+        of = "scaffolds" if self.is_by_scaffold else "molecules"
+        return {"draws": DRAWS, "level": LEVEL, "of": of, "units": int(self.units.max()) + 1}
+
+    def _drawn(self) -> Iterator[Array]:
+        """(M, D') how often each molecule is in a draw, for some of the draws at a time; the same in each call."""
+        count = int(self.units.max()) + 1
+        generator = np.random.default_rng((_SEED, count))
+        size = max(1, _CHUNK // len(self.units))
+        for start in range(0, DRAWS, size):
+            width = min(size, DRAWS - start)
+            rows = generator.integers(count, size=(width, count))
+            flat = (rows + count * np.arange(width)[:, None]).ravel()
+            times = np.bincount(flat, minlength=width * count).reshape(width, count)
+            yield np.ascontiguousarray(times.T, dtype=np.float64)[self.units]
+
+
+def _scaffold(smiles: str) -> str:
+    try:
+        return murcko_scaffold(smiles)
+    except DataError:
+        return ""
 
 
 def interval(scores: Array) -> tuple[float, float] | None:
@@ -74,23 +123,6 @@ def interval(scores: Array) -> tuple[float, float] | None:
 def gains(metric: Metric, model: Array, other: Array) -> Array:
     """(D,) by how much ``model`` is better than ``other`` in each draw; negative where it is worse."""
     return model - other if metric.higher_is_better else other - model
-
-
-def resampling_entry() -> dict[str, Any]:
-    """The part of ``results.json`` about how intervals of scores are made."""
-    return {"draws": DRAWS, "level": LEVEL, "of": "test molecules, with replacement"}
-
-
-def _drawn(count: int) -> Iterator[Array]:
-    """(M, D') how often each of ``count`` molecules was drawn, for some of the draws at a time; the same in each call."""
-    generator = np.random.default_rng((_SEED, count))
-    size = max(1, _CHUNK // count)
-    for start in range(0, DRAWS, size):
-        width = min(size, DRAWS - start)
-        rows = generator.integers(count, size=(width, count))
-        flat = (rows + count * np.arange(width)[:, None]).ravel()
-        times = np.bincount(flat, minlength=width * count).reshape(width, count)
-        yield np.ascontiguousarray(times.T, dtype=np.float64)
 
 
 def _weighted_score(

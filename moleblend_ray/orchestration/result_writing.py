@@ -19,12 +19,7 @@ from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
-from moleblend_ray.evaluation.resampling import (
-    gains,
-    interval,
-    resampled_scores,
-    resampling_entry,
-)
+from moleblend_ray.evaluation.resampling import Resampling, gains, interval
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
@@ -71,7 +66,8 @@ def write_results(
     valid, test = (
         read_of_results(config.out, model.final, part, columns) for part in ("valid", "test")
     )
-    draws = resampled_scores(experiment.task.metric, test, columns)
+    resampling = Resampling.of(test[0].smiles)
+    draws = resampling.scores(experiment.task.metric, test, columns)
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -87,16 +83,16 @@ def write_results(
         "final": {
             **seeds_entry(f"MoleBLEND, {name}", model.final),
             "test_interval": interval(draws),
-            **_together(experiment.task, columns, valid, test),
+            **_together(experiment.task, columns, valid, test, resampling),
         },
         "baselines": [
             {
                 **baseline_entry(result),
-                **_compared(config.out, experiment.task, columns, draws, result),
+                **_compared(config.out, experiment.task, columns, result, resampling, draws),
             }
             for result in baselines.results
         ],
-        "resampling": resampling_entry(),
+        "resampling": resampling.to_json(),
         "baselines_absent": {kind.value: reason for kind, reason in baselines.absent.items()},
         "versions": versions(),
         "seconds": seconds,
@@ -115,13 +111,14 @@ def _compared(
     out: str,
     task: Task,
     columns: Sequence[str],
-    model: NDArray[np.float64],
     baseline: BaselineResult,
+    resampling: Resampling,
+    model: NDArray[np.float64],
 ) -> dict[str, Any]:
     """What ``results.json`` says of how sure the score of a baseline is, and that the model is better; ``model`` (D,) are scores
     of the model for the draws of the test molecules."""
     test = read_of_results(out, baseline.seeds, "test", columns)
-    draws = resampled_scores(task.metric, test, columns)
+    draws = resampling.scores(task.metric, test, columns)
     return {
         "test_interval": interval(draws),
         "model_is_better_by": interval(gains(task.metric, model, draws)),
@@ -154,6 +151,7 @@ def _together(
     columns: Sequence[str],
     valid: Sequence[PartPredictions],
     test: Sequence[PartPredictions],
+    resampling: Resampling,
 ) -> dict[str, Any]:
     """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
     of numbers the intervals, of classes the sets, and of censored labels the bounds that it respects."""
@@ -162,7 +160,7 @@ def _together(
     if len(test) > 1:
         found["ensemble"] = {
             **ensemble_entry(task, columns, mean_of(valid), mean),
-            "test_interval": interval(resampled_scores(task.metric, [mean], columns)),
+            "test_interval": interval(resampling.scores(task.metric, [mean], columns)),
         }
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)

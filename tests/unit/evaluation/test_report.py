@@ -18,7 +18,7 @@ from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.report import write_report
 from moleblend_ray.evaluation.report_figures import set_scale
-from moleblend_ray.evaluation.resampling import resampling_entry
+from moleblend_ray.evaluation.resampling import Resampling
 from moleblend_ray.evaluation.results import (
     BaselineResult,
     Candidate,
@@ -125,7 +125,7 @@ def test_rows_are_sorted_by_validation_and_the_model_stands_out(tmp_path: Path, 
 
 def with_intervals(better_by: tuple[float, float] | None, **changes: Any) -> dict[str, Any]:
     """Results with intervals of scores; of the differences to the baselines, each has this one."""
-    results = results_of(resampling=resampling_entry(), **changes)
+    results = results_of(resampling=Resampling.of(["CCO"] * 14).to_json(), **changes)
     results["final"] |= {"test_interval": [0.61234, 0.8]}
     for entry in results["baselines"]:
         entry |= {"test_interval": None, "model_is_better_by": better_by}
@@ -135,7 +135,7 @@ def with_intervals(better_by: tuple[float, float] | None, **changes: Any) -> dic
 def test_scores_and_differences_have_intervals(tmp_path: Path) -> None:
     text = report_of(tmp_path, with_intervals((0.02, 0.19)))
     assert "| **0.7000 ± 0.1414** | **0.6123 to 0.8000** | 0.6000, 0.8000 |" in text
-    assert "1,000 draws of the test molecules with replacement" in text
+    assert "1,000 draws of the 14 scaffolds of the test molecules" in text
     assert "| ECFP4 + random forest | 0.1000 | 0.0200 to 0.1900 |" in text
     assert "| RDKit descriptors + linear model | -0.6000 | 0.0200 to 0.1900 |" in text
     assert "the other way round" not in text

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from moleblend_ray.errors import DataError
-from moleblend_ray.evaluation import resampling
+from moleblend_ray.evaluation import resampling as module
 from moleblend_ray.evaluation.censoring import LabelBounds
-from moleblend_ray.evaluation.resampling import gains, interval, resampled_scores
+from moleblend_ray.evaluation.resampling import DRAWS, Resampling, gains, interval
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
@@ -57,10 +57,21 @@ def plain_score(metric: Metric, part: PartPredictions) -> float:
         return NAN
 
 
-def drawn(monkeypatch: pytest.MonkeyPatch, times: NDArray[np.int64]) -> None:
-    """Let the draws be these (D, M)."""
+def one_by_one(count: int) -> Resampling:
+    return Resampling(units=np.arange(count), is_by_scaffold=False)
+
+
+def resampled_scores(metric: Metric, *parts: PartPredictions) -> Array:
+    names = [str(column) for column in range(parts[0].labels.shape[1])]
+    return one_by_one(len(parts[0].smiles)).scores(metric, parts, names)
+
+
+def scores_of(metric: Metric, part: PartPredictions, times: NDArray[np.int64]) -> Array:
+    """Those of draws with these numbers of times (D, M)."""
     weights = np.ascontiguousarray(times.T, dtype=np.float64)
-    monkeypatch.setattr(resampling, "_drawn", lambda count: iter([weights]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Resampling, "_drawn", lambda self: iter([weights]))
+        return resampled_scores(metric, part)
 
 
 @pytest.mark.parametrize("metric", list(Metric))
@@ -71,14 +82,12 @@ def test_a_draw_is_scored_as_a_list_with_repetitions(
     part = molecules(metric, seed, count, num_columns)
     times = np.random.default_rng(seed + 1).multinomial(count, [1 / count] * count, size=8)
     times[0] = 1
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        drawn(monkeypatch, times)
-        found = resampled_scores(metric, [part], [str(c) for c in range(num_columns)])
+    found = scores_of(metric, part, times)
     expected = [plain_score(metric, repeated(part, row)) for row in times]
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_bounds_count_in_errors_as_in_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_count_in_errors_as_in_scores() -> None:
     labels = np.array([[1.0], [NAN], [NAN], [4.0]])
     at_least = np.array([[NAN], [5.0], [1.0], [NAN]])
     part = part_of(
@@ -87,9 +96,8 @@ def test_bounds_count_in_errors_as_in_scores(monkeypatch: pytest.MonkeyPatch) ->
         LabelBounds(at_least=at_least, at_most=np.full((4, 1), NAN)),
     )
     times = np.array([[1, 1, 1, 1], [0, 3, 0, 1], [2, 0, 1, 1]])
-    drawn(monkeypatch, times)
     for metric in (Metric.RMSE, Metric.MAE):
-        found = resampled_scores(metric, [part], ("y",))
+        found = scores_of(metric, part, times)
         expected = [plain_score(metric, repeated(part, row)) for row in times]
         np.testing.assert_allclose(found, expected)
 
@@ -99,23 +107,23 @@ def test_seeds_are_averaged_on_the_same_draws(metric: Metric) -> None:
     first = molecules(metric, 0, 40)
     second = part_of(first.labels, first.predictions[::-1].copy())
     one, two, both = (
-        resampled_scores(metric, parts, ("y",)) for parts in ([first], [second], [first, second])
+        resampled_scores(metric, *parts) for parts in ([first], [second], [first, second])
     )
-    assert len(one) == resampling.DRAWS
+    assert len(one) == DRAWS
     np.testing.assert_allclose(both, (one + two) / 2)
-    np.testing.assert_array_equal(one, resampled_scores(metric, [first], ("y",)))
+    np.testing.assert_array_equal(one, resampled_scores(metric, first))
 
 
 def test_draws_do_not_depend_on_how_many_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     part = molecules(Metric.MAE, 3, 50)
-    whole = resampled_scores(Metric.MAE, [part], ("y",))
-    monkeypatch.setattr(resampling, "_CHUNK", 50 * 7)
-    np.testing.assert_allclose(resampled_scores(Metric.MAE, [part], ("y",)), whole, rtol=1e-12)
+    whole = resampled_scores(Metric.MAE, part)
+    monkeypatch.setattr(module, "_CHUNK", 50 * 7)
+    np.testing.assert_allclose(resampled_scores(Metric.MAE, part), whole, rtol=1e-12)
 
 
 def test_every_molecule_is_drawn_once_on_average() -> None:
-    times = np.concatenate(list(resampling._drawn(30)), axis=1)
-    assert times.shape == (30, resampling.DRAWS)
+    times = np.concatenate(list(one_by_one(30)._drawn()), axis=1)
+    assert times.shape == (30, DRAWS)
     assert (times.sum(axis=0) == 30).all()
     # Of 30 molecules, each is missing in (1 - 1/30)^30 = 0.362 of the draws.
     assert (times == 0).mean() == pytest.approx(0.362, abs=0.01)
@@ -132,7 +140,7 @@ def test_intervals_hold_the_score_of_all_molecules_as_often_as_they_say(metric: 
         labels = (rng.random((120, 1)) < 0.4).astype(float)
         predictions = labels + rng.normal(size=(120, 1))
         part = part_of(labels, predictions)
-        limits = interval(resampled_scores(metric, [part], ("y",)))
+        limits = interval(resampled_scores(metric, part))
         assert limits is not None
         inside += limits[0] <= truth <= limits[1]
     # Of 300 intervals that hold it with probability 0.95, 274 to 296 do (99.9 %); those of the percentile bootstrap do a little less.
@@ -144,7 +152,7 @@ def test_the_difference_of_models_that_err_alike_is_surer_than_their_scores() ->
     labels = rng.normal(size=(100, 1))
     errors = rng.normal(size=(100, 1))
     model, other = (part_of(labels, labels + errors * scale) for scale in (1.0, 1.1))
-    draws = [resampled_scores(Metric.RMSE, [part], ("y",)) for part in (model, other)]
+    draws = [resampled_scores(Metric.RMSE, part) for part in (model, other)]
     (low, high), (other_low, other_high) = (interval(scores) or (NAN, NAN) for scores in draws)
     assert max(low, other_low) < min(high, other_high)
     difference = interval(gains(Metric.RMSE, *draws))
@@ -159,8 +167,41 @@ def test_molecules_of_which_too_many_draws_have_one_class_have_no_interval() -> 
     labels = np.zeros((50, 1))
     labels[0] = 1.0
     part = part_of(labels, np.linspace(0, 1, 50)[:, None])
-    scores = resampled_scores(Metric.ROC_AUC, [part], ("y",))
+    scores = resampled_scores(Metric.ROC_AUC, part)
     assert 0.3 < np.isnan(scores).mean() < 0.45
     assert interval(scores) is None
     labels[:5] = 1.0
-    assert interval(resampled_scores(Metric.ROC_AUC, [part], ("y",))) is not None
+    assert interval(resampled_scores(Metric.ROC_AUC, part)) is not None
+
+
+def test_molecules_of_a_scaffold_are_drawn_together_and_those_without_rings_alone() -> None:
+    rings = [f"{'C' * length}c1ccccc1" for length in range(6)]
+    others = [f"{'C' * length}C1CCCC{'C' * size}1" for size in range(8) for length in range(2)]
+    chains = ["CCO", "CCN", "not a molecule"]
+    drawn = Resampling.of([*rings, *others, *chains])
+    assert drawn.to_json() == {"draws": 1000, "level": 0.95, "of": "scaffolds", "units": 12}
+    times = np.concatenate(list(drawn._drawn()), axis=1)
+    assert (times[:6] == times[0]).all()
+    assert (times[6] == times[7]).all()
+    assert not (times[6] == times[8]).all()
+    assert not (times[-1] == times[-2]).all()
+    assert times[[0, *range(6, 22, 2), 22, 23, 24]].sum(axis=0).tolist() == [12.0] * 1000
+
+
+def test_a_test_part_of_few_series_is_drawn_by_molecules() -> None:
+    drawn = Resampling.of([f"{'C' * length}c1ccccc1" for length in range(30)])
+    assert drawn.to_json()["of"] == "molecules"
+    assert drawn.to_json()["units"] == 30
+
+
+def test_series_that_share_their_errors_make_intervals_wider() -> None:
+    rng = np.random.default_rng(0)
+    smiles = [f"{'C' * length}C1CCCC{'C' * size}1" for size in range(20) for length in range(10)]
+    labels = rng.normal(size=(200, 1))
+    errors = np.repeat(rng.normal(size=20), 10)[:, None]
+    part = part_of(labels, labels + errors)
+    by_scaffold = interval(Resampling.of(smiles).scores(Metric.RMSE, [part], ["y"]))
+    by_molecule = interval(resampled_scores(Metric.RMSE, part))
+    assert by_scaffold is not None
+    assert by_molecule is not None
+    assert by_scaffold[1] - by_scaffold[0] > 2 * (by_molecule[1] - by_molecule[0])

@@ -13,6 +13,7 @@ import torch
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.resampling import Resampling
 from moleblend_ray.evaluation.results import RESULTS_VERSION
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
@@ -45,7 +46,7 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
         for values in (first, second)[:num_models]
     ]
     task = TaskConfig(name="own", source="a.csv", columns=("y",), kind=kind).resolve()
-    found = result_writing._together(task, ("y",), models, models)
+    found = result_writing._together(task, ("y",), models, models, Resampling.of(names))
     assert ("ensemble" in found) == (num_models == 2)
     assert ("intervals" in found) == (not is_class)
     assert ("class_sets" in found) == is_class
