@@ -26,6 +26,28 @@ SMALL_MODEL = ModelConfig(
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def _patch_language_once() -> None:
+    """Let Triton's interpreter change its language where that is not done yet, and not again for each function that a kernel calls,
+    which takes a quarter of the time of these tests."""
+    try:
+        from triton import language as tl
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang
+
+    def patch_if_needed(function: Any) -> Any:
+        seen = [lang for lang in (tl, tl.core) if lang in function.__globals__.values()]
+        if seen and not any(tl.core.is_builtin(lang.load) for lang in seen):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patch_if_needed
+
+
+_patch_language_once()
+
+
 def skip_if_not_interpreted(kernel: Any) -> None:
     """Skip the test on a CPU if Triton was imported before its interpreter was switched on."""
     if DEVICE.type == "cpu" and type(kernel).__name__ == "JITFunction":
