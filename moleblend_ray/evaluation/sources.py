@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, is_prepared
 from moleblend_ray.data.sources.archives import container_of, text_format
-from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.tasks import Task
+from moleblend_ray.errors import ConfigError, StorageError
+from moleblend_ray.evaluation.tasks import TASKS, Task
 
 _PARQUET = (".parquet", ".pq")
 
@@ -34,19 +34,14 @@ def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
     that share a table (those of QM9) find nothing under their names, the directory itself is their source. Raises
     ConfigError if there are several candidates that are not prepared, StorageError if the source does not exist.
     """
-    if is_prepared(source):
+    entries = _entries_of(source)
+    if entries is None:
         return TaskSources({task.name: source for task in tasks}, {})
-    files = [file.uri for file in storage.list_files(source)]
-    base = storage.absolute(source).rstrip("/")
-    if files == [base] or not all(uri.startswith(f"{base}/") for uri in files):
-        return TaskSources({task.name: source for task in tasks}, {})
-    entries = _entries([uri[len(base) + 1 :] for uri in files])
     found, missing = {}, {}
     for task in tasks:
-        names = (task.name, *task.files)
-        entry = _entry_of(task, [e for name in names for e in entries.get(name, ())], source)
+        entry = _entry_of(task, entries, source)
         if entry is None:
-            missing[task.name] = " or ".join(f"{name}.csv" for name in dict.fromkeys(names))
+            missing[task.name] = " or ".join(f"{name}.csv" for name in _names(task))
         else:
             found[task.name] = storage.join(source, entry.name)
     share_a_table = len({task.files for task in tasks}) == 1 and len(tasks) > 1
@@ -55,11 +50,37 @@ def task_sources(source: str, tasks: Sequence[Task]) -> TaskSources:
     return TaskSources(found, missing)
 
 
+def source_of_task(source: str, task: Task) -> str:
+    """The molecules of a single task: its own table, as of several, if ``source`` is a directory that holds others beside it, and the
+    task one of the table of tasks; else ``source`` itself."""
+    if task.name not in TASKS:
+        return source
+    try:
+        entries = _entries_of(source)
+    except StorageError:  # Whoever reads it tells what is wrong.
+        return source
+    if entries is None or sum(map(len, entries.values())) == 1:
+        return source
+    entry = _entry_of(task, entries, source)
+    return source if entry is None else storage.join(source, entry.name)
+
+
 class _Entry(NamedTuple):
     """A file or folder in the directory."""
 
     name: str
     is_prepared: bool
+
+
+def _entries_of(source: str) -> dict[str, list[_Entry]] | None:
+    """What is in a directory, as :func:`_entries`; None if ``source`` is a file, a glob or a prepared dataset."""
+    if is_prepared(source):
+        return None
+    files = [file.uri for file in storage.list_files(source)]
+    base = storage.absolute(source).rstrip("/")
+    if files == [base] or not all(uri.startswith(f"{base}/") for uri in files):
+        return None
+    return _entries([uri[len(base) + 1 :] for uri in files])
 
 
 def _entries(paths: Sequence[str]) -> dict[str, list[_Entry]]:
@@ -79,9 +100,15 @@ def _entries(paths: Sequence[str]) -> dict[str, list[_Entry]]:
     return entries
 
 
-def _entry_of(task: Task, entries: Sequence[_Entry], source: str) -> _Entry | None:
+def _names(task: Task) -> tuple[str, ...]:
+    """Names of the table of a task, without ending and in lower case."""
+    return tuple(dict.fromkeys((task.name, *task.files)))
+
+
+def _entry_of(task: Task, entries: Mapping[str, Sequence[_Entry]], source: str) -> _Entry | None:
     """The only entry of a task; a prepared dataset may be beside the table that it was made from."""
-    candidates = [entry for entry in entries if entry.is_prepared] or list(entries)
+    named = [entry for name in _names(task) for entry in entries.get(name, ())]
+    candidates = [entry for entry in named if entry.is_prepared] or named
     if len(candidates) > 1:
         raise ConfigError(
             f"task.source: {source} has {' and '.join(entry.name for entry in candidates)} for task {task.name!r}; "

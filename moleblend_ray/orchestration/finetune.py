@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +14,10 @@ from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.lease import leased
+from moleblend_ray.errors import without_credentials
 from moleblend_ray.evaluation.result_files import REPORT_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Training
+from moleblend_ray.evaluation.sources import source_of_task
 from moleblend_ray.orchestration.baselines import run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
@@ -27,6 +31,8 @@ from moleblend_ray.orchestration.result_writing import (
     write_results,
 )
 from moleblend_ray.orchestration.session import ray_session
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=PropertyConfig)
 
@@ -87,6 +93,7 @@ def compute_results(
     The baselines are trained with each of ``seeds``.
     """
     began = time.monotonic()
+    config = _with_own_source(config)
     if (stored := finished_results(config)) is not None:
         return stored, True
     inputs = read_inputs(config)
@@ -101,6 +108,17 @@ def compute_results(
             lease.confirm()
             seconds = time.monotonic() - began
             return write_results(config, bench, model, baselines, seconds=seconds), False
+
+
+def _with_own_source(config: C) -> C:
+    """With the table of the task, if the source is a directory with those of other tasks, whose molecules would all be prepared."""
+    source = source_of_task(config.task.source, config.task.resolve())
+    if source == config.task.source:
+        return config
+    logger.info(
+        "the molecules of %s are those of %s", config.task.name, without_credentials(source)
+    )
+    return dataclasses.replace(config, task=dataclasses.replace(config.task, source=source))
 
 
 def train(config: FinetuneConfig, bench: Bench) -> Training:

@@ -8,8 +8,8 @@ import pytest
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, StorageError
-from moleblend_ray.evaluation.sources import TaskSources, task_sources
-from moleblend_ray.evaluation.tasks import GROUPS, TASKS
+from moleblend_ray.evaluation.sources import TaskSources, source_of_task, task_sources
+from moleblend_ray.evaluation.tasks import GROUPS, TASKS, TaskKind, resolve_task
 
 
 def fill(folder: Path, *names: str) -> str:
@@ -99,3 +99,22 @@ def test_tables_in_an_object_store_are_found(s3_uri: str) -> None:
         storage.write_bytes(f"{s3_uri}/{name}", b"smiles\n")
     found = sources_of(s3_uri, "bbbp", "esol").found
     assert found == {"bbbp": f"{s3_uri}/bbbp.csv", "esol": f"{s3_uri}/esol"}
+
+
+def test_a_single_task_takes_its_own_table_from_a_directory_of_several(tmp_path: Path) -> None:
+    source = fill(tmp_path / "all", "delaney-processed.csv", "bbbp.csv.gz", "README.md")
+    assert source_of_task(source, TASKS["esol"]) == f"{source}/delaney-processed.csv"
+    # What names no table of its own is all of the directory, as in prepare.
+    assert source_of_task(source, TASKS["hiv"]) == source
+    own = resolve_task("bbbp_of_ours", columns=("y",), kind=TaskKind.CLASSIFICATION)
+    assert source_of_task(fill(tmp_path / "all", "bbbp_of_ours.csv"), own) == source
+    for other in (
+        fill(tmp_path / "one", "esol.csv"),
+        fill(tmp_path / "parts", "esol-0.csv", "esol-1.csv"),
+        f"{source}/bbbp.csv.gz",
+        f"{source}/*.csv",
+        str(tmp_path / "missing"),
+    ):
+        assert source_of_task(other, TASKS["esol"]) == other
+    with pytest.raises(ConfigError, match=r"esol\.csv .*for task 'esol'; expected one"):
+        source_of_task(fill(tmp_path / "two", "esol.csv", "esol.parquet"), TASKS["esol"])

@@ -575,6 +575,25 @@ def test_other_settings_are_refused_before_molecules_are_prepared(
         finetune_module.finetune(dataclasses.replace(config, split_seed=5))
 
 
+def test_of_a_directory_of_several_tables_the_one_of_the_task_is_read(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tables").mkdir()
+    for name in ("esol", "bbbp"):
+        (tmp_path / "tables" / f"{name}.csv").write_text("smiles\nC\n")
+    read: list[str] = []
+
+    def stop(config: FinetuneConfig) -> None:
+        read.append(config.task.source)
+        raise DataError("as far as this test goes")
+
+    monkeypatch.setattr(finetune_module, "read_inputs", stop)
+    task = TaskConfig(name="esol", source=str(tmp_path / "tables"))
+    with pytest.raises(DataError, match="as far as"):
+        finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
+    assert read == [str(tmp_path / "tables/esol.csv")]
+
+
 def test_the_source_that_was_looked_at_is_what_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
