@@ -91,7 +91,8 @@ def check_claim(out: str, known: Mapping[str, Any]) -> None:
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
         stored = storage.read_object(uri, "config")
-        _compare(out, {name: stored.get(name) for name in known}, known)
+        # If another question may take its place, `claim` says so.
+        _compare(out, {name: stored.get(name) for name in known}, known, tells=False)
     elif (command := command_of(known.get("config"))) is not None:
         require_own(out, command)
 
@@ -131,7 +132,9 @@ def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
     return with_defaults(note, _LATER_SETTINGS)
 
 
-def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+def _compare(
+    out: str, stored: Mapping[str, Any], asked: Mapping[str, Any], *, tells: bool = True
+) -> bool:
     """Raise ConfigError if ``out`` has results of a question that is not this one or a part of it; otherwise, whether the note
     of ``out`` differs from this one."""
     # Credentials may differ between a command and its repetition; both are compared without them.
@@ -148,13 +151,13 @@ def _compare(out: str, stored: Mapping[str, Any], asked: Mapping[str, Any]) -> b
     listed = "; ".join(
         f"{name}: {there!r} there, {here!r} here" for name, (there, here) in changed.items()
     )
-    if changed and _has_no_results(out):
-        logger.info("%s was begun otherwise and has no results: beginning anew (%s)", out, listed)
-    elif changed:
+    if changed and not _has_no_results(out):
         raise ConfigError(
             f"{out} holds results of other settings or inputs; they differ in {listed}. "
             "Give another `out`, or repeat settings and inputs as they were"
         )
+    if changed and tells:
+        logger.info("%s was begun otherwise and has no results: beginning anew (%s)", out, listed)
     return bool(differing)
 
 

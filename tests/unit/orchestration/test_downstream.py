@@ -557,7 +557,7 @@ def test_settings_that_led_to_no_result_do_not_bind_the_next_command(
         other = {**IDENTITY, "checkpoint_fingerprint": "ccc"}
         check_claim(out, other)
         claim(out, other)
-    assert caplog.text.count("has no results: beginning anew (checkpoint_fingerprint: ") == 2
+    assert caplog.text.count("has no results: beginning anew (checkpoint_fingerprint: ") == 1
     write_result(out)
     with pytest.raises(ConfigError, match="'ccc' there, 'bbb' here"):
         claim(out, IDENTITY)
