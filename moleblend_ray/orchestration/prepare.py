@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.prepare import PrepareConfig
@@ -46,6 +47,9 @@ from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.session import GIB, ray_session
 
 logger = logging.getLogger(__name__)
+
+_MANY_QUARANTINED: Final = 0.5
+"""Share of rows from which on a warning tells of them: probably it is not the column, the format or the setting that was meant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +228,14 @@ def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
 
 def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates: bool) -> None:
     counts = manifest.counts
+    if counts.rows_quarantined > _MANY_QUARANTINED * counts.rows_in:
+        logger.warning(
+            "%d of %d rows are in the quarantine, not among the molecules (%s); `moleblend data %s` shows examples",
+            counts.rows_quarantined,
+            counts.rows_in,
+            ", ".join(f"{name}: {count}" for name, count in counts.quarantined_by_reason.items()),
+            without_credentials(config.out),
+        )
     for label in manifest.labels:
         if label.num_unreadable:
             logger.warning(
@@ -238,7 +250,8 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates
     fractions = {"valid": config.valid_fraction, "test": config.test_fraction}
     wanted = [split for split, fraction in fractions.items() if fraction]
     for split in ["train", *([] if config.split_file else wanted)]:
-        if not manifest.num_molecules(split):
+        # Of no molecules at all the quarantine tells.
+        if counts.rows_out and not manifest.num_molecules(split):
             logger.warning("%s: split %s has no molecules", without_credentials(config.out), split)
     flat = counts.conformer_status.get("none", 0)
     if flat and wants_coordinates:

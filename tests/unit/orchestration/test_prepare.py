@@ -178,3 +178,26 @@ def test_cells_that_are_not_read_are_told_with_what_was_expected(
     finish(config)
     module._log_outcome(load_manifest(config.out), config, wants_coordinates=False)
     assert expected in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("x(\ny(\n", "2 of 2 rows are in the quarantine, not among the molecules (unparsable_smiles: 2); "),
+        ("x(\ny(\nC\n", "2 of 3 rows are in the quarantine, not among the molecules (unparsable_smiles: 2); "),
+        ("x(\nC\n", None),
+    ],
+)  # fmt: skip
+def test_a_table_of_mostly_no_molecules_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rows: str, expected: str | None
+) -> None:
+    (tmp_path / "in.csv").write_text(f"smiles\n{rows}")
+    config = PrepareConfig(source=str(tmp_path / "in.csv"), out=str(tmp_path / "out"))
+    finish(config)
+    module._log_outcome(load_manifest(config.out), config, wants_coordinates=False)
+    told = [text for text in caplog.messages if "quarantine" in text]
+    assert told == (
+        [] if expected is None else [f"{expected}`moleblend data {config.out}` shows examples"]
+    )
+    # That each split is empty follows from it.
+    assert ("split train has no molecules" in caplog.text) <= ("C" in rows)
