@@ -26,7 +26,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -90,12 +90,8 @@ def write_table(source: str, out: str, molecules: int) -> None:
 def measure(out: str, molecules: int) -> dict[str, object]:
     """The figures of the models in ``out`` on ``molecules`` of its test part."""
     torch.set_num_threads(1)
-    seeds = [
-        seed["seed"]
-        for seed in storage.read_object(storage.join(out, RESULTS_NAME), "final.seeds")["final"][
-            "seeds"
-        ]
-    ]
+    results = storage.read_object(storage.join(out, RESULTS_NAME), {"final.seeds": list[Any]})
+    seeds = [seed["seed"] for seed in results["final"]["seeds"]]
     smiles = read_of_seeds(out, seeds, "test", list(COLUMNS))[0].smiles[:molecules]
     predictor = mb.PropertyPredictor.from_pretrained(out, interval=None)
     models = [member.saved for member in predictor.predictor.members]

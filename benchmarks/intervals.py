@@ -38,7 +38,7 @@ def main() -> None:
 
 def measure(out: str) -> dict[str, Any]:
     """The figures of one ``out``; ConfigError if it has several properties or a single seed."""
-    results = storage.read_object(storage.join(out, RESULTS_NAME), "final.seeds")
+    results = storage.read_object(storage.join(out, RESULTS_NAME), {"final.seeds": list[Any]})
     columns = results["task"]["columns"]
     seeds = [seed["seed"] for seed in results["final"]["seeds"]]
     if len(columns) != 1 or len(seeds) < 2:

@@ -64,7 +64,7 @@ def rows_per_chunk_of(out: str) -> int | None:
     if is_prepared(out):
         options = load_manifest(out).options
     elif storage.exists(uri):
-        options = storage.read_object(uri, "options")["options"]
+        options = storage.read_object(uri, {"options": dict[str, Any]})["options"]
     else:
         return None
     return int(with_defaults(options, ConvertOptions().to_json())["rows_per_chunk"])

@@ -165,7 +165,8 @@ def inspect_data_set(
 
 
 def _unfinished(uri: str) -> UnfinishedReport:
-    plan = storage.read_object(storage.join(uri, PLAN_NAME), "options", "sources")
+    members = {"options": dict[str, Any], "sources": list[str]}
+    plan = storage.read_object(storage.join(uri, PLAN_NAME), members)
     receipts = valid_receipts(uri, listed(uri)).values()
     return UnfinishedReport(
         uri=uri,

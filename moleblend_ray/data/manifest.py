@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME, SPLITS
 from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.data.documents import require_types
 from moleblend_ray.errors import DataError
 from moleblend_ray.vocabulary import STORED_DESCRIPTORS
 
@@ -194,18 +195,22 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
-        """From a JSON value; KeyError or TypeError if it does not have the form of this version."""
+        """From a JSON value; KeyError, TypeError or ValueError if it does not have the form of this version."""
         fields = dict(value)
         fields["sources"] = tuple(SourceInfo(**source) for source in value["sources"])
         fields["labels"] = tuple(LabelInfo(**label) for label in value["labels"])
         fields["shards"] = tuple(ShardInfo(**shard) for shard in value["shards"])
-        # The manifest of a data set from elsewhere could name any file of this machine.
-        foreign = [shard.path for shard in fields["shards"] if _leads_out(shard.path)]
-        if foreign:
-            raise TypeError(f"{foreign[0]!r} lies outside of the data set")
         fields["counts"] = Counts(**value["counts"])
         fields["descriptors"] = _descriptor_info(value.get("descriptors"))
-        return cls(**fields)
+        manifest = cls(**fields)
+        require_types(manifest)
+        for atoms in manifest.counts.atom_count_histogram:
+            int(atoms)
+        # The manifest of a data set from elsewhere could name any file of this machine.
+        foreign = [shard.path for shard in manifest.shards if _leads_out(shard.path)]
+        if foreign:
+            raise TypeError(f"{foreign[0]!r} lies outside of the data set")
+        return manifest
 
 
 def _descriptor_info(value: Mapping[str, Any] | None) -> DescriptorInfo | None:

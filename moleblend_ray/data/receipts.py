@@ -26,6 +26,7 @@ from moleblend_ray.data.dataset_files import (
     is_unit_receipt,
     wrong_files,
 )
+from moleblend_ray.data.documents import require_types
 from moleblend_ray.data.manifest import ShardInfo
 from moleblend_ray.data.shards import (
     AT_LEAST_PREFIX,
@@ -203,7 +204,9 @@ class Receipt:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Receipt:
         """From a JSON value; KeyError or TypeError if it is none."""
-        return cls(**_with_records(value))
+        receipt = cls(**_with_records(value))
+        require_types(receipt)
+        return receipt
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,7 +227,9 @@ class UnitReceipt:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> UnitReceipt:
         """From a JSON value; KeyError or TypeError if it is none."""
-        return cls(**_with_records(value))
+        receipt = cls(**_with_records(value))
+        require_types(receipt)
+        return receipt
 
 
 def _with_records(value: Mapping[str, Any]) -> dict[str, Any]:

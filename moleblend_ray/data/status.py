@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import (
@@ -98,14 +98,15 @@ def _finished(uri: str) -> DataStatus:
 
 
 def _unfinished(uri: str) -> DataStatus:
-    plan = storage.read_object(storage.join(uri, PLAN_NAME))
+    members = {"options": dict[str, Any], "sources": list[str]}
+    plan = storage.read_object(storage.join(uri, PLAN_NAME), members)
     receipts = [name for name in listed(uri, RECEIPTS_DIR) if is_chunk_receipt(name)]
     stride = max(1, -(-len(receipts) // _MOST_RECEIPTS))
     with ThreadPoolExecutor(_THREADS) as pool:
         read = [one for one in pool.map(_receipt, sorted(receipts)[::stride]) if one is not None]
     scale = len(receipts) / len(read) if read else 0.0
     shards = listed(uri, *SPLITS, STAGED_DIR)
-    meets = needs_exchange(plan.get("options", {}))
+    meets = needs_exchange(plan["options"])
     then = "; molecules are shuffled or deduplicated after the last chunk" if meets else ""
     at_work = command_at_work(uri)
     detail = f"there is a plan but no manifest: the same `moleblend prepare` continues{then}"
@@ -123,7 +124,7 @@ def _unfinished(uri: str) -> DataStatus:
         is_estimate=len(read) < len(receipts),
         molecules={},
         bytes=sum(shards.values()),
-        sources=tuple(plan.get("sources", ())),
+        sources=tuple(plan["sources"]),
     )
 
 

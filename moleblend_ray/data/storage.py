@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, cast
 
 from moleblend_ray.data import storage_clients
+from moleblend_ray.data.documents import lack
 from moleblend_ray.data.remote_files import READ_AHEAD_BYTES, RangedFile, WebFile, read_web_range
 from moleblend_ray.data.retry import is_beyond_end, is_conflict, retried, s3_error
 from moleblend_ray.data.storage_clients import (
@@ -216,27 +217,21 @@ def read_json(uri: str) -> Any:
         raise DataError(f"{uri} is not a JSON document ({error}): {_FOREIGN}") from error
 
 
-def read_object(uri: str, *members: str) -> dict[str, Any]:
+def read_object(uri: str, members: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A JSON object with these ``members`` (:func:`require_members`)."""
     value = read_json(uri)
-    require_members(uri, value, *members)
+    require_members(uri, value, members or {})
     found: dict[str, Any] = value
     return found
 
 
-def require_members(uri: str, value: Any, *members: str) -> None:
-    """DataError unless the JSON document ``value`` of the file ``uri`` is an object that has all ``members``.
+def require_members(uri: str, value: Any, members: Mapping[str, Any]) -> None:
+    """DataError unless the JSON document ``value`` of the file ``uri`` is an object that has all ``members``, each of its type.
 
-    ``task.name`` is the member ``name`` of the object ``task``.
+    ``{"task.name": str}`` asks for the member ``name`` of the object ``task``; types are those of :mod:`.documents`.
     """
-    if not isinstance(value, dict):
-        raise DataError(f"{uri} holds no JSON object: {_FOREIGN}")
-    for member in members:
-        inner: Any = value
-        for name in member.split("."):
-            if not isinstance(inner, dict) or name not in inner:
-                raise DataError(f"{uri} has no {member!r}: {_FOREIGN}")
-            inner = inner[name]
+    if problem := lack(value, members):
+        raise DataError(f"{uri} {problem}: {_FOREIGN}")
 
 
 def write_json(uri: str, value: Any) -> None:

@@ -39,4 +39,4 @@ def _value(settings: Mapping[str, Any], setting: str) -> Sequence[Any]:
     value: Any = settings
     for name in setting.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
-    return value or ()
+    return value if isinstance(value, list | tuple) else ()

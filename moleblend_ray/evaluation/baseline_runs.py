@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.descriptors import descriptors
 from moleblend_ray.chemistry.fingerprints import ecfp
 from moleblend_ray.data import storage
+from moleblend_ray.data.documents import require_types
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.baselines import (
     BaselineData,
     BaselineKind,
@@ -69,7 +71,16 @@ def tried_settings(
     uri = _candidates_uri(out, kind, group, seed)
     if not storage.exists(uri):
         return None
-    return [Candidate(**value) for value in storage.read_json(uri)]
+    try:
+        found = [Candidate(**value) for value in storage.read_json(uri)]
+        for candidate in found:
+            require_types(candidate)
+    except TypeError as error:
+        raise DataError(
+            f"{uri} does not hold the scores of settings ({error}): it was changed, or another version wrote it. Delete it, and "
+            "the same command makes it again"
+        ) from error
+    return found
 
 
 def fit_seed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +87,9 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
         if is_property_model(uri):
             found.append(uri)
         elif storage.exists(results):
-            seeds = storage.read_object(results, "final.seeds")["final"]["seeds"]
+            seeds = storage.read_object(results, {"final.seeds": list[Any]})["final"]["seeds"]
+            for seed in seeds:
+                storage.require_members(results, seed, {"model": str})
             folders = [storage.join(uri, seed["model"]) for seed in seeds]
             _require_models(results, folders)
             found += folders

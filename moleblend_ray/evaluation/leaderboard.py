@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.documents import require_types
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Spread
@@ -20,8 +21,18 @@ from moleblend_ray.evaluation.tasks import Metric, ReplicateRule, TaskKind
 
 logger = logging.getLogger(__name__)
 
-_RESULTS = ("task.name", "task.metric", "data.molecules", "data.split.hash", "final.test.mean")
+_RESULTS: Final[Mapping[str, Any]] = {
+    "task.name": str,
+    "task.metric": str,
+    "data.molecules": int,
+    "data.split.hash": str,
+    "final.test.mean": float,
+}
 """Members that the results of all versions have, and few other files of this name."""
+
+_ROW: Final[Mapping[str, Any]] = {"name": str, "status": str, "reason": str, "results": str}
+"""What is read of a task in ``leaderboard.json``."""
+_TASKS: Final[Mapping[str, Any]] = {"tasks": list[Any]}
 
 LEADERBOARD_VERSION = 1
 """Version of the layout of ``leaderboard.json``."""
@@ -287,11 +298,18 @@ def _labels_of(results: Mapping[str, Any]) -> str:
 
 def read_row(out: str, folder: str) -> TaskRow | None:
     """The row of the results in the folder ``folder`` of ``out``; None if they are not finished."""
+    uri = storage.join(out, folder, RESULTS_NAME)
     try:
-        results = storage.read_object(storage.join(out, folder, RESULTS_NAME), *_RESULTS)
+        row = row_of_results(storage.read_object(uri, _RESULTS), folder)
+        require_types(row)
     except storage.NotFoundError:
         return None
-    return row_of_results(results, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{uri} is not as a fine-tuning or sweep writes it ({error!r}): it was changed or damaged. Delete it, and the same "
+            "command writes it again from what it holds"
+        ) from error
+    return row
 
 
 def read_leaderboard(out: str) -> Leaderboard:
@@ -323,7 +341,7 @@ def read_leaderboard(out: str) -> Leaderboard:
 
 def _stored_rows(uri: str) -> list[TaskRow]:
     """What the ``leaderboard.json`` at ``uri`` says of its tasks; DataError if their results are in other directories."""
-    rows = [_stored_row(uri, value) for value in storage.read_object(uri, "tasks")["tasks"]]
+    rows = [_stored_row(uri, value) for value in storage.read_object(uri, _TASKS)["tasks"]]
     if any(is_elsewhere(row.results or row.name) for row in rows):
         raise DataError(
             f"{uri} is a leaderboard of results in other directories; expected the directory of the results"
@@ -477,7 +495,12 @@ def _row_json(row: TaskRow) -> dict[str, Any]:
 
 def _stored_row(uri: str, value: Any) -> TaskRow:
     """What the ``leaderboard.json`` at ``uri`` says about a task without results."""
-    storage.require_members(uri, value, "name", "status", "reason", "results")
+    storage.require_members(uri, value, _ROW)
+    if value["status"] not in set(Status):
+        raise DataError(
+            f"{uri}: expected a status of {', '.join(Status)} for the task {value['name']}, found {value['status']!r}. Delete "
+            "the file: it is written again from the results"
+        )
     status = Status(value["status"])
     if status is Status.FINISHED:
         status = Status.WAITING
@@ -494,7 +517,7 @@ def _is_results(path: str) -> bool:
 def _is_ours(uri: str) -> bool:
     value = storage.read_json(uri)
     try:
-        storage.require_members(uri, value, *_RESULTS)
+        storage.require_members(uri, value, _RESULTS)
     except DataError as error:
         logger.warning("left out: %s", error)
         return False

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moleblend_ray.data import storage
+from moleblend_ray.data.documents import lack
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs
@@ -278,7 +279,20 @@ def _readout(document: dict[str, Any]) -> ReadoutConfig:
     return ReadoutConfig(**document["readout"])
 
 
+_DESCRIPTION: Final[Mapping[str, Any]] = {
+    "task": str,
+    "kind": str,
+    "columns": list[str],
+    "unit": str | None,
+    "mean": list[float],
+    "std": list[float],
+}
+"""What models of all versions say of the property."""
+
+
 def _trained(document: dict[str, Any]) -> TrainedProperty:
+    if problem := lack(document, _DESCRIPTION):
+        raise TypeError(problem)
     inputs, molecules = document.get("descriptors"), document.get("molecules")
     return TrainedProperty(
         task=document["task"],

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split
 from moleblend_ray.data import storage
+from moleblend_ray.data.documents import require_types
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.repeats import Repeats
@@ -92,11 +94,19 @@ def read_seed_result(uri: str, settings: Mapping[str, Any]) -> SeedResult | None
     """What :func:`write_seed_result` stored for these settings; None if there is nothing, or a result of others."""
     if not storage.exists(uri):
         return None
-    value = storage.read_json(uri)
+    value = storage.read_object(uri)
     if value.pop("settings", None) != dict(settings):
         logger.info("%s is of other settings: seed %s is run again", uri, value.get("seed"))
         return None
-    return SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+    try:
+        found = SeedResult(**{**value, "columns_left_out": tuple(value["columns_left_out"])})
+        require_types(found)
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{uri} is not the result of a seed ({error}): it was changed, or another version wrote it. Delete it, and the same "
+            "command trains that seed again"
+        ) from error
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import SPLITS, is_prepared
+from moleblend_ray.data.documents import lack, member
 from moleblend_ray.data.lease import command_at_work, was_leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.status import data_status, has_data_set
@@ -40,14 +41,17 @@ PARTS_KINDS: Final = {
 
 TRAINING_JOBS: Final = ("FinetuneConfig", "SweepConfig")
 
-_RESULTS: Final = (
-    "config",
-    "task.name",
-    "task.metric",
-    "task.higher_is_better",
-    "trials",
-    "final.test.mean",
-)
+_MODEL: Final[Mapping[str, Any]] = {"name": str, "test.mean": float}
+"""What is read of each model of the results, fine-tuned or a baseline."""
+
+_RESULTS: Final[Mapping[str, Any]] = {
+    "config": dict[str, Any],
+    "task.name": str,
+    "task.metric": str,
+    "task.higher_is_better": bool,
+    "trials": list[dict[str, Any]],
+    **{f"final.{name}": annotation for name, annotation in _MODEL.items()},
+}
 """What is read of the results."""
 
 
@@ -152,11 +156,11 @@ def begun_status(uri: str) -> BegunStatus | None:
 def tasks_status(uri: str) -> TasksStatus:
     """The status of a directory with a leaderboard."""
     board_uri = storage.join(uri, f"{LEADERBOARD_NAME}.json")
-    board = storage.read_object(board_uri, "tasks")
+    board = storage.read_object(board_uri, {"tasks": list[Any]})
     for row in board["tasks"]:
-        storage.require_members(board_uri, row, "name", "status")
+        storage.require_members(board_uri, row, {"name": str, "status": str})
     tasks = tuple(
-        TaskStatus(name=row["name"], state=row["status"], reason=row.get("reason", ""))
+        TaskStatus(name=row["name"], state=row["status"], reason=member(row, "reason", str) or "")
         for row in board["tasks"]
     )
     states = {task.state for task in tasks}
@@ -191,7 +195,7 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     kind = PARTS_KINDS[identity["config"]["job"]]
     there = _listed(uri, PARTS_DIR)
     size = sum(info.size for info in there)
-    summary = _read(uri, kind.summary_name, "parts")
+    summary = _read(uri, kind.summary_name, {"parts": list[Any]})
     if summary is not None:
         return PartsStatus(
             kind=kind.command,
@@ -200,12 +204,12 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
             detail=f"its summary ({kind.summary_name}) is there",
             parts_done=len(there),
             parts=len(summary["parts"]),
-            molecules=summary.get(kind.counted),
+            molecules=member(summary, kind.counted, int),
             bytes=size,
-            rejected=summary.get("rejected"),
-            molecules_per_s=summary.get("molecules_per_s"),
+            rejected=member(summary, "rejected", int),
+            molecules_per_s=member(summary, "molecules_per_s", float),
         )
-    parts, molecules, detail = _planned(uri, identity["config"].get("source"))
+    parts, molecules, detail = _planned(uri, member(identity, "config.source", str))
     state, then = _unfinished(uri, "the same command continues")
     return PartsStatus(
         kind=kind.command,
@@ -244,12 +248,12 @@ def _preparing(data_uri: str) -> str:
 
 def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     """The status of a sweep or fine-tuning whose config.json is ``identity``."""
-    storage.require_members(storage.join(uri, IDENTITY_NAME), identity, "config.task.name")
+    storage.require_members(storage.join(uri, IDENTITY_NAME), identity, {"config.task.name": Any})
     config = identity["config"]
     is_sweep = config["job"] == "SweepConfig"
-    results = _read(uri, RESULTS_NAME, *_RESULTS)
+    results = _results(uri)
     trials = [record for info in _listed(uri, EPOCHS_DIR) if _is_trial(record := _json(info.uri))]
-    wanted = config.get("final_seeds") or config.get("seeds") or [0]
+    wanted = member(config, "final_seeds", list[int]) or member(config, "seeds", list[int]) or [0]
     seeds = sum(storage.name_of(info.uri) == SEED_RESULT_NAME for info in _listed(uri, MODELS_DIR))
     baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
@@ -269,7 +273,7 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
         if results and is_sweep
         else sum(bool(trial) and bool(trial[-1].get("over")) for trial in trials),
         trials_begun=len(trials),
-        trials=config.get("num_trials") if is_sweep else None,
+        trials=member(config, "num_trials", int) if is_sweep else None,
         best_valid_score=_best(results, scores, higher),
         seeds_done=seeds,
         seeds=len(wanted),
@@ -306,9 +310,9 @@ def _direction(trials: list[Any]) -> bool | None:
 def _best(results: Any, scores: list[float], higher: bool | None) -> float | None:
     if results:
         scores = [
-            trial["valid_score"]
-            for trial in results.get("trials", [])
-            if trial.get("valid_score") is not None
+            score
+            for trial in results["trials"]
+            if (score := member(trial, "valid_score", float)) is not None
         ]
     if not scores or higher is None:
         return None
@@ -334,11 +338,22 @@ def _listed(uri: str, folder: str) -> list[storage.FileInfo]:
         return []
 
 
-def _read(uri: str, name: str, *members: str) -> Any:
+def _results(uri: str) -> Any:
+    """The results; None if they are not there."""
+    results = _read(uri, RESULTS_NAME, _RESULTS)
+    if results and "baselines" in results:
+        results_uri = storage.join(uri, RESULTS_NAME)
+        storage.require_members(results_uri, results, {"baselines": list[Any]})
+        for baseline in results["baselines"]:
+            storage.require_members(results_uri, baseline, _MODEL)
+    return results
+
+
+def _read(uri: str, name: str, members: Mapping[str, Any]) -> Any:
     """The object in a file; None if it is not there or not whole. DataError if it lacks one of the ``members``."""
     value = _json(storage.join(uri, name))
     if value is not None:
-        storage.require_members(storage.join(uri, name), value, *members)
+        storage.require_members(storage.join(uri, name), value, members)
     return value
 
 
@@ -347,9 +362,8 @@ def _is_trial(record: Any) -> bool:
     return (
         bool(record)
         and isinstance(record, list)
-        and all(
-            isinstance(epoch, dict) and {"valid_score", "best_valid_score"} <= set(epoch)
-            for epoch in record
+        and not any(
+            lack(epoch, {"valid_score": float, "best_valid_score": float}) for epoch in record
         )
     )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig
 from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.data.documents import member
 from moleblend_ray.orchestration.terminal import (
     facts_table,
     headed_table,
@@ -64,15 +65,12 @@ def _run_overview(report: InventoryReport) -> Table:
     overview = facts_table()
     overview.add_row("run", f"[bold]{escape(str(redact(report.uri)))}[/]")
     overview.add_row("state", _state(report))
-    data = str(report.identity.get("data_fingerprint", ""))[:16]
-    model = report.identity.get("model", {})
-    if data:
-        overview.add_row("identity", f"data {data}, seed {report.identity.get('seed', '?')}")
-    if model:
-        sizes = ", ".join(
-            f"{name} {model[name]}" for name in ("num_layers", "dim") if name in model
-        )
-        overview.add_row("model", sizes)
+    if data := member(report.identity, "data_fingerprint", str):
+        seed = report.identity.get("seed", "?")
+        overview.add_row("identity", escape(f"data {data[:16]}, seed {seed}"))
+    found = {name: member(report.identity, f"model.{name}", int) for name in ("num_layers", "dim")}
+    if sizes := [f"{name} {size}" for name, size in found.items() if size is not None]:
+        overview.add_row("model", ", ".join(sizes))
     if report.deleted:
         overview.add_row("deleted", "steps " + ", ".join(map(str, report.deleted)))
     return overview

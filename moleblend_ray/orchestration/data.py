@@ -72,7 +72,7 @@ def _overview(report: DataSetReport) -> Table:
     for index, source in enumerate(report.sources[:_MAX_SOURCES]):
         table.add_row(
             "" if index else "made of",
-            f"{escape(source.uri)} ({source.format}, {source.rows:,} rows, {bytes_text(source.size)})",
+            f"{escape(source.uri)} ({escape(source.format)}, {source.rows:,} rows, {bytes_text(source.size)})",
         )
     if len(report.sources) > _MAX_SOURCES:
         table.add_row("", f"and {len(report.sources) - _MAX_SOURCES} more files")
@@ -101,7 +101,8 @@ def _overview(report: DataSetReport) -> Table:
         if key in ("shuffle", "deduplicate", "canonical_order") and value not in (False, "none")
     }
     if changed:
-        table.add_row("made with", ", ".join(f"{key}={value}" for key, value in changed.items()))
+        made = ", ".join(f"{key}={value}" for key, value in changed.items())
+        table.add_row("made with", escape(made))
     return table
 
 

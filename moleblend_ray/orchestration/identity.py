@@ -43,6 +43,9 @@ _LATER_SETTINGS: Final[Mapping[str, Any]] = {
 }
 """Settings, by section, that results of earlier versions do not name, and what these were made with."""
 
+_NOTED: Final[Mapping[str, Any]] = {"config": dict[str, Any]}
+"""What a note holds in any case."""
+
 
 def question(config: PropertyConfig) -> dict[str, Any]:
     """The settings that determine the results, without those that say where they are computed or stored."""
@@ -59,7 +62,7 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
     one if there are no results.
     """
     uri = storage.join(out, IDENTITY_NAME)
-    if not storage.exists(uri) or _compare(out, storage.read_object(uri, "config"), identity):
+    if not storage.exists(uri) or _compare(out, storage.read_object(uri, _NOTED), identity):
         storage.write_json(uri, redact(identity))
 
 
@@ -90,7 +93,7 @@ def check_claim(out: str, known: Mapping[str, Any]) -> None:
     any work."""
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
-        stored = storage.read_object(uri, "config")
+        stored = storage.read_object(uri, _NOTED)
         # If another question may take its place, `claim` says so.
         _compare(out, {name: stored.get(name) for name in known}, known, tells=False)
     elif (command := command_of(known.get("config"))) is not None:
@@ -105,7 +108,7 @@ def check_finished(
 
     ``inputs`` gives the present fingerprints. If inputs are gone, the results still count as finished.
     """
-    stored = storage.read_object(storage.join(out, IDENTITY_NAME), "config")
+    stored = storage.read_object(storage.join(out, IDENTITY_NAME), _NOTED)
     _compare(out, stored["config"], question)
     try:
         present = inputs()

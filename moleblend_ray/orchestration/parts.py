@@ -301,7 +301,7 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     out = job.config.out
     if not _has_summary(job, out):
         return None
-    summary = storage.read_object(storage.join(out, job.kind.summary_name), job.kind.counted)
+    summary = storage.read_object(storage.join(out, job.kind.summary_name), {job.kind.counted: int})
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:

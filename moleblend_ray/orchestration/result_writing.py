@@ -175,7 +175,7 @@ def has_results(config: PropertyConfig, out: str | None = None) -> bool:
     """Whether ``out``, by default that of ``config``, holds results with all seeds and baselines of ``config``."""
     uri = storage.join(config.out if out is None else out, RESULTS_NAME)
     return storage.exists(uri) and not missing_in(
-        storage.read_object(uri, "config")["config"], question(config)
+        storage.read_object(uri, {"config": dict[str, Any]})["config"], question(config)
     )
 
 
@@ -187,9 +187,9 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     uri = storage.join(config.out, RESULTS_NAME)
     if not storage.exists(uri):
         return None
-    results = storage.read_object(uri, "results_version")
+    results = storage.read_object(uri, {"results_version": Any})
     _check_version(uri, results)
-    storage.require_members(uri, results, "config")
+    storage.require_members(uri, results, {"config": dict[str, Any]})
     data_uri = storage.join(config.out, DATA_DIR)
 
     def inputs() -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.differences import with_defaults
+from moleblend_ray.data.documents import require_types
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
@@ -169,6 +170,9 @@ def read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary
         stored = dict(storage.read_json(uri))
         identity = stored.pop("identity", None)
         summary = PretrainSummary(**stored)
+        require_types(summary)
+        if not isinstance(identity, dict | None):
+            raise TypeError(f"identity: expected a mapping, found {identity!r}")
     except (TypeError, ValueError) as error:
         raise DataError(f"{uri} is not the summary of a run: {error}") from error
     if identity is None:  # an earlier version wrote it
@@ -183,7 +187,7 @@ def read_finished(config: PretrainConfig, manifest: Manifest) -> PretrainSummary
 def _require_same_run(stored: Mapping[str, Any], wanted: Mapping[str, Any], run_uri: str) -> None:
     """As :func:`require_same_run`; both with the settings that :func:`run_identity` leaves out."""
     # Of what earlier versions did not store of molecules, the fingerprint of the data tells.
-    if "molecules" in stored:
+    if isinstance(stored.get("molecules"), Mapping):
         stored = {**stored, "molecules": with_defaults(stored["molecules"], wanted["molecules"])}
     require_same_run(_with_later_settings(stored), _with_later_settings(wanted), run_uri)
 

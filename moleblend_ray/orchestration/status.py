@@ -154,7 +154,7 @@ def _run_overview(report: RunStatus) -> Table:
     table.add_row(
         "settings",
         ", ".join(
-            f"{name} {settings[name]}"
+            f"{name} {escape(str(settings[name]))}"
             for name in ("num_layers", "dim", "global_batch_size", "strategy", "precision", "seed")
             if settings.get(name) is not None
         ),
@@ -256,13 +256,17 @@ def _sweep(report: SweepStatus) -> RenderableType:
             "trials",
             f"{report.trials_done} of {report.trials} over"
             + (f", {report.trials_begun} begun" if report.trials_begun > report.trials_done else "")
-            + (f"; best on validation {best:.4g} {report.metric}" if best is not None else ""),
+            + (
+                f"; best on validation {best:.4g} {escape(report.metric)}"
+                if best is not None
+                else ""
+            ),
         )
     table.add_row("seeds", f"{report.seeds_done} of {report.seeds} trained")
     if report.baselines:
-        table.add_row("baselines", ", ".join(report.baselines))
+        table.add_row("baselines", escape(", ".join(report.baselines)))
     for index, (name, value) in enumerate(sorted(report.test.items(), key=lambda item: item[1])):
-        label = f"test {report.metric}" if index == 0 else ""
+        label = f"test {escape(report.metric)}" if index == 0 else ""
         table.add_row(label, f"{value:.4g}  {escape(name)}")
     return table
 
@@ -272,7 +276,7 @@ def _tasks(report: TasksStatus) -> RenderableType:
     table = headed_table("task", "state", "", numbers=())
     for task in report.tasks:
         style = _STATE_STYLES.get(task.state, "dim")
-        table.add_row(escape(task.name), f"[{style}]{task.state}[/]", escape(task.reason))
+        table.add_row(escape(task.name), f"[{style}]{escape(task.state)}[/]", escape(task.reason))
     return stacked(overview, table)
 
 

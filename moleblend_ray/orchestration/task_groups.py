@@ -144,7 +144,7 @@ def _find_sources(config: PropertyConfig) -> TaskSources:
     """The molecules of each task. Raises a ConfigError that names all missing ones, unless they may be missing."""
     identity = storage.join(config.out, IDENTITY_NAME)
     if storage.exists(identity):
-        stored = storage.read_object(identity, "config")["config"]
+        stored = storage.read_object(identity, {"config": dict[str, Any]})["config"]
         require_command(config.out, stored, str(command_of(question(config))))
         raise ConfigError(
             f"out: {config.out} holds the results of a single task; expected a directory for several. Give another"

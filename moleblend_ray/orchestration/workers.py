@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -68,6 +69,15 @@ class TrialData:
         return np.arange(self.num_train, len(self.molecules), dtype=np.int64)
 
 
+_EPOCH: Final[Mapping[str, Any]] = {
+    "epoch": int,
+    "valid_score": float,
+    "best_valid_score": float,
+    "over": bool,
+}
+"""What an epoch of a record has."""
+
+
 class TrialRecord:
     """Stores the reported epochs of one configuration.
 
@@ -84,7 +94,10 @@ class TrialRecord:
         """The record for ``settings`` and ``seed`` in ``folder``; empty if there is none."""
         key = json.dumps([dataclasses.asdict(settings), seed], sort_keys=True).encode()
         uri = storage.join(folder, f"{storage.sha256_bytes(key)[:16]}.json")
-        return cls(uri, settings, storage.read_json(uri) if storage.exists(uri) else [])
+        epochs = storage.read_json(uri) if storage.exists(uri) else []
+        for epoch in epochs if isinstance(epochs, list) else [None]:
+            storage.require_members(uri, epoch, _EPOCH)
+        return cls(uri, settings, epochs)
 
     @property
     def is_over(self) -> bool:

@@ -24,10 +24,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Final, Literal
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.differences import differences
+from moleblend_ray.data.documents import require_types
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.training.config import CheckpointConfig
 
@@ -197,10 +199,7 @@ def _examine(run_uri: str, step: int, is_marked: bool, verify_content: bool) -> 
 
 def read_commit(run_uri: str, step: int) -> Commit:
     """The marker of the checkpoint at ``step``."""
-    return _read_marker(storage.join(step_uri(run_uri, step), COMMIT_NAME))
-
-
-def _read_marker(uri: str) -> Commit:
+    uri = storage.join(step_uri(run_uri, step), COMMIT_NAME)
     try:
         value = storage.read_json(uri)
         found_format = value["format"]
@@ -210,15 +209,26 @@ def _read_marker(uri: str) -> Commit:
                 "Upgrade moleblend-ray."
             )
         files = tuple(CommittedFile(**file) for file in value["files"])
-        # Files are copied to this machine under their names: a marker from elsewhere must not choose the place.
-        foreign = [file.name for file in files if not _PLAIN_NAME.fullmatch(file.name)]
-        if foreign:
-            raise CheckpointError(f"{uri} is not a commit marker: {foreign[0]!r} is no file name")
-        return Commit(**{**value, "files": files})
+        commit = Commit(**{**value, "files": files})
+        _check_marker(commit, step)
+        return commit
     except storage.NotFoundError as error:
         raise CheckpointError(f"{uri} does not exist: no checkpoint was committed there") from error
-    except (DataError, KeyError, TypeError) as error:
+    except (DataError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{uri} is not a commit marker: {error!r}") from error
+
+
+def _check_marker(commit: Commit, step: int) -> None:
+    """TypeError or ValueError if no version of this program wrote this at ``step``."""
+    require_types(commit)
+    if commit.step != step:
+        raise ValueError(f"it is that of step {commit.step}")
+    if datetime.fromisoformat(commit.created).tzinfo is None:
+        raise ValueError(f"created: expected a time with its zone, found {commit.created!r}")
+    # Files are copied to this machine under their names: a marker from elsewhere must not choose the place.
+    foreign = [file.name for file in commit.files if not _PLAIN_NAME.fullmatch(file.name)]
+    if foreign:
+        raise ValueError(f"{foreign[0]!r} is no file name")
 
 
 def check_files(run_uri: str, commit: Commit, *, verify_content: bool) -> None:

@@ -12,7 +12,14 @@ from typing import Final
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import StorageError
-from moleblend_ray.training.metrics import TOTAL_LOSS, VALID_PREFIX, Record, RecordFile, is_loss
+from moleblend_ray.training.metrics import (
+    TOTAL_LOSS,
+    VALID_PREFIX,
+    Record,
+    RecordFile,
+    is_loss,
+    is_record,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +83,7 @@ def _part(info: RecordFile, offset: int, length: int) -> list[Record]:
             record = json.loads(line)
         except ValueError:
             continue  # cut by the range, or empty
-        if isinstance(record, dict) and "step" in record:
+        if is_record(record):
             records.append(record)
     return records
 

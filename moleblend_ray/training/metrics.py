@@ -12,7 +12,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError
@@ -32,6 +32,15 @@ TOTAL_LOSS: Final = "loss"
 """The optimised, weighted loss in a record; a head's own, unweighted, is ``loss_<head>``."""
 
 VALID_PREFIX: Final = "valid_"
+
+
+def is_record(value: Any) -> bool:
+    """Whether a JSON value is the record of a step: an object of numbers. There are millions, so this is quick."""
+    return (
+        isinstance(value, dict)
+        and type(value.get("step")) is int
+        and all(type(number) in (int, float) for number in value.values())
+    )
 
 
 def is_loss(name: str) -> bool:
@@ -107,9 +116,13 @@ def _read(file: RecordFile) -> list[Record]:
 
 def _parse(file: RecordFile, content: bytes) -> list[Record]:
     try:
-        return [json.loads(line) for line in content.splitlines()]
+        records = [json.loads(line) for line in content.splitlines()]
     except ValueError as error:
         raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
+    if not all(map(is_record, records)):
+        number = next(number for number, one in enumerate(records, 1) if not is_record(one))
+        raise DataError(f"{file.uri} is damaged: line {number} is no record of a step")
+    return records
 
 
 def record_files(run_uri: str) -> list[RecordFile]:

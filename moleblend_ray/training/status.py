@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.documents import member
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import HIDDEN, DataError, StorageError
 from moleblend_ray.training.anomalies import ANOMALIES_DIR
@@ -106,7 +107,7 @@ class RunStatus:
 
 def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = None) -> RunStatus:
     """Of the run at ``uri`` with the content of its config.json; ``now`` is for tests."""
-    config = document.get("config", {})
+    config = member(document, "config", dict[str, Any]) or {}
     checkpoints, commits = _checkpoints(uri)
     newest = commits[0] if commits else None
     finished = _finished(uri)
@@ -115,13 +116,13 @@ def run_status(uri: str, document: Mapping[str, Any], *, now: datetime | None = 
     step = newest.step if newest else 0
     seconds = _seconds_a_step(commits, records)
     schedule = _Schedule(
-        num_steps=_get(config, "train", "num_steps"),
-        every_steps=_get(config, "checkpoint", "every_steps"),
+        num_steps=member(config, "train.num_steps", int),
+        every_steps=member(config, "checkpoint.every_steps", int),
         seconds_a_step=seconds,
     )
     age_s = _age_s(newest, now or datetime.now(UTC))
     if finished is not None:
-        step = max(step, int(finished.get("steps", step)))
+        step = max(step, finished["steps"])
     state = _state(checkpoints, schedule, step, age_s, is_finished=finished is not None)
     window = records[-WINDOW:]
     return RunStatus(
@@ -240,7 +241,7 @@ def _checkpoints(uri: str) -> tuple[tuple[CheckpointStatus, ...], list[Commit]]:
 
 def _finished(uri: str) -> Mapping[str, Any] | None:
     try:
-        return storage.read_object(storage.join(uri, FINISHED_NAME))
+        return storage.read_object(storage.join(uri, FINISHED_NAME), {"steps": int})
     except storage.NotFoundError:
         return None
 
@@ -273,8 +274,9 @@ def _anomalies(uri: str) -> int:
 
 def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> dict[str, Any]:
     """The data set; without numbers if it cannot be read from here, or its manifest is very large."""
-    uri = config.get("data")
-    found: dict[str, Any] = {"uri": uri, "fingerprint": document.get("data_fingerprint")}
+    uri = member(config, "data", str)
+    fingerprint = member(document, "data_fingerprint", str)
+    found: dict[str, Any] = {"uri": uri, "fingerprint": fingerprint}
     if not uri or HIDDEN in uri:
         # The configuration is stored without credentials.
         return found
@@ -286,7 +288,7 @@ def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> 
         # Its text may hold what clients make of a URI.
         return found | {"problem": f"cannot be read from here ({type(error).__name__})"}
     molecules = manifest.num_molecules("train")
-    batch = _get(config, "order", "global_batch_size")
+    batch = member(config, "order.global_batch_size", int)
     return found | {
         "molecules": molecules,
         "quarantined": manifest.counts.rows_quarantined,
@@ -296,19 +298,13 @@ def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> 
 
 
 def _settings(config: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    model = config.get("model", {})
     return {
-        "seed": config.get("seed"),
-        "strategy": _get(config, "train", "strategy"),
-        "precision": _get(config, "train", "precision"),
-        "global_batch_size": _get(config, "order", "global_batch_size"),
-        "num_layers": model.get("num_layers"),
-        "dim": model.get("dim"),
-        "every_steps": _get(config, "checkpoint", "every_steps"),
-        "versions": document.get("versions", {}),
+        "seed": member(config, "seed", int),
+        "strategy": member(config, "train.strategy", str),
+        "precision": member(config, "train.precision", str),
+        "global_batch_size": member(config, "order.global_batch_size", int),
+        "num_layers": member(config, "model.num_layers", int),
+        "dim": member(config, "model.dim", int),
+        "every_steps": member(config, "checkpoint.every_steps", int),
+        "versions": member(document, "versions", dict[str, str]) or {},
     }
-
-
-def _get(config: Mapping[str, Any], section: str, name: str) -> Any:
-    found = config.get(section)
-    return found.get(name) if isinstance(found, Mapping) else None

@@ -399,12 +399,17 @@ def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.Mon
 def test_an_object_of_another_program_is_told_by_what_it_lacks(tmp_path: Path) -> None:
     uri = str(tmp_path / "a.json")
     storage.write_json(uri, {"task": {"name": "esol", "unit": None}, "trials": []})
-    assert storage.read_object(uri, "task.name", "task.unit", "trials")["trials"] == []
+    members = {"task.name": str, "task.unit": str | None, "trials": list[Any]}
+    assert storage.read_object(uri, members)["trials"] == []
     for member in ("final", "task.metric", "task.name.first", "trials.0"):
         with pytest.raises(
             DataError, match=rf"a\.json has no '{member}'.*another program wrote it"
         ):
-            storage.read_object(uri, "task", member)
+            storage.read_object(uri, {"task": Any, member: Any})
+    with pytest.raises(
+        DataError, match=r"a\.json is wrong: task\.name: expected int, found 'esol'"
+    ):
+        storage.read_object(uri, {"task.name": int})
     others: list[Any] = [[], 3, None, "task"]
     for value in others:
         storage.write_json(uri, value)

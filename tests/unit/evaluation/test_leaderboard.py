@@ -461,6 +461,28 @@ def test_results_of_another_program_are_left_out_where_none_are_expected_and_els
         read_leaderboard(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"baselines": [7]},
+        {"baselines": [{"name": "x", "valid": {}, "test": {"mean": 1}}]},
+        {"final": {"test": {"mean": 1}}},
+    ],
+    ids=str,
+)
+def test_results_that_were_changed_are_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write_results(tmp_path, "esol", {**ESOL, **changes})
+    with pytest.raises(DataError, match=r"esol/results\.json is not as .* writes it"):
+        read_leaderboard(str(tmp_path))
+
+
+def test_a_status_of_another_version_is_named(tmp_path: Path) -> None:
+    row = {"name": "esol", "status": "paused", "reason": "", "results": ""}
+    storage.write_json(str(tmp_path / "leaderboard.json"), {"tasks": [row]})
+    with pytest.raises(DataError, match=r"expected a status of finished.*esol, found 'paused'"):
+        read_leaderboard(str(tmp_path))
+
+
 def test_a_gain_in_percent_is_given_where_it_means_something() -> None:
     for metric, has_gain in (("roc_auc", True), ("mae", True), ("r2", False), ("spearman", False)):
         row = row_of_results(results("own", metric, [0.5], entry(FOREST, [0.1], [0.01])), "own")

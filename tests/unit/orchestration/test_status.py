@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
 from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
-from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
 from moleblend_ray.evaluation import result_files
 from moleblend_ray.orchestration.status import show_status, status
 from moleblend_ray.orchestration.terminal import json_text
@@ -299,6 +300,103 @@ def test_a_directory_of_no_command_is_an_error_that_says_what_is_expected(
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="expected the `out` of prepare, pretrain, sweep"):
         status(StatusConfig(run=str(tmp_path / where)))
+
+
+def places(value: Any, *above: str | int) -> Iterator[tuple[str | int, ...]]:
+    """The place of every value in a JSON document, of lists those of the first item."""
+    yield above
+    if isinstance(value, list):
+        value = dict(enumerate(value[:1]))
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield from places(item, *above, name)
+
+
+def changed(value: Any, place: tuple[str | int, ...], new: object) -> Any:
+    """The document with another value at a place."""
+    if not place:
+        return new
+    copy = value.copy()
+    copy[place[0]] = changed(value[place[0]], place[1:], new)
+    return copy
+
+
+WRONG: tuple[Any, ...] = (None, "[/]", 7, 0.5, [1], {})
+
+
+def several_tasks(folder: Path) -> Path:
+    rows = [{"name": "esol", "status": "failed", "reason": "no column"}]
+    storage.write_json(str(folder / "leaderboard.json"), {"tasks": rows})
+    return folder
+
+
+def finished_sweep(folder: Path) -> Path:
+    models = [{"name": name, "test": {"mean": 0.5}} for name in ("MoleBLEND", "forest")]
+    results = {
+        "task": {"name": "esol", "metric": "rmse", "higher_is_better": False},
+        "trials": [{"valid_score": 0.6}],
+        "final": models[0],
+        "baselines": models[1:],
+    }
+    storage.write_json(str(sweep(folder) / "results.json"), results)
+    return folder
+
+
+def finished_embedding(folder: Path) -> Path:
+    summary = {"parts": [{}], "embeddings": 30, "rejected": 2, "molecules_per_s": 10.5}
+    storage.write_json(
+        str(embedding(folder, folder / "source") / result_files.EMBED.summary_name), summary
+    )
+    return folder
+
+
+def finished_run(folder: Path) -> Path:
+    storage.write_json(str(pretraining(folder) / "FINISHED.json"), {"steps": 1000})
+    return folder
+
+
+def data_set(folder: Path) -> Path:
+    write_dataset(str(folder), 30, shard_rows=10)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pretraining,
+        finished_run,
+        sweep,
+        finished_sweep,
+        finished_embedding,
+        several_tasks,
+        data_set,
+    ],
+    ids=lambda make: str(make.__name__),
+)
+def test_wrong_types_anywhere_in_a_document_are_told_in_words(
+    tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    folder = make(tmp_path)
+    told = 0
+    for file in folder.rglob("*.json"):
+        whole = file.read_text()
+        for place in places(json.loads(whole)):
+            for wrong in WRONG:
+                file.write_text(json.dumps(changed(json.loads(whole), place, wrong)))
+                try:
+                    shown(folder)
+                except MoleBlendError:
+                    told += 1
+        file.write_text(whole)
+    assert told > 0
+
+
+def test_lines_that_are_no_records_are_left_out_of_the_rates(tmp_path: Path) -> None:
+    (file,) = (pretraining(tmp_path) / "metrics").iterdir()
+    rates = document(tmp_path)["rates"]
+    lines: list[Any] = [{"step": "x"}, {"step": 3, "loss": None}, {"step": 4, "step_s": "1"}, [], 7]
+    for line in lines:
+        file.write_text(json.dumps(line) + "\n" + file.read_text() + json.dumps(line) + "\n")
+    assert document(tmp_path)["rates"] == rates
 
 
 @pytest.mark.parametrize("document", [[], {}, {"config": None}, {"config": "job"}], ids=str)

@@ -135,7 +135,7 @@ def test_a_checkpoint_that_a_running_command_deletes_meanwhile_is_not_called_dam
     assert 20 not in [one.step for one in found.checkpoints]
 
 
-def rewrite_marker(run: Path, step: int, **changes: Any) -> None:
+def rewrite_marker(run: Path, step: int, /, **changes: Any) -> None:
     marker = run / "checkpoints" / f"step-{step:08d}" / COMMIT_NAME
     marker.write_text(json.dumps({**json.loads(marker.read_text()), **changes}))
 
@@ -169,6 +169,27 @@ def test_checkpoints_of_a_newer_version_are_not_called_damaged(run: Path) -> Non
     assert {one.state for one in found.checkpoints} == {"newer"}
     assert found.state == "damaged"
     assert "of a newer version" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"created": "yesterday"}, "yesterday"),
+        ({"created": "2026-01-01T00:00:00"}, "created: expected a time with its zone"),
+        ({"world_size": None}, "world_size: expected int, found null"),
+        ({"attempt": []}, "attempt: expected str, found"),
+        ({"step": 25}, "it is that of step 25"),
+        ({"files": [{"name": "a", "num_bytes": "1", "sha256": ""}]}, "num_bytes: expected int"),
+    ],
+)
+def test_a_marker_that_was_changed_is_damaged(
+    run: Path, changes: dict[str, Any], problem: str
+) -> None:
+    rewrite_marker(run, 30, **changes)
+    found = run_status(str(run), document())
+    assert [one.state for one in found.checkpoints] == ["damaged", "whole", "whole"]
+    assert problem in found.checkpoints[0].detail
+    assert found.step == 25
 
 
 def test_a_finished_run_says_so_however_old_it_is(run: Path) -> None:
