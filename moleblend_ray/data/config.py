@@ -63,7 +63,8 @@ class StreamConfig:
     """How micro-batches are built, and by how many processes."""
 
     micro_batch_size: int = 64
-    """Molecules per micro-batch, which is the input of one forward and backward pass."""
+    """Most molecules of a micro-batch, which is the input of one forward and backward pass. On GPUs take 1,024 or more, as memory
+    allows: the host launches all kernels again for each."""
 
     steps_per_block: int | None = None
     """Optimizer steps whose micro-batches of one stream form one Ray block. null: as many as make a block of about

@@ -50,6 +50,8 @@ _BENCHMARK_GFLOP: Final = 4.303
 """10^9 operations per molecule in the benchmark of CPU steps: base preset, training."""
 _BENCHMARK_BATCH: Final = 64
 _BENCHMARK_PARAMETERS: Final = 44_906_506
+_LAUNCHED_LAYERS: Final = 12
+"""Blocks of the model whose kernels were launched in the benchmark of GPU steps: base preset."""
 _FORWARD_MFU: Final = "the same share of the peak with and without gradients"
 
 
@@ -129,15 +131,17 @@ def _prepare_rate(config: PlanConfig, *, described: bool) -> Figure:
 
 def _embed_rate(setup: Setup) -> Figure:
     """Vectors per second of one trainer's device. The same process reads the molecules and then runs the forward
-    pass."""
-    forward_s = setup.step_s.value / setup.batch / TRAINING_FACTOR
+    pass, in batches as large as those of training."""
+    launch_s = 0.0 if setup.launch_s is None else setup.launch_s.value
+    forward_s = max(setup.step_s.value, launch_s) / setup.batch / TRAINING_FACTOR
     read_s = (setup.costs.actor_us.value + setup.costs.trainer_host_us.value) / 1e6
     alike = assumed(1.0, "", _FORWARD_MFU, "forward passes of embed")
     return computed(
         1 / (forward_s + read_s),
         "molecules/s",
-        "a third of a training step, plus reading",
+        f"a third of a training step, plus reading, in batches of {setup.batch:,} (batch_size)",
         setup.step_s,
+        *(() if setup.launch_s is None else (setup.launch_s,)),
         setup.costs.actor_us,
         alike,
     )
@@ -150,7 +154,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
     atom_counts = _atom_counts(config, manifest)
     batch = config.batch or (_GPU_BATCH if on_gpu else _CPU_BATCH)
     times = (
-        _Times(step_s=_gpu_step_s(config, atom_counts, batch))
+        _Times(step_s=_gpu_step_s(config, atom_counts, batch), launch_s=_launch_s(config))
         if on_gpu
         else _cpu_times(config, atom_counts, batch, found)
     )
@@ -159,6 +163,7 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
         atom_counts=atom_counts,
         batch=batch,
         step_s=times.step_s,
+        launch_s=times.launch_s,
         costs=_data_costs(found),
         network=config.network,
         storage=config.storage,
@@ -179,9 +184,10 @@ def build_setup(config: PlanConfig, manifest: Manifest | None, found: Found | No
 
 
 class _Times(NamedTuple):
-    """The figures of :class:`Setup` about the time of a step; all but the first are known without GPUs only."""
+    """The figures of :class:`Setup` about the time of a step; all but the first two are known without GPUs only."""
 
     step_s: Figure
+    launch_s: Figure | None = None
     contention: Figure | None = None
     exchange_gb_s: Figure | None = None
     message_s: Figure | None = None
@@ -272,6 +278,19 @@ def _gpu_step_s(config: PlanConfig, atom_counts: Mapping[int, float], batch: int
         "s",
         f"{flops / 1e9:.2f} GFLOP per molecule, divided by {config.mfu:g} of {peak / 1e12:g} TFLOP/s",
         _assumed_rate(device, config),
+    )
+
+
+def _launch_s(config: PlanConfig) -> Figure | None:
+    """Measured for the base preset; None if the user's rate includes it."""
+    if config.rate is not None:
+        return None
+    base = bundled("gpu_launch_s")
+    # The embeddings, the heads and the optimizer together are taken for one more block.
+    blocks = (config.model.num_layers + 1) / (_LAUNCHED_LAYERS + 1)
+    alike = assumed(1.0, "", base.source, "hosts launch kernels like that of the H200 measured")
+    return computed(
+        base.value * blocks, "s", f"in proportion to the blocks: {base.source}", base, alike
     )
 
 

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 from typing import Final, NamedTuple
 
-from moleblend_ray.planning.capacity import Setup, Throughput, throughput
+from moleblend_ray.planning.capacity import LAUNCHING, Setup, Throughput, throughput
 from moleblend_ray.planning.plan import Change, Premises, ScalePoint
 from moleblend_ray.planning.reliability import HopelessClusterError
 from moleblend_ray.planning.settings import NetworkSettings
 from moleblend_ray.planning.stages import pretraining
 
 _LARGEST_SCALE: Final = 4096
+_LARGER: Final = 4
+"""Factor of the molecules of a step that is proposed where launching kernels limits: what was measured for `base`."""
 
 
 def scaling(premises: Premises, workers: int) -> tuple[ScalePoint, ...]:
@@ -136,6 +138,24 @@ def _doubled_cluster(setup: Setup, found: Throughput) -> list[_Doubled]:
 
 
 def hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
+    """What would be faster: larger steps where GPUs wait for their hosts, and another way to spread the model over trainers."""
+    return (*_larger_steps(setup, found, cpu_nodes), *_other_spread(setup, found, cpu_nodes))
+
+
+def _larger_steps(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
+    if found.binding != LAUNCHING:
+        return ()
+    step_s = setup.step_s
+    longer = dataclasses.replace(step_s, value=step_s.value * _LARGER)
+    larger = dataclasses.replace(setup, step_s=longer, batch=_LARGER * setup.batch)
+    rate = throughput(larger, found.workers, cpu_nodes).rate.value
+    return (
+        f"the GPUs wait for their hosts: batch={larger.batch} would train on {rate:,.0f} molecules/s, in steps of "
+        f"{found.workers * larger.batch:,} molecules",
+    )
+
+
+def _other_spread(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
     """The best other way to spread the model over trainers, if it is at least 3 % faster."""
     ways = {
         "strategy=ddp": dataclasses.replace(setup, strategy="ddp", replicas=1, reshard=True),

@@ -43,6 +43,8 @@ WINDOWS_IN_WORK: Final = 2
 """Shuffle windows of which blocks are being built at the same time."""
 _MOST_INTERRUPTED: Final = 0.9
 """Largest share of the time that Ray's processes are assumed to interrupt trainers."""
+LAUNCHING: Final = "launching kernels"
+"""The resource of hosts whose GPUs have little to do in a step."""
 DECODED_BYTES: Final = 445 / ATOMS_PER_MOLECULE
 """Bytes per atom in a decoded row group (`relations-2026-11-26.json`, limit_us.decoded_bytes)."""
 DECODED_DESCRIPTOR_BYTES: Final = 4 * NUM_DESCRIPTORS
@@ -80,6 +82,9 @@ class Setup:
     """Molecules per trainer and step."""
     step_s: Figure
     """Seconds that one trainer needs to compute a step, alone on its device (or core)."""
+    launch_s: Figure | None = None
+    """With GPUs: seconds in which the host of a trainer launches the kernels of a step, whatever its molecules; None: ``step_s``
+    includes it."""
     costs: DataCosts
     network: NetworkSettings = field(default_factory=NetworkSettings)
     storage: StorageSettings = field(default_factory=StorageSettings)
@@ -291,11 +296,26 @@ def _training_capacities(
     computing = "computing" if setup.step_s.value >= exposed_s else "exchange between trainers"
     return {
         computing: _Capacity(trainers, f"{workers} trainers, {1e3 * step_s:,.1f} ms per step"),
+        **_launching(setup, workers),
         "feeding threads": _Capacity(feeding, "receive and pad molecules, one in each trainer"),
         "network into trainers": _Capacity(
             inward, f"{nodes} nodes with {setup.network.node_gb_s:g} GB/s each"
         ),
     }
+
+
+def _launching(setup: Setup, workers: int) -> dict[str, _Capacity]:
+    """What the hosts of the trainers can launch while their GPUs compute; empty if that is part of ``setup.step_s``."""
+    if setup.launch_s is None:
+        return {}
+    figure = computed(
+        workers * setup.batch / setup.launch_s.value,
+        "molecules/s",
+        "molecules per step, divided by the time in which a host launches its kernels",
+        setup.launch_s,
+    )
+    per_step = f"{1e3 * setup.launch_s.value:,.1f} ms per step, whatever its molecules"
+    return {LAUNCHING: _Capacity(figure, per_step)}
 
 
 def _exchange(setup: Setup, workers: int) -> tuple[Exchange, Figure]:

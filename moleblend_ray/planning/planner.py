@@ -93,6 +93,8 @@ def _settings(premises: Premises, run: Pretraining) -> dict[str, str]:
         "train.fsdp_reshard": "" if setup.reshard else "false",
         "train.precision": setup.precision if setup.precision != "fp32" else "",
         "checkpoint.every_steps": str(_two_digits(every)),
+        # One forward and backward pass of a trainer in each step: a host launches the same kernels for each of them.
+        "stream.micro_batch_size": str(setup.batch) if setup.on_gpu else "",
         "stream.max_actors": str(found.data_actors),
         "stream.steps_per_block": "" if found.blocks.is_default else str(found.blocks.steps),
     }

@@ -25,6 +25,7 @@ HARDWARE: Final = {
     "prepare-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
     "relations-2026-11-26": "2 vCPU of an AMD EPYC server (AVX2)",
     "scaling-2026-11-26": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
+    "train_step-gpu-2026-11-26": "an NVIDIA H200 and 8 vCPU of its host",
     "plan-2026-11-27": "2 vCPU of an Intel Xeon server (AVX-512, AMX)",
     "2026-11-28": "2 vCPU of an AMD EPYC server (AVX-512 with bfloat16)",
 }

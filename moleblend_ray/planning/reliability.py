@@ -34,7 +34,7 @@ NUM_SIMULATED: Final = 20
 """Simulated runs, each with its own seed."""
 _MOST_FAILURES: Final = 2000
 """Failures that all simulated runs together have at most, about; a month of a thousand GPUs has a hundred."""
-_ELASTIC_STREAMS: Final = 15
+ELASTIC_STREAMS: Final = 15
 """Streams per trainer: with so many, losing a node costs little (docs/scale.md)."""
 
 
@@ -145,6 +145,6 @@ def _simulated(
         return sorted(simulate(scenario, seed, end_s).goodput for seed in range(NUM_SIMULATED))
 
     fixed = goodputs(Workers(num_streams=found.workers))
-    elastic = goodputs(Workers(num_streams=_ELASTIC_STREAMS * found.workers, elastic=True))
+    elastic = goodputs(Workers(num_streams=ELASTIC_STREAMS * found.workers, elastic=True))
     band = fixed[1], fixed[-2]
     return Goodput(statistics.fmean(fixed), band, statistics.fmean(elastic))

@@ -12,7 +12,12 @@ from moleblend_ray.planning.capacity import GB, Setup, Throughput
 from moleblend_ray.planning.figures import Figure, assumed, computed, given
 from moleblend_ray.planning.goodput import HOUR
 from moleblend_ray.planning.plan import Job, Premises, Row, Stage
-from moleblend_ray.planning.reliability import NUM_SIMULATED, Reliability, expected_reliability
+from moleblend_ray.planning.reliability import (
+    ELASTIC_STREAMS,
+    NUM_SIMULATED,
+    Reliability,
+    expected_reliability,
+)
 from moleblend_ray.planning.settings import PriceSettings
 from moleblend_ray.planning.sizes import TRAINING_BYTES, gathered_bytes, model_size
 from moleblend_ray.quantities import duration_text, number_text
@@ -235,7 +240,8 @@ def _reliability_rows(reliability: Reliability) -> tuple[Row, ...]:
         Row(
             what="goodput",
             figure=goodput,
-            remark=f"{low:.1f} to {high:.1f} % in nine of ten runs; {elastic:.1f} % if elastic",
+            remark=f"{low:.1f} to {high:.1f} % in nine of ten runs; {elastic:.1f} % if elastic, with {ELASTIC_STREAMS} "
+            "streams for each trainer",
         ),
     )
 
