@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -58,7 +59,7 @@ class SubmitConfig:
     verbose: bool = False
     """Show debug messages, those of the job in its log as well; -v for short."""
     allow_local_paths: bool = False
-    """Let inputs and outputs be plain local paths: the cluster is this machine, or mounts the same folders."""
+    """Let inputs and outputs be plain local paths, written whole: the cluster is this machine, or mounts the same folders."""
 
     def __post_init__(self) -> None:
         asked = [name for name in ("job", "follow", "stop") if getattr(self, name)]
@@ -167,13 +168,23 @@ def _hidden(override: str) -> str:
 def check_job(config: SubmitConfig, job_config: object) -> None:
     """Refuse what would fail on the cluster, or be read by others there: all problems in one ConfigError."""
     problems: list[str] = []
-    paths = path_settings(job_config)
+    paths = {
+        key: path
+        for key, path in path_settings(job_config).items()
+        if "://" not in path and key.rpartition(".")[2] not in _SCRATCH
+    }
     if not config.allow_local_paths:
         problems += [
             f"{key}={without_credentials(path)}: a path of this machine, which the cluster does not see. Copy it to storage that all "
             "nodes reach (s3://, gs://), or write file:///PATH for a folder mounted on all of them"
             for key, path in paths.items()
-            if "://" not in path and key.rpartition(".")[2] not in _SCRATCH
+        ]
+    else:
+        problems += [
+            f"{key}={without_credentials(path)}: a job begins in a folder of its own, which is deleted after it. Write the whole path: "
+            f"{without_credentials(os.path.abspath(os.path.expanduser(path)))}"
+            for key, path in paths.items()
+            if not os.path.isabs(path)
         ]
     problems += [
         f"{_hidden(text)}: holds a secret, and a job's command can be read in the dashboard. Give the nodes access instead "

@@ -39,6 +39,9 @@ T = TypeVar("T")
 STOP_WAIT_VARIABLE: Final = "RAY_JOB_STOP_WAIT_TIME_S"
 """Environment variable of the job: seconds that Ray waits between SIGTERM and SIGKILL; without it 3."""
 
+ADDRESS_VARIABLE: Final = "RAY_API_SERVER_ADDRESS"
+"""Environment variable with the URL of the cluster's dashboard."""
+
 EXIT_FAILED, EXIT_STOPPED, EXIT_LEFT = 1, 75, 130
 """The job failed without an exit status; it was stopped, and the same command continues it; it still runs."""
 
@@ -140,7 +143,8 @@ def connect(config: SubmitConfig) -> JobSubmissionClient:
     # Ray's client sends a token only with RAY_AUTH_MODE=token, which it reads once per process.
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        client = _Client(address, headers=headers)
+        with _address_in_environment(address):
+            client = _Client(address, headers=headers)
     except AuthenticationError as error:
         raise ConfigError(_token_advice(shown, has_token=bool(token))) from error
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -160,14 +164,29 @@ def connect(config: SubmitConfig) -> JobSubmissionClient:
     return client
 
 
+@contextlib.contextmanager
+def _address_in_environment(address: str) -> Iterator[None]:
+    """Within, RAY_API_SERVER_ADDRESS is ``address``: Ray's client takes what the environment says before what it is given, and
+    would send job and token elsewhere."""
+    before = os.environ.get(ADDRESS_VARIABLE)
+    os.environ[ADDRESS_VARIABLE] = address
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS_VARIABLE]
+        else:
+            os.environ[ADDRESS_VARIABLE] = before
+
+
 def _address(config: SubmitConfig) -> str:
-    named = {name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")}
+    named = {name: os.environ.get(name) for name in (ADDRESS_VARIABLE, "RAY_ADDRESS")}
     address = config.address or next((value for value in named.values() if value), None)
     if address is None or not address.startswith(("http://", "https://")):
         found = f", found {without_credentials(address)!r}" if address else ""
         raise ConfigError(
             "address: expected the URL of the cluster's dashboard, as --address http://127.0.0.1:8265 or in "
-            f"RAY_API_SERVER_ADDRESS{found}"
+            f"{ADDRESS_VARIABLE}{found}"
         )
     return address.rstrip("/")
 

@@ -121,7 +121,11 @@ def test_paths_of_this_machine_are_refused_all_at_once_unless_allowed() -> None:
     lines = str(refused.value).splitlines()
     assert [line.partition("=")[0] for line in lines] == ["data", "out"]
     assert "file:///PATH for a folder mounted on all" in lines[0]
-    check_job(SubmitConfig(job="pretrain", allow_local_paths=True), job)
+    allowed = SubmitConfig(job="pretrain", allow_local_paths=True)
+    # The job's own folder would be its place, which is deleted after the job.
+    with pytest.raises(ConfigError, match=r"^data=prepared: .*Write the whole path: /.*/prepared$"):
+        check_job(allowed, job)
+    check_job(allowed, pretraining(data="/tmp/prepared", out="/tmp/run"))
     check_job(SubmitConfig(job="pretrain"), pretraining(out="file:///mnt/runs/first"))
 
 

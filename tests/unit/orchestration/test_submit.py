@@ -481,6 +481,27 @@ def test_the_address_may_come_from_the_environment(
         connect(SubmitConfig(job="data"))
 
 
+@pytest.mark.parametrize("name", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_an_address_that_is_given_counts_before_the_environment(
+    no_token: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "http://127.0.0.1:7")
+    asked: list[str] = []
+
+    def request(_: object, method: str, url: str, **__: Any) -> None:
+        asked.append(url)
+        raise OSError("nobody there")
+
+    monkeypatch.setattr("requests.Session.request", request)
+    monkeypatch.setattr("requests.request", lambda *words, **more: request(None, *words, **more))
+    with pytest.raises(ConfigError, match=r"no Ray dashboard answers at http://127\.0\.0\.1:9 "):
+        connect(SubmitConfig(job="data", address="http://127.0.0.1:9"))
+    assert asked
+    assert all(url.startswith("http://127.0.0.1:9/") for url in asked)
+    assert os.environ[name] == "http://127.0.0.1:7"
+    assert len({"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"} & os.environ.keys()) == 1
+
+
 # ------------------------------------------------------------------------------------------------------ the command
 
 
