@@ -292,6 +292,14 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> WorkerOutcome:
         raise TrainingError(
             f"the workers could not be started or fed: {_root_cause(error.controller_failure)}"
         ) from error
+    except ray.exceptions.RayTaskError:
+        raise
+    except ray.exceptions.RayError as error:
+        raise TrainingError(
+            "the process that leads the workers, on the node of this command, was lost or could not start, as when that node "
+            f"shuts down or has no memory left ({_root_cause(error)}). What is committed is kept: the same command continues from "
+            "it."
+        ) from error
     assert isinstance(outcome, WorkerOutcome)
     return outcome
 
