@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import aiohttp
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -18,6 +18,8 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from moleblend_ray.errors import MoleBlendError, without_credentials
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 RUNNING: Final = (JobStatus.PENDING, JobStatus.RUNNING)
 
@@ -65,36 +67,36 @@ class Follower:
         self._is_stopping = False
         self._left = asyncio.Event()
 
-    @property
-    def has_left(self) -> bool:
-        """Whether a second SIGINT ended the following while the job was running."""
-        return self._left.is_set()
+    def run(self) -> JobDetails | None:
+        """Follow the job to its end; None if a second SIGINT has ended the following before.
 
-    def run(self) -> JobDetails:
-        """Follow the job to its end. Raises SubmitError if the cluster is out of reach for longer than
-        ``patience_s``."""
+        Raises SubmitError if the cluster is out of reach for longer than ``patience_s``.
+        """
         return asyncio.run(self._run())
 
-    async def _run(self) -> JobDetails:
+    async def _run(self) -> JobDetails | None:
         with self._signals():
             if self._skip_log:
                 with contextlib.suppress(RuntimeError, OSError):
-                    self._shown = len(await asyncio.to_thread(self._client.get_job_logs, self._id))
+                    self._shown = len(await _in_thread(self._client.get_job_logs, self._id))
             details = await self._until_ended()
-        if details.status not in RUNNING:
-            await self._show_the_rest()
-            if details.status == JobStatus.FAILED and details.driver_exit_code is None:
-                # It never had a process, so there is no log that says why.
-                logger.error("%s: %s", self._id, without_credentials(details.message or ""))
+        if details is None:
+            return None
+        await self._show_the_rest()
+        if details.status == JobStatus.FAILED and details.driver_exit_code is None:
+            # It never had a process, so there is no log that says why.
+            logger.error("%s: %s", self._id, without_credentials(details.message or ""))
         return details
 
-    async def _until_ended(self) -> JobDetails:
+    async def _until_ended(self) -> JobDetails | None:
         lost_s: float | None = None
         pause_s = self._pause_s
         while True:
             before = self._shown
             details, problem = await self._until_break()
-            if details is not None and (details.status not in RUNNING or self.has_left):
+            if self._left.is_set():
+                return None
+            if details is not None and details.status not in RUNNING:
                 return details
             if details is None:
                 now_s = time.monotonic()
@@ -129,6 +131,8 @@ class Follower:
             task.cancel()
         left.cancel()
         await asyncio.gather(stream, watch, left, return_exceptions=True)
+        if self._left.is_set():
+            return None, problem  # The cluster may not answer, which would take a minute.
         try:
             return await self._details(), problem
         except (RuntimeError, OSError) as error:
@@ -167,12 +171,12 @@ class Follower:
                 logger.info("%s: %s", self._id, details.message or "not started yet")
 
     async def _details(self) -> JobDetails:
-        return await asyncio.to_thread(self._client.get_job_info, self._id)
+        return await _in_thread(self._client.get_job_info, self._id)
 
     async def _show_the_rest(self) -> None:
         """Show the part of the log that the stream did not bring: the head ends the stream together with the job."""
         try:
-            log = await asyncio.to_thread(self._client.get_job_logs, self._id)
+            log = await _in_thread(self._client.get_job_logs, self._id)
         except (RuntimeError, OSError) as error:
             logger.warning("%s: the end of its log cannot be read: %s", self._id, first_line(error))
             return
@@ -212,10 +216,36 @@ class Follower:
 
     async def _stop(self) -> None:
         try:
-            await asyncio.to_thread(self._client.stop_job, self._id)
+            await _in_thread(self._client.stop_job, self._id)
         except (RuntimeError, OSError) as error:
             self._is_stopping = False
             logger.error("%s: could not be asked to stop: %s", self._id, first_line(error))
+
+
+async def _in_thread(call: Callable[..., T], *arguments: Any) -> T:
+    """As `asyncio.to_thread`, but a call that does not return keeps nobody from ending the command."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def tell(value: T | None, error: Exception | None) -> None:
+        if result.cancelled():
+            return
+        if error is None:
+            result.set_result(cast("T", value))
+        else:
+            result.set_exception(error)
+
+    def run() -> None:
+        value, failure = None, None
+        try:
+            value = call(*arguments)
+        except Exception as error:  # whatever it is, the one who waits gets it
+            failure = error
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits any longer.
+            loop.call_soon_threadsafe(tell, value, failure)
+
+    threading.Thread(target=run, name="request", daemon=True).start()
+    return await result
 
 
 def _write_out(text: str) -> None:

@@ -107,9 +107,9 @@ def _follow(
     """The status in which the job ended or was left, and the exit status of this command."""
     follower = Follower(client, submission_id, skip_log=config.stop is not None)
     details = follower.run()
-    if follower.has_left:
+    if details is None:
         _tell_how_to_go_on(client, submission_id)
-        return details.status, EXIT_LEFT
+        return JobStatus.RUNNING, EXIT_LEFT
     if config.stop is not None and details.status == JobStatus.STOPPED:
         return details.status, 0  # This is what was asked for.
     return details.status, exit_status_of(details)

@@ -9,6 +9,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +120,7 @@ def follow(cluster: Cluster, **options: Any) -> tuple[str, JobDetails]:
         **{"pause_s": 0.01, **options},
     )
     ended = follower.run()
+    assert ended is not None
     return "".join(shown), ended
 
 
@@ -226,9 +229,38 @@ def test_a_second_ctrl_c_leaves_the_job_to_itself() -> None:
 
     cluster = Cluster([[LOG[:30], twice]], details(JobStatus.STOPPED))
     follower = Follower(cluster, JOB, write=lambda _: None, look_s=0.02)  # type: ignore[arg-type]
-    assert follower.run().status == JobStatus.RUNNING
-    assert follower.has_left
+    assert follower.run() is None
     assert cluster.stopped == [JOB]
+
+
+def test_a_second_ctrl_c_leaves_a_cluster_that_does_not_answer() -> None:
+    answers = threading.Event()
+
+    async def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+        await forever()
+
+    class Silent(Cluster):
+        """A machine that is gone: requests wait for their time limit."""
+
+        def stop_job(self, job: str) -> bool:
+            answers.wait(30)
+            raise ConnectionError("timed out")
+
+        def get_job_info(self, job: str) -> JobDetails:
+            answers.wait(30)
+            raise ConnectionError("timed out")
+
+    cluster = Silent([[LOG[:30], twice]], details(JobStatus.STOPPED))
+    follower = Follower(cluster, JOB, write=lambda _: None, look_s=0.01)  # type: ignore[arg-type]
+    began_s = time.monotonic()
+    try:
+        assert follower.run() is None
+    finally:
+        answers.set()
+    assert time.monotonic() - began_s < 5
 
 
 def test_a_job_that_never_had_a_process_says_why(caplog: pytest.LogCaptureFixture) -> None:
