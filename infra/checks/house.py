@@ -37,6 +37,8 @@ _AFTER_STOP_S: Final = 20
 """To end Ray's own processes after the job has ended."""
 _LEAST_STOP_S: Final = 30
 """The workers may wait ten seconds for the data of their step; then they write a checkpoint."""
+_MOST_HEADS: Final = 1000
+"""Pods that the budget of head pods asks for: more than there are."""
 _RESOURCES: Final = ("cpu", "memory", "ephemeral-storage")
 _EXPOSING: Final = ("Ingress", "HTTPRoute", "Gateway", "VirtualService", "Route")
 _SECRET_TEXT: Final = re.compile(
@@ -380,17 +382,18 @@ def _head(where: str, head: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _disruption_budget(bundle: Bundle, manifest: Manifest) -> Iterator[Problem]:
-    component = section(manifest["metadata"], "labels").get(COMPONENT)
-    labels = {PART_OF: "moleblend", COMPONENT: component, "ray.io/node-type": "head"}
+    labels = {PART_OF: "moleblend", "ray.io/node-type": "head"}
     budgets = [
-        found
+        found["spec"].get("minAvailable")
         for found in bundle.of_kind("PodDisruptionBudget")
         if found["spec"]["selector"].get("matchLabels") == labels
     ]
-    if not any(found["spec"].get("minAvailable") == 1 for found in budgets):
+    # A percentage needs an owner with a scale subresource, as maxUnavailable does.
+    if not any(isinstance(least, int) and least >= _MOST_HEADS for least in budgets):
         yield Problem(
             identity(manifest),
-            f"expected a PodDisruptionBudget with minAvailable: 1 for its head (component {component})",
+            f"expected a PodDisruptionBudget for all head pods, with minAvailable: {_MOST_HEADS}, which is more than there are: "
+            "with less, one of several could be evicted",
         )
 
 
