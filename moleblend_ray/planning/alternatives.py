@@ -13,6 +13,8 @@ from moleblend_ray.planning.settings import NetworkSettings
 from moleblend_ray.planning.stages import pretraining
 
 _LARGEST_SCALE: Final = 4096
+FEW_STEPS: Final = 1000
+"""Steps of a run with fewer of which the model may learn little."""
 _LARGER: Final = 4
 """Factor of the molecules of a step that is proposed where launching kernels limits: what was measured for `base`."""
 
@@ -137,21 +139,24 @@ def _doubled_cluster(setup: Setup, found: Throughput) -> list[_Doubled]:
     ]
 
 
-def hints(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
+def hints(premises: Premises, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
     """What would be faster: larger steps where GPUs wait for their hosts, and another way to spread the model over trainers."""
-    return (*_larger_steps(setup, found, cpu_nodes), *_other_spread(setup, found, cpu_nodes))
+    other = _other_spread(premises.setup, found, cpu_nodes)
+    return (*_larger_steps(premises, found, cpu_nodes), *other)
 
 
-def _larger_steps(setup: Setup, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
-    if found.binding != LAUNCHING:
+def _larger_steps(premises: Premises, found: Throughput, cpu_nodes: int | None) -> tuple[str, ...]:
+    """Larger steps, unless so few would be left that the model may learn little."""
+    setup = premises.setup
+    step_s, step_molecules = setup.step_s, _LARGER * found.workers * setup.batch
+    if found.binding != LAUNCHING or premises.job.presentations < FEW_STEPS * step_molecules:
         return ()
-    step_s = setup.step_s
     longer = dataclasses.replace(step_s, value=step_s.value * _LARGER)
     larger = dataclasses.replace(setup, step_s=longer, batch=_LARGER * setup.batch)
     rate = throughput(larger, found.workers, cpu_nodes).rate.value
     return (
         f"the GPUs wait for their hosts: batch={larger.batch} would train on {rate:,.0f} molecules/s, in steps of "
-        f"{found.workers * larger.batch:,} molecules",
+        f"{step_molecules:,} molecules",
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from moleblend_ray.data.config import BLOCK_BYTES, StreamConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, ForwardFlops, pretraining_flops
-from moleblend_ray.planning.alternatives import changes, hints, scaling
+from moleblend_ray.planning.alternatives import FEW_STEPS, changes, hints, scaling
 from moleblend_ray.planning.capacity import (
     GB,
     WINDOWS_IN_WORK,
@@ -60,7 +60,7 @@ def make_plan(
         scaling=scaling(premises, workers),
         settings=_settings(premises, run),
         assumptions=tuple(dict.fromkeys(name for stage in stages for name in stage.hours.rests_on)),
-        hints=hints(premises.setup, found, cpu_nodes),
+        hints=hints(premises, found, cpu_nodes),
         warnings=_warnings(premises, found, cpu_nodes, gpu_memory_gb),
     )
 
@@ -135,7 +135,7 @@ def _warnings(
             f"a step of {step_molecules:,} molecules is more than the collection has ({job.molecules:,}): lower batch"
         )
     steps = job.presentations / step_molecules
-    if steps < 1000:
+    if steps < FEW_STEPS:
         lines.append(
             f"only {math.ceil(steps):,} steps of {step_molecules:,} molecules: with so few updates the model may learn "
             "little; lower batch or use fewer trainers"

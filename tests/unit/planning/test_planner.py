@@ -186,6 +186,13 @@ def test_the_best_other_way_to_spread_the_model_is_told(
     assert [line.split(" would train")[0] for line in told] == ([] if way is None else [way])
 
 
+def test_larger_steps_are_proposed_only_where_enough_of_them_are_left() -> None:
+    for molecules, is_told in (("1e9", True), ("1e6", False)):
+        found = planned(f"molecules={molecules}", "gpus=8", "model=base")
+        assert found.binding == "launching kernels"
+        assert any("batch=4096" in line for line in found.hints) is is_told
+
+
 def test_more_trainers_bring_more_but_never_in_excess_of_their_number() -> None:
     setup = setup_of("gpus=8", "model=large")
     rates = [throughput(setup, workers).rate.value for workers in (1, 2, 4, 8, 16, 32, 64)]
