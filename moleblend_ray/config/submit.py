@@ -201,3 +201,14 @@ def check_job(config: SubmitConfig, job_config: object) -> None:
         )
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def losses(job_config: Any) -> list[str]:
+    """What the job will write where nobody finds it afterwards, in words."""
+    tracking = getattr(job_config, "tracking", None)
+    if tracking is None or tracking.mode != "offline" or os.path.isabs(tracking.dir):
+        return []
+    return [
+        f"tracking.dir={tracking.dir}: the offline files of wandb lie in the job's own folder on a node, which Ray deletes after the "
+        "job. Set tracking.mode=disabled (the same numbers are in metrics/ of the run), or a whole path that is kept"
+    ]

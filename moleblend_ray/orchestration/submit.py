@@ -28,7 +28,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import moleblend_ray
 from moleblend_ray.config.compose import config_dir
-from moleblend_ray.config.submit import SubmitConfig, check_job, environment
+from moleblend_ray.config.submit import SubmitConfig, check_job, environment, losses
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.orchestration.follow import RUNNING, Follower, SubmitError, first_line
 
@@ -76,6 +76,8 @@ def submit(config: SubmitConfig, job_config: object = None) -> SubmitSummary:
     began_s = time.monotonic()
     if config.job is not None:
         check_job(config, job_config)
+        for line in losses(job_config):
+            logger.warning("%s", line)
     client = connect(config)
     submission_id = _submit(client, config, job_config) if config.job else _found(client, config)
     if config.detach:

@@ -13,11 +13,13 @@ from moleblend_ray.config.submit import (
     SubmitConfig,
     check_job,
     environment,
+    losses,
     options_help,
     parse_arguments,
 )
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.settings import build
+from moleblend_ray.training.config import TrackingConfig
 
 URL = "http://127.0.0.1:8265"
 
@@ -127,6 +129,14 @@ def test_paths_of_this_machine_are_refused_all_at_once_unless_allowed() -> None:
         check_job(allowed, job)
     check_job(allowed, pretraining(data="/tmp/prepared", out="/tmp/run"))
     check_job(SubmitConfig(job="pretrain"), pretraining(out="file:///mnt/runs/first"))
+
+
+def test_offline_files_that_the_job_leaves_in_its_own_folder_are_told_of() -> None:
+    (line,) = losses(pretraining())
+    assert "tracking.dir=runs/wandb" in line
+    assert losses(pretraining(tracking=TrackingConfig(mode="disabled"))) == []
+    assert losses(pretraining(tracking=TrackingConfig(dir="/mnt/wandb"))) == []
+    assert losses(object()) == []
 
 
 def test_a_secret_in_the_command_is_refused_and_not_repeated() -> None:
