@@ -90,6 +90,18 @@ def test_an_overlay_passes_all_checks(name: str, rendered: dict[str, list[Manife
     assert [str(problem) for problem in check(Bundle(name, rendered[name]))] == []
 
 
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"dev"}))
+def test_gpus_get_large_micro_batches(name: str, rendered: dict[str, list[Manifest]]) -> None:
+    # A host launches all kernels again for each: with the 64 molecules that suit CPUs, a GPU would wait for it.
+    edit = Edit(rendered[name])
+    assert "nvidia.com/gpu" in edit.trainer["resources"]["limits"]
+    assert "stream.micro_batch_size=1024 train.precision=bf16" in edit.job["entrypoint"]
+    (embed,) = (
+        one for one in rendered[name] if one["metadata"]["name"].startswith("moleblend-embed")
+    )
+    assert "batch_size=1024" in embed["spec"]["entrypoint"]
+
+
 @pytest.mark.shared_data
 @pytest.mark.parametrize("name", NAMES)
 def test_an_overlay_fits_the_schemas_of_kuberay(
