@@ -50,7 +50,7 @@ class SubmitConfig:
     stop: str | None = None
     """Id of a submitted job: ask it to commit where it is and end, instead of submitting one."""
     code: Literal["package", "image"] = "package"
-    """"package" sends the sources of this installation along, a megabyte or two; "image" uses what the nodes have installed."""
+    """"package" sends the sources of this installation along, about 2 MB; "image" uses what the nodes have installed."""
     env: tuple[str, ...] = ()
     """Environment variables of the job: NAME (its value here) or NAME=VALUE. They can be read in the dashboard: secrets are
     refused, and come from the nodes (a Kubernetes Secret)."""
