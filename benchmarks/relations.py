@@ -235,7 +235,7 @@ def measure_stages(uri: str) -> dict[str, float]:
         # Block by block: to keep them all would measure new memory.
         for steps, block in blocks:
             begun = time.perf_counter()
-            micro_batches = build_steps(block, steps, 0, STREAM.micro_batch_size)
+            micro_batches = build_steps(block, steps, 0, STREAM.num_at_once)
             packed = time.perf_counter()
             for micro in micro_batches:
                 MoleculeBatch.from_micro_batch(unpack_micro_batch(micro.payload))
@@ -258,7 +258,7 @@ def measure_padding(uri: str) -> dict[str, dict[str, float]]:
         builder = MicroBatchBuilder(uri, order, STREAM)
         micro_batches = builder.build(0, 64, 0)
         sizes = np.concatenate([micro.num_atoms for micro in micro_batches])
-        mixed = np.random.default_rng(0).permutation(sizes).reshape(-1, STREAM.micro_batch_size)
+        mixed = np.random.default_rng(0).permutation(sizes).reshape(-1, STREAM.num_at_once)
         shares[f"{size}_molecules"] = {
             "ordered": padding_share([micro.num_atoms for micro in micro_batches]),
             "unordered": padding_share(list(mixed)),

@@ -72,7 +72,7 @@ class MicroBatchBuilder:
         steps = range(first_step, first_step + num_steps)
         step_of_row = np.repeat(np.arange(steps.start, steps.stop), molecules.shape[1])
         block = self._read(molecules.ravel(), step_of_row)
-        return build_steps(block, steps, stream, self._stream.micro_batch_size)
+        return build_steps(block, steps, stream, self._stream.num_at_once)
 
     def _read(self, molecule_ids: NDArray[np.int64], steps: NDArray[np.int64]) -> MoleculeBlock:
         seed = self._order.config.seed

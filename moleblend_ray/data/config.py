@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +11,10 @@ from moleblend_ray.settings import typed
 
 BLOCKS_PER_STREAM: Final = 6
 """Blocks that the object store should hold for each stream."""
+CPU_MICRO_BATCH: Final = 64
+GPU_MICRO_BATCH: Final = 1024
+"""Molecules of a micro-batch where none is asked for. On a GPU, 5 GiB of memory for the base preset and PCQM4Mv2."""
+
 BLOCK_BYTES: Final = 12 << 20
 """A block costs Ray some 20 ms of CPU time whatever its size: little beside the 100 ms that this one takes to build."""
 MAX_BLOCK_STEPS: Final = 64
@@ -62,9 +67,9 @@ class OrderConfig:
 class StreamConfig:
     """How micro-batches are built, and by how many processes."""
 
-    micro_batch_size: int = 64
-    """Most molecules of a micro-batch, which is the input of one forward and backward pass. On GPUs take 1,024 or more, as memory
-    allows: the host launches all kernels again for each."""
+    micro_batch_size: int | None = None
+    """Most molecules of a micro-batch, which is the input of one forward and backward pass. null: 64 on CPUs and 1,024 on GPUs, whose
+    hosts launch all kernels again for each; there take more as memory allows."""
 
     steps_per_block: int | None = None
     """Optimizer steps whose micro-batches of one stream form one Ray block. null: as many as make a block of about
@@ -101,6 +106,16 @@ class StreamConfig:
             ),
             *above(self, 0, "object_store_gib", "actor_cpus"),
         )
+
+    @property
+    def num_at_once(self) -> int:
+        """``micro_batch_size``, or that of CPUs where it is null."""
+        return self.micro_batch_size or CPU_MICRO_BATCH
+
+    def for_device(self, *, is_gpu: bool) -> StreamConfig:
+        """With a ``micro_batch_size`` for the kind of device that trains, if it is null."""
+        size = self.micro_batch_size or (GPU_MICRO_BATCH if is_gpu else CPU_MICRO_BATCH)
+        return dataclasses.replace(self, micro_batch_size=size)
 
     def block_steps(self, num_streams: int, step_bytes: float, budget: int) -> int:
         """Steps per block, if a step takes ``step_bytes`` per stream and the object store has ``budget`` bytes."""

@@ -390,7 +390,7 @@ def measure_now(config: PlanConfig, manifest: Manifest | None) -> Found:
             data=config.data,
             model=config.model,
             batch=batch,
-            micro_batch_size=StreamConfig().micro_batch_size,
+            micro_batch_size=StreamConfig().num_at_once,
             strategy=config.strategy,
             precision=_precision(config),
             workers=workers,

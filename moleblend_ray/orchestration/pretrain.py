@@ -90,6 +90,8 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     """
     began_s = time.monotonic()
     config = with_absolute_paths(config)  # Workers have another working directory.
+    # Here, where it is known what trains: data actors, which cut the micro-batches, may have no GPU.
+    config = replace(config, stream=config.stream.for_device(is_gpu=config.cluster.use_gpu))
     manifest = load_manifest(config.data)
     finished = read_finished(config, manifest)
     if finished is not None and finished.steps >= config.train.num_steps:

@@ -117,7 +117,7 @@ def _fit_rank(settings: WorkerSettings, ranks: Ranks, should_stop: StopPoll | No
     metrics = _start_metrics(settings, publisher, first.step, ranks)
     checkpoints = _checkpoint_writer(settings, ranks, first.step, metrics)
     validate = build_validation(
-        config.data, settings.manifest, learner, micro_batch_size=config.stream.micro_batch_size
+        config.data, settings.manifest, learner, micro_batch_size=config.stream.num_at_once
     )
     tracker = _start_tracker(settings, ranks, is_new_try=is_new_try)
     try:

@@ -307,7 +307,7 @@ def shard_step_batches(
         rank=rank,
         world_size=world_size,
         num_streams=order.num_streams,
-        num_micro=num_micro_batches(order.stream_batch_size, stream.micro_batch_size),
+        num_micro=num_micro_batches(order.stream_batch_size, stream.num_at_once),
         first_step=first_step,
     )
 
