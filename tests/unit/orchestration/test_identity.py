@@ -114,6 +114,7 @@ def test_seeds_and_baselines_are_added_to_the_note_and_nothing_else_is(tmp_path:
         (noted([1, 0, 2], ["boosting"], split_seed=0), r"config\.baseline\.kinds"),
         (noted([1, 0, 2, 3], ["boosting", "forest"], split_seed=1), r"config\.split_seed"),
         ({**asked, "data_fingerprint": "bbb"}, "data_fingerprint"),
+        (noted([1, 0, 2], 7, split_seed=0), r"config\.baseline\.kinds"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ConfigError, match=f"they differ in {named}: [^;]*$"):
             claim(out, other)
@@ -122,5 +123,6 @@ def test_seeds_and_baselines_are_added_to_the_note_and_nothing_else_is(tmp_path:
 
 def test_the_order_of_baselines_makes_no_other_question(tmp_path: Path) -> None:
     claim(str(tmp_path), noted([0], ["forest", "descriptors"]))
+    storage.write_json(str(tmp_path / "results.json"), {})
     asked = noted([0], ["descriptors", "forest"])
     check_finished(str(tmp_path), asked["config"], dict)  # type: ignore[arg-type]
