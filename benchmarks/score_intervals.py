@@ -29,7 +29,7 @@ from moleblend_ray.evaluation.baselines import (
     candidate_groups,
     predict_group,
 )
-from moleblend_ray.evaluation.resampling import DRAWS, LEVEL, Resampling, gains, interval
+from moleblend_ray.evaluation.resampling import DRAWS, LEVEL, Resampling, gains
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
@@ -157,8 +157,8 @@ def held(
         tested = [taken(model, rows) for model in models]
         resampled = resampling(tested[0].smiles)
         draws = [resampled.scores(task.metric, [part], task.columns) for part in tested]
-        limits = [interval(scores) for scores in draws]
-        difference = interval(gains(task.metric, *draws))
+        limits = [resampled.interval(scores) for scores in draws]
+        difference = resampled.interval(gains(task.metric, *draws))
         if difference is None or None in limits:
             continue
         first, second = (pair for pair in limits if pair is not None)

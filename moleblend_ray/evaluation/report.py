@@ -355,6 +355,11 @@ def _differences(results: Mapping[str, Any]) -> list[str]:
     resampling = results.get("resampling")
     if not resampling:
         return []
+    if not any(entry.get("test_interval") for entry in (final, *results["baselines"])):
+        return [
+            "There are no 95 % intervals of scores: they need at least ten different test molecules and, of classes, five of each.",
+            "",
+        ]
     drawn = f"{resampling['units']:,} test molecules"
     if resampling["of"] == "scaffolds":
         drawn = f"{resampling['units']:,} scaffolds of the test molecules (one without rings counts as its own)"

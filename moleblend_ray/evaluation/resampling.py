@@ -40,12 +40,14 @@ LEVEL: Final = 0.95
 _SEED: Final = 0
 """All models are scored on the same draws, and so are those of a repeated command."""
 
-_FEWEST_SCAFFOLDS: Final = 10
-"""With fewer, molecules are drawn one by one: the test part is of these few series, not a sample of series."""
+_FEWEST_UNITS: Final = 10
+"""With fewer scaffolds, molecules are drawn one by one: the test part is of these few series, not a sample of series. With fewer
+molecules there are no intervals: of 5 molecules with normal errors, 75 % of those of an RMSE hold the true one, of 10 83 %, of 20
+91 %."""
 
-_MIN_SCORED: Final = 0.9
-"""Share of draws that must have a score: those with one class alone have none. Of fewer than three molecules of a class there
-are more."""
+_MIN_SCORED: Final = 0.99
+"""Share of draws that must have a score: those with one class alone have none. Of fewer than five molecules of a class there are
+more; intervals of a ROC-AUC from three such molecules hold the true one in 73 % of the cases, from five in 87 %."""
 
 _CHUNK: Final = 1 << 21
 """Weights in memory at once."""
@@ -64,12 +66,12 @@ class Resampling:
 
     @classmethod
     def of(cls, smiles: Sequence[str]) -> Resampling:
-        """Draws of molecules by their SMILES (M,). One without rings, or of which RDKit finds no scaffold, is drawn alone."""
-        names = [_scaffold(text) or f"molecule {row}" for row, text in enumerate(smiles)]
-        _, units = np.unique(names, return_inverse=True)
-        is_by_scaffold = int(units.max()) + 1 >= _FEWEST_SCAFFOLDS
+        """Draws of molecules by their SMILES (M,). One without rings, or of which RDKit finds no scaffold, is drawn alone, with all
+        its rows."""
+        by_scaffold = _numbered([_scaffold(text) or text for text in smiles])
+        is_by_scaffold = int(by_scaffold.max()) + 1 >= _FEWEST_UNITS
         return cls(
-            units=units if is_by_scaffold else np.arange(len(smiles), dtype=np.int64),
+            units=by_scaffold if is_by_scaffold else _numbered(smiles),
             is_by_scaffold=is_by_scaffold,
         )
 
@@ -86,14 +88,31 @@ class Resampling:
             chunks.append(np.mean(scores, axis=0))
         return np.concatenate(chunks)
 
+    def interval(self, scores: Array) -> tuple[float, float] | None:
+        """Limits of the middle :data:`LEVEL` of the scores (D,) of the draws, or of their differences.
+
+        None if it would look surer than it is: of fewer than ten molecules, if too many draws have no score, and if all limits are
+        one number (a perfect ROC-AUC, which other molecules need not give).
+        """
+        known = scores[~np.isnan(scores)]
+        if self._count < _FEWEST_UNITS or len(known) < _MIN_SCORED * len(scores):
+            return None
+        low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        return (float(low), float(high)) if low < high else None
+
     def to_json(self) -> dict[str, Any]:
         """The part of ``results.json`` about how intervals of scores are made."""
         of = "scaffolds" if self.is_by_scaffold else "molecules"
-        return {"draws": DRAWS, "level": LEVEL, "of": of, "units": int(self.units.max()) + 1}
+        return {"draws": DRAWS, "level": LEVEL, "of": of, "units": self._count}
+
+    @property
+    def _count(self) -> int:
+        """Number of scaffolds or molecules that are drawn from."""
+        return int(self.units.max()) + 1
 
     def _drawn(self) -> Iterator[Array]:
         """(M, D') how often each molecule is in a draw, for some of the draws at a time; the same in each call."""
-        count = int(self.units.max()) + 1
+        count = self._count
         generator = np.random.default_rng((_SEED, count))
         size = max(1, _CHUNK // len(self.units))
         for start in range(0, DRAWS, size):
@@ -104,20 +123,17 @@ class Resampling:
             yield np.ascontiguousarray(times.T, dtype=np.float64)[self.units]
 
 
+def _numbered(names: Sequence[str]) -> NDArray[np.int64]:
+    """(M,) a number for each different name, from 0."""
+    numbers: NDArray[np.int64] = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    return numbers
+
+
 def _scaffold(smiles: str) -> str:
     try:
         return murcko_scaffold(smiles)
     except DataError:
         return ""
-
-
-def interval(scores: Array) -> tuple[float, float] | None:
-    """Limits of the middle :data:`LEVEL` of the scores (D,) of draws; None if too many draws have none."""
-    known = scores[~np.isnan(scores)]
-    if len(known) < _MIN_SCORED * len(scores):
-        return None
-    low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
 
 
 def gains(metric: Metric, model: Array, other: Array) -> Array:

@@ -19,7 +19,7 @@ from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
-from moleblend_ray.evaluation.resampling import Resampling, gains, interval
+from moleblend_ray.evaluation.resampling import Resampling, gains
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
@@ -82,7 +82,7 @@ def write_results(
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
         "final": {
             **seeds_entry(f"MoleBLEND, {name}", model.final),
-            "test_interval": interval(draws),
+            "test_interval": resampling.interval(draws),
             **_together(experiment.task, columns, valid, test, resampling),
         },
         "baselines": [
@@ -120,8 +120,8 @@ def _compared(
     test = read_of_results(out, baseline.seeds, "test", columns)
     draws = resampling.scores(task.metric, test, columns)
     return {
-        "test_interval": interval(draws),
-        "model_is_better_by": interval(gains(task.metric, model, draws)),
+        "test_interval": resampling.interval(draws),
+        "model_is_better_by": resampling.interval(gains(task.metric, model, draws)),
     }
 
 
@@ -160,7 +160,7 @@ def _together(
     if len(test) > 1:
         found["ensemble"] = {
             **ensemble_entry(task, columns, mean_of(valid), mean),
-            "test_interval": interval(resampling.scores(task.metric, [mean], columns)),
+            "test_interval": resampling.interval(resampling.scores(task.metric, [mean], columns)),
         }
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)

@@ -45,13 +45,13 @@ TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4,
 
 
 def write_table(path: Path) -> None:
-    """60 molecules with a number each, a missing number and a row that is no molecule."""
+    """100 molecules with a number each, a missing number and a row that is no molecule."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["smiles", "size"])
-        for length in range(1, 9):
+        for length in range(1, 14):
             writer.writerows(
-                ["C" * length + ring, length] for ring in RINGS[: 8 if length < 8 else 4]
+                ["C" * length + ring, length] for ring in RINGS[: 8 if length < 13 else 4]
             )
         writer.writerow(["CCO", ""])
         writer.writerow(["not a molecule", 1.0])
@@ -128,8 +128,8 @@ def test_results_name_seeds_split_data_versions_and_baselines(
     values = results["final"]["test"]["values"]
     assert results["final"]["test"]["mean"] == pytest.approx(np.mean(values))
     assert results["final"]["test"]["std"] == pytest.approx(np.std(values, ddof=1))
-    assert (data["molecules"], data["unlabelled"], data["quarantined"]) == (60, 1, 1)
-    assert sum(data["split"][part] for part in ("train", "valid", "test")) == 60
+    assert (data["molecules"], data["unlabelled"], data["quarantined"]) == (100, 1, 1)
+    assert sum(data["split"][part] for part in ("train", "valid", "test")) == 100
     assert len(data["split"]["hash"]) == 16
     assert len(data["fingerprint"]) == 64
     assert (data["replicates"]["rule"], data["replicates"]["molecules"]) == ("keep", 0)

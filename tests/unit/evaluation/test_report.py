@@ -125,7 +125,9 @@ def test_rows_are_sorted_by_validation_and_the_model_stands_out(tmp_path: Path, 
 
 def with_intervals(better_by: tuple[float, float] | None, **changes: Any) -> dict[str, Any]:
     """Results with intervals of scores; of the differences to the baselines, each has this one."""
-    results = results_of(resampling=Resampling.of(["CCO"] * 14).to_json(), **changes)
+    results = results_of(
+        resampling=Resampling.of(["C" * length for length in range(1, 15)]).to_json(), **changes
+    )
     results["final"] |= {"test_interval": [0.61234, 0.8]}
     for entry in results["baselines"]:
         entry |= {"test_interval": None, "model_is_better_by": better_by}
@@ -153,6 +155,14 @@ def test_what_has_no_interval_is_left_out(tmp_path: Path) -> None:
     alone = report_of(tmp_path, with_intervals(None, baselines=[]))
     assert "1,000 draws" in alone
     assert "draws" not in report_of(tmp_path, results_of())
+
+
+def test_results_without_intervals_say_why_there_are_none(tmp_path: Path) -> None:
+    results = with_intervals(None)
+    results["final"]["test_interval"] = None
+    text = report_of(tmp_path, results)
+    assert "There are no 95 % intervals of scores" in text
+    assert "draws" not in text
 
 
 def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation import resampling as module
 from moleblend_ray.evaluation.censoring import LabelBounds
-from moleblend_ray.evaluation.resampling import DRAWS, Resampling, gains, interval
+from moleblend_ray.evaluation.resampling import DRAWS, Resampling, gains
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
@@ -64,6 +64,11 @@ def one_by_one(count: int) -> Resampling:
 def resampled_scores(metric: Metric, *parts: PartPredictions) -> Array:
     names = [str(column) for column in range(parts[0].labels.shape[1])]
     return one_by_one(len(parts[0].smiles)).scores(metric, parts, names)
+
+
+def interval(scores: Array, count: int = 100) -> tuple[float, float] | None:
+    """That of scores of draws from so many molecules."""
+    return one_by_one(count).interval(scores)
 
 
 def scores_of(metric: Metric, part: PartPredictions, times: NDArray[np.int64]) -> Array:
@@ -166,12 +171,33 @@ def test_the_difference_of_models_that_err_alike_is_surer_than_their_scores() ->
 def test_molecules_of_which_too_many_draws_have_one_class_have_no_interval() -> None:
     labels = np.zeros((50, 1))
     labels[0] = 1.0
-    part = part_of(labels, np.linspace(0, 1, 50)[:, None])
+    part = part_of(labels, np.arange(50.0)[:, None] % 7)
     scores = resampled_scores(Metric.ROC_AUC, part)
     assert 0.3 < np.isnan(scores).mean() < 0.45
     assert interval(scores) is None
+    labels[:4] = 1.0
+    assert interval(resampled_scores(Metric.ROC_AUC, part)) is None
     labels[:5] = 1.0
     assert interval(resampled_scores(Metric.ROC_AUC, part)) is not None
+
+
+def test_few_molecules_have_no_interval() -> None:
+    part = molecules(Metric.RMSE, 0, 10)
+    scores = resampled_scores(Metric.RMSE, part)
+    assert interval(scores, 10) is not None
+    assert interval(scores, 9) is None
+    # All draws of a single molecule are equal, and would look like certainty.
+    alone = Resampling.of(["c1ccccc1"])
+    part = part_of(np.zeros((1, 1)), np.ones((1, 1)))
+    assert alone.interval(alone.scores(Metric.RMSE, [part], ["y"])) is None
+
+
+def test_a_perfect_score_has_no_interval() -> None:
+    labels = np.repeat([0.0, 1.0], 20)[:, None]
+    scores = resampled_scores(Metric.ROC_AUC, part_of(labels, labels))
+    assert (scores == 1.0).all()
+    assert interval(scores) is None
+    assert interval(gains(Metric.ROC_AUC, scores, scores)) is None
 
 
 def test_molecules_of_a_scaffold_are_drawn_together_and_those_without_rings_alone() -> None:
@@ -186,6 +212,19 @@ def test_molecules_of_a_scaffold_are_drawn_together_and_those_without_rings_alon
     assert not (times[6] == times[8]).all()
     assert not (times[-1] == times[-2]).all()
     assert times[[0, *range(6, 22, 2), 22, 23, 24]].sum(axis=0).tolist() == [12.0] * 1000
+
+
+@pytest.mark.parametrize("num_rings", [0, 12])
+def test_rows_of_one_molecule_are_drawn_together(num_rings: int) -> None:
+    """With rings or without, and whether scaffolds are drawn or molecules."""
+    rings = [f"C1CCCC{'C' * size}1" for size in range(num_rings)]
+    chains = ["CCO", "CCN", "CCO", "CCC", "CCO"]
+    drawn = Resampling.of([*rings, *chains])
+    assert drawn.to_json()["units"] == num_rings + 3
+    times = np.concatenate(list(drawn._drawn()), axis=1)[num_rings:]
+    assert (times[0] == times[2]).all()
+    assert (times[0] == times[4]).all()
+    assert not (times[0] == times[1]).all()
 
 
 def test_a_test_part_of_few_series_is_drawn_by_molecules() -> None:
