@@ -34,6 +34,21 @@ def missing_in(results: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str
     return found
 
 
+def with_those_of(results: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with the values of :data:`ADDABLE` that the settings of ``results`` have."""
+    found = dict(settings)
+    for setting in ADDABLE:
+        section, _, name = setting.rpartition(".")
+        there = results.get(section) if section else results
+        if not isinstance(there, Mapping) or name not in there:
+            continue
+        if section:
+            found[section] = {**(found.get(section) or {}), name: there[name]}
+        else:
+            found[name] = there[name]
+    return found
+
+
 def _value(settings: Mapping[str, Any], setting: str) -> Sequence[Any]:
     """The value of a setting of which a section is written before a dot; nothing if it is not there."""
     value: Any = settings

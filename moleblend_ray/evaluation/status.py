@@ -254,7 +254,9 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     results = _results(uri)
     trials = [record for info in _listed(uri, EPOCHS_DIR) if _is_trial(record := _json(info.uri))]
     wanted = member(config, "final_seeds", list[int]) or member(config, "seeds", list[int]) or [0]
-    seeds = sum(storage.name_of(info.uri) == SEED_RESULT_NAME for info in _listed(uri, MODELS_DIR))
+    # Others were begun by an addition that was given up.
+    of_wanted = {f"seed-{seed}/{SEED_RESULT_NAME}" for seed in wanted}
+    seeds = sum(_end_of(info.uri) in of_wanted for info in _listed(uri, MODELS_DIR))
     baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
     higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
@@ -324,6 +326,11 @@ def _test_scores(results: Any) -> dict[str, float]:
         return {}
     models = [results["final"], *results.get("baselines", [])]
     return {model["name"]: float(model["test"]["mean"]) for model in models}
+
+
+def _end_of(file_uri: str) -> str:
+    """The last folder and the name of a file."""
+    return "/".join(file_uri.rsplit("/", 2)[-2:])
 
 
 def _baseline_of(file_uri: str) -> str:

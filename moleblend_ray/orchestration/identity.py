@@ -17,12 +17,13 @@ from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from moleblend_ray.evaluation.additions import is_addition
+from moleblend_ray.evaluation.additions import ADDABLE, is_addition, with_those_of
 from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
     PREPARED_DIR,
+    RESULTS_NAME,
     command_of,
     require_command,
 )
@@ -62,7 +63,7 @@ def claim(out: str, identity: Mapping[str, Any]) -> None:
     one if there are no results.
     """
     uri = storage.join(out, IDENTITY_NAME)
-    if not storage.exists(uri) or _compare(out, storage.read_object(uri, _NOTED), identity):
+    if not storage.exists(uri) or _compare(out, _noted(out), identity):
         storage.write_json(uri, redact(identity))
 
 
@@ -93,7 +94,7 @@ def check_claim(out: str, known: Mapping[str, Any]) -> None:
     any work."""
     uri = storage.join(out, IDENTITY_NAME)
     if storage.exists(uri):
-        stored = storage.read_object(uri, _NOTED)
+        stored = _noted(out)
         # If another question may take its place, `claim` says so.
         _compare(out, {name: stored.get(name) for name in known}, known, tells=False)
     elif (command := command_of(known.get("config"))) is not None:
@@ -108,7 +109,7 @@ def check_finished(
 
     ``inputs`` gives the present fingerprints. If inputs are gone, the results still count as finished.
     """
-    stored = storage.read_object(storage.join(out, IDENTITY_NAME), _NOTED)
+    stored = _noted(out)
     _compare(out, stored["config"], question)
     try:
         present = inputs()
@@ -126,6 +127,19 @@ def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[
     if not (is_prepared(source) or is_prepared(data_uri)):
         return {}
     return {"data_fingerprint": load_manifest(prepare()).fingerprint}
+
+
+def _noted(out: str) -> dict[str, Any]:
+    """What ``out`` is for, by its note, and by its results, if there are any, with which seeds and baselines.
+
+    So an addition that was begun and did not end can be given up, or be another one.
+    """
+    stored = storage.read_object(storage.join(out, IDENTITY_NAME), _NOTED)
+    uri = storage.join(out, RESULTS_NAME)
+    if storage.exists(uri):
+        results = storage.read_object(uri, {"config": dict[str, Any]})["config"]
+        stored = {**stored, "config": with_those_of(results, stored["config"])}
+    return stored
 
 
 def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,9 +169,11 @@ def _compare(
         f"{name}: {there!r} there, {here!r} here" for name, (there, here) in changed.items()
     )
     if changed and not _has_no_results(out):
+        remedy = "Give another `out`, or repeat settings and inputs as they were"
+        if {name.removeprefix("config.") for name in changed} <= set(ADDABLE):
+            remedy += ". Further seeds are added after those that are there, further baselines beside them"
         raise ConfigError(
-            f"{out} holds results of other settings or inputs; they differ in {listed}. "
-            "Give another `out`, or repeat settings and inputs as they were"
+            f"{out} holds results of other settings or inputs; they differ in {listed}. {remedy}"
         )
     if changed and tells:
         logger.info("%s was begun otherwise and has no results: beginning anew (%s)", out, listed)

@@ -121,6 +121,25 @@ def test_seeds_and_baselines_are_added_to_the_note_and_nothing_else_is(tmp_path:
         assert note.read_bytes() == before
 
 
+def test_an_addition_that_did_not_end_can_be_given_up_or_be_another_one(tmp_path: Path) -> None:
+    out, note = str(tmp_path), tmp_path / "config.json"
+    finished = noted([0], ["forest"], split_seed=0)
+    storage.write_json(str(tmp_path / "results.json"), {"config": finished["config"]})
+    storage.write_json(str(tmp_path / "models/seed-0/result.json"), {})
+    claim(out, noted([0, 11], ["forest", "boosting"], split_seed=0))
+    check_finished(out, finished["config"], dict)  # type: ignore[arg-type]
+    for seeds, kinds in (([0, 1], ["forest"]), ([0], ["descriptors", "forest"])):
+        asked = noted(seeds, kinds, split_seed=0)
+        check_claim(out, {"config": asked["config"]})
+        claim(out, asked)
+        assert storage.read_json(str(note)) == asked
+    for seeds, kinds in (([1, 0], ["forest"]), ([0], ["boosting"])):
+        with pytest.raises(ConfigError, match="Further seeds are added after those that are there"):
+            claim(out, noted(seeds, kinds, split_seed=0))
+    with pytest.raises(ConfigError, match=r"as they were$"):
+        claim(out, noted([0, 1], ["forest"], split_seed=1))
+
+
 def test_the_order_of_baselines_makes_no_other_question(tmp_path: Path) -> None:
     claim(str(tmp_path), noted([0], ["forest", "descriptors"]))
     storage.write_json(str(tmp_path / "results.json"), {})

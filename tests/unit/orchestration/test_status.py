@@ -233,6 +233,14 @@ def test_results_to_which_seeds_are_being_added_are_not_finished(tmp_path: Path)
     assert "those of seeds=[1] are not; the same command continues" in found["detail"]
 
 
+def test_seeds_of_an_addition_that_was_given_up_are_not_counted(tmp_path: Path) -> None:
+    config = {"job": "FinetuneConfig", "task": {"name": "esol"}, "seeds": [0, 1]}
+    storage.write_json(str(tmp_path / "config.json"), {"config": config})
+    for seed in (0, 1, 11):
+        storage.write_json(str(tmp_path / f"models/seed-{seed}/result.json"), {})
+    assert document(tmp_path)["seeds_done"] == 2
+
+
 @pytest.mark.parametrize("job", ["SweepConfig", "FinetuneConfig"])
 def test_molecules_of_a_training_are_prepared_wherever_they_lie(tmp_path: Path, job: str) -> None:
     # Those of a prepared source are not below `out`.
