@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError
+from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.dataset import LabelledMolecules
 from moleblend_ray.evaluation.finetune import (
@@ -126,14 +126,14 @@ def model_path(seed: int) -> str:
 def read_of_seeds(
     out: str, seeds: Sequence[int], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
-    """Labels and predictions of a part, as the run of each seed stored them."""
+    """Labels and predictions of a part, as the run of each seed stored them; DataError if they are gone or damaged."""
     return _read(out, [model_path(seed) for seed in seeds], part, columns)
 
 
 def read_of_results(
     out: str, seeds: Sequence[SeedResult], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
-    """Labels and predictions of a part by each seed of a model or a baseline."""
+    """Labels and predictions of a part by each seed of a model or a baseline; DataError if they are gone or damaged."""
     return _read(out, [str(seed.predictions or seed.model) for seed in seeds], part, columns)
 
 
@@ -143,12 +143,15 @@ def _read(
     found = []
     for path in paths:
         folder = storage.join(out, path)
-        predictions = read_predictions(folder, part, columns)
+        uri = storage.join(folder, PREDICTIONS_NAME)
+        remedy = f"Delete {folder} and run the command again: it trains this seed anew"
+        try:
+            predictions = read_predictions(folder, part, columns)
+        except CheckpointError as error:
+            # Not a CheckpointError: of several tasks, the others have theirs.
+            raise DataError(f"{uri} is damaged: {error.__cause__ or error}. {remedy}") from error
         if predictions is None:
-            raise CheckpointError(
-                f"{storage.join(folder, PREDICTIONS_NAME)} is gone. Delete {folder} and run the command again: it trains this "
-                "seed anew"
-            )
+            raise DataError(f"{uri} is gone. {remedy}")
         found.append(predictions)
     return found
 

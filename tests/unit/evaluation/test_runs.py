@@ -13,7 +13,7 @@ import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.data import storage
-from moleblend_ray.errors import CheckpointError
+from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.evaluation.applicability import ApplicabilityDomain, load_domain
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
@@ -157,8 +157,13 @@ def test_a_folder_without_predictions_or_with_damaged_ones_says_what_to_do(
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=r"damaged.*or delete the file to predict without"):
         PropertyPredictor.from_pretrained(file.parent)
+    with pytest.raises(
+        DataError, match=r"is damaged: .*\. Delete .*seed-0 and run the command"
+    ) as told:
+        read_of_seeds(str(tmp_path), [0], "valid", experiment.molecules.columns)
+    assert "Copy the model again" not in str(told.value)
     file.unlink()
-    with pytest.raises(CheckpointError, match=r"is gone\. Delete .*seed-0 and run the command"):
+    with pytest.raises(DataError, match=r"is gone\. Delete .*seed-0 and run the command"):
         read_of_seeds(str(tmp_path), [0], "valid", experiment.molecules.columns)
     table = PropertyPredictor.from_pretrained(file.parent).predict(["CCO"])
     assert table["lower:y0"].null_count == 1
