@@ -166,7 +166,8 @@ def tasks_status(uri: str) -> TasksStatus:
     states = {task.state for task in tasks}
     done = sum(task.state == "finished" for task in tasks)
     state, then = "finished", ""
-    if states & {"failed", "waiting"}:
+    # Seeds may be added to tasks that have results.
+    if states & {"failed", "waiting"} or command_at_work(uri) is not None:
         state, then = _unfinished(uri, "the same command continues with the others")
     if state == "unfinished" and "failed" in states:
         state = "failed"

@@ -283,6 +283,16 @@ def test_what_a_command_works_on_is_running(tmp_path: Path, kind: str) -> None:
     assert document(folder) == before
 
 
+def test_a_command_that_adds_to_finished_tasks_is_running(tmp_path: Path) -> None:
+    tasks = [{"name": "esol", "status": "finished"}]
+    storage.write_json(str(tmp_path / "leaderboard.json"), {"tasks": tasks})
+    assert document(tmp_path)["state"] == "finished"
+    with leased(str(tmp_path), lambda _: False):
+        found = document(tmp_path)
+    assert found["state"] == "running"
+    assert "1 of 1 tasks have results; a command works on it" in found["detail"]
+
+
 @pytest.mark.parametrize("folder", ["data", "prepared"])
 def test_a_command_that_has_not_noted_what_it_is_for_is_told_from_none(
     tmp_path: Path, folder: str
