@@ -45,11 +45,19 @@ _RULES = (
     "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
     "seed. Scores are means ± sample standard deviations over seeds (bars in the figure), a single seed has none; ↑: higher is better, ↓: lower is "
     "better. The best mean of a task is marked. Ranks and wins go by the mean test score. A gain is relative to the "
-    "baseline that is best on the validation molecules of the task. It is surely better or worse than this baseline where the 95 % "
-    "interval of the difference, over draws of the test molecules, does not contain 0."
+    "baseline that is best on the validation molecules of the task. It counts as better or worse than this baseline beyond chance "
+    "where the 95 % interval of the difference, over draws of the test molecules, does not contain 0; where there is no difference, "
+    "about one task in twenty does so."
 )
 
-_STANDING_HEADS = ("model", "tasks", "wins", "mean rank", "mean gain", "surely better, worse")
+_STANDING_HEADS = (
+    "model",
+    "tasks",
+    "wins",
+    "mean rank",
+    "mean gain",
+    "better, worse beyond chance",
+)
 
 
 def write_leaderboard(out: str, board: Leaderboard) -> str:
