@@ -34,13 +34,15 @@ from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
-from moleblend_ray.evaluation.result_files import EPOCHS_DIR, TUNE_DIR
+from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.result_files import EPOCHS_DIR, RESULTS_NAME, TUNE_DIR
 from moleblend_ray.evaluation.results import Training, TrialResult
 from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.host import available_cpus
+from moleblend_ray.orchestration.baselines import SCRATCH_DIR
 from moleblend_ray.orchestration.cluster_checks import may_grow
 from moleblend_ray.orchestration.downstream import (
     Bench,
@@ -126,11 +128,43 @@ def warn_of_searched(config: SweepConfig) -> None:
 
 def search_and_train(config: SweepConfig, bench: Bench) -> Training:
     """Search, choose on validation, train and test the choice with each final seed."""
-    trials = run_trials(config, bench)
+    trials = known_trials(config.out) or run_trials(config, bench)
     chosen = choose(config.finetune, bench.experiment.task, trials)
     logger.info("chosen on validation: %s", _choice_text(trials, chosen))
     final = train_seeds(config, bench, chosen, config.final_seeds)
     return Training(chosen=chosen, trials=tuple(trials), final=tuple(final))
+
+
+def known_trials(out: str) -> list[TrialResult]:
+    """The trials of the search in ``out``, if its results are there: seeds or baselines are being added to them.
+
+    The search is not continued then: it would run failed trials again, or all if its state was deleted, and what it chose must
+    stay. ``out`` may also be the folder of the encoder from scratch in such results, whose trials are told by their scores alone.
+    """
+    folder, _, name = out.rstrip("/").rpartition("/")
+    if (results := _results_of(out)) is not None:
+        return [TrialResult(**trial) for trial in results["trials"]]
+    if name != SCRATCH_DIR or (results := _results_of(folder)) is None:
+        return []
+    found = [entry for entry in results["baselines"] if entry["kind"] == BaselineKind.SCRATCH]
+    return [
+        TrialResult(
+            number=number,
+            status="failed" if candidate["valid_score"] is None else "finished",
+            settings=candidate["settings"],
+            valid_score=candidate["valid_score"],
+            epochs=0,
+            seconds=0.0,
+            error=None,
+        )
+        for entry in found
+        for number, candidate in enumerate(entry["candidates"])
+    ]
+
+
+def _results_of(out: str) -> dict[str, Any] | None:
+    uri = storage.join(out, RESULTS_NAME)
+    return storage.read_object(uri, "trials", "baselines") if storage.exists(uri) else None
 
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:

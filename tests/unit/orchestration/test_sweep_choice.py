@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
+from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.results import TrialResult
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import TASKS
-from moleblend_ray.orchestration.sweep import choose, warn_of_searched
+from moleblend_ray.orchestration.sweep import choose, known_trials, warn_of_searched
 
 FIXED = FinetuneSettings(clip_norm=7.0)
 
@@ -59,3 +61,25 @@ def test_a_setting_that_the_search_varies_is_named_if_it_was_given(
         fixed = SearchSpace(learning_rate=None, epochs=(3, 3))
         warn_of_searched(dataclasses.replace(config, search=fixed, finetune=FinetuneSettings()))
     assert caplog.messages == []
+
+
+def test_the_trials_of_finished_results_are_known_and_those_from_scratch_by_their_scores(
+    tmp_path: Path,
+) -> None:
+    out, scratch = str(tmp_path), str(tmp_path / "scratch")
+    assert known_trials(out) == known_trials(scratch) == []
+    trials = [trial(0, 0.5), trial(1, None)]
+    candidates = [{"settings": {"learning_rate": 1e-4}, "valid_score": 0.25}]
+    baselines = [
+        {"kind": "forest", "candidates": []},
+        {"kind": "scratch", "candidates": candidates},
+    ]
+    results = {"trials": [dataclasses.asdict(one) for one in trials], "baselines": baselines}
+    storage.write_json(str(tmp_path / "results.json"), results)
+    assert known_trials(out) == trials
+    (found,) = known_trials(scratch)
+    assert (found.settings, found.valid_score) == ({"learning_rate": 1e-4}, 0.25)
+    # A baseline from scratch that is being added has no search yet.
+    storage.write_json(str(tmp_path / "results.json"), {**results, "baselines": baselines[:1]})
+    assert known_trials(scratch) == []
+    assert known_trials(str(tmp_path / "other")) == []
