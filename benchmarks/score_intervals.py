@@ -157,8 +157,9 @@ def held(
         tested = [taken(model, rows) for model in models]
         resampled = resampling(tested[0].smiles)
         draws = [resampled.scores(task.metric, [part], task.columns) for part in tested]
-        limits = [resampled.interval(scores) for scores in draws]
-        difference = resampled.interval(gains(task.metric, *draws))
+        found = [score_of(task, part) for part in tested]
+        limits = [resampled.interval(*pair) for pair in zip(draws, found, strict=True)]
+        difference = resampled.interval(gains(task.metric, *draws), gains(task.metric, *found))
         if difference is None or None in limits:
             continue
         first, second = (pair for pair in limits if pair is not None)

@@ -26,6 +26,12 @@ from moleblend_ray.evaluation.tasks import Metric
 _MAX_TRIAL_ROWS = 50
 _MAX_COLUMN_ROWS = 50
 
+_WITHOUT_INTERVAL = (
+    "None is given where it would look surer than it is: of fewer than ten different test molecules or about five of a class, of a "
+    "score that is the same in all draws (a perfect one), and of one that is too high on average, as a mean PR-AUC of columns with few "
+    "positives is."
+)
+
 
 def write_report(
     out: str,
@@ -352,22 +358,10 @@ def _gain(task: Mapping[str, Any], final: Mapping[str, Any], baseline: Mapping[s
 def _differences(results: Mapping[str, Any]) -> list[str]:
     """By how much the model is better than each baseline, and how sure that is; nothing of results of earlier versions."""
     task, final = results["task"], results["final"]
-    resampling = results.get("resampling")
-    if not resampling:
+    if not results.get("resampling"):
         return []
-    if not any(entry.get("test_interval") for entry in (final, *results["baselines"])):
-        return [
-            "There are no 95 % intervals of scores: they need at least ten different test molecules and, of classes, five of each.",
-            "",
-        ]
-    drawn = f"{resampling['units']:,} test molecules"
-    if resampling["of"] == "scaffolds":
-        drawn = f"{resampling['units']:,} scaffolds of the test molecules (one without rings counts as its own)"
-    how = (
-        f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the {drawn}, with replacement: what other "
-        "test molecules of this kind might have given. The deviation over seeds comes on top."
-    )
-    compared = [entry for entry in results["baselines"] if entry.get("model_is_better_by")]
+    how = _about_intervals(results)
+    compared = list(filter(_is_compared, results["baselines"]))
     if not compared:
         return [how, ""]
     lines = [
@@ -385,6 +379,28 @@ def _differences(results: Mapping[str, Any]) -> list[str]:
             f"| {entry['name']} | {score_text(gain, smallest)} | {_limits_text(limits, smallest)} |"
         )
     return [*lines, ""]
+
+
+def _about_intervals(results: Mapping[str, Any]) -> str:
+    """What the intervals of scores and of differences are, and why some or all are absent."""
+    entries = results["final"], results["final"].get("ensemble"), *results["baselines"]
+    of_scores = [bool(entry.get("test_interval")) for entry in entries if entry]
+    if not any(of_scores) and not any(map(_is_compared, results["baselines"])):
+        return f"There are no 95 % intervals of scores. {_WITHOUT_INTERVAL}"
+    resampling = results["resampling"]
+    drawn = f"{resampling['units']:,} test molecules"
+    if resampling["of"] == "scaffolds":
+        drawn = f"{resampling['units']:,} scaffolds of the test molecules (one without rings counts as its own)"
+    how = (
+        f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the {drawn}, with replacement: what other "
+        "test molecules of this kind might have given. The deviation over seeds comes on top."
+    )
+    return how if all(of_scores) else f"{how} {_WITHOUT_INTERVAL}"
+
+
+def _is_compared(baseline: Mapping[str, Any]) -> bool:
+    """Whether there is an interval of the difference to it."""
+    return bool(baseline.get("model_is_better_by"))
 
 
 def _other_scores(task: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,10 +49,17 @@ _MIN_SCORED: Final = 0.99
 """Share of draws that must have a score: those with one class alone have none. Of fewer than five molecules of a class there are
 more; intervals of a ROC-AUC from three such molecules hold the true one in 73 % of the cases, from five in 87 %."""
 
+_MOST_BIAS: Final = 0.5
+"""Largest distance of the mean of the draws from the score, in standard deviations of the draws. The PR-AUC of few positives is too
+high on average, and that of draws again; the mean of many columns varies less and is as wrong. Of 12 columns of 100 molecules, 62 %
+of the intervals held the true one. Efron and Tibshirani (chapter 10) ignore biases of up to a quarter; at half, 83 % hold it."""
+
 _CHUNK: Final = 1 << 21
 """Weights in memory at once."""
 
 Array = NDArray[np.float64]
+
+N = TypeVar("N", float, Array)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -88,17 +95,20 @@ class Resampling:
             chunks.append(np.mean(scores, axis=0))
         return np.concatenate(chunks)
 
-    def interval(self, scores: Array) -> tuple[float, float] | None:
-        """Limits of the middle :data:`LEVEL` of the scores (D,) of the draws, or of their differences.
+    def interval(self, scores: Array, of_all: float) -> tuple[float, float] | None:
+        """Limits of the middle :data:`LEVEL` of the scores (D,) of the draws, or of their differences; ``of_all`` is that of the test
+        molecules as they are.
 
-        None if it would look surer than it is: of fewer than ten molecules, if too many draws have no score, and if all limits are
-        one number (a perfect ROC-AUC, which other molecules need not give).
+        None if it would look surer than it is: of fewer than ten molecules, if too many draws have no score, if all draws have one
+        score (a perfect ROC-AUC, which other molecules need not give), and if the scores of draws are too high or low on average.
         """
         known = scores[~np.isnan(scores)]
         if self._count < _FEWEST_UNITS or len(known) < _MIN_SCORED * len(scores):
             return None
         low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return (float(low), float(high)) if low < high else None
+        if low == high or abs(known.mean() - of_all) > _MOST_BIAS * known.std():
+            return None
+        return float(low), float(high)
 
     def to_json(self) -> dict[str, Any]:
         """The part of ``results.json`` about how intervals of scores are made."""
@@ -136,8 +146,8 @@ def _scaffold(smiles: str) -> str:
         return ""
 
 
-def gains(metric: Metric, model: Array, other: Array) -> Array:
-    """(D,) by how much ``model`` is better than ``other`` in each draw; negative where it is worse."""
+def gains(metric: Metric, model: N, other: N) -> N:
+    """By how much ``model`` is better than ``other``, in each draw (D,) or in all; negative where it is worse."""
     return model - other if metric.higher_is_better else other - model
 
 

@@ -63,7 +63,8 @@ class FinetuneSummary:
     """Test score, standard deviation over seeds; 0 for a single seed."""
     test_interval: tuple[float, float] | None
     """95 % interval of the mean test score, as far as it is chance which molecules were tested
-    (:mod:`moleblend_ray.evaluation.resampling`); None with too few of them, and for results of earlier versions."""
+    (:mod:`moleblend_ray.evaluation.resampling`); None where it would look surer than it is, such as with too few of them, and for
+    results of earlier versions."""
     ensemble_score: float | None
     """Test score of the mean of the predictions of all seeds, which :func:`moleblend_ray.predict` gives; None with one seed."""
     baselines: dict[str, float]

@@ -25,6 +25,7 @@ from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
     BaselineResult,
     Baselines,
+    Spread,
     Training,
     baseline_entry,
     data_entry,
@@ -68,6 +69,7 @@ def write_results(
     )
     resampling = Resampling.of(test[0].smiles)
     draws = resampling.scores(experiment.task.metric, test, columns)
+    final = seeds_entry(f"MoleBLEND, {name}", model.final)
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -81,14 +83,14 @@ def write_results(
         "chosen": to_dict(model.chosen),
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
         "final": {
-            **seeds_entry(f"MoleBLEND, {name}", model.final),
-            "test_interval": resampling.interval(draws),
+            **final,
+            "test_interval": resampling.interval(draws, final["test"]["mean"]),
             **_together(experiment.task, columns, valid, test, resampling),
         },
         "baselines": [
             {
                 **baseline_entry(result),
-                **_compared(config.out, experiment.task, columns, result, resampling, draws),
+                **_compared(config.out, experiment.task, columns, result, resampling, final, draws),
             }
             for result in baselines.results
         ],
@@ -113,15 +115,20 @@ def _compared(
     columns: Sequence[str],
     baseline: BaselineResult,
     resampling: Resampling,
-    model: NDArray[np.float64],
+    model: Mapping[str, Any],
+    model_draws: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better; ``model`` (D,) are scores
-    of the model for the draws of the test molecules."""
+    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better; ``model`` is what it says of
+    the model, and ``model_draws`` (D,) are its scores for the draws of the test molecules."""
     test = read_of_results(out, baseline.seeds, "test", columns)
     draws = resampling.scores(task.metric, test, columns)
+    baseline_test = Spread.of([seed.test_score for seed in baseline.seeds]).mean
     return {
-        "test_interval": resampling.interval(draws),
-        "model_is_better_by": resampling.interval(gains(task.metric, model, draws)),
+        "test_interval": resampling.interval(draws, baseline_test),
+        "model_is_better_by": resampling.interval(
+            gains(task.metric, model_draws, draws),
+            gains(task.metric, float(model["test"]["mean"]), baseline_test),
+        ),
     }
 
 
@@ -158,9 +165,11 @@ def _together(
     mean = mean_of(test)
     found: dict[str, Any] = {}
     if len(test) > 1:
+        together = ensemble_entry(task, columns, mean_of(valid), mean)
+        draws = resampling.scores(task.metric, [mean], columns)
         found["ensemble"] = {
-            **ensemble_entry(task, columns, mean_of(valid), mean),
-            "test_interval": resampling.interval(resampling.scores(task.metric, [mean], columns)),
+            **together,
+            "test_interval": resampling.interval(draws, together["test"]),
         }
     if task.kind is TaskKind.REGRESSION:
         found["intervals"] = intervals_entry(columns, valid, mean)

@@ -161,8 +161,19 @@ def test_results_without_intervals_say_why_there_are_none(tmp_path: Path) -> Non
     results = with_intervals(None)
     results["final"]["test_interval"] = None
     text = report_of(tmp_path, results)
-    assert "There are no 95 % intervals of scores" in text
-    assert "draws" not in text
+    assert "There are no 95 % intervals of scores. None is given where it would look surer" in text
+    assert "1,000 draws" not in text
+
+
+def test_differences_are_shown_where_scores_have_no_intervals(tmp_path: Path) -> None:
+    results = with_intervals((0.02, 0.19))
+    results["final"]["test_interval"] = None
+    text = report_of(tmp_path, results)
+    assert "| ECFP4 + random forest | 0.1000 | 0.0200 to 0.1900 |" in text
+    assert "comes on top. None is given where it would look surer" in text
+    for entry in (results["final"], *results["baselines"]):
+        entry["test_interval"] = [0.1, 0.2]
+    assert "None is given" not in report_of(tmp_path, results)
 
 
 def test_the_difference_is_to_the_baseline_chosen_by_validation(tmp_path: Path) -> None:

@@ -67,8 +67,8 @@ def resampled_scores(metric: Metric, *parts: PartPredictions) -> Array:
 
 
 def interval(scores: Array, count: int = 100) -> tuple[float, float] | None:
-    """That of scores of draws from so many molecules."""
-    return one_by_one(count).interval(scores)
+    """That of scores of draws from so many molecules, which are right on average."""
+    return one_by_one(count).interval(scores, float(np.nanmean(scores)))
 
 
 def scores_of(metric: Metric, part: PartPredictions, times: NDArray[np.int64]) -> Array:
@@ -181,6 +181,25 @@ def test_molecules_of_which_too_many_draws_have_one_class_have_no_interval() -> 
     assert interval(resampled_scores(Metric.ROC_AUC, part)) is not None
 
 
+def test_a_score_that_draws_make_too_high_has_no_interval_and_its_differences_may_have_one() -> (
+    None
+):
+    rng = np.random.default_rng(0)
+    labels = (rng.random((60, 20)) < np.linspace(0.05, 0.5, 20)).astype(float)
+    errors = rng.normal(size=labels.shape)
+    others = 0.7 * errors + 0.7 * rng.normal(size=labels.shape)
+    names = [str(column) for column in range(20)]
+    drawn = one_by_one(60)
+    parts = [part_of(labels, labels + error) for error in (errors, others)]
+    for metric, is_given in ((Metric.PR_AUC, False), (Metric.ROC_AUC, True)):
+        draws = [drawn.scores(metric, [part], names) for part in parts]
+        scores = [plain_score(metric, part) for part in parts]
+        assert [drawn.interval(*pair) is not None for pair in zip(draws, scores, strict=True)] == [
+            is_given
+        ] * 2
+        assert drawn.interval(gains(metric, *draws), gains(metric, *scores)) is not None
+
+
 def test_few_molecules_have_no_interval() -> None:
     part = molecules(Metric.RMSE, 0, 10)
     scores = resampled_scores(Metric.RMSE, part)
@@ -189,7 +208,7 @@ def test_few_molecules_have_no_interval() -> None:
     # All draws of a single molecule are equal, and would look like certainty.
     alone = Resampling.of(["c1ccccc1"])
     part = part_of(np.zeros((1, 1)), np.ones((1, 1)))
-    assert alone.interval(alone.scores(Metric.RMSE, [part], ["y"])) is None
+    assert alone.interval(alone.scores(Metric.RMSE, [part], ["y"]), 1.0) is None
 
 
 def test_a_perfect_score_has_no_interval() -> None:
@@ -239,7 +258,10 @@ def test_series_that_share_their_errors_make_intervals_wider() -> None:
     labels = rng.normal(size=(200, 1))
     errors = np.repeat(rng.normal(size=20), 10)[:, None]
     part = part_of(labels, labels + errors)
-    by_scaffold = interval(Resampling.of(smiles).scores(Metric.RMSE, [part], ["y"]))
+    drawn = Resampling.of(smiles)
+    by_scaffold = drawn.interval(
+        drawn.scores(Metric.RMSE, [part], ["y"]), plain_score(Metric.RMSE, part)
+    )
     by_molecule = interval(resampled_scores(Metric.RMSE, part))
     assert by_scaffold is not None
     assert by_molecule is not None
