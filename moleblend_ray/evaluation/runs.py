@@ -149,7 +149,8 @@ def _read(
             predictions = read_predictions(folder, part, columns)
         except CheckpointError as error:
             # Not a CheckpointError: of several tasks, the others have theirs.
-            raise DataError(f"{uri} is damaged: {error.__cause__ or error}. {remedy}") from error
+            reason = str(error.__cause__ or error).rstrip(".")
+            raise DataError(f"{uri} is damaged: {reason}. {remedy}") from error
         if predictions is None:
             raise DataError(f"{uri} is gone. {remedy}")
         found.append(predictions)

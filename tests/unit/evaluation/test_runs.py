@@ -162,6 +162,7 @@ def test_a_folder_without_predictions_or_with_damaged_ones_says_what_to_do(
     ) as told:
         read_of_seeds(str(tmp_path), [0], "valid", experiment.molecules.columns)
     assert "Copy the model again" not in str(told.value)
+    assert ".." not in str(told.value)
     file.unlink()
     with pytest.raises(DataError, match=r"is gone\. Delete .*seed-0 and run the command"):
         read_of_seeds(str(tmp_path), [0], "valid", experiment.molecules.columns)
