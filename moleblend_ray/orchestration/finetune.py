@@ -28,6 +28,7 @@ from moleblend_ray.orchestration.downstream import (
 from moleblend_ray.orchestration.result_writing import (
     finished_results,
     has_results,
+    tell_of_additions,
     write_results,
 )
 from moleblend_ray.orchestration.session import ray_session
@@ -102,6 +103,7 @@ def compute_results(
         # The command that held the lease before may have finished the work.
         if (stored := finished_results(config)) is not None:
             return stored, True
+        tell_of_additions(config)
         with ray_session(config.cluster):
             bench = set_up(config, inputs)
             model = train(config, bench)

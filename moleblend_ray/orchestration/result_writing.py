@@ -188,6 +188,16 @@ def has_results(config: PropertyConfig, out: str | None = None) -> bool:
     )
 
 
+def tell_of_additions(config: PropertyConfig) -> None:
+    """Log what is added to results, if there are some."""
+    uri = storage.join(config.out, RESULTS_NAME)
+    if storage.exists(uri):
+        stored = storage.read_object(uri, {"config": dict[str, Any]})["config"]
+        missing = missing_in(stored, question(config))
+        listed = ", ".join(f"{name}={values}" for name, values in missing.items())
+        logger.info("%s has results; adding %s to them", config.out, listed)
+
+
 def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     """The stored results if ``out`` holds those of all seeds and baselines of this question.
 
@@ -212,9 +222,7 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
         }
 
     check_finished(config.out, question(config), inputs)
-    if missing := missing_in(results["config"], question(config)):
-        listed = ", ".join(f"{name}={values}" for name, values in missing.items())
-        logger.info("%s has results; adding %s to them", config.out, listed)
+    if missing_in(results["config"], question(config)):
         return None
     logger.info("%s is finished: %s", config.out, without_credentials(uri))
     return results

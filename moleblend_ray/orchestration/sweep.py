@@ -164,7 +164,8 @@ def known_trials(out: str) -> list[TrialResult]:
 
 def _results_of(out: str) -> dict[str, Any] | None:
     uri = storage.join(out, RESULTS_NAME)
-    return storage.read_object(uri, "trials", "baselines") if storage.exists(uri) else None
+    members = {"trials": list[dict[str, Any]], "baselines": list[dict[str, Any]]}
+    return storage.read_object(uri, members) if storage.exists(uri) else None
 
 
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:

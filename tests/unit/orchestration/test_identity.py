@@ -142,6 +142,6 @@ def test_an_addition_that_did_not_end_can_be_given_up_or_be_another_one(tmp_path
 
 def test_the_order_of_baselines_makes_no_other_question(tmp_path: Path) -> None:
     claim(str(tmp_path), noted([0], ["forest", "descriptors"]))
-    storage.write_json(str(tmp_path / "results.json"), {})
+    storage.write_json(str(tmp_path / "models/seed-0/result.json"), {})
     asked = noted([0], ["descriptors", "forest"])
     check_finished(str(tmp_path), asked["config"], dict)  # type: ignore[arg-type]
