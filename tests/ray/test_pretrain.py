@@ -351,7 +351,7 @@ def write_marker(run: Path, identity: dict[str, Any]) -> None:
         "identity": identity,
         "config_fingerprint": "",
         "versions": {},
-        "created": "",
+        "created": "2026-01-01T00:00:00+00:00",
     }
     storage.write_json(str(run / "checkpoints" / "step-00000002" / "COMMIT.json"), marker)
 
