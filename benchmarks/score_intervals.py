@@ -1,13 +1,14 @@
 """How often intervals of test scores hold what they should, where the score on many more molecules is known.
 
-    python benchmarks/score_intervals.py TABLE.csv.gz --column NAME [--kind classification] [--train 1000] [--test 200] [--draws 300]
+    python benchmarks/score_intervals.py TABLE.csv.gz --column NAME [--kind classification] [--train 1000] [--most 6000] [--test 200] \\
+      [--draws 300]
 
 Two baselines (ECFP4 with a random forest, RDKit descriptors with a linear model) are fitted to the first molecules of the table in
 random order, and predict all others. Their score on all others stands for the true one. Then, many times, a small test part is
 drawn of these, and it is counted how often its 95 % interval holds the true score, and the interval of the difference the true
 difference (``moleblend_ray/evaluation/resampling.py``). Test parts are drawn by molecules, and by whole scaffolds, whose molecules are
-not independent of each other. Also: how often two intervals overlap where that of the difference does not contain 0. Prints one JSON
-line last.
+not independent of each other. Intervals come from draws of scaffolds, and for comparison from draws of molecules. Also: how often those
+of two scores overlap where that of the difference does not contain 0. Prints one JSON line last.
 """
 
 from __future__ import annotations
