@@ -236,10 +236,14 @@ def test_further_seeds_and_baselines_are_added_to_finished_results(
             config.baseline, kinds=(BaselineKind.BOOSTING, *config.baseline.kinds)
         ),
     )
+    stored = storage.read_json(f"{config.out}/results.json")["trials"]
     with caplog.at_level(logging.INFO, "moleblend_ray"):
         summary = sweep(more)
     assert "adding final_seeds=[8], baseline.kinds=['boosting'] to them" in caplog.text
     after = storage.read_json(summary.results)
+    # None was tried again, nor one that had failed: each has its seconds.
+    assert after["trials"] == stored
+    assert any(trial["status"] == "failed" for trial in stored)
     assert (after["trials"], after["chosen"]) == (before["trials"], before["chosen"])
     grown = [after["final"], *after["baselines"]]
     assert [model.get("kind") for model in grown] == [None, "boosting", "forest", "descriptors"]
