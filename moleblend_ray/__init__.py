@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.checkpoints import inspect_checkpoints
+    from moleblend_ray.orchestration.cross_validation import cross_validate
     from moleblend_ray.orchestration.data import inspect_data
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.embed import embed
@@ -130,6 +131,7 @@ __all__ = [
     "TransferOptions",
     "__version__",
     "collection_preset",
+    "cross_validate",
     "download",
     "embed",
     "export",
@@ -204,6 +206,7 @@ _HOMES = {
     "TrainingError": "errors",
     "TransferOptions": "data.transfer",
     "collection_preset": "config.compose",
+    "cross_validate": "orchestration.cross_validation",
     "download": "orchestration.download",
     "embed": "orchestration.embed",
     "export": "orchestration.export",

@@ -88,11 +88,25 @@ def scaffold_split(
     not used. ``chemprop-balanced``: scaffolds larger than half of valid or test come first, in random order, then all
     others in random order, so that every part contains rare and common scaffolds.
 
-    A molecule of which RDKit finds no scaffold (some with metals; it also writes a few SMILES that it cannot read) counts
-    as a scaffold of its own, with a warning.
+    What a scaffold is, and what counts as one: :func:`scaffold_groups`.
     """
     if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
         raise ConfigError(f"fractions must be shares that sum to 1, found {fractions}")
+    groups = list(scaffold_groups(smiles).values())
+    if variant == "deepchem":
+        ordered = sorted(groups, key=lambda group: (len(group), group[0]), reverse=True)
+        return deal_largest_first(ordered, fractions)
+    sizes = [share * len(smiles) for share in fractions]
+    ordered = _balanced_order(groups, sizes, seed)
+    return _fill(ordered, sizes)
+
+
+def scaffold_groups(smiles: Sequence[str]) -> dict[str, list[int]]:
+    """Murcko scaffold -> its molecules, as ascending indices; in the order of their first ones.
+
+    Those without rings have one scaffold in common, the empty one. A molecule of which RDKit finds no scaffold (some with metals;
+    it also writes a few SMILES that it cannot read) counts as a scaffold of its own, with a warning.
+    """
     groups: dict[str, list[int]] = {}
     problems: list[DataError] = []
     for index, text in enumerate(smiles):
@@ -109,12 +123,7 @@ def scaffold_split(
             len(smiles),
             problems[0],
         )
-    if variant == "deepchem":
-        ordered = sorted(groups.values(), key=lambda group: (len(group), group[0]), reverse=True)
-        return deal_largest_first(ordered, fractions)
-    sizes = [share * len(smiles) for share in fractions]
-    ordered = _balanced_order(list(groups.values()), sizes, seed)
-    return _fill(ordered, sizes)
+    return groups
 
 
 def split_hash(split: Split) -> str:

@@ -10,7 +10,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
-from moleblend_ray.evaluation.settings import COVERAGE, FinetuneSettings
+from moleblend_ray.evaluation.settings import COVERAGE, FEWEST_FOLDS, FinetuneSettings
 from moleblend_ray.evaluation.tasks import (
     Metric,
     ReplicateRule,
@@ -53,6 +53,11 @@ class TaskConfig:
     dates (such as 2024-05-31) or numbers (such as years)."""
     split_file: str | None = None
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
+    folds: int | None = None
+    """Cross-validation: divide the molecules into so many folds, by the kind of the split, and test on each once, with models that
+    are chosen by the next fold and trained on the others. null: one split."""
+    fold: int | None = None
+    """Only this run of a cross-validation, 0 to folds - 1, with results of its own; null: all, with results together."""
     unit: str | None = None
     """Unit of the labels, for reports and predictions; null: the one that the data state for all columns (in Parquet the field
     metadata `unit`), else the task table's."""
@@ -110,6 +115,17 @@ class TaskConfig:
                 self.split is not SplitKind.TIME or bool(self.split_column),
                 "split_column: expected a column of dates or numbers with split=time, found none",
             ),
+            *at_least(self, FEWEST_FOLDS, "folds"),
+            (
+                self.folds is None
+                or not (by_user or self.split in (SplitKind.GIVEN, SplitKind.TIME)),
+                "folds: expected with a split by random, scaffold, scaffold_balanced or butina, found with a split that is given "
+                "with the data. Leave out one of them",
+            ),
+            (
+                self.fold is None or 0 <= self.fold < (self.folds or 0),
+                f"fold: expected with folds, from 0 to folds - 1, found {self.fold} with folds={self.folds}",
+            ),
             (
                 self.split is not SplitKind.TIME or not self.is_group,
                 "split: expected time for one task only, found with a group",
@@ -135,6 +151,11 @@ class TaskConfig:
     def is_group(self) -> bool:
         """Whether several tasks are asked for, each with results of its own."""
         return is_group(self.name)
+
+    @property
+    def is_cross_validated(self) -> bool:
+        """Whether all folds of a cross-validation are asked for."""
+        return self.folds is not None and self.fold is None
 
     def tasks(self) -> dict[str, Task]:
         """Every task that is asked for, by name, in order; a ConfigError if one is unknown and not described."""

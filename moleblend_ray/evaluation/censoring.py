@@ -28,6 +28,14 @@ class LabelBounds:
     at_most: NDArray[np.float64]
     """(M, T) greatest value; NaN likewise."""
 
+    @classmethod
+    def joined(cls, parts: Sequence[LabelBounds]) -> LabelBounds:
+        """Those of several parts of the molecules, in their order."""
+        return cls(
+            at_least=np.concatenate([part.at_least for part in parts]),
+            at_most=np.concatenate([part.at_most for part in parts]),
+        )
+
     @property
     def known(self) -> NDArray[np.bool_]:
         """(M, T) which labels have a bound."""

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.evaluation.intervals import common_mean
+from moleblend_ray.evaluation.intervals import on_validation
 from moleblend_ray.evaluation.settings import COVERAGE
 from moleblend_ray.evaluation.stored_predictions import PartPredictions
 
@@ -53,8 +53,8 @@ class ClassCalibration:
 
     @classmethod
     def of(cls, parts: Sequence[PartPredictions | None]) -> ClassCalibration | None:
-        """From the validation molecules of all models of an ensemble; None if they are not the same, or not known."""
-        mean = common_mean(parts)
+        """From the validation molecules of all models of an ensemble (:func:`on_validation`); None if they do not tell."""
+        mean = on_validation(parts)
         if mean is None:
             return None
         columns = zip(mean.predictions.T, mean.labels.T, strict=True)

@@ -33,14 +33,19 @@ def butina_split(smiles: Sequence[str], fractions: tuple[float, float, float]) -
     """Split molecules by clusters, as DeepChem's ``ButinaSplitter`` does with its defaults.
 
     The largest cluster comes first (of equal ones, that with more neighbours in all). Each goes to train if that stays within its
-    share, else to valid likewise, else to test. Nothing is random. Every pair of molecules is compared, twice at most.
+    share, else to valid likewise, else to test. Nothing is random.
     """
+    ordered = sorted(butina_groups(smiles), key=len, reverse=True)
+    return deal_largest_first(ordered, fractions)
+
+
+def butina_groups(smiles: Sequence[str]) -> list[list[int]]:
+    """The molecules of each cluster, as ascending indices, with the settings of DeepChem's ``ButinaSplitter``. Every pair of molecules
+    is compared, twice at most."""
     if len(smiles) >= _MANY_MOLECULES:
         logger.info("comparing %d molecules with each other for the split", len(smiles))
     fingerprints = pack(ecfp(smiles, radius=_RADIUS, num_bits=_NUM_BITS))
-    clusters = butina_clusters(fingerprints, _CUTOFF)
-    ordered = sorted((cluster.tolist() for cluster in clusters), key=len, reverse=True)
-    return deal_largest_first(ordered, fractions)
+    return [cluster.tolist() for cluster in butina_clusters(fingerprints, _CUTOFF)]
 
 
 def butina_clusters(fingerprints: NDArray[np.uint64], cutoff: float) -> list[NDArray[np.int64]]:

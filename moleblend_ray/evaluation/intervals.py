@@ -1,7 +1,9 @@
 """Prediction intervals for numbers, from the errors on the validation molecules (split conformal prediction).
 
 An interval is the prediction plus or minus a half width: the error that a stated share of the validation molecules does
-not exceed, with a correction for their finite number. A new molecule that could as well have been among them has its label
+not exceed, with a correction for their finite number. If models have wholly different validation molecules, as the folds of a
+cross-validation do, the error of each of these is that of the models which have it (cross-conformal prediction: Vovk, Ann. Math.
+Artif. Intell. 74, 9 (2015)); all models together are hardly worse. A new molecule that could as well have been among them has its label
 inside with at least this probability, whatever the model is (Lei et al., J. Am. Stat. Assoc. 113, 1094 (2018); for property
 models: Norinder et al., J. Chem. Inf. Model. 54, 1596 (2014)). Two things make it less: molecules unlike them, and that epoch
 and settings were chosen on them. How much less, the share of test labels inside tells, which had no part in this.
@@ -12,6 +14,7 @@ Shape legend: M molecules, T properties.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.evaluation.settings import COVERAGE
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.stored_predictions import PartPredictions, joined
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -32,8 +35,8 @@ class Calibration:
 
     @classmethod
     def of(cls, parts: Sequence[PartPredictions | None]) -> Calibration | None:
-        """From the validation molecules of all models of an ensemble; None if they are not the same, or not known."""
-        mean = common_mean(parts)
+        """From the validation molecules of all models of an ensemble (:func:`on_validation`); None if they do not tell."""
+        mean = on_validation(parts)
         if mean is None:
             return None
         errors = np.abs(mean.predictions - mean.labels)
@@ -45,14 +48,22 @@ class Calibration:
         return np.array([_half_width(errors, coverage) for errors in self.errors])
 
 
-def common_mean(parts: Sequence[PartPredictions | None]) -> PartPredictions | None:
-    """The mean of the predictions of several models; None if they are not for the same molecules, or not known of one."""
-    known = [part for part in parts if part is not None]
-    if len(known) < len(parts) or not known:
+def on_validation(parts: Sequence[PartPredictions | None]) -> PartPredictions | None:
+    """The validation molecules of several models, each with the mean of the predictions of those models that have the same ones;
+    None if they are not known of a model, or if some have only a part of theirs in common, or other labels for them."""
+    groups: list[list[PartPredictions]] = []
+    for part in parts:
+        if part is None:
+            return None
+        own = next((group for group in groups if group[0].is_about_the_same(part)), None)
+        if own is None:
+            groups.append([part])
+        else:
+            own.append(part)
+    known = Counter(text for group in groups for text in set(group[0].smiles))
+    if not groups or max(known.values(), default=1) > 1:
         return None
-    if not all(known[0].is_about_the_same(other) for other in known[1:]):
-        return None
-    return mean_of(known)
+    return joined(list(map(mean_of, groups)))
 
 
 def mean_of(parts: Sequence[PartPredictions]) -> PartPredictions:

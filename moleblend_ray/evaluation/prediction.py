@@ -358,7 +358,7 @@ def _learned(
     if found is None:
         logger.warning(
             "%s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent "
-            "beside one of them, or they had different molecules)",
+            "beside one of them, or they had different molecules, some of them in common)",
             _what_stays_empty(members),
             PREDICTIONS_NAME,
         )

@@ -19,6 +19,7 @@ Shape legend: D draws, M molecules, K molecules with a label of a column, G diff
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -72,10 +73,21 @@ class Resampling:
     """Whether whole scaffolds are drawn."""
 
     @classmethod
-    def of(cls, smiles: Sequence[str]) -> Resampling:
+    def of(cls, smiles: Sequence[str], most_of_one: int | None = None) -> Resampling:
         """Draws of molecules by their SMILES (M,). One without rings, or of which RDKit finds no scaffold, is drawn alone, with all
-        its rows."""
-        by_scaffold = _numbered([_scaffold(text) or text for text in smiles])
+        its rows.
+
+        So are those of a scaffold with more than ``most_of_one`` molecules (None: of none). As a whole it would be in some draws and
+        not in others, but any test part of this kind has its share of it, as it has of phenyl compounds.
+        """
+        scaffolds = [_scaffold(text) or text for text in smiles]
+        if most_of_one is not None:
+            sizes = Counter(scaffolds)
+            scaffolds = [
+                text if sizes[scaffold] > most_of_one else scaffold
+                for text, scaffold in zip(smiles, scaffolds, strict=True)
+            ]
+        by_scaffold = _numbered(scaffolds)
         is_by_scaffold = int(by_scaffold.max()) + 1 >= _FEWEST_UNITS
         return cls(
             units=by_scaffold if is_by_scaffold else _numbered(smiles),
@@ -83,14 +95,20 @@ class Resampling:
         )
 
     def scores(
-        self, metric: Metric, parts: Sequence[PartPredictions], columns: Sequence[str]
+        self,
+        metric: Metric,
+        parts: Sequence[PartPredictions],
+        columns: Sequence[str],
+        rows: slice | None = None,
     ) -> Array:
         """(D,) score of each draw of the molecules, which are the same in all ``parts``, mean over these (the seeds of a model).
 
-        A score is the mean over the columns that have one in this draw; NaN if none has.
+        ``rows``: only these of the molecules are in ``parts``, such as those of a fold. A score is the mean over the columns that
+        have one in this draw; NaN if none has.
         """
         chunks = []
-        for weights in self._drawn():
+        for drawn in self._drawn():
+            weights = drawn if rows is None else drawn[rows]
             scores = [_weighted_score(metric, part, len(columns), weights) for part in parts]
             chunks.append(np.mean(scores, axis=0))
         return np.concatenate(chunks)

@@ -31,6 +31,12 @@ SEED_RESULT_NAME: Final = "result.json"
 BASELINES_DIR: Final = "baselines"
 """Folder of the results of baselines, by kind."""
 
+FOLDS_DIR: Final = "folds"
+"""Folder of the runs of a cross-validation, one for each fold."""
+
+OUT_OF_FOLD_NAME: Final = "out_of_fold.parquet"
+"""The predictions of a cross-validation: for each molecule, those of the models that it had no part in."""
+
 TUNE_DIR: Final = "tune"
 """Folder of everything about trials."""
 
@@ -45,6 +51,11 @@ PREPARED_DIR: Final = "prepared"
 
 PARTS_DIR: Final = "parts"
 """Folder of the parts of embeddings and predictions."""
+
+
+def fold_path(fold: int) -> str:
+    """Folder of a run of a cross-validation, relative to its ``out``."""
+    return f"{FOLDS_DIR}/fold-{fold}"
 
 
 class PartsKind(NamedTuple):

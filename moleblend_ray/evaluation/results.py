@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split
+from moleblend_ray.chemistry.scaffolds import FRACTIONS
 from moleblend_ray.data import storage
 from moleblend_ray.data.documents import require_types
 from moleblend_ray.errors import DataError
@@ -251,11 +251,10 @@ def repeats_entry(repeats: Repeats) -> dict[str, int]:
 
 
 def labels_entry(
-    kind: TaskKind, molecules: LabelledMolecules, split: Split
+    kind: TaskKind, molecules: LabelledMolecules, parts: Mapping[str, NDArray[np.int64]]
 ) -> dict[str, dict[str, dict[str, int]]]:
     """The part of ``results.json`` about the labels: column -> part -> number of known labels, of classes also of ones, of
-    censored labels also of bounds."""
-    parts = split._asdict()
+    censored labels also of bounds; ``parts`` gives the rows of each part."""
     bounds = molecules.bounds
     return {
         column: {

@@ -127,19 +127,21 @@ def read_of_seeds(
     out: str, seeds: Sequence[int], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
     """Labels and predictions of a part, as the run of each seed stored them; DataError if they are gone or damaged."""
-    return _read(out, [model_path(seed) for seed in seeds], part, columns)
+    return read_of_folders(out, [model_path(seed) for seed in seeds], part, columns)
 
 
 def read_of_results(
     out: str, seeds: Sequence[SeedResult], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
     """Labels and predictions of a part by each seed of a model or a baseline; DataError if they are gone or damaged."""
-    return _read(out, [str(seed.predictions or seed.model) for seed in seeds], part, columns)
+    folders = [str(seed.predictions or seed.model) for seed in seeds]
+    return read_of_folders(out, folders, part, columns)
 
 
-def _read(
+def read_of_folders(
     out: str, paths: Sequence[str], part: Literal["valid", "test"], columns: Sequence[str]
 ) -> list[PartPredictions]:
+    """Labels and predictions of a part, as stored in these folders of ``out``; DataError if they are gone or damaged."""
     found = []
     for path in paths:
         folder = storage.join(out, path)

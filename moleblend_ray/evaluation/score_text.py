@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from moleblend_ray.evaluation.tasks import Metric
 
 _SMALLEST_EXPONENT: Final = -4
 """Scores below 10^-4 are written with a power of ten."""
@@ -61,3 +64,29 @@ def _scaled(value: float, reference: float) -> str:
 def _power_of(reference: float) -> str:
     exponent = _exponent(reference)
     return f"e{exponent:03d}" if exponent < _SMALLEST_EXPONENT else ""
+
+
+def share_text(part: int, total: int) -> str:
+    """Two counts, and the first in percent of the second; ``none`` if that is 0."""
+    return f"{part:,} of {total:,} ({100 * part / total:.0f} %)" if total else "none"
+
+
+def rank_key(score: float | None, higher_is_better: bool) -> float:
+    """A number that is smaller for a better score, and infinite for none."""
+    if score is None:
+        return math.inf
+    return -score if higher_is_better else score
+
+
+def short(value: object) -> str:
+    """A setting, for a cell of a table, as it is written in a configuration, numbers with three digits."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:.3g}" if isinstance(value, float) else table_cell(str(value))
+
+
+def metric_name(task: Mapping[str, Any]) -> str:
+    """Name of the metric of a ``task`` of ``results.json``, of errors with the unit."""
+    metric = Metric(task["metric"])
+    unit = f" in {task['unit']}" if task["unit"] and metric.is_error else ""
+    return f"{metric.shown_name}{unit}"

@@ -13,6 +13,9 @@ from moleblend_ray.training.config import Precision
 COVERAGE: Final = 0.9
 """Share of labels inside the intervals of predictions, unless another one is asked for."""
 
+FEWEST_FOLDS: Final = 3
+"""Folds of a cross-validation: one to test on, one to choose by, one to train on."""
+
 
 @typed
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from moleblend_ray.evaluation.result_files import (
     PREPARED_DIR,
     RESULTS_NAME,
     SEED_RESULT_NAME,
+    fold_path,
 )
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,10 @@ class SweepStatus:
     test: Mapping[str, float]
     """Model -> mean test score, once there are results."""
     metric: str
+    folds_done: int = 0
+    """Folds of a cross-validation with results of their own."""
+    folds: int | None = None
+    """Number of its folds; None for a single split. Trials and seeds are those of all folds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +200,7 @@ def _unfinished(uri: str, then: str) -> tuple[str, str]:
 def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     """The status of an embedding or prediction whose config.json is ``identity``."""
     kind = PARTS_KINDS[identity["config"]["job"]]
-    there = _listed(uri, PARTS_DIR)
+    there = _listed([uri], PARTS_DIR)
     size = sum(info.size for info in there)
     summary = _read(uri, kind.summary_name, {"parts": list[Any]})
     if summary is not None:
@@ -253,12 +259,14 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
     config = identity["config"]
     is_sweep = config["job"] == "SweepConfig"
     results = _results(uri)
-    trials = [record for info in _listed(uri, EPOCHS_DIR) if _is_trial(record := _json(info.uri))]
+    folds = _folds(config)
+    runs = [uri] if folds is None else [storage.join(uri, fold_path(fold)) for fold in range(folds)]
+    trials = [record for info in _listed(runs, EPOCHS_DIR) if _is_trial(record := _json(info.uri))]
     wanted = member(config, "final_seeds", list[int]) or member(config, "seeds", list[int]) or [0]
     # Others were begun by an addition that was given up.
     of_wanted = {f"seed-{seed}/{SEED_RESULT_NAME}" for seed in wanted}
-    seeds = sum(_end_of(info.uri) in of_wanted for info in _listed(uri, MODELS_DIR))
-    baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(uri, BASELINES_DIR))
+    seeds = sum(_end_of(info.uri) in of_wanted for info in _listed(runs, MODELS_DIR))
+    baselines = dict.fromkeys(_baseline_of(info.uri) for info in _listed(runs, BASELINES_DIR))
     scores = [trial[-1]["best_valid_score"] for trial in trials if trial]
     higher = bool(results["task"]["higher_is_better"]) if results else _direction(trials)
     missing = missing_in(results["config"], config) if results else {}
@@ -273,17 +281,27 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
         detail=detail,
         task=str(results["task"]["name"] if results else config["task"]["name"]),
         trials_done=len(results["trials"])
-        if results and is_sweep
+        if results and is_sweep and folds is None
         else sum(bool(trial) and bool(trial[-1].get("over")) for trial in trials),
         trials_begun=len(trials),
-        trials=member(config, "num_trials", int) if is_sweep else None,
+        trials=(member(config, "num_trials", int) or 0) * len(runs) if is_sweep else None,
         best_valid_score=_best(results, scores, higher),
         seeds_done=seeds,
-        seeds=len(wanted),
+        seeds=len(wanted) * len(runs),
         baselines=tuple(baselines),
         test=_test_scores(results),
         metric=str(results["task"]["metric"]) if results else "",
+        folds_done=sum(storage.exists(storage.join(run, RESULTS_NAME)) for run in runs)
+        if folds
+        else 0,
+        folds=folds,
     )
+
+
+def _folds(config: Mapping[str, Any]) -> int | None:
+    """Number of folds if all of a cross-validation are asked for."""
+    is_one = member(config, "task.fold", int) is not None
+    return None if is_one else member(config, "task.folds", int)
 
 
 def _sweep_detail(trials: list[Any], seeds: int) -> str:
@@ -339,11 +357,13 @@ def _baseline_of(file_uri: str) -> str:
     return file_uri.rpartition(f"/{BASELINES_DIR}/")[2].partition("/")[0]
 
 
-def _listed(uri: str, folder: str) -> list[storage.FileInfo]:
-    try:
-        return storage.list_files(storage.join(uri, folder))
-    except storage.NotFoundError:
-        return []
+def _listed(uris: Sequence[str], folder: str) -> list[storage.FileInfo]:
+    """The files in a folder of each of these directories."""
+    found = []
+    for uri in uris:
+        with contextlib.suppress(storage.NotFoundError):
+            found += storage.list_files(storage.join(uri, folder))
+    return found
 
 
 def _results(uri: str) -> Any:

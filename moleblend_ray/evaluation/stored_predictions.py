@@ -5,7 +5,7 @@ Shape legend: M molecules of a part, T properties.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, Protocol
 
@@ -48,6 +48,18 @@ class PartPredictions:
             and self.smiles == other.smiles
             and np.array_equal(self.labels, other.labels, equal_nan=True)
         )
+
+
+def joined(parts: Sequence[PartPredictions]) -> PartPredictions:
+    """Several parts, at least one, as one, in their order; all have bounds, or none has."""
+    bounds = [part.bounds for part in parts if part.bounds is not None]
+    return PartPredictions(
+        mol_ids=tuple(mol_id for part in parts for mol_id in part.mol_ids),
+        smiles=tuple(text for part in parts for text in part.smiles),
+        labels=np.concatenate([part.labels for part in parts]),
+        predictions=np.concatenate([part.predictions for part in parts]),
+        bounds=LabelBounds.joined(bounds) if bounds else None,
+    )
 
 
 class Labelled(Protocol):
@@ -96,16 +108,34 @@ def write_predictions(
         "smiles": [molecules.smiles[row] for row in rows],
         "part": ["valid"] * len(split.valid) + ["test"] * len(split.test),
     }
-    for index, name in enumerate(molecules.columns):
-        columns[LABEL_PREFIX + name] = pa.array(molecules.labels[rows, index], from_pandas=True)
-        if molecules.bounds is not None:
-            own = molecules.bounds[rows, index]
-            columns[AT_LEAST_PREFIX + name] = pa.array(own.at_least, from_pandas=True)
-            columns[AT_MOST_PREFIX + name] = pa.array(own.at_most, from_pandas=True)
-        columns[_PREDICTION_PREFIX + name] = predictions[rows, index]
+    bounds = molecules.bounds and molecules.bounds[rows]
+    columns |= label_columns(molecules.columns, molecules.labels[rows], predictions[rows], bounds)
+    write_table(storage.join(folder, PREDICTIONS_NAME), columns)
+
+
+def label_columns(
+    names: Sequence[str],
+    labels: NDArray[np.float64],
+    predictions: NDArray[np.float64],
+    bounds: LabelBounds | None,
+) -> dict[str, object]:
+    """Columns of a table with (M, T) labels, bounds if there are some, and predictions of the properties ``names``."""
+    columns: dict[str, object] = {}
+    for index, name in enumerate(names):
+        columns[LABEL_PREFIX + name] = pa.array(labels[:, index], from_pandas=True)
+        if bounds is not None:
+            at_least, at_most = bounds.at_least[:, index], bounds.at_most[:, index]
+            columns[AT_LEAST_PREFIX + name] = pa.array(at_least, from_pandas=True)
+            columns[AT_MOST_PREFIX + name] = pa.array(at_most, from_pandas=True)
+        columns[_PREDICTION_PREFIX + name] = predictions[:, index]
+    return columns
+
+
+def write_table(uri: str, columns: Mapping[str, object]) -> None:
+    """Write columns as a Parquet file."""
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns), sink)
-    storage.write_bytes(storage.join(folder, PREDICTIONS_NAME), sink.getvalue().to_pybytes())
+    pq.write_table(pa.table(dict(columns)), sink)
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def read_predictions(

@@ -39,6 +39,7 @@ from moleblend_ray.evaluation.results import (
     SeedResult,
     Training,
 )
+from moleblend_ray.evaluation.runs import Experiment
 from moleblend_ray.evaluation.scores import best_candidate
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
 from moleblend_ray.orchestration.placement import placed
@@ -59,23 +60,27 @@ MOLECULES_PER_TASK = {FeatureKind.FINGERPRINTS: 8192, FeatureKind.DESCRIPTORS: 5
 
 
 def run_baselines(
-    config: C, bench: Bench, seeds: Sequence[int], train: Callable[[C, Bench], Training]
+    config: C,
+    bench: Bench,
+    seeds: Sequence[int],
+    train: Callable[[C, Bench], Training],
+    features: Features | None = None,
 ) -> Baselines:
     """Train and score every baseline that is asked for. ``train`` trains the encoder without pretraining, as it did the
-    model.
+    model. ``features`` keeps those of the molecules for other benches of the same ones.
 
     What an interrupted command had finished is not repeated. A baseline that cannot be trained is left out, with its
     reason. Raises LostWorkError if the cluster lost the work.
     """
     kinds = [kind for kind in config.baseline.kinds if kind is not BaselineKind.SCRATCH]
-    results = _FeatureBaselines(config, bench).run(kinds, seeds)
+    results = _FeatureBaselines(config, bench, features or Features(config)).run(kinds, seeds)
     absent: dict[BaselineKind, str] = {}
     if BaselineKind.SCRATCH in config.baseline.kinds:
         if config.checkpoint is None:
             absent[BaselineKind.SCRATCH] = "the model itself starts from scratch"
         else:
             try:
-                results.append(_from_scratch(config, bench, train))
+                results.append(_train_from_scratch(config, bench, train))
             except LostWorkError:
                 raise
             except TrainingError as error:
@@ -84,9 +89,9 @@ def run_baselines(
     return Baselines(results=tuple(results), absent=absent)
 
 
-def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]) -> BaselineResult:
-    """The model from scratch: same architecture, data, settings or search, and seeds, but new weights."""
-    logger.info("the same from scratch, to compare with")
+def from_scratch(config: C, bench: Bench) -> tuple[C, Bench]:
+    """Configuration and bench of the model without pretraining: same architecture, data, settings or search, and seeds, but new
+    weights, and a folder of its own."""
     experiment = bench.experiment
     start = dataclasses.replace(experiment.start, encoder=None, fingerprint=None)
     experiment = dataclasses.replace(experiment, start=start)
@@ -100,9 +105,14 @@ def _from_scratch(config: C, bench: Bench, train: Callable[[C, Bench], Training]
     if isinstance(scratch, SweepConfig):
         search = scratch.search.without(_OF_PRETRAINED_BLOCKS)
         scratch = dataclasses.replace(scratch, search=search)
-    found = train(
-        scratch, dataclasses.replace(bench, experiment=experiment, shared=ray.put(experiment))
-    )
+    return scratch, dataclasses.replace(bench, experiment=experiment, shared=ray.put(experiment))
+
+
+def _train_from_scratch(
+    config: C, bench: Bench, train: Callable[[C, Bench], Training]
+) -> BaselineResult:
+    logger.info("the same from scratch, to compare with")
+    found = train(*from_scratch(config, bench))
     return BaselineResult(
         kind=BaselineKind.SCRATCH,
         chosen=to_dict(found.chosen),
@@ -124,15 +134,52 @@ class _Shared:
     whole: Any
 
 
+def _options(config: PropertyConfig) -> dict[str, Any]:
+    """What ``ray.remote`` takes for the tasks of baselines."""
+    return {"num_cpus": config.cluster.cpus_per_worker, **placed(config.cluster.data_labels)}
+
+
+class Features:
+    """Features of molecules, computed on the cluster once for each SMILES."""
+
+    def __init__(self, config: PropertyConfig) -> None:
+        self._task = ray.remote(compute_features).options(**_options(config))
+        self._rows: dict[FeatureKind, dict[str, int]] = {}
+        self._values: dict[FeatureKind, NDArray[np.uint8 | np.float64]] = {}
+
+    def of(self, kind: FeatureKind, experiment: Experiment) -> NDArray[np.uint8 | np.float64]:
+        """(M, F) features of the molecules of an experiment."""
+        molecules = experiment.molecules
+        if kind is FeatureKind.DESCRIPTORS and molecules.descriptors is not None:
+            return molecules.descriptors.values
+        rows = self._rows.setdefault(kind, {})
+        missing = [text for text in dict.fromkeys(molecules.smiles) if text not in rows]
+        if missing:
+            computed = self._compute(kind, missing, f"{experiment.task.name} {kind.value}")
+            known = [self._values[kind]] if kind in self._values else []
+            self._values[kind] = np.concatenate([*known, computed])
+            rows.update(zip(missing, range(len(rows), len(rows) + len(missing)), strict=True))
+        return self._values[kind][[rows[text] for text in molecules.smiles]]
+
+    def _compute(
+        self, kind: FeatureKind, smiles: Sequence[str], description: str
+    ) -> NDArray[np.uint8 | np.float64]:
+        size = MOLECULES_PER_TASK[kind]
+        references = {
+            self._task.remote(kind, smiles[first : first + size]): first
+            for first in range(0, len(smiles), size)
+        }
+        parts = collect(references, description)
+        return np.concatenate([parts[first] for first in sorted(parts)])
+
+
 class _FeatureBaselines:
     """Baselines on fingerprints and descriptors. Features are computed once, and only if something is left to do."""
 
-    def __init__(self, config: PropertyConfig, bench: Bench) -> None:
+    def __init__(self, config: PropertyConfig, bench: Bench, features: Features) -> None:
         self._out = config.out
-        self._options = {
-            "num_cpus": config.cluster.cpus_per_worker,
-            **placed(config.cluster.data_labels),
-        }
+        self._options = _options(config)
+        self._features = features
         self._num_jobs = config.cluster.threads_per_worker
         self._baseline = config.baseline
         self._experiment = bench.experiment
@@ -225,7 +272,7 @@ class _FeatureBaselines:
                 task=experiment.task,
                 mol_ids=experiment.molecules.mol_ids,
                 smiles=experiment.molecules.smiles,
-                features=self._features(kind.features),
+                features=self._features.of(kind.features, experiment),
                 labels=experiment.molecules.labels,
                 bounds=experiment.molecules.bounds,
                 columns=experiment.molecules.columns,
@@ -235,16 +282,3 @@ class _FeatureBaselines:
             )
             self._shared[kind.features] = _Shared(ray.put(data.without_test()), ray.put(data))
         return self._shared[kind.features]
-
-    def _features(self, kind: FeatureKind) -> NDArray[np.uint8 | np.float64]:
-        molecules = self._experiment.molecules
-        if kind is FeatureKind.DESCRIPTORS and molecules.descriptors is not None:
-            return molecules.descriptors.values
-        smiles, size = molecules.smiles, MOLECULES_PER_TASK[kind]
-        task = ray.remote(compute_features).options(**self._options)
-        references = {
-            task.remote(kind, smiles[first : first + size]): first
-            for first in range(0, len(smiles), size)
-        }
-        parts = collect(references, f"{self._experiment.task.name} {kind.value}")
-        return np.concatenate([parts[first] for first in sorted(parts)])

@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.downstream import (
@@ -40,6 +41,7 @@ from moleblend_ray.evaluation.dataset import (
 )
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.folds import fold_numbers, split_of_fold
 from moleblend_ray.evaluation.given_split import splits_of_column, times_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
@@ -68,7 +70,7 @@ from moleblend_ray.orchestration.identity import (
 )
 from moleblend_ray.orchestration.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.placement import placed
-from moleblend_ray.orchestration.progress import Progress
+from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.workers import train_seed
 
 logger = logging.getLogger(__name__)
@@ -133,23 +135,63 @@ def read_inputs(config: PropertyConfig) -> Inputs:
     return Inputs(start=start, named=named, sources=sources)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """The labelled molecules of a command, before they are divided into parts."""
+
+    data_uri: str
+    """The prepared dataset."""
+    task: Task
+    """The task, in the unit of the data."""
+    molecules: LabelledMolecules
+    """All that have a label."""
+    replicates: Replicates
+    """Those that had several rows, and what became of these."""
+    start: StartingPoint
+    """Weights to start from."""
+    named: SplitsOfData | None
+    """Splits that come with the data."""
+
+
 def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     """Prepare, load and split the molecules; check that ``out`` belongs to this question."""
+    loaded = load(config, inputs)
+    split = split_of(config, loaded)
+    claim_for(config, loaded)
+    return bench_of(config, loaded, split)
+
+
+def load(config: PropertyConfig, inputs: Inputs) -> Loaded:
+    """Prepare and load the molecules, and check that they have what the settings need."""
     check_cluster(config)
     task = config.task.resolve()
-    start, named = inputs.start, inputs.named
-    data_uri = prepare_task(config, start.molecules, inputs.sources)
-    molecules, replicates = _read_molecules(config.task, task, data_uri, named)
-    task = _in_unit_of_data(config.task, task, molecules.unit)
-    split = _usable_split(config, task, molecules)
+    data_uri = prepare_task(config, inputs.start.molecules, inputs.sources)
+    molecules, replicates = _read_molecules(config.task, task, data_uri, inputs.named)
     require_coordinates(config, molecules)
+    return Loaded(
+        data_uri=data_uri,
+        task=_in_unit_of_data(config.task, task, molecules.unit),
+        molecules=molecules,
+        replicates=replicates,
+        start=inputs.start,
+        named=inputs.named,
+    )
+
+
+def claim_for(config: PropertyConfig, loaded: Loaded) -> None:
+    """Note in ``out`` the question that it is for, or check that it is."""
     identity = {
         "config": question(config),
-        "data_fingerprint": molecules.fingerprint,
-        "checkpoint_fingerprint": start.fingerprint,
-        **split_identity(named),
+        "data_fingerprint": loaded.molecules.fingerprint,
+        "checkpoint_fingerprint": loaded.start.fingerprint,
+        **split_identity(loaded.named),
     }
     claim(config.out, identity)
+
+
+def bench_of(config: PropertyConfig, loaded: Loaded, split: Split) -> Bench:
+    """The molecules in the parts of ``split`` (:func:`split_of`), shared with all Ray tasks."""
+    task, molecules = loaded.task, loaded.molecules
     hash_of_split = split_hash(split)
     molecules, split = only_used(molecules, split)
     if len(molecules) >= _MANY_MOLECULES:
@@ -157,26 +199,34 @@ def set_up(config: PropertyConfig, inputs: Inputs) -> Bench:
     repeats = Repeats.of(molecules.smiles, molecules.block, split)
     _warn_of_seen(repeats, molecules, split)
     if may_read_descriptors(config):
-        logger.info("computing the descriptors of %d molecules", len(molecules))
-        molecules = molecules.with_descriptors()
-    experiment = Experiment(task=task, molecules=molecules, split=split, start=start)
+        molecules = with_descriptors(molecules)
+    experiment = Experiment(task=task, molecules=molecules, split=split, start=loaded.start)
+    fold = "" if config.task.fold is None else f", fold {config.task.fold}"
     logger.info(
-        "%s: %d molecules, split %s into %d / %d / %d",
+        "%s: %d molecules, split %s%s into %d / %d / %d",
         task.name,
         len(molecules),
         task.split.value,
+        fold,
         len(split.train),
         len(split.valid),
         len(split.test),
     )
     return Bench(
-        data_uri=data_uri,
+        data_uri=loaded.data_uri,
         experiment=experiment,
         shared=ray.put(experiment),
         split_hash=hash_of_split,
         repeats=repeats,
-        replicates=replicates,
+        replicates=loaded.replicates,
     )
+
+
+def with_descriptors(molecules: LabelledMolecules) -> LabelledMolecules:
+    """The molecules with descriptors, which take some milliseconds each if they are not there."""
+    if molecules.descriptors is None:
+        logger.info("computing the descriptors of %d molecules", len(molecules))
+    return molecules.with_descriptors()
 
 
 def _read_molecules(
@@ -257,11 +307,29 @@ def _tell_of_replicates(task: Task, replicates: Replicates) -> None:
         )
 
 
-def _usable_split(config: PropertyConfig, task: Task, molecules: LabelledMolecules) -> Split:
-    """The parts of the molecules; an error if the task cannot be learned from or scored on them, which would be found in or
-    after training otherwise."""
+def folds_of(config: PropertyConfig, loaded: Loaded) -> NDArray[np.int64]:
+    """(M,) the fold of each molecule, of a cross-validation."""
+    assert config.task.folds is not None
+    return fold_numbers(
+        loaded.molecules.smiles, loaded.task.split, config.split_seed, config.task.folds
+    )
+
+
+def split_of(
+    config: PropertyConfig, loaded: Loaded, folds: NDArray[np.int64] | None = None
+) -> Split:
+    """The parts of the molecules, by ``folds`` (M,) if the settings name one; an error if the task cannot be learned from or scored
+    on them, which would be found in or after training otherwise."""
+    task, molecules = loaded.task, loaded.molecules
+    where = ""
+    if config.task.fold is None or config.task.folds is None:
+        split = split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts)
+    else:
+        where = f"fold-{config.task.fold} "
+        numbers = folds_of(config, loaded) if folds is None else folds
+        split = split_of_fold(numbers, config.task.fold, config.task.folds)
     split = with_fewer_labels(
-        split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts),
+        split,
         molecules.smiles,
         config.split_seed,
         train=config.task.train_molecules,
@@ -269,7 +337,7 @@ def _usable_split(config: PropertyConfig, task: Task, molecules: LabelledMolecul
     )
     require_learnable(task.kind, molecules.labels[split.train], molecules.columns)
     for part, rows in (("validation", split.valid), ("test", split.test)):
-        require_scorable(task.metric, molecules.labels[rows], molecules.columns, part)
+        require_scorable(task.metric, molecules.labels[rows], molecules.columns, where + part)
     return split
 
 
@@ -381,6 +449,25 @@ def starting_point(config: PropertyConfig) -> StartingPoint:
     return load_encoder(config.checkpoint).start
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeedRun:
+    """One training of a model with one seed."""
+
+    config: PropertyConfig
+    """Where it runs, and where its results go."""
+    bench: Bench
+    """Its molecules and starting weights."""
+    settings: FinetuneSettings
+    """Its hyper-parameters."""
+    seed: int
+    """Its seed."""
+
+    @property
+    def num_steps(self) -> int:
+        """Most optimizer steps."""
+        return self.settings.num_steps(len(self.bench.experiment.split.train))
+
+
 def train_seeds(
     config: PropertyConfig,
     bench: Bench,
@@ -388,38 +475,57 @@ def train_seeds(
     seeds: Sequence[int],
 ) -> list[SeedResult]:
     """Train and test ``settings`` with each seed, in parallel as resources allow; finished seeds are kept."""
-    found = {seed: finished_seed(config.out, seed, settings) for seed in seeds}
-    missing = [seed for seed in seeds if found[seed] is None]
-    if len(missing) < len(seeds):
-        logger.info("%d of %d seeds were trained before", len(seeds) - len(missing), len(seeds))
-    if missing:
-        found |= _train_missing(config, bench, settings, missing)
-    return [result for seed in seeds if (result := found[seed]) is not None]
+    runs = [SeedRun(config=config, bench=bench, settings=settings, seed=seed) for seed in seeds]
+    return train_runs(runs, f"{bench.experiment.task.name} seeds", "seeds")
+
+
+def train_runs(runs: Sequence[SeedRun], description: str, unit: str) -> list[SeedResult]:
+    """The result of each run, which is trained in parallel with the others as resources allow; finished ones are kept.
+
+    The progress display of ``description`` counts their steps, and the runs as ``unit``.
+    """
+    found = [finished_seed(run.config.out, run.seed, run.settings) for run in runs]
+    missing = {
+        number: run
+        for number, (run, known) in enumerate(zip(runs, found, strict=True))
+        if known is None
+    }
+    if 0 < len(missing) < len(runs):
+        logger.info("%d of %d %s were trained before", len(runs) - len(missing), len(runs), unit)
+    for number, result in _train_missing(missing, description, unit).items():
+        found[number] = result
+    return [result for result in found if result is not None]
 
 
 def _train_missing(
-    config: PropertyConfig, bench: Bench, settings: FinetuneSettings, seeds: Sequence[int]
+    runs: Mapping[int, SeedRun], description: str, unit: str
 ) -> dict[int, SeedResult]:
-    """The results of these seeds; shows the steps of all of them."""
-    options = {**worker_resources(config), **placed(config.cluster.worker_labels)}
-    task = ray.remote(train_seed).options(**options)
-    steps = settings.num_steps(len(bench.experiment.split.train))
-    total = steps * len(seeds)
-    description = f"{bench.experiment.task.name} seeds"
+    """The results of these runs by their keys; shows the steps of all of them."""
+    if not runs:
+        return {}
+    total = sum(run.num_steps for run in runs.values())
     with Progress(description, unit="step", total=total) as progress:
         report = progress.reporter
+        steps_done = {number: run.num_steps for number, run in runs.items()}
+        done = 0
 
-        def tell(finished: int, result: SeedResult) -> None:
-            of_all = f"{finished}/{len(seeds)}"
-            done = finished * steps
-            report({"done": done, "total": total, "seeds": of_all, "valid": result.valid_score})
+        def tell(finished: int, number: int, result: SeedResult) -> None:
+            nonlocal done
+            done += steps_done[number]
+            of_all = f"{finished}/{len(runs)}"
+            report({"done": done, "total": total, unit: of_all, "valid": result.valid_score})
 
-        report({"done": 0, "total": total, "seeds": f"0/{len(seeds)}"})
-        references = {
-            task.remote(bench.shared, settings, seed, config.out, config.cluster, report): seed
-            for seed in seeds
-        }
+        report({"done": 0, "total": total, unit: f"0/{len(runs)}"})
+        references = {_start(run, report): number for number, run in runs.items()}
         return _gather(references, description, tell)
+
+
+def _start(run: SeedRun, report: Reporter) -> Any:
+    """A reference to the result of the run, which begins as soon as there are resources for it."""
+    cluster = run.config.cluster
+    options = {**worker_resources(run.config), **placed(cluster.worker_labels)}
+    task = ray.remote(train_seed).options(**options)
+    return task.remote(run.bench.shared, run.settings, run.seed, run.config.out, cluster, report)
 
 
 class LostWorkError(TrainingError):
@@ -433,7 +539,7 @@ def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
     total = len(references)
     with Progress(description, unit="run", total=total) as progress:
 
-        def tell(finished: int, result: Any) -> None:
+        def tell(finished: int, _key: K, result: Any) -> None:
             values = {"valid": result.valid_score} if isinstance(result, SeedResult) else {}
             progress.reporter({"done": finished, "total": total, **values})
 
@@ -441,9 +547,10 @@ def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
 
 
 def _gather(
-    references: Mapping[Any, K], description: str, tell: Callable[[int, Any], None]
+    references: Mapping[Any, K], description: str, tell: Callable[[int, K, Any], None]
 ) -> dict[K, Any]:
-    """Results of the tasks by key; ``tell`` is called with the number of those that are there and the newest.
+    """Results of the tasks by key; ``tell`` is called with the number of those that are there, and the key and result of the
+    newest.
 
     The first error of a task stops the others and is raised unchanged. Raises LostWorkError, and stops the others, if a
     worker process or its node is lost.
@@ -454,8 +561,9 @@ def _gather(
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             result = ray.get(done[0])
-            found[references[done[0]]] = result
-            tell(len(found), result)
+            key = references[done[0]]
+            found[key] = result
+            tell(len(found), key, result)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayError as error:

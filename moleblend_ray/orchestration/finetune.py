@@ -14,13 +14,14 @@ from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.lease import leased
-from moleblend_ray.errors import without_credentials
+from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.evaluation.result_files import REPORT_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results import Training
 from moleblend_ray.evaluation.sources import source_of_task
-from moleblend_ray.orchestration.baselines import run_baselines
+from moleblend_ray.orchestration.baselines import Features, run_baselines
 from moleblend_ray.orchestration.downstream import (
     Bench,
+    Inputs,
     read_inputs,
     set_up,
     train_seeds,
@@ -94,7 +95,28 @@ def compute_results(
 
     The baselines are trained with each of ``seeds``.
     """
+    if config.task.is_cross_validated:
+        raise ConfigError(
+            f"task.folds={config.task.folds} asks for a cross-validation; in Python call cross_validate, or name one of its folds "
+            "with task.fold"
+        )
+
     began = time.monotonic()
+
+    def work(config: C, inputs: Inputs, confirm: Callable[[], None]) -> dict[str, Any]:
+        return finish(config, set_up(config, inputs), seeds, train, began=began, confirm=confirm)
+
+    return answer(config, work)
+
+
+def answer(
+    config: C, work: Callable[[C, Inputs, Callable[[], None]], dict[str, Any]]
+) -> tuple[dict[str, Any], bool]:
+    """The results in ``out``, and whether an earlier command had finished them; otherwise ``work`` makes them.
+
+    It gets the configuration, what was read before Ray is started, and what to call before it writes: InUseError if another
+    command took over meanwhile. It runs in a Ray session.
+    """
     config = _with_own_source(config)
     if (stored := finished_results(config)) is not None:
         return stored, True
@@ -105,12 +127,24 @@ def compute_results(
             return stored, True
         tell_of_additions(config)
         with ray_session(config.cluster):
-            bench = set_up(config, inputs)
-            model = train(config, bench)
-            baselines = run_baselines(config, bench, seeds, train)
-            lease.confirm()
-            seconds = time.monotonic() - began
-            return write_results(config, bench, model, baselines, seconds=seconds), False
+            return work(config, inputs, lease.confirm), False
+
+
+def finish(
+    config: C,
+    bench: Bench,
+    seeds: Sequence[int],
+    train: Callable[[C, Bench], Training],
+    *,
+    began: float,
+    confirm: Callable[[], None],
+    features: Features | None = None,
+) -> dict[str, Any]:
+    """Train the model and its baselines, and write the results, which took since ``began`` of the monotonic clock."""
+    model = train(config, bench)
+    baselines = run_baselines(config, bench, seeds, train, features)
+    confirm()
+    return write_results(config, bench, model, baselines, seconds=time.monotonic() - began)
 
 
 def _with_own_source(config: C) -> C:

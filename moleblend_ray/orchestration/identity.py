@@ -20,6 +20,7 @@ from moleblend_ray.errors import CheckpointError, ConfigError, DataError, Storag
 from moleblend_ray.evaluation.additions import ADDABLE, is_addition, with_those_of
 from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
+    FOLDS_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
     PREPARED_DIR,
@@ -38,7 +39,13 @@ logger = logging.getLogger(__name__)
 _LATER_SETTINGS: Final[Mapping[str, Any]] = {
     "model": {"environment_bins": 0, "descriptor_head": False},
     "finetune": {"descriptors": False},
-    "task": {"censored": False, "relation_column": None, "replicates": "keep"},
+    "task": {
+        "censored": False,
+        "relation_column": None,
+        "replicates": "keep",
+        "folds": None,
+        "fold": None,
+    },
     "interval": None,
     "atom_contributions": False,
 }
@@ -184,5 +191,8 @@ def _has_no_results(out: str) -> bool:
     """Whether there is nothing beside the note in ``out`` but molecules that were prepared, and leases: whatever began there
     ended before its first result, such as by a learning rate that was too high."""
     base = storage.absolute(out)
-    names = {file.uri[len(base) + 1 :].partition("/")[0] for file in storage.list_files(out)}
+    paths = [file.uri[len(base) + 1 :] for file in storage.list_files(out)]
+    # The runs of a cross-validation have folders like this one, each with a note.
+    below = [path.split("/", 2)[-1] if path.startswith(f"{FOLDS_DIR}/") else path for path in paths]
+    names = {path.partition("/")[0] for path in below}
     return names <= {IDENTITY_NAME, DATA_DIR, PREPARED_DIR, LEASES_DIR}

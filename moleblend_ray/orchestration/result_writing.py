@@ -139,18 +139,28 @@ def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
     of_split = {
         "seed": config.split_seed,
         "hash": bench.split_hash,
-        **({"fractions": None} if task.split is SplitKind.GIVEN else {}),
+        **({"fractions": None} if _is_divided_otherwise(config, task) else {}),
+        **(
+            {}
+            if config.task.fold is None
+            else {"folds": config.task.folds, "fold": config.task.fold}
+        ),
         **{part: len(getattr(split, part)) for part in ("train", "valid", "test")},
     }
     return {
         **data_entry(bench.data_uri, molecules, task, of_split),
         "repeats": repeats_entry(bench.repeats),
         "replicates": bench.replicates.to_json(),
-        "labels": labels_entry(task.kind, molecules, split),
+        "labels": labels_entry(task.kind, molecules, split._asdict()),
         "similarity": similarity_entry(
             *([molecules.smiles[row] for row in part] for part in (split.train, split.test))
         ),
     }
+
+
+def _is_divided_otherwise(config: PropertyConfig, task: Task) -> bool:
+    """Whether the sizes of the parts are not the usual ones."""
+    return task.split is SplitKind.GIVEN or config.task.folds is not None
 
 
 def _together(

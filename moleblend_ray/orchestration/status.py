@@ -262,7 +262,12 @@ def _sweep(report: SweepStatus) -> RenderableType:
                 else ""
             ),
         )
-    table.add_row("seeds", f"{report.seeds_done} of {report.seeds} trained")
+    if report.folds is not None:
+        table.add_row("folds", f"{report.folds_done} of {report.folds} have results")
+    table.add_row(
+        "seeds" if report.folds is None else "models",
+        f"{report.seeds_done} of {report.seeds} trained",
+    )
     if report.baselines:
         table.add_row("baselines", escape(", ".join(report.baselines)))
     for index, (name, value) in enumerate(sorted(report.test.items(), key=lambda item: item[1])):

@@ -104,12 +104,16 @@ def sweep(config: SweepConfig) -> SweepSummary:
     keeps the trials and seeds that were finished. InUseError if another command works on the same results.
     """
     config = with_absolute_paths(config)
-    if not has_results(config):
-        warn_of_searched(config)
-        # A searcher that cannot be used fails now, not after the molecules were prepared.
-        search_method(config, config.task.resolve())
+    check_search(config)
     results, already_finished = compute_results(config, config.final_seeds, search_and_train)
     return _summary(summarise(config.out, results, already_finished=already_finished), results)
+
+
+def check_search(config: SweepConfig) -> None:
+    """Raise ConfigError for a searcher that cannot be used, before the molecules are prepared; warn of settings without effect."""
+    if not has_results(config):
+        warn_of_searched(config)
+        search_method(config, config.task.resolve())
 
 
 def warn_of_searched(config: SweepConfig) -> None:

@@ -38,6 +38,7 @@ from moleblend_ray.evaluation.result_files import (
     require_command,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
+from moleblend_ray.orchestration.cross_validation import CrossValidationSummary, cross_validate
 from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune
 from moleblend_ray.orchestration.identity import check_finished, question
@@ -80,18 +81,29 @@ class TasksSummary:
     """True if earlier commands had finished every task."""
 
 
-def sweep_or_tasks(config: SweepConfig) -> SweepSummary | TasksSummary:
-    """What `moleblend sweep` does: one task, or several."""
-    return sweep_tasks(config) if config.task.is_group else sweep(config)
+def sweep_or_tasks(config: SweepConfig) -> SweepSummary | CrossValidationSummary | TasksSummary:
+    """What `moleblend sweep` does: one task, its folds, or several tasks."""
+    return sweep_tasks(config) if config.task.is_group else _sweep_one(config)
 
 
-def finetune_or_tasks(config: FinetuneConfig) -> FinetuneSummary | TasksSummary:
-    """What `moleblend finetune` does: one task, or several."""
-    return finetune_tasks(config) if config.task.is_group else finetune(config)
+def finetune_or_tasks(
+    config: FinetuneConfig,
+) -> FinetuneSummary | CrossValidationSummary | TasksSummary:
+    """What `moleblend finetune` does: one task, its folds, or several tasks."""
+    return finetune_tasks(config) if config.task.is_group else _finetune_one(config)
+
+
+def _sweep_one(config: SweepConfig) -> SweepSummary | CrossValidationSummary:
+    return cross_validate(config) if config.task.is_cross_validated else sweep(config)
+
+
+def _finetune_one(config: FinetuneConfig) -> FinetuneSummary | CrossValidationSummary:
+    return cross_validate(config) if config.task.is_cross_validated else finetune(config)
 
 
 def sweep_tasks(config: SweepConfig) -> TasksSummary:
-    """:func:`sweep` of each task that ``config.task.name`` stands for, in ``<out>/<task>``, and a leaderboard.
+    """:func:`sweep`, or the cross-validation, of each task that ``config.task.name`` stands for, in ``<out>/<task>``, and a
+    leaderboard.
 
     Repeating the command continues where it was interrupted, tries failed tasks again, and repeats nothing that is
     finished. Before any work it raises ConfigError or DataError if settings or files are missing, or differ from those
@@ -99,12 +111,13 @@ def sweep_tasks(config: SweepConfig) -> TasksSummary:
     """
     for task in config.task.tasks().values():
         search_method(config, task)
-    return _run_tasks(config, sweep)
+    return _run_tasks(config, _sweep_one)
 
 
 def finetune_tasks(config: FinetuneConfig) -> TasksSummary:
-    """:func:`finetune` of each task that ``config.task.name`` stands for; otherwise as :func:`sweep_tasks`."""
-    return _run_tasks(config, finetune)
+    """:func:`finetune`, or the cross-validation, of each task that ``config.task.name`` stands for; otherwise as
+    :func:`sweep_tasks`."""
+    return _run_tasks(config, _finetune_one)
 
 
 def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:

@@ -238,7 +238,7 @@ def test_scales_and_intervals_are_of_measured_labels(
     assert (found["test_bounds"], found["test_respected"]) == (num_bounds, num_bounds - wrong)
     assert 0 < wrong < num_bounds
     assert found["test_distance"] == pytest.approx(3.0 * (wrong / num_bounds) ** 0.5)
-    counted = labels_entry(TaskKind.REGRESSION, censored, split)["y0"]["test"]
+    counted = labels_entry(TaskKind.REGRESSION, censored, split._asdict())["y0"]["test"]
     assert counted == {"labels": len(split.test) - num_bounds, "bounds": num_bounds}
 
 

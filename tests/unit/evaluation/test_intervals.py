@@ -72,6 +72,20 @@ def test_errors_are_those_of_the_mean_of_all_models() -> None:
     assert mean_of([first, second]).predictions.tolist() == [[1.0]] * 12
 
 
+def test_models_of_different_folds_are_judged_by_the_molecules_of_each() -> None:
+    def fold(name: str, *predictions: float) -> PartPredictions:
+        found = part(np.zeros(len(predictions)), np.array(predictions))
+        names = tuple(name + text for text in found.smiles)
+        return dataclasses.replace(found, mol_ids=names, smiles=names)
+
+    # Two seeds of one fold, whose mean is wrong by 2 and 6, and one of another.
+    parts = [fold("C", 1.0, 5.0), fold("N", 3.0, 4.0, 9.0), fold("C", 3.0, 7.0)]
+    found = Calibration.of(parts)
+    assert found is not None
+    assert [errors.tolist() for errors in found.errors] == [[2.0, 3.0, 4.0, 6.0, 9.0]]
+    assert Calibration.of([*parts, None]) is None
+
+
 def test_models_of_other_molecules_or_none_have_no_common_errors() -> None:
     labels = np.arange(12.0)
     labels[3] = np.nan

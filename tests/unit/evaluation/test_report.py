@@ -335,7 +335,7 @@ def test_the_labels_of_each_column_and_the_columns_without_a_score_are_told(tmp_
     labels = np.array([[0, 1], [1, np.nan], [1, np.nan], [np.nan, 1], [0, np.nan], [1, 1]])
     split = Split(*map(np.array, ([0, 1, 2], [3], [4, 5])))
     molecules = SimpleNamespace(bounds=None, columns=("a|b<c>", "c"), labels=labels)
-    results["data"]["labels"] = labels_entry(TaskKind.CLASSIFICATION, molecules, split)  # type: ignore[arg-type]
+    results["data"]["labels"] = labels_entry(TaskKind.CLASSIFICATION, molecules, split._asdict())  # type: ignore[arg-type]
     assert results["data"]["labels"]["c"]["test"] == {"labels": 1, "positives": 1}
     text = report_of(tmp_path, results)
     assert "It is the mean over 1 of the 2 label columns; the others cannot be scored" in text

@@ -57,6 +57,34 @@ def plain_score(metric: Metric, part: PartPredictions) -> float:
         return NAN
 
 
+def test_a_scaffold_that_is_most_of_a_fold_is_in_all_draws() -> None:
+    phenyl = [f"{'C' * length}c1ccccc1" for length in range(1, 61)]
+    others = [
+        f"{'C' * length}{ring}" for ring in ("C1CC1", "C1CCC1", "C1CCCC1") for length in range(1, 5)
+    ]
+    chains = ["C" * length for length in range(1, 11)]
+    found = Resampling.of([*phenyl, *others, *chains], most_of_one=20)
+    assert found.is_by_scaffold
+    assert len(np.unique(found.units)) == 60 + 3 + 10
+    assert len(np.unique(found.units[60:72])) == 3
+    whole = Resampling.of([*phenyl, *others, *chains], most_of_one=60)
+    np.testing.assert_equal(whole.units, Resampling.of([*phenyl, *others, *chains]).units)
+    assert len(np.unique(whole.units)) == 1 + 3 + 10
+
+
+@pytest.mark.parametrize("metric", list(Metric))
+def test_the_molecules_of_a_fold_are_scored_on_the_draws_of_all(metric: Metric) -> None:
+    part = molecules(metric, 5, 40)
+    draws = one_by_one(40)
+    half = part_of(part.labels[15:35], part.predictions[15:35])
+    found = draws.scores(metric, [half], ["a"], slice(15, 35))
+    times = np.concatenate([chunk.T for chunk in draws._drawn()]).astype(np.int64)
+    for draw in range(25):
+        assert found[draw] == pytest.approx(
+            plain_score(metric, repeated(half, times[draw, 15:35])), nan_ok=True
+        )
+
+
 def one_by_one(count: int) -> Resampling:
     return Resampling(units=np.arange(count), is_by_scaffold=False)
 

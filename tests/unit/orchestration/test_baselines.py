@@ -55,7 +55,7 @@ def test_no_trial_from_scratch_freezes_random_blocks(monkeypatch: pytest.MonkeyP
         asked.append(config)
         return Training(chosen=config.finetune, final=())
 
-    found = baselines._from_scratch(config, bench, train)
+    found = baselines._train_from_scratch(config, bench, train)
     (scratch,) = asked
     assert (scratch.finetune.frozen_blocks, scratch.finetune.fresh_blocks) == (None, 0)
     assert set(scratch.search.choices) == {"readout"}
@@ -67,5 +67,6 @@ def test_descriptors_that_a_model_reads_are_those_of_the_baseline() -> None:
     table = DescriptorTable.of(("CCO", "c1ccccc1"))
     config = SweepConfig(task=TaskConfig(name="esol", source="esol.csv"), out="out")
     molecules = SimpleNamespace(smiles=("CCO", "c1ccccc1"), descriptors=table)
-    found = baselines._FeatureBaselines(config, bench_with(molecules))
-    assert found._features(FeatureKind.DESCRIPTORS) is table.values  # no task of Ray
+    experiment = bench_with(molecules).experiment
+    found = baselines.Features(config).of(FeatureKind.DESCRIPTORS, experiment)
+    assert found is table.values  # no task of Ray

@@ -45,6 +45,7 @@ from moleblend_ray.orchestration import molecules as molecules_module
 from moleblend_ray.orchestration import sweep as sweep_module
 from moleblend_ray.orchestration.downstream import (
     Inputs,
+    Loaded,
     LostWorkError,
     check_cluster,
     collect,
@@ -52,6 +53,7 @@ from moleblend_ray.orchestration.downstream import (
     read_inputs,
     require_coordinates,
     set_up,
+    split_of,
     starting_point,
 )
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, question
@@ -260,8 +262,17 @@ def test_a_split_by_time_tests_on_the_newest_labelled_molecules(tmp_path: Path) 
     named = downstream.read_inputs(config).named
     options = ConvertOptions(columns=ColumnConfig(label_columns=("y",)), valid_fraction=0.0)
     prepare_in_process(str(source), str(tmp_path / "data"), options)
-    molecules, _ = downstream._read_molecules(task, task.resolve(), str(tmp_path / "data"), named)
-    split = downstream._usable_split(config, task.resolve(), molecules)
+    data_uri = str(tmp_path / "data")
+    molecules, replicates = downstream._read_molecules(task, task.resolve(), data_uri, named)
+    loaded = Loaded(
+        data_uri=data_uri,
+        task=task.resolve(),
+        molecules=molecules,
+        replicates=replicates,
+        start=starting_point(config),
+        named=named,
+    )
+    split = split_of(config, loaded)
     found = [sorted(years[len(molecules.smiles[row]) - 1] for row in part) for part in split]
     assert found == [list(range(2000, 2016)), [2016, 2017], [2018, 2019]]
 

@@ -482,6 +482,8 @@ def test_names_of_files_are_those_of_results_that_exist() -> None:
     assert {name: value for name, value in vars(result_files).items() if name.isupper()} == {
         "IDENTITY_NAME": "config.json",
         "RESULTS_NAME": "results.json",
+        "FOLDS_DIR": "folds",
+        "OUT_OF_FOLD_NAME": "out_of_fold.parquet",
         "REPORT_NAME": "report.md",
         "DATA_DIR": "data",
         "MODELS_DIR": "models",
