@@ -146,6 +146,9 @@ def _run_folds(
     confirm: Callable[[], None],
 ) -> None:
     """Train, test and write the results of the folds that have none."""
+    for config in configs.values():
+        # A fold that was finished by a command of its own may be of other molecules, weights or seeds.
+        claim_for(config, loaded)
     missing = {fold: config for fold, config in configs.items() if not has_results(config)}
     if len(missing) < len(configs):
         logger.info(
@@ -153,10 +156,7 @@ def _run_folds(
         )
     if any(map(may_read_descriptors, missing.values())):
         loaded = dataclasses.replace(loaded, molecules=with_descriptors(loaded.molecules))
-    benches = {}
-    for fold, config in missing.items():
-        claim_for(config, loaded)
-        benches[fold] = bench_of(config, loaded, splits[fold])
+    benches = {fold: bench_of(config, loaded, splits[fold]) for fold, config in missing.items()}
     _train_ahead(missing, benches)
     features: Features | None = None
     for fold, config in missing.items():
