@@ -10,7 +10,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
-from moleblend_ray.evaluation.settings import COVERAGE, FEWEST_FOLDS, FinetuneSettings
+from moleblend_ray.evaluation.settings import COVERAGE, FEWEST_FOLDS, MOST_FOLDS, FinetuneSettings
 from moleblend_ray.evaluation.tasks import (
     Metric,
     ReplicateRule,
@@ -115,7 +115,7 @@ class TaskConfig:
                 self.split is not SplitKind.TIME or bool(self.split_column),
                 "split_column: expected a column of dates or numbers with split=time, found none",
             ),
-            *at_least(self, FEWEST_FOLDS, "folds"),
+            *within(self, FEWEST_FOLDS, MOST_FOLDS, "folds"),
             (
                 self.folds is None
                 or not (by_user or self.split in (SplitKind.GIVEN, SplitKind.TIME)),

@@ -16,6 +16,9 @@ COVERAGE: Final = 0.9
 FEWEST_FOLDS: Final = 3
 """Folds of a cross-validation: one to test on, one to choose by, one to train on."""
 
+MOST_FOLDS: Final = 1000
+"""Each is a training, with a folder of its own."""
+
 
 @typed
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,6 +31,7 @@ from moleblend_ray.evaluation.result_files import (
     SEED_RESULT_NAME,
     fold_path,
 )
+from moleblend_ray.evaluation.settings import MOST_FOLDS
 
 logger = logging.getLogger(__name__)
 
@@ -300,8 +301,10 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
 
 def _folds(config: Mapping[str, Any]) -> int | None:
     """Number of folds if all of a cross-validation are asked for."""
+    folds = member(config, "task.folds", int)
     is_one = member(config, "task.fold", int) is not None
-    return None if is_one else member(config, "task.folds", int)
+    # More are not of this program, and would all be looked for.
+    return None if is_one or folds is None or not 0 < folds <= MOST_FOLDS else folds
 
 
 def _sweep_detail(trials: list[Any], seeds: int) -> str:

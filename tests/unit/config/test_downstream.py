@@ -147,6 +147,15 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"censored": "true"}, "censored: expected for regression only"),
         ({"name": "qm9", "censored": "true"}, "censored: expected for one task only"),
         ({"name": "esol", "relation_column": "rel"}, "relation_column: expected with censored=tr"),
+        ({"folds": 2}, "folds: expected null or 3 to 1000, found 2"),
+        ({"folds": 5, "split": "given"}, "folds: expected with a split by random, scaffold, sc"),
+        ({"folds": 5, "split_column": "part"}, "folds: expected with a split by random, scaff"),
+        (
+            {"folds": 5, "split": "time", "split_column": "year"},
+            "folds: expected with a split by random, scaffold, scaffold_balanced or butina",
+        ),
+        ({"fold": 0}, "fold: expected with folds, from 0 to folds - 1, found 0 with folds=None"),
+        ({"folds": 5, "fold": 5}, "fold: expected with folds, from 0 to folds - 1, found 5 with"),
     ],
 )
 def test_tasks_that_contradict_themselves_are_refused(

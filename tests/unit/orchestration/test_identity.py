@@ -145,3 +145,14 @@ def test_the_order_of_baselines_makes_no_other_question(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "models/seed-0/result.json"), {})
     asked = noted([0], ["descriptors", "forest"])
     check_finished(str(tmp_path), asked["config"], dict)  # type: ignore[arg-type]
+
+
+def test_notes_of_folds_alone_are_no_results(tmp_path: Path) -> None:
+    claim(str(tmp_path), noted([0], [], finetune={"learning_rate": 1.0}))
+    claim(str(tmp_path / "folds/fold-0"), noted([0], [], finetune={"learning_rate": 1.0}))
+    other = noted([0], [], finetune={"learning_rate": 0.1})
+    claim(str(tmp_path), other)
+    claim(str(tmp_path / "folds/fold-0"), other)
+    storage.write_json(str(tmp_path / "folds/fold-1/models/seed-0/result.json"), {})
+    with pytest.raises(ConfigError, match=r"they differ in config\.finetune\.learning_rate"):
+        claim(str(tmp_path), noted([0], [], finetune={"learning_rate": 0.2}))

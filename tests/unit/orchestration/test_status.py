@@ -217,6 +217,30 @@ def test_a_sweep_counts_trials_and_seeds(tmp_path: Path) -> None:
     assert "not all seeds and baselines are trained" in shown(tmp_path)
 
 
+def test_a_cross_validation_counts_folds_and_what_all_of_them_have(tmp_path: Path) -> None:
+    config = {
+        "job": "SweepConfig",
+        "num_trials": 4,
+        "final_seeds": [0, 1],
+        "task": {"name": "esol", "folds": 3, "fold": None},
+    }
+    for fold in range(2):
+        sweep(tmp_path / f"folds/fold-{fold}")
+    storage.write_json(str(tmp_path / "config.json"), {"config": config})
+    storage.write_json(str(tmp_path / "folds/fold-0/models/seed-1/result.json"), {})
+    storage.write_json(str(tmp_path / "folds/fold-1/models/seed-1/result.json"), {})
+    storage.write_json(str(tmp_path / "folds/fold-1/results.json"), {})
+    found = document(tmp_path)
+    assert (found["folds_done"], found["folds"]) == (1, 3)
+    assert (found["seeds_done"], found["seeds"]) == (2, 6)
+    assert (found["trials_done"], found["trials_begun"], found["trials"]) == (2, 4, 12)
+    assert "1 of 3 have results" in shown(tmp_path)
+    # One fold alone is as a single split, and so is what no command has asked for.
+    for task in ({"name": "esol", "folds": 3, "fold": 1}, {"name": "esol", "folds": 10**12}):
+        storage.write_json(str(tmp_path / "config.json"), {"config": {**config, "task": task}})
+        assert (document(tmp_path)["folds"], document(tmp_path)["seeds"]) == (None, 2)
+
+
 def test_results_to_which_seeds_are_being_added_are_not_finished(tmp_path: Path) -> None:
     config = {"job": "FinetuneConfig", "task": {"name": "esol"}, "seeds": [0, 1]}
     storage.write_json(str(tmp_path / "config.json"), {"config": config})
