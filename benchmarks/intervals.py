@@ -41,9 +41,9 @@ def measure(out: str) -> dict[str, Any]:
     results = storage.read_object(storage.join(out, RESULTS_NAME), {"final.seeds": list[Any]})
     columns = results["task"]["columns"]
     seeds = [seed["seed"] for seed in results["final"]["seeds"]]
-    if len(columns) != 1 or len(seeds) < 2:
+    if len(columns) != 1 or len(seeds) < 2 or "folds" in results:
         raise ConfigError(
-            f"{out}: expected one property and several seeds, found {len(columns)} and {len(seeds)}"
+            f"{out}: expected one property and several seeds on one split, found {len(columns)} and {len(seeds)}"
         )
     valid, test = (read_of_seeds(out, seeds, part, columns) for part in ("valid", "test"))
     typical = float(np.median(spread(valid)))

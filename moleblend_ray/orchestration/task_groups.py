@@ -28,7 +28,13 @@ from moleblend_ray.data.lease import leased
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.given_split import rows_of_column
-from moleblend_ray.evaluation.leaderboard import Leaderboard, Status, TaskRow, rows_of_states
+from moleblend_ray.evaluation.leaderboard import (
+    Leaderboard,
+    Status,
+    TaskRow,
+    read_row,
+    rows_of_states,
+)
 from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
 from moleblend_ray.evaluation.result_files import (
     DATA_DIR,
@@ -141,15 +147,19 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
             stack.enter_context(ray_session(config.cluster))
             check_cluster(config)
         board = _write_board(config.out, states)
+        failed: dict[str, str] = {}
         _prepare_shared(config, shared)
         for number, (name, task_config) in enumerate(configs.items(), start=1):
             logger.info("task %d of %d: %s", number, len(configs), name)
             error = _error_of(run, task_config)
             if error is not None:
                 logger.error("%s failed: %s", name, error)
-                states[name] = TaskRow(name=name, status=Status.FAILED, reason=error)
+                failed[name] = error
+                # Where seeds or baselines were to be added, the results without them stay.
+                row = TaskRow(name=name, status=Status.FAILED, reason=error)
+                states[name] = read_row(config.out, name) or row
             board = _write_board(config.out, states)
-    _raise_for_failures(config.out, board)
+    _raise_for_failures(config.out, failed, len(board.rows))
     return _summary(config.out, board, time.monotonic() - began, finished_before == set(configs))
 
 
@@ -221,12 +231,11 @@ def _error_of(run: Callable[[C], Any], config: C) -> str | None:
     return None
 
 
-def _raise_for_failures(out: str, board: Leaderboard) -> None:
-    failed = [row for row in board.rows if row.status is Status.FAILED]
+def _raise_for_failures(out: str, failed: Mapping[str, str], num_tasks: int) -> None:
     if failed:
-        listed = "; ".join(f"{row.name}: {row.reason.rstrip('.')}" for row in failed)
+        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
         raise TrainingError(
-            f"{len(failed)} of {len(board.rows)} tasks failed: {listed}. The others are in {out}; the same command "
+            f"{len(failed)} of {num_tasks} tasks failed: {listed}. The others are in {out}; the same command "
             "tries only these again"
         )
 

@@ -118,6 +118,31 @@ def test_a_seed_is_added_to_tasks_that_are_finished_without_it(tmp_path: Path) -
     task_groups._check_questions(more.out, _task_configs(more, sources))
 
 
+def test_a_failing_addition_leaves_the_scores_that_are_there_in_the_leaderboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    config = config_for(tmp_path, "esol", "bbbp")
+    sources = task_sources(config.task.source, tuple(config.task.tasks().values()))
+    finish(_task_configs(config, sources)["esol"])
+    monkeypatch.setattr(task_groups, "ray_session", lambda cluster: contextlib.nullcontext())
+    monkeypatch.setattr(task_groups, "check_cluster", lambda config: None)
+
+    def run(config: FinetuneConfig) -> None:
+        raise TrainingError(f"no room for {config.task.name}")
+
+    with pytest.raises(
+        TrainingError, match="2 of 2 tasks failed: esol: no room for esol; bbbp: no"
+    ):
+        _run_tasks(dataclasses.replace(config, seeds=(0, 1)), run)
+    rows = storage.read_json(str(tmp_path / "out/leaderboard.json"))["tasks"]
+    assert [(row["name"], row["status"]) for row in rows] == [
+        ("esol", "finished"),
+        ("bbbp", "failed"),
+    ]
+    assert "| 1.5000 |" in (tmp_path / "out/leaderboard.md").read_text()
+
+
 def test_nothing_is_prepared_again_for_tasks_that_are_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
