@@ -62,6 +62,11 @@ class CrossValidation:
     sizes: tuple[int, ...]
     """Number of molecules in each fold."""
 
+    @property
+    def rows(self) -> list[slice]:
+        """Those of each fold in ``predictions``."""
+        return _rows_of(self.sizes)
+
 
 def combine_folds(out: str, folds: Sequence[Fold]) -> CrossValidation:
     """The results of all ``folds``, in order, whose predictions are in their folders of ``out``.
@@ -133,13 +138,18 @@ class _Scoring:
 
     def draws(self, folds: Sequence[Sequence[PartPredictions]]) -> Array:
         """(D,) mean score over the folds for each draw, of the predictions of all seeds for each fold."""
-        ends = np.cumsum(self.sizes).tolist()
         found = [
-            self.resampling.scores(self.metric, parts, self.columns, slice(end - size, end))
-            for parts, size, end in zip(folds, self.sizes, ends, strict=True)
+            self.resampling.scores(self.metric, parts, self.columns, rows)
+            for parts, rows in zip(folds, _rows_of(self.sizes), strict=True)
         ]
         mean: Array = np.mean(found, axis=0)
         return mean
+
+
+def _rows_of(sizes: Sequence[int]) -> list[slice]:
+    """The rows of parts of these sizes that follow one another."""
+    ends = np.cumsum(sizes).tolist()
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def _parts(

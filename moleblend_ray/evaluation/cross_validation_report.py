@@ -37,9 +37,10 @@ from moleblend_ray.evaluation.stored_predictions import PartPredictions
 
 
 def write_cross_validation_report(
-    out: str, results: Mapping[str, Any], predictions: PartPredictions
+    out: str, results: Mapping[str, Any], predictions: PartPredictions, rows: Sequence[slice]
 ) -> str:
-    """Write ``report.md`` and its figure to ``out``; ``predictions`` are those of all molecules by models that they had no part in."""
+    """Write ``report.md`` and its figure to ``out``; ``predictions`` are those of all molecules by models that they had no part in,
+    of each fold in its ``rows``."""
     figure = predictions_figure(
         results["task"],
         predictions.labels,
@@ -47,6 +48,7 @@ def write_cross_validation_report(
         models=f"{len(results['folds'])} folds",
         intervals=results["final"].get("intervals"),
         bounds=predictions.bounds,
+        folds=rows,
     )
     storage.write_bytes(storage.join(out, "figures", "test.png"), figure)
     uri = storage.join(out, REPORT_NAME)
@@ -78,6 +80,7 @@ def _text(results: Mapping[str, Any]) -> str:
         *class_sets_section(final.get("class_sets")),
         *bounds_section(task, data["labels"], final.get("bounds")),
         "![test molecules](figures/test.png)",
+        *(["", "One curve for each fold."] if task["kind"] == "classification" else []),
         *figure_remark(final),
         "",
         *_folds_section(folds),

@@ -26,16 +26,18 @@ def predictions_figure(
     models: str,
     intervals: Mapping[str, Any] | None = None,
     bounds: LabelBounds | None = None,
+    folds: Sequence[slice] = (slice(None),),
 ) -> bytes:
     """The (M, T) labels and predictions of the test molecules as a PNG: curves of classes, or points.
 
-    ``models`` says in the title whose predictions they are. The ``intervals`` of a single property are drawn, and labels of
+    ``folds`` are the rows that were predicted by the same models, and have a curve each: scores of different models need not be on
+    one scale. ``models`` says in the title whose predictions they are. The ``intervals`` of a single property are drawn, and labels of
     which only ``bounds`` are known, as triangles that point to where they are.
     """
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     if task["kind"] == "classification":
-        _draw_roc(axes, task["columns"], labels, predictions)
+        _draw_roc(axes, task["columns"], labels, predictions, folds)
     else:
         ends = _draw_parity(axes, task, labels, predictions, bounds)
         if intervals and len(task["columns"]) == 1:
@@ -49,15 +51,26 @@ def _draw_roc(
     columns: Sequence[str],
     labels: NDArray[np.float64],
     predictions: NDArray[np.float64],
+    folds: Sequence[slice],
 ) -> None:
     few = len(columns) <= 6
     for index, column in enumerate(columns):
-        known = ~np.isnan(labels[:, index])
-        if len(np.unique(labels[known, index])) < 2:
-            continue
-        false_rate, true_rate, _ = roc_curve(labels[known, index], predictions[known, index])
         label = figure_text(column) if few else None
-        axes.plot(false_rate, true_rate, label=label, alpha=1.0 if few else 0.3)
+        for rows in folds:
+            own, predicted = labels[rows, index], predictions[rows, index]
+            known = ~np.isnan(own)
+            if len(np.unique(own[known])) < 2:
+                continue
+            false_rate, true_rate, _ = roc_curve(own[known], predicted[known])
+            axes.plot(
+                false_rate,
+                true_rate,
+                color=f"C{index % 10}",
+                label=label,
+                alpha=(1.0 if few else 0.3) / len(folds) ** 0.25,
+                linewidth=1.5 if len(folds) == 1 else 1.0,
+            )
+            label = None
     axes.plot([0, 1], [0, 1], color="grey", linestyle=":", linewidth=1)
     axes.set(xlabel="false positive rate", ylabel="true positive rate")
     if few:

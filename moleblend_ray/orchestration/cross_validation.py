@@ -242,7 +242,7 @@ def _write_together(
     from moleblend_ray.evaluation.cross_validation_report import write_cross_validation_report
 
     write_out_of_fold(config.out, found, loaded.molecules.columns)
-    write_cross_validation_report(config.out, results, found.predictions)
+    write_cross_validation_report(config.out, results, found.predictions, found.rows)
     storage.write_json(storage.join(config.out, RESULTS_NAME), results)
     return cast(dict[str, Any], results)
 
