@@ -97,7 +97,7 @@ class TaskRow:
     """Of these, those that are also among the molecules for training or validation (``Repeats``); 0 also for results of
     before this was counted."""
     split: str = ""
-    """How the molecules were divided."""
+    """How the molecules were divided, and into how many folds. Of these, the scores of ``models`` have a value for each."""
     split_hash: str = ""
     """16 hexadecimal digits that name the split."""
     labels: str = ""
@@ -269,7 +269,7 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
         molecules=data["molecules"],
         test_molecules=data["split"].get("test", 0),
         test_seen=data.get("repeats", {}).get("test_seen", 0),
-        split=data["split"]["kind"],
+        split=_split_text(data["split"]),
         split_hash=data["split"]["hash"],
         labels=_labels_of(results),
         results=folder,
@@ -279,6 +279,18 @@ def row_of_results(results: Mapping[str, Any], folder: str) -> TaskRow:
             ),
             *(_model_score(entry, is_baseline=True) for entry in baseline_entries(results)),
         ),
+    )
+
+
+def _split_text(split: Mapping[str, Any]) -> str:
+    """What :attr:`TaskRow.split` is: the kind, and the folds of a cross-validation, or which of them."""
+    if (folds := split.get("folds")) is None:
+        return str(split["kind"])
+    fold = split.get("fold")
+    return (
+        f"{split['kind']}, {folds} folds"
+        if fold is None
+        else f"{split['kind']}, fold {fold} of {folds}"
     )
 
 

@@ -39,11 +39,11 @@ CSV_COLUMNS = (
     "test_seen", "labels", "test_low", "test_high",
 )  # fmt: skip
 """Columns of the CSV file. It has one line per task and model, and one without a model for a task without scores.
-Values of seeds are separated by spaces."""
+Values of seeds, or of the folds of a cross-validation, are separated by spaces."""
 
 _RULES = (
     "Configurations were chosen on validation molecules; the test molecules were scored once, afterwards, with every "
-    "seed. Scores are means ± sample standard deviations over seeds (bars in the figure), a single seed has none; ↑: higher is better, ↓: lower is "
+    "seed. Scores are means ± sample standard deviations over seeds, of cross-validations over folds (bars in the figure), a single seed has none; ↑: higher is better, ↓: lower is "
     "better. The best mean of a task is marked. Ranks and wins go by the mean test score. A gain is relative to the "
     "baseline that is best on the validation molecules of the task. It counts as better or worse than this baseline beyond chance "
     "where the 95 % interval of the difference, over draws of the test molecules, does not contain 0; where there is no difference, "
@@ -151,9 +151,9 @@ def markdown_text(board: Leaderboard, figure: str | None) -> str:
         lines += [f"![gain over the best baseline]({figure})", ""]
     if models:
         lines += [
-            "## Each seed",
+            "## Each seed or fold",
             "",
-            "| task | split | model | validation | test | 95 % interval | each seed |",
+            "| task | split | model | validation | test | 95 % interval | each seed or fold |",
             "|---|---|---|--:|--:|--:|---|",
             *_markdown_seeds(board),
             "",
@@ -216,7 +216,7 @@ def html_text(board: Leaderboard, figure: bytes | None) -> str:
         parts += ["<section><h2>Without scores</h2>", _html_others(others), "</section>"]
     if board.models:
         cards = "".join(map(_html_card, board.finished))
-        parts += [f'<section><h2>Each seed</h2><div class="cards">{cards}</div></section>']
+        parts += [f'<section><h2>Each seed or fold</h2><div class="cards">{cards}</div></section>']
     parts.append(f'<footer class="soft">{_text(_RULES)}</footer>')
     return _PAGE.format(title=_text(board.title), style=_STYLE, body="\n".join(parts))
 

@@ -189,6 +189,7 @@ def test_it_stands_in_a_leaderboard_as_one_row(
     assert row.score_of("MoleBLEND, from scratch") is not None
     assert row.models[0].test.mean == summary.test_score
     assert (row.molecules, row.test_molecules) == (NUM_MOLECULES, NUM_MOLECULES)
+    assert row.split == f"random, {FOLDS} folds"
 
 
 def test_folds_are_not_changed_in_an_out_with_results(
