@@ -22,7 +22,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
-from moleblend_ray.evaluation.resampling import Array, Resampling, gains
+from moleblend_ray.evaluation.resampling import Array, Resampling, Scored
 from moleblend_ray.evaluation.result_files import OUT_OF_FOLD_NAME
 from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.runs import read_of_folders
@@ -87,13 +87,13 @@ def combine_folds(out: str, folds: Sequence[Fold]) -> CrossValidation:
         resampling=Resampling.of(together.smiles, most_of_one=min(sizes) // 2),
         sizes=sizes,
     )
-    draws = scoring.draws(tested)
     final = _model_entry(folds, finals)
+    model = Scored(final["test"]["mean"], scoring.draws(tested))
     final |= {
-        "test_interval": scoring.resampling.interval(draws, final["test"]["mean"]),
+        "test_interval": scoring.resampling.interval(model.draws, model.score),
         **_uncertainties(TaskKind(task["kind"]), columns, chosen_by, together),
     }
-    baselines, absent = _baselines(out, folds, scoring, final, draws)
+    baselines, absent = _baselines(out, folds, scoring, model)
     return CrossValidation(
         entries={
             "final": final,
@@ -218,8 +218,7 @@ def _baselines(
     out: str,
     folds: Sequence[Fold],
     scoring: _Scoring,
-    model: Mapping[str, Any],
-    model_draws: Array,
+    model: Scored,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The baselines that all folds have, and why the others are missing."""
     kinds = dict.fromkeys(entry["kind"] for fold in folds for entry in fold.results["baselines"])
@@ -237,19 +236,9 @@ def _baselines(
             _parts(out, fold, entry, "test", scoring.columns)
             for fold, entry in zip(folds, entries, strict=True)
         ]
-        draws = scoring.draws(parts)
         entry = {"kind": kind, **_model_entry(folds, entries)}
-        test = entry["test"]["mean"]
-        found.append(
-            {
-                **entry,
-                "test_interval": scoring.resampling.interval(draws, test),
-                "model_is_better_by": scoring.resampling.interval(
-                    gains(scoring.metric, model_draws, draws),
-                    gains(scoring.metric, float(model["test"]["mean"]), test),
-                ),
-            }
-        )
+        own = Scored(entry["test"]["mean"], scoring.draws(parts))
+        found.append({**entry, **scoring.resampling.comparison(scoring.metric, model, own)})
     return found, absent
 
 

@@ -22,7 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,15 @@ _CHUNK: Final = 1 << 21
 Array = NDArray[np.float64]
 
 N = TypeVar("N", float, Array)
+
+
+class Scored(NamedTuple):
+    """A model on the molecules of a test part."""
+
+    score: float
+    """Its score on the molecules as they are."""
+    draws: Array
+    """(D,) its score on each draw."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,6 +136,16 @@ class Resampling:
         if low == high or abs(known.mean() - of_all) > _MOST_BIAS * known.std():
             return None
         return float(low), float(high)
+
+    def comparison(self, metric: Metric, model: Scored, baseline: Scored) -> dict[str, Any]:
+        """The part of ``results.json`` about how sure the score of a baseline is, and that the model is better."""
+        differences = gains(metric, model.draws, baseline.draws)
+        return {
+            "test_interval": self.interval(baseline.draws, baseline.score),
+            "model_is_better_by": self.interval(
+                differences, gains(metric, model.score, baseline.score)
+            ),
+        }
 
     def to_json(self) -> dict[str, Any]:
         """The part of ``results.json`` about how intervals of scores are made."""

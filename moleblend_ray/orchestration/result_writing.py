@@ -7,9 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
@@ -19,7 +16,7 @@ from moleblend_ray.evaluation.applicability import similarity_entry
 from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
-from moleblend_ray.evaluation.resampling import Resampling, gains
+from moleblend_ray.evaluation.resampling import Resampling, Scored
 from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results import (
     RESULTS_VERSION,
@@ -68,8 +65,8 @@ def write_results(
         read_of_results(config.out, model.final, part, columns) for part in ("valid", "test")
     )
     resampling = Resampling.of(test[0].smiles)
-    draws = resampling.scores(experiment.task.metric, test, columns)
     final = seeds_entry(f"MoleBLEND, {name}", model.final)
+    scored = Scored(final["test"]["mean"], resampling.scores(experiment.task.metric, test, columns))
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -84,13 +81,13 @@ def write_results(
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
         "final": {
             **final,
-            "test_interval": resampling.interval(draws, final["test"]["mean"]),
+            "test_interval": resampling.interval(scored.draws, scored.score),
             **_together(experiment.task, columns, valid, test, resampling),
         },
         "baselines": [
             {
                 **baseline_entry(result),
-                **_compared(config.out, experiment.task, columns, result, resampling, final, draws),
+                **_compared(config.out, experiment.task, columns, result, resampling, scored),
             }
             for result in baselines.results
         ],
@@ -115,21 +112,13 @@ def _compared(
     columns: Sequence[str],
     baseline: BaselineResult,
     resampling: Resampling,
-    model: Mapping[str, Any],
-    model_draws: NDArray[np.float64],
+    model: Scored,
 ) -> dict[str, Any]:
-    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better; ``model`` is what it says of
-    the model, and ``model_draws`` (D,) are its scores for the draws of the test molecules."""
+    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better."""
     test = read_of_results(out, baseline.seeds, "test", columns)
-    draws = resampling.scores(task.metric, test, columns)
-    baseline_test = Spread.of([seed.test_score for seed in baseline.seeds]).mean
-    return {
-        "test_interval": resampling.interval(draws, baseline_test),
-        "model_is_better_by": resampling.interval(
-            gains(task.metric, model_draws, draws),
-            gains(task.metric, float(model["test"]["mean"]), baseline_test),
-        ),
-    }
+    mean = Spread.of([seed.test_score for seed in baseline.seeds]).mean
+    scored = Scored(mean, resampling.scores(task.metric, test, columns))
+    return resampling.comparison(task.metric, model, scored)
 
 
 def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:
