@@ -157,6 +157,10 @@ class TaskConfig:
         """Whether all folds of a cross-validation are asked for."""
         return self.folds is not None and self.fold is None
 
+    def sources(self) -> tuple[str, ...]:
+        """``source`` as several, of which a task has one."""
+        return (self.source,)
+
     def tasks(self) -> dict[str, Task]:
         """Every task that is asked for, by name, in order; a ConfigError if one is unknown and not described."""
         return {name: self._resolve(name) for name in task_names(self.name)}
@@ -301,8 +305,9 @@ class LeaderboardConfig:
 class LibraryConfig:
     """What embedding and prediction have in common: molecules that a model looks at."""
 
-    source: str
-    """Molecules as for `prepare` (SDF, CSV/TSV, SMILES, Parquet), or a prepared dataset, which is used as it is."""
+    source: str | tuple[str, ...]
+    """Molecules as for `prepare` (SDF, CSV/TSV, SMILES, Parquet): file, directory or glob, or a list of them; or one prepared
+    dataset, which is used as it is."""
     out: str
     """Directory of what is made of them, as a path or URI that every worker reaches."""
     batch_size: int = 64
@@ -316,6 +321,10 @@ class LibraryConfig:
     """Larger molecules are rejected, and listed."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where the work runs: `num_data_actors` models of `cpus_per_worker` CPUs, each on a GPU with `use_gpu`."""
+
+    def sources(self) -> tuple[str, ...]:
+        """``source`` as several."""
+        return (self.source,) if isinstance(self.source, str) else self.source
 
     def _library_checks(self) -> tuple[Check, ...]:
         return (*locations(self, "source", "out"), *at_least(self, 1, "batch_size"))

@@ -90,4 +90,4 @@ class PrepareConfig:
 
     def sources(self) -> tuple[str, ...]:
         """``source`` as several."""
-        return (self.source,) if isinstance(self.source, str) else tuple(self.source)
+        return (self.source,) if isinstance(self.source, str) else self.source

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import LEASES_DIR, is_prepared
+from moleblend_ray.data.dataset_files import LEASES_DIR, is_prepared, prepared_source
 from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
@@ -126,12 +126,14 @@ def check_finished(
     _compare(out, {name: stored[name] for name in present}, present)
 
 
-def data_inputs(source: str, data_uri: str, prepare: Callable[[], str]) -> dict[str, str | None]:
-    """The present fingerprint of ``source``, which is a prepared dataset or was prepared into ``data_uri``.
+def data_inputs(
+    sources: Sequence[str], data_uri: str, prepare: Callable[[], str]
+) -> dict[str, str | None]:
+    """The present fingerprint of ``sources``, which are a prepared dataset or were prepared into ``data_uri``.
 
     Empty if the prepared dataset was deleted. ``prepare`` compares it with the source and refuses a change.
     """
-    if not (is_prepared(source) or is_prepared(data_uri)):
+    if prepared_source(sources) is None and not is_prepared(data_uri):
         return {}
     return {"data_fingerprint": load_manifest(prepare()).fingerprint}
 

@@ -19,7 +19,7 @@ from moleblend_ray.config.downstream import (
 )
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.claim import rows_per_chunk_of
-from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.dataset_files import prepared_source
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
@@ -66,7 +66,7 @@ def look_at_source(
     prepared dataset.
     """
     refuse_raw_settings(molecules)
-    if is_prepared(molecules.source):
+    if prepared_source(molecules.sources()) is not None:
         return None
     columns = ColumnConfig(
         smiles_column=molecules.smiles_column,
@@ -75,7 +75,7 @@ def look_at_source(
         **_bound_settings(molecules),
     )
     with _settings_named_as_in(molecules):
-        return inspect_sources(find_sources(molecules.source), columns)
+        return inspect_sources(find_sources(*molecules.sources()), columns)
 
 
 def _bound_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> dict[str, Any]:
@@ -96,9 +96,9 @@ def refuse_raw_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> 
         for name, usual in RAW_SETTINGS.items()
         if getattr(molecules, name, usual) != usual
     ]
-    if given and is_prepared(molecules.source):
+    if given and (prepared := prepared_source(molecules.sources())) is not None:
         raise ConfigError(
-            f"{', '.join(given)}: only for raw molecules, but {molecules.source} is a prepared data set, which is used as it is. "
+            f"{', '.join(given)}: only for raw molecules, but {prepared} is a prepared data set, which is used as it is. "
             "Leave this out, or give the files that it was made from"
         )
 
@@ -131,10 +131,10 @@ def prepare_molecules(
     warning is logged if prepared ones have another. All molecules are in one split, in the order of the source. ``sources``
     is what :func:`look_at_source` has found, if it was called. ``require_coordinates`` rejects raw molecules that get none.
     """
-    if is_prepared(molecules.source):
+    if (prepared := prepared_source(molecules.sources())) is not None:
         if form is not None:
-            _warn_of_other_form(molecules.source, form)
-        return molecules.source
+            _warn_of_other_form(prepared, form)
+        return prepared
     rows = rows_per_chunk_of(out)
     if rows is None:
         sources = sources or look_at_source(molecules, label_columns)

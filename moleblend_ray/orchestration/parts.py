@@ -110,11 +110,11 @@ def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dic
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
             raise DataError(
-                f"{config.source}: none of {manifest.counts.rows_in} rows is a usable molecule; "
+                f"{', '.join(config.sources())}: none of {manifest.counts.rows_in} rows is a usable molecule; "
                 f"reasons: {manifest.counts.quarantined_by_reason}"
             )
-        if data_uri == config.source:
-            _tell_of_missing_coordinates(job, maker, manifest)
+        if data_uri != storage.join(config.out, PREPARED_DIR):
+            _tell_of_missing_coordinates(job, maker, data_uri, manifest)
         found = _make_parts(job, maker, data_uri, manifest)
     rejected = _write_rejected(config.out, data_uri, manifest)
     _check_sum(config.out, manifest, found[job.kind.counted], rejected)
@@ -158,8 +158,10 @@ def _wanted_conformers(job: PartsJob, maker: PartMaker) -> int:
     return maker.conformers if asked is None else int(asked)
 
 
-def _tell_of_missing_coordinates(job: PartsJob, maker: PartMaker, manifest: Manifest) -> None:
-    """Warn if a prepared source, to which nothing is added, lacks coordinates that the model was tuned with."""
+def _tell_of_missing_coordinates(
+    job: PartsJob, maker: PartMaker, data_uri: str, manifest: Manifest
+) -> None:
+    """Warn if the prepared source ``data_uri``, to which nothing is added, lacks coordinates that the model was tuned with."""
     total, placed = manifest.counts.rows_out, manifest.counts.with_coordinates
     if placed < total and _wanted_conformers(job, maker):
         seen = "the elements" if maker.needs_coordinates else "2D relations"
@@ -168,7 +170,7 @@ def _tell_of_missing_coordinates(job: PartsJob, maker: PartMaker, manifest: Mani
             "is used as it is. Prepare it with featurize.conformers.generate=true, or give the raw molecules",
             total - placed,
             total,
-            without_credentials(job.config.source),
+            without_credentials(data_uri),
             seen,
         )
 
@@ -307,7 +309,7 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     def inputs() -> dict[str, str | None]:
         maker = job.load(torch.device("cpu"))
         return {
-            **data_inputs(job.config.source, data_uri, lambda: _prepare(job, maker)),
+            **data_inputs(job.config.sources(), data_uri, lambda: _prepare(job, maker)),
             "checkpoint_fingerprint": maker.fingerprint,
         }
 

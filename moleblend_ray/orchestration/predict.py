@@ -18,7 +18,7 @@ import torch
 from moleblend_ray.config.downstream import PredictConfig
 from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.dataset_files import prepared_source
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import ConfigError
@@ -71,8 +71,8 @@ def predict(config: PredictConfig) -> PredictSummary:
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
     config = with_absolute_paths(config)
-    if config.atom_contributions and is_prepared(config.source):
-        _require_canonical_order(config.source)
+    if config.atom_contributions and (prepared := prepared_source(config.sources())) is not None:
+        _require_canonical_order(prepared)
     outcome = run_parts(predict_job(config))
     summary = outcome.summary
     csv = storage.join(config.out, CSV_NAME)

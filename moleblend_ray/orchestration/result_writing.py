@@ -214,7 +214,7 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
         start = starting_point(config)
         return {
             **data_inputs(
-                config.task.source, data_uri, lambda: prepare_task(config, start.molecules)
+                config.task.sources(), data_uri, lambda: prepare_task(config, start.molecules)
             ),
             "checkpoint_fingerprint": start.fingerprint,
             **split_identity(named_splits(config.task)),

@@ -18,7 +18,7 @@ import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
-from moleblend_ray.errors import CheckpointError, TrainingError
+from moleblend_ray.errors import CheckpointError, ConfigError, TrainingError
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.result_files import EMBED
 from moleblend_ray.model.config import ModelConfig
@@ -122,6 +122,23 @@ def test_order_and_ids_are_the_sources_and_what_is_missing_is_made_again(
     np.testing.assert_array_equal(
         np.stack(read_parts(config.out)["embedding"].to_numpy(zero_copy_only=False)), vectors
     )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_several_sources_are_one_after_the_other(config: EmbedConfig, tmp_path: Path) -> None:
+    (tmp_path / "first.smi").write_text("CCBr last-by-name\n")
+    several = dataclasses.replace(
+        config, source=(*config.sources(), str(tmp_path / "first.smi")), id_column=None
+    )
+    assert embed(several).embeddings == 51
+    table = read_parts(config.out)
+    assert table["mol_id"].to_pylist()[-2:] == ["molecules_50", "last-by-name"]
+    parts = json.loads(Path(config.out, "embeddings.json").read_text())["parts"]
+    assert [part["source_uri"] for part in parts] == list(several.sources())
+    assert embed(several).already_finished
+    swapped = dataclasses.replace(several, source=several.sources()[::-1])
+    with pytest.raises(ConfigError, match="differ in source: "):
+        embed(swapped)
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -11,6 +11,7 @@ from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.describe import describe
 from moleblend_ray.config.downstream import (
     BaselineConfig,
+    EmbedConfig,
     FinetuneConfig,
     LeaderboardConfig,
     PredictConfig,
@@ -82,6 +83,8 @@ def test_every_setting_has_a_description_for_help(config: type) -> None:
             "applicability: expected null or 0 to 1, found 1.2",
         ),
         ({"models": "a", "source": ""}, "source: expected"),
+        ({"models": "a", "source": ()}, r"source: expected a path or URI, found \(\)"),
+        ({"models": "a", "source": ("b", "")}, "source: expected"),
     ],
 )
 def test_predictions_that_cannot_be_made_are_refused(
@@ -97,8 +100,21 @@ def test_models_are_paths_one_or_several() -> None:
     several = PredictConfig(models=("/runs/esol/models/seed-0", "s3://b/m"), source="a", out="b")
     resolved = with_absolute_paths(several)
     assert resolved.model_uris() == several.model_uris()
-    assert resolved.source.startswith("/")
+    assert resolved.sources()[0].startswith("/")
     assert path_settings(several)["models[1]"] == "s3://b/m"
+
+
+def test_molecules_are_paths_one_or_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["checkpoint=/m", "out=/out"]
+    one = with_absolute_paths(load_config(EmbedConfig, "embed", [*given, "source=a.csv"]))
+    assert one.sources() == (f"{tmp_path}/a.csv",)
+    listed = load_config(EmbedConfig, "embed", [*given, "source=[b.csv,s3://x/*.sdf]"])
+    several = with_absolute_paths(listed)
+    assert several.sources() == several.source == (f"{tmp_path}/b.csv", "s3://x/*.sdf")
+    assert path_settings(several)["source[1]"] == "s3://x/*.sdf"
 
 
 @pytest.mark.parametrize(

@@ -187,13 +187,13 @@ def test_every_path_that_an_actor_opens_must_be_shared(monkeypatch: pytest.Monke
     cluster = ClusterConfig(use_gpu=True)
     one = EmbedConfig(checkpoint="/m", source="/a.csv", out="/o", cluster=cluster)
     parts._check_cluster(embed_job(one))
-    several = PredictConfig(models=("/m", "/n"), source="/a.csv", out="/o")
+    several = PredictConfig(models=("/m", "/n"), source=("/a.csv", "/b.csv"), out="/o")
     parts._check_cluster(predict_job(several))
     assert asked == [
         {"CPU": 1.0, "GPU": 1.0},
         {"checkpoint", "source", "out"},
         {"CPU": 1.0},
-        {"models[0]", "models[1]", "source", "out"},
+        {"models[0]", "models[1]", "source[0]", "source[1]", "out"},
     ]
 
 
@@ -405,6 +405,53 @@ def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
     assert embed_job(elsewhere).question() == embed_job(config).question()
     flat = dataclasses.replace(config, conformers=False)
     assert embed_job(flat).question() != embed_job(config).question()
+
+
+def test_a_list_of_one_source_is_this_source_and_an_order_is_a_question(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    config = EmbedConfig(checkpoint="/m", source="/a.csv", out=out)
+    # As versions noted it that took one source only.
+    claim(out, {"config": {**embed_job(config).question(), "source": "/a.csv"}})
+    write_part(tmp_path / "out")
+    listed = dataclasses.replace(config, source=("/a.csv",))
+    check_claim(out, {"config": embed_job(listed).question()})
+    several = [
+        embed_job(dataclasses.replace(config, source=sources)).question()
+        for sources in (("/a.csv", "/b.csv"), ("/b.csv", "/a.csv"))
+    ]
+    assert several[0] != several[1]
+    with pytest.raises(ConfigError, match=r"source: '/a.csv' there, \['/b.csv', '/a.csv'\] here"):
+        check_claim(out, {"config": several[1]})
+
+
+def test_molecules_of_several_sources_come_in_the_order_given(
+    tmp_path: Path, library: EmbedConfig
+) -> None:
+    for name in ("b.csv", "a.csv", "folder/z.csv", "folder/y.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("smiles\nCCO\n")
+    given = tuple(str(tmp_path / name) for name in ("b.csv", "folder", "a*.csv"))
+    found = look_at_source(dataclasses.replace(library, source=given), ())
+    assert found is not None
+    uris = [layout.file.uri for layout in found.layouts]
+    assert uris == [
+        str(tmp_path / name) for name in ("b.csv", "folder/y.csv", "folder/z.csv", "a.csv")
+    ]
+    with pytest.raises(ConfigError, match=r"source: .*folder/y.csv is in two of"):
+        look_at_source(dataclasses.replace(library, source=(given[1], uris[1])), ())
+
+
+@pytest.mark.usefixtures("manifest")
+def test_a_prepared_data_set_is_no_one_of_several_sources(
+    tmp_path: Path, library: EmbedConfig
+) -> None:
+    data = str(tmp_path / "data")
+    several = dataclasses.replace(library, source=(*library.sources(), data))
+    told = rf"source: {data} is a prepared data set, and one of 2 sources; expected one"
+    with pytest.raises(ConfigError, match=told):
+        embed(several)
+    assert not (tmp_path / "out").exists()
+    assert look_at_source(dataclasses.replace(library, source=(data,)), ()) is None
 
 
 @pytest.mark.usefixtures("manifest")
