@@ -6,8 +6,6 @@ import dataclasses
 import os
 from typing import Any, TypeVar
 
-from moleblend_ray.errors import ConfigError
-
 T = TypeVar("T")
 
 PATH_FIELDS = frozenset(
@@ -28,13 +26,9 @@ PATH_FIELDS = frozenset(
 
 
 def with_absolute_paths(config: T) -> T:
-    """`config` with every relative local path made absolute; URIs stay as they are. A ConfigError for what are no settings."""
-    if not dataclasses.is_dataclass(config):
-        raise ConfigError(
-            f"expected settings, such as mb.PrepareConfig(...) for mb.prepare, found {config!r}"
-        )
+    """`config` with every relative local path made absolute; URIs stay as they are."""
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             changes[field.name] = with_absolute_paths(value)

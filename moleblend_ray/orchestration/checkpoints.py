@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.documents import member
 from moleblend_ray.orchestration.terminal import (
     facts_table,
@@ -33,7 +33,7 @@ _MAX_TENSORS: Final = 12
 
 def inspect_checkpoints(config: CheckpointsConfig) -> InventoryReport | DifferenceReport:
     """The checkpoints of ``config.run``, or how two differ (``config.against``). Deletes only with ``keep_last``."""
-    config = with_absolute_paths(config)
+    config = accepted(config, CheckpointsConfig)
     if config.against is not None:
         return compare_checkpoints(config.run, config.against)
     with progress_bar("verify", enabled=config.verify, show=str, unit=" checkpoints") as progress:

@@ -15,9 +15,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from moleblend_ray.chemistry.scaffolds import Split
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.baselines import BaselineKind
@@ -87,7 +87,7 @@ def cross_validate(config: FinetuneConfig | SweepConfig) -> CrossValidationSumma
     cross-validation). Repeating the command continues as :func:`finetune` and :func:`sweep` do, for further seeds and
     baselines, too. InUseError if another command works on the same results.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, SweepConfig if isinstance(config, SweepConfig) else FinetuneConfig)
     if not config.task.is_cross_validated:
         raise ConfigError(
             "task.folds: expected a number of folds for a cross-validation, without task.fold"

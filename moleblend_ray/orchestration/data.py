@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import InspectConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.inspect import (
     DataSetReport,
     QuarantineReason,
@@ -42,7 +42,7 @@ _EXCERPT_CHARACTERS: Final = 40
 
 def inspect_data(config: InspectConfig) -> Report:
     """What the prepared data set ``config.data`` holds; with ``config.verify`` every file is read."""
-    config = with_absolute_paths(config)
+    config = accepted(config, InspectConfig)
     with progress_bar("verify", enabled=config.verify, show=bytes_text, unit="B") as progress:
         return inspect_data_set(
             config.data, verify=config.verify, num_examples=config.examples, progress=progress

@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.download import DownloadConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data.download import download_collection
 from moleblend_ray.errors import without_credentials
 from moleblend_ray.orchestration.terminal import progress_bar
@@ -38,7 +38,7 @@ class DownloadSummary:
 def download(config: DownloadConfig) -> DownloadSummary:
     """Download the files of ``config.collection``. Files that are already there are verified and kept."""
     start_s = time.monotonic()
-    config = with_absolute_paths(config)
+    config = accepted(config, DownloadConfig)
     collection = config.collection
     bars: dict[str, Callable[[int, int | None], None]] = {}
     with contextlib.ExitStack() as newest:

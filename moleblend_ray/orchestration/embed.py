@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import EmbedConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.evaluation.embedding import Embedder
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import property_fingerprint
@@ -49,7 +49,7 @@ def embed(config: EmbedConfig) -> EmbedSummary:
 
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, EmbedConfig)
     outcome = run_parts(embed_job(config))
     summary = outcome.summary
     return EmbedSummary(

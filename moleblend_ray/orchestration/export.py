@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.tools import ExportConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.property_model import is_property_model
@@ -29,7 +29,7 @@ def export(config: ExportConfig) -> ExportSummary:
 
     Raises ConfigError for a fine-tuned model, which needs no export.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, ExportConfig)
     if is_property_model(config.checkpoint):
         raise ConfigError(
             f"checkpoint: {config.checkpoint} is a fine-tuned model, which is stored as {WEIGHTS_NAME} and {PROPERTY_NAME} "

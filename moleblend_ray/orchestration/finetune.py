@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.lease import leased
 from moleblend_ray.errors import ConfigError, without_credentials
@@ -83,7 +83,7 @@ def finetune(config: FinetuneConfig) -> FinetuneSummary:
     Repeating a finished command does nothing; repeating an interrupted one, or one with further seeds or baselines, trains
     those that are missing. InUseError if another command works on the same results.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, FinetuneConfig)
     results, already_finished = compute_results(config, config.seeds, train)
     return summarise(config.out, results, already_finished=already_finished)
 

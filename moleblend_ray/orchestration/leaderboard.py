@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import LeaderboardConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.leaderboard import compare, read_leaderboard, seen_from_elsewhere
 from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
@@ -29,7 +29,7 @@ class LeaderboardSummary:
 
 def leaderboard(config: LeaderboardConfig) -> LeaderboardSummary:
     """Read the results below ``config.run`` (and ``against``) and write their leaderboard; no result is changed."""
-    config = with_absolute_paths(config)
+    config = accepted(config, LeaderboardConfig)
     uris = (config.run, *config.against)
     boards = [read_leaderboard(uri) for uri in uris]
     out = config.out or config.run

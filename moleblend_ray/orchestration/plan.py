@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import json_values, redact
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.config import StreamConfig
@@ -68,7 +68,7 @@ class PlanReport:
 
 def plan(config: PlanConfig) -> PlanReport:
     """Plan ``config``; with ``config.out`` also write the plan and its chart."""
-    config = with_absolute_paths(config)
+    config = accepted(config, PlanConfig)
     manifest = load_manifest(config.data) if config.data else None
     found = measure_now(config, manifest) if config.measure else None
     setup = build_setup(config, manifest, found)

@@ -15,8 +15,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import PredictConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import prepared_source
 from moleblend_ray.data.manifest import load_manifest
@@ -70,7 +70,7 @@ def predict(config: PredictConfig) -> PredictSummary:
 
     Repeating a finished command does nothing; repeating an interrupted one makes the parts that are missing.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, PredictConfig)
     if config.atom_contributions and (prepared := prepared_source(config.sources())) is not None:
         _require_canonical_order(prepared)
     outcome = run_parts(predict_job(config))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
@@ -98,7 +98,7 @@ def prepare(
     before. InUseError if another command works on the same data set.
     """
     start_s = time.monotonic()
-    config = with_absolute_paths(config)  # The actors have another working directory.
+    config = accepted(config, PrepareConfig)  # The actors have another working directory.
     files = (
         find_sources(*config.sources())
         if sources is None

@@ -26,8 +26,8 @@ import ray.train
 import ray.train.torch
 from ray.data import Dataset
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import Manifest, load_manifest
@@ -89,7 +89,7 @@ def pretrain(config: PretrainConfig) -> PretrainSummary:
     A finished run is only reported. On SIGTERM the workers commit their current step, and this function returns.
     """
     began_s = time.monotonic()
-    config = with_absolute_paths(config)  # Workers have another working directory.
+    config = accepted(config, PretrainConfig)  # Workers have another working directory.
     # Here, where it is known what trains: data actors, which cut the micro-batches, may have no GPU.
     config = replace(config, stream=config.stream.for_device(is_gpu=config.cluster.use_gpu))
     manifest = load_manifest(config.data)

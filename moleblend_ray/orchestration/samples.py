@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moleblend_ray.chemistry.samples import write_samples
-from moleblend_ray.config.paths import with_absolute_paths
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.tools import SamplesConfig
 from moleblend_ray.data import storage
 
@@ -24,7 +24,7 @@ class SamplesSummary:
 
 def samples(config: SamplesConfig) -> SamplesSummary:
     """Write the sample collection; a local file that holds it already is kept."""
-    config = with_absolute_paths(config)
+    config = accepted(config, SamplesConfig)
     if "://" not in config.out:
         rows = write_samples(config.out, config.num_molecules, config.seed)
         return SamplesSummary(molecules=rows, bytes=storage.size(config.out))

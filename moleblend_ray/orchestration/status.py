@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.status import DataStatus, data_status, has_data_set
@@ -58,7 +58,7 @@ _WAIT_SHARE: Final = 0.1
 
 def status(config: StatusConfig) -> Status:
     """The state of the command that writes ``config.run``. Raises DataError if there is none."""
-    uri = with_absolute_paths(config).run
+    uri = accepted(config, StatusConfig).run
     if has_data_set(uri):
         return data_status(uri)
     document = _document(uri)

@@ -30,8 +30,8 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import SweepConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
 from moleblend_ray.evaluation.baselines import BaselineKind
@@ -103,7 +103,7 @@ def sweep(config: SweepConfig) -> SweepSummary:
     Repeating a finished command does nothing; repeating an interrupted one, or one with further final seeds or baselines,
     keeps the trials and seeds that were finished. InUseError if another command works on the same results.
     """
-    config = with_absolute_paths(config)
+    config = accepted(config, SweepConfig)
     check_search(config)
     results, already_finished = compute_results(config, config.final_seeds, search_and_train)
     return _summary(summarise(config.out, results, already_finished=already_finished), results)

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
-from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.data import storage
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.lease import leased
@@ -115,6 +115,7 @@ def sweep_tasks(config: SweepConfig) -> TasksSummary:
     finished. Before any work it raises ConfigError or DataError if settings or files are missing, or differ from those
     of ``out``. After all tasks it raises TrainingError that names the tasks that failed, if any.
     """
+    config = accepted(config, SweepConfig)
     for task in config.task.tasks().values():
         search_method(config, task)
     return _run_tasks(config, _sweep_one)
@@ -123,11 +124,10 @@ def sweep_tasks(config: SweepConfig) -> TasksSummary:
 def finetune_tasks(config: FinetuneConfig) -> TasksSummary:
     """:func:`finetune`, or the cross-validation, of each task that ``config.task.name`` stands for; otherwise as
     :func:`sweep_tasks`."""
-    return _run_tasks(config, _finetune_one)
+    return _run_tasks(accepted(config, FinetuneConfig), _finetune_one)
 
 
 def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
-    config = with_absolute_paths(config)
     began = time.monotonic()
     sources = _find_sources(config)
     states = {name: _first_state(name, config, sources) for name in config.task.tasks()}
