@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.checks import check_all
+from moleblend_ray.checks import Check, check_all
 from moleblend_ray.chemistry.config import (
     MAX_ATOMS,
     MAX_CONFORMERS,
@@ -54,15 +54,15 @@ class MoleculeEncoder:
         uri: str | os.PathLike[str],
         *,
         device: str | torch.device = "cpu",
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> MoleculeEncoder:
         """The encoder of a pretraining run, one of its checkpoints, an exported model, a file of official parameters (.pt, .npz) or
         a fine-tuned model, by path or URI.
 
-        ``batch_size`` molecules are computed at once. A CheckpointError if ``uri`` holds no model, a ConfigError for a device that is
+        ``batch_size`` molecules are computed at once (None: 64 on a CPU, 1,024 on a GPU). A CheckpointError if ``uri`` holds no model, a ConfigError for a device that is
         not there or another wrong argument.
         """
-        check_all((batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"))
+        check_all(_batch_check(batch_size))
         place = _usable(device)
         name = os.fspath(uri)
         start, fine_tuned = load_encoder(name)
@@ -135,12 +135,12 @@ class PropertyPredictor:
         conformers: int | None = None,
         interval: float | None = COVERAGE,
         device: str | torch.device = "cpu",
-        batch_size: int = 64,
+        batch_size: int | None = None,
     ) -> PropertyPredictor:
         """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
 
         Predictions are means over models and ``conformers`` (0: without coordinates; None: as many as the models were fine-tuned with,
-        none for models that see 2D relations alone); ``batch_size`` conformers are computed at once. Intervals around predicted
+        none for models that see 2D relations alone); ``batch_size`` conformers are computed at once (None: 64 on a CPU, 1,024 on a GPU). Intervals around predicted
         numbers, and sets of classes, hold the share ``interval`` of labels (above 0 and below 1; None: neither). A CheckpointError if there is no
         model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
         None, for a device that is not there or another wrong argument.
@@ -156,7 +156,7 @@ class PropertyPredictor:
                 interval is None or 0 < interval < 1,
                 f"interval: expected above 0 and below 1, found {interval}",
             ),
-            (batch_size >= 1, f"batch_size: expected at least 1, found {batch_size}"),
+            _batch_check(batch_size),
         )
         place = _usable(device)
         predictor = Predictor.build(
@@ -207,6 +207,13 @@ class PropertyPredictor:
             name = "canonical_smiles" if field.name == "smiles" else field.name
             table = table.append_column(field.with_name(name), column)
         return table
+
+
+def _batch_check(batch_size: int | None) -> Check:
+    return (
+        batch_size is None or batch_size >= 1,
+        f"batch_size: expected at least 1, or None, found {batch_size}",
+    )
 
 
 def _usable(device: str | torch.device) -> torch.device:

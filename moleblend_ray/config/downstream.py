@@ -310,9 +310,9 @@ class LibraryConfig:
     dataset, which is used as it is."""
     out: str
     """Directory of what is made of them, as a path or URI that every worker reaches."""
-    batch_size: int = 64
-    """Molecules computed at once: memory and speed, not the result. On GPUs take about 1,024, as the host launches all kernels
-    again for each."""
+    batch_size: int | None = None
+    """Molecules computed at once: memory and speed, not the result. null: 64 on CPUs and 1,024 on GPUs, whose hosts launch all
+    kernels again for each."""
     smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.data.config import CPU_MICRO_BATCH, GPU_MICRO_BATCH
 from moleblend_ray.evaluation.descriptor_inputs import DescriptorInputs, DescriptorTable
 from moleblend_ray.model.batch import MoleculeBatch
 
@@ -46,6 +47,14 @@ def without_coordinates(table: pa.Table) -> pa.Table:
         place, field = table.schema.get_field_index(name), table.schema.field(name)
         table = table.set_column(place, field, pa.array([value] * len(table), field.type))
     return table
+
+
+def molecules_at_once(asked: int | None, device: torch.device) -> int:
+    """``asked``, or where it is None as many as suit the device: the host of a GPU launches all kernels again for each batch, and on
+    CPUs small batches have less padding."""
+    if asked is not None:
+        return asked
+    return CPU_MICRO_BATCH if device.type == "cpu" else GPU_MICRO_BATCH
 
 
 def batches_by_size(

@@ -18,6 +18,7 @@ from moleblend_ray.evaluation.batches import (
     MOLECULE_COLUMNS,
     batches_by_size,
     descriptors_of_views,
+    molecules_at_once,
     views_of,
     without_coordinates,
 )
@@ -67,11 +68,12 @@ class Embedder:
         *,
         uri: str,
         fingerprint: str,
-        batch_size: int,
+        batch_size: int | None,
         device: torch.device,
         coordinates: bool = True,
     ) -> Embedder:
-        """Move the encoder ``start``, and the fine-tuned model that it comes from, to ``device``."""
+        """Move the encoder ``start``, and the fine-tuned model that it comes from, to ``device``. ``batch_size`` None: as many molecules as
+        suit it."""
         if fine_tuned is not None:
             fine_tuned = fine_tuned._replace(model=fine_tuned.model.to(device).eval())
         return cls(
@@ -80,7 +82,7 @@ class Embedder:
             form=start.molecules,
             uri=uri,
             fingerprint=fingerprint,
-            batch_size=batch_size,
+            batch_size=molecules_at_once(batch_size, device),
             device=device,
             coordinates=coordinates,
         )

@@ -28,6 +28,7 @@ from moleblend_ray.evaluation.batches import (
     ViewDescriptors,
     batches_by_size,
     descriptors_of_views,
+    molecules_at_once,
     views_of,
     without_coordinates,
 )
@@ -90,12 +91,13 @@ class Predictor:
         *,
         conformers: int | None,
         threshold: float | None,
-        batch_size: int,
+        batch_size: int | None,
         device: torch.device,
         interval: float | None = None,
         atom_contributions: bool = False,
     ) -> Predictor:
-        """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with.
+        """Move ``members`` to ``device``. ``conformers`` None: as many as they were fine-tuned with;
+        ``batch_size`` None: as many as suit the device.
 
         Raises ConfigError as :func:`conformers_of` and :func:`form_of`, and if there are to be none for a model of distances
         alone.
@@ -123,7 +125,7 @@ class Predictor:
             interval=interval,
             half_widths=np.full(len(trained.columns), np.nan) if widths is None else widths,
             classes=classes,
-            batch_size=batch_size,
+            batch_size=molecules_at_once(batch_size, device),
             device=device,
             atom_contributions=atom_contributions,
         )

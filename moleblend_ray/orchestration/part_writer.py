@@ -21,7 +21,7 @@ from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
-from moleblend_ray.errors import CheckpointError, MoleBlendError, without_credentials
+from moleblend_ray.errors import CheckpointError, MoleBlendError, TrainingError, without_credentials
 from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.result_files import PARTS_DIR, PartsKind
 from moleblend_ray.orchestration.reserved import use_reserved
@@ -43,6 +43,10 @@ class PartMaker(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the weights and of everything else in the model that changes the result."""
+
+    @property
+    def batch_size(self) -> int:
+        """Molecules that it computes at once."""
 
     @property
     def conformers(self) -> int:
@@ -116,9 +120,7 @@ class PartWriter:
         reused = content is not None
         if content is None:
             table = read_shard(self._data_uri, self._manifest, split, shard)
-            content = parquet_bytes(
-                self._loaded().part(table), compression="zstd", write_page_checksum=True
-            )
+            content = parquet_bytes(self._part(table), compression="zstd", write_page_checksum=True)
             storage.write_bytes(uri, content)
         return {
             "path": path,
@@ -144,6 +146,18 @@ class PartWriter:
             return content
         logger.warning("%s holds other rows or columns and is made again", without_credentials(uri))
         return None
+
+    def _part(self, table: pa.Table) -> pa.Table:
+        maker = self._loaded()
+        try:
+            return maker.part(table)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).partition("\n")[0]
+            raise TrainingError(
+                f"{self.job.kind.command}: batch_size: the memory of the GPU is too small for {maker.batch_size} molecules at once, of up "
+                f"to {max(table['num_atoms'].to_pylist())} atoms. Parts made so far are kept: run the same command again with a smaller one, "
+                f"such as batch_size={max(1, maker.batch_size // 4)} ({reason})"
+            ) from error
 
     def _loaded(self) -> PartMaker:
         if self._maker is None:

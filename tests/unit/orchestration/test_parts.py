@@ -26,7 +26,7 @@ from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
-from moleblend_ray.errors import CheckpointError, ConfigError
+from moleblend_ray.errors import CheckpointError, ConfigError, TrainingError
 from moleblend_ray.evaluation.batches import without_coordinates
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
@@ -43,7 +43,7 @@ from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.identity import check_claim, claim
 from moleblend_ray.orchestration.molecules import look_at_source
 from moleblend_ray.orchestration.part_writer import PartWriter
-from moleblend_ray.orchestration.predict import predict, predict_job
+from moleblend_ray.orchestration.predict import load_predictor, predict, predict_job
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 
@@ -195,6 +195,40 @@ def test_every_path_that_an_actor_opens_must_be_shared(monkeypatch: pytest.Monke
         {"CPU": 1.0},
         {"models[0]", "models[1]", "source[0]", "source[1]", "out"},
     ]
+
+
+def test_a_gpu_that_is_too_small_for_a_batch_is_told_from_an_error_of_the_program(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4 GiB.\nMore.")
+
+    lacking = writer(tmp_path, manifest)
+    monkeypatch.setattr(type(lacking._loaded()), "part", fill)
+    with pytest.raises(
+        TrainingError,
+        match=r"batch_size: .* for 64 molecules .* up to 3 atoms.* batch_size=16 .*GiB",
+    ):
+        lacking.write(0, "train", 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "at_once"),
+    [(None, "cpu", 64), (None, "meta", 1024), (9, "cpu", 9), (9, "meta", 9)],
+)
+def test_gpus_compute_many_molecules_at_once_unless_asked_otherwise(
+    tmp_path: Path, asked: int | None, device: str, at_once: int
+) -> None:
+    save_pretrained(MoleBlendModel(TINY), str(tmp_path / "encoder"))
+    save_property_model(
+        PropertyModel(MoleBlendModel(TINY), 1), trained_property(), str(tmp_path / "model")
+    )
+    place = torch.device(device)
+    paths: dict[str, Any] = {"source": "/a.csv", "out": "/o", "batch_size": asked}
+    embedding = EmbedConfig(checkpoint=str(tmp_path / "encoder"), **paths)
+    prediction = PredictConfig(models=str(tmp_path / "model"), **paths)
+    assert load_embedder(embedding, place).batch_size == at_once
+    assert load_predictor(prediction, place).batch_size == at_once
 
 
 def test_a_model_that_is_not_there_is_the_error_of_the_part_not_of_the_writer(
@@ -403,6 +437,7 @@ def test_a_job_asks_the_same_whatever_its_place_and_speed() -> None:
         config, out="b", batch_size=3, cluster=ClusterConfig(num_data_actors=4)
     )
     assert embed_job(elsewhere).question() == embed_job(config).question()
+    assert "batch_size" not in embed_job(config).question()  # nor in what an earlier version noted
     flat = dataclasses.replace(config, conformers=False)
     assert embed_job(flat).question() != embed_job(config).question()
 
