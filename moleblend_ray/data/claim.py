@@ -36,10 +36,6 @@ def finished_manifest(
     if not is_prepared(out):
         return None
     manifest = load_manifest(out)
-    # Manifests of before do not say which members of an archive were read.
-    tells_members = all(source.members is not None for source in manifest.sources)
-    made_of = [_identity(source, with_members=tells_members) for source in manifest.sources]
-    wanted = [_identity(file, with_members=tells_members) for file in files]
     # A setting that the manifest lacks was introduced later: its default is what the data set was made with.
     there = with_defaults(manifest.options, ConvertOptions().to_json())
     problems = _changes(there, options.to_json())
@@ -47,8 +43,8 @@ def finished_manifest(
         problems.append(
             f"featurizer version: there {manifest.featurizer_version}, now {FEATURIZER_VERSION}"
         )
-    if made_of != wanted:
-        problems.append(f"sources: there {_shown(made_of)}; now {_shown(wanted)}")
+    if (changed := changed_files(manifest.sources, files)) is not None:
+        problems.append(f"sources: {changed}")
     if problems:
         raise ConfigError(
             f"out: {out} holds a data set prepared otherwise. {'; '.join(problems)}. "
@@ -56,6 +52,15 @@ def finished_manifest(
         )
     _check_shards(out, manifest)
     return manifest
+
+
+def changed_files(made_of: Sequence[SourceInfo], files: Sequence[SourceFile]) -> str | None:
+    """How the files that molecules were ``made_of`` differ from ``files``, as words; None if they do not."""
+    # Manifests of before do not say which members of an archive were read.
+    tells_members = all(source.members is not None for source in made_of)
+    there = [_identity(source, with_members=tells_members) for source in made_of]
+    now = [_identity(file, with_members=tells_members) for file in files]
+    return None if there == now else f"there {_shown(there)}; now {_shown(now)}"
 
 
 def rows_per_chunk_of(out: str) -> int | None:

@@ -11,9 +11,9 @@ import logging
 import pickle
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,15 +22,19 @@ import ray.data
 import torch
 
 from moleblend_ray.config.describe import redact
+from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import SPLITS, source_index
+from moleblend_ray.data.claim import changed_files
+from moleblend_ray.data.dataset_files import SPLITS, is_prepared, prepared_source, source_index
+from moleblend_ray.data.documents import member
 from moleblend_ray.data.lease import leased
-from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.manifest import Manifest, SourceInfo, load_manifest
 from moleblend_ray.data.options import needs_exchange
 from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
-from moleblend_ray.data.sources import SourceSet
+from moleblend_ray.data.sources import SourceSet, find_sources
 from moleblend_ray.errors import (
+    ConfigError,
     DataError,
     TrainingError,
     without_credentials,
@@ -54,6 +58,7 @@ from moleblend_ray.orchestration.part_writer import (
     parquet_bytes,
 )
 from moleblend_ray.orchestration.placement import place_dataset
+from moleblend_ray.orchestration.prepare import check_apart
 from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.session import ray_session
 from moleblend_ray.settings import to_dict
@@ -61,6 +66,8 @@ from moleblend_ray.settings import to_dict
 logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.parquet"
+_NAMED: Final = 3
+"""Rejected rows that an error names."""
 
 _LABEL_COLUMNS: Final[tuple[str, ...]] = ()
 """Labels that are kept of a raw source: none."""
@@ -90,6 +97,8 @@ def run_parts(job: PartsJob) -> Outcome:
     check_claim(config.out, {"config": job.question(), "checkpoint_fingerprint": maker.fingerprint})
     # Likewise errors of the source, before Ray is started.
     sources = look_at_source(config, _LABEL_COLUMNS)
+    if sources is not None:
+        check_apart(config, [layout.file for layout in sources.layouts])
     with leased(config.out, partial(_has_summary, job)) as lease:
         # The command that held the lease before may have finished the work.
         if (stored := _finished(job)) is not None:
@@ -109,10 +118,7 @@ def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dic
         data_uri = _prepare(job, maker, sources)
         manifest = load_manifest(data_uri)
         if not any(manifest.num_molecules(split) for split in SPLITS):
-            raise DataError(
-                f"{', '.join(config.sources())}: none of {manifest.counts.rows_in} rows is a usable molecule; "
-                f"reasons: {manifest.counts.quarantined_by_reason}"
-            )
+            _end_without_molecules(config, data_uri, manifest)
         if data_uri != storage.join(config.out, PREPARED_DIR):
             _tell_of_missing_coordinates(job, maker, data_uri, manifest)
         found = _make_parts(job, maker, data_uri, manifest)
@@ -122,10 +128,32 @@ def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dic
         **found,
         "rejected": rejected,
         "rejected_by_reason": manifest.counts.quarantined_by_reason,
-        "data": {"uri": data_uri, "fingerprint": manifest.fingerprint},
+        "data": {
+            "uri": data_uri,
+            "fingerprint": manifest.fingerprint,
+            "sources": [asdict(source) for source in manifest.sources],
+        },
         "config": to_dict(config),
         "versions": versions(),
     }
+
+
+def _end_without_molecules(
+    config: EmbedConfig | PredictConfig, data_uri: str, manifest: Manifest
+) -> NoReturn:
+    """Raise DataError that names some of the rows; ``out`` then lists all of them, and may be used again with other settings
+    or a source that was put right."""
+    _write_rejected(config.out, data_uri, manifest)
+    listed = storage.join(config.out, REJECTED_NAME)
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(listed))).slice(0, _NAMED).to_pylist()
+    named = "; ".join(f"row {row['source_row']}: {row['detail']}" for row in rows)
+    if data_uri == storage.join(config.out, PREPARED_DIR):
+        storage.delete_tree(data_uri)
+    raise DataError(
+        f"{without_credentials(', '.join(config.sources()))}: none of {manifest.counts.rows_in} rows is a usable molecule "
+        f"({manifest.counts.quarantined_by_reason}), such as {named}. {listed} lists all of them. Correct the source or its "
+        "settings, such as smiles_column, and run the command again"
+    )
 
 
 def _check_cluster(job: PartsJob) -> None:
@@ -307,6 +335,7 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:
+        _require_same_files(job, summary)
         maker = job.load(torch.device("cpu"))
         return {
             **data_inputs(job.config.sources(), data_uri, lambda: _prepare(job, maker)),
@@ -316,3 +345,27 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
     check_finished(out, job.question(), inputs)
     logger.info("%s is finished: %d %s", out, summary[job.kind.counted], job.kind.counted)
     return summary
+
+
+def _require_same_files(job: PartsJob, summary: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the files of a raw source are not those that the finished ``out`` was made of, which may have its
+    prepared molecules no more."""
+    config = job.config
+    made_of = _made_of(config.out, summary)
+    if made_of is None or prepared_source(config.sources()) is not None:
+        return
+    if (changed := changed_files(made_of, find_sources(*config.sources()))) is not None:
+        raise ConfigError(
+            f"out: {config.out} is finished, and its source has changed since then: {changed}. Give another `out` for the source as "
+            "it is now"
+        )
+
+
+def _made_of(out: str, summary: Mapping[str, Any]) -> list[SourceInfo] | None:
+    """The files that a finished ``out`` was made of; None if it does not tell."""
+    stored = member(summary, "data.sources", list[dict[str, Any]])
+    if stored is not None:
+        return [SourceInfo(**source) for source in stored]
+    # As earlier versions wrote it.
+    data_uri = storage.join(out, PREPARED_DIR)
+    return list(load_manifest(data_uri).sources) if is_prepared(data_uri) else None

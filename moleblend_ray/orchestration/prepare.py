@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.prepare import PrepareConfig
@@ -45,6 +45,10 @@ from moleblend_ray.orchestration.exchange import run_exchange
 from moleblend_ray.orchestration.identity import require_own
 from moleblend_ray.orchestration.progress import Progress, Reporter
 from moleblend_ray.orchestration.session import GIB, ray_session
+
+if TYPE_CHECKING:
+    # It imports what property models are described by.
+    from moleblend_ray.config.downstream import LibraryConfig
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +108,7 @@ def prepare(
         if sources is None
         else [layout.file for layout in sources.layouts]
     )
-    _check_apart(config, [file.uri for file in files])
+    check_apart(config, files)
     splits = _named_splits(config, len(files))
     options = _options(config, splits)
     if (manifest := _finished(config.out, files, options)) is not None:
@@ -213,7 +217,7 @@ def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOption
     )
 
 
-def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
+def check_apart(config: PrepareConfig | LibraryConfig, files: Sequence[SourceFile]) -> None:
     """Refuse an output among the sources, as the next run would read its shards as sources."""
     out = storage.absolute(config.out).rstrip("/") + "/"
     for source in config.sources():
@@ -221,9 +225,9 @@ def _check_apart(config: PrepareConfig, uris: Sequence[str]) -> None:
             raise ConfigError(
                 f"out: {config.out} lies inside source {source}; give a place outside of it."
             )
-    for uri in uris:
-        if uri.startswith(out):
-            raise ConfigError(f"out: {config.out} holds the source {uri}; give a place apart.")
+    for file in files:
+        if file.uri.startswith(out):
+            raise ConfigError(f"out: {config.out} holds the source {file.uri}; give a place apart.")
 
 
 def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates: bool) -> None:

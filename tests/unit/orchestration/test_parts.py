@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,12 +22,13 @@ from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.lease import InUseError, leased
 from moleblend_ray.data.manifest import Manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
-from moleblend_ray.errors import CheckpointError, ConfigError, TrainingError
+from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.batches import without_coordinates
 from moleblend_ray.evaluation.property_model import (
     Standardisation,
@@ -42,7 +44,7 @@ from moleblend_ray.orchestration import parts
 from moleblend_ray.orchestration.embed import embed, embed_job, load_embedder
 from moleblend_ray.orchestration.identity import check_claim, claim
 from moleblend_ray.orchestration.molecules import look_at_source
-from moleblend_ray.orchestration.part_writer import PartWriter
+from moleblend_ray.orchestration.part_writer import PartsJob, PartWriter
 from moleblend_ray.orchestration.predict import load_predictor, predict, predict_job
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
@@ -111,6 +113,11 @@ def test_a_part_is_described_by_its_rows_bytes_and_checksum_and_reused(
     assert writer(tmp_path, manifest).write(0, "train", 0) == {**made, "reused": True}
 
 
+def run_here(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the actors do."""
+    return [writer.write(place["number"], place["split"], place["shard"]) for place in places]
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_equal_rows_of_several_files_are_told_apart_by_the_source_of_their_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shuffled: bool
@@ -124,10 +131,7 @@ def test_equal_rows_of_several_files_are_told_apart_by_the_source_of_their_part(
     if shuffled:
         manifest = dataclasses.replace(manifest, options={**manifest.options, "shuffle": True})
 
-    def run(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [writer.write(place["number"], place["split"], place["shard"]) for place in places]
-
-    monkeypatch.setattr(parts, "_run_actors", run)
+    monkeypatch.setattr(parts, "_run_actors", run_here)
     maker = begun.job.load(torch.device("cpu"))
     found = parts._make_parts(begun.job, maker, str(tmp_path / "data"), manifest)["parts"]
     rows = [
@@ -342,6 +346,76 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbedConfig:
         source=str(tmp_path / "library.csv"),
         out=str(tmp_path / "out"),
     )
+
+
+@pytest.fixture
+def here(library: EmbedConfig, monkeypatch: pytest.MonkeyPatch) -> EmbedConfig:
+    """A command of which this process does all without Ray."""
+
+    def prepare_here(job: PartsJob, *_: object) -> str:
+        out = f"{job.config.out}/prepared"
+        if not is_prepared(out):
+            prepared(job.config.sources()[0], out)
+        return out
+
+    monkeypatch.setattr(parts, "ray_session", lambda _: nullcontext())
+    monkeypatch.setattr(parts, "_check_cluster", lambda _: None)
+    monkeypatch.setattr(parts, "_prepare", prepare_here)
+    monkeypatch.setattr(parts, "_run_actors", run_here)
+    return library
+
+
+def test_a_source_without_a_usable_molecule_can_be_put_right_and_the_out_used_again(
+    tmp_path: Path, here: EmbedConfig
+) -> None:
+    (tmp_path / "library.csv").write_text("smiles\nname\nother\n")
+    told = (
+        r"library.csv: none of 2 rows is a usable molecule .*'unparsable_smiles': 2.*, such as row 0: not a SMILES: 'name'; "
+        r"row 1: .*out/rejected.parquet lists all of them\. Correct"
+    )
+    with pytest.raises(DataError, match=told):
+        embed(here)
+    rejected = pq.read_table(tmp_path / "out/rejected.parquet")
+    assert rejected["excerpt"].to_pylist() == ["name", "other"]
+    assert not (tmp_path / "out/prepared").exists()
+    (tmp_path / "library.csv").write_text("smiles\nCCO\nother\n")
+    summary = embed(here)
+    assert (summary.embeddings, summary.rejected) == (1, 1)
+    assert pq.read_table(tmp_path / "out/rejected.parquet").num_rows == 1
+
+
+@pytest.mark.parametrize("version", ["now", "before"])
+def test_a_source_that_changed_is_told_by_a_finished_out(
+    tmp_path: Path, here: EmbedConfig, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    embed(here)
+    assert embed(here).already_finished
+    if version == "now":
+        # Which is allowed: a changed source must be seen all the same.
+        shutil.rmtree(tmp_path / "out/prepared")
+    else:
+        summary = storage.read_json(str(tmp_path / "out/embeddings.json"))
+        del summary["data"]["sources"]
+        storage.write_json(str(tmp_path / "out/embeddings.json"), summary)
+    assert embed(here).already_finished
+    (tmp_path / "library.csv").write_text("smiles\nCCCCCO\n")
+    told = rf"^out: {tmp_path}/out is finished, and its source has changed since then: there .*/library.csv \(11 bytes.*; now"
+    with pytest.raises(ConfigError, match=told):
+        embed(here)
+    (tmp_path / "library.csv").unlink()
+    assert embed(here).already_finished
+    assert "cannot check whether the inputs" in caplog.text
+
+
+def test_an_out_inside_of_its_source_is_refused_before_anything_is_written(
+    tmp_path: Path, library: EmbedConfig
+) -> None:
+    inside = dataclasses.replace(library, source=str(tmp_path / "raw"), out=f"{tmp_path}/raw/out")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "library.csv").rename(tmp_path / "raw/library.csv")
+    with pytest.raises(ConfigError, match=r"^out: .*/raw/out lies inside source .*/raw; give"):
+        embed(inside)
+    assert [path.name for path in (tmp_path / "raw").iterdir()] == ["library.csv"]
 
 
 @pytest.mark.parametrize(
