@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.checks import Check, check_all
+from moleblend_ray.checks import check_all
 from moleblend_ray.chemistry.config import (
     MAX_ATOMS,
     MAX_CONFORMERS,
@@ -34,6 +34,7 @@ from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.ensemble import load_members
 from moleblend_ray.evaluation.prediction import Predictor
 from moleblend_ray.evaluation.settings import COVERAGE
+from moleblend_ray.settings import typed
 
 _NO_LABELS: Final = np.empty(0)
 
@@ -62,16 +63,16 @@ class MoleculeEncoder:
         ``batch_size`` molecules are computed at once (None: 64 on a CPU, 1,024 on a GPU). A CheckpointError if ``uri`` holds no model, a ConfigError for a device that is
         not there or another wrong argument.
         """
-        check_all(_batch_check(batch_size))
+        asked = _Asked(batch_size=batch_size)
         place = _usable(device)
-        name = os.fspath(uri)
+        (name,) = _locations("uri", [uri])
         start, fine_tuned = load_encoder(name)
         embedder = Embedder.build(
             start,
             fine_tuned,
             uri=name,
             fingerprint=start.fingerprint or "",
-            batch_size=batch_size,
+            batch_size=asked.batch_size,
             device=place,
         )
         return cls(embedder=embedder)
@@ -145,26 +146,17 @@ class PropertyPredictor:
         model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
         None, for a device that is not there or another wrong argument.
         """
-        given = (models,) if isinstance(models, str | os.PathLike) else tuple(models)
-        check_all(
-            (len(given) > 0, "models: expected a path or URI, or several, found none"),
-            (
-                conformers is None or 0 <= conformers <= MAX_CONFORMERS,
-                f"conformers: expected 0 to {MAX_CONFORMERS}, found {conformers}",
-            ),
-            (
-                interval is None or 0 < interval < 1,
-                f"interval: expected above 0 and below 1, found {interval}",
-            ),
-            _batch_check(batch_size),
-        )
+        given = _locations("models", models)
+        if isinstance(conformers, bool):
+            conformers = int(conformers)
+        asked = _Asked(conformers=conformers, interval=interval, batch_size=batch_size)
         place = _usable(device)
         predictor = Predictor.build(
-            load_members(tuple(os.fspath(uri) for uri in given)),
-            conformers=conformers,
+            load_members(given),
+            conformers=asked.conformers,
             threshold=None,
-            interval=interval,
-            batch_size=batch_size,
+            interval=asked.interval,
+            batch_size=asked.batch_size,
             device=place,
         )
         return cls(predictor=predictor)
@@ -209,11 +201,47 @@ class PropertyPredictor:
         return table
 
 
-def _batch_check(batch_size: int | None) -> Check:
-    return (
-        batch_size is None or batch_size >= 1,
-        f"batch_size: expected at least 1, or None, found {batch_size}",
+@typed
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Asked:
+    """How a model is to be asked; a ConfigError for values of other types and for those that make no sense."""
+
+    conformers: int | None = None
+    interval: float | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        check_all(
+            (
+                self.conformers is None or 0 <= self.conformers <= MAX_CONFORMERS,
+                f"conformers: expected 0 to {MAX_CONFORMERS}, found {self.conformers}",
+            ),
+            (
+                self.interval is None or 0 < self.interval < 1,
+                f"interval: expected above 0 and below 1, found {self.interval}",
+            ),
+            (
+                self.batch_size is None or self.batch_size >= 1,
+                f"batch_size: expected at least 1, found {self.batch_size}",
+            ),
+        )
+
+
+def _locations(name: str, given: Any) -> tuple[str, ...]:
+    """One path or URI, or several, as text; ConfigError if there is none, or something else among them."""
+    one = isinstance(given, str | os.PathLike) or not isinstance(given, Iterable)
+    uris = (given,) if one else tuple(given)
+    check_all(
+        (len(uris) > 0, f"{name}: expected a path or URI, or several, found none"),
+        *(
+            (
+                isinstance(uri, str | os.PathLike) and uri != "",
+                f"{name}: expected a path or URI, found {uri!r}",
+            )
+            for uri in uris
+        ),
     )
+    return tuple(os.fspath(uri) for uri in uris)
 
 
 def _usable(device: str | torch.device) -> torch.device:

@@ -321,6 +321,12 @@ def test_wrong_arguments_are_named(tmp_path: Path, encoder: mb.MoleculeEncoder) 
     model = fine_tuned(tmp_path / "m", 0)
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"models": []}, "models: expected a path"),
+        ({"models": None}, "models: expected a path or URI, found None"),
+        ({"models": [model, 3]}, "models: expected a path or URI, found 3"),
+        ({"models": ""}, "models: expected a path or URI, found ''"),
+        ({"batch_size": "64"}, r"batch_size: expected int or null, found '64' \(str\)"),
+        ({"conformers": 1.5}, r"conformers: expected int or null, found 1\.5 \(float\)"),
+        ({"interval": "0.9"}, r"interval: expected float or null, found '0\.9' \(str\)"),
         ({"batch_size": 0}, "batch_size: expected at least 1"),
         ({"conformers": -1}, "conformers: expected 0 to 255, found -1"),
         ({"conformers": 300}, "conformers: expected 0 to 255, found 300"),
@@ -332,6 +338,9 @@ def test_wrong_arguments_are_named(tmp_path: Path, encoder: mb.MoleculeEncoder) 
             mb.PropertyPredictor.from_pretrained(**{"models": model, **options})
     with pytest.raises(ConfigError, match="batch_size: expected at least 1"):
         mb.MoleculeEncoder.from_pretrained(model, batch_size=-1)
+    for uri in (None, [model], ""):
+        with pytest.raises(ConfigError, match=r"^uri: expected a path or URI, found "):
+            mb.MoleculeEncoder.from_pretrained(uri)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="invalid: expected raise or nan, found 'NaN'"):
         encoder.encode(["C1CC"], invalid="NaN")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="max_atoms"):
