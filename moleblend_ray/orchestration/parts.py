@@ -26,7 +26,13 @@ from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
 from moleblend_ray.data import storage
 from moleblend_ray.data.claim import changed_files
-from moleblend_ray.data.dataset_files import SPLITS, is_prepared, prepared_source, source_index
+from moleblend_ray.data.dataset_files import (
+    SPLITS,
+    is_prepared,
+    listed,
+    prepared_source,
+    source_index,
+)
 from moleblend_ray.data.documents import member
 from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import Manifest, SourceInfo, load_manifest
@@ -39,7 +45,7 @@ from moleblend_ray.errors import (
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.evaluation.result_files import PREPARED_DIR
+from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
 from moleblend_ray.evaluation.results import versions
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
@@ -91,6 +97,7 @@ def run_parts(job: PartsJob) -> Outcome:
     stored = _finished(job)
     if stored is not None:
         return Outcome(summary=stored, already_finished=True)
+    _tell_of_lost_files(job)
     # Read here as well, to find errors of the model before molecules are prepared and actors are started.
     maker = job.load(torch.device("cpu"))
     # Preparing a library can take hours, and would write into results of something else.
@@ -103,6 +110,8 @@ def run_parts(job: PartsJob) -> Outcome:
         # The command that held the lease before may have finished the work.
         if (stored := _finished(job)) is not None:
             return Outcome(summary=stored, already_finished=True)
+        # Of an `out` that has lost files: while these are made again, it is unfinished.
+        storage.delete(storage.join(config.out, job.kind.summary_name))
         found = _make_all(job, maker, sources)
         summary = redact({**found, "seconds": time.monotonic() - began})
         lease.confirm()
@@ -326,12 +335,42 @@ def _has_summary(job: PartsJob, out: str) -> bool:
     return storage.exists(storage.join(out, job.kind.summary_name))
 
 
+def _summary(job: PartsJob) -> dict[str, Any]:
+    members = {job.kind.counted: int, "parts": list[dict[str, Any]]}
+    return storage.read_object(storage.join(job.config.out, job.kind.summary_name), members)
+
+
+def _lost_files(out: str, summary: Mapping[str, Any]) -> list[str]:
+    """The files that the summary of ``out`` is about and that are gone, or have another size."""
+    present = listed(out, PARTS_DIR)
+    lost = [
+        part["path"]
+        for part in summary["parts"]
+        if present.get(storage.join(out, part["path"])) != part["bytes"]
+    ]
+    return lost + [REJECTED_NAME] * (not storage.exists(storage.join(out, REJECTED_NAME)))
+
+
+def _tell_of_lost_files(job: PartsJob) -> None:
+    """Warn if ``out`` was finished and has lost files since then, which are made again."""
+    out = job.config.out
+    lost = _lost_files(out, _summary(job)) if _has_summary(job, out) else []
+    if lost:
+        logger.warning(
+            "%s was finished, but %d of its files are gone or have another size since then, such as %s: making them again",
+            without_credentials(out),
+            len(lost),
+            lost[0],
+        )
+
+
 def _finished(job: PartsJob) -> dict[str, Any] | None:
-    """The stored summary, if ``out`` is finished and for this question. Raises ConfigError if it is for another."""
+    """The stored summary, if ``out`` is finished and for this question, with all its files. Raises ConfigError if it is for
+    another."""
     out = job.config.out
     if not _has_summary(job, out):
         return None
-    summary = storage.read_object(storage.join(out, job.kind.summary_name), {job.kind.counted: int})
+    summary = _summary(job)
     data_uri = storage.join(out, PREPARED_DIR)
 
     def inputs() -> dict[str, str | None]:
@@ -343,6 +382,8 @@ def _finished(job: PartsJob) -> dict[str, Any] | None:
         }
 
     check_finished(out, job.question(), inputs)
+    if _lost_files(out, summary):
+        return None
     logger.info("%s is finished: %d %s", out, summary[job.kind.counted], job.kind.counted)
     return summary
 

@@ -407,6 +407,31 @@ def test_a_source_that_changed_is_told_by_a_finished_out(
     assert "cannot check whether the inputs" in caplog.text
 
 
+@pytest.mark.parametrize("lost", ["parts/part-00000.parquet", "rejected.parquet"])
+@pytest.mark.parametrize("prepared_too", [False, True])
+def test_what_a_finished_out_has_lost_is_made_again(
+    tmp_path: Path,
+    here: EmbedConfig,
+    caplog: pytest.LogCaptureFixture,
+    lost: str,
+    prepared_too: bool,
+) -> None:
+    embed(here)
+    file = tmp_path / "out" / lost
+    content = file.read_bytes()
+    file.unlink()
+    if prepared_too:
+        shutil.rmtree(tmp_path / "out/prepared")
+    assert not embed(here).already_finished
+    assert f"1 of its files are gone or have another size since then, such as {lost}" in caplog.text
+    assert file.read_bytes() == content
+    assert embed(here).already_finished
+    # A question that `out` is not for is still told first.
+    file.unlink()
+    with pytest.raises(ConfigError, match="max_atoms: 256 there, 7 here"):
+        embed(dataclasses.replace(here, max_atoms=7))
+
+
 def test_an_out_inside_of_its_source_is_refused_before_anything_is_written(
     tmp_path: Path, library: EmbedConfig
 ) -> None:
