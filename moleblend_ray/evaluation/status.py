@@ -205,11 +205,16 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     size = sum(info.size for info in there)
     summary = _read(uri, kind.summary_name, {"parts": list[Any]})
     if summary is not None:
+        lost = len(summary["parts"]) - len(there)
+        state, detail = "finished", f"its summary ({kind.summary_name}) is there"
+        if lost > 0:
+            state, then = _unfinished(uri, "the same command makes them again")
+            detail = f"it was finished, but {lost} of its parts are gone{then}"
         return PartsStatus(
             kind=kind.command,
             uri=uri,
-            state="finished",
-            detail=f"its summary ({kind.summary_name}) is there",
+            state=state,
+            detail=detail,
             parts_done=len(there),
             parts=len(summary["parts"]),
             molecules=member(summary, kind.counted, int),

@@ -182,6 +182,11 @@ def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
     storage.write_json(str(out / result_files.EMBED.summary_name), summary)
     assert "1 of 1 parts" in shown(out)
     assert "30, 2 rows rejected" in shown(out)
+    assert document(out)["state"] == "finished"
+    (out / "parts/part-00000.parquet").unlink()
+    assert document(out)["state"] == "unfinished"
+    lost = "it was finished, but 1 of its parts are gone; the same command makes them again"
+    assert document(out)["detail"] == lost
 
 
 def sweep(folder: Path) -> Path:
