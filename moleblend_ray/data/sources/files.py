@@ -56,7 +56,14 @@ def find_sources(*uris: str) -> list[SourceFile]:
 def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
     """The molecule files of one URI, and the lists of exclusions beside them."""
     base, members = _without_members(uri)
-    listed = storage.list_files(base)
+    try:
+        listed = storage.list_files(base)
+    except storage.NotFoundError as error:
+        if "," not in base:
+            raise
+        raise storage.NotFoundError(
+            f"{error} If these are several sources, give a list: source=[a.csv,b.csv], in Python a tuple"
+        ) from error
     for info in listed:
         if storage.name_of(info.uri) == MANIFEST_NAME and _is_data_set_manifest(info.uri):
             raise ConfigError(

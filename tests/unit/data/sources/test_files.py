@@ -33,6 +33,10 @@ def test_no_molecule_files_and_unknown_kinds_are_told(tmp_path: Path) -> None:
             find_sources(str(uri))
     with pytest.raises(StorageError, match=r"missing\.csv: it does not exist"):
         find_sources(str(tmp_path / "missing.csv"))
+    with pytest.raises(
+        StorageError, match=r"does not exist.* several sources, give a list: source="
+    ):
+        find_sources(f"{tmp_path}/molecules.xyz,{tmp_path}/missing.csv")
     (tmp_path / "Assay.XLSX").write_text("PK")
     with pytest.raises(DataError, match=r"found Assay\.XLSX; .* Save the sheet of a workbook as"):
         find_sources(str(tmp_path / "Assay.XLSX"))
