@@ -17,7 +17,7 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "DownloadConfig": "mb.download",
     "EmbedConfig": "mb.embed",
     "ExportConfig": "mb.export",
-    "FinetuneConfig": "mb.finetune (of several tasks mb.finetune_tasks)",
+    "FinetuneConfig": "mb.finetune (of several tasks mb.finetune_tasks, of folds mb.cross_validate)",
     "InspectConfig": "mb.inspect_data",
     "LeaderboardConfig": "mb.leaderboard",
     "PlanConfig": "mb.plan",
@@ -26,7 +26,7 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "PretrainConfig": "mb.pretrain",
     "SamplesConfig": "mb.samples",
     "StatusConfig": "mb.status",
-    "SweepConfig": "mb.sweep (of several tasks mb.sweep_tasks)",
+    "SweepConfig": "mb.sweep (of several tasks mb.sweep_tasks, of folds mb.cross_validate)",
 }
 """Class of settings -> the function that takes them."""
 
