@@ -222,7 +222,9 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
             rejected=member(summary, "rejected", int),
             molecules_per_s=member(summary, "molecules_per_s", float),
         )
-    parts, molecules, detail = _planned(uri, member(identity, "config.source", str))
+    source = member(identity, "config.source", str | list[str])
+    sources = [source] if isinstance(source, str) else source or []
+    parts, molecules, detail = _planned(uri, *sources)
     state, then = _unfinished(uri, "the same command continues")
     return PartsStatus(
         kind=kind.command,
@@ -238,11 +240,11 @@ def parts_status(uri: str, identity: Mapping[str, Any]) -> PartsStatus:
     )
 
 
-def _planned(uri: str, source: str | None) -> tuple[int | None, int | None, str]:
+def _planned(uri: str, *sources: str) -> tuple[int | None, int | None, str]:
     """The expected numbers of parts and molecules, and what is being done."""
     prepared = storage.join(uri, PREPARED_DIR)
-    for data_uri in (prepared, source):
-        if data_uri and is_prepared(data_uri):
+    for data_uri in (prepared, *sources):
+        if is_prepared(data_uri):
             manifest = load_manifest(data_uri)
             parts = sum(len(manifest.shards_of(split)) for split in SPLITS)
             return (

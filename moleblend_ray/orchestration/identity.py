@@ -51,6 +51,9 @@ _LATER_SETTINGS: Final[Mapping[str, Any]] = {
 }
 """Settings, by section, that results of earlier versions do not name, and what these were made with."""
 
+_ONE_OR_SEVERAL: Final = ("source", "models")
+"""Settings of which a list of one means the same as its item."""
+
 _NOTED: Final[Mapping[str, Any]] = {"config": dict[str, Any]}
 """What a note holds in any case."""
 
@@ -152,10 +155,14 @@ def _noted(out: str) -> dict[str, Any]:
 
 
 def _completed(note: Mapping[str, Any]) -> dict[str, Any]:
-    """With the settings that a note of an earlier version lacks, as it worked then."""
+    """With the settings that a note of an earlier version lacks, as it worked then, and one location for a list of one."""
     if "config" in note:
-        return {**note, "config": with_defaults(note["config"], _LATER_SETTINGS)}
-    return with_defaults(note, _LATER_SETTINGS)
+        return {**note, "config": _completed(note["config"])}
+    settings = with_defaults(note, _LATER_SETTINGS)
+    for name in _ONE_OR_SEVERAL:
+        if isinstance(given := settings.get(name), list | tuple) and len(given) == 1:
+            (settings[name],) = given
+    return settings
 
 
 def _compare(

@@ -88,8 +88,6 @@ class PartsJob:
         settings = to_dict(self.config)
         for name in (*_PLACE_SETTINGS, *self.other_settings):
             settings.pop(name)
-        if len(self.config.sources()) == 1:
-            (settings["source"],) = self.config.sources()
         return {"job": type(self.config).__name__, **settings}
 
 

@@ -549,6 +549,11 @@ def test_a_list_of_one_source_is_this_source_and_an_order_is_a_question(tmp_path
     write_part(tmp_path / "out")
     listed = dataclasses.replace(config, source=("/a.csv",))
     check_claim(out, {"config": embed_job(listed).question()})
+    predicted = PredictConfig(models="/m", source="/a.csv", out=str(tmp_path / "other"))
+    one = dataclasses.replace(predicted, models=("/m",), source=("/a.csv",))
+    claim(predicted.out, {"config": predict_job(one).question()})
+    write_part(tmp_path / "other")
+    check_claim(predicted.out, {"config": predict_job(predicted).question()})
     several = [
         embed_job(dataclasses.replace(config, source=sources)).question()
         for sources in (("/a.csv", "/b.csv"), ("/b.csv", "/a.csv"))

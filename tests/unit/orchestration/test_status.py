@@ -175,6 +175,10 @@ def test_an_embedding_counts_its_parts(tmp_path: Path) -> None:
     # No command works on it: nothing is being made.
     detail = "its molecules are prepared, its parts or their summary are not complete; the same command continues"
     assert found["detail"] == detail
+    note = storage.read_json(str(out / "config.json"))
+    note["config"]["source"] = [str(source)]
+    storage.write_json(str(out / "config.json"), note)
+    assert document(out)["parts"] == 3
     shutil.rmtree(source)
     assert document(out)["parts"] is None
     assert "not prepared yet" in shown(out)
