@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from moleblend_ray.data import storage
-from moleblend_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from moleblend_ray.data.manifest import ShardInfo
@@ -42,14 +41,10 @@ def is_prepared(uri: str) -> bool:
 
 
 def prepared_source(sources: Sequence[str]) -> str | None:
-    """The finished data set that ``sources`` are; None for raw molecules. ConfigError for a data set among several sources."""
-    prepared = [uri for uri in sources if is_prepared(uri)]
-    if prepared and len(sources) > 1:
-        raise ConfigError(
-            f"source: {prepared[0]} is a prepared data set, and one of {len(sources)} sources; expected one prepared data set alone, "
-            "or raw molecules. Run the command for each data set, with an `out` of its own, or give the files that it was made from"
-        )
-    return prepared[0] if prepared else None
+    """The finished data set that ``sources`` are; None for raw molecules. One among several is refused by whoever looks for their
+    files."""
+    # Of a long list, each look would be a request.
+    return sources[0] if len(sources) == 1 and is_prepared(sources[0]) else None
 
 
 def part_name(file_index: int, chunk_index: int) -> str:

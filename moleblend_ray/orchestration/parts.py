@@ -153,14 +153,14 @@ def _end_without_molecules(
     """Raise DataError that names some of the rows; ``out`` then lists all of them, and may be used again with other settings
     or a source that was put right."""
     _write_rejected(config.out, data_uri, manifest)
-    listed = storage.join(config.out, REJECTED_NAME)
-    rows = pq.read_table(pa.BufferReader(storage.read_bytes(listed))).slice(0, _NAMED).to_pylist()
+    uri = storage.join(config.out, REJECTED_NAME)
+    rows = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).slice(0, _NAMED).to_pylist()
     named = "; ".join(f"row {row['source_row']}: {row['detail']}" for row in rows)
     if data_uri == storage.join(config.out, PREPARED_DIR):
         storage.delete_tree(data_uri)
     raise DataError(
         f"{without_credentials(', '.join(config.sources()))}: none of {manifest.counts.rows_in} rows is a usable molecule "
-        f"({manifest.counts.quarantined_by_reason}), such as {named}. {listed} lists all of them. Correct the source or its "
+        f"({manifest.counts.quarantined_by_reason}), such as {named}. {uri} lists all of them. Correct the source or its "
         "settings, such as smiles_column, and run the command again"
     )
 

@@ -69,7 +69,7 @@ def _files_of(uri: str) -> tuple[list[SourceFile], list[str]]:
             raise ConfigError(
                 f"source: {uri} holds a prepared data set already, that of {info.uri}; expected raw "
                 "molecules (SDF, CSV/TSV, SMILES, Parquet). Give the source it was made of, or a glob that "
-                "leaves it out."
+                "leaves it out. `embed` and `predict` take one prepared data set, but only alone."
             )
     lists = [info.uri for info in listed if storage.name_of(info.uri) == EXCLUSIONS_NAME]
     beside = (EXCLUSIONS_NAME, RECORD_NAME)
