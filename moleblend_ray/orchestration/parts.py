@@ -124,9 +124,10 @@ def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dic
     config = job.config
     with ray_session(config.cluster):
         _check_cluster(job)
+        _forget_useless(config.out)
         data_uri = _prepare(job, maker, sources)
         manifest = load_manifest(data_uri)
-        if not any(manifest.num_molecules(split) for split in SPLITS):
+        if not manifest.counts.rows_out:
             _end_without_molecules(config, data_uri, manifest)
         if data_uri != storage.join(config.out, PREPARED_DIR):
             _tell_of_missing_coordinates(job, maker, data_uri, manifest)
@@ -147,6 +148,13 @@ def _make_all(job: PartsJob, maker: PartMaker, sources: SourceSet | None) -> dic
     }
 
 
+def _forget_useless(out: str) -> None:
+    """Delete what was prepared into ``out`` if no molecule is in it: it would refuse a source that was put right."""
+    data_uri = storage.join(out, PREPARED_DIR)
+    if is_prepared(data_uri) and not load_manifest(data_uri).counts.rows_out:
+        storage.delete_tree(data_uri)
+
+
 def _end_without_molecules(
     config: EmbedConfig | PredictConfig, data_uri: str, manifest: Manifest
 ) -> NoReturn:
@@ -156,8 +164,6 @@ def _end_without_molecules(
     uri = storage.join(config.out, REJECTED_NAME)
     rows = pq.read_table(pa.BufferReader(storage.read_bytes(uri))).slice(0, _NAMED).to_pylist()
     named = "; ".join(f"row {row['source_row']}: {row['detail']}" for row in rows)
-    if data_uri == storage.join(config.out, PREPARED_DIR):
-        storage.delete_tree(data_uri)
     raise DataError(
         f"{without_credentials(', '.join(config.sources()))}: none of {manifest.counts.rows_in} rows is a usable molecule "
         f"({manifest.counts.quarantined_by_reason}), such as {named}. {uri} lists all of them. Correct the source or its "

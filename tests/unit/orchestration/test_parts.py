@@ -24,7 +24,7 @@ from moleblend_ray.data.assembly import write_manifest
 from moleblend_ray.data.claim import claim_output
 from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.lease import InUseError, leased
-from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
@@ -377,7 +377,8 @@ def test_a_source_without_a_usable_molecule_can_be_put_right_and_the_out_used_ag
         embed(here)
     rejected = pq.read_table(tmp_path / "out/rejected.parquet")
     assert rejected["excerpt"].to_pylist() == ["name", "other"]
-    assert not (tmp_path / "out/prepared").exists()
+    # Where `moleblend data` shows more of them.
+    assert load_manifest(f"{here.out}/prepared").counts.rows_in == 2
     (tmp_path / "library.csv").write_text("smiles\nCCO\nother\n")
     summary = embed(here)
     assert (summary.embeddings, summary.rejected) == (1, 1)
