@@ -24,7 +24,6 @@ import ray
 import ray.exceptions
 import ray.train
 import ray.train.torch
-from ray.data import Dataset
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
@@ -33,7 +32,6 @@ from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import Manifest, load_manifest
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.errors import TrainingError
-from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,
@@ -43,8 +41,13 @@ from moleblend_ray.orchestration.cluster_checks import (
 from moleblend_ray.orchestration.elastic import ElasticTrainer
 from moleblend_ray.orchestration.fixed_workers import FixedTrainer
 from moleblend_ray.orchestration.placement import placed
-from moleblend_ray.orchestration.pretrain_worker import WorkerOutcome, WorkerSettings, train_worker
-from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.pretrain_group import (
+    WorkerOutcome,
+    WorkerSettings,
+    stream_from_newest,
+)
+from moleblend_ray.orchestration.pretrain_worker import train_worker
+from moleblend_ray.orchestration.progress import Progress
 from moleblend_ray.orchestration.run_folder import (
     PretrainSummary,
     open_run,
@@ -53,8 +56,7 @@ from moleblend_ray.orchestration.run_folder import (
 )
 from moleblend_ray.orchestration.session import environment_defaults, ray_session
 from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, stop_on_sigterm
-from moleblend_ray.orchestration.stream import stream_data_config, stream_dataset
-from moleblend_ray.orchestration.stream_metrics import publish_stream
+from moleblend_ray.orchestration.stream import stream_data_config
 from moleblend_ray.training.commits import FINISHED_NAME, latest_committed
 from moleblend_ray.training.export import export_run
 from moleblend_ray.training.metrics import iter_records, sum_up
@@ -231,7 +233,7 @@ def _new_trainer(
         "scaling_config": ray.train.ScalingConfig(**scaling),
         # A callable is evaluated at each start of a worker group, so the stream begins at the newest checkpoint.
         "datasets": {
-            "train": partial(_stream_from_newest, config, data_fingerprint, settings.reporter)
+            "train": partial(stream_from_newest, config, data_fingerprint, settings.reporter)
         },
         "dataset_config": stream_data_config(config.stream, cluster.data_labels),
         "run_config": ray.train.RunConfig(
@@ -313,26 +315,3 @@ def _root_cause(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = lines[-1] if "Traceback" in lines[0] else lines[0]
     return f"{type(error).__name__}: {message.rstrip('.')}"
-
-
-def _stream_from_newest(
-    config: PretrainConfig, data_fingerprint: str, reporter: Reporter
-) -> Dataset:
-    """The stream of micro-batches from the newest committed step. Runs in the controller of Ray Train."""
-    reporter.forward_logs()  # Warnings about a damaged checkpoint must appear on the driver.
-    reporter.count("worker_groups")
-    commit = latest_committed(config.out, verify_content=True)
-    first_step = commit.step if commit else 0
-    dataset = stream_dataset(
-        config.data,
-        config.order,
-        config.stream,
-        first_step,
-        config.train.num_steps - first_step,
-        fingerprint=data_fingerprint,
-        reserved_cpus=config.reserved_cpus(0),
-        labels=config.cluster.data_labels,
-        reporter=reporter,
-    )
-    publish_stream(dataset, logs.run_name(config.out))
-    return dataset

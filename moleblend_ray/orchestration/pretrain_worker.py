@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Final
@@ -22,13 +22,12 @@ import torch
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.batch import StepBatch
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.errors import DataError, MoleBlendError, StorageError
+from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.orchestration import logs
 from moleblend_ray.orchestration.metrics import Publisher
-from moleblend_ray.orchestration.progress import Reporter
+from moleblend_ray.orchestration.pretrain_group import WorkerOutcome, WorkerSettings
 from moleblend_ray.orchestration.run_folder import config_fingerprint, run_identity
-from moleblend_ray.orchestration.stopping import StopFlag, StopPoll, StopReason
+from moleblend_ray.orchestration.stopping import StopPoll, StopReason
 from moleblend_ray.orchestration.stream import shard_step_batches
 from moleblend_ray.orchestration.train_metrics import TrainMetrics
 from moleblend_ray.settings import to_dict
@@ -48,33 +47,6 @@ logger = logging.getLogger(__name__)
 
 _FINAL_ERRORS: Final = (NotFiniteError, AnotherWriterError, TrackerError)
 """Errors that all ranks raise together, and that every new try would raise again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerOutcome:
-    """What the first worker returns to the driver."""
-
-    step: int
-    world_size: int
-    stopped_by: StopReason = ""
-    """Why the workers stopped before the last step; "" if they did not."""
-    error: MoleBlendError | None = None
-    """An error that every new try would raise again."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSettings:
-    """What the driver tells every worker."""
-
-    config: PretrainConfig
-    manifest: Manifest
-    start_step: int
-    """Step at which this command started; a worker group that starts at a later step is a new try."""
-    began: float
-    """When this command began, seconds since 1970."""
-    reporter: Reporter
-    stop_flag: StopFlag
-    """Through it a stop is asked for."""
 
 
 def train_worker(arguments: dict[str, WorkerSettings]) -> WorkerOutcome:

@@ -27,11 +27,8 @@ from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.orchestration import pretrain as pretrain_module
 from moleblend_ray.orchestration import pretrain_worker
 from moleblend_ray.orchestration.pretrain import WorkersLostError, _train_until_done, pretrain
-from moleblend_ray.orchestration.pretrain_worker import (
-    WorkerOutcome,
-    WorkerSettings,
-    _start_tracker,
-)
+from moleblend_ray.orchestration.pretrain_group import WorkerOutcome, WorkerSettings
+from moleblend_ray.orchestration.pretrain_worker import _start_tracker
 from moleblend_ray.orchestration.run_folder import PretrainSummary, open_run, run_identity
 from moleblend_ray.training.commits import committed_steps, step_uri
 from moleblend_ray.training.config import (

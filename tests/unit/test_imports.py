@@ -137,6 +137,8 @@ def test_processes_of_the_stream_import_neither_torch_nor_chemistry_nor_ray_trai
     # Ray Data's own processes and the data actors get by with what these two modules bring.
     modules = modules_after(
         "import moleblend_ray.orchestration.stream, moleblend_ray.orchestration.stream_metrics"
+        # The controller of Ray Train, which starts it.
+        ", moleblend_ray.orchestration.pretrain_group"
     )
     assert "moleblend_ray.data.builder" in modules
     assert not {"torch", "rdkit", "ray.train"} & modules
