@@ -28,6 +28,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # starts one after the other. A private cluster of a command has the same settings.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "32")
+# Nor an actor that looks for nodes which announce their end; test_elastic takes this back.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 # Nothing is sent to Ray's makers, nor is there an actor that collects it.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
@@ -82,14 +84,20 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for the whole session: starting one costs seconds."""
     import ray
 
-    ray.init(
-        "local",
-        num_cpus=8,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
-    yield
+    from moleblend_ray.orchestration.progress import one_board_actor
+    from moleblend_ray.orchestration.session import few_processes
+
+    with few_processes():
+        ray.init(
+            "local",
+            num_cpus=8,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    # As in one long session: what shows progress needs no new process in each test.
+    with one_board_actor():
+        yield
     ray.shutdown()
 
 

@@ -35,6 +35,7 @@ from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import pretrain as driver
 from moleblend_ray.orchestration import pretrain_worker
 from moleblend_ray.orchestration.pretrain import pretrain
+from moleblend_ray.orchestration.session import few_processes
 from moleblend_ray.training.commits import committed_steps, read_commit
 from moleblend_ray.training.config import (
     CheckpointConfig,
@@ -52,8 +53,9 @@ PAUSE_S = 0.5
 LIMIT_S = 120.0
 QUICK_TO_SEE_A_LOST_NODE = {
     "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 1000,
-    "health_check_timeout_ms": 2000,
+    # Twelve seconds for a node that does not answer, one for a node that refuses connections.
+    "health_check_period_ms": 250,
+    "health_check_timeout_ms": 2750,
     "health_check_failure_threshold": 4,
 }
 
@@ -135,7 +137,8 @@ def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[A
         "include_dashboard": False,
         "_system_config": QUICK_TO_SEE_A_LOST_NODE,
     }
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with few_processes():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, labels=labels or {}) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     return cluster, nodes

@@ -30,6 +30,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
 from moleblend_ray.orchestration import sweep
 from moleblend_ray.orchestration.searchers import METRIC
+from moleblend_ray.orchestration.session import few_processes
 
 NUM_TRIALS = 6
 
@@ -49,7 +50,8 @@ def trial_until(over: Path) -> Any:
 def main(out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     head = {"num_cpus": 0, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    with few_processes():
+        cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     # What an autoscaler of version 2 reports; the nodes are added below.
     state = AutoscalingState(autoscaler_state_version=1)

@@ -1,6 +1,6 @@
 """Shows on the driver what work in other processes has done so far.
 
-Workers report to a small actor. A thread of the driver shows the newest report, as a bar on a terminal or as log lines
+Workers report to a small actor, the same for all that is shown in one session: starting one takes half a second of a core. A thread of the driver shows the newest report, as a bar on a terminal or as log lines
 elsewhere, and publishes it as metrics. Log records of the package are sent in the same way.
 """
 
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +70,85 @@ class _Board:
             del self._records[: confirmed - self._confirmed]
             self._confirmed = confirmed
         return Snapshot(dict(self._values), dict(self._counts), list(self._records), self._name)
+
+
+class _Boards:
+    """Actor with a board for each :class:`Progress`, by its key."""
+
+    def __init__(self) -> None:
+        self._boards: dict[str, _Board] = {}
+        self._closed: set[str] = set()
+
+    def call(self, key: str, name: str, *arguments: Any) -> Any:
+        """The result of this method of a board. What comes late, from processes that are not wanted any more, is dropped."""
+        if key in self._closed:
+            return None
+        return getattr(self._boards.setdefault(key, _Board()), name)(*arguments)
+
+    def close(self, key: str) -> None:
+        self._closed.add(key)
+        self._boards.pop(key, None)
+
+
+class _Method(NamedTuple):
+    """A method of a board, to be called as that of an actor."""
+
+    actor: Any
+    key: str
+    name: str
+
+    def remote(self, *arguments: Any) -> Any:
+        return self.actor.call.remote(self.key, self.name, *arguments)
+
+
+class _BoardHandle:
+    """What processes have of a board in the actor."""
+
+    def __init__(self, actor: Any, key: str) -> None:
+        self._actor, self._key = actor, key
+        self.update, self.count, self.log, self.read = (
+            _Method(actor, key, name) for name in ("update", "count", "log", "read")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _BoardHandle, (self._actor, self._key)
+
+    def close(self) -> None:
+        self._actor.close.remote(self._key)
+
+
+_lock = threading.Lock()
+_users = 0
+"""Bodies of :func:`one_board_actor` in this process."""
+_actor: Any = None
+"""The actor that they share, once one of them needs it."""
+
+
+@contextlib.contextmanager
+def one_board_actor() -> Iterator[None]:
+    """Whatever shows progress in the body uses the same actor, which ends with the last such body of this process."""
+    global _users, _actor
+    with _lock:
+        _users += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users and _actor is not None:
+                # A handle must not outlive its cluster: in the next one, the actor of the same number would get its end.
+                actor, _actor = _actor, None
+                if ray.is_initialized():
+                    ray.kill(actor)
+
+
+def _new_board() -> _BoardHandle:
+    global _actor
+    with _lock:
+        if _actor is None:
+            # Ray's type annotations do not have the methods of the actor.
+            _actor = ray.remote(num_cpus=0, max_restarts=-1)(_Boards).remote()
+        return _BoardHandle(_actor, uuid.uuid4().hex)
 
 
 class Reporter:
@@ -180,8 +259,9 @@ class Progress:
         run = logs.run_name(out) if out else str(logs.context().get("run", ""))
         logs.set_context(run=run or None)
         self.metrics = JobMetrics(run, description)
-        # Ray's type annotations do not have the methods of the actor.
-        self._board: Any = ray.remote(num_cpus=0, max_restarts=-1)(_Board).remote()
+        self._last = contextlib.ExitStack()
+        self._last.enter_context(one_board_actor())
+        self._board = _new_board()
         self.reporter = Reporter(self._board, run=run, as_json=logs.log_format() == "json")
         is_terminal = sys.stderr.isatty()
         self._display: _Bar | _Lines = (
@@ -208,7 +288,8 @@ class Progress:
         self._show_newest(is_last=True)
         self.metrics.__exit__(kind, error, trace)
         self._display.close()
-        ray.kill(self._board)
+        self._board.close()
+        self._last.close()
 
     def _watch(self) -> None:
         while not self._stop.wait(self._poll_interval_s):
@@ -218,9 +299,12 @@ class Progress:
         # Short work may end before the process of the board has started, so the last look waits for it.
         timeout_s = 30.0 if is_last else 5.0
         try:
-            snapshot: Snapshot = ray.get(self._board.read.remote(*self._seen), timeout=timeout_s)
+            read = self._board.read.remote(*self._seen)
+            snapshot: Snapshot | None = ray.get(read, timeout=timeout_s)
         except (ray.exceptions.RayError, TimeoutError):
             # The cluster is busy or ends. This is only a display; the work itself raises errors.
+            return
+        if snapshot is None:  # It was closed before this look arrived.
             return
         board, seen = self._seen
         before = seen if board == snapshot.board else 0

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.host import available_cpus
+from moleblend_ray.orchestration.progress import one_board_actor
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ _PRIVATE_SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
+_UNNEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Methods of Ray's node, each of which starts a process."""
+
 # A private cluster listens on all interfaces of the machine (Ray turns 127.0.0.1 into its address) and accepts
 # whoever has the token. It is in the environment, because Ray itself would keep it in a file in the user's home.
 _TOKEN = secrets.token_hex(32)
@@ -65,7 +70,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
     actor of `cluster.num_data_actors`). What is started or connected here is shut down here, after the bodies of other
     threads that joined it. A connection that existed before is left alone. Signals are handled as before in the end.
     """
-    with signal_handlers_kept(), _connected(cluster, data_cpus):
+    with signal_handlers_kept(), _connected(cluster, data_cpus), one_board_actor():
         _quiet_data()
         yield
 
@@ -206,7 +211,7 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
     try:
-        with _native_stderr_held():
+        with _native_stderr_held(), few_processes():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -223,6 +228,24 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
             "Ray did not start on this machine in the 30 s that it waits: the machine is busy or short of memory. Run the "
             "same command again later, or start Ray beforehand (`ray start --head`) and give cluster.address=auto"
         ) from error
+
+
+@contextlib.contextmanager
+def few_processes() -> Iterator[None]:
+    """In the body, `ray.init` starts no processes that only a cluster for others needs.
+
+    These are the server of the dashboard (which without a dashboard would send statistics alone, and for whose start `ray.init`
+    waits), the monitor of an autoscaler, and the reader of the output of workers, for drivers that show it. They take two seconds of
+    a core to start, of each command.
+    """
+    before = {name: getattr(Node, name) for name in _UNNEEDED}
+    for name in _UNNEEDED:
+        setattr(Node, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
 
 
 @contextlib.contextmanager

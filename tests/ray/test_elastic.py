@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,10 +48,13 @@ class ElasticRun:
         data, out = (f"file://{folder}/{name}" for name in ("data", "run"))
         write_dataset(data, 300, shard_rows=60, row_group_rows=32, max_conformers=2)
         command = [sys.executable, elastic_run.__file__, data, out, *mode]
+        # Nodes of its cluster announce their end, other than that of the other tests' cluster.
+        environment = {**os.environ, "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1"}
         with (folder / "stdout").open("w") as stdout, (folder / "stderr").open("w") as stderr:
-            return cls(
-                data, out, subprocess.Popen(command, stdout=stdout, stderr=stderr, text=True)
+            process = subprocess.Popen(
+                command, stdout=stdout, stderr=stderr, text=True, env=environment
             )
+        return cls(data, out, process)
 
     def told(self) -> dict[str, Any]:
         """What it tells at its end."""

@@ -6,6 +6,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from moleblend_ray.orchestration import progress
 from moleblend_ray.orchestration.progress import Reporter
@@ -30,6 +31,51 @@ def test_records_are_kept_until_the_driver_has_them() -> None:
     found = anew.read(first.board, 5)
     assert [record[2] for record in found.records] == [f"warning {n}" for n in range(5, 15)]
     assert anew.read(found.board, 10).records == []
+
+
+def test_what_one_actor_shows_for_several_stays_apart_and_ends_with_each() -> None:
+    boards = progress._Boards()
+    boards.call("one", "update", {"done": 1})
+    boards.call("other", "update", {"done": 2})
+    boards.call("other", "log", 30, "moleblend_ray", "of the other", {})
+    assert boards.call("one", "read", "", 0).values == {"done": 1}
+    assert boards.call("one", "read", "", 0).records == []
+    boards.close("one")
+    # A process that nobody waits for any more.
+    boards.call("one", "update", {"done": 9})
+    assert boards.call("one", "read", "", 0) is None
+    assert boards.call("other", "read", "", 0).values == {"done": 2}
+
+
+def test_bodies_of_one_process_share_an_actor_that_ends_with_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[object] = []
+    killed: list[object] = []
+
+    def start() -> object:
+        started.append(object())
+        return started[-1]
+
+    monkeypatch.setattr(progress, "_users", 0)
+    monkeypatch.setattr(progress, "_actor", None)
+    actor_class = SimpleNamespace(remote=start)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: actor_class)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with progress.one_board_actor():
+        assert not started, "it is started when it is needed"
+        first = progress._new_board()
+        with progress.one_board_actor():
+            second = progress._new_board()
+        assert first._actor is second._actor is started[0]
+        assert first._key != second._key
+        assert not killed
+    assert killed == started
+    # The next cluster gets another one.
+    with progress.one_board_actor():
+        assert progress._new_board()._actor is started[1]
+    assert killed == started
 
 
 def test_secrets_of_a_node_do_not_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import ray
 import ray._private.state
 import ray.experimental.internal_kv
+from ray._private.node import Node
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 
 from moleblend_ray.config.cluster import ClusterConfig
@@ -105,6 +106,14 @@ def test_a_session_leaves_signals_and_the_environment_as_they_were(
     assert (dict(os.environ), [signal.getsignal(number) for number in numbers]) == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_only_the_start_of_a_private_cluster_leaves_processes_out() -> None:
+    # Methods that Ray no longer has would leave nothing out.
+    before = {name: getattr(Node, name) for name in session._UNNEEDED}
+    with session.few_processes():
+        assert [getattr(Node, name)(None, some=1) for name in session._UNNEEDED] == [None] * 3
+    assert {name: getattr(Node, name) for name in session._UNNEEDED} == before
 
 
 def test_a_cluster_ends_with_the_last_command_that_uses_it(
