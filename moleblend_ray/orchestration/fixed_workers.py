@@ -7,6 +7,11 @@ import threading
 from typing import Any
 
 import ray.train.torch
+from ray._private import ray_constants
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.train.v2._internal.callbacks.placement_group_callback import (
+    PlacementGroupCleanerCallback,
+)
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingDecision
 
 from moleblend_ray.orchestration.stopping import StopFlag
@@ -25,11 +30,30 @@ class StoppableFixedPolicy(FixedScalingPolicy):
         return super().make_decision_for_non_running_worker_group()
 
 
+def _has_dashboard() -> bool:
+    address = _internal_kv_get(
+        ray_constants.DASHBOARD_ADDRESS, namespace=ray_constants.KV_NAMESPACE_DASHBOARD
+    )
+    return address is not None
+
+
 class InterruptibleTrainer(ray.train.torch.TorchTrainer):
     """TorchTrainer of which Ctrl-C ends the workers and raises KeyboardInterrupt. Ray Train's own handler raises SystemExit, which
     ends a notebook's kernel or a script without a word, and stays when the training is over."""
 
     _is_interrupted = False
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        if _has_dashboard():
+            return list(callbacks)
+        # An actor, which takes two seconds of a core, asks the dashboard whether the controller was lost, and then frees the room of
+        # its workers. In a private cluster there is none, and all ends with the command.
+        return [
+            callback
+            for callback in callbacks
+            if not isinstance(callback, PlacementGroupCleanerCallback)
+        ]
 
     def _register_sigint_handler(self, controller: Any) -> None:
         # Called in the main thread only. The handler raises nothing: an exception that meets a callback of Python or Ray is
