@@ -1,7 +1,8 @@
 """Shows on the driver what work in other processes has done so far.
 
-Workers report to a small actor, the same for all that is shown in one session: starting one takes half a second of a core. A thread of the driver shows the newest report, as a bar on a terminal or as log lines
-elsewhere, and publishes it as metrics. Log records of the package are sent in the same way.
+Workers report to a small actor, the same one for all that is shown in a session, as its start takes half a second of a core. A
+thread of the driver shows the newest report, as a bar on a terminal or as log lines elsewhere, and publishes it as metrics. Log
+records of the package are sent in the same way.
 """
 
 from __future__ import annotations
