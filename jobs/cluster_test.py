@@ -279,8 +279,10 @@ def check_refusals(submitter: Submitter, data: str) -> int:
         ("looks like a secret", (data, "--env", "AWS_SECRET_ACCESS_KEY=x"), {}),
         ("a path of this machine", ("data=some/folder",), {}),
     ]
-    for expected, words, environment in cases:
-        shown = submitter.finish(submitter.start("data", *words, **environment), expected=2)
+    # At the same time, as most of the time is the start of processes.
+    processes = [submitter.start("data", *words, **environment) for _, words, environment in cases]
+    for (expected, *_), process in zip(cases, processes, strict=True):
+        shown = submitter.finish(process, expected=2)
         check(expected in " ".join(shown.split()), f"expected {expected!r} in: {shown}")
         say(f"refused with these words: {expected}")
     return len(cases)
