@@ -46,10 +46,10 @@ from moleblend_ray.training.config import (
 from moleblend_ray.training.loop import Hooks, fit
 from moleblend_ray.training.metrics import Record
 
-NUM_STEPS = 100
+NUM_STEPS = 70
 EVERY = 5
 PAUSE_S = 0.5
-"""After each step: 50 seconds in all for nodes to come and go, besides the starts of workers."""
+"""After each step: 35 seconds in all for nodes to come and go, besides the starts of workers. About 12 were seen to be used."""
 LIMIT_S = 120.0
 QUICK_TO_SEE_A_LOST_NODE = {
     "health_check_initial_delay_ms": 1000,

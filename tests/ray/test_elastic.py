@@ -95,13 +95,14 @@ def test_a_run_of_two_workers_that_waits_after_a_loss_ends_at_sigterm(
 @pytest.mark.slow
 def test_a_run_goes_on_through_a_drained_a_new_and_a_lost_node(tmp_path: Path) -> None:
     run = ElasticRun.start(tmp_path)
+    # Meanwhile, as it often waits for nodes.
+    expected = pretrain_in_process(elastic_run.settings(run.data, "unused"))
     found = run.told()
     assert found["summary"]["finished"]
     assert found["summary"]["steps"] == elastic_run.NUM_STEPS
     sizes = found["world_sizes"]
     assert [size for size, _ in groupby(sizes.values())] == [2, 1, 2, 1]
     records = read_records(run.out)
-    expected = pretrain_in_process(elastic_run.settings(run.data, "unused"))
     assert [record["step"] for record in records] == list(range(elastic_run.NUM_STEPS))
     for ours, theirs in zip(records, expected, strict=True):
         assert ours["molecules_checksum"] == theirs["molecules_checksum"]
