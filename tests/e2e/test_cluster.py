@@ -39,10 +39,10 @@ def test_a_head_without_authentication_takes_jobs_with_and_without_a_token() -> 
 def test_a_job_stopped_on_a_cluster_behind_a_token_is_continued_by_the_same_command(
     s3_endpoint: None,
 ) -> None:
-    report = run("--quick", "--molecules=150", "--steps=60")
+    report = run("--quick", "--molecules=150", "--steps=90")
     assert report["rows_in"] == 150
-    assert report["steps"] == 60
-    assert 6 < report["stopped_at"] < 60
+    assert report["steps"] == 90
+    assert 9 < report["stopped_at"] < 90
     assert report["placed"] == 3
     assert report["refused"] == 4
     # prepare, and pretraining twice
