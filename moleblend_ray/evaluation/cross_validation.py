@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from moleblend_ray.evaluation.censoring import bounds_entry
 from moleblend_ray.evaluation.class_sets import class_sets_entry
 from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.resampling import Array, Resampling, Scored
-from moleblend_ray.evaluation.result_files import OUT_OF_FOLD_NAME
+from moleblend_ray.evaluation.result_files import OUT_OF_FOLD_NAME, RESULTS_NAME, fold_path
 from moleblend_ray.evaluation.results import Spread
 from moleblend_ray.evaluation.runs import read_of_folders
 from moleblend_ray.evaluation.stored_predictions import (
@@ -33,6 +33,30 @@ from moleblend_ray.evaluation.stored_predictions import (
     write_table,
 )
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
+
+_RESULTS: Final[Mapping[str, Any]] = {
+    "task.columns": list[str],
+    "task.metric": str,
+    "task.kind": str,
+    "data.split": dict[str, Any],
+    "data.repeats": dict[str, int],
+    "final": dict[str, Any],
+    "baselines": list[dict[str, Any]],
+    "baselines_absent": dict[str, str],
+    "checkpoint": dict[str, Any],
+    "chosen": dict[str, Any],
+    "trials": list[Any],
+}
+"""What is read of the results of a fold."""
+
+_MODEL: Final[Mapping[str, Any]] = {
+    "name": str,
+    "valid.mean": float,
+    "test.mean": float,
+    "test_others": dict[str, Any],
+    "seeds": list[dict[str, Any]],
+}
+"""What is read of each model in them, fine-tuned or a baseline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +69,15 @@ class Fold:
     """Folder of its results within ``out``."""
     results: Mapping[str, Any]
     """Its ``results.json``."""
+
+    @classmethod
+    def read(cls, out: str, number: int) -> Fold:
+        """The run for a fold of the cross-validation in ``out``; DataError if its results were changed or damaged."""
+        uri = storage.join(out, fold_path(number), RESULTS_NAME)
+        results = storage.read_object(uri, _RESULTS)
+        for entry in (results["final"], *results["baselines"]):
+            storage.require_members(uri, entry, _MODEL)
+        return cls(number=number, folder=fold_path(number), results=results)
 
     def baseline(self, kind: str) -> Mapping[str, Any] | None:
         """What its results say of a baseline; None if it is absent there."""

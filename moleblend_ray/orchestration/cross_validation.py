@@ -119,7 +119,7 @@ def _work_for(
         claim_for(config, loaded)
         _run_folds(configs, loaded, splits, seeds, train_fold, confirm)
         confirm()
-        return _write_together(config, configs, loaded, seconds=time.monotonic() - began)
+        return _write_together(config, len(configs), loaded, seconds=time.monotonic() - began)
 
     return work
 
@@ -211,17 +211,10 @@ def _has_scratch(config: PropertyConfig) -> bool:
 
 
 def _write_together(
-    config: PropertyConfig, configs: Mapping[int, PropertyConfig], loaded: Loaded, *, seconds: float
+    config: PropertyConfig, num_folds: int, loaded: Loaded, *, seconds: float
 ) -> dict[str, Any]:
     """Write the results of all folds: predictions, the report, then ``results.json``, whose presence means that everything is done."""
-    folds = [
-        Fold(
-            number=fold,
-            folder=fold_path(fold),
-            results=storage.read_object(storage.join(own.out, RESULTS_NAME)),
-        )
-        for fold, own in configs.items()
-    ]
+    folds = [Fold.read(config.out, fold) for fold in range(num_folds)]
     found = combine_folds(config.out, folds)
     chosen = to_dict(config.finetune) if isinstance(config, FinetuneConfig) else None
     results = redact(

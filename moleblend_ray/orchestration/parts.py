@@ -33,7 +33,7 @@ from moleblend_ray.data.dataset_files import (
     prepared_source,
     source_index,
 )
-from moleblend_ray.data.documents import member
+from moleblend_ray.data.documents import member, require_types
 from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import Manifest, SourceInfo, load_manifest
 from moleblend_ray.data.options import needs_exchange
@@ -342,8 +342,11 @@ def _has_summary(job: PartsJob, out: str) -> bool:
 
 
 def _summary(job: PartsJob) -> dict[str, Any]:
-    members = {job.kind.counted: int, "parts": list[dict[str, Any]]}
-    return storage.read_object(storage.join(job.config.out, job.kind.summary_name), members)
+    uri = storage.join(job.config.out, job.kind.summary_name)
+    summary = storage.read_object(uri, {job.kind.counted: int, "parts": list[dict[str, Any]]})
+    for part in summary["parts"]:
+        storage.require_members(uri, part, {"path": str, "bytes": int})
+    return summary
 
 
 def _lost_files(out: str, summary: Mapping[str, Any]) -> list[str]:
@@ -408,11 +411,20 @@ def _require_same_files(job: PartsJob, summary: Mapping[str, Any]) -> None:
         )
 
 
+def _source_info(out: str, stored: Mapping[str, Any]) -> SourceInfo:
+    try:
+        found = SourceInfo(**stored)
+        require_types(found)
+    except TypeError as error:
+        raise DataError(f"the summary in {out} does not tell its sources: {error}") from error
+    return found
+
+
 def _made_of(out: str, summary: Mapping[str, Any]) -> list[SourceInfo] | None:
     """The files that a finished ``out`` was made of; None if it does not tell."""
     stored = member(summary, "data.sources", list[dict[str, Any]])
     if stored is not None:
-        return [SourceInfo(**source) for source in stored]
+        return [_source_info(out, source) for source in stored]
     # As earlier versions wrote it.
     data_uri = storage.join(out, PREPARED_DIR)
     return list(load_manifest(data_uri).sources) if is_prepared(data_uri) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from moleblend_ray.data import storage
+from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.cross_validation import (
     Fold,
@@ -18,6 +21,7 @@ from moleblend_ray.evaluation.cross_validation import (
     write_out_of_fold,
 )
 from moleblend_ray.evaluation.cross_validation_report import write_cross_validation_report
+from moleblend_ray.evaluation.resampling import Resampling
 from moleblend_ray.evaluation.result_files import fold_path
 from moleblend_ray.evaluation.scores import score
 from moleblend_ray.evaluation.stored_predictions import write_predictions
@@ -154,6 +158,24 @@ def test_a_score_is_the_mean_of_folds_and_its_interval_surrounds_it(
     ]
 
 
+def test_an_interval_is_of_means_over_folds_of_the_same_draws(tmp_path: Path) -> None:
+    folds = folds_in(tmp_path)
+    found = combine_folds(str(tmp_path), folds)
+    resampling = Resampling.of(found.predictions.smiles, most_of_one=SIZE // 2)
+    times = np.concatenate([chunk.T for chunk in resampling._drawn()])
+    scores = []
+    for fold in range(FOLDS):
+        own = times[:, SIZE * fold : SIZE * (fold + 1)]
+        for seed in SEEDS:
+            _, labels, predictions = stored(
+                tmp_path / "again", fold, seed, 0.5, kind=TaskKind.REGRESSION
+            )
+            errors = (predictions - labels)[:, 0] ** 2
+            scores.append(np.sqrt(own @ errors / own.sum(axis=1)))
+    expected = np.quantile(np.mean(scores, axis=0), [0.025, 0.975])
+    assert found.entries["final"]["test_interval"] == pytest.approx(expected)
+
+
 def test_every_molecule_has_the_mean_prediction_of_the_seeds_of_its_fold(tmp_path: Path) -> None:
     found = combine_folds(str(tmp_path), folds_in(tmp_path, bounds=True))
     write_out_of_fold(str(tmp_path), found, ["y"])
@@ -181,6 +203,26 @@ def test_a_baseline_that_one_fold_lacks_is_absent_with_the_reason(tmp_path: Path
     nowhere = folds_in(tmp_path, absent=dict.fromkeys(range(FOLDS), "starts from scratch"))
     found = combine_folds(str(tmp_path), nowhere).entries
     assert found["baselines_absent"] == {"forest": "starts from scratch"}
+
+
+def test_damaged_results_of_a_fold_are_named(tmp_path: Path) -> None:
+    (fold, *_) = folds_in(tmp_path)
+    whole = json.loads(json.dumps(fold.results))
+    whole["data"]["repeats"], whole["checkpoint"] = {"test_seen": 0}, {}
+    file = tmp_path / "folds/fold-0/results.json"
+    storage.write_json(str(file), whole)
+    assert Fold.read(str(tmp_path), 0).results == whole
+    documents: tuple[Any, ...] = (
+        {**whole, "baselines": 3},
+        {name: value for name, value in whole.items() if name != "trials"},
+        {**whole, "final": {**whole["final"], "seeds": None}},
+        {**whole, "baselines": [{"kind": "forest"}]},
+        [],
+    )
+    for damaged in documents:
+        storage.write_json(str(file), damaged)
+        with pytest.raises(DataError, match=r"folds/fold-0/results\.json"):
+            Fold.read(str(tmp_path), 0)
 
 
 def test_the_hash_of_folds_is_that_of_all_their_splits(tmp_path: Path) -> None:

@@ -408,6 +408,33 @@ def test_a_source_that_changed_is_told_by_a_finished_out(
     assert "cannot check whether the inputs" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"parts": [{"path": "a"}]}, {"parts": [{"path": 1, "bytes": 2}]}, {"parts": 3}],
+    ids=str,
+)
+def test_a_damaged_summary_is_named(
+    tmp_path: Path, here: EmbedConfig, damage: dict[str, Any]
+) -> None:
+    embed(here)
+    uri = str(tmp_path / "out/embeddings.json")
+    storage.write_json(uri, {**storage.read_json(uri), **damage})
+    with pytest.raises(DataError, match=r"embeddings\.json"):
+        embed(here)
+
+
+def test_sources_that_a_summary_does_not_tell_are_not_compared(
+    tmp_path: Path, here: EmbedConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    embed(here)
+    uri = str(tmp_path / "out/embeddings.json")
+    summary = storage.read_json(uri)
+    summary["data"]["sources"] = [{"uri": 3}]
+    storage.write_json(uri, summary)
+    assert embed(here).already_finished
+    assert "does not tell its sources" in caplog.text
+
+
 @pytest.mark.parametrize("lost", ["parts/part-00000.parquet", "rejected.parquet"])
 @pytest.mark.parametrize("prepared_too", [False, True])
 def test_what_a_finished_out_has_lost_is_made_again(
