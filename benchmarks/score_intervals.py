@@ -141,7 +141,7 @@ def whole_scaffolds(scaffolds: Rows, least: int, generator: np.random.Generator)
 
 def one_by_one(smiles: Sequence[str]) -> Resampling:
     """Draws of molecules as if they were independent."""
-    return Resampling(units=np.arange(len(smiles)), is_by_scaffold=False)
+    return Resampling(units=np.arange(len(smiles)), of_units="molecules")
 
 
 def held(

@@ -96,9 +96,7 @@ def scaffold_split(
     if variant == "deepchem":
         ordered = sorted(groups, key=lambda group: (len(group), group[0]), reverse=True)
         return deal_largest_first(ordered, fractions)
-    sizes = [share * len(smiles) for share in fractions]
-    ordered = _balanced_order(groups, sizes, seed)
-    return _fill(ordered, sizes)
+    return deal_balanced(groups, fractions, seed)
 
 
 def scaffold_groups(smiles: Sequence[str]) -> dict[str, list[int]]:
@@ -154,6 +152,16 @@ def deal_largest_first(
     return _split(train, valid, test)
 
 
+def deal_balanced(
+    groups: Sequence[list[int]], fractions: tuple[float, float, float], seed: int
+) -> Split:
+    """Chemprop's rule: groups larger than half of valid or test first, in random order, then all others in random order. Train and
+    valid stay within their shares; what does not fit goes to test."""
+    total = sum(map(len, groups))
+    sizes = [share * total for share in fractions]
+    return _fill(_balanced_order(groups, sizes, seed), sizes)
+
+
 def _balanced_order(
     groups: Sequence[list[int]], sizes: Sequence[float], seed: int
 ) -> list[list[int]]:
@@ -166,7 +174,6 @@ def _balanced_order(
 
 
 def _fill(groups: Sequence[Sequence[int]], sizes: Sequence[float]) -> Split:
-    """Chemprop's rule: train and valid stay within their shares; what does not fit goes to test."""
     train: list[int] = []
     valid: list[int] = []
     test: list[int] = []

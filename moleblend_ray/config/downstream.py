@@ -46,11 +46,11 @@ class TaskConfig:
     """Score by which configurations are chosen and reported; null: the task's usual one."""
     split: SplitKind | None = None
     """How molecules are divided 80/10/10; null: the task's usual way, scaffolds for a table of your own. butina: by clusters of
-    similar molecules. time: test on the newest, by the dates or numbers in `split_column`. given: as a prepared dataset is, or as
-    `split_column` or `split_file` say."""
+    similar molecules. time: test on the newest, by the dates or numbers in `split_column`. group: each group (project, plate,
+    source) that `split_column` names in one part. given: as a prepared dataset is, or as `split_column` or `split_file` say."""
     split_column: str | None = None
     """Column (or SDF property) of the source that says train, valid or test, which makes the split given; with split=time, its
-    dates (such as 2024-05-31) or numbers (such as years)."""
+    dates (such as 2024-05-31) or numbers (such as years); with split=group, any names of groups."""
     split_file: str | None = None
     """File that says so by row or by id, as for `prepare`; it makes the split given."""
     folds: int | None = None
@@ -88,6 +88,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         by_user = self.split_column or self.split_file
+        by_column = self.split in (SplitKind.TIME, SplitKind.GROUP)
         of_one_task = ("columns", "kind", "unit", "split_file", "censored") if self.is_group else ()
         check_all(
             *locations(self, "source", "split_file"),
@@ -106,29 +107,32 @@ class TaskConfig:
                 "split_file: expected either it or split_column, found both",
             ),
             (
-                self.split is SplitKind.TIME
-                or not by_user
-                or self.split in (None, SplitKind.GIVEN),
-                f"split: expected given or time with split_column, given with split_file, found {self.split}",
+                by_column or not by_user or self.split in (None, SplitKind.GIVEN),
+                f"split: expected given, time or group with split_column, given with split_file, found {self.split}",
             ),
             (
                 self.split is not SplitKind.TIME or bool(self.split_column),
                 "split_column: expected a column of dates or numbers with split=time, found none",
             ),
+            (
+                self.split is not SplitKind.GROUP or bool(self.split_column),
+                "split_column: expected a column of groups, such as projects, with split=group, found none",
+            ),
             *within(self, FEWEST_FOLDS, MOST_FOLDS, "folds"),
             (
                 self.folds is None
+                or self.split is SplitKind.GROUP
                 or not (by_user or self.split in (SplitKind.GIVEN, SplitKind.TIME)),
-                "folds: expected with a split by random, scaffold, scaffold_balanced or butina, found with a split that is given "
-                "with the data. Leave out one of them",
+                "folds: expected with a split by random, scaffold, scaffold_balanced, butina or group, found with a split that is "
+                "given with the data. Leave out one of them",
             ),
             (
                 self.fold is None or 0 <= self.fold < (self.folds or 0),
                 f"fold: expected with folds, from 0 to folds - 1, found {self.fold} with folds={self.folds}",
             ),
             (
-                self.split is not SplitKind.TIME or not self.is_group,
-                "split: expected time for one task only, found with a group",
+                not by_column or not self.is_group,
+                f"split: expected {self.split} for one task only, found with a group of tasks",
             ),
             *(
                 (not getattr(self, name), f"{name}: expected for one task only, found with a group")
@@ -225,7 +229,7 @@ class PropertyConfig:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     """Hyper-parameters; a sweep varies those of `search` and keeps the others."""
     split_seed: int = 0
-    """Seed of the split where it has one (`random`, `scaffold_balanced`)."""
+    """Seed of the split where it has one (`random`, `scaffold_balanced`, `group`)."""
     baseline: BaselineConfig = field(default_factory=BaselineConfig)
     """Models to compare with."""
     gpus_per_worker: float = 1.0

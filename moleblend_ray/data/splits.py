@@ -1,4 +1,4 @@
-"""The split of each molecule: by a hash of the molecule, by the source's own split file, or by time."""
+"""The split of each molecule: by a hash of the molecule, by the source's own split file, by time, or by groups."""
 
 from __future__ import annotations
 
@@ -73,6 +73,8 @@ class NamedSplits:
 
     wanted = "train, valid or test"
     """What to give a molecule that is in no part."""
+    unnamed = UNNAMED
+    """Code of such a molecule."""
 
     def __init__(
         self,
@@ -150,6 +152,8 @@ class TimeSplit:
     """Rows have times, and ids have not."""
     wanted = "a date or a number"
     """What to give a molecule that is in no part."""
+    unnamed = UNNAMED
+    """Code of such a molecule."""
 
     def __init__(self, times: NDArray[np.float64], fractions: tuple[float, float, float]) -> None:
         """From the time (R,) of each row of the source, in any unit, NaN where there is none, and the shares of the parts."""
@@ -177,7 +181,35 @@ class TimeSplit:
         return np.where(np.isnan(times), np.uint8(UNNAMED), codes)
 
 
-SplitsOfData: TypeAlias = NamedSplits | TimeSplit
+class MoleculeGroups:
+    """Groups of molecules that a split keeps together, such as projects, plates or sources."""
+
+    names_rows = True
+    """Rows are in groups, and ids are not."""
+    wanted = "a group"
+    """What to give a molecule that is in none."""
+    unnamed = -1
+    """Code of such a molecule."""
+
+    def __init__(self, numbers: NDArray[np.int64]) -> None:
+        """From the number (R,) of the group of each row of the source, and -1 where there is none. Groups are numbered from 0 in the
+        order of their first rows."""
+        self._numbers = numbers
+
+    @property
+    def digest(self) -> str:
+        """Digest of who is with whom, equal for equal groups whatever their names."""
+        return hashlib.blake2b(self._numbers.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+    def codes(self, rows: NDArray[np.int64], _mol_ids: Sequence[str]) -> NDArray[np.int64]:
+        """The numbers (M,) of the groups of these rows (M,), -1 where a row has none."""
+        found = np.full(len(rows), self.unnamed, dtype=np.int64)
+        inside = rows < len(self._numbers)
+        found[inside] = self._numbers[rows[inside]]
+        return found
+
+
+SplitsOfData: TypeAlias = NamedSplits | TimeSplit | MoleculeGroups
 """What data say of the parts of their molecules, beside the molecules themselves."""
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.evaluation.censoring import bounds_entry
@@ -101,10 +102,12 @@ class CrossValidation:
         return _rows_of(self.sizes)
 
 
-def combine_folds(out: str, folds: Sequence[Fold]) -> CrossValidation:
+def combine_folds(
+    out: str, folds: Sequence[Fold], groups: NDArray[np.int64] | None = None
+) -> CrossValidation:
     """The results of all ``folds``, in order, whose predictions are in their folders of ``out``.
 
-    Raises DataError if predictions are gone or damaged.
+    ``groups`` (M,): number of the group of each molecule, fold by fold, of folds that keep groups together. Raises DataError if predictions are gone or damaged.
     """
     task = folds[0].results["task"]
     columns = tuple(task["columns"])
@@ -117,7 +120,7 @@ def combine_folds(out: str, folds: Sequence[Fold]) -> CrossValidation:
         metric=Metric(task["metric"]),
         columns=columns,
         # What is most of a fold would leave it without most of its molecules in a third of the draws.
-        resampling=Resampling.of(together.smiles, most_of_one=min(sizes) // 2),
+        resampling=Resampling.of(together.smiles, most_of_one=min(sizes) // 2, groups=groups),
         sizes=sizes,
     )
     final = _model_entry(folds, finals)

@@ -64,7 +64,7 @@ def _text(results: Mapping[str, Any]) -> str:
         f"# {task['name']}: cross-validation",
         "",
         f"{metric_name(task)} ({direction}), mean over {len(folds)} folds. Each of the {split['test']:,} molecules was tested once, "
-        f"by models that were trained on {len(folds) - 2} other folds and chosen by one more."
+        f"by models that were trained on {len(folds) - 2} other fold{'s' * (len(folds) > 3)} and chosen by one more."
         + _left_out_remark(task, final)
         + bounds_remark(final.get("bounds")),
         "",

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split, scaffold_split
+from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split, deal_balanced, scaffold_split
 from moleblend_ray.data.block import MoleculeBlock, block_from_table
 from moleblend_ray.data.dataset_files import SPLITS
 from moleblend_ray.data.manifest import Manifest, load_manifest
@@ -25,7 +25,7 @@ from moleblend_ray.data.shards import (
     LABEL_PREFIX,
 )
 from moleblend_ray.data.sources.records import SourceSet
-from moleblend_ray.data.splits import UNNAMED, NamedSplits, SplitsOfData
+from moleblend_ray.data.splits import MoleculeGroups, NamedSplits, SplitsOfData
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.censoring import LabelBounds
 from moleblend_ray.evaluation.conformer_set import ConformerSet
@@ -71,6 +71,8 @@ class LabelledMolecules:
     missing."""
     parts: NDArray[np.uint8] | None = None
     """(M,) part that the data assigns to each molecule, an index of ``SPLITS``; None if there are none."""
+    groups: NDArray[np.int64] | None = None
+    """(M,) number of the group that the data keep each molecule in; None if there are none."""
     conformers: ConformerSet | None = None
     """All conformers; None if there is only the first."""
     descriptors: DescriptorTable | None = None
@@ -111,6 +113,7 @@ class LabelledMolecules:
             smiles=tuple(self.smiles[index] for index in indices),
             labels=self.labels[indices],
             parts=None if self.parts is None else self.parts[indices],
+            groups=None if self.groups is None else self.groups[indices],
             bounds=None if self.bounds is None else self.bounds[indices],
             conformers=self.conformers and self.conformers.take(self.block.num_atoms, indices),
             descriptors=None if self.descriptors is None else self.descriptors.take(indices),
@@ -148,7 +151,7 @@ def load_labelled(
     """All molecules of the prepared dataset at ``uri`` that have at least one of the task's labels, or, ``with_bounds``, a bound
     of one.
 
-    Each has its first ``num_conformers`` conformers, or as many as there are. Its part is that of ``named`` or, without
+    Each has its first ``num_conformers`` conformers, or as many as there are. Its part or group is that of ``named`` or, without
     it, the split of the dataset. Raises DataError if labels are missing or wrong, if ``named`` leaves a molecule
     out, or if the dataset keeps no bounds.
     """
@@ -177,6 +180,11 @@ def load_labelled(
     table = table.filter(pa.array(known)).combine_chunks()
     mol_ids = tuple(table["mol_id"].to_pylist())
     _check_labels(uri, task, columns, filled[known], mol_ids)
+    if named is None:
+        codes = _own_parts(manifest)[known]
+    else:
+        codes = _codes(named, table, manifest, uri)
+    is_grouped = isinstance(named, MoleculeGroups)
     return LabelledMolecules(
         block=block_from_table(table, np.arange(len(mol_ids), dtype=np.int64)),
         mol_ids=mol_ids,
@@ -188,9 +196,8 @@ def load_labelled(
         num_unlabelled=int((~known).sum()),
         num_quarantined=manifest.counts.rows_quarantined,
         num_unreadable=num_unreadable,
-        parts=_own_parts(manifest)[known]
-        if named is None
-        else _named_parts(named, table, manifest, uri),
+        parts=None if is_grouped else codes.astype(np.uint8),
+        groups=codes if is_grouped else None,
         conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
         form=MoleculeForm.of_options(manifest.options),
         unit=_common_unit(manifest, columns),
@@ -221,14 +228,13 @@ def _read_molecules(uri: str, manifest: Manifest, columns: list[str]) -> pa.Tabl
     return pa.concat_tables(tables)
 
 
-def _own_parts(manifest: Manifest) -> NDArray[np.uint8]:
+def _own_parts(manifest: Manifest) -> NDArray[np.int64]:
     sizes = [manifest.num_molecules(split) for split in SPLITS]
-    return np.repeat(np.arange(len(SPLITS), dtype=np.uint8), sizes)
+    return np.repeat(np.arange(len(SPLITS), dtype=np.int64), sizes)
 
 
-def _named_parts(
-    named: SplitsOfData, table: pa.Table, manifest: Manifest, uri: str
-) -> NDArray[np.uint8]:
+def _codes(named: SplitsOfData, table: pa.Table, manifest: Manifest, uri: str) -> NDArray[np.int64]:
+    """(M,) part or group of each molecule of the table; ConfigError or DataError if some have none."""
     if named.names_rows and len(manifest.sources) > 1:
         raise ConfigError(
             f"task: the split is given by rows, which are those of one file; {uri} was made of "
@@ -237,25 +243,32 @@ def _named_parts(
     if isinstance(named, NamedSplits):
         named.warn_of_rows_beyond(manifest.counts.rows_in)
     mol_ids = table["mol_id"].to_pylist()
-    parts = named.codes(table["source_row"].to_numpy(), mol_ids)
-    unnamed = np.flatnonzero(parts == UNNAMED)
+    codes = named.codes(table["source_row"].to_numpy(), mol_ids).astype(np.int64)
+    unnamed = np.flatnonzero(codes == named.unnamed)
     if len(unnamed):
         first = int(unnamed[0])
         # As without the column of ids, when molecules have the name of the file and their row.
-        none_known = len(unnamed) == len(parts) and not named.names_rows
+        none_known = len(unnamed) == len(codes) and not named.names_rows
         hint = "If the source has the ids in a column, set task.id_column. " if none_known else ""
         raise DataError(
-            f"{uri}: the given split leaves out {len(unnamed)} of {len(parts)} labelled molecules, the first of them "
+            f"{uri}: the given split leaves out {len(unnamed)} of {len(codes)} labelled molecules, the first of them "
             f"{mol_ids[first]!r} (row {table['source_row'][first].as_py()} of the source). {hint}Say {named.wanted} for each, or "
             "take these molecules out of the source"
         )
-    return parts
+    return codes
 
 
 def split_molecules(
-    smiles: Sequence[str], kind: SplitKind, seed: int, parts: NDArray[np.uint8] | None = None
+    smiles: Sequence[str],
+    kind: SplitKind,
+    seed: int,
+    parts: NDArray[np.uint8] | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> Split:
-    """Divide molecules 80/10/10, or into the given ``parts`` (M,). Raises DataError if a part would be empty."""
+    """Divide molecules 80/10/10, by ``groups`` (M,) for a split by group, or into the given ``parts`` (M,). Raises DataError if a
+    part would be empty."""
+    if kind is SplitKind.GROUP:
+        return _group_split(smiles, seed, groups)
     if kind.is_of_data:
         return _given_split(smiles, kind, parts)
     if kind is SplitKind.RANDOM:
@@ -292,11 +305,40 @@ def _given_split(smiles: Sequence[str], kind: SplitKind, parts: NDArray[np.uint8
             f"the given split of {len(smiles)} molecules leaves a part empty ({sizes}); expected train, valid and "
             "test. Set task.split_column or task.split_file, or give a prepared dataset with these splits"
         )
+    _warn_of_shared(smiles, kind, split)
+    return split
+
+
+def _group_split(smiles: Sequence[str], seed: int, groups: NDArray[np.int64] | None) -> Split:
+    members = groups_of(groups)
+    split = deal_balanced(members, FRACTIONS, seed)
+    sizes = _sizes(split)
+    if min(sizes.values()) == 0:
+        raise DataError(
+            f"the group split of {len(smiles)} molecules in {len(members)} groups leaves a part empty ({sizes}); expected groups that "
+            "are small beside a tenth of the molecules. With few or large ones, test on each in turn (task.folds, at most as many as "
+            "there are groups), or say train, valid or test for each row in task.split_column with task.split=given"
+        )
+    _warn_of_shared(smiles, SplitKind.GROUP, split)
+    return split
+
+
+def groups_of(groups: NDArray[np.int64] | None) -> list[list[int]]:
+    """The molecules of each group, as ascending indices, from the number (M,) of the group of each; ConfigError without these."""
+    if groups is None:
+        raise ConfigError(
+            "task.split=group: expected a column of groups in task.split_column, found none"
+        )
+    order = np.argsort(groups, kind="stable")
+    ends = np.flatnonzero(np.diff(groups[order])) + 1
+    return [members.tolist() for members in np.split(order, ends)]
+
+
+def _warn_of_shared(smiles: Sequence[str], kind: SplitKind, split: Split) -> None:
     train, valid, test = ({smiles[index] for index in part} for part in split)
     shared = len(test & (train | valid)) + len(train & valid)
     if shared:
         logger.warning("%d molecules are in two parts of the %s split", shared, kind.value)
-    return split
 
 
 def _sizes(split: Split) -> dict[str, int]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split, scaffold_groups
 from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.dataset import groups_of
 from moleblend_ray.evaluation.tasks import SplitKind
 
 logger = logging.getLogger(__name__)
@@ -26,17 +27,21 @@ _UNEVEN: Final = 1.5
 
 
 def fold_numbers(
-    smiles: Sequence[str], kind: SplitKind, seed: int, count: int
+    smiles: Sequence[str],
+    kind: SplitKind,
+    seed: int,
+    count: int,
+    groups: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """(M,) the fold of each molecule, 0 to ``count`` - 1, of nearly equal sizes.
 
     Groups of molecules are dealt one after the other, each to the smallest fold so far. ``random``: copies of a molecule are a
     group, in an order by ``seed``. ``scaffold`` and ``butina``: scaffolds or clusters, the largest first; nothing is random.
-    ``scaffold_balanced``: scaffolds larger than half a fold first, the others after them, both in an order by ``seed``. By
-    scaffold, a molecule without rings is a group of its own, with its copies. Raises DataError if there are fewer groups than
-    folds.
+    ``scaffold_balanced``: scaffolds larger than half a fold first, the others after them, both in an order by ``seed``; ``group``:
+    those of ``groups`` (M,), likewise. By scaffold, a molecule without rings is a group of its own, with its copies. Raises
+    DataError if there are fewer groups than folds.
     """
-    ordered = _ordered_groups(smiles, kind, seed, len(smiles) / count)
+    ordered = _ordered_groups(smiles, kind, seed, len(smiles) / count, groups)
     if len(ordered) < count:
         raise DataError(
             f"task.folds={count}: {len(smiles)} molecules make {len(ordered)} groups that a {kind.value} split keeps together, "
@@ -69,7 +74,11 @@ def split_of_fold(numbers: NDArray[np.int64], fold: int, count: int) -> Split:
 
 
 def _ordered_groups(
-    smiles: Sequence[str], kind: SplitKind, seed: int, fold_size: float
+    smiles: Sequence[str],
+    kind: SplitKind,
+    seed: int,
+    fold_size: float,
+    groups_of_data: NDArray[np.int64] | None,
 ) -> list[list[int]]:
     """The indices of molecules that stay together, in the order in which they are dealt."""
     if kind is SplitKind.RANDOM:
@@ -79,12 +88,14 @@ def _ordered_groups(
         from moleblend_ray.evaluation.clusters import butina_groups
 
         groups = butina_groups(smiles)
+    elif kind is SplitKind.GROUP:
+        groups = groups_of(groups_of_data)
     else:
         by_scaffold = scaffold_groups(smiles)
         # They have no rings in common: as one group they would be an uneven fold, of ESOL a third of all molecules.
         without_rings = by_scaffold.pop("", [])
         groups = [*by_scaffold.values(), *_copies(smiles, without_rings)]
-    if kind is SplitKind.SCAFFOLD_BALANCED:
+    if kind in (SplitKind.SCAFFOLD_BALANCED, SplitKind.GROUP):
         shuffled = _shuffled(groups, smiles, seed)
         return sorted(shuffled, key=lambda group: len(group) <= fold_size / 2)
     return sorted(groups, key=lambda group: (-len(group), group[0]))

@@ -1,4 +1,4 @@
-"""Splits that come with the data, in a column of the table: by words, or by time."""
+"""What a column of the table says of the split: its parts, times, or groups that stay together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moleblend_ray.data.sources.headers import delimited_form
 from moleblend_ray.data.sources.parquet import parquet_file, strings
 from moleblend_ray.data.sources.reading import open_items, open_records
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
-from moleblend_ray.data.splits import NamedSplits, TimeSplit, is_split_name
+from moleblend_ray.data.splits import MoleculeGroups, NamedSplits, TimeSplit, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
 
 _MONTH: Final = re.compile(r"\d{4}-\d{2}")
@@ -47,8 +47,8 @@ def rows_of_column(source: str, column: str) -> dict[str, NDArray[np.int64]]:
         raise ConfigError(
             f"task.split_column: column {column!r} of {source} says {word!r} in row {row} (counted from 0), which is no "
             f"split, and {len(others)} such words in all; expected train, valid (validation, val, dev) or test in each "
-            "row. If it holds dates or years, task.split=time tests on the newest rows. For a split by project write a column "
-            "of these words"
+            "row. If it holds dates or years, task.split=time tests on the newest rows; if it holds projects or the like, "
+            "task.split=group keeps each in one part"
         )
     return {word: np.array(found, dtype=np.int64) for word, found in rows.items()}
 
@@ -76,6 +76,19 @@ def times_of_column(source: str, column: str) -> TimeSplit:
                 f"{kind} for task.split=time"
             ) from error
     return TimeSplit(times, FRACTIONS)
+
+
+def groups_of_column(source: str, column: str) -> MoleculeGroups:
+    """The groups of rows with one text (project, plate, source, ...) in a column (or SD property); spaces around it do not count.
+
+    Rows whose cell is empty or missing are in no group. Raises ConfigError if the source has several files, DataError if there is
+    no such column.
+    """
+    rows = _rows_by_word(source, column, "the name of a group")
+    numbers = np.full(1 + max(found[-1] for found in rows.values()), -1, dtype=np.int64)
+    for number, found in enumerate(rows.values()):
+        numbers[found] = number
+    return MoleculeGroups(numbers)
 
 
 def _is_number(word: str) -> bool:

@@ -142,10 +142,14 @@ def _about_intervals(results: Mapping[str, Any]) -> str:
         return f"There are no 95 % intervals of scores. {_WITHOUT_INTERVAL}"
     resampling = results["resampling"]
     drawn = f"{resampling['units']:,} test molecules"
-    if resampling["of"] == "scaffolds":
-        alone = "of a scaffold of more than half a fold" if "folds" in results else ""
-        alone = " or ".join(filter(None, ("without rings", alone)))
-        drawn = f"{resampling['units']:,} scaffolds of the test molecules (one {alone} counts as its own)"
+    if resampling["of"] != "molecules":
+        of = resampling["of"].removesuffix("s")
+        ways = (
+            *(["without rings"] if of == "scaffold" else []),
+            *([f"of a {of} of more than half a fold"] if "folds" in results else []),
+        )
+        alone = f" (one {' or '.join(ways)} counts as its own)" if ways else ""
+        drawn = f"{resampling['units']:,} {of}s of the test molecules{alone}"
     how = (
         f"95 % intervals are those of the scores on {resampling['draws']:,} draws of the {drawn}, with replacement: what other "
         "test molecules of this kind might have given. " + _beside_intervals(results)

@@ -8,7 +8,7 @@ the same molecules hard (Nicholls, J. Comput. Aided Mol. Des. 30, 103 (2016)).
 
 Molecules of one scaffold are alike, so whole scaffolds are drawn (cluster bootstrap: Davison and Hinkley, "Bootstrap Methods and
 their Application", 1997, section 3.8). Drawn one by one, as if they were independent, they give intervals that are too narrow
-where a test part has series of molecules (``benchmarks/score_intervals.py``).
+where a test part has series of molecules (``benchmarks/score_intervals.py``). With a split by groups of the user's, these are drawn.
 
 A draw is given as the number of times that each molecule is in it, and scores are computed with these weights, which is
 the score of :mod:`~moleblend_ray.evaluation.scores` on a list with repetitions.
@@ -22,7 +22,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,31 +77,34 @@ class Resampling:
     """Draws of the molecules of a test part."""
 
     units: NDArray[np.int64]
-    """(M,) what each molecule is drawn with: the number of its scaffold, or of itself."""
-    is_by_scaffold: bool
-    """Whether whole scaffolds are drawn."""
+    """(M,) what each molecule is drawn with: the number of its group, of its scaffold, or of itself."""
+    of_units: Literal["groups", "scaffolds", "molecules"]
+    """What is drawn as a whole."""
 
     @classmethod
-    def of(cls, smiles: Sequence[str], most_of_one: int | None = None) -> Resampling:
-        """Draws of molecules by their SMILES (M,). One without rings, or of which RDKit finds no scaffold, is drawn alone, with all
-        its rows.
+    def of(
+        cls,
+        smiles: Sequence[str],
+        most_of_one: int | None = None,
+        groups: NDArray[np.int64] | None = None,
+    ) -> Resampling:
+        """Draws of molecules by their SMILES (M,), or by the ``groups`` (M,) of a split by group, where there are ten. One without
+        rings, or of which RDKit finds no scaffold, is drawn alone, with all its rows.
 
-        So are those of a scaffold with more than ``most_of_one`` molecules (None: of none). As a whole it would be in some draws and
-        not in others, but any test part of this kind has its share of it, as it has of phenyl compounds.
+        So are those of a scaffold or group with more than ``most_of_one`` molecules (None: of none). As a whole it would be in some
+        draws and not in others, but any test part of this kind has its share of it, as it has of phenyl compounds.
         """
+        if groups is not None:
+            by_group = _drawn_together(
+                smiles, [f"group {number}" for number in groups], most_of_one
+            )
+            if int(by_group.max()) + 1 >= _FEWEST_UNITS:
+                return cls(units=by_group, of_units="groups")
         scaffolds = [_scaffold(text) or text for text in smiles]
-        if most_of_one is not None:
-            sizes = Counter(scaffolds)
-            scaffolds = [
-                text if sizes[scaffold] > most_of_one else scaffold
-                for text, scaffold in zip(smiles, scaffolds, strict=True)
-            ]
-        by_scaffold = _numbered(scaffolds)
-        is_by_scaffold = int(by_scaffold.max()) + 1 >= _FEWEST_UNITS
-        return cls(
-            units=by_scaffold if is_by_scaffold else _numbered(smiles),
-            is_by_scaffold=is_by_scaffold,
-        )
+        by_scaffold = _drawn_together(smiles, scaffolds, most_of_one)
+        if int(by_scaffold.max()) + 1 >= _FEWEST_UNITS:
+            return cls(units=by_scaffold, of_units="scaffolds")
+        return cls(units=_numbered(smiles), of_units="molecules")
 
     def scores(
         self,
@@ -149,12 +152,11 @@ class Resampling:
 
     def to_json(self) -> dict[str, Any]:
         """The part of ``results.json`` about how intervals of scores are made."""
-        of = "scaffolds" if self.is_by_scaffold else "molecules"
-        return {"draws": DRAWS, "level": LEVEL, "of": of, "units": self._count}
+        return {"draws": DRAWS, "level": LEVEL, "of": self.of_units, "units": self._count}
 
     @property
     def _count(self) -> int:
-        """Number of scaffolds or molecules that are drawn from."""
+        """Number of groups, scaffolds or molecules that are drawn from."""
         return int(self.units.max()) + 1
 
     def _drawn(self) -> Iterator[Array]:
@@ -168,6 +170,17 @@ class Resampling:
             flat = (rows + count * np.arange(width)[:, None]).ravel()
             times = np.bincount(flat, minlength=width * count).reshape(width, count)
             yield np.ascontiguousarray(times.T, dtype=np.float64)[self.units]
+
+
+def _drawn_together(
+    smiles: Sequence[str], names: Sequence[str], most_of_one: int | None
+) -> NDArray[np.int64]:
+    """(M,) a number for each name (M,), and for each molecule of a name that more than ``most_of_one`` have."""
+    if most_of_one is None:
+        return _numbered(names)
+    sizes = Counter(names)
+    pairs = zip(smiles, names, strict=True)
+    return _numbered([text if sizes[name] > most_of_one else name for text, name in pairs])
 
 
 def _numbered(names: Sequence[str]) -> NDArray[np.int64]:

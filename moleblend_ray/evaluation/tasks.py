@@ -113,12 +113,15 @@ class SplitKind(StrEnum):
     """Butina's clusters of similar molecules, largest first into training (DeepChem's); no cluster is in two parts."""
     TIME = "time"
     """The newest tenth for test, the tenth before it for validation, by a column of dates or numbers."""
+    GROUP = "group"
+    """By a column of groups, such as projects; groups too large for validation and test first, then the others in a seeded order. No
+    group is in two parts."""
     GIVEN = "given"
     """Given with the data, by a column, a split file or the splits of a prepared dataset."""
 
     @property
     def is_of_data(self) -> bool:
-        """Whether the data say more than the molecules themselves about their parts."""
+        """Whether the data say which part each molecule is in."""
         return self in (SplitKind.TIME, SplitKind.GIVEN)
 
 

@@ -215,7 +215,10 @@ def _write_together(
 ) -> dict[str, Any]:
     """Write the results of all folds: predictions, the report, then ``results.json``, whose presence means that everything is done."""
     folds = [Fold.read(config.out, fold) for fold in range(num_folds)]
-    found = combine_folds(config.out, folds)
+    groups = loaded.molecules.groups
+    if groups is not None:
+        groups = groups[np.argsort(folds_of(config, loaded), kind="stable")]
+    found = combine_folds(config.out, folds, groups)
     chosen = to_dict(config.finetune) if isinstance(config, FinetuneConfig) else None
     results = redact(
         {

@@ -42,7 +42,7 @@ from moleblend_ray.evaluation.dataset import (
 from moleblend_ray.evaluation.encoders import load_encoder
 from moleblend_ray.evaluation.finetune import StartingPoint
 from moleblend_ray.evaluation.folds import fold_numbers, split_of_fold
-from moleblend_ray.evaluation.given_split import splits_of_column, times_of_column
+from moleblend_ray.evaluation.given_split import groups_of_column, splits_of_column, times_of_column
 from moleblend_ray.evaluation.property_model import require_learnable
 from moleblend_ray.evaluation.repeats import Repeats
 from moleblend_ray.evaluation.replicates import Replicates, with_replicates
@@ -310,8 +310,9 @@ def _tell_of_replicates(task: Task, replicates: Replicates) -> None:
 def folds_of(config: PropertyConfig, loaded: Loaded) -> NDArray[np.int64]:
     """(M,) the fold of each molecule, of a cross-validation."""
     assert config.task.folds is not None
+    molecules = loaded.molecules
     return fold_numbers(
-        loaded.molecules.smiles, loaded.task.split, config.split_seed, config.task.folds
+        molecules.smiles, loaded.task.split, config.split_seed, config.task.folds, molecules.groups
     )
 
 
@@ -323,7 +324,9 @@ def split_of(
     task, molecules = loaded.task, loaded.molecules
     where = ""
     if config.task.fold is None or config.task.folds is None:
-        split = split_molecules(molecules.smiles, task.split, config.split_seed, molecules.parts)
+        split = split_molecules(
+            molecules.smiles, task.split, config.split_seed, molecules.parts, molecules.groups
+        )
     else:
         where = f"fold-{config.task.fold} "
         numbers = folds_of(config, loaded) if folds is None else folds
@@ -430,11 +433,13 @@ def prepare_task(
 
 def named_splits(task: TaskConfig) -> SplitsOfData | None:
     """The splits that the column or the file of the task names; None if it has neither."""
-    if task.split_column is not None and task.split is SplitKind.TIME:
+    if task.split_column is None:
+        return None if task.split_file is None else splits_of_file(task.split_file)
+    if task.split is SplitKind.TIME:
         return times_of_column(task.source, task.split_column)
-    if task.split_column is not None:
-        return splits_of_column(task.source, task.split_column)
-    return None if task.split_file is None else splits_of_file(task.split_file)
+    if task.split is SplitKind.GROUP:
+        return groups_of_column(task.source, task.split_column)
+    return splits_of_column(task.source, task.split_column)
 
 
 def split_identity(named: SplitsOfData | None) -> dict[str, str | None]:

@@ -64,7 +64,10 @@ def write_results(
     valid, test = (
         read_of_results(config.out, model.final, part, columns) for part in ("valid", "test")
     )
-    resampling = Resampling.of(test[0].smiles)
+    groups = experiment.molecules.groups
+    resampling = Resampling.of(
+        test[0].smiles, groups=None if groups is None else groups[experiment.split.test]
+    )
     final = seeds_entry(f"MoleBLEND, {name}", model.final)
     scored = Scored(final["test"]["mean"], resampling.scores(experiment.task.metric, test, columns))
     results: dict[str, Any] = {

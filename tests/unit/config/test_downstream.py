@@ -152,7 +152,13 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"split_file": "x.csv", "split_column": "part"}, "split_file: expected either"),
         (
             {"split_column": "part", "split": "random"},
-            "split: expected given or time with split_column",
+            "split: expected given, time or group with split_column",
+        ),
+        ({"split": "group"}, "split_column: expected a column of groups, such as projects, with"),
+        ({"split": "group", "split_file": "x.csv"}, "split_column: expected a column of groups"),
+        (
+            {"name": "moleculenet", "split": "group", "split_column": "project"},
+            "split: expected group for one task only, found with a group of tasks",
         ),
         ({"split": "time"}, "split_column: expected a column of dates or numbers with split=time"),
         (
@@ -168,7 +174,7 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ({"folds": 5, "split_column": "part"}, "folds: expected with a split by random, scaff"),
         (
             {"folds": 5, "split": "time", "split_column": "year"},
-            "folds: expected with a split by random, scaffold, scaffold_balanced or butina",
+            "folds: expected with a split by random, scaffold, scaffold_balanced, butina or group",
         ),
         ({"fold": 0}, "fold: expected with folds, from 0 to folds - 1, found 0 with folds=None"),
         ({"folds": 5, "fold": 5}, "fold: expected with folds, from 0 to folds - 1, found 5 with"),
@@ -191,6 +197,10 @@ def test_a_split_column_or_file_makes_the_split_given() -> None:
     ways: tuple[dict[str, Any], ...] = ({"split_column": "part"}, {"split_file": "split.csv"})
     for given in ways:
         assert TaskConfig(name="esol", source="x", **given).resolve().split is SplitKind.GIVEN
+    by_group = TaskConfig(
+        name="esol", source="x", split_column="project", split=SplitKind.GROUP, folds=5
+    )
+    assert by_group.resolve().split is SplitKind.GROUP
     by_time = TaskConfig(name="esol", source="x", split_column="year", split=SplitKind.TIME)
     assert by_time.resolve().split is SplitKind.TIME
 

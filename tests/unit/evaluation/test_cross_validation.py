@@ -176,6 +176,15 @@ def test_an_interval_is_of_means_over_folds_of_the_same_draws(tmp_path: Path) ->
     assert found.entries["final"]["test_interval"] == pytest.approx(expected)
 
 
+def test_folds_by_group_are_drawn_by_group(tmp_path: Path) -> None:
+    folds = folds_in(tmp_path)
+    groups = np.arange(FOLDS * SIZE) // 4
+    found = combine_folds(str(tmp_path), folds, groups)
+    drawn = Resampling.of(found.predictions.smiles, SIZE // 2, groups).to_json()
+    assert found.entries["resampling"] == drawn
+    assert (drawn["of"], drawn["units"]) == ("groups", 15)
+
+
 def test_every_molecule_has_the_mean_prediction_of_the_seeds_of_its_fold(tmp_path: Path) -> None:
     found = combine_folds(str(tmp_path), folds_in(tmp_path, bounds=True))
     write_out_of_fold(str(tmp_path), found, ["y"])

@@ -13,7 +13,7 @@ from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.chemistry.samples import make_samples
 from moleblend_ray.chemistry.scaffolds import murcko_scaffold, split_hash
-from moleblend_ray.errors import DataError
+from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.dataset import only_used, split_molecules, with_fewer_labels
 from moleblend_ray.evaluation.tasks import SplitKind
 
@@ -25,9 +25,10 @@ COMPUTED = [kind for kind in SplitKind if not kind.is_of_data]
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_parts_are_disjoint_cover_all_and_repeat_exactly(kind: SplitKind) -> None:
     smiles = all_smiles()
-    split = split_molecules(smiles, kind, seed=3)
+    groups = np.arange(len(smiles)) // 2
+    split = split_molecules(smiles, kind, seed=3, groups=groups)
     assert sorted(np.concatenate(split)) == list(range(len(smiles)))
-    assert split_hash(split) == split_hash(split_molecules(smiles, kind, seed=3))
+    assert split_hash(split) == split_hash(split_molecules(smiles, kind, seed=3, groups=groups))
 
 
 @pytest.mark.parametrize("kind", [SplitKind.SCAFFOLD, SplitKind.SCAFFOLD_BALANCED])
@@ -78,6 +79,44 @@ def test_molecules_of_too_few_times_are_told() -> None:
     parts = np.array([0, 2, 2], np.uint8)
     with pytest.raises(DataError, match=r"the time split .*'valid': 0.*the newest fifth"):
         split_molecules(["CC", "CN", "CO"], SplitKind.TIME, 0, parts)
+
+
+def test_no_group_is_in_two_parts_whose_sizes_are_the_usual_ones_and_the_seed_says_which() -> None:
+    groups = np.random.default_rng(0).permutation(np.repeat(np.arange(60), np.arange(60) % 9 + 1))
+    smiles = ["C" * (row + 1) for row in range(len(groups))]
+    splits = [
+        split_molecules(smiles, SplitKind.GROUP, seed, groups=groups) for seed in (0, 0, 1, 2)
+    ]
+    for split in splits:
+        found = [set(groups[part]) for part in split]
+        assert len(set.union(*found)) == sum(map(len, found)) == 60
+        shares = np.array([len(part) for part in split]) / len(smiles)
+        np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
+    assert len({split_hash(split) for split in splits}) == 3
+
+
+def test_groups_too_large_for_testing_are_for_training() -> None:
+    groups = np.concatenate([np.zeros(60, int), np.arange(40) // 2 + 1])
+    smiles = ["C" * (row + 1) for row in range(100)]
+    for seed in range(5):
+        assert 0 in groups[split_molecules(smiles, SplitKind.GROUP, seed, groups=groups).train]
+
+
+def test_few_groups_are_told_what_else_there_is() -> None:
+    groups = np.repeat(np.arange(4), 5)
+    with pytest.raises(DataError, match=r"20 molecules in 4 groups leaves a part .*task\.folds"):
+        split_molecules(["C"] * 20, SplitKind.GROUP, 0, groups=groups)
+    with pytest.raises(ConfigError, match=r"split=group: expected a column of groups"):
+        split_molecules(["C"] * 20, SplitKind.GROUP, 0)
+
+
+def test_copies_in_groups_of_different_parts_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    groups, smiles = np.arange(20), ["C" * (row + 1) for row in range(20)]
+    split = split_molecules(smiles, SplitKind.GROUP, 0, groups=groups)
+    assert not caplog.text
+    smiles[split.test[0]] = smiles[split.train[0]]
+    split_molecules(smiles, SplitKind.GROUP, 0, groups=groups)
+    assert "1 molecules are in two parts of the group split" in caplog.text
 
 
 @pytest.mark.parametrize("parts", [None, np.zeros(3, np.uint8), np.array([0, 1, 0], np.uint8)])

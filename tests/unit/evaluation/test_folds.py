@@ -18,13 +18,22 @@ WITH_RINGS = [f"{'C' * length}{ring}" for ring in RINGS for length in range(1, 1
 CHAINS = ["C" * length + "O" for length in range(1, 28)]
 MOLECULES = [*WITH_RINGS, *CHAINS, *WITH_RINGS[:5]]
 
-KINDS = (SplitKind.RANDOM, SplitKind.SCAFFOLD, SplitKind.SCAFFOLD_BALANCED, SplitKind.BUTINA)
+GROUPS = np.append(np.arange(len(MOLECULES) - 5) // 4, [0, 0, 0, 0, 1])
+"""Copies are in the group of the first ones."""
+
+KINDS = (
+    SplitKind.RANDOM,
+    SplitKind.SCAFFOLD,
+    SplitKind.SCAFFOLD_BALANCED,
+    SplitKind.BUTINA,
+    SplitKind.GROUP,
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [3, 5])
 def test_every_molecule_is_tested_once_and_chosen_by_once(kind: SplitKind, count: int) -> None:
-    numbers = fold_numbers(MOLECULES, kind, 0, count)
+    numbers = fold_numbers(MOLECULES, kind, 0, count, GROUPS)
     splits = [split_of_fold(numbers, fold, count) for fold in range(count)]
     everything = list(range(len(MOLECULES)))
     for part in ("valid", "test"):
@@ -39,14 +48,14 @@ def test_every_molecule_is_tested_once_and_chosen_by_once(kind: SplitKind, count
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [3, 5, 7])
 def test_folds_differ_by_no_more_than_the_largest_group(kind: SplitKind, count: int) -> None:
-    sizes = np.bincount(fold_numbers(MOLECULES, kind, 0, count), minlength=count)
+    sizes = np.bincount(fold_numbers(MOLECULES, kind, 0, count, GROUPS), minlength=count)
     largest = {SplitKind.RANDOM: 2, SplitKind.BUTINA: max(map(len, butina_groups(MOLECULES)))}
     assert sizes.max() - sizes.min() <= largest.get(kind, 14)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_are_in_one_fold(kind: SplitKind) -> None:
-    numbers = fold_numbers(MOLECULES, kind, 3, 4)
+    numbers = fold_numbers(MOLECULES, kind, 3, 4, GROUPS)
     np.testing.assert_array_equal(numbers[-5:], numbers[:5])
 
 
@@ -67,12 +76,29 @@ def test_a_cluster_is_in_one_fold() -> None:
     assert all(len(set(numbers[group].tolist())) == 1 for group in groups)
 
 
-@pytest.mark.parametrize("kind", [SplitKind.RANDOM, SplitKind.SCAFFOLD_BALANCED])
+def test_a_group_of_the_data_is_in_one_fold_and_large_ones_are_dealt_first() -> None:
+    groups = np.random.default_rng(0).permutation(np.append(np.zeros(20, int), np.arange(75) + 1))
+    for seed in range(5):
+        numbers = fold_numbers(MOLECULES, SplitKind.GROUP, seed, 4, groups)
+        assert len(set(numbers[groups == 0])) == 1
+        assert sorted(np.bincount(numbers)) == [23, 24, 24, 24]
+
+
+def test_as_many_folds_as_groups_test_on_each_group() -> None:
+    groups = np.arange(len(MOLECULES)) % 4
+    numbers = fold_numbers(MOLECULES, SplitKind.GROUP, 0, 4, groups)
+    assert sorted(set(zip(groups.tolist(), numbers.tolist(), strict=True))) == [
+        (group, numbers[group]) for group in range(4)
+    ]
+    assert sorted(numbers[:4]) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", [SplitKind.RANDOM, SplitKind.SCAFFOLD_BALANCED, SplitKind.GROUP])
 def test_seeded_folds_change_with_the_seed_alone_and_not_with_the_order(kind: SplitKind) -> None:
-    numbers = fold_numbers(MOLECULES, kind, 0, 4)
-    assert (numbers != fold_numbers(MOLECULES, kind, 1, 4)).any()
+    numbers = fold_numbers(MOLECULES, kind, 0, 4, GROUPS)
+    assert (numbers != fold_numbers(MOLECULES, kind, 1, 4, GROUPS)).any()
     order = np.random.default_rng(0).permutation(len(MOLECULES))
-    again = fold_numbers([MOLECULES[index] for index in order], kind, 0, 4)
+    again = fold_numbers([MOLECULES[index] for index in order], kind, 0, 4, GROUPS[order])
     np.testing.assert_array_equal(again, numbers[order])
 
 
@@ -94,6 +120,8 @@ def test_large_scaffolds_are_dealt_first_and_leave_folds_even() -> None:
 def test_fewer_groups_than_folds_are_an_error() -> None:
     with pytest.raises(DataError, match=r"task\.folds=8.*63 molecules make 7 groups.*split=random"):
         fold_numbers(WITH_RINGS, SplitKind.SCAFFOLD, 0, 8)
+    with pytest.raises(DataError, match=r"task\.folds=5: 95 .* 4 groups that a group split keeps"):
+        fold_numbers(MOLECULES, SplitKind.GROUP, 0, 5, np.arange(len(MOLECULES)) % 4)
     with pytest.raises(DataError, match="2 molecules make 2 groups"):
         fold_numbers(["CC", "CCC"], SplitKind.RANDOM, 0, 3)
 

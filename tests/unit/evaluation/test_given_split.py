@@ -23,6 +23,7 @@ from moleblend_ray.data.splits import UNNAMED, NamedSplits, SplitsOfData, TimeSp
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.dataset import load_labelled
 from moleblend_ray.evaluation.given_split import (
+    groups_of_column,
     rows_of_column,
     splits_of_column,
     times_of_column,
@@ -281,6 +282,39 @@ def test_a_molecule_without_a_time_is_told(tmp_path: Path) -> None:
     data = prepare(source, tmp_path / "data")
     with pytest.raises(DataError, match=r"leaves out 1 of 4 .*row 4 .* Say a date or a number for"):
         load_labelled(data, task(), times_of_column(source, "part"))
+
+
+def test_a_column_of_groups_gives_each_labelled_molecule_its_group(tmp_path: Path) -> None:
+    projects = ["A", " B", "A", "C", "B ", "C"]
+    source = write_csv(tmp_path, [(*row[:2], of) for row, of in zip(ROWS, projects, strict=True)])
+    named = groups_of_column(source, "part")
+    data = prepare(source, tmp_path / "data")
+    molecules = load_labelled(data, task(), named)
+    assert molecules.parts is None
+    assert molecules.groups is not None
+    expected = {row[0]: "ABC".index(of.strip()) for row, of in zip(ROWS, projects, strict=True)}
+    found = dict(zip(molecules.smiles, molecules.groups.tolist(), strict=True))
+    assert found == {smiles: expected[smiles] for smiles in found}
+    assert set(found.values()) == {0, 1, 2}
+    last = molecules.take(np.array([len(molecules) - 1]))
+    assert last.groups is not None
+    assert last.groups.tolist() == [molecules.groups[-1]]
+
+
+def test_equal_groups_have_equal_digests_whatever_their_names(tmp_path: Path) -> None:
+    def digest(*names: str) -> str:
+        rows = [("CCO", "1", name) for name in names]
+        return groups_of_column(write_csv(tmp_path, rows), "part").digest
+
+    assert digest("x", "y", "x") == digest("a", "b", "a")
+    assert len({digest(*names) for names in ("xyx", "xyy", "xxy", "xyz", ["x", "", "x"])}) == 5
+
+
+def test_a_molecule_without_a_group_is_told(tmp_path: Path) -> None:
+    source = write_csv(tmp_path, [(*row[:2], "" if row[0] == "CCF" else "7") for row in ROWS])
+    data = prepare(source, tmp_path / "data")
+    with pytest.raises(DataError, match=r"leaves out 1 of 4 .*row 4 .* Say a group for"):
+        load_labelled(data, task(), groups_of_column(source, "part"))
 
 
 def test_rows_of_several_files_and_of_prepared_datasets_are_refused(tmp_path: Path) -> None:

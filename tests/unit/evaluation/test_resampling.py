@@ -64,7 +64,7 @@ def test_a_scaffold_that_is_most_of_a_fold_is_in_all_draws() -> None:
     ]
     chains = ["C" * length for length in range(1, 11)]
     found = Resampling.of([*phenyl, *others, *chains], most_of_one=20)
-    assert found.is_by_scaffold
+    assert found.of_units == "scaffolds"
     assert len(np.unique(found.units)) == 60 + 3 + 10
     assert len(np.unique(found.units[60:72])) == 3
     whole = Resampling.of([*phenyl, *others, *chains], most_of_one=60)
@@ -86,7 +86,7 @@ def test_the_molecules_of_a_fold_are_scored_on_the_draws_of_all(metric: Metric) 
 
 
 def one_by_one(count: int) -> Resampling:
-    return Resampling(units=np.arange(count), is_by_scaffold=False)
+    return Resampling(units=np.arange(count), of_units="molecules")
 
 
 def resampled_scores(metric: Metric, *parts: PartPredictions) -> Array:
@@ -272,6 +272,25 @@ def test_rows_of_one_molecule_are_drawn_together(num_rings: int) -> None:
     assert (times[0] == times[2]).all()
     assert (times[0] == times[4]).all()
     assert not (times[0] == times[1]).all()
+
+
+def test_groups_of_the_split_are_drawn_where_there_are_ten() -> None:
+    smiles = [f"C1CCCC{'C' * size}1" for size in range(24)]
+    drawn = Resampling.of(smiles, groups=np.arange(24) // 2)
+    assert drawn.to_json() == {"draws": 1000, "level": 0.95, "of": "groups", "units": 12}
+    pairs = drawn.units.reshape(12, 2)
+    assert (pairs[:, 0] == pairs[:, 1]).all()
+    few = Resampling.of(smiles, groups=np.arange(24) // 3)
+    assert few.to_json() == Resampling.of(smiles).to_json()
+    assert few.to_json()["of"] == "scaffolds"
+
+
+def test_a_group_that_is_most_of_a_fold_is_in_all_draws() -> None:
+    smiles = [f"C1CCCC{'C' * size}1" for size in range(24)]
+    groups = np.append(np.zeros(10, int), np.arange(14) // 2 + 1)
+    drawn = Resampling.of(smiles, 9, groups)
+    assert (drawn.of_units, len(set(drawn.units))) == ("groups", 10 + 7)
+    assert Resampling.of(smiles, 10, groups).of_units == "scaffolds"
 
 
 def test_a_test_part_of_few_series_is_drawn_by_molecules() -> None:
