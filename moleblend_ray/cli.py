@@ -305,6 +305,9 @@ def _standard_output(*, free: bool) -> contextlib.AbstractContextManager[Any]:
 def _exit_status(job: Job, summary: Any) -> int:
     if job.show is not None:
         return EXIT_ERROR if getattr(summary, "damages", None) else 0
+    # What comes next in a script has nothing to work on; warnings have told the reasons.
+    if getattr(summary, "all_rejected", False):
+        return EXIT_ERROR
     return 0 if getattr(summary, "finished", True) else EXIT_UNFINISHED
 
 

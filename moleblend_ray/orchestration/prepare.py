@@ -91,6 +91,11 @@ class PrepareSummary:
     """Peak memory of a converting process, including libraries that it shares with others."""
     seconds: float
 
+    @property
+    def all_rejected(self) -> bool:
+        """Whether there were records, and none became a molecule."""
+        return self.rows_in > 0 and self.rows_out == 0
+
 
 def prepare(
     config: PrepareConfig, *, wants_coordinates: bool = True, sources: SourceSet | None = None
@@ -133,6 +138,7 @@ def _finished(out: str, files: Sequence[SourceFile], options: ConvertOptions) ->
     manifest = finished_manifest(out, files, options)
     if manifest is not None:
         logger.info("%s is prepared already: nothing to do", without_credentials(out))
+        _warn_of_many_quarantined(manifest, out)
         remove_work_files(out)  # The run that wrote the manifest may have ended before this.
     return manifest
 
@@ -230,7 +236,7 @@ def check_apart(config: PrepareConfig | LibraryConfig, files: Sequence[SourceFil
             raise ConfigError(f"out: {config.out} holds the source {file.uri}; give a place apart.")
 
 
-def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates: bool) -> None:
+def _warn_of_many_quarantined(manifest: Manifest, out: str) -> None:
     counts = manifest.counts
     if counts.rows_quarantined > _MANY_QUARANTINED * counts.rows_in:
         logger.warning(
@@ -238,8 +244,13 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates
             counts.rows_quarantined,
             counts.rows_in,
             ", ".join(f"{name}: {count}" for name, count in counts.quarantined_by_reason.items()),
-            without_credentials(config.out),
+            without_credentials(out),
         )
+
+
+def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates: bool) -> None:
+    _warn_of_many_quarantined(manifest, config.out)
+    counts = manifest.counts
     for label in manifest.labels:
         if label.num_unreadable:
             logger.warning(

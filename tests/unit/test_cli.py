@@ -156,6 +156,21 @@ def test_an_interrupt_says_that_the_same_command_continues(
     assert "the same command continues" in capsys.readouterr().err
 
 
+@dataclass(frozen=True)
+class Rejections:
+    """As summaries of molecules tell of them."""
+
+    all_rejected: bool
+
+
+@pytest.mark.parametrize(("all_rejected", "status"), [(False, 0), (True, cli.EXIT_ERROR)])
+def test_a_command_that_no_molecule_came_out_of_fails(
+    monkeypatch: pytest.MonkeyPatch, all_rejected: bool, status: int
+) -> None:
+    stub_prepare(monkeypatch, lambda config: Rejections(all_rejected))
+    assert cli.main(PREPARE) == status
+
+
 def test_an_unknown_key_exits_2_and_names_the_nearest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

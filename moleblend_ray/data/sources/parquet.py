@@ -51,6 +51,10 @@ _TEXT_TYPES: Final = (
 )
 
 
+_EXACT: Final = 2**53
+"""Below it, every whole number is one of float64."""
+
+
 def has_geometry(file: SourceFile, schema: pa.Schema) -> bool:
     """Whether the table has the geometry columns; logs if some are missing, DataError if one has another type."""
     present = [name for name in _GEOMETRY_COLUMNS if name in schema.names]
@@ -240,6 +244,9 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _text(value: Any) -> str:
+    # A column of whole numbers in which some are missing is one of floats in pandas.
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
+        return str(int(value))
     return decode(value) if isinstance(value, bytes) else str(value)
 
 

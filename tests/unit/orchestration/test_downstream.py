@@ -102,6 +102,7 @@ def test_a_training_part_of_one_class_ends_before_anything_is_trained_or_written
         num_unreadable=0,
         columns=("y",),
         smiles=("C",) * 6,
+        groups=None,
         parts=np.array([0, 0, 1, 1, 2, 2]),
     )
     monkeypatch.setattr(downstream, "check_cluster", lambda config: None)

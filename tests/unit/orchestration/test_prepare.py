@@ -196,6 +196,10 @@ def test_a_table_of_mostly_no_molecules_is_told(
     finish(config)
     module._log_outcome(load_manifest(config.out), config, wants_coordinates=False)
     told = [text for text in caplog.messages if "quarantine" in text]
+    caplog.clear()
+    assert module.prepare(config).all_rejected == ("C" not in rows)
+    # A repeated command, which does nothing, says it again.
+    assert told == [text for text in caplog.messages if "quarantine" in text]
     assert told == (
         [] if expected is None else [f"{expected}`moleblend data {config.out}` shows examples"]
     )

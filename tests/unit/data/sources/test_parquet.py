@@ -56,6 +56,16 @@ def test_text_of_any_type_is_read_as_in_other_tables(tmp_path: Path, kind: pa.Da
     assert [record.unreadable for record in records] == [(), ("y",), ()]
 
 
+def test_whole_numbers_with_gaps_are_the_same_names_as_without(tmp_path: Path) -> None:
+    """pandas makes floats of them."""
+    ids, large = pa.array([7.0, None, 1e15, 0.5]), pa.array([2.0**53, 1e300, -3.0, 1.0])
+    smiles = ["C", "CC", "CCC", "CCCC"]
+    for column, expected in ((ids, ["7", None, "1000000000000000", "0.5"]), (large, None)):
+        pq.write_table(pa.table({"smiles": smiles, "mol_id": column}), tmp_path / "t.parquet")
+        found = [record.mol_id for record in records_of(tmp_path / "t.parquet")]
+        assert found == (expected or [str(2.0**53), "1e+300", "-3", "1"])
+
+
 def test_bytes_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
     names = pa.array([b"caf\xe9", b"b"]).cast(pa.binary()).view(pa.string())
     pq.write_table(pa.table({"smiles": ["C", "CC"], "mol_id": names}), tmp_path / "t.parquet")
