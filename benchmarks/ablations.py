@@ -43,14 +43,10 @@ from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import ConfigError, MoleBlendError
-from moleblend_ray.evaluation.dataset import (
-    LabelledMolecules,
-    load_labelled,
-    split_molecules,
-    with_fewer_labels,
-)
-from moleblend_ray.evaluation.finetune import StartingPoint
+from moleblend_ray.evaluation.models.finetune import StartingPoint
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules, load_labelled
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.splits.split import split_molecules, with_fewer_labels
 from moleblend_ray.evaluation.tasks import SplitKind, Task, resolve_task
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, TrainConfig

@@ -25,19 +25,20 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.compose import model_preset
-from moleblend_ray.evaluation.baseline_runs import compute_features
-from moleblend_ray.evaluation.baselines import (
+from moleblend_ray.evaluation.models.baselines import (
     BaselineData,
     BaselineKind,
     candidate_groups,
     predict_group,
     validation_scores,
 )
-from moleblend_ray.evaluation.censoring import LabelBounds
-from moleblend_ray.evaluation.dataset import LabelledMolecules, load_labelled, split_molecules
-from moleblend_ray.evaluation.finetune import StartingPoint, finetune_once, predict_mean
-from moleblend_ray.evaluation.scores import roc_auc, spearman
+from moleblend_ray.evaluation.models.finetune import StartingPoint, finetune_once, predict_mean
+from moleblend_ray.evaluation.molecules.censoring import LabelBounds
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules, load_labelled
+from moleblend_ray.evaluation.results.baseline_runs import compute_features
+from moleblend_ray.evaluation.scoring.scores import roc_auc, spearman
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.splits.split import split_molecules
 from moleblend_ray.evaluation.tasks import Task, resolve_task
 
 CPU = torch.device("cpu")

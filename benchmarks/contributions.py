@@ -40,9 +40,9 @@ import moleblend_ray as mb
 from moleblend_ray.data import storage
 from moleblend_ray.data.batch import build_micro_batches
 from moleblend_ray.data.block import block_from_table
-from moleblend_ray.evaluation.property_model import SavedProperty
-from moleblend_ray.evaluation.result_files import RESULTS_NAME
-from moleblend_ray.evaluation.runs import read_of_seeds
+from moleblend_ray.evaluation.models.property_model import SavedProperty
+from moleblend_ray.evaluation.results.result_files import RESULTS_NAME
+from moleblend_ray.evaluation.results.runs import read_of_seeds
 from moleblend_ray.inference import _featurize
 from moleblend_ray.model.batch import MoleculeBatch
 

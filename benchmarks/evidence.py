@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.finetune import StartingPoint, finetune_once, predict_mean
-from moleblend_ray.evaluation.results import weights_fingerprint
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.models.finetune import StartingPoint, finetune_once, predict_mean
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
+from moleblend_ray.evaluation.results.results import weights_fingerprint
+from moleblend_ray.evaluation.scoring.scores import score
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.training.export import load_model

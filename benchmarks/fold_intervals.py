@@ -3,10 +3,10 @@
     python benchmarks/fold_intervals.py TABLE.csv.gz --column NAME [--split scaffold] [--folds 5] [--molecules 300] [--tables 100]
 
 Many times, a small table is drawn of a large one and cross-validated with two baselines (ECFP4 with a forest of 50 trees, RDKit
-descriptors with a linear model), in the folds of ``moleblend_ray/evaluation/folds.py``. The true score of the models of a fold is that on all
+descriptors with a linear model), in the folds of ``moleblend_ray/evaluation/splits/folds.py``. The true score of the models of a fold is that on all
 molecules that are not in the small table, with folds by scaffold on those whose scaffold they were not trained on. It is counted
 how often the interval of the mean over folds holds the mean of these, and the interval of the difference the true difference
-(``moleblend_ray/evaluation/resampling.py``). Prints one JSON line last.
+(``moleblend_ray/evaluation/scoring/resampling.py``). Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from rdkit import rdBase
 from score_intervals import KINDS, Rows, read_table
 
 from moleblend_ray.chemistry.scaffolds import murcko_scaffold
-from moleblend_ray.evaluation.baseline_runs import compute_features
-from moleblend_ray.evaluation.baselines import (
+from moleblend_ray.evaluation.models.baselines import (
     BaselineData,
     BaselineKind,
     candidate_groups,
     predict_group,
 )
-from moleblend_ray.evaluation.folds import fold_numbers, split_of_fold
-from moleblend_ray.evaluation.resampling import LEVEL, Resampling, gains
-from moleblend_ray.evaluation.scores import score
-from moleblend_ray.evaluation.stored_predictions import PartPredictions, joined
+from moleblend_ray.evaluation.results.baseline_runs import compute_features
+from moleblend_ray.evaluation.scoring.resampling import LEVEL, Resampling, gains
+from moleblend_ray.evaluation.scoring.scores import score
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions, joined
+from moleblend_ray.evaluation.splits.folds import fold_numbers, split_of_fold
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind, resolve_task
 
 

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.intervals import Calibration, mean_of
-from moleblend_ray.evaluation.result_files import RESULTS_NAME
-from moleblend_ray.evaluation.runs import read_of_seeds
+from moleblend_ray.evaluation.results.result_files import RESULTS_NAME
+from moleblend_ray.evaluation.results.runs import read_of_seeds
+from moleblend_ray.evaluation.scoring.intervals import Calibration, mean_of
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.settings import COVERAGE
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
 
 
 def main() -> None:

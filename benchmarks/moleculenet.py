@@ -46,16 +46,12 @@ from moleblend_ray.config.downstream import BaselineConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
-from moleblend_ray.evaluation.baselines import FeatureKind
-from moleblend_ray.evaluation.dataset import (
-    LabelledMolecules,
-    load_labelled,
-    split_molecules,
-    with_fewer_labels,
-)
-from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.scores import best_candidate, score
+from moleblend_ray.evaluation.models.baselines import FeatureKind
+from moleblend_ray.evaluation.models.finetune import StartingPoint
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules, load_labelled
+from moleblend_ray.evaluation.scoring.scores import best_candidate, score
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.splits.split import split_molecules, with_fewer_labels
 from moleblend_ray.evaluation.tasks import Metric, Task, resolve_task
 from moleblend_ray.settings import build
 
@@ -257,8 +253,8 @@ def run(what: Run) -> dict[str, Any]:
 
 def fit_baseline(what: Run, molecules: LabelledMolecules, split: Split) -> dict[str, Any]:
     """Of the grid what validation prefers, then its test score."""
-    from moleblend_ray.evaluation import baselines
-    from moleblend_ray.evaluation.results import Candidate
+    from moleblend_ray.evaluation.models import baselines
+    from moleblend_ray.evaluation.results.results import Candidate
 
     kind, grid = baselines.BaselineKind(what.arm), BaselineConfig()
     task, seed, threads = what.task, what.seed, what.threads
@@ -309,7 +305,7 @@ def task_data(data: str, splits: str, task: Task) -> tuple[LabelledMolecules, Sp
 @functools.lru_cache(maxsize=2)
 def features_of(kind: FeatureKind, data: str, splits: str, task: Task) -> Any:
     """What a baseline knows of a task's molecules; its runs in one process share it, as it can take longer than they do."""
-    from moleblend_ray.evaluation.baseline_runs import compute_features  # needs RDKit
+    from moleblend_ray.evaluation.results.baseline_runs import compute_features  # needs RDKit
 
     return compute_features(kind, task_data(data, splits, task)[0].smiles)
 

@@ -36,12 +36,12 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.compose import model_preset
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
-from moleblend_ray.evaluation.property_model import (
+from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
     TrainedProperty,
     save_property_model,
 )
+from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel

@@ -6,7 +6,7 @@
 Two baselines (ECFP4 with a random forest, RDKit descriptors with a linear model) are fitted to the first molecules of the table in
 random order, and predict all others. Their score on all others stands for the true one. Then, many times, a small test part is
 drawn of these, and it is counted how often its 95 % interval holds the true score, and the interval of the difference the true
-difference (``moleblend_ray/evaluation/resampling.py``). Test parts are drawn by molecules, and by whole scaffolds, whose molecules are
+difference (``moleblend_ray/evaluation/scoring/resampling.py``). Test parts are drawn by molecules, and by whole scaffolds, whose molecules are
 not independent of each other. Intervals come from draws of scaffolds, and for comparison from draws of molecules. Also: how often those
 of two scores overlap where that of the difference does not contain 0. Prints one JSON line last.
 """
@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.scaffolds import murcko_scaffold
-from moleblend_ray.evaluation.baseline_runs import compute_features
-from moleblend_ray.evaluation.baselines import (
+from moleblend_ray.evaluation.models.baselines import (
     BaselineData,
     BaselineKind,
     candidate_groups,
     predict_group,
 )
-from moleblend_ray.evaluation.resampling import DRAWS, LEVEL, Resampling, gains
-from moleblend_ray.evaluation.scores import score
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.results.baseline_runs import compute_features
+from moleblend_ray.evaluation.scoring.resampling import DRAWS, LEVEL, Resampling, gains
+from moleblend_ray.evaluation.scoring.scores import score
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
 
 KINDS = (BaselineKind.FOREST, BaselineKind.DESCRIPTORS)

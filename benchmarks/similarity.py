@@ -24,7 +24,12 @@ from rdkit import Chem, DataStructs, rdBase
 from rdkit.Chem import rdFingerprintGenerator
 
 from moleblend_ray.chemistry.samples import make_samples
-from moleblend_ray.evaluation.similarity import NUM_BITS, RADIUS, nearest_similarity, packed_ecfp
+from moleblend_ray.evaluation.molecules.similarity import (
+    NUM_BITS,
+    RADIUS,
+    nearest_similarity,
+    packed_ecfp,
+)
 
 ZINC = Path(__file__).resolve().parents[2] / "shared" / "data" / "zinc250k_smiles.csv.gz"
 T = TypeVar("T")

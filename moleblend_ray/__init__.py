@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         StorageError,
         TrainingError,
     )
-    from moleblend_ray.evaluation.baselines import BaselineKind
+    from moleblend_ray.evaluation.models.baselines import BaselineKind
     from moleblend_ray.evaluation.search import SearchSpace
     from moleblend_ray.evaluation.settings import FinetuneSettings
     from moleblend_ray.evaluation.tasks import Metric, ReplicateRule, SplitKind, TaskKind
@@ -155,7 +155,7 @@ __all__ = [
 # Name -> module and, where it differs, the name there.
 _HOMES = {
     "BaselineConfig": "config.downstream",
-    "BaselineKind": "evaluation.baselines",
+    "BaselineKind": "evaluation.models.baselines",
     "BlendConfig": "model.config",
     "CheckpointConfig": "training.config",
     "CheckpointError": "errors",

@@ -29,10 +29,10 @@ from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.evaluation.embedding import Embedder
-from moleblend_ray.evaluation.encoders import load_encoder
-from moleblend_ray.evaluation.ensemble import load_members
-from moleblend_ray.evaluation.prediction import Predictor
+from moleblend_ray.evaluation.prediction.embedding import Embedder
+from moleblend_ray.evaluation.prediction.encoders import load_encoder
+from moleblend_ray.evaluation.prediction.ensemble import load_members
+from moleblend_ray.evaluation.prediction.prediction import Predictor
 from moleblend_ray.evaluation.settings import COVERAGE
 from moleblend_ray.settings import typed
 

@@ -8,7 +8,7 @@ from moleblend_ray.checks import Check, above, at_least, check_all, locations, w
 from moleblend_ray.chemistry.config import MAX_ATOMS, MAX_CONFORMERS, SMILES_COLUMN
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import COVERAGE, FEWEST_FOLDS, MOST_FOLDS, FinetuneSettings
 from moleblend_ray.evaluation.tasks import (

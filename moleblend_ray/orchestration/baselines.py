@@ -18,29 +18,29 @@ from numpy.typing import NDArray
 from moleblend_ray.config.downstream import PropertyConfig, SweepConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
-from moleblend_ray.evaluation.baseline_runs import (
-    compute_features,
-    fit_seed,
-    fitted_seed,
-    tried_settings,
-    try_settings,
-)
-from moleblend_ray.evaluation.baselines import (
+from moleblend_ray.evaluation.models.baselines import (
     BaselineData,
     BaselineKind,
     FeatureKind,
     Settings,
     candidate_groups,
 )
-from moleblend_ray.evaluation.results import (
+from moleblend_ray.evaluation.results.baseline_runs import (
+    compute_features,
+    fit_seed,
+    fitted_seed,
+    tried_settings,
+    try_settings,
+)
+from moleblend_ray.evaluation.results.results import (
     BaselineResult,
     Baselines,
     Candidate,
     SeedResult,
     Training,
 )
-from moleblend_ray.evaluation.runs import Experiment
-from moleblend_ray.evaluation.scores import best_candidate
+from moleblend_ray.evaluation.results.runs import Experiment
+from moleblend_ray.evaluation.scoring.scores import best_candidate
 from moleblend_ray.orchestration.downstream import Bench, LostWorkError, collect
 from moleblend_ray.orchestration.placement import placed
 from moleblend_ray.settings import to_dict

@@ -20,16 +20,16 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, TrainingError
-from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.cross_validation import (
+from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.molecules.repeats import Repeats
+from moleblend_ray.evaluation.results.cross_validation import (
     Fold,
     combine_folds,
     split_hash_of,
     write_out_of_fold,
 )
-from moleblend_ray.evaluation.repeats import Repeats
-from moleblend_ray.evaluation.result_files import RESULTS_NAME, fold_path
-from moleblend_ray.evaluation.results import (
+from moleblend_ray.evaluation.results.result_files import RESULTS_NAME, fold_path
+from moleblend_ray.evaluation.results.results import (
     RESULTS_VERSION,
     Training,
     data_entry,
@@ -235,7 +235,9 @@ def _write_together(
         }
     )
     # Not above: it takes matplotlib and scikit-learn, which only the end of a command needs.
-    from moleblend_ray.evaluation.cross_validation_report import write_cross_validation_report
+    from moleblend_ray.evaluation.reports.cross_validation_report import (
+        write_cross_validation_report,
+    )
 
     write_out_of_fold(config.out, found, loaded.molecules.columns)
     write_cross_validation_report(config.out, results, found.predictions, found.rows)

@@ -30,32 +30,35 @@ from moleblend_ray.errors import (
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.evaluation.dataset import (
+from moleblend_ray.evaluation.models.finetune import StartingPoint
+from moleblend_ray.evaluation.models.property_model import require_learnable
+from moleblend_ray.evaluation.molecules.dataset import (
     LabelledMolecules,
     labels_of_task,
     load_labelled,
     only_used,
     require_numbers,
-    split_molecules,
-    with_fewer_labels,
 )
-from moleblend_ray.evaluation.encoders import load_encoder
-from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.folds import fold_numbers, split_of_fold
-from moleblend_ray.evaluation.given_split import groups_of_column, splits_of_column, times_of_column
-from moleblend_ray.evaluation.property_model import require_learnable
-from moleblend_ray.evaluation.repeats import Repeats
-from moleblend_ray.evaluation.replicates import Replicates, with_replicates
-from moleblend_ray.evaluation.result_files import DATA_DIR
-from moleblend_ray.evaluation.results import (
+from moleblend_ray.evaluation.molecules.repeats import Repeats
+from moleblend_ray.evaluation.molecules.replicates import Replicates, with_replicates
+from moleblend_ray.evaluation.prediction.encoders import load_encoder
+from moleblend_ray.evaluation.results.result_files import DATA_DIR
+from moleblend_ray.evaluation.results.results import (
     SeedResult,
 )
-from moleblend_ray.evaluation.runs import (
+from moleblend_ray.evaluation.results.runs import (
     Experiment,
     finished_seed,
 )
-from moleblend_ray.evaluation.scores import require_scorable
+from moleblend_ray.evaluation.scoring.scores import require_scorable
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.splits.folds import fold_numbers, split_of_fold
+from moleblend_ray.evaluation.splits.given_split import (
+    groups_of_column,
+    splits_of_column,
+    times_of_column,
+)
+from moleblend_ray.evaluation.splits.split import split_molecules, with_fewer_labels
 from moleblend_ray.evaluation.tasks import ReplicateRule, SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.cluster_checks import (
     Need,

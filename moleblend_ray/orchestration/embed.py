@@ -9,10 +9,10 @@ import torch
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import EmbedConfig
-from moleblend_ray.evaluation.embedding import Embedder
-from moleblend_ray.evaluation.encoders import load_encoder
-from moleblend_ray.evaluation.ensemble import property_fingerprint
-from moleblend_ray.evaluation.result_files import EMBED
+from moleblend_ray.evaluation.prediction.embedding import Embedder
+from moleblend_ray.evaluation.prediction.encoders import load_encoder
+from moleblend_ray.evaluation.prediction.ensemble import property_fingerprint
+from moleblend_ray.evaluation.results.result_files import EMBED
 from moleblend_ray.orchestration.part_writer import PartsJob
 from moleblend_ray.orchestration.parts import run_parts
 

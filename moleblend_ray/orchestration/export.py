@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.tools import ExportConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.property_model import is_property_model
+from moleblend_ray.evaluation.models.property_model import is_property_model
 from moleblend_ray.model.hub import PROPERTY_NAME, WEIGHTS_NAME, save_pretrained
 from moleblend_ray.training.export import load_model
 

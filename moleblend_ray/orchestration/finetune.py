@@ -15,8 +15,8 @@ from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.lease import leased
 from moleblend_ray.errors import ConfigError, without_credentials
-from moleblend_ray.evaluation.result_files import REPORT_NAME, RESULTS_NAME
-from moleblend_ray.evaluation.results import Training
+from moleblend_ray.evaluation.results.result_files import REPORT_NAME, RESULTS_NAME
+from moleblend_ray.evaluation.results.results import Training
 from moleblend_ray.evaluation.sources import source_of_task
 from moleblend_ray.orchestration.baselines import Features, run_baselines
 from moleblend_ray.orchestration.downstream import (
@@ -65,7 +65,7 @@ class FinetuneSummary:
     """Test score, standard deviation over seeds; 0 for a single seed."""
     test_interval: tuple[float, float] | None
     """95 % interval of the mean test score, as far as it is chance which molecules were tested
-    (:mod:`moleblend_ray.evaluation.resampling`); None where it would look surer than it is, such as with too few of them, and for
+    (:mod:`moleblend_ray.evaluation.scoring.resampling`); None where it would look surer than it is, such as with too few of them, and for
     results of earlier versions."""
     ensemble_score: float | None
     """Test score of the mean of the predictions of all seeds, which :func:`moleblend_ray.predict` gives; None with one seed."""

@@ -17,8 +17,8 @@ from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
 from moleblend_ray.data.differences import differences, with_defaults
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from moleblend_ray.evaluation.additions import ADDABLE, is_addition, with_those_of
-from moleblend_ray.evaluation.result_files import (
+from moleblend_ray.evaluation.results.additions import ADDABLE, is_addition, with_those_of
+from moleblend_ray.evaluation.results.result_files import (
     DATA_DIR,
     FOLDS_DIR,
     IDENTITY_NAME,
@@ -69,7 +69,7 @@ def question(config: PropertyConfig) -> dict[str, Any]:
 def claim(out: str, identity: Mapping[str, Any]) -> None:
     """Note in ``out`` that it is for this question, or check that it is; credentials are hidden in the note.
 
-    A question that adds to the noted one (:data:`~moleblend_ray.evaluation.additions.ADDABLE`) takes its place, and any other
+    A question that adds to the noted one (:data:`~moleblend_ray.evaluation.results.additions.ADDABLE`) takes its place, and any other
     one if there are no results.
     """
     uri = storage.join(out, IDENTITY_NAME)

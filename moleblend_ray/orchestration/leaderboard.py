@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import LeaderboardConfig
 from moleblend_ray.data import storage
-from moleblend_ray.evaluation.leaderboard import compare, read_leaderboard, seen_from_elsewhere
-from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
+from moleblend_ray.evaluation.reports.leaderboard import (
+    compare,
+    read_leaderboard,
+    seen_from_elsewhere,
+)
+from moleblend_ray.evaluation.reports.leaderboard_page import write_leaderboard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

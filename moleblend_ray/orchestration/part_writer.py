@@ -22,8 +22,8 @@ from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.data.shard_reader import ShardReader
 from moleblend_ray.data.shards import GRAPH_COLUMNS
 from moleblend_ray.errors import CheckpointError, MoleBlendError, TrainingError, without_credentials
-from moleblend_ray.evaluation.batches import MOLECULE_COLUMNS
-from moleblend_ray.evaluation.result_files import PARTS_DIR, PartsKind
+from moleblend_ray.evaluation.models.batches import MOLECULE_COLUMNS
+from moleblend_ray.evaluation.results.result_files import PARTS_DIR, PartsKind
 from moleblend_ray.orchestration.reserved import use_reserved
 from moleblend_ray.settings import to_dict
 

@@ -45,8 +45,8 @@ from moleblend_ray.errors import (
     TrainingError,
     without_credentials,
 )
-from moleblend_ray.evaluation.result_files import PARTS_DIR, PREPARED_DIR
-from moleblend_ray.evaluation.results import versions
+from moleblend_ray.evaluation.results.result_files import PARTS_DIR, PREPARED_DIR
+from moleblend_ray.evaluation.results.results import versions
 from moleblend_ray.orchestration.cluster_checks import (
     Need,
     require_room,

@@ -22,9 +22,9 @@ from moleblend_ray.data.dataset_files import prepared_source
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.ensemble import load_members
-from moleblend_ray.evaluation.prediction import Predictor
-from moleblend_ray.evaluation.result_files import PREDICT
+from moleblend_ray.evaluation.prediction.ensemble import load_members
+from moleblend_ray.evaluation.prediction.prediction import Predictor
+from moleblend_ray.evaluation.results.result_files import PREDICT
 from moleblend_ray.orchestration.part_writer import PartsJob
 from moleblend_ray.orchestration.parts import run_parts
 

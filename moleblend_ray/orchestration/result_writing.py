@@ -11,14 +11,11 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError, without_credentials
-from moleblend_ray.evaluation.additions import missing_in
-from moleblend_ray.evaluation.applicability import similarity_entry
-from moleblend_ray.evaluation.censoring import bounds_entry
-from moleblend_ray.evaluation.class_sets import class_sets_entry
-from moleblend_ray.evaluation.intervals import intervals_entry, mean_of
-from moleblend_ray.evaluation.resampling import Resampling, Scored
-from moleblend_ray.evaluation.result_files import DATA_DIR, RESULTS_NAME
-from moleblend_ray.evaluation.results import (
+from moleblend_ray.evaluation.molecules.applicability import similarity_entry
+from moleblend_ray.evaluation.molecules.censoring import bounds_entry
+from moleblend_ray.evaluation.results.additions import missing_in
+from moleblend_ray.evaluation.results.result_files import DATA_DIR, RESULTS_NAME
+from moleblend_ray.evaluation.results.results import (
     RESULTS_VERSION,
     BaselineResult,
     Baselines,
@@ -33,8 +30,11 @@ from moleblend_ray.evaluation.results import (
     task_entry,
     versions,
 )
-from moleblend_ray.evaluation.runs import read_of_results
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.results.runs import read_of_results
+from moleblend_ray.evaluation.scoring.class_sets import class_sets_entry
+from moleblend_ray.evaluation.scoring.intervals import intervals_entry, mean_of
+from moleblend_ray.evaluation.scoring.resampling import Resampling, Scored
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.downstream import (
     Bench,
@@ -101,7 +101,7 @@ def write_results(
     }
     results = redact(results)
     # Not above: it takes matplotlib and scikit-learn, which only the end of a command needs.
-    from moleblend_ray.evaluation.report import write_report
+    from moleblend_ray.evaluation.reports.report import write_report
 
     mean = mean_of(test)
     write_report(config.out, results, mean.labels, mean.predictions, mean.bounds)

@@ -17,8 +17,8 @@ from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.status import DataStatus, data_status, has_data_set
 from moleblend_ray.errors import DataError, StorageError
-from moleblend_ray.evaluation.result_files import LEADERBOARD_NAME, command_of
-from moleblend_ray.evaluation.status import (
+from moleblend_ray.evaluation.results.result_files import LEADERBOARD_NAME, command_of
+from moleblend_ray.evaluation.results.status import (
     PARTS_KINDS,
     TRAINING_JOBS,
     BegunStatus,

@@ -34,10 +34,10 @@ from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
-from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.result_files import EPOCHS_DIR, RESULTS_NAME, TUNE_DIR
-from moleblend_ray.evaluation.results import Training, TrialResult
-from moleblend_ray.evaluation.scores import best_candidate
+from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.results.result_files import EPOCHS_DIR, RESULTS_NAME, TUNE_DIR
+from moleblend_ray.evaluation.results.results import Training, TrialResult
+from moleblend_ray.evaluation.scoring.scores import best_candidate
 from moleblend_ray.evaluation.search import Scalar, plain_values, with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task

@@ -27,16 +27,15 @@ from moleblend_ray.data.dataset_files import is_prepared
 from moleblend_ray.data.lease import leased
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
-from moleblend_ray.evaluation.given_split import rows_of_column
-from moleblend_ray.evaluation.leaderboard import (
+from moleblend_ray.evaluation.reports.leaderboard import (
     Leaderboard,
     Status,
     TaskRow,
     read_row,
     rows_of_states,
 )
-from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
-from moleblend_ray.evaluation.result_files import (
+from moleblend_ray.evaluation.reports.leaderboard_page import write_leaderboard
+from moleblend_ray.evaluation.results.result_files import (
     DATA_DIR,
     IDENTITY_NAME,
     LEADERBOARD_NAME,
@@ -44,6 +43,7 @@ from moleblend_ray.evaluation.result_files import (
     require_command,
 )
 from moleblend_ray.evaluation.sources import TaskSources, task_sources
+from moleblend_ray.evaluation.splits.given_split import rows_of_column
 from moleblend_ray.orchestration.cross_validation import CrossValidationSummary, cross_validate
 from moleblend_ray.orchestration.downstream import check_cluster, starting_point
 from moleblend_ray.orchestration.finetune import FinetuneSummary, finetune

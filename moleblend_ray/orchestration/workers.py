@@ -18,10 +18,10 @@ from ray import tune
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data import storage
-from moleblend_ray.evaluation.dataset import LabelledMolecules
-from moleblend_ray.evaluation.finetune import EpochReport, StartingPoint, finetune_once
-from moleblend_ray.evaluation.results import SeedResult
-from moleblend_ray.evaluation.runs import Experiment, train_and_test
+from moleblend_ray.evaluation.models.finetune import EpochReport, StartingPoint, finetune_once
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
+from moleblend_ray.evaluation.results.results import SeedResult
+from moleblend_ray.evaluation.results.runs import Experiment, train_and_test
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task

@@ -15,7 +15,7 @@ import pytest
 
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))

@@ -14,9 +14,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import BaselineConfig, FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
-from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.property_model import load_property_model
-from moleblend_ray.evaluation.results import Training
+from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.models.property_model import load_property_model
+from moleblend_ray.evaluation.results.results import Training
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind

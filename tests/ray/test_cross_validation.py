@@ -21,8 +21,8 @@ from moleblend_ray.config.downstream import (
 )
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.leaderboard import read_leaderboard
+from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.reports.leaderboard import read_leaderboard
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind

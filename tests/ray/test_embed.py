@@ -19,8 +19,8 @@ import torch
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.errors import CheckpointError, ConfigError, TrainingError
-from moleblend_ray.evaluation.encoders import load_encoder
-from moleblend_ray.evaluation.result_files import EMBED
+from moleblend_ray.evaluation.prediction.encoders import load_encoder
+from moleblend_ray.evaluation.results.result_files import EMBED
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel

@@ -18,12 +18,12 @@ from moleblend_ray.config.downstream import PredictConfig
 from moleblend_ray.data import storage
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
-from moleblend_ray.evaluation.property_model import (
+from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
     TrainedProperty,
     save_property_model,
 )
+from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel

@@ -20,11 +20,11 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import BaselineConfig, SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.baselines import BaselineKind
-from moleblend_ray.evaluation.scores import score
+from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.scoring.scores import score
+from moleblend_ray.evaluation.scoring.stored_predictions import read_predictions
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
-from moleblend_ray.evaluation.stored_predictions import read_predictions
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration import sweep as sweep_module

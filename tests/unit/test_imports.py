@@ -37,6 +37,23 @@ LAYERS = (
     "__main__",
 )
 
+# Of a layer with folders, likewise.
+WITHIN = {
+    "evaluation": (
+        "tasks",
+        "settings",
+        "search",
+        "sources",
+        "molecules",
+        "splits",
+        "scoring",
+        "models",
+        "results",
+        "reports",
+        "prediction",
+    ),
+}
+
 # Library -> path prefixes, below the package, of the modules that may import it.
 HOMES = {
     "ray": ("orchestration/",),
@@ -88,6 +105,21 @@ def test_imports_go_down_the_layers(file: Path) -> None:
         top, *below = module.split(".")
         if top == "moleblend_ray" and below:
             assert layer_of(tuple(below)) <= layer_of(parts), f"{own_name(file)} imports {module}"
+
+
+@pytest.mark.parametrize("layer", WITHIN)
+def test_imports_go_down_the_folders_of_a_layer(layer: str) -> None:
+    folders = WITHIN[layer]
+    for file in (PACKAGE / layer).rglob("*.py"):
+        own = file.relative_to(PACKAGE / layer).with_suffix("").parts
+        if own == ("__init__",):
+            continue
+        for module, _ in imports_of(file):
+            _, *names = module.split(".")
+            if names[:1] == [layer] and len(names) > 1:
+                assert folders.index(names[1]) <= folders.index(own[0]), (
+                    f"{own_name(file)} imports {module}"
+                )
 
 
 @pytest.mark.parametrize("file", MODULES, ids=own_name)
@@ -169,7 +201,7 @@ def test_molecules_are_embedded_and_models_fine_tuned_without_what_shards_and_co
         "optimizer.step()\n"
         "optimizer.zero_grad()"
     )
-    assert "moleblend_ray.evaluation.finetune" in modules
+    assert "moleblend_ray.evaluation.models.finetune" in modules
     assert not {"torch.distributed.tensor", "torch._dynamo", "sympy"} & modules
 
 

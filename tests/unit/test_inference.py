@@ -16,13 +16,13 @@ import moleblend_ray as mb
 from moleblend_ray.data import storage
 from moleblend_ray.data.molecule_form import MoleculeForm
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
-from moleblend_ray.evaluation.applicability import ApplicabilityDomain, save_domain
-from moleblend_ray.evaluation.property_model import (
+from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
     TrainedProperty,
     load_property_model,
     save_property_model,
 )
+from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel

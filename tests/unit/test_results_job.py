@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-from moleblend_ray.evaluation.leaderboard import Leaderboard, row_of_results
-from moleblend_ray.evaluation.leaderboard_page import write_leaderboard
+from moleblend_ray.evaluation.reports.leaderboard import Leaderboard, row_of_results
+from moleblend_ray.evaluation.reports.leaderboard_page import write_leaderboard
 
 SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "results.py"
 

@@ -20,7 +20,7 @@ from moleblend_ray.config.downstream import (
 )
 from moleblend_ray.config.paths import path_settings, with_absolute_paths
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.baselines import BaselineKind
+from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.tasks import GROUPS, Metric, SplitKind, TaskKind
 
 TASK = TaskConfig(name="esol", source="esol.csv")

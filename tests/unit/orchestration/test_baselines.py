@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
-from moleblend_ray.evaluation.baselines import FeatureKind
-from moleblend_ray.evaluation.descriptor_inputs import DescriptorTable
-from moleblend_ray.evaluation.finetune import StartingPoint
-from moleblend_ray.evaluation.results import Training
-from moleblend_ray.evaluation.runs import Experiment
+from moleblend_ray.evaluation.models.baselines import FeatureKind
+from moleblend_ray.evaluation.models.finetune import StartingPoint
+from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorTable
+from moleblend_ray.evaluation.results.results import Training
+from moleblend_ray.evaluation.results.runs import Experiment
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import resolve_task

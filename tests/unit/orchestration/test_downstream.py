@@ -32,9 +32,9 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.sources import ColumnConfig
 from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
-from moleblend_ray.evaluation.repeats import Repeats
-from moleblend_ray.evaluation.replicates import Replicates
-from moleblend_ray.evaluation.results import RESULTS_VERSION
+from moleblend_ray.evaluation.molecules.repeats import Repeats
+from moleblend_ray.evaluation.molecules.replicates import Replicates
+from moleblend_ray.evaluation.results.results import RESULTS_VERSION
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import ReplicateRule, SplitKind, TaskKind

@@ -29,8 +29,8 @@ from moleblend_ray.data.options import ConvertOptions
 from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
-from moleblend_ray.evaluation.batches import without_coordinates
-from moleblend_ray.evaluation.property_model import (
+from moleblend_ray.evaluation.models.batches import without_coordinates
+from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
     TrainedProperty,
     save_property_model,

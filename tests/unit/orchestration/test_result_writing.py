@@ -13,9 +13,9 @@ import torch
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.resampling import Resampling
-from moleblend_ray.evaluation.results import RESULTS_VERSION
-from moleblend_ray.evaluation.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.results.results import RESULTS_VERSION
+from moleblend_ray.evaluation.scoring.resampling import Resampling
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained

@@ -23,7 +23,7 @@ from moleblend_ray.data.lease import leased
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
-from moleblend_ray.evaluation import result_files
+from moleblend_ray.evaluation.results import result_files
 from moleblend_ray.orchestration.status import show_status, status
 from moleblend_ray.orchestration.terminal import json_text
 

@@ -11,7 +11,7 @@ import pytest
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
-from moleblend_ray.evaluation.results import TrialResult
+from moleblend_ray.evaluation.results.results import TrialResult
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import TASKS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.evaluation.finetune import EpochReport
+from moleblend_ray.evaluation.models.finetune import EpochReport
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.orchestration import workers
 

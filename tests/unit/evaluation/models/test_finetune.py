@@ -1,0 +1,267 @@
+"""One fine-tuning run: masking, standardisation, learning, choice of the epoch, determinism."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.errors import DataError, TrainingError
+from moleblend_ray.evaluation.models import finetune
+from moleblend_ray.evaluation.models.finetune import (
+    EpochReport,
+    FinetuneResult,
+    StartingPoint,
+    build_pretrained,
+    finetune_once,
+    predict,
+)
+from moleblend_ray.evaluation.models.losses import masked_loss
+from moleblend_ray.evaluation.models.property_model import (
+    Standardisation,
+    load_property_model,
+    require_learnable,
+    save_property_model,
+)
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import Metric, Task, TaskKind, resolve_task
+
+from ..conftest import MakeLabelled, all_smiles
+
+CPU = torch.device("cpu")
+ATOMS = resolve_task("atoms", columns=("y0",), kind=TaskKind.REGRESSION, metric=Metric.RMSE)
+NITROGEN = resolve_task("nitrogen", columns=("y0", "y1"), kind=TaskKind.CLASSIFICATION)
+SETTINGS = FinetuneSettings(
+    learning_rate=2e-3, batch_size=16, epochs=25, patience=25, head_dropout=0.0
+)
+
+
+@pytest.fixture
+def sized(make_labelled: MakeLabelled) -> LabelledMolecules:
+    """Molecules labelled with their number of atoms, in a unit that makes the numbers large."""
+    smiles = all_smiles()[::2]
+    molecules = make_labelled(smiles, np.zeros(len(smiles)))
+    labels = 1000.0 + 50.0 * molecules.block.num_atoms.astype(np.float64)
+    return make_labelled(smiles, labels)
+
+
+def run(
+    molecules: LabelledMolecules,
+    task: Task,
+    start: StartingPoint,
+    settings: FinetuneSettings = SETTINGS,
+    seed: int = 0,
+) -> tuple[FinetuneResult, list[EpochReport]]:
+    reports: list[EpochReport] = []
+    rows = np.arange(len(molecules))
+    result = finetune_once(
+        molecules,
+        rows[rows % 4 != 0],
+        rows[rows % 4 == 0],
+        task=task,
+        start=start,
+        settings=settings,
+        seed=seed,
+        device=CPU,
+        report=reports.append,
+    )
+    return result, reports
+
+
+def test_training_labels_that_teach_nothing_are_found_before_training(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    labels = np.array([[0.0, 1.0, np.nan], [1.0, 1.0, np.nan]])
+    columns = ("both", "one", "none")
+    require_learnable(TaskKind.CLASSIFICATION, labels, columns)
+    assert "2 of 3 columns do not have both classes" in caplog.text
+    assert caplog.text.rstrip().endswith(": one, none")
+    with pytest.raises(DataError, match="none of the 2 label columns has both classes among the 2"):
+        require_learnable(TaskKind.CLASSIFICATION, labels[:, 1:], columns[1:])
+    require_learnable(TaskKind.REGRESSION, labels[:, :2], columns[:2])
+    assert "1 of 2 columns do not have labels that differ" in caplog.text
+    with pytest.raises(DataError, match="label column 'one' does not have labels that differ"):
+        require_learnable(TaskKind.REGRESSION, labels[:, 1:2], columns[1:2])
+    with pytest.raises(DataError, match=r"\['none'\] have no value"):
+        require_learnable(TaskKind.REGRESSION, labels, columns)
+
+
+@pytest.mark.parametrize("kind", list(TaskKind))
+def test_missing_labels_add_nothing_to_the_loss_and_its_gradient(kind: TaskKind) -> None:
+    outputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    targets = torch.ones(5, 3)
+    targets[1, 2] = targets[4, 0] = torch.nan
+    loss = masked_loss(kind, outputs, targets)
+    known = ~torch.isnan(targets)
+    assert loss.item() == pytest.approx(masked_loss(kind, outputs[known], targets[known]).item())
+    loss.backward()
+    assert outputs.grad is not None
+    assert torch.isfinite(outputs.grad).all()
+    assert (outputs.grad[~known] == 0).all()
+    assert (outputs.grad[known] != 0).all()
+
+
+def test_labels_are_standardised_on_the_training_part_alone() -> None:
+    labels = np.array([[1.0, 5.0], [3.0, 5.0], [np.nan, 5.0]])
+    standardisation = Standardisation.fit(TaskKind.REGRESSION, labels, ("a", "b"))
+    assert standardisation.mean.tolist() == [2.0, 5.0]
+    assert standardisation.std.tolist() == [1.0, 1.0]  # a constant column keeps its scale
+    np.testing.assert_allclose(standardisation.restore(standardisation.normalise(labels)), labels)
+
+
+def test_equal_labels_keep_their_scale_though_their_mean_is_rounded() -> None:
+    labels = np.full((3, 1), 0.1)
+    assert labels.std() > 0
+    assert Standardisation.fit(TaskKind.REGRESSION, labels, ("a",)).std.tolist() == [1.0]
+
+
+def test_a_column_without_training_labels_is_named() -> None:
+    with pytest.raises(DataError, match=r"\['b'\] have no value"):
+        Standardisation.fit(TaskKind.REGRESSION, np.array([[1.0, np.nan]]), ("a", "b"))
+
+
+def memorise(
+    molecules: LabelledMolecules, task: Task, start: StartingPoint, epochs: int
+) -> FinetuneResult:
+    """Train on all molecules and judge on the same ones."""
+    rows = np.arange(len(molecules))
+    settings = FinetuneSettings(
+        learning_rate=1e-2, batch_size=32, epochs=epochs, patience=epochs, head_dropout=0.0
+    )
+    return finetune_once(
+        molecules, rows, rows, task=task, start=start, settings=settings, seed=0, device=CPU
+    )
+
+
+def test_a_small_set_is_learned_from_scratch_in_the_units_of_its_labels(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    few = sized.take(np.arange(0, len(sized), 2))
+    assert memorise(few, ATOMS, tiny_start, epochs=40).valid_score < 0.5 * few.labels.std()
+
+
+def test_classes_with_missing_labels_are_learned(
+    make_labelled: MakeLabelled, tiny_start: StartingPoint
+) -> None:
+    smiles = all_smiles()[::4]
+    labels = np.array(
+        [["n" in text.lower(), "o" in text.lower()] for text in smiles], dtype=np.float64
+    )
+    labels[::3, 1] = np.nan
+    result = memorise(make_labelled(smiles, labels), NITROGEN, tiny_start, epochs=40)
+    assert result.valid_score > 0.95
+
+
+def test_the_kept_weights_are_those_of_the_best_validation_epoch(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    settings = FinetuneSettings(learning_rate=2e-2, batch_size=16, epochs=8, patience=8)
+    result, reports = run(sized, ATOMS, tiny_start, settings)
+    scores = [report.valid_score for report in reports]
+    assert result.valid_score == min(scores)
+    assert reports[-1].best_epoch == 1 + scores.index(min(scores))
+    rows = np.arange(0, len(sized), 4)
+    outputs = predict(result.model, sized.block, rows, 32, CPU)
+    errors = result.trained.readout(outputs) - sized.labels[rows]
+    assert np.sqrt((errors**2).mean()) == pytest.approx(result.valid_score)
+
+
+def test_a_run_stops_when_validation_no_longer_improves(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    settings = FinetuneSettings(learning_rate=1e-9, epochs=30, patience=3)
+    result, reports = run(sized, ATOMS, tiny_start, settings)
+    assert len(reports) < 30
+    assert reports[-1].epoch - reports[-1].best_epoch == 3
+    assert result.history == tuple(reports)
+
+
+def test_equal_seeds_give_equal_scores_and_other_seeds_others(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    settings = FinetuneSettings(learning_rate=1e-3, batch_size=16, epochs=2)
+    first, second, other = (
+        [report.valid_score for report in run(sized, ATOMS, tiny_start, settings, seed)[1]]
+        for seed in (1, 1, 2)
+    )
+    assert first == second
+    assert first != other
+
+
+def test_micro_batches_do_not_change_the_training(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    scores = []
+    for size in (16, 5):
+        settings = FinetuneSettings(
+            learning_rate=1e-3, batch_size=16, epochs=2, micro_batch_size=size, head_dropout=0.0
+        )
+        scores.append(run(sized, ATOMS, tiny_start, settings)[1][-1].valid_score)
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_predictions_do_not_depend_on_the_order_asked_for(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    model = run(sized, ATOMS, tiny_start, FinetuneSettings(epochs=1))[0].model
+    rows = np.random.default_rng(0).permutation(len(sized))
+    forward = predict(model, sized.block, np.arange(len(sized)), 7, CPU)
+    np.testing.assert_allclose(predict(model, sized.block, rows, 32, CPU), forward[rows], atol=1e-5)
+
+
+def test_a_diverging_run_stops_with_an_error_that_names_step_and_remedy(
+    sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    broken = StartingPoint(model=tiny_start.model, encoder=_poisoned(tiny_start), fingerprint=None)
+    with pytest.raises(TrainingError, match=r"step 0: loss nan.*finetune\.learning_rate"):
+        run(sized, ATOMS, broken)
+
+
+@pytest.mark.parametrize(
+    ("overflows", "told"),
+    [
+        ("gradient_norm", r"step 0: loss [\d.]+, gradient norm inf"),
+        ("masked_loss", r"step 0: loss inf, gradient norm [\d.]+;"),
+    ],
+)
+def test_a_loss_or_gradient_that_overflows_alone_stops_a_run_as_well(
+    sized: LabelledMolecules,
+    tiny_start: StartingPoint,
+    monkeypatch: pytest.MonkeyPatch,
+    overflows: str,
+    told: str,
+) -> None:
+    usual = getattr(finetune, overflows)
+    monkeypatch.setattr(
+        finetune, overflows, lambda *given, **how: usual(*given, **how) + float("inf")
+    )
+    with pytest.raises(TrainingError, match=told):
+        run(sized, ATOMS, tiny_start)
+
+
+def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
+    tmp_path: Path, sized: LabelledMolecules, tiny_start: StartingPoint
+) -> None:
+    form = MoleculeForm(explicit_hydrogens=True)
+    prepared = dataclasses.replace(sized, form=form)
+    result, _ = run(prepared, ATOMS, tiny_start, FinetuneSettings(epochs=1))
+    trained = result.trained
+    save_property_model(result.model, trained, f"{tmp_path}/model")
+    back = load_property_model(f"{tmp_path}/model")
+    rows = np.arange(len(sized))
+    np.testing.assert_array_equal(
+        back.trained.readout(predict(back.model, sized.block, rows, 32, CPU)),
+        trained.readout(predict(result.model, sized.block, rows, 32, CPU)),
+    )
+    assert (back.trained.columns, back.trained.task) == (("y0",), "atoms")
+    assert back.trained.molecules == form
+
+
+def _poisoned(start: StartingPoint) -> dict[str, torch.Tensor]:
+    state = build_pretrained(start).encoder.state_dict()
+    return {name: torch.full_like(value, torch.nan) for name, value in state.items()}
