@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.downstream import FinetuneConfig
 from moleblend_ray.inference import PropertyPredictor
-from moleblend_ray.orchestration.task_groups import TasksSummary, finetune_or_tasks
+from moleblend_ray.orchestration.downstream.task_groups import TasksSummary, finetune_or_tasks
 
 HELD_OUT = 0.2
 

@@ -40,8 +40,8 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.orchestration import plan as planning
-from moleblend_ray.orchestration.pretrain import pretrain
-from moleblend_ray.orchestration.session import ray_session
+from moleblend_ray.orchestration.cluster.session import ray_session
+from moleblend_ray.orchestration.pretraining.pretrain import pretrain
 from moleblend_ray.planning.capacity import throughput
 from moleblend_ray.planning.sizes import checkpoint_bytes
 from moleblend_ray.training.commits import latest_committed

@@ -45,9 +45,9 @@ from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
-from moleblend_ray.orchestration.embed import EmbedSummary, embed
-from moleblend_ray.orchestration.predict import PredictSummary, predict
-from moleblend_ray.orchestration.prepare import prepare
+from moleblend_ray.orchestration.library.embed import EmbedSummary, embed
+from moleblend_ray.orchestration.library.predict import PredictSummary, predict
+from moleblend_ray.orchestration.preparation.prepare import prepare
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 CPU = torch.device("cpu")

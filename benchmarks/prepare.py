@@ -30,7 +30,7 @@ from pathlib import Path
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.orchestration.prepare import PrepareSummary, prepare
+from moleblend_ray.orchestration.preparation.prepare import PrepareSummary, prepare
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 PARSE = """

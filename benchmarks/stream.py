@@ -49,9 +49,9 @@ from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.node_cache import remove_unused
 from moleblend_ray.model.config import BlendConfig, LossConfig
-from moleblend_ray.orchestration.progress import Progress
-from moleblend_ray.orchestration.session import ray_session
-from moleblend_ray.orchestration.stream import (
+from moleblend_ray.orchestration.cluster.session import ray_session
+from moleblend_ray.orchestration.progress.progress import Progress
+from moleblend_ray.orchestration.streaming.stream import (
     object_store_budget,
     shard_step_batches,
     stream_data_config,

@@ -35,7 +35,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.evaluation.tasks import GROUPS, TASKS
-from moleblend_ray.orchestration.workers import TrialRecord
+from moleblend_ray.orchestration.downstream.workers import TrialRecord
 
 COMMAND = (sys.executable, "-m", "moleblend_ray.cli", "sweep")
 POLL_S = 0.5

@@ -21,7 +21,7 @@ from rich.table import Table
 from moleblend_ray.cli import console_logging
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import MoleBlendError
-from moleblend_ray.orchestration.session import ray_session
+from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.stages import Stages
 
 logger = logging.getLogger("moleblend_ray.demo")

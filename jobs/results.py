@@ -30,7 +30,7 @@ from moleblend_ray.cli import console_logging
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import MoleBlendError
-from moleblend_ray.orchestration.session import ray_session
+from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.stages import Stages
 from moleblend_ray.training.metrics import read_records
 

@@ -46,21 +46,21 @@ if TYPE_CHECKING:
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.checkpoints import inspect_checkpoints
-    from moleblend_ray.orchestration.cross_validation import cross_validate
     from moleblend_ray.orchestration.data import inspect_data
     from moleblend_ray.orchestration.download import download
-    from moleblend_ray.orchestration.embed import embed
+    from moleblend_ray.orchestration.downstream.cross_validation import cross_validate
+    from moleblend_ray.orchestration.downstream.finetune import finetune
+    from moleblend_ray.orchestration.downstream.sweep import sweep
+    from moleblend_ray.orchestration.downstream.task_groups import finetune_tasks, sweep_tasks
     from moleblend_ray.orchestration.export import export
-    from moleblend_ray.orchestration.finetune import finetune
     from moleblend_ray.orchestration.leaderboard import leaderboard
+    from moleblend_ray.orchestration.library.embed import embed
+    from moleblend_ray.orchestration.library.predict import predict
     from moleblend_ray.orchestration.plan import plan
-    from moleblend_ray.orchestration.predict import predict
-    from moleblend_ray.orchestration.prepare import prepare
-    from moleblend_ray.orchestration.pretrain import pretrain
+    from moleblend_ray.orchestration.preparation.prepare import prepare
+    from moleblend_ray.orchestration.pretraining.pretrain import pretrain
     from moleblend_ray.orchestration.samples import samples
     from moleblend_ray.orchestration.status import status
-    from moleblend_ray.orchestration.sweep import sweep
-    from moleblend_ray.orchestration.task_groups import finetune_tasks, sweep_tasks
     from moleblend_ray.planning.settings import (
         FailureSettings,
         NetworkSettings,
@@ -206,25 +206,25 @@ _HOMES = {
     "TrainingError": "errors",
     "TransferOptions": "data.transfer",
     "collection_preset": "config.compose",
-    "cross_validate": "orchestration.cross_validation",
+    "cross_validate": "orchestration.downstream.cross_validation",
     "download": "orchestration.download",
-    "embed": "orchestration.embed",
+    "embed": "orchestration.library.embed",
     "export": "orchestration.export",
-    "finetune": "orchestration.finetune",
-    "finetune_tasks": "orchestration.task_groups",
+    "finetune": "orchestration.downstream.finetune",
+    "finetune_tasks": "orchestration.downstream.task_groups",
     "inspect_checkpoints": "orchestration.checkpoints",
     "inspect_data": "orchestration.data",
     "leaderboard": "orchestration.leaderboard",
     "load_model": "training.export",
     "model_preset": "config.compose",
     "plan": "orchestration.plan",
-    "predict": "orchestration.predict",
-    "prepare": "orchestration.prepare",
-    "pretrain": "orchestration.pretrain",
+    "predict": "orchestration.library.predict",
+    "prepare": "orchestration.preparation.prepare",
+    "pretrain": "orchestration.pretraining.pretrain",
     "samples": "orchestration.samples",
     "status": "orchestration.status",
-    "sweep": "orchestration.sweep",
-    "sweep_tasks": "orchestration.task_groups",
+    "sweep": "orchestration.downstream.sweep",
+    "sweep_tasks": "orchestration.downstream.task_groups",
 }
 
 

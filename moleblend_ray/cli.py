@@ -56,7 +56,7 @@ JOBS: Mapping[str, Job] = {
     "prepare": Job(
         "molecules (SDF, CSV, SMILES, Parquet) -> checksummed shards, a manifest and a quarantine",
         "moleblend_ray.config.prepare:PrepareConfig",
-        "moleblend_ray.orchestration.prepare:prepare",
+        "moleblend_ray.orchestration.preparation.prepare:prepare",
         "source=molecules.csv out=runs/data featurize.conformers.generate=true",
     ),
     "data": Job(
@@ -71,7 +71,7 @@ JOBS: Mapping[str, Job] = {
     "pretrain": Job(
         "shards -> a pretrained encoder; the same command again continues an interrupted run",
         "moleblend_ray.config.pretrain:PretrainConfig",
-        "moleblend_ray.orchestration.pretrain:pretrain",
+        "moleblend_ray.orchestration.pretraining.pretrain:pretrain",
         "data=runs/data out=runs/encoder model=mini experiment=views train.num_steps=4000",
     ),
     "checkpoints": Job(
@@ -86,13 +86,13 @@ JOBS: Mapping[str, Job] = {
     "finetune": Job(
         "encoder + labelled molecules -> a property model and its scores",
         "moleblend_ray.config.downstream:FinetuneConfig",
-        "moleblend_ray.orchestration.task_groups:finetune_or_tasks",
+        "moleblend_ray.orchestration.downstream.task_groups:finetune_or_tasks",
         "checkpoint=runs/encoder task.name=herg task.source=assay.csv 'task.columns=[blocker]' task.kind=classification out=runs/herg",
     ),
     "sweep": Job(
         "search of fine-tuning settings on validation molecules, then test scores of the chosen one",
         "moleblend_ray.config.downstream:SweepConfig",
-        "moleblend_ray.orchestration.task_groups:sweep_or_tasks",
+        "moleblend_ray.orchestration.downstream.task_groups:sweep_or_tasks",
         "checkpoint=runs/encoder task=bbbp task.source=bbbp.csv.gz out=runs/bbbp num_trials=10",
     ),
     "leaderboard": Job(
@@ -105,13 +105,13 @@ JOBS: Mapping[str, Job] = {
     "embed": Job(
         "encoder + molecules -> one vector each, in the source's order",
         "moleblend_ray.config.downstream:EmbedConfig",
-        "moleblend_ray.orchestration.embed:embed",
+        "moleblend_ray.orchestration.library.embed:embed",
         "checkpoint=runs/encoder source=new.csv out=runs/vectors",
     ),
     "predict": Job(
         "fine-tuned models + molecules -> values or probabilities, their uncertainty, likeness to training",
         "moleblend_ray.config.downstream:PredictConfig",
-        "moleblend_ray.orchestration.predict:predict",
+        "moleblend_ray.orchestration.library.predict:predict",
         "models=runs/herg source=new.csv out=runs/predictions csv=true",
     ),
     "plan": Job(
@@ -234,7 +234,7 @@ def _exit_on_sigterm(is_terminated: threading.Event) -> Iterator[None]:
 
 def _tell(errors: Console, who: str, what: str) -> None:
     """Print why the command ended, without secrets; as a JSON line if logs are JSON."""
-    from moleblend_ray.orchestration import logs
+    from moleblend_ray.orchestration.progress import logs
 
     if line := logs.json_line(logging.ERROR, f"{who}: {what}"):
         print(line, file=sys.stderr)
@@ -252,8 +252,8 @@ def run_job(
     """
     from moleblend_ray.config.compose import load_config
     from moleblend_ray.config.paths import with_absolute_paths
-    from moleblend_ray.orchestration.logs import run_name, set_context
-    from moleblend_ray.orchestration.terminal import json_text
+    from moleblend_ray.orchestration.progress.logs import run_name, set_context
+    from moleblend_ray.orchestration.progress.terminal import json_text
 
     job = _job(name)
     overrides = _spelled_out(job, overrides)
@@ -284,7 +284,7 @@ def run_job(
 def _print_dry_run(job: Job, config: Any, *, as_json: bool) -> None:
     from moleblend_ray.config.compose import to_yaml
     from moleblend_ray.config.describe import redact
-    from moleblend_ray.orchestration.terminal import json_text
+    from moleblend_ray.orchestration.progress.terminal import json_text
     from moleblend_ray.settings import to_dict
 
     if as_json:
@@ -322,7 +322,7 @@ def submit_job(
     from moleblend_ray.config.compose import load_config, to_yaml
     from moleblend_ray.config.describe import redact
     from moleblend_ray.config.submit import SubmitConfig, check_job, parse_arguments
-    from moleblend_ray.orchestration.terminal import json_text
+    from moleblend_ray.orchestration.progress.terminal import json_text
     from moleblend_ray.settings import build, to_dict
 
     flags = {f"--{flag}" for job in JOBS.values() for flag in job.flags}
@@ -552,7 +552,7 @@ def _table(left: str, right: str) -> Table:
 @contextlib.contextmanager
 def console_logging(*, verbose: bool = False) -> Iterator[None]:
     """Show log records of the package on stderr, above a progress bar if there is one."""
-    from moleblend_ray.orchestration.logs import console_formatter
+    from moleblend_ray.orchestration.progress.logs import console_formatter
 
     package_logger = logging.getLogger("moleblend_ray")
     handler = _AboveBar()

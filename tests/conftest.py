@@ -84,8 +84,8 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for the whole session: starting one costs seconds."""
     import ray
 
-    from moleblend_ray.orchestration.progress import one_board_actor
-    from moleblend_ray.orchestration.session import few_processes
+    from moleblend_ray.orchestration.cluster.session import few_processes
+    from moleblend_ray.orchestration.progress.progress import one_board_actor
 
     with few_processes():
         ray.init(

@@ -32,10 +32,10 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration import pretrain as driver
-from moleblend_ray.orchestration import pretrain_worker
-from moleblend_ray.orchestration.pretrain import pretrain
-from moleblend_ray.orchestration.session import few_processes
+from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.pretraining import pretrain as driver
+from moleblend_ray.orchestration.pretraining import pretrain_worker
+from moleblend_ray.orchestration.pretraining.pretrain import pretrain
 from moleblend_ray.training.commits import committed_steps, read_commit
 from moleblend_ray.training.config import (
     CheckpointConfig,

@@ -28,9 +28,9 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[a
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
-from moleblend_ray.orchestration import sweep
-from moleblend_ray.orchestration.searchers import METRIC
-from moleblend_ray.orchestration.session import few_processes
+from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.downstream import sweep
+from moleblend_ray.orchestration.downstream.searchers import METRIC
 
 NUM_TRIALS = 6
 

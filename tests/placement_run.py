@@ -29,8 +29,8 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.pretrain import pretrain
-from moleblend_ray.orchestration.session import few_processes
+from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.pretraining.pretrain import pretrain
 from moleblend_ray.training.config import CheckpointConfig, TrainConfig
 
 NUM_STEPS = 8

@@ -15,9 +15,9 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.orchestration.prepare import prepare
-from moleblend_ray.orchestration.session import ray_session
-from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset
+from moleblend_ray.orchestration.cluster.session import ray_session
+from moleblend_ray.orchestration.preparation.prepare import prepare
+from moleblend_ray.orchestration.streaming.stream import shard_step_batches, stream_dataset
 
 ROWS_PER_CHUNK = 40
 ROW_GROUP_ROWS = 16

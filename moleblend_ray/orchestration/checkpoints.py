@@ -13,7 +13,7 @@ from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig
 from moleblend_ray.data.documents import member
-from moleblend_ray.orchestration.terminal import (
+from moleblend_ray.orchestration.progress.terminal import (
     facts_table,
     headed_table,
     progress_bar,

@@ -20,7 +20,7 @@ from moleblend_ray.data.inspect import (
     inspect_data_set,
 )
 from moleblend_ray.data.shards import DESCRIPTOR_FIELD
-from moleblend_ray.orchestration.terminal import (
+from moleblend_ray.orchestration.progress.terminal import (
     facts_table,
     headed_table,
     progress_bar,

@@ -14,7 +14,7 @@ from moleblend_ray.config.describe import redact
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.plan import PlanReport
-from moleblend_ray.orchestration.terminal import (
+from moleblend_ray.orchestration.progress.terminal import (
     ExplainedTable,
     ShellCommand,
     facts_table,

@@ -30,7 +30,12 @@ from moleblend_ray.evaluation.results.status import (
     sweep_status,
     tasks_status,
 )
-from moleblend_ray.orchestration.terminal import facts_table, headed_table, stacked, utc_text
+from moleblend_ray.orchestration.progress.terminal import (
+    facts_table,
+    headed_table,
+    stacked,
+    utc_text,
+)
 from moleblend_ray.quantities import bytes_text, duration_text
 from moleblend_ray.training.commits import CONFIG_NAME
 from moleblend_ray.training.status import RunStatus, run_status

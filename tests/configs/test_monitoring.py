@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from moleblend_ray.orchestration.metrics import METRICS, PREFIX
+from moleblend_ray.orchestration.progress.metrics import METRICS, PREFIX
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMPONENT = REPOSITORY / "infra" / "kuberay" / "components" / "monitoring"

@@ -17,8 +17,8 @@ from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration.embed import embed_job
-from moleblend_ray.orchestration.part_writer import PartWriter
+from moleblend_ray.orchestration.library.embed import embed_job
+from moleblend_ray.orchestration.library.part_writer import PartWriter
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 NUM_MOLECULES, ROWS_PER_PART = 60, 6
@@ -29,7 +29,9 @@ IDS = [f"id-{row}" for row in range(NUM_MOLECULES)]
 SLOW = """
 import time
 
-from moleblend_ray.orchestration import molecules, parts
+from moleblend_ray.orchestration.preparation import molecules
+
+from moleblend_ray.orchestration.library import parts
 
 molecules._FEWEST_ROWS = {rows}
 

@@ -27,7 +27,7 @@ import json
 import time
 from unittest import mock
 
-from moleblend_ray.orchestration import sweep, workers
+from moleblend_ray.orchestration.downstream import sweep, workers
 
 LOG, PAUSE_S = {log!r}, {pause_s}
 

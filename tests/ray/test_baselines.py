@@ -23,10 +23,15 @@ from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration.baselines import run_baselines
-from moleblend_ray.orchestration.downstream import Bench, LostWorkError, read_inputs, set_up
-from moleblend_ray.orchestration.finetune import finetune
-from moleblend_ray.orchestration.sweep import sweep
+from moleblend_ray.orchestration.downstream.baselines import run_baselines
+from moleblend_ray.orchestration.downstream.downstream import (
+    Bench,
+    LostWorkError,
+    read_inputs,
+    set_up,
+)
+from moleblend_ray.orchestration.downstream.finetune import finetune
+from moleblend_ray.orchestration.downstream.sweep import sweep
 
 pytestmark = pytest.mark.ray
 

@@ -27,9 +27,12 @@ from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.cross_validation import CrossValidationSummary, cross_validate
-from moleblend_ray.orchestration.finetune import finetune
-from moleblend_ray.orchestration.predict import predict
+from moleblend_ray.orchestration.downstream.cross_validation import (
+    CrossValidationSummary,
+    cross_validate,
+)
+from moleblend_ray.orchestration.downstream.finetune import finetune
+from moleblend_ray.orchestration.library.predict import predict
 
 pytestmark = pytest.mark.ray
 

@@ -24,12 +24,12 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 from synthetic import write_dataset
 
-from moleblend_ray.orchestration.elastic import (
+from moleblend_ray.orchestration.pretraining.elastic import (
     GracefulElasticPolicy,
     count_workers,
 )
-from moleblend_ray.orchestration.fixed_workers import StoppableFixedPolicy
-from moleblend_ray.orchestration.stopping import StopFlag, StoppedWhileWaitingError
+from moleblend_ray.orchestration.pretraining.fixed_workers import StoppableFixedPolicy
+from moleblend_ray.orchestration.pretraining.stopping import StopFlag, StoppedWhileWaitingError
 from moleblend_ray.training.metrics import read_records
 
 TIMEOUT_S = 400

@@ -24,11 +24,11 @@ from moleblend_ray.evaluation.results.result_files import EMBED
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
-from moleblend_ray.orchestration import embed as embed_module
-from moleblend_ray.orchestration import molecules as molecules_module
-from moleblend_ray.orchestration.embed import EmbedSummary, embed
-from moleblend_ray.orchestration.part_writer import PartWriter
-from moleblend_ray.orchestration.parts import _run_actors
+from moleblend_ray.orchestration.library import embed as embed_module
+from moleblend_ray.orchestration.library.embed import EmbedSummary, embed
+from moleblend_ray.orchestration.library.part_writer import PartWriter
+from moleblend_ray.orchestration.library.parts import _run_actors
+from moleblend_ray.orchestration.preparation import molecules as molecules_module
 
 pytestmark = pytest.mark.ray
 

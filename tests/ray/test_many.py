@@ -12,7 +12,7 @@ from moleblend_ray.data import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.task_groups import sweep_tasks
+from moleblend_ray.orchestration.downstream.task_groups import sweep_tasks
 
 pytestmark = pytest.mark.ray
 

@@ -29,9 +29,9 @@ from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.dataset_files import MANIFEST_NAME
 from moleblend_ray.data.manifest import fingerprint, load_manifest
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.metrics import METRICS, PREFIX
-from moleblend_ray.orchestration.prepare import prepare
-from moleblend_ray.orchestration.pretrain import pretrain
+from moleblend_ray.orchestration.preparation.prepare import prepare
+from moleblend_ray.orchestration.pretraining.pretrain import pretrain
+from moleblend_ray.orchestration.progress.metrics import METRICS, PREFIX
 from moleblend_ray.training.config import (
     CheckpointConfig,
     OptimConfig,

@@ -17,11 +17,11 @@ from synthetic import write_dataset
 
 from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import cluster_checks
-from moleblend_ray.orchestration.cluster_checks import Need, require_room
-from moleblend_ray.orchestration.elastic import GracefulElasticPolicy
-from moleblend_ray.orchestration.session import GIB
-from moleblend_ray.orchestration.stream import most_actors, object_store_budget
+from moleblend_ray.orchestration.cluster import cluster_checks
+from moleblend_ray.orchestration.cluster.cluster_checks import Need, require_room
+from moleblend_ray.orchestration.cluster.session import GIB
+from moleblend_ray.orchestration.pretraining.elastic import GracefulElasticPolicy
+from moleblend_ray.orchestration.streaming.stream import most_actors, object_store_budget
 
 TIMEOUT_S = 300
 DATA, TRAIN = placement_run.DATA, placement_run.TRAIN
@@ -185,7 +185,7 @@ def test_an_elastic_group_counts_the_nodes_its_workers_may_use(
     cluster_of(node(4, TRAIN), node(4, DATA))
     monkeypatch.setattr(ray._private.state.state, "get_draining_nodes", dict)
     monkeypatch.setattr(
-        "moleblend_ray.orchestration.elastic.ElasticScalingPolicy._count_possible_workers",
+        "moleblend_ray.orchestration.pretraining.elastic.ElasticScalingPolicy._count_possible_workers",
         lambda *_: 8,
     )
     policy = GracefulElasticPolicy(

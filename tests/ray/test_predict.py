@@ -27,9 +27,9 @@ from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
-from moleblend_ray.orchestration import molecules as molecules_module
-from moleblend_ray.orchestration.part_writer import read_shard
-from moleblend_ray.orchestration.predict import load_predictor, predict
+from moleblend_ray.orchestration.library.part_writer import read_shard
+from moleblend_ray.orchestration.library.predict import load_predictor, predict
+from moleblend_ray.orchestration.preparation import molecules as molecules_module
 
 pytestmark = pytest.mark.ray
 

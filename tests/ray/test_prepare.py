@@ -26,8 +26,8 @@ from moleblend_ray.data.sources import (
     ColumnConfig,
 )
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.orchestration.exchange import _run_tasks
-from moleblend_ray.orchestration.prepare import prepare
+from moleblend_ray.orchestration.preparation.exchange import _run_tasks
+from moleblend_ray.orchestration.preparation.prepare import prepare
 
 pytestmark = pytest.mark.ray
 

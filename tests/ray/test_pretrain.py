@@ -24,12 +24,20 @@ from moleblend_ray.data.manifest import fingerprint, load_manifest
 from moleblend_ray.data.order import DataOrder
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.model.config import LossConfig, ModelConfig
-from moleblend_ray.orchestration import pretrain as pretrain_module
-from moleblend_ray.orchestration import pretrain_worker
-from moleblend_ray.orchestration.pretrain import WorkersLostError, _train_until_done, pretrain
-from moleblend_ray.orchestration.pretrain_group import WorkerOutcome, WorkerSettings
-from moleblend_ray.orchestration.pretrain_worker import _start_tracker
-from moleblend_ray.orchestration.run_folder import PretrainSummary, open_run, run_identity
+from moleblend_ray.orchestration.pretraining import pretrain as pretrain_module
+from moleblend_ray.orchestration.pretraining import pretrain_worker
+from moleblend_ray.orchestration.pretraining.pretrain import (
+    WorkersLostError,
+    _train_until_done,
+    pretrain,
+)
+from moleblend_ray.orchestration.pretraining.pretrain_group import WorkerOutcome, WorkerSettings
+from moleblend_ray.orchestration.pretraining.pretrain_worker import _start_tracker
+from moleblend_ray.orchestration.pretraining.run_folder import (
+    PretrainSummary,
+    open_run,
+    run_identity,
+)
 from moleblend_ray.training.commits import committed_steps, step_uri
 from moleblend_ray.training.config import (
     CheckpointConfig,

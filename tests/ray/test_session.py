@@ -12,8 +12,8 @@ import ray
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.orchestration import cluster_checks, session
-from moleblend_ray.orchestration.progress import Progress, Reporter
+from moleblend_ray.orchestration.cluster import cluster_checks, session
+from moleblend_ray.orchestration.progress.progress import Progress, Reporter
 
 pytestmark = pytest.mark.ray
 
@@ -53,7 +53,7 @@ def test_a_private_cluster_starts_after_one_of_the_caller_and_before_the_next() 
     script = """
 import ray
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.orchestration.session import ray_session
+from moleblend_ray.orchestration.cluster.session import ray_session
 
 def start() -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level=40)

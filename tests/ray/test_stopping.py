@@ -11,8 +11,12 @@ import ray
 import ray.exceptions
 from ray.util.placement_group import PlacementGroup
 
-from moleblend_ray.orchestration import stopping
-from moleblend_ray.orchestration.stopping import StoppedWhileWaitingError, StopPoll, _StopFlag
+from moleblend_ray.orchestration.pretraining import stopping
+from moleblend_ray.orchestration.pretraining.stopping import (
+    StoppedWhileWaitingError,
+    StopPoll,
+    _StopFlag,
+)
 
 
 class Flag:

@@ -21,7 +21,7 @@ from moleblend_ray.data.batch import StepBatch, unpack_micro_batch
 from moleblend_ray.data.builder import local_step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.data.order import DataOrder
-from moleblend_ray.orchestration.stream import (
+from moleblend_ray.orchestration.streaming.stream import (
     shard_step_batches,
     stream_data_config,
     stream_dataset,
@@ -186,8 +186,8 @@ import json, sys, threading, time
 import ray
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.orchestration.session import GIB, ray_session
-from moleblend_ray.orchestration.stream import (
+from moleblend_ray.orchestration.cluster.session import GIB, ray_session
+from moleblend_ray.orchestration.streaming.stream import (
     shard_step_batches, stream_data_config, stream_dataset,
 )
 from ray._private.internal_api import get_memory_info_reply, get_state_from_address

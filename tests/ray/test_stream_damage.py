@@ -12,8 +12,8 @@ from synthetic import write_dataset
 from moleblend_ray.data.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.errors import DataError, TrainingError
-from moleblend_ray.orchestration import stream as stream_module
-from moleblend_ray.orchestration.stream import shard_step_batches, stream_dataset
+from moleblend_ray.orchestration.streaming import stream as stream_module
+from moleblend_ray.orchestration.streaming.stream import shard_step_batches, stream_dataset
 
 pytestmark = pytest.mark.ray
 

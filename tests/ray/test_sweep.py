@@ -27,8 +27,8 @@ from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration import sweep as sweep_module
-from moleblend_ray.orchestration.sweep import sweep
+from moleblend_ray.orchestration.downstream import sweep as sweep_module
+from moleblend_ray.orchestration.downstream.sweep import sweep
 
 pytestmark = pytest.mark.ray
 

@@ -82,7 +82,7 @@ def test_dry_run_prints_settings_and_paths_hides_secrets_and_runs_nothing(
     assert cli.main([*PREPARE, "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "rows_per_chunk: 8192" in shown
-    assert "moleblend_ray.orchestration.prepare.prepare" in shown
+    assert "moleblend_ray.orchestration.preparation.prepare.prepare" in shown
     assert str(tmp_path / "runs/data") in shown
     assert "secret" not in shown
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import pytest
 
 from moleblend_ray.config.submit import SubmitConfig
 from moleblend_ray.errors import ConfigError, DataError, without_credentials
-from moleblend_ray.orchestration.logs import Redactor
+from moleblend_ray.orchestration.progress.logs import Redactor
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,27 @@ WITHIN = {
         "reports",
         "prediction",
     ),
+    "orchestration": (
+        "identity",
+        "progress",
+        "cluster",
+        "preparation",
+        "streaming",
+        "pretraining",
+        "downstream",
+        "library",
+        "samples",
+        "download",
+        "data",
+        "checkpoints",
+        "export",
+        "leaderboard",
+        "plan",
+        "plan_tables",
+        "status",
+        "follow",
+        "submit",
+    ),
 }
 
 # Library -> path prefixes, below the package, of the modules that may import it.
@@ -158,7 +179,7 @@ def modules_after(statement: str) -> set[str]:
 def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
     modules = modules_after(
         "import moleblend_ray.training.loop, moleblend_ray.data.builder, moleblend_ray.model.hub\n"
-        "import moleblend_ray.config.pretrain, moleblend_ray.orchestration.pretrain"
+        "import moleblend_ray.config.pretrain, moleblend_ray.orchestration.pretraining.pretrain"
     )
     assert "moleblend_ray.training.loop" in modules
     assert not [name for name in modules if name.split(".")[0] == "rdkit"]
@@ -168,9 +189,9 @@ def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
 def test_processes_of_the_stream_import_neither_torch_nor_chemistry_nor_ray_train() -> None:
     # Ray Data's own processes and the data actors get by with what these two modules bring.
     modules = modules_after(
-        "import moleblend_ray.orchestration.stream, moleblend_ray.orchestration.stream_metrics"
+        "import moleblend_ray.orchestration.streaming.stream, moleblend_ray.orchestration.streaming.stream_metrics"
         # The controller of Ray Train, which starts it.
-        ", moleblend_ray.orchestration.pretrain_group"
+        ", moleblend_ray.orchestration.pretraining.pretrain_group"
     )
     assert "moleblend_ray.data.builder" in modules
     assert not {"torch", "rdkit", "ray.train"} & modules
@@ -178,10 +199,10 @@ def test_processes_of_the_stream_import_neither_torch_nor_chemistry_nor_ray_trai
 
 def test_actors_import_ray_train_and_tune_only_where_they_train() -> None:
     modules = modules_after(
-        "import moleblend_ray.orchestration.embed, moleblend_ray.orchestration.predict"
-        ", moleblend_ray.orchestration.stopping, moleblend_ray.orchestration.progress"
+        "import moleblend_ray.orchestration.library.embed, moleblend_ray.orchestration.library.predict"
+        ", moleblend_ray.orchestration.pretraining.stopping, moleblend_ray.orchestration.progress.progress"
     )
-    assert "moleblend_ray.orchestration.part_writer" in modules
+    assert "moleblend_ray.orchestration.library.part_writer" in modules
     assert not {"ray.train", "ray.tune"} & modules
 
 
@@ -189,8 +210,8 @@ def test_molecules_are_embedded_and_models_fine_tuned_without_what_shards_and_co
     None
 ):
     modules = modules_after(
-        "import moleblend_ray.orchestration.embed, moleblend_ray.orchestration.predict"
-        ", moleblend_ray.orchestration.finetune\n"
+        "import moleblend_ray.orchestration.library.embed, moleblend_ray.orchestration.library.predict"
+        ", moleblend_ray.orchestration.downstream.finetune\n"
         "import torch\n"
         "from moleblend_ray.model.moleblend import ModelConfig, MoleBlendModel\n"
         "from moleblend_ray.training import optim\n"

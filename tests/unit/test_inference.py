@@ -27,7 +27,7 @@ from moleblend_ray.evaluation.tasks import TaskKind
 from moleblend_ray.model.config import ModelConfig, ReadoutConfig
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.model.origin import Origin
-from moleblend_ray.orchestration.embed import load_embedder
+from moleblend_ray.orchestration.library.embed import load_embedder
 
 TINY = ModelConfig(num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2)
 SMILES = ["CCO", "c1ccccc1O", "C", "CC(=O)Oc1ccccc1C(=O)O", "CCO"]

@@ -46,9 +46,12 @@ DANGEROUS_METHODS: Final = {"extractall", "extract", "read_pickle"}
 # Where it is not a file from elsewhere.
 ADMITTED: Final = {
     ("moleblend_ray/chemistry/killable.py", "pickle.loads"): "a pipe to and from a child process",
-    ("moleblend_ray/orchestration/parts.py", "pickle.loads"): "what an actor of the same job made",
     (
-        "moleblend_ray/orchestration/sweep.py",
+        "moleblend_ray/orchestration/library/parts.py",
+        "pickle.loads",
+    ): "what an actor of the same job made",
+    (
+        "moleblend_ray/orchestration/downstream/sweep.py",
         "pickle.loads",
     ): "the search's state in the sweep's own folder, which Ray Tune unpickles next",
 }

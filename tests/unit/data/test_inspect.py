@@ -21,7 +21,7 @@ from moleblend_ray.data.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.data import show_data
-from moleblend_ray.orchestration.terminal import json_text
+from moleblend_ray.orchestration.progress.terminal import json_text
 from moleblend_ray.settings import to_dict
 
 TABLE = (

@@ -12,10 +12,10 @@ from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, require_own
-from moleblend_ray.orchestration.prepare import prepare
-from moleblend_ray.orchestration.run_folder import open_run
+from moleblend_ray.orchestration.preparation.prepare import prepare
+from moleblend_ray.orchestration.pretraining.run_folder import open_run
 
-from .test_run_identity import CONFIG, whole
+from .pretraining.test_run_identity import CONFIG, whole
 
 COMMANDS = ("prepare", "pretrain", "finetune", "sweep", "embed", "predict")
 NOTES = {

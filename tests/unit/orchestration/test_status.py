@@ -24,8 +24,8 @@ from moleblend_ray.data.manifest import load_manifest
 from moleblend_ray.data.receipts import Receipt, Statistics
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
 from moleblend_ray.evaluation.results import result_files
+from moleblend_ray.orchestration.progress.terminal import json_text
 from moleblend_ray.orchestration.status import show_status, status
-from moleblend_ray.orchestration.terminal import json_text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from synthetic import write_dataset

@@ -25,6 +25,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.config.submit import SubmitConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration import submit as submitting
+from moleblend_ray.orchestration.downstream.sweep import keep_keys_from_trials
 from moleblend_ray.orchestration.follow import Follower, SubmitError
 from moleblend_ray.orchestration.submit import (
     check_size,
@@ -37,7 +38,6 @@ from moleblend_ray.orchestration.submit import (
     runtime_env,
     staged_code,
 )
-from moleblend_ray.orchestration.sweep import keep_keys_from_trials
 
 JOB = "pretrain-run-12345678-1"
 LOG = "".join(f"line {number}\n" for number in range(40))

@@ -32,7 +32,7 @@ from moleblend_ray.orchestration.plan import (
     plan,
 )
 from moleblend_ray.orchestration.plan_tables import show_plan
-from moleblend_ray.orchestration.terminal import json_text
+from moleblend_ray.orchestration.progress.terminal import json_text
 from moleblend_ray.planning.capacity import Setup, amplification, throughput
 from moleblend_ray.planning.figures import Basis, measured
 from moleblend_ray.planning.plan import Plan

@@ -14,7 +14,7 @@ import toy
 
 from moleblend_ray.cli import EXIT_CONFIG, EXIT_ERROR, main
 from moleblend_ray.errors import CheckpointError
-from moleblend_ray.orchestration.terminal import json_text
+from moleblend_ray.orchestration.progress.terminal import json_text
 from moleblend_ray.training.checkpoint import training_state
 from moleblend_ray.training.commits import COMMIT_NAME, committed_steps, step_uri
 from moleblend_ray.training.config import CheckpointConfig

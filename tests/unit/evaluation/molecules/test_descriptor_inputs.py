@@ -33,7 +33,7 @@ from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Metric, TaskKind, resolve_task
 from moleblend_ray.inference import _featurize
-from moleblend_ray.orchestration.downstream import may_read_descriptors
+from moleblend_ray.orchestration.downstream.downstream import may_read_descriptors
 
 from ..conftest import MakeLabelled, all_smiles
 

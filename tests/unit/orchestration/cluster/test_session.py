@@ -1,0 +1,139 @@
+"""A private cluster's size, and the settings it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import ray
+import ray._private.state
+import ray.experimental.internal_kv
+from ray._private.node import Node
+from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+
+from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.errors import ConfigError, MoleBlendError
+from moleblend_ray.orchestration.cluster import session
+
+
+def test_every_worker_and_actor_fits_however_small_the_machine() -> None:
+    cluster = ClusterConfig(num_workers=40, cpus_per_worker=1.5, num_data_actors=3)
+    assert session.logical_cpus(cluster) == 60 + 3 + 1
+    assert session.logical_cpus(cluster, data_cpus=10.5) == 60 + 11 + 1
+    assert session.logical_cpus(ClusterConfig(local_cpus=2)) == 2
+
+
+def test_only_clusters_whose_nodes_can_be_taken_away_are_watched_for_it() -> None:
+    # A name that Ray no longer knows would change nothing.
+    name = ENABLE_PREEMPTION_WATCHER_ENV_VAR
+    assert session._private_settings()[name] == "0"
+    assert name not in session._QUIET_SETTINGS  # of a cluster that a command joins
+
+
+def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> None:
+    assert session.object_store_bytes(ClusterConfig(object_store_gib=0.5)) == session.GIB // 2
+    assert session.GIB // 4 <= session.object_store_bytes(ClusterConfig()) <= 8 * session.GIB
+
+
+def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(**_: object) -> None:
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(
+            ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
+        ),
+        session.ray_session(ClusterConfig(address="head:6379")),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [("The current node timed out during startup.", MoleBlendError), ("another", RuntimeError)],
+)
+def test_a_machine_too_busy_for_ray_to_start_is_told(
+    monkeypatch: pytest.MonkeyPatch, raised: str, expected: type[Exception]
+) -> None:
+    def fail(**_: object) -> None:
+        raise RuntimeError(raised)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", fail)
+    with (
+        pytest.raises(expected, match="machine is busy" if expected is MoleBlendError else raised),
+        session.ray_session(ClusterConfig(address="local")),
+    ):
+        pass
+
+
+@pytest.fixture
+def cluster_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What becomes of the private cluster of a session; none is really started."""
+    events: list[str] = []
+
+    def start(*_: object) -> None:
+        # As Ray does, and Ray Tune.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        os.environ["PYTHONBREAKPOINT"] = "ray.util.rpdb._driver_set_trace"
+        events.append("start")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
+    monkeypatch.setattr(session, "_start", start)
+    monkeypatch.setattr(session, "_quiet_data", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: events[-1:] == ["start"])
+    monkeypatch.setattr(ray, "shutdown", lambda: events.append("end"))
+    return events
+
+
+def test_a_session_leaves_signals_and_the_environment_as_they_were(
+    cluster_events: list[str],
+) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = dict(os.environ), [signal.getsignal(number) for number in numbers]
+    with session.ray_session(ClusterConfig()):
+        pass
+    assert cluster_events == ["start", "end"]
+    assert (dict(os.environ), [signal.getsignal(number) for number in numbers]) == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_only_the_start_of_a_private_cluster_leaves_processes_out() -> None:
+    # Methods that Ray no longer has would leave nothing out.
+    before = {name: getattr(Node, name) for name in session._UNNEEDED}
+    with session.few_processes():
+        assert [getattr(Node, name)(None, some=1) for name in session._UNNEEDED] == [None] * 3
+    assert {name: getattr(Node, name) for name in session._UNNEEDED} == before
+
+
+def test_a_cluster_ends_with_the_last_command_that_uses_it(
+    cluster_events: list[str],
+) -> None:
+    joined, may_leave = threading.Event(), threading.Event()
+
+    def join() -> None:
+        with session.ray_session(ClusterConfig()):
+            joined.set()
+            may_leave.wait(10)
+
+    events = cluster_events
+    other = threading.Thread(target=join)
+    with session.ray_session(ClusterConfig()):
+        other.start()
+        assert joined.wait(10)
+    assert events == ["start"]
+    may_leave.set()
+    other.join()
+    assert events == ["start", "end"]
+    with session.ray_session(ClusterConfig()):
+        assert events == ["start", "end", "start"]
