@@ -38,10 +38,10 @@ from shared_work import Job, run_jobs, share_cores
 from train_step import preset
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.data.batch import StepBatch
-from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.data.batches.batch import StepBatch
+from moleblend_ray.data.batches.builder import local_step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.errors import ConfigError, MoleBlendError
 from moleblend_ray.evaluation.models.finetune import StartingPoint
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules, load_labelled

@@ -33,7 +33,7 @@ import torch
 from synthetic_molecules import synthetic_block
 from torch import Tensor
 
-from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.data.batches.batch import build_micro_batches
 from moleblend_ray.model.attention import (
     HeadRows,
     SharedBias,

@@ -35,9 +35,9 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.files import storage
 from moleblend_ray.training.commits import committed_steps, read_commit, step_uri
 from moleblend_ray.training.export import load_model
 from moleblend_ray.training.metrics import Record

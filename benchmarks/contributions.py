@@ -37,9 +37,9 @@ from rdkit.Chem import rdMolDescriptors
 from torch import Tensor
 
 import moleblend_ray as mb
-from moleblend_ray.data import storage
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import block_from_table
+from moleblend_ray.data.batches.batch import build_micro_batches
+from moleblend_ray.data.dataset.block import block_from_table
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.models.property_model import SavedProperty
 from moleblend_ray.evaluation.results.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results.runs import read_of_seeds

@@ -32,8 +32,8 @@ from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_gette
 from moleblend_ray.chemistry.molecule import molecules_from_records
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.samples import make_samples
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shards import DESCRIPTOR_FIELD, encode_shard
+from moleblend_ray.data.dataset.shards import DESCRIPTOR_FIELD, encode_shard
+from moleblend_ray.data.preparation.options import ConvertOptions
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDS = 1500

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.orchestration.preparation.prepare import prepare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -25,7 +25,7 @@ import torch
 from synthetic_molecules import synthetic_block
 from torch import Tensor
 
-from moleblend_ray.data.batch import build_micro_batches
+from moleblend_ray.data.batches.batch import build_micro_batches
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.model.heads import PairForm, PairHead, predict_classes

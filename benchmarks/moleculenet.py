@@ -43,8 +43,8 @@ from shared_work import Job, run_jobs, share_cores
 
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.downstream import BaselineConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
 from moleblend_ray.evaluation.models.baselines import FeatureKind
 from moleblend_ray.evaluation.models.finetune import StartingPoint

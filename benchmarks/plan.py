@@ -38,7 +38,7 @@ from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.plan import PlanConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.orchestration import plan as planning
 from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.orchestration.pretraining.pretrain import pretrain

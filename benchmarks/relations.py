@@ -39,21 +39,21 @@ from typing import Any
 import numpy as np
 
 from moleblend_ray.chemistry.samples import write_samples
-from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.batch import build_steps, unpack_micro_batch
-from moleblend_ray.data.block import MoleculeBlock, block_from_table
-from moleblend_ray.data.builder import MicroBatchBuilder
-from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.batches.batch import build_steps, unpack_micro_batch
+from moleblend_ray.data.batches.builder import MicroBatchBuilder
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import Manifest, ShardInfo, fingerprint, load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.order import DataOrder
-from moleblend_ray.data.receipts import write_part
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.data.dataset.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import Manifest, ShardInfo, fingerprint, load_manifest
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import GRAPH_COLUMNS
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.receipts import write_part
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.relations.topology import topology

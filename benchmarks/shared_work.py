@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 
 Work = Callable[[Any], dict[str, Any]]

@@ -31,15 +31,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from moleblend_ray.chemistry.samples import write_samples
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import staged_path
-from moleblend_ray.data.exchange import StagedChunk, plan_exchange
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.segments import encode_segment
-from moleblend_ray.data.shard_writer import featurize_chunk
-from moleblend_ray.data.shuffle import run_unit
+from moleblend_ray.data.dataset.dataset_files import staged_path
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.exchange import StagedChunk, plan_exchange
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.segments import encode_segment
+from moleblend_ray.data.preparation.shard_writer import featurize_chunk
+from moleblend_ray.data.preparation.shuffle import run_unit
+from moleblend_ray.data.preparation.staging import staged_table
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
-from moleblend_ray.data.staging import staged_table
 
 ZINC = Path(__file__).resolve().parents[2] / "shared" / "data" / "zinc250k_smiles.csv.gz"
 ROWS_PER_CHUNK = 8192

@@ -44,10 +44,10 @@ import torch
 from relations import default_source, grow, prepared
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.node_cache import remove_unused
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.node_cache import remove_unused
 from moleblend_ray.model.config import BlendConfig, LossConfig
 from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.orchestration.progress.progress import Progress

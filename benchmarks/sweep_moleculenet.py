@@ -31,7 +31,7 @@ from typing import Any
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.downstream import SweepConfig
 from moleblend_ray.config.paths import with_absolute_paths
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.evaluation.tasks import GROUPS, TASKS

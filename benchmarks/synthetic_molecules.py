@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES, BOND_VOCAB_SIZES
 
 PCQM_SHARES = {

@@ -38,7 +38,7 @@ import torch.distributed as dist
 from plain_model import PlainModel
 from synthetic_molecules import synthetic_block
 
-from moleblend_ray.data.batch import StepBatch, build_micro_batches
+from moleblend_ray.data.batches.batch import StepBatch, build_micro_batches
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.model.flops import TRAINING_FACTOR, pretraining_flops
 from moleblend_ray.model.fused import plain_code

@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from moleblend_ray.config.tools import SamplesConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.orchestration.samples import samples as write_samples
 from moleblend_ray.training.commits import FINISHED_NAME, committed_steps
 from moleblend_ray.training.metrics import read_records

@@ -28,7 +28,7 @@ from rich.console import Console
 
 from moleblend_ray.cli import console_logging
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.stages import Stages

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from moleblend_ray.config.status import StatusConfig
     from moleblend_ray.config.tools import ExportConfig, SamplesConfig
     from moleblend_ray.data.config import OrderConfig, StreamConfig
-    from moleblend_ray.data.download import Collection, RemoteFile
-    from moleblend_ray.data.transfer import TransferOptions
+    from moleblend_ray.data.files.download import Collection, RemoteFile
+    from moleblend_ray.data.files.transfer import TransferOptions
     from moleblend_ray.errors import (
         CheckpointError,
         ConfigError,
@@ -161,7 +161,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "CheckpointsConfig": "config.inspect",
     "ClusterConfig": "config.cluster",
-    "Collection": "data.download",
+    "Collection": "data.files.download",
     "ConfigError": "errors",
     "ConformerConfig": "chemistry.config",
     "DataError": "errors",
@@ -189,7 +189,7 @@ _HOMES = {
     "PretrainConfig": "config.pretrain",
     "PriceSettings": "planning.settings",
     "PropertyPredictor": "inference",
-    "RemoteFile": "data.download",
+    "RemoteFile": "data.files.download",
     "ReplicateRule": "evaluation.tasks",
     "SamplesConfig": "config.tools",
     "SearchSpace": "evaluation.search",
@@ -204,7 +204,7 @@ _HOMES = {
     "TrackingConfig": "training.config",
     "TrainConfig": "training.config",
     "TrainingError": "errors",
-    "TransferOptions": "data.transfer",
+    "TransferOptions": "data.files.transfer",
     "collection_preset": "config.compose",
     "cross_validate": "orchestration.downstream.cross_validation",
     "download": "orchestration.download",

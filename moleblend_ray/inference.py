@@ -25,8 +25,8 @@ from moleblend_ray.chemistry.config import (
     FeaturizeConfig,
 )
 from moleblend_ray.chemistry.records import SmilesText
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.shard_writer import Featurized, featurize_records
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.preparation.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.prediction.embedding import Embedder

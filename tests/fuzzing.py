@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from rdkit import Chem
 from rdkit.Chem import rdDistGeom
 
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 
 SEEDS = (
     "CCO",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.exchange import plan_exchange, staged_chunk
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shuffle import run_unit
+from moleblend_ray.data.batches.builder import local_step_batches
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.exchange import plan_exchange, staged_chunk
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
+from moleblend_ray.data.preparation.shuffle import run_unit
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 from moleblend_ray.training.learner import build_learner
 from moleblend_ray.training.loop import Hooks, fit

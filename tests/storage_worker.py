@@ -13,7 +13,7 @@ import sys
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.orchestration.cluster.session import ray_session
 from moleblend_ray.orchestration.preparation.prepare import prepare

@@ -7,11 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.block import MoleculeBlock, undescribed
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.descriptors import DescriptorScaling
-from moleblend_ray.data.manifest import (
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.descriptors import DescriptorScaling
+from moleblend_ray.data.dataset.manifest import (
     Counts,
     DescriptorInfo,
     Manifest,
@@ -19,8 +18,9 @@ from moleblend_ray.data.manifest import (
     fingerprint,
     format_version_of,
 )
-from moleblend_ray.data.receipts import shard_info
-from moleblend_ray.data.shards import encode_shard, shard_schema
+from moleblend_ray.data.dataset.shards import encode_shard, shard_schema
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.receipts import shard_info
 from moleblend_ray.vocabulary import (
     ATOM_VOCAB_SIZES,
     BOND_VOCAB_SIZES,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from moleblend_ray.checks import check_all, locations
-from moleblend_ray.data.download import Collection
-from moleblend_ray.data.transfer import TransferOptions
+from moleblend_ray.data.files.download import Collection
+from moleblend_ray.data.files.transfer import TransferOptions
 from moleblend_ray.settings import typed
 
 

@@ -15,8 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import (
+from moleblend_ray.data.dataset.dataset_files import (
     PLAN_NAME,
     QUARANTINE_DIR,
     SPLITS,
@@ -25,7 +24,7 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
-from moleblend_ray.data.manifest import (
+from moleblend_ray.data.dataset.manifest import (
     Counts,
     LabelInfo,
     Manifest,
@@ -33,9 +32,10 @@ from moleblend_ray.data.manifest import (
     SourceInfo,
     load_manifest,
 )
-from moleblend_ray.data.receipts import Statistics, sum_statistics, valid_receipts
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import manifest_schema
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import manifest_schema
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.receipts import Statistics, sum_statistics, valid_receipts
 from moleblend_ray.errors import DataError
 
 _THREADS: Final = 8

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import (
+from moleblend_ray.data.dataset.dataset_files import (
     PLAN_NAME,
     RECEIPTS_DIR,
     SPLITS,
@@ -22,10 +21,11 @@ from moleblend_ray.data.dataset_files import (
     listed_shards,
     wrong_files,
 )
-from moleblend_ray.data.lease import command_at_work
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.options import needs_exchange
-from moleblend_ray.data.receipts import Receipt
+from moleblend_ray.data.dataset.lease import command_at_work
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.options import needs_exchange
+from moleblend_ray.data.preparation.receipts import Receipt
 from moleblend_ray.errors import DataError
 
 _MOST_RECEIPTS: Final = 64

@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME, is_prepared
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME, is_prepared
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.archives import container_of, text_format
 from moleblend_ray.errors import ConfigError, StorageError
 from moleblend_ray.evaluation.tasks import TASKS, Task

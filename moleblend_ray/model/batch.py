@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moleblend_ray.compilation import kernel
-from moleblend_ray.data.batch import MicroBatch
-from moleblend_ray.data.block import NUM_ATOM_FEATURES
+from moleblend_ray.data.batches.batch import MicroBatch
+from moleblend_ray.data.dataset.block import NUM_ATOM_FEATURES
 from moleblend_ray.relations.topology import HOP_BITS, HOP_MASK
 from moleblend_ray.vocabulary import NUM_HOPS
 

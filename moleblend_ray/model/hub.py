@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.model.config import NUM_PAPER_EDGE_CLASSES, ModelConfig
 from moleblend_ray.model.embeddings import NUM_DEGREES

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,7 +12,7 @@ from rich.text import Text
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import CheckpointsConfig
-from moleblend_ray.data.documents import member
+from moleblend_ray.data.files.documents import member
 from moleblend_ray.orchestration.progress.terminal import (
     facts_table,
     headed_table,

@@ -13,13 +13,13 @@ from rich.text import Text
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.inspect import InspectConfig
+from moleblend_ray.data.dataset.shards import DESCRIPTOR_FIELD
 from moleblend_ray.data.inspect import (
     DataSetReport,
     QuarantineReason,
     UnfinishedReport,
     inspect_data_set,
 )
-from moleblend_ray.data.shards import DESCRIPTOR_FIELD
 from moleblend_ray.orchestration.progress.terminal import (
     facts_table,
     headed_table,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.download import DownloadConfig
-from moleblend_ray.data.download import download_collection
+from moleblend_ray.data.files.download import download_collection
 from moleblend_ray.errors import without_credentials
 from moleblend_ray.orchestration.progress.terminal import progress_bar
 from moleblend_ray.quantities import bytes_text

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from moleblend_ray.config.describe import redact
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import LEASES_DIR, is_prepared, prepared_source
-from moleblend_ray.data.dataset_files import PLAN_NAME as DATA_PLAN_NAME
-from moleblend_ray.data.differences import differences, with_defaults
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.dataset_files import LEASES_DIR, is_prepared, prepared_source
+from moleblend_ray.data.dataset.dataset_files import PLAN_NAME as DATA_PLAN_NAME
+from moleblend_ray.data.dataset.differences import differences, with_defaults
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.results.additions import ADDABLE, is_addition, with_those_of
 from moleblend_ray.evaluation.results.result_files import (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import LeaderboardConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.reports.leaderboard import (
     compare,
     read_leaderboard,

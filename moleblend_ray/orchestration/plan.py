@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import json_values, redact
 from moleblend_ray.config.plan import PlanConfig
-from moleblend_ray.data import storage
 from moleblend_ray.data.config import StreamConfig
-from moleblend_ray.data.manifest import Manifest, load_manifest
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.host import available_cpus
 from moleblend_ray.model.flops import TRAINING_FACTOR

@@ -9,7 +9,7 @@ from pathlib import Path
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.tools import SamplesConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.status import StatusConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.status import DataStatus, data_status, has_data_set
 from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.evaluation.results.result_files import LEADERBOARD_NAME, command_of

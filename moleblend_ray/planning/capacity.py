@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from moleblend_ray.data.batch import mean_molecule_bytes
+from moleblend_ray.data.batches.batch import mean_molecule_bytes
 from moleblend_ray.data.config import (
     BLOCK_BYTES,
     BLOCKS_PER_STREAM,

@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.scratch import scratch_folder, scratch_path
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder, scratch_path
 from moleblend_ray.errors import CheckpointError, MoleBlendError
 from moleblend_ray.training.commits import (
     Commit,

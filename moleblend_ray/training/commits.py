@@ -27,9 +27,9 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, Literal
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.differences import differences
-from moleblend_ray.data.documents import require_types
+from moleblend_ray.data.dataset.differences import differences
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import require_types
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.training.config import CheckpointConfig
 

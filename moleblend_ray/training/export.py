@@ -7,8 +7,8 @@ import os
 import re
 from typing import Any, Final
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, StorageError, without_credentials
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import CONFIG_NAME, WEIGHTS_NAME, from_pretrained, save_pretrained

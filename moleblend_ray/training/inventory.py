@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.differences import differences
-from moleblend_ray.data.scratch import scratch_folder
+from moleblend_ray.data.dataset.differences import differences
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.training.checkpoint import MODEL_PREFIX, load_all_tensors
 from moleblend_ray.training.commits import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig
 from moleblend_ray.model.losses import (

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.training.anomalies import Anomaly, NotFiniteError, SpikeDetector
 from moleblend_ray.training.checkpoint import training_state

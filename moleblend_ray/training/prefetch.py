@@ -14,7 +14,7 @@ from typing import Final, Self
 import torch
 from torch import Tensor
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend, BlendConfig, draw_blend
 from moleblend_ray.model.losses import LossConfig, loss_counts

@@ -12,7 +12,7 @@ from typing import Final
 import torch
 from torch.profiler import ProfilerActivity
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import StorageError
 
 logger = logging.getLogger(__name__)

@@ -23,10 +23,10 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
-from moleblend_ray.data.batch import StepBatch
-from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.data.batches.batch import StepBatch
+from moleblend_ray.data.batches.builder import local_step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.scratch import scratch_folder
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.training.config import OptimConfig, Precision, Strategy, TrainConfig

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.scratch import scratch_folder
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError, DataError, StorageError
 from moleblend_ray.training.checkpoint import (
     TRANSFER_THREADS,

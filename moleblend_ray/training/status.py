@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.documents import member
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import member
 from moleblend_ray.errors import HIDDEN, DataError, StorageError
 from moleblend_ray.training.anomalies import ANOMALIES_DIR
 from moleblend_ray.training.commits import (

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.batch import MicroBatch, StepBatch
+from moleblend_ray.data.batches.batch import MicroBatch, StepBatch
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.device import seed_generators

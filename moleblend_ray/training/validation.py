@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import block_from_table
-from moleblend_ray.data.descriptors import DescriptorScaling, with_targets
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import training_columns
+from moleblend_ray.data.batches.batch import build_micro_batches
+from moleblend_ray.data.dataset.block import block_from_table
+from moleblend_ray.data.dataset.descriptors import DescriptorScaling, with_targets
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import training_columns
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import draw_blend
 from moleblend_ray.model.losses import LOSS_NAMES, loss_counts

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.shard_reader import ShardReader
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from moleblend_ray.chemistry.rejection import RejectionCode
-from moleblend_ray.data.manifest import Counts, Manifest
-from moleblend_ray.data.shards import MOLECULE_FIELDS, QUARANTINE_SCHEMA
+from moleblend_ray.data.dataset.manifest import Counts, Manifest
+from moleblend_ray.data.dataset.shards import MOLECULE_FIELDS, QUARANTINE_SCHEMA
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "data-format.md").read_text()
 

@@ -16,9 +16,9 @@ import pytest
 import toy
 from synthetic import write_dataset
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import fingerprint, load_manifest
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import fingerprint, load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.training.commits import committed_steps
 from moleblend_ray.training.metrics import read_records
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.batches.batch import StepBatch, build_micro_batches
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
 from moleblend_ray.model.blending import BlendConfig
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.losses import LossConfig

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import toy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state

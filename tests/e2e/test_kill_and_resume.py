@@ -10,7 +10,7 @@ from in_process import prepare_in_process, pretrain_in_process
 
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.sources import ColumnConfig
 from moleblend_ray.training.commits import committed_steps
 from moleblend_ray.training.metrics import read_records

@@ -13,7 +13,7 @@ import torch
 from commands import finish, kill_when, moleblend
 
 from moleblend_ray.config.downstream import EmbedConfig
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel

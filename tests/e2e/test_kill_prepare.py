@@ -11,12 +11,12 @@ import pytest
 from commands import LIMIT_S, kill_when, moleblend
 from in_process import prepare_in_process
 
-from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.sources import ColumnConfig
 
 # As if there were memory for some hundred molecules only: the source is then of many groups.
 SMALL_GROUPS = """
-from moleblend_ray.data import exchange
+from moleblend_ray.data.preparation import exchange
 
 exchange._MAX_GROUP_BYTES = 60_000
 """

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.batches.batch import build_micro_batches
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.model.blending import Blend
 from moleblend_ray.model.config import LOSS_NAMES, LossConfig

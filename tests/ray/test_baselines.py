@@ -12,7 +12,7 @@ import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import BaselineConfig, FinetuneConfig, SweepConfig, TaskConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.models.property_model import load_property_model

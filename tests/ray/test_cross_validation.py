@@ -19,7 +19,7 @@ from moleblend_ray.config.downstream import (
     SweepConfig,
     TaskConfig,
 )
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.reports.leaderboard import read_leaderboard

@@ -8,7 +8,7 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import BaselineConfig, SweepConfig, TaskConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.model.config import ModelConfig

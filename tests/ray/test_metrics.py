@@ -24,10 +24,10 @@ from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import fingerprint, load_manifest
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import fingerprint, load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.orchestration.preparation.prepare import prepare
 from moleblend_ray.orchestration.pretraining.pretrain import pretrain

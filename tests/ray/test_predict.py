@@ -15,8 +15,8 @@ import torch
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import PredictConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.property_model import (
     Standardisation,

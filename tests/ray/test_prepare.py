@@ -18,10 +18,10 @@ from in_process import prepare_in_process
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.exchange import Unit
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_reader import ShardReader
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.preparation.exchange import Unit
+from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.sources import (
     ColumnConfig,
 )
@@ -136,7 +136,7 @@ def test_a_shuffle_by_several_actors_is_that_of_one_process(
     settings: dict[str, Any] = {"shuffle": True, "deduplicate": "inchikey", "rows_per_shard": 60}
     in_process(tmp_path / "in", tmp_path / "whole", **settings)
     # The source is now of more groups than one: runs are written, and buckets read from them.
-    monkeypatch.setattr("moleblend_ray.data.exchange._MAX_GROUP_BYTES", 1)
+    monkeypatch.setattr("moleblend_ray.data.preparation.exchange._MAX_GROUP_BYTES", 1)
     summary = prepare(config_for(tmp_path / "in", tmp_path / "pieces", **settings))
     assert content_of(tmp_path / "pieces") == content_of(tmp_path / "whole")
     assert (summary.rows_in, summary.rows_out) == (253, 245)

@@ -17,11 +17,11 @@ from synthetic import write_dataset
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import fingerprint, load_manifest
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import fingerprint, load_manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.model.config import LossConfig, ModelConfig
 from moleblend_ray.orchestration.pretraining import pretrain as pretrain_module

@@ -20,9 +20,9 @@ from storage_worker import (
     digests,
 )
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.builder import local_step_batches
-from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.batches.builder import local_step_batches
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.sources import ColumnConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

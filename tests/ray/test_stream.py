@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StepBatch, unpack_micro_batch
-from moleblend_ray.data.builder import local_step_batches
+from moleblend_ray.data.batches.batch import StepBatch, unpack_micro_batch
+from moleblend_ray.data.batches.builder import local_step_batches
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.order import DataOrder
 from moleblend_ray.orchestration.streaming.stream import (
     shard_step_batches,
     stream_data_config,

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.orchestration.streaming import stream as stream_module

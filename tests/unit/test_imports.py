@@ -39,6 +39,16 @@ LAYERS = (
 
 # Of a layer with folders, likewise.
 WITHIN = {
+    "data": (
+        "config",
+        "files",
+        "dataset",
+        "sources",
+        "preparation",
+        "batches",
+        "inspect",
+        "status",
+    ),
     "evaluation": (
         "tasks",
         "settings",
@@ -85,7 +95,11 @@ HOMES = {
 }
 
 # What of data/ turns raw molecules into shards; the rest must run without chemistry.
-USES_CHEMISTRY = ("data/sources/", "data/options.py", "data/shard_writer.py")
+USES_CHEMISTRY = (
+    "data/sources/",
+    "data/preparation/options.py",
+    "data/preparation/shard_writer.py",
+)
 
 
 def imports_of(file: Path) -> Iterator[tuple[str, bool]]:
@@ -178,7 +192,7 @@ def modules_after(statement: str) -> set[str]:
 
 def test_training_from_shards_imports_neither_rdkit_nor_chemistry() -> None:
     modules = modules_after(
-        "import moleblend_ray.training.loop, moleblend_ray.data.builder, moleblend_ray.model.hub\n"
+        "import moleblend_ray.training.loop, moleblend_ray.data.batches.builder, moleblend_ray.model.hub\n"
         "import moleblend_ray.config.pretrain, moleblend_ray.orchestration.pretraining.pretrain"
     )
     assert "moleblend_ray.training.loop" in modules
@@ -193,7 +207,7 @@ def test_processes_of_the_stream_import_neither_torch_nor_chemistry_nor_ray_trai
         # The controller of Ray Train, which starts it.
         ", moleblend_ray.orchestration.pretraining.pretrain_group"
     )
-    assert "moleblend_ray.data.builder" in modules
+    assert "moleblend_ray.data.batches.builder" in modules
     assert not {"torch", "rdkit", "ray.train"} & modules
 
 

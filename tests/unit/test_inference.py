@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import moleblend_ray as mb
-from moleblend_ray.data import storage
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.models.property_model import (
     Standardisation,

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Final
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.download import RECORD_NAME
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.download import RECORD_NAME
 from moleblend_ray.data.sources import archives
 from moleblend_ray.data.sources.damage import DamageError, unreadable
 from moleblend_ray.data.sources.decompression import COMPRESSIONS, compression_of

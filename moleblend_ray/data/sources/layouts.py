@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from moleblend_ray.chemistry.rejection import Rejection
-from moleblend_ray.data.manifest import LabelColumn
+from moleblend_ray.data.dataset.manifest import LabelColumn
 from moleblend_ray.data.sources.columns import ColumnError, no_column
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.reading import SAMPLE_RECORDS, first_items, open_items

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.records import GeometryRow, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.cells import number, read_censored, relation_of
 from moleblend_ray.data.sources.damage import unreadable as damaged
 from moleblend_ray.data.sources.records import (

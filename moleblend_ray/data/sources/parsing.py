@@ -11,7 +11,7 @@ from moleblend_ray.chemistry.composition import formula_of_molblock, formula_of_
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.cells import (
     read_censored,
     read_labels,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.archives import text_format
 from moleblend_ray.data.sources.records import SourceFile
 from moleblend_ray.errors import ConfigError, DataError, without_credentials

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import pyarrow as pa
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.archives import Member, contents
 from moleblend_ray.data.sources.damage import DamageError, unreadable
 from moleblend_ray.data.sources.parquet import ParquetPart, parquet_chunks, parquet_parts, to_ipc

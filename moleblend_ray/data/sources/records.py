@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.records import SourceRecord
 from moleblend_ray.chemistry.rejection import Rejection
-from moleblend_ray.data.manifest import LabelColumn
+from moleblend_ray.data.dataset.manifest import LabelColumn
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
 """``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""

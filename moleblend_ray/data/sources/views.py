@@ -11,7 +11,7 @@ from typing import Final
 from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
-from moleblend_ray.data.manifest import LabelColumn
+from moleblend_ray.data.dataset.manifest import LabelColumn
 from moleblend_ray.data.sources.cells import holds_number, is_numeric, sd_properties, sd_text
 from moleblend_ray.data.sources.columns import (
     ColumnError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.dataset.block import MoleculeBlock
 from moleblend_ray.model.moleblend import HYDROGEN, NUM_ELEMENTS, NUM_HYDROGENS_COLUMN
 
 

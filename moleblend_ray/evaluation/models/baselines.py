@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.data.dataset.descriptors import DescriptorScaling
 from moleblend_ray.evaluation.models.linear_model import fit_linear, linear_grid
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.scoring.scores import score

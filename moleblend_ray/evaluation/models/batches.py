@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.data.batches.batch import build_micro_batches
 from moleblend_ray.data.config import CPU_MICRO_BATCH, GPU_MICRO_BATCH
+from moleblend_ray.data.dataset.block import GraphColumns, gather
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs, DescriptorTable
 from moleblend_ray.model.batch import MoleculeBatch
 

@@ -18,9 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.batch import MicroBatch, build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.batches.batch import MicroBatch, build_micro_batches
+from moleblend_ray.data.dataset.block import MoleculeBlock
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.models.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.models.layerwise_training import (

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.documents import lack
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import lack
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind, no_column_has

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, without_credentials
 from moleblend_ray.evaluation.molecules.similarity import (
     NUM_BITS,

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from moleblend_ray.data.block import GraphColumns, MoleculeBlock, gather, ragged_rows
+from moleblend_ray.data.dataset.block import GraphColumns, MoleculeBlock, gather, ragged_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,19 +12,19 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.data.block import MoleculeBlock, block_from_table
-from moleblend_ray.data.dataset_files import SPLITS
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import (
+from moleblend_ray.data.dataset.block import MoleculeBlock, block_from_table
+from moleblend_ray.data.dataset.dataset_files import SPLITS
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import (
     AT_LEAST_PREFIX,
     AT_MOST_PREFIX,
     GRAPH_COLUMNS,
     LABEL_PREFIX,
 )
+from moleblend_ray.data.preparation.splits import MoleculeGroups, NamedSplits, SplitsOfData
 from moleblend_ray.data.sources.records import SourceSet
-from moleblend_ray.data.splits import MoleculeGroups, NamedSplits, SplitsOfData
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.molecules.conformer_set import ConformerSet

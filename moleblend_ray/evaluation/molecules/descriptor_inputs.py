@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.data.dataset.descriptors import DescriptorScaling
 from moleblend_ray.errors import CheckpointError
 
 

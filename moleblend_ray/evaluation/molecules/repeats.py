@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.dataset.block import MoleculeBlock
 from moleblend_ray.relations.skeletons import fragments
 
 

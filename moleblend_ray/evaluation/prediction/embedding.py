@@ -11,8 +11,8 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.shards import MOLECULE_FIELDS
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.batches import (
     MOLECULE_COLUMNS,

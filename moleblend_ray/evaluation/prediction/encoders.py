@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.models.finetune import StartingPoint
 from moleblend_ray.evaluation.models.property_model import (

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, without_credentials
 from moleblend_ray.evaluation.models.property_model import (
     SavedProperty,

@@ -16,10 +16,10 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.block import block_from_table
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.shards import MOLECULE_FIELDS
+from moleblend_ray.data.dataset.block import block_from_table
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.shards import MOLECULE_FIELDS
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.atom_reference import element_counts
 from moleblend_ray.evaluation.models.batches import (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.reports.report_figures import predictions_figure
 from moleblend_ray.evaluation.reports.report_scores import (

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.documents import require_types
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import require_types
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.results.result_files import LEADERBOARD_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results.results import Spread

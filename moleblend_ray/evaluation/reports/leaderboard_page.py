@@ -9,7 +9,7 @@ import io
 import urllib.parse
 from collections.abc import Sequence
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import without_credentials
 from moleblend_ray.evaluation.reports.leaderboard import (
     Leaderboard,

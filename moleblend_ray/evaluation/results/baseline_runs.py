@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.descriptors import descriptors
 from moleblend_ray.chemistry.fingerprints import ecfp
-from moleblend_ray.data import storage
-from moleblend_ray.data.documents import require_types
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import require_types
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.models.baselines import (
     BaselineData,

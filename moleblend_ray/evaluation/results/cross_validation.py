@@ -19,7 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry
 from moleblend_ray.evaluation.results.result_files import OUT_OF_FOLD_NAME, RESULTS_NAME, fold_path
 from moleblend_ray.evaluation.results.results import Spread

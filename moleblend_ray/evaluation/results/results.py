@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moleblend_ray.chemistry.scaffolds import FRACTIONS
-from moleblend_ray.data import storage
-from moleblend_ray.data.documents import require_types
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import require_types
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.evaluation.models.finetune import (
     FinetuneResult,

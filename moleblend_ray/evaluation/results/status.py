@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import SPLITS, is_prepared
-from moleblend_ray.data.documents import lack, member
-from moleblend_ray.data.lease import command_at_work, was_leased
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.dataset_files import SPLITS, is_prepared
+from moleblend_ray.data.dataset.lease import command_at_work, was_leased
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import lack, member
 from moleblend_ray.data.status import data_status, has_data_set
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.results.additions import missing_in

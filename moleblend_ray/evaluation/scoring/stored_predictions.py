@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.shards import AT_LEAST_PREFIX, AT_MOST_PREFIX, LABEL_PREFIX
+from moleblend_ray.data.dataset.shards import AT_LEAST_PREFIX, AT_MOST_PREFIX, LABEL_PREFIX
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 

@@ -14,8 +14,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import FRACTIONS
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import is_prepared
+from moleblend_ray.data.dataset.dataset_files import is_prepared
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.splits import (
+    MoleculeGroups,
+    NamedSplits,
+    TimeSplit,
+    is_split_name,
+)
 from moleblend_ray.data.sources import SourceFile, find_sources
 from moleblend_ray.data.sources.cells import sd_properties, sd_text
 from moleblend_ray.data.sources.damage import DamageError, unreadable
@@ -23,7 +29,6 @@ from moleblend_ray.data.sources.headers import delimited_form
 from moleblend_ray.data.sources.parquet import parquet_file, strings
 from moleblend_ray.data.sources.reading import open_items, open_records
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
-from moleblend_ray.data.splits import MoleculeGroups, NamedSplits, TimeSplit, is_split_name
 from moleblend_ray.errors import ConfigError, DataError
 
 _MONTH: Final = re.compile(r"\d{4}-\d{2}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import FRACTIONS, Split, deal_balanced, scaffold_split
-from moleblend_ray.data.dataset_files import SPLITS
+from moleblend_ray.data.dataset.dataset_files import SPLITS
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.tasks import SplitKind
 

@@ -16,7 +16,7 @@ import ray
 from numpy.typing import NDArray
 
 from moleblend_ray.config.downstream import PropertyConfig, SweepConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.models.baselines import (
     BaselineData,

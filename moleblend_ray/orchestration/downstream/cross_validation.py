@@ -18,7 +18,7 @@ from moleblend_ray.chemistry.scaffolds import Split
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.molecules.repeats import Repeats

@@ -18,13 +18,13 @@ from moleblend_ray.config.downstream import (
     SweepConfig,
     TaskConfig,
 )
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import is_prepared
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.dataset_files import is_prepared
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.split_file import splits_of_file
+from moleblend_ray.data.preparation.splits import SplitsOfData
 from moleblend_ray.data.sources import SourceSet
-from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import SplitsOfData
 from moleblend_ray.errors import (
     DataError,
     TrainingError,

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.lease import leased
+from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.evaluation.results.result_files import REPORT_NAME, RESULTS_NAME
 from moleblend_ray.evaluation.results.results import Training

@@ -9,7 +9,7 @@ from typing import Any
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.evaluation.molecules.applicability import similarity_entry
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry

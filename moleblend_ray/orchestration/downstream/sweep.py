@@ -32,7 +32,7 @@ from ray.tune.search import Searcher
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import SweepConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import DataError, TrainingError, without_credentials
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.results.result_files import EPOCHS_DIR, RESULTS_NAME, TUNE_DIR

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import is_prepared
-from moleblend_ray.data.lease import leased
+from moleblend_ray.data.dataset.dataset_files import is_prepared
+from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
 from moleblend_ray.evaluation.reports.leaderboard import (

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray import tune
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.models.finetune import EpochReport, StartingPoint, finetune_once
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.evaluation.results.results import SeedResult

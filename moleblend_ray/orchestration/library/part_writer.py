@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import GRAPH_COLUMNS
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, MoleBlendError, TrainingError, without_credentials
 from moleblend_ray.evaluation.models.batches import MOLECULE_COLUMNS
 from moleblend_ray.evaluation.results.result_files import PARTS_DIR, PartsKind

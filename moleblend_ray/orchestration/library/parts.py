@@ -24,20 +24,20 @@ import torch
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.config.paths import path_settings
-from moleblend_ray.data import storage
-from moleblend_ray.data.claim import changed_files
-from moleblend_ray.data.dataset_files import (
+from moleblend_ray.data.dataset.dataset_files import (
     SPLITS,
     is_prepared,
     listed,
     prepared_source,
     source_index,
 )
-from moleblend_ray.data.documents import member, require_types
-from moleblend_ray.data.lease import leased
-from moleblend_ray.data.manifest import Manifest, SourceInfo, load_manifest
-from moleblend_ray.data.options import needs_exchange
-from moleblend_ray.data.shards import QUARANTINE_SCHEMA, read_file
+from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.dataset.manifest import Manifest, SourceInfo, load_manifest
+from moleblend_ray.data.dataset.shards import QUARANTINE_SCHEMA, read_file
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import member, require_types
+from moleblend_ray.data.preparation.claim import changed_files
+from moleblend_ray.data.preparation.options import needs_exchange
 from moleblend_ray.data.sources import SourceSet, find_sources
 from moleblend_ray.errors import (
     ConfigError,

@@ -17,10 +17,10 @@ import torch
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import PredictConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import prepared_source
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.dataset_files import prepared_source
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.prediction.ensemble import load_members
 from moleblend_ray.evaluation.prediction.prediction import Predictor

@@ -24,11 +24,12 @@ from ray.data.block import BlockMetadata
 
 from moleblend_ray.chemistry.rejection import RejectionCode
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.lease import Lease
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.receipts import Receipt
-from moleblend_ray.data.shard_writer import convert_chunk
-from moleblend_ray.data.shards import DUPLICATE, NOT_IN_SPLIT_FILE
+from moleblend_ray.data.dataset.lease import Lease
+from moleblend_ray.data.dataset.shards import DUPLICATE, NOT_IN_SPLIT_FILE
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.receipts import Receipt
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
+from moleblend_ray.data.preparation.split_file import splits_of_file
 from moleblend_ray.data.sources import (
     ParquetPart,
     RowChunk,
@@ -37,7 +38,6 @@ from moleblend_ray.data.sources import (
     parquet_parts,
     read_chunks,
 )
-from moleblend_ray.data.split_file import splits_of_file
 from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.host import peak_memory_bytes
 from moleblend_ray.orchestration.cluster.executor import MAX_RETRIES, retries_limited

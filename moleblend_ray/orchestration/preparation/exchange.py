@@ -1,4 +1,4 @@
-"""The passes of a shuffle, or of a search for duplicates (``data.shuffle``), as Ray tasks."""
+"""The passes of a shuffle, or of a search for duplicates (:mod:`moleblend_ray.data.preparation.shuffle`), as Ray tasks."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import ray
 
 from moleblend_ray.config.cluster import ClusterConfig
-from moleblend_ray.data.dataset_files import RECEIPTS_DIR, listed
-from moleblend_ray.data.exchange import Exchange, Unit
-from moleblend_ray.data.lease import Lease
-from moleblend_ray.data.receipts import UnitReceipt, valid_unit_receipts
-from moleblend_ray.data.shuffle import run_unit
+from moleblend_ray.data.dataset.dataset_files import RECEIPTS_DIR, listed
+from moleblend_ray.data.dataset.lease import Lease
+from moleblend_ray.data.preparation.exchange import Exchange, Unit
+from moleblend_ray.data.preparation.receipts import UnitReceipt, valid_unit_receipts
+from moleblend_ray.data.preparation.shuffle import run_unit
 from moleblend_ray.errors import DataError, MoleBlendError, without_credentials
 from moleblend_ray.orchestration.cluster.executor import MAX_RETRIES
 from moleblend_ray.orchestration.cluster.placement import placed

@@ -18,10 +18,10 @@ from moleblend_ray.config.downstream import (
     TaskConfig,
 )
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.claim import rows_per_chunk_of
-from moleblend_ray.data.dataset_files import prepared_source
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.dataset_files import prepared_source
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.preparation.claim import rows_per_chunk_of
 from moleblend_ray.data.sources import ColumnConfig, SourceSet, find_sources, inspect_sources
 from moleblend_ray.data.sources.columns import ColumnError
 from moleblend_ray.errors import ConfigError, without_credentials

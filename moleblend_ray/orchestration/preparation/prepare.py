@@ -2,7 +2,7 @@
 
 Actors convert the chunks of the source (:mod:`.conversion`); at the end the driver writes the manifest from all receipts.
 What has a receipt is not done again, so the same command continues where it was interrupted. One command at a time works
-on a data set (:mod:`moleblend_ray.data.lease`).
+on a data set (:mod:`moleblend_ray.data.dataset.lease`).
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Final
 
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import (
+from moleblend_ray.data.dataset.lease import Lease, leased
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.shards import DUPLICATE
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import (
     check_output,
     claim_output,
     finished_manifest,
     remove_work_files,
 )
-from moleblend_ray.data.exchange import plan_exchange, staged_chunk
-from moleblend_ray.data.lease import Lease, leased
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.receipts import Receipt, UnitReceipt
-from moleblend_ray.data.shards import DUPLICATE
+from moleblend_ray.data.preparation.exchange import plan_exchange, staged_chunk
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.receipts import Receipt, UnitReceipt
+from moleblend_ray.data.preparation.split_file import splits_of_file
+from moleblend_ray.data.preparation.splits import NamedSplits
 from moleblend_ray.data.sources import (
     ColumnConfig,
     SourceFile,
@@ -36,8 +38,6 @@ from moleblend_ray.data.sources import (
     find_sources,
     inspect_sources,
 )
-from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.orchestration.cluster.cluster_checks import Need, require_room
 from moleblend_ray.orchestration.cluster.session import GIB, ray_session

@@ -28,9 +28,9 @@ import ray.train.torch
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.node_cache import remove_unused
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.dataset.node_cache import remove_unused
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.orchestration.cluster.cluster_checks import (
     Need,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ray.data import Dataset
 
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.dataset.manifest import Manifest
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.pretraining.stopping import StopFlag, StopReason
 from moleblend_ray.orchestration.progress import logs

@@ -21,7 +21,7 @@ import torch
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.orchestration.pretraining.pretrain_group import WorkerOutcome, WorkerSettings
 from moleblend_ray.orchestration.pretraining.run_folder import config_fingerprint, run_identity

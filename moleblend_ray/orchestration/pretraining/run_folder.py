@@ -11,11 +11,11 @@ from typing import Any, Final
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.differences import with_defaults
-from moleblend_ray.data.documents import require_types
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.differences import with_defaults
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.documents import require_types
 from moleblend_ray.errors import CheckpointError, DataError, without_credentials
 from moleblend_ray.model.config import BlendConfig, ModelConfig
 from moleblend_ray.orchestration.identity import require_own

@@ -4,7 +4,7 @@ Block number ``g * V + v`` holds the micro-batches of ``steps_per_block`` consec
 V is the number of streams. If order must be preserved, Ray deals blocks with equal numbers of rows round-robin to the
 consumers of an equal split. So with W consumers, W a divisor of V, consumer r gets exactly the streams v = r mod W.
 Every block is one row, so Ray can neither split nor join blocks. Each micro-batch has its (step, stream, index), which
-:func:`~moleblend_ray.data.transport.step_batches` checks.
+:func:`~moleblend_ray.data.batches.transport.step_batches` checks.
 
 The blocks in progress are counted, so that they fit into ``stream.object_store_gib`` (:mod:`.budget`). The plan (which
 block is which) comes from one lazy read task, so a run with a million blocks starts as fast as one with ten. Putting
@@ -30,11 +30,11 @@ from ray.data import (
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
-from moleblend_ray.data.batch import StepBatch, mean_molecule_bytes, num_micro_batches
-from moleblend_ray.data.builder import MicroBatchBuilder
+from moleblend_ray.data.batches.batch import StepBatch, mean_molecule_bytes, num_micro_batches
+from moleblend_ray.data.batches.builder import MicroBatchBuilder
+from moleblend_ray.data.batches.transport import pack_block, pack_error, step_batches
 from moleblend_ray.data.config import OrderConfig, StreamConfig
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.transport import pack_block, pack_error, step_batches
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
 from moleblend_ray.errors import MoleBlendError, TrainingError
 from moleblend_ray.orchestration.cluster.executor import retries_limited
 from moleblend_ray.orchestration.cluster.placement import (

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.batches.batch import build_micro_batches
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
 from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.vocabulary import ATOM_VOCAB_SIZES
 

@@ -13,9 +13,9 @@ import pytest
 from in_process import prepare_in_process
 
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.receipts import Statistics
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.receipts import Statistics
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources
 from moleblend_ray.data.sources.cells import censored_number, relation_of
 from moleblend_ray.data.sources.columns import ColumnError

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from synthetic import write_dataset
 
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import load_manifest
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.sources import archives
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.training.commits import COMMIT_FORMAT, COMMIT_NAME, read_commit, step_uri

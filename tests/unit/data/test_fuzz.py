@@ -12,11 +12,11 @@ from rdkit import Chem, rdBase
 
 from moleblend_ray.chemistry.binary import to_binary
 from moleblend_ray.chemistry.features import graph_arrays, graph_arrays_by_getters
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import find_sources, inspect_sources, read_chunks
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 
 from moleblend_ray.config.inspect import InspectConfig
 from moleblend_ray.data import inspect
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.inspect import DataSetReport, UnfinishedReport, inspect_data_set
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.data import show_data

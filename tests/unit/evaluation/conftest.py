@@ -10,7 +10,7 @@ import pytest
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data.block import MoleculeBlock, undescribed
+from moleblend_ray.data.dataset.block import MoleculeBlock, undescribed
 from moleblend_ray.evaluation.models.finetune import StartingPoint
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.model.config import ModelConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, StorageError
 from moleblend_ray.evaluation.sources import TaskSources, source_of_task, task_sources
 from moleblend_ray.evaluation.tasks import GROUPS, TASKS, TaskKind, resolve_task

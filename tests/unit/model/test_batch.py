@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from moleblend_ray.data.batch import build_micro_batches, unpack_micro_batch
+from moleblend_ray.data.batches.batch import build_micro_batches, unpack_micro_batch
 from moleblend_ray.model.batch import MoleculeBatch, size_groups
 from moleblend_ray.vocabulary import UNREACHABLE
 

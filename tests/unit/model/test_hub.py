@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import from_pretrained, import_official, save_pretrained

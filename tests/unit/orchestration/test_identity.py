@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.identity import check_claim, check_finished, claim, require_own
 from moleblend_ray.orchestration.preparation.prepare import prepare

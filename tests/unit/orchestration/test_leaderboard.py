@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moleblend_ray.config.downstream import LeaderboardConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import DataError
 from moleblend_ray.orchestration.leaderboard import leaderboard
 

@@ -17,11 +17,11 @@ from rich.console import Console
 
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.status import StatusConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME, part_name
-from moleblend_ray.data.lease import leased
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.receipts import Receipt, Statistics
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME, part_name
+from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.receipts import Receipt, Statistics
 from moleblend_ray.errors import ConfigError, DataError, MoleBlendError
 from moleblend_ray.evaluation.results import result_files
 from moleblend_ray.orchestration.progress.terminal import json_text

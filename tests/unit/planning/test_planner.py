@@ -20,9 +20,9 @@ from synthetic import write_dataset
 
 from moleblend_ray.config.compose import load_config
 from moleblend_ray.config.plan import PlanConfig
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.data.config import OrderConfig
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.plan import (
     CHART_NAME,

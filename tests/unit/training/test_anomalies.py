@@ -14,7 +14,7 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.training.anomalies import (
     Anomaly,

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, StorageError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import (

@@ -10,8 +10,8 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.model.moleblend import MoleBlendModel
 from moleblend_ray.training import checkpoint, commits

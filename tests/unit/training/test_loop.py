@@ -17,8 +17,8 @@ import toy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moleblend_ray.data.batch import StepBatch, build_micro_batches
-from moleblend_ray.data.order import DataOrder
+from moleblend_ray.data.batches.batch import StepBatch, build_micro_batches
+from moleblend_ray.data.batches.order import DataOrder
 from moleblend_ray.errors import ConfigError, TrainingError
 from moleblend_ray.model.flops import pretraining_flops
 from moleblend_ray.model.losses import LossConfig

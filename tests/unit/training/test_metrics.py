@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import DataError
 from moleblend_ray.training.metrics import (
     drop_records_from,

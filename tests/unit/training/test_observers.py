@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import toy
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import StorageError
 from moleblend_ray.training import saving
 from moleblend_ray.training.commits import CommittedFile

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.data.batch import StepBatch
+from moleblend_ray.data.batches.batch import StepBatch
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.model.config import BlendConfig, LossConfig
 from moleblend_ray.training.prefetch import DevicePrefetch, DeviceStep, prepare_step

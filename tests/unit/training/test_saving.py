@@ -15,7 +15,7 @@ import pytest
 import torch
 import toy
 
-from moleblend_ray.data.scratch import scratch_folder
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import CheckpointError, StorageError, TrainingError
 from moleblend_ray.training import saving
 from moleblend_ray.training.checkpoint import restore_training_state, training_state

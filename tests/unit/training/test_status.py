@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import toy
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.training.commits import COMMIT_NAME, FINISHED_NAME, committed_steps, read_commit
 from moleblend_ray.training.config import CheckpointConfig
 from moleblend_ray.training.loop import Hooks, fit

@@ -11,11 +11,11 @@ import torch
 import toy
 from synthetic import write_dataset
 
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import MANIFEST_NAME
-from moleblend_ray.data.manifest import Manifest, fingerprint, load_manifest
-from moleblend_ray.data.shard_reader import ShardReader
-from moleblend_ray.data.shards import GRAPH_COLUMNS
+from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME
+from moleblend_ray.data.dataset.manifest import Manifest, fingerprint, load_manifest
+from moleblend_ray.data.dataset.shard_reader import ShardReader
+from moleblend_ray.data.dataset.shards import GRAPH_COLUMNS
+from moleblend_ray.data.files import storage
 from moleblend_ray.model.config import LossConfig
 from moleblend_ray.training.ranks import Ranks
 from moleblend_ray.training.validation import _shares, build_validation, validation_rows

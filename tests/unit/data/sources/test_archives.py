@@ -18,7 +18,7 @@ import pytest
 
 from moleblend_ray.chemistry.records import MolBlock, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources import (
     ColumnConfig,
     RawRecord,

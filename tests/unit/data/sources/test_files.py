@@ -58,7 +58,7 @@ def test_a_manifest_of_another_program_is_left_out(tmp_path: Path, content: str)
 
 
 def test_a_source_in_s3_is_read_like_a_local_one(s3_uri: str, tmp_path: Path) -> None:
-    from moleblend_ray.data import storage
+    from moleblend_ray.data.files import storage
 
     storage.write_bytes(s3_uri + "/a.csv.gz", gzip.compress(b"smiles,y\nC,1\nCC,2\n"))
     pq.write_table(geometry_table(), tmp_path / "g.parquet")

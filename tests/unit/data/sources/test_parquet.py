@@ -12,7 +12,7 @@ from source_files import geometry_table, inspected, records_of, smiles_of, with_
 
 from moleblend_ray.chemistry.records import GeometryRow
 from moleblend_ray.chemistry.rejection import Rejection
-from moleblend_ray.data.manifest import LabelColumn
+from moleblend_ray.data.dataset.manifest import LabelColumn
 from moleblend_ray.data.sources import (
     find_sources,
     parquet_parts,

@@ -19,11 +19,12 @@ from rdkit import Chem
 
 from moleblend_ray.chemistry.samples import SampleMolecule, make_samples
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.manifest import Manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
+from moleblend_ray.data.preparation.split_file import read_split_file
 from moleblend_ray.data.sources import (
     ColumnConfig,
     find_sources,
@@ -31,7 +32,6 @@ from moleblend_ray.data.sources import (
     read_chunks,
 )
 from moleblend_ray.data.sources.published import read_exclusions
-from moleblend_ray.data.split_file import read_split_file
 from moleblend_ray.errors import ConfigError, DataError
 
 NUM_MOLECULES = 12

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from moleblend_ray.chemistry.descriptors import descriptors
 from moleblend_ray.chemistry.fingerprints import ecfp
-from moleblend_ray.data.descriptors import DescriptorScaling
+from moleblend_ray.data.dataset.descriptors import DescriptorScaling
 from moleblend_ray.evaluation.models import baselines
 from moleblend_ray.evaluation.models.baselines import (
     FULL_GRID_LABELS,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from moleblend_ray.data.molecule_form import MoleculeForm
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.models import finetune
 from moleblend_ray.evaluation.models.finetune import (

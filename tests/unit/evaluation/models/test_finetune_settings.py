@@ -15,7 +15,7 @@ from torch import nn
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule
-from moleblend_ray.data.block import MoleculeBlock
+from moleblend_ray.data.dataset.block import MoleculeBlock
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models import finetune
 from moleblend_ray.evaluation.models.atom_reference import element_counts, fit_reference

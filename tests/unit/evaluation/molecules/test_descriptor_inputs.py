@@ -15,7 +15,7 @@ from sklearn.linear_model import Ridge
 import moleblend_ray as mb
 from moleblend_ray.chemistry.descriptors import DESCRIPTOR_NAMES, descriptors
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
-from moleblend_ray.data.descriptors import DESCRIPTOR_LIMIT
+from moleblend_ray.data.dataset.descriptors import DESCRIPTOR_LIMIT
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.models.atom_reference import element_counts
 from moleblend_ray.evaluation.models.finetune import (

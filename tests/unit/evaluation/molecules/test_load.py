@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.dataset import load_labelled

@@ -12,8 +12,8 @@ import torch
 from rdkit import Chem
 
 import moleblend_ray as mb
-from moleblend_ray.data.batch import build_micro_batches
-from moleblend_ray.data.block import GraphColumns, gather
+from moleblend_ray.data.batches.batch import build_micro_batches
+from moleblend_ray.data.dataset.block import GraphColumns, gather
 from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
     TrainedProperty,

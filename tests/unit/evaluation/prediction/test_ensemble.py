@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.models.property_model import (
     Standardisation,

@@ -12,7 +12,7 @@ import torch
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
-from moleblend_ray.data.block import GraphColumns, block_from_table, gather
+from moleblend_ray.data.dataset.block import GraphColumns, block_from_table, gather
 from moleblend_ray.evaluation.models.batches import without_coordinates
 from moleblend_ray.evaluation.models.finetune import predict
 from moleblend_ray.evaluation.models.property_model import (

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.reports.leaderboard import (
     Leaderboard,

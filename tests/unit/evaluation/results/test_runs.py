@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moleblend_ray.chemistry.scaffolds import Split
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, DataError
 from moleblend_ray.evaluation.models.finetune import StartingPoint
 from moleblend_ray.evaluation.models.property_model import is_property_model

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.dataset_files import SPLITS
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.dataset.dataset_files import SPLITS
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
+from moleblend_ray.data.preparation.split_file import splits_of_file
+from moleblend_ray.data.preparation.splits import UNNAMED, NamedSplits, SplitsOfData, TimeSplit
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
-from moleblend_ray.data.split_file import splits_of_file
-from moleblend_ray.data.splits import UNNAMED, NamedSplits, SplitsOfData, TimeSplit
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.molecules.dataset import load_labelled
 from moleblend_ray.evaluation.splits.given_split import (

@@ -24,13 +24,13 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import FinetuneConfig, SweepConfig, TaskConfig
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.dataset_files import listed
-from moleblend_ray.data.lease import InUseError, Lease, leased
-from moleblend_ray.data.molecule_form import MoleculeForm
-from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.dataset.dataset_files import listed
+from moleblend_ray.data.dataset.lease import InUseError, Lease, leased
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.splits import NamedSplits
 from moleblend_ray.data.sources import ColumnConfig
-from moleblend_ray.data.splits import NamedSplits
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, StorageError
 from moleblend_ray.evaluation.molecules.repeats import Repeats
 from moleblend_ray.evaluation.molecules.replicates import Replicates

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.results.results import RESULTS_VERSION
 from moleblend_ray.evaluation.scoring.resampling import Resampling

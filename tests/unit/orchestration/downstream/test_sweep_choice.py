@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
-from moleblend_ray.data import storage
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.results.results import TrialResult
 from moleblend_ray.evaluation.search import SearchSpace

@@ -12,8 +12,8 @@ import ray
 
 from moleblend_ray.chemistry.config import MAX_ATOMS
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.lease import InUseError, leased
+from moleblend_ray.data.dataset.lease import InUseError, leased
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.sources import task_sources
 from moleblend_ray.orchestration.downstream import task_groups

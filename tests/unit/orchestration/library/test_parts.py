@@ -19,14 +19,14 @@ import torch
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.assembly import write_manifest
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.dataset_files import is_prepared
-from moleblend_ray.data.lease import InUseError, leased
-from moleblend_ray.data.manifest import Manifest, load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.shard_writer import convert_chunk
+from moleblend_ray.data.dataset.dataset_files import is_prepared
+from moleblend_ray.data.dataset.lease import InUseError, leased
+from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.assembly import write_manifest
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.models.batches import without_coordinates

@@ -10,8 +10,8 @@ import pytest
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data.claim import claim_output, rows_per_chunk_of
-from moleblend_ray.data.options import ConvertOptions
+from moleblend_ray.data.preparation.claim import claim_output, rows_per_chunk_of
+from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.sources import (
     ColumnConfig,
     SourceFile,
@@ -98,7 +98,9 @@ def test_the_rows_per_chunk_of_a_finished_data_set_are_in_its_manifest(
     (tmp_path / "manifest.json").write_text("{}")
     for options, rows in (({"rows_per_chunk": 4096}, 4096), ({}, 8192)):
         manifest = dataclasses.make_dataclass("Manifest", ["options"])(options)
-        monkeypatch.setattr("moleblend_ray.data.claim.load_manifest", lambda _, m=manifest: m)
+        monkeypatch.setattr(
+            "moleblend_ray.data.preparation.claim.load_manifest", lambda _, m=manifest: m
+        )
         assert rows_per_chunk_of(str(tmp_path)) == rows
 
 

@@ -12,13 +12,13 @@ from in_process import prepare_in_process
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.claim import claim_output
-from moleblend_ray.data.exchange import Exchange, Unit
-from moleblend_ray.data.lease import InUseError, Lease, leased
-from moleblend_ray.data.manifest import load_manifest
-from moleblend_ray.data.options import ConvertOptions
-from moleblend_ray.data.receipts import Receipt
+from moleblend_ray.data.dataset.lease import InUseError, Lease, leased
+from moleblend_ray.data.dataset.manifest import load_manifest
+from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.claim import claim_output
+from moleblend_ray.data.preparation.exchange import Exchange, Unit
+from moleblend_ray.data.preparation.options import ConvertOptions
+from moleblend_ray.data.preparation.receipts import Receipt
 from moleblend_ray.data.sources import find_sources, inspect_sources
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.preparation import exchange as exchange_module

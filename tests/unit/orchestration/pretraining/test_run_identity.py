@@ -12,8 +12,8 @@ import pytest
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
-from moleblend_ray.data import storage
-from moleblend_ray.data.manifest import Manifest
+from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
 from moleblend_ray.orchestration.pretraining.run_folder import (

@@ -186,7 +186,7 @@ def test_a_run_is_named_by_the_end_of_its_uri(out: str, name: str) -> None:
 def test_a_worker_s_file_holds_its_records_from_info_up(tmp_path: Path) -> None:
     path = tmp_path / "logs" / "worker.jsonl"
     code = (
-        "import logging; from pathlib import Path; from moleblend_ray.orchestration import logs\n"
+        "import logging; from pathlib import Path; from moleblend_ray.orchestration.progress import logs\n"
         f"for _ in range(2): logs.log_to_file(Path({str(path)!r}))\n"
         "logs.set_context(rank=1)\n"
         "log = logging.getLogger('moleblend_ray.z')\n"
