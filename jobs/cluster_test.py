@@ -57,7 +57,7 @@ PLACES: Final = {
     "fit_seed": "data",
     "RayTrainWorker": "train",
     "train_seed": "train",
-    "_PartActor": "train",
+    "PartActor": "train",
 }
 """Part of the name of an actor's class or a task -> label of the nodes on which it must run."""
 
