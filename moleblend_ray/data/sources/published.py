@@ -16,7 +16,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES
 from moleblend_ray.data.files import storage
@@ -114,12 +114,12 @@ def associate(files: Sequence[SourceFile], exclusions: Sequence[str]) -> list[So
 
     ``exclusions`` are the URIs of lists of molecules that should not be used (``EXCLUSIONS_NAME``).
     """
-    found = list(files)
+    tables = _Tables.of(files)
     geometries: dict[SourceFile, SourceFile] = {}
     for geometry in files:
         if geometry.format != "sdf" or geometry.geometry is not None:
             continue
-        table = _table_of(geometry, files)
+        table = tables.of_geometry(geometry)
         if table is not None:
             other = geometries.setdefault(table, geometry)
             if other is not geometry:
@@ -127,8 +127,12 @@ def associate(files: Sequence[SourceFile], exclusions: Sequence[str]) -> list[So
                     f"source: {other.uri} and {geometry.uri} both look like the geometry of {table.uri}; expected one. "
                     "Leave the other out."
                 )
-            found.remove(geometry)
-            found[found.index(table)] = _joined(table, geometry)
+    attached = set(geometries.values())
+    found = [
+        _joined(file, geometries[file]) if file in geometries else file
+        for file in files
+        if file not in attached
+    ]
     return _with_exclusions(found, exclusions)
 
 
@@ -154,29 +158,46 @@ def _part(file: SourceFile, form: str, members: str) -> SourceFile:
     return replace(file, format=form, members=members)  # type: ignore[arg-type]
 
 
-def _table_of(geometry: SourceFile, files: Sequence[SourceFile]) -> SourceFile | None:
-    name = storage.name_of(geometry.uri.partition("!")[0]).lower()
-    if name.startswith(_PCQM_GEOMETRY):
-        tables = [
+class _Tables(NamedTuple):
+    """Files to which geometries may belong. A source may have 100,000 SD files, and each is looked up here."""
+
+    by_uri: Mapping[str, SourceFile]
+    """Every file."""
+    of_pcqm: Sequence[SourceFile]
+    """Tables with the name of PCQM4Mv2's."""
+
+    @classmethod
+    def of(cls, files: Sequence[SourceFile]) -> _Tables:
+        """Those among ``files``; of members of one archive, the first."""
+        of_pcqm = [
             file
             for file in files
             if storage.name_of(file.uri).lower() in _PCQM_TABLES and file.format == "csv"
         ]
-        if len(tables) > 1:
-            shown = " and ".join(table.uri for table in tables)
+        return cls({file.uri: file for file in reversed(files)}, of_pcqm)
+
+    def of_geometry(self, geometry: SourceFile) -> SourceFile | None:
+        """The table that an SD file is the geometry of; None if it is one of no table."""
+        name = storage.name_of(geometry.uri.partition("!")[0]).lower()
+        if name.startswith(_PCQM_GEOMETRY):
+            return self._of_pcqm_geometry(geometry)
+        stem = geometry.uri.removesuffix(".gz")
+        return self.by_uri.get(f"{stem}.csv") or self.by_uri.get(f"{stem}.csv.gz")
+
+    def _of_pcqm_geometry(self, geometry: SourceFile) -> SourceFile | None:
+        if len(self.of_pcqm) > 1:
+            shown = " and ".join(table.uri for table in self.of_pcqm)
             raise ConfigError(
                 f"source: {geometry.uri} is the geometry of PCQM4Mv2, but {shown} both look like its "
                 "table. Leave one of them out."
             )
-        if not tables:
+        if not self.of_pcqm:
             logger.warning(
                 "%s is read without labels and validation molecules: data.csv.gz or pcqm4m-v2.zip is "
                 "not among the sources",
                 without_credentials(geometry.uri),
             )
-        return tables[0] if tables else None
-    stem = geometry.uri.removesuffix(".gz")
-    return next((f for f in files if f.uri in (f"{stem}.csv", f"{stem}.csv.gz")), None)
+        return self.of_pcqm[0] if self.of_pcqm else None
 
 
 def _joined(table: SourceFile, geometry: SourceFile) -> SourceFile:

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ from moleblend_ray.data.sources import (
     inspect_sources,
     read_chunks,
 )
-from moleblend_ray.data.sources.published import read_exclusions
+from moleblend_ray.data.sources.published import associate, read_exclusions
+from moleblend_ray.data.sources.records import SourceFile
 from moleblend_ray.errors import ConfigError, DataError
 
 NUM_MOLECULES = 12
@@ -200,6 +202,17 @@ def test_a_geometry_that_is_there_twice_is_told(
         ConfigError, match=r"train\.sdf and .*train\.sdf\.tar\.gz both look like the geometry of"
     ):
         find_sources(str(source))
+
+
+def test_many_sd_files_are_looked_up_in_time_that_grows_with_their_number() -> None:
+    files = [
+        SourceFile(uri=f"/tranches/{number:05d}.sdf.gz", format="sdf", size=1, probe="")
+        for number in range(8000)
+    ]
+    began_s = time.process_time()
+    assert associate(files, []) == files
+    # Each compared with all others takes more than ten seconds.
+    assert time.process_time() - began_s < 2.0
 
 
 def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
