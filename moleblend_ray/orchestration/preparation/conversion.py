@@ -266,7 +266,12 @@ class _Chunks(ray.data.Datasource):
             cut = partial(_cut, rows_per_chunk=rows_per_chunk)
             parts_of_files = list(pool.map(cut, sources.layouts))
         self._tasks = [
-            (partial(_read, layout, index, rows_per_chunk, parts, digests[index]), layout)
+            (
+                partial(
+                    _read, layout, index, rows_per_chunk, parts, _of_parts(digests[index], parts)
+                ),
+                layout,
+            )
             for index, layout in enumerate(sources.layouts)
             for parts in parts_of_files[index]
         ]
@@ -308,6 +313,14 @@ def _cut(layout: SourceLayout, rows_per_chunk: int) -> list[list[ParquetPart] | 
         return [None]
     parts = parquet_parts(layout.file, rows_per_chunk)
     return [parts[i : i + _PARTS_PER_TASK] for i in range(0, len(parts), _PARTS_PER_TASK)]
+
+
+def _of_parts(digests: dict[int, str], parts: list[ParquetPart] | None) -> dict[int, str]:
+    """The digests, by chunk, of the chunks that a task reads: those of a whole file would be sent with each of its tasks."""
+    if parts is None:
+        return digests
+    chunks = (part.chunk_index for part in parts)
+    return {chunk: digests[chunk] for chunk in chunks if chunk in digests}
 
 
 def _read(

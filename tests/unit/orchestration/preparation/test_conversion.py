@@ -1,17 +1,20 @@
-"""The rate of a conversion counts the time when all processes were at work, and no other."""
+"""What a conversion reads by which task, with how many actors, and what its rate counts: the time when all were at work."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.prepare import PrepareConfig
+from moleblend_ray.data.preparation.receipts import Receipt, Statistics
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources
-from moleblend_ray.orchestration.preparation.conversion import Effort, _num_actors
+from moleblend_ray.orchestration.preparation.conversion import Effort, _Chunks, _num_actors
 
 
 def result(process: str | None, started_s: float, ended_s: float, peak: int = 0) -> dict[str, Any]:
@@ -64,3 +67,34 @@ def test_actors_start_where_they_have_work_for_longer_than_that_takes(
     )
     sources = inspect_sources(find_sources(str(tmp_path)), ColumnConfig())
     assert _num_actors(config, sources) == expected
+
+
+def receipt(chunk_index: int, digest: str) -> Receipt:
+    return Receipt(
+        file_index=0,
+        chunk_index=chunk_index,
+        first_row=10 * chunk_index,
+        digest=digest,
+        rows_in=10,
+        files=(),
+        quarantined_by_reason={},
+        unreadable_labels={},
+        without_inchikey=0,
+        memory_bytes=0,
+        statistics=Statistics(),
+    )
+
+
+def test_a_reading_task_gets_the_digests_of_its_own_chunks_only(tmp_path: Path) -> None:
+    table = pa.table({"smiles": ["CCO"] * 500})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=10)
+    sources = inspect_sources(find_sources(str(tmp_path)), ColumnConfig())
+    # All but one of 50 chunks, of which a task reads 16, were converted by an earlier command.
+    done = {(0, index): receipt(index, f"digest-{index}") for index in range(49)}
+    chunks = _Chunks(sources, 10, done)
+    assert chunks.num_tasks == 4
+    of_tasks = [read.args[-1] for read, _ in chunks._tasks]
+    assert [len(digests) for digests in of_tasks] == [16, 16, 16, 1]
+    assert dict(item for digests in of_tasks for item in digests.items()) == {
+        index: f"digest-{index}" for index in range(49)
+    }
