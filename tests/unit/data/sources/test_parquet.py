@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from source_files import geometry_table, inspected, records_of, smiles_of, with_unit
@@ -14,8 +15,11 @@ from moleblend_ray.chemistry.records import GeometryRow
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data.dataset.manifest import LabelColumn
 from moleblend_ray.data.sources import (
+    ColumnConfig,
     find_sources,
+    inspect_sources,
     parquet_parts,
+    read_chunks,
 )
 from moleblend_ray.errors import DataError
 
@@ -129,6 +133,37 @@ def test_parquet_chunks_cover_every_row_once_whatever_the_row_groups(
     parts = parquet_parts(find_sources(str(tmp_path))[0], rows_per_chunk)
     assert [part.chunk_index for part in parts] == list(range(len(parts)))
     assert max(part.num_rows for part in parts) <= rows_per_chunk
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1000, 8192, 9000])
+def test_chunks_of_a_large_row_group_are_the_same_by_whichever_task(
+    tmp_path: Path, rows_per_chunk: int
+) -> None:
+    table = pa.table(
+        {
+            "smiles": ["C" * (row % 50 + 1) for row in range(20_000)],
+            "kind": pa.array([f"{row // 300}" for row in range(20_000)]).dictionary_encode(),
+            "label": [None if row % 7 == 0 else row / 4 for row in range(20_000)],
+        }
+    )
+    pq.write_table(table, tmp_path / "s.parquet", row_group_size=20_000)
+    config = ColumnConfig(label_columns=("label", "kind"))
+    (layout,) = inspect_sources(find_sources(str(tmp_path)), config).layouts
+    chunks = list(read_chunks(layout, 0, rows_per_chunk))
+    rows = [pa.ipc.open_stream(chunk.payload).read_all() for chunk in chunks]
+    assert pa.concat_tables(rows).to_pydict() == table.to_pydict()
+    for part in parquet_parts(layout.file, rows_per_chunk):
+        assert list(read_chunks(layout, 0, rows_per_chunk, [part])) == [chunks[part.chunk_index]]
+
+
+def test_a_large_row_group_is_not_decoded_as_a_whole(tmp_path: Path) -> None:
+    rows = pa.concat_tables([geometry_table(200)] * 1000)
+    pq.write_table(rows, tmp_path / "g.parquet", row_group_size=len(rows))
+    (layout,) = inspect_sources(find_sources(str(tmp_path)), ColumnConfig()).layouts
+    pool = pa.default_memory_pool()
+    before = pool.bytes_allocated()
+    most = max(pool.bytes_allocated() - before for _ in read_chunks(layout, 0, 1000))
+    assert most < rows.nbytes / 4
 
 
 def test_a_damaged_parquet_file_is_told(tmp_path: Path) -> None:
