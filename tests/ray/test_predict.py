@@ -90,7 +90,8 @@ def test_every_row_is_predicted_once_and_what_is_missing_is_made_again(
     # What the actors wrote is what the models say here.
     predictor = load_predictor(config, torch.device("cpu"))
     data = str(out / "prepared")
-    here = predictor.part(read_shard(data, load_manifest(data), "train", 0))
+    manifest = load_manifest(data)
+    here = predictor.part(read_shard(data, manifest, manifest.shards_of("train")[0]))
     assert pq.read_table(paths[0]).equals(here)
 
     stored = json.loads((out / "predictions.json").read_text())

@@ -6,7 +6,7 @@ import json
 import logging
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
-from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.dataset_files import SPLITS
+from moleblend_ray.data.dataset.manifest import Manifest, ShardInfo
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.dataset.shard_reader import ShardReader
 from moleblend_ray.data.dataset.shards import GRAPH_COLUMNS
@@ -105,6 +106,7 @@ class PartWriter:
         self.job = job
         self._data_uri = data_uri
         self._manifest = manifest
+        self._shards = {split: manifest.shards_of(split) for split in SPLITS}
         self._fingerprint = fingerprint
         self._schema = schema
         self._maker: PartMaker | None = None
@@ -113,16 +115,16 @@ class PartWriter:
         """Make the part unless it is there; returns its path, rows, bytes, checksum and whether it was there."""
         path = f"{PARTS_DIR}/part-{number:05d}.parquet"
         uri = storage.join(self.job.config.out, path)
-        rows = self._manifest.shards_of(split)[shard].num_rows
-        content = self._made_before(uri, rows)
+        info = self._shards[split][shard]
+        content = self._made_before(uri, info.num_rows)
         reused = content is not None
         if content is None:
-            table = read_shard(self._data_uri, self._manifest, split, shard)
+            table = read_shard(self._data_uri, self._manifest, info)
             content = parquet_bytes(self._part(table), compression="zstd", write_page_checksum=True)
             storage.write_bytes(uri, content)
         return {
             "path": path,
-            "rows": rows,
+            "rows": info.num_rows,
             "bytes": len(content),
             "sha256": storage.sha256_bytes(content),
             "reused": reused,
@@ -194,14 +196,13 @@ class PartActor:
         return {"number": batch["number"].tolist(), "part": parts, "error": errors}
 
 
-def read_shard(data_uri: str, manifest: Manifest, split: str, shard: int) -> pa.Table:
-    """The rows of one shard, in their order."""
-    before = sum(info.num_rows for info in manifest.shards_of(split)[:shard])
-    rows = manifest.shards_of(split)[shard].num_rows
-    reader = ShardReader(
-        data_uri, manifest, split, columns=[*MOLECULE_COLUMNS, *GRAPH_COLUMNS], cache_bytes=0
-    )
-    return reader.read(np.arange(before, before + rows, dtype=np.int64))
+def read_shard(data_uri: str, manifest: Manifest, shard: ShardInfo) -> pa.Table:
+    """The rows of one shard of a data set, in their order."""
+    # As if it were the only one: a reader of all takes the longer to make the more there are, and each shard needs one.
+    alone = replace(manifest, shards=(shard,))
+    columns = [*MOLECULE_COLUMNS, *GRAPH_COLUMNS]
+    reader = ShardReader(data_uri, alone, shard.split, columns=columns, cache_bytes=0)
+    return reader.read(np.arange(shard.num_rows, dtype=np.int64))
 
 
 def parquet_bytes(table: pa.Table, **options: Any) -> bytes:

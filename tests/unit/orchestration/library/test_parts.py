@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,6 +112,19 @@ def test_a_part_is_described_by_its_rows_bytes_and_checksum_and_reused(
         "reused": False,
     }
     assert writer(tmp_path, manifest).write(0, "train", 0) == {**made, "reused": True}
+
+
+def test_a_part_takes_no_longer_in_a_data_set_of_many_shards(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    many = dataclasses.replace(manifest, shards=manifest.shards * 1_000_000)
+    of_many = writer(tmp_path, many)
+    of_many.write(10, "train", 0)  # reads the model
+    began_s = time.process_time()
+    made = [of_many.write(number, "train", 999_000 + number) for number in range(10)]
+    # Looking at all shards for each of them takes four seconds.
+    assert time.process_time() - began_s < 1.0
+    assert [part["rows"] for part in made] == [4] * 10
 
 
 def run_here(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
