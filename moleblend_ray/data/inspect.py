@@ -35,6 +35,7 @@ from moleblend_ray.data.dataset.manifest import (
 from moleblend_ray.data.dataset.shard_reader import ShardReader
 from moleblend_ray.data.dataset.shards import manifest_schema
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.data.preparation.receipts import Statistics, sum_statistics, valid_receipts
 from moleblend_ray.errors import DataError
 
@@ -277,14 +278,11 @@ def _quarantine_tables(uri: str, manifest: Manifest, damages: dict[str, str]) ->
 
     shards = [one for one in manifest.shards_of(QUARANTINE_DIR) if one.path not in damages]
     searched = shards[:_MOST_SEARCHED]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(searched), _THREADS):
-            ahead = searched[start : start + _THREADS]
-            for shard, found in zip(ahead, pool.map(read, ahead), strict=True):
-                if isinstance(found, str):
-                    damages[shard.path] = found
-                else:
-                    yield found
+    for shard, found in zip(searched, mapped_ahead(read, searched, _THREADS), strict=True):
+        if isinstance(found, str):
+            damages[shard.path] = found
+        else:
+            yield found
 
 
 def _schema(manifest: Manifest) -> dict[str, str]:

@@ -11,10 +11,10 @@ import json
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.errors import DataError
 
 Record = dict[str, float | int]
@@ -80,15 +80,12 @@ def iter_records(run_uri: str) -> Iterator[Record]:
     """As :func:`read_records`, but of a few files at a time: runs have millions of steps."""
     files = record_files(run_uri)
     next_step = 0
-    with ThreadPoolExecutor(_FILES_AHEAD) as pool:
-        for start in range(0, len(files), _FILES_AHEAD):
-            ahead = files[start : start + _FILES_AHEAD]
-            contents = pool.map(lambda file: storage.read_bytes(file.uri), ahead)
-            for file, content in zip(ahead, contents, strict=True):
-                for record in _parse(file, content):
-                    if record["step"] >= next_step:
-                        yield record
-                next_step = max(next_step, file.end)
+    contents = mapped_ahead(lambda file: storage.read_bytes(file.uri), files, _FILES_AHEAD)
+    for file, content in zip(files, contents, strict=True):
+        for record in _parse(file, content):
+            if record["step"] >= next_step:
+                yield record
+        next_step = max(next_step, file.end)
 
 
 def last_record(run_uri: str, step: int) -> Record:

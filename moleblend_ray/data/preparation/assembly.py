@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -33,6 +32,7 @@ from moleblend_ray.data.dataset.manifest import (
 from moleblend_ray.data.dataset.shard_reader import ShardReader
 from moleblend_ray.data.dataset.shards import DESCRIPTOR_FIELD, DUPLICATE
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.data.preparation.claim import remove_work_files
 from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.preparation.receipts import (
@@ -233,10 +233,8 @@ def _counts(
 def _id_hashes(out: str, receipts: Sequence[Receipt]) -> Iterator[NDArray[np.uint64]]:
     """The hashes of the ids of each chunk's molecules, read a few chunks ahead."""
     uris = [storage.join(out, file.path) for receipt in receipts for file in receipt.files_of(IDS)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(uris), _THREADS):
-            for content in pool.map(storage.read_bytes, uris[start : start + _THREADS]):
-                yield np.frombuffer(content, "<u8")
+    for content in mapped_ahead(storage.read_bytes, uris, _THREADS):
+        yield np.frombuffer(content, "<u8")
 
 
 def count_repeats(parts: Iterable[NDArray[np.uint64]]) -> int:
