@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,8 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import EmbedConfig, PredictConfig
 from moleblend_ray.data.dataset.dataset_files import is_prepared
 from moleblend_ray.data.dataset.lease import InUseError, leased
-from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
+from moleblend_ray.data.dataset.manifest import Manifest, ShardInfo, load_manifest
+from moleblend_ray.data.dataset.shards import read_file
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.preparation.assembly import write_manifest
 from moleblend_ray.data.preparation.claim import claim_output
@@ -447,6 +449,24 @@ def test_sources_that_a_summary_does_not_tell_are_not_compared(
     storage.write_json(uri, summary)
     assert embed(here).already_finished
     assert "does not tell its sources" in caplog.text
+
+
+def test_the_rejected_rows_of_many_chunks_are_read_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.csv").write_text("smiles\nC\nwrong\n")
+    manifest = prepared(str(tmp_path / "m.csv"), str(tmp_path / "data"))
+    (one,) = manifest.shards_of("quarantine")
+    together = threading.Barrier(4, timeout=10.0)
+
+    def read(uri: str, shard: ShardInfo) -> bytes:
+        together.wait()
+        return read_file(uri, shard)
+
+    monkeypatch.setattr(parts, "read_file", read)
+    of_four = dataclasses.replace(manifest, shards=(one,) * 4)
+    assert parts._write_rejected(str(tmp_path / "out"), str(tmp_path / "data"), of_four) == 4
+    assert pq.read_table(tmp_path / "out/rejected.parquet")["excerpt"].to_pylist() == ["wrong"] * 4
 
 
 @pytest.mark.parametrize("lost", ["parts/part-00000.parquet", "rejected.parquet"])
