@@ -162,8 +162,9 @@ class Transfer:
                     f"{self.num_bytes}. It is another file or another version."
                 )
             state = {"url": without_credentials(url), "validator": answer.validator}
-            self._state_path.write_text(json.dumps(state))
             with open(self.partial, "ab" if answer.offset else "wb") as handle:
+                # Only now that no bytes of another version are there: a kill in between must not leave them under this name.
+                self._state_path.write_text(json.dumps(state))
                 self._copy(answer, handle)
             return answer.offset > 0
 

@@ -265,6 +265,29 @@ def test_a_file_that_changed_in_between_is_fetched_anew(
     assert server.requests[1][1]["If-Range"] == etag_of(CONTENT[::-1])
 
 
+def test_a_kill_while_another_version_begins_does_not_put_both_together(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = file_of(f"{server.base}/data/set.csv", md5=None, bytes=None)
+    server.files["/data/set.csv"] = CONTENT[::-1]
+    server.surprises = [breaks_after(1_000_000), *[answers(503)] * 2]
+    with pytest.raises(StorageError):
+        fetch(file, tmp_path)
+    server.files["/data/set.csv"] = CONTENT
+    write_text = Path.write_text
+
+    def killed(path: Path, text: str) -> int:
+        write_text(path, text)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch(file, tmp_path)
+    fetch(file, tmp_path)
+    assert (tmp_path / "set.csv").read_bytes() == CONTENT
+
+
 def test_two_versions_put_together_are_noticed_and_fetched_anew(
     server: Server, tmp_path: Path
 ) -> None:
