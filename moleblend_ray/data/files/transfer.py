@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import json
 import logging
+import os
 import re
 import time
 import urllib.error
@@ -131,14 +132,21 @@ class Transfer:
         with open(lock, "w") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The download that held it may have removed it in between, and another one have made and locked a new one.
+                is_current = os.path.samestat(os.fstat(handle.fileno()), os.stat(lock))
             except OSError as error:
-                raise StorageError(
-                    f"{self.partial} is being written by another download. Wait for it, or stop it."
-                ) from error
+                raise self._in_use() from error
+            if not is_current:
+                raise self._in_use()
             try:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+
+    def _in_use(self) -> StorageError:
+        return StorageError(
+            f"{self.partial} is being written by another download. Wait for it, or stop it."
+        )
 
     def _size(self) -> int:
         return self.partial.stat().st_size if self.partial.exists() else 0

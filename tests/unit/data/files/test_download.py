@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -496,6 +497,24 @@ def test_two_downloads_do_not_write_one_partial_file(server: Server, tmp_path: P
         tmp_path,
         options=TransferOptions(timeout_s=5.0, attempts=1, first_wait_s=0.01),
     )
+
+
+def test_a_lock_that_was_removed_before_it_was_got_is_none(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock = fcntl.flock
+    with (tmp_path / "taken").open("w") as other:
+
+        def ends_meanwhile(handle: Any, how: int) -> None:
+            flock(handle, how)
+            # The download that held the lock has removed it, and a third one has made a new one.
+            flock(other, fcntl.LOCK_EX)
+            os.replace(tmp_path / "taken", tmp_path / ".set.csv.part.lock")
+
+        monkeypatch.setattr(fcntl, "flock", ends_meanwhile)
+        with pytest.raises(StorageError, match="being written by another download"):
+            fetch(file_of(f"{server.base}/data/set.csv"), tmp_path)
+    assert names_in(tmp_path) == [".set.csv.part.lock"]
 
 
 def test_an_unwritable_place_is_told(server: Server, tmp_path: Path) -> None:
