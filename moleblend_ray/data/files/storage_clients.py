@@ -27,9 +27,10 @@ _S3_ENVIRONMENT: Final = (
 )
 """Settings that an S3 client reads only when it is created: with other values, another client is needed."""
 
+S3: Final = frozenset({"s3", "s3a"})
 GOOGLE: Final = frozenset({"gs", "gcs"})
 
-RANGED: Final = frozenset({"s3", "s3a"}) | GOOGLE
+RANGED: Final = S3 | GOOGLE
 """Protocols whose servers all support range requests."""
 
 _PART_BYTES: Final = 16 << 20
@@ -67,7 +68,7 @@ def resolve(uri: str) -> tuple[Any, str]:
         except ValueError as error:
             raise StorageError(f"{uri} is not a web address ({error}). Correct it.") from error
     protocol = protocol_of(uri)
-    is_s3 = protocol in {"s3", "s3a"}
+    is_s3 = protocol in S3
     environment = tuple(os.environ.get(name) for name in _S3_ENVIRONMENT) if is_s3 else ()
     filesystem = _filesystem(protocol, environment, os.getpid())
     return filesystem, str(filesystem._strip_protocol(uri))
@@ -78,7 +79,7 @@ def _filesystem(protocol: str, environment: tuple[str | None, ...], process: int
     """One client per protocol, environment and process (a client cannot be used after a fork)."""
     del environment, process  # only part of the cache's key
     options: dict[str, Any] = {"skip_instance_cache": True}
-    if protocol in {"s3", "s3a"}:
+    if protocol in S3:
         options |= {
             "use_listings_cache": False,
             "config_kwargs": {"connect_timeout": 10, "read_timeout": timeout_seconds()},
@@ -110,6 +111,6 @@ def with_protocol(asked: str, path: str) -> str:
 
 def part_options(uri: str) -> dict[str, int]:
     """How uploads to S3 are cut into parts; s3fs aborts an upload that fails, so that no parts are left over."""
-    if protocol_of(uri) not in {"s3", "s3a"}:
+    if protocol_of(uri) not in S3:
         return {}
     return {"chunksize": _PART_BYTES, "max_concurrency": _PARALLEL_PARTS}

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from moleblend_ray.data.files.retry import http_status, s3_error
-from moleblend_ray.data.files.storage_clients import GOOGLE, is_web, protocol_of
+from moleblend_ray.data.files.storage_clients import GOOGLE, S3, is_web, protocol_of
 from moleblend_ray.errors import HIDDEN, StorageError
 
 _GONE: Final = frozenset({404, 410})
@@ -60,61 +60,74 @@ def _backend_errors() -> tuple[type[Exception], ...]:
 
 def _explain(action: str, uri: str, error: Exception) -> StorageError:
     """The StorageError for a failure: what was tried, where, why it failed, what to do."""
-    kind = type(error).__name__
-    reason = " ".join(str(error).split()) or kind
+    reason = " ".join(str(error).split()) or type(error).__name__
     # botocore repeats user:password@bucket without the scheme that `without_credentials` looks for.
     if user := re.match(r"\w+://([^/@]+)@", uri):
         reason = reason.replace(f"{user[1]}@", f"{HIDDEN}@")
     failed = f"Cannot {action} {uri}: "
     advice = _ADVICE.get(s3_error(error)[0])
-    if advice is not None:
-        return StorageError(failed + advice)
+    if advice is None and (missing := _missing(error, reason)) is not None:
+        return NotFoundError(failed + missing)
+    return StorageError(failed + (advice or _why(action, uri, error, reason)))
+
+
+def _missing(error: Exception, reason: str) -> str | None:
+    """What is not there; None if something else went wrong."""
     if isinstance(error, FileNotFoundError):
         if "bucket" in reason.lower():
-            return NotFoundError(
-                failed + "the bucket does not exist. Create it or correct the URI."
-            )
-        return NotFoundError(failed + "it does not exist. Check the spelling of the URI.")
+            return "the bucket does not exist. Create it or correct the URI."
+        return "it does not exist. Check the spelling of the URI."
     if isinstance(error, NotADirectoryError):
         # As in object stores, where nothing stops a path from going on below a file: nothing is there.
-        return NotFoundError(failed + "a part of this path is a file, not a directory.")
+        return "a part of this path is a file, not a directory."
+    return None
+
+
+def _why(action: str, uri: str, error: Exception, reason: str) -> str:
+    """What went wrong with what is there or may be, and what to do."""
+    kind = type(error).__name__
     if isinstance(error, IsADirectoryError):
-        return StorageError(failed + "it is a directory, where a file is expected.")
-    if kind in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
-        return StorageError(
-            failed
-            + "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "AWS_PROFILE, or give the machine a role."
-        )
-    status = http_status(error)
-    if kind in {"DefaultCredentialsError", "RefreshError"} or (
-        status == 401 and protocol_of(uri) in GOOGLE
-    ):
-        return StorageError(
-            failed
-            + f"no valid credentials were found ({reason}). Run `gcloud auth application-default login`, set "
-            "GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account."
-        )
-    # gcsfs tells a refusal by the text of an OSError.
-    is_refused = status in (401, 403) or reason.startswith("Forbidden:")
+        return "it is a directory, where a file is expected."
+    if (lacking := _lacking_credentials(uri, error, reason)) is not None:
+        return lacking
     if isinstance(error, PermissionError) and protocol_of(uri) == "file":
-        return StorageError(
-            failed + f"access was denied ({reason}). Check the owner and the rights of the path."
-        )
+        return f"access was denied ({reason}). Check the owner and the rights of the path."
+    # gcsfs tells a refusal by the text of an OSError.
+    is_refused = http_status(error) in (401, 403) or reason.startswith("Forbidden:")
     if is_refused or isinstance(error, PermissionError):
-        return StorageError(
-            failed + f"access was denied ({reason}). Check the credentials, and whether they may "
-            f"{action} there (the bucket may be read-only for them)."
+        return (
+            f"access was denied ({reason}). Check the credentials, and whether they may {action} there (the bucket may be "
+            "read-only for them)."
         )
     if isinstance(error, NotImplementedError):
-        return StorageError(failed + "this kind of storage does not support it.")
+        return "this kind of storage does not support it."
     if isinstance(error, ConnectionError | TimeoutError) or "Connect" in kind or "Timeout" in kind:
-        return StorageError(
-            failed
-            + f"the storage cannot be reached ({reason}). Check the network and "
-            + ("the address." if is_web(uri) else "AWS_ENDPOINT_URL.")
+        return f"the storage cannot be reached ({reason}). Check the network{_and_address(uri)}."
+    return f"{kind}: {reason}"
+
+
+def _lacking_credentials(uri: str, error: Exception, reason: str) -> str | None:
+    """Where credentials are looked for, if the error is that there are none; else None."""
+    kind = type(error).__name__
+    if kind in {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
+        return (
+            "no credentials were found. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give the machine "
+            "a role."
         )
-    return StorageError(failed + f"{kind}: {reason}")
+    is_refused_by_google = http_status(error) == 401 and protocol_of(uri) in GOOGLE
+    if kind in {"DefaultCredentialsError", "RefreshError"} or is_refused_by_google:
+        return (
+            f"no valid credentials were found ({reason}). Run `gcloud auth application-default login`, set "
+            "GOOGLE_APPLICATION_CREDENTIALS, or give the machine a service account."
+        )
+    return None
+
+
+def _and_address(uri: str) -> str:
+    """What else may be wrong where a storage does not answer: what says where it is, if anything does."""
+    if is_web(uri):
+        return " and the address"
+    return " and AWS_ENDPOINT_URL" if protocol_of(uri) in S3 else ""
 
 
 def unmasked(uri: str, call: Callable[[], Any]) -> Any:

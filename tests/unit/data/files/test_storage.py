@@ -326,6 +326,24 @@ def test_a_web_server_that_is_down_is_named_as_such(monkeypatch: pytest.MonkeyPa
             look("http://127.0.0.1:9/x.csv")
 
 
+@pytest.mark.parametrize(
+    ("uri", "checked"),
+    [
+        ("s3://bucket/x", "the network and AWS_ENDPOINT_URL"),
+        ("gs://bucket/x", "the network"),
+        ("https://host/x", "the network and the address"),
+    ],
+)
+def test_where_nobody_answers_only_what_says_where_the_storage_is_is_to_be_checked(
+    uri: str, checked: str
+) -> None:
+    with (
+        pytest.raises(StorageError, match=rf"cannot be reached \(down\)\. Check {checked}\.$"),
+        storage.translate_errors("read", uri),
+    ):
+        raise ConnectionError("down")
+
+
 def test_an_impossible_web_address_is_named_as_such() -> None:
     for look in (storage.size, storage.exists, storage.open_read):
         with pytest.raises(
