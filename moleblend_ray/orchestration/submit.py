@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
@@ -194,7 +196,12 @@ def _address(config: SubmitConfig) -> str:
 
 
 def _is_loopback(address: str) -> bool:
-    return re.match(r"http://(localhost|127\.|\[::1\])", address) is not None
+    """Whether what is sent to this URL stays on this machine."""
+    try:
+        host = urlsplit(address).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, such as 127.0.0.1.example.org, or no address at all
+        return False
 
 
 def find_token() -> str | None:

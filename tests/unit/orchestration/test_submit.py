@@ -485,6 +485,9 @@ def test_a_token_over_an_open_network_is_warned_of(
     for address, is_warned in (
         ("http://127.0.0.1:8265", False),
         ("http://localhost:8265", False),
+        ("http://[::1]:8265", False),
+        ("http://127.0.0.1.example.org:8265", True),
+        ("http://localhost.example.org", True),
         ("https://ray.example.org", False),
         ("http://ray.example.org", True),
     ):
