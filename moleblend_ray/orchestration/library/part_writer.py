@@ -7,7 +7,7 @@ import logging
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,11 @@ from moleblend_ray.settings import to_dict
 
 logger = logging.getLogger(__name__)
 
-_PLACE_SETTINGS = ("out", "cluster", "batch_size")
+_PLACE_SETTINGS: Final = ("out", "cluster", "batch_size")
 """Settings that change where and how fast the work is done, but not its result."""
+
+_FEWEST_DIGITS: Final = 5
+"""Of the number of a part in its name."""
 
 
 class PartMaker(Protocol):
@@ -107,13 +110,16 @@ class PartWriter:
         self._data_uri = data_uri
         self._manifest = manifest
         self._shards = {split: manifest.shards_of(split) for split in SPLITS}
+        num_parts = sum(map(len, self._shards.values()))
+        # Names in alphabetical order are parts in order, however many there are.
+        self._digits = max(_FEWEST_DIGITS, len(str(num_parts - 1)))
         self._fingerprint = fingerprint
         self._schema = schema
         self._maker: PartMaker | None = None
 
     def write(self, number: int, split: str, shard: int) -> dict[str, Any]:
         """Make the part unless it is there; returns its path, rows, bytes, checksum and whether it was there."""
-        path = f"{PARTS_DIR}/part-{number:05d}.parquet"
+        path = f"{PARTS_DIR}/part-{number:0{self._digits}d}.parquet"
         uri = storage.join(self.job.config.out, path)
         info = self._shards[split][shard]
         content = self._made_before(uri, info.num_rows)

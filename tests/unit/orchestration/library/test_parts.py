@@ -129,6 +129,16 @@ def test_a_part_takes_no_longer_in_a_data_set_of_many_shards(
     assert [part["rows"] for part in made] == [4] * 10
 
 
+def test_names_of_parts_are_in_order_beyond_a_hundred_thousand(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    many = dataclasses.replace(manifest, shards=manifest.shards * 100_001)
+    of_many = writer(tmp_path, many)
+    paths = [of_many.write(number, "train", number)["path"] for number in (2, 99_999, 100_000)]
+    assert paths == sorted(paths)
+    assert paths[-1] == "parts/part-100000.parquet"
+
+
 def run_here(writer: PartWriter, places: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What the actors do."""
     return [writer.write(place["number"], place["split"], place["shard"]) for place in places]
