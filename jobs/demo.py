@@ -18,11 +18,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moleblend_ray.cli import console_logging
+from moleblend_ray.cli import EXIT_ERROR, EXIT_UNFINISHED, console_logging
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.cluster.session import ray_session
-from moleblend_ray.stages import Stages
+from moleblend_ray.stages import Stages, StoppedError
 
 logger = logging.getLogger("moleblend_ray.demo")
 
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             demo.run_all()
     except MoleBlendError as error:
         print(f"demo: {error}", file=sys.stderr)
-        return 1
+        return EXIT_UNFINISHED if isinstance(error, StoppedError) else EXIT_ERROR
     report = demo_report(demo, time.monotonic() - started_s)
     Console(highlight=False).print(summary_table(demo, report))
     print(json.dumps(report))

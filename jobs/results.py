@@ -26,12 +26,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from moleblend_ray.cli import console_logging
+from moleblend_ray.cli import EXIT_ERROR, EXIT_UNFINISHED, console_logging
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.files import storage
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.cluster.session import ray_session
-from moleblend_ray.stages import Stages
+from moleblend_ray.stages import Stages, StoppedError
 from moleblend_ray.training.metrics import read_records
 
 LARGE_TASKS = ("hiv", "muv")
@@ -256,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = write_report(evidence)
     except MoleBlendError as error:
         print(f"results: {error}", file=sys.stderr)
-        return 1
+        return EXIT_UNFINISHED if isinstance(error, StoppedError) else EXIT_ERROR
     Console(highlight=False).print(f"report: {evidence.out}/report.md")
     print(json.dumps({**report, "seconds": round(time.monotonic() - began_s, 1)}))
     return 0

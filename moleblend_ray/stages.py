@@ -10,8 +10,13 @@ from typing import Any
 
 from moleblend_ray.cli import JOBS, load_reference
 from moleblend_ray.config.compose import load_config
+from moleblend_ray.errors import MoleBlendError
 
 logger = logging.getLogger(__name__)
+
+
+class StoppedError(MoleBlendError):
+    """A command was asked to stop before its end, so those that follow cannot build on it. The same stages continue."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,7 +48,7 @@ class Stages:
     """Name -> stage, in the order in which they ran."""
 
     def run(self, name: str, job: str, where: str, *overrides: str) -> Any:
-        """Log the command, run it here, and return its summary."""
+        """Log the command, run it here, and return its summary; StoppedError if SIGTERM ended it before its time."""
         logger.info("$ %s", command_line(job, overrides))
         began_s = time.monotonic()
         config = load_config(load_reference(JOBS[job].config), job, overrides)
@@ -55,6 +60,8 @@ class Stages:
             summary=summary,
             seconds=time.monotonic() - began_s,
         )
+        if not getattr(summary, "finished", True):
+            raise StoppedError(f"{name}: stopped by SIGTERM; the same command continues")
         return summary
 
 

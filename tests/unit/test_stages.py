@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 
+from moleblend_ray.cli import JOBS
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.stages import Stages
+from moleblend_ray.stages import Stages, StoppedError
 
 
 def test_a_stage_runs_its_command_and_keeps_what_came_of_it(
@@ -32,3 +34,14 @@ def test_a_command_that_fails_leaves_no_stage(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="num_molecules"):
         stages.run("none", "samples", "", f"out={tmp_path}/x.parquet", "num_molecules=0")
     assert stages.done == {}
+
+
+def test_stages_end_with_a_command_that_was_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = SimpleNamespace(finished=False)
+    job = JOBS["samples"]._replace(function=f"{__name__}:stopped")
+    monkeypatch.setitem(globals(), "stopped", lambda _: stopped)
+    monkeypatch.setattr("moleblend_ray.stages.JOBS", {"samples": job})
+    stages = Stages()
+    with pytest.raises(StoppedError, match="few: stopped by SIGTERM; the same command continues"):
+        stages.run("few", "samples", "", "out=x.parquet")
+    assert stages.done["few"].summary is stopped
