@@ -9,10 +9,13 @@ node. A request for GPUs brings workers to nodes with GPUs, but does not keep da
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import ray
 import ray.data
+
+_RAY_UNITS: Final = 10_000
+"""Ray's units of a resource in one CPU or GPU."""
 
 Labels = Mapping[str, str] | None
 """Labels that a node must have, all of them; None or empty: any node."""
@@ -55,6 +58,11 @@ def cluster_resources(labels: Labels = None) -> dict[str, float]:
         return resources_of(live_nodes(labels))
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
     return resources
+
+
+def how_many_fit(need: float, there: float) -> int:
+    """How many times ``need`` of a resource, more than 0, is in ``there``. Ray counts ten-thousandths; of floats, 1 // 0.2 is 4."""
+    return round(there * _RAY_UNITS) // max(1, round(need * _RAY_UNITS))
 
 
 def label_text(labels: Labels) -> str:

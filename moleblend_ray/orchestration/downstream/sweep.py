@@ -43,7 +43,7 @@ from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
 from moleblend_ray.host import available_cpus
 from moleblend_ray.orchestration.cluster.cluster_checks import may_grow
-from moleblend_ray.orchestration.cluster.placement import cluster_resources
+from moleblend_ray.orchestration.cluster.placement import cluster_resources, how_many_fit
 from moleblend_ray.orchestration.cluster.session import (
     environment_defaults,
     is_private,
@@ -280,11 +280,11 @@ def room_for_trials(config: SweepConfig, *, may_grow: bool) -> int:
     """
     total = cluster_resources(config.cluster.worker_labels)
     need = worker_resources(config)
-    fits = int(total.get("CPU", 0) // need["num_cpus"])
+    fits = how_many_fit(need["num_cpus"], total.get("CPU", 0))
     if need["num_gpus"]:
-        fits = min(fits, int(total.get("GPU", 0) / need["num_gpus"]))
+        fits = min(fits, how_many_fit(need["num_gpus"], total.get("GPU", 0)))
     elif is_private(config.cluster):
-        fits = min(fits, int(available_cpus() // need["num_cpus"]))
+        fits = min(fits, how_many_fit(need["num_cpus"], available_cpus()))
     return max(1, fits + may_grow)
 
 

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from moleblend_ray.orchestration.cluster.placement import Labels, carries, live_nodes
+from moleblend_ray.orchestration.cluster.placement import Labels, carries, how_many_fit, live_nodes
 from moleblend_ray.orchestration.pretraining.fixed_workers import InterruptibleTrainer
 from moleblend_ray.orchestration.pretraining.stopping import StopFlag
 
@@ -163,12 +163,16 @@ def count_workers(
     nodes where no worker may run.
     """
     slots = sum(
-        min(int(node.get(name, 0.0) // amount) for name, amount in worker.items() if amount > 0)
+        min(
+            how_many_fit(amount, node.get(name, 0.0))
+            for name, amount in worker.items()
+            if amount > 0
+        )
         for node in nodes
     )
     actors_cpus = max(0.0, num_actors * actor_cpus - actors_only_cpus)
     cpus = sum(node.get("CPU", 0.0) for node in nodes) - actors_cpus
-    by_cpus = int(cpus // worker["CPU"])
+    by_cpus = how_many_fit(worker["CPU"], cpus)
     return max((size for size in sizes if size <= min(slots, by_cpus)), default=0)
 
 

@@ -40,6 +40,7 @@ from moleblend_ray.orchestration.cluster.executor import retries_limited
 from moleblend_ray.orchestration.cluster.placement import (
     Labels,
     cluster_resources,
+    how_many_fit,
     live_nodes,
     placed,
 )
@@ -251,7 +252,7 @@ def most_actors(stream: StreamConfig, reserved_cpus: float, labels: Labels = Non
     cpus = cluster_resources().get("CPU", 0.0) - reserved_cpus
     if labels:
         cpus = min(cpus, cluster_resources(labels).get("CPU", 0.0))
-    return max(stream.min_actors, int(cpus // stream.actor_cpus))
+    return max(stream.min_actors, how_many_fit(stream.actor_cpus, cpus))
 
 
 def object_store_budget(stream: StreamConfig, labels: Labels = None) -> int:

@@ -233,6 +233,7 @@ def test_as_many_trials_are_drawn_as_there_is_room_for_at_that_moment(
         ({}, {"CPU": 8.0}, True, 5),
         ({}, {}, True, 1),  # no node yet
         ({}, {"CPU": 1.0}, False, 1),
+        ({"cpus_per_worker": 0.2}, {"CPU": 1.0}, False, 5),
         ({"use_gpu": True}, {"CPU": 64.0, "GPU": 2.0}, False, 4),
         ({"use_gpu": True}, {"CPU": 4.0, "GPU": 2.0}, True, 3),
         # A private cluster has as many logical CPUs as it needs; these share the cores.
