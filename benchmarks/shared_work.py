@@ -169,9 +169,8 @@ def _attempt(work: Work, payload: Any) -> dict[str, Any]:
     try:
         outcome = work(payload)
         json.dumps(outcome, allow_nan=False)  # what cannot be written is the job's failure, too
-    except (
-        Exception
-    ) as error:  # whatever it is, it is the job's result and not the end of the others
+    # Whatever it is, it is the job's result and not the end of the others.
+    except Exception as error:
         outcome = {
             "error": f"{type(error).__name__}: {error}",
             "traceback": traceback.format_exc(),

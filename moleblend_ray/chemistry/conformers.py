@@ -140,9 +140,8 @@ def embed_conformers(mol: Chem.Mol, canonical_smiles: str, config: ConformerConf
     deadline = time.monotonic() + config.timeout_s
     full = Chem.AddHs(mol)
     full.RemoveAllConformers()
-    Chem.GetSymmSSSR(
-        full
-    )  # ETKDG needs the rings, which RDKit forgets when hydrogens are added or removed
+    # ETKDG needs the rings, which RDKit forgets when hydrogens are added or removed.
+    Chem.GetSymmSSSR(full)
     try:
         details = _embed(full, canonical_smiles, config, deadline)
         if not full.GetNumConformers():

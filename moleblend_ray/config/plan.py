@@ -48,7 +48,8 @@ class PlanConfig:
     gpu: str = "h100"
     """Kind of GPU: a100, b200, h100, h200, l4, l40s. Its data sheet's rate is taken; of them one, an H200, was measured."""
     mfu: float = 0.17
-    """Share of that rate that training reaches: what an H200 does with `base` and 4,096 molecules a step (docs/performance.md), an assumption for others. Ignored with `rate`."""
+    """Share of that rate that training reaches: what an H200 does with `base` and 4,096 molecules a step
+    (docs/performance.md), an assumption for others. Ignored with `rate`."""
     rate: float | None = None
     """Molecules/s of one trainer alone that you measured (molecules_per_s of a run with one worker): replaces `gpu` and `mfu`."""
     measure: bool = False

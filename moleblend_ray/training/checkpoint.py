@@ -212,9 +212,8 @@ def on_every_rank(action: Callable[[], T], group: dist.ProcessGroup | None = Non
         outcome = (action(), "")
     except MoleBlendError as error:
         outcome = (None, str(error))
-    except (
-        Exception
-    ) as error:  # of the local disk, or one that nobody thought of: the others must hear of it
+    # Of the local disk, or one that nobody thought of: the others must hear of it.
+    except Exception as error:
         outcome = (None, f"{type(error).__name__}: {error}")
     outcomes = gather_from_ranks(outcome, group)
     errors = sorted({text for _, text in outcomes if text})

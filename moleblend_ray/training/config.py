@@ -154,7 +154,8 @@ class CheckpointConfig:
 
     asynchronous: bool = True
     """Train on while a checkpoint is written: a step waits only for a copy of the state in the memory of the host (12 bytes a
-    parameter for each copy of the model: over the workers under fsdp, in each of them under ddp). false: no copy, and the step waits for the whole save."""
+    parameter for each copy of the model: over the workers under fsdp, in each of them under ddp). false: no copy, and the
+    step waits for the whole save."""
 
     max_failed_saves: int = 3
     """Saves in a row that may fail (storage out of reach, disk full) while training goes on; the next tries again with

@@ -85,9 +85,8 @@ class WandbTracker:
     def _only_warn(self) -> Iterator[None]:
         try:
             yield
-        except (
-            Exception
-        ) as error:  # whatever another library raises: the run is worth more than its curves
+        # Whatever another library raises: the run is worth more than its curves.
+        except Exception as error:
             if not self._has_failed:
                 logger.warning(
                     "wandb failed (%s: %s): its curves will have gaps, the run's own metrics do not",

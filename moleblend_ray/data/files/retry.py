@@ -61,9 +61,8 @@ def timeout_seconds() -> float:
 
 def backoff_seconds(num_failures: int, first_s: float, longest_s: float) -> float:
     """How long to wait after so many failures in a row: doubled each time, with a random reduction of up to half."""
-    wait_s = first_s * 2.0 ** min(
-        num_failures - 1, 64
-    )  # far beyond any longest wait, and not an overflow
+    # The limit is far beyond any longest wait, and not an overflow.
+    wait_s = first_s * 2.0 ** min(num_failures - 1, 64)
     return min(wait_s, longest_s) * random.uniform(0.5, 1.0)
 
 

@@ -252,8 +252,8 @@ def _json_bytes(value: Any) -> bytes:
 def list_files(uri: str) -> list[FileInfo]:
     """The files of a directory (recursively) or of a glob, or the file itself; sorted by URI.
 
-    Hidden files are left out: those whose name begins with a dot, or the name of a folder between. A URI with ``*``, ``?`` or ``[`` that exists literally is
-    that file or directory, not a pattern.
+    Hidden files are left out: those whose name begins with a dot, or the name of a folder between. A URI with ``*``,
+    ``?`` or ``[`` that exists literally is that file or directory, not a pattern.
     """
     filesystem, path = storage_clients.resolve(uri)
     folder, hides = path, True

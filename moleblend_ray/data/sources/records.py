@@ -16,7 +16,8 @@ from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data.dataset.manifest import LabelColumn
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
-"""``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a name. ``xyz``: files in the layout of QM9, in an archive."""
+"""``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a
+name. ``xyz``: files in the layout of QM9, in an archive."""
 
 Container = Literal["tar", "zip"]
 

@@ -357,7 +357,8 @@ def _warn_of_seen(repeats: Repeats, molecules: LabelledMolecules, split: Split) 
     logger.warning(
         "%d of %d test molecules are also in the training or validation part, and %d of %d validation molecules in the "
         "training part, as they are or as another salt, protonation state or tautomer: %s is %s. Their scores may be "
-        "better than those of new molecules. Keep one row of each molecule, or put all its rows into one part by task.split_column or task.split_file",
+        "better than those of new molecules. Keep one row of each molecule, or put all its rows into one part by "
+        "task.split_column or task.split_file",
         repeats.test_seen,
         len(split.test),
         repeats.valid_seen,

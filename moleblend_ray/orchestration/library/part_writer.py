@@ -160,9 +160,9 @@ class PartWriter:
         except torch.OutOfMemoryError as error:
             reason = str(error).partition("\n")[0]
             raise TrainingError(
-                f"{self.job.kind.command}: batch_size: the memory of the GPU is too small for {maker.batch_size} molecules at once, of up "
-                f"to {max(table['num_atoms'].to_pylist())} atoms. Parts made so far are kept: run the same command again with a smaller one, "
-                f"such as batch_size={max(1, maker.batch_size // 4)} ({reason})"
+                f"{self.job.kind.command}: batch_size: the memory of the GPU is too small for {maker.batch_size} molecules at "
+                f"once, of up to {max(table['num_atoms'].to_pylist())} atoms. Parts made so far are kept: run the same command "
+                f"again with a smaller one, such as batch_size={max(1, maker.batch_size // 4)} ({reason})"
             ) from error
 
     def _loaded(self) -> PartMaker:

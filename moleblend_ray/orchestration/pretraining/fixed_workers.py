@@ -60,9 +60,8 @@ class InterruptibleTrainer(ray.train.torch.TorchTrainer):
         # lost, and training would go on. The controller ends itself instead, and the call that waits for it with an error.
         def interrupt(*_: object) -> None:
             self._is_interrupted = True
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # whoever asks again does not wait
+            # Whoever asks again does not wait.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             controller.abort.remote()
 
         signal.signal(signal.SIGINT, interrupt)

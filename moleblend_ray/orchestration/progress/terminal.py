@@ -99,9 +99,9 @@ def stacked(*parts: RenderableType) -> Group:
     return Group(*spaced[:-1])
 
 
-def utc_text(time: str) -> str:
+def utc_text(moment: str) -> str:
     """An ISO 8601 time in UTC, as markers have it, for reading."""
-    return time.partition("+")[0].replace("T", " ")
+    return moment.partition("+")[0].replace("T", " ")
 
 
 class ExplainedTable:
