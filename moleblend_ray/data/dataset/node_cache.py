@@ -48,7 +48,7 @@ class NodeCache:
         self._works = True
         self._folder, self._users = Path(name), -1
         try:
-            self._folder = (parent or cache_parent(max_bytes)) / name
+            self._folder = (parent or cache_parent(name, max_bytes)) / name
             self._users = _join(self._folder)
         except OSError as error:
             self._give_up(error)
@@ -154,13 +154,14 @@ class NodeCache:
             os.close(descriptor)
 
 
-def cache_parent(max_bytes: int) -> Path:
-    """This user's folder of caches: in shared memory if twice ``max_bytes`` are free there, otherwise on disk."""
+def cache_parent(name: str, max_bytes: int) -> Path:
+    """This user's folder of caches for the cache ``name``: where other processes have it, or else in shared memory if twice
+    ``max_bytes`` are free there, otherwise on disk."""
     in_memory, on_disk = _parents()
-    if in_memory.is_dir():
-        return in_memory
-    memory = in_memory.parent
-    has_room = memory.is_dir() and shutil.disk_usage(memory).free >= 2 * max_bytes
+    for parent in (in_memory, on_disk):
+        if (parent / name).is_dir():
+            return parent
+    has_room = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free >= 2 * max_bytes
     return in_memory if has_room else on_disk
 
 

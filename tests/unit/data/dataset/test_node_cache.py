@@ -5,17 +5,21 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from moleblend_ray.data.dataset.node_cache import NodeCache
+from moleblend_ray.data.dataset import node_cache
+from moleblend_ray.data.dataset.node_cache import NodeCache, cache_parent
 
 NUM_ROWS = 1000
 TABLE_BYTES = 8 * NUM_ROWS
@@ -149,3 +153,20 @@ def test_a_killed_process_leaves_no_lock_and_its_folder_goes_with_the_next_user(
     assert cache.table("t", lambda: table(1)).equals(table(1))
     cache.close()
     assert not cache.folder.exists()
+
+
+def test_a_cache_is_in_shared_memory_where_there_is_room_or_it_is_already(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1000
+    monkeypatch.setattr(node_cache, "_SHARED_MEMORY", tmp_path / "shm")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    in_memory, on_disk = node_cache._parents()
+    assert cache_parent("a", 500) == on_disk  # there is no shared memory
+    # What earlier runs leave there says nothing of the room for this one.
+    in_memory.mkdir(parents=True)
+    assert (cache_parent("a", 500), cache_parent("a", 501)) == (in_memory, on_disk)
+    (in_memory / "a").mkdir()
+    (on_disk / "b").mkdir(parents=True)
+    assert (cache_parent("a", 501), cache_parent("b", 500)) == (in_memory, on_disk)
