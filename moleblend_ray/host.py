@@ -10,14 +10,32 @@ from pathlib import Path
 from typing import Final, Literal
 
 _STATUS: Final = Path("/proc/self/status")
+# What a container sees of its own control group (2, or else 1): microseconds of CPU time for each period of microseconds.
+_CPU_MAX: Final = Path("/sys/fs/cgroup/cpu.max")
+_CPU_QUOTA: Final = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+_CPU_PERIOD: Final = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 
 def available_cpus() -> int:
-    """Number of CPUs that this process may run on."""
+    """Number of CPUs that this process may use: those that it may run on, or fewer where a container has a quota."""
     # Linux knows the CPU set of a process or container; other systems only know the CPUs of the machine.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0))
+    quota = _cpu_quota()
+    return cpus if quota is None else min(cpus, max(1, int(quota)))
+
+
+def _cpu_quota() -> float | None:
+    """CPUs' worth of time that the container may use (``docker run --cpus``, limits of Kubernetes); None: no quota."""
+    try:
+        if _CPU_MAX.exists():
+            quota, period = _CPU_MAX.read_text().split()
+        else:
+            quota, period = _CPU_QUOTA.read_text(), _CPU_PERIOD.read_text()
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):  # no control groups, or "max"
+        return None
 
 
 def peak_memory_bytes() -> int:
