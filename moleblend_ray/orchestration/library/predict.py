@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.csv
@@ -21,6 +21,7 @@ from moleblend_ray.data.dataset.dataset_files import prepared_source
 from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.prediction.ensemble import load_members
 from moleblend_ray.evaluation.prediction.prediction import Predictor
@@ -30,6 +31,8 @@ from moleblend_ray.orchestration.library.parts import run_parts
 
 CSV_NAME = "predictions.csv"
 """File with all parts as one table, written if asked for."""
+
+_THREADS: Final = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,18 +134,23 @@ def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
 
 
 def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
-    """Write ``predictions.csv`` from the parts, with one part in memory at a time.
+    """Write ``predictions.csv`` from the parts, with a few of them in memory at a time.
 
     ``source_row`` counts the rows of one file; if there are several, a column ``source_uri`` tells them apart.
     """
+
+    def read(part: Mapping[str, Any]) -> pa.Table:
+        content = storage.read_bytes(storage.join(out, part["path"]))
+        return _without_lists(pq.read_table(pa.BufferReader(content)))
+
+    parts = summary["parts"]
     # Summaries of earlier versions do not tell.
-    files = {part.get("source_uri") for part in summary["parts"]}
+    files = {part.get("source_uri") for part in parts}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, CSV_NAME)
         with path.open("wb") as file:
-            for index, part in enumerate(summary["parts"]):
-                content = storage.read_bytes(storage.join(out, part["path"]))
-                table = _without_lists(pq.read_table(pa.BufferReader(content)))
+            tables = mapped_ahead(read, parts, _THREADS)
+            for index, (part, table) in enumerate(zip(parts, tables, strict=True)):
                 if len(files) > 1:
                     uris = pa.repeat(pa.scalar(part["source_uri"], pa.string()), len(table))
                     table = table.add_column(1, "source_uri", uris)
