@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pyarrow as pa
@@ -63,7 +66,6 @@ from moleblend_ray.orchestration.library.part_writer import (
     PartMaker,
     PartsJob,
     PartWriter,
-    parquet_bytes,
 )
 from moleblend_ray.orchestration.preparation.molecules import look_at_source, prepare_molecules
 from moleblend_ray.orchestration.preparation.prepare import check_apart
@@ -74,6 +76,8 @@ logger = logging.getLogger(__name__)
 
 REJECTED_NAME = "rejected.parquet"
 _THREADS: Final = 16
+_CHUNKS_A_ROW_GROUP: Final = 256
+"""Chunks whose rejected rows are in memory at once: if all rows are rejected, a million, of about 400 bytes each."""
 _NAMED: Final = 3
 """Rejected rows that an error names."""
 
@@ -326,10 +330,17 @@ def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
         return pq.read_table(pa.BufferReader(read_file(data_uri, shard)))
 
     # There is one for each chunk: 244,000 of a billion molecules.
-    tables = list(mapped_ahead(read, manifest.shards_of("quarantine"), _THREADS))
-    table = pa.concat_tables(tables) if tables else QUARANTINE_SCHEMA.empty_table()
-    storage.write_bytes(storage.join(out, REJECTED_NAME), parquet_bytes(table))
-    return int(table.num_rows)
+    tables = mapped_ahead(read, manifest.shards_of("quarantine"), _THREADS)
+    rows = 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, REJECTED_NAME)
+        with pq.ParquetWriter(path, QUARANTINE_SCHEMA) as writer:
+            while some := list(islice(tables, _CHUNKS_A_ROW_GROUP)):
+                table = pa.concat_tables(some)
+                writer.write_table(table)
+                rows += table.num_rows
+        storage.upload(path, storage.join(out, REJECTED_NAME))
+    return rows
 
 
 def _check_sum(out: str, manifest: Manifest, kept: int, rejected: int) -> None:

@@ -479,6 +479,27 @@ def test_the_rejected_rows_of_many_chunks_are_read_at_the_same_time(
     assert pq.read_table(tmp_path / "out/rejected.parquet")["excerpt"].to_pylist() == ["wrong"] * 4
 
 
+def test_the_rejected_rows_of_some_chunks_are_in_memory_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "m.csv").write_text("smiles\nC\nwrong\n")
+    manifest = prepared(str(tmp_path / "m.csv"), str(tmp_path / "data"))
+    (one,) = manifest.shards_of("quarantine")
+    monkeypatch.setattr(parts, "_CHUNKS_A_ROW_GROUP", 2)
+    of_five = dataclasses.replace(manifest, shards=(one,) * 5)
+    assert parts._write_rejected(str(tmp_path / "out"), str(tmp_path / "data"), of_five) == 5
+    written = pq.ParquetFile(tmp_path / "out/rejected.parquet")
+    found = [written.metadata.row_group(i).num_rows for i in range(written.num_row_groups)]
+    assert found == [2, 2, 1]
+    assert written.read()["excerpt"].to_pylist() == ["wrong"] * 5
+    # Of a source without rejected rows, the list is there as well.
+    assert (
+        parts._write_rejected(str(tmp_path / "none"), "", dataclasses.replace(manifest, shards=()))
+        == 0
+    )
+    assert pq.read_table(tmp_path / "none/rejected.parquet").num_rows == 0
+
+
 @pytest.mark.parametrize("lost", ["parts/part-00000.parquet", "rejected.parquet"])
 @pytest.mark.parametrize("prepared_too", [False, True])
 def test_what_a_finished_out_has_lost_is_made_again(
