@@ -266,8 +266,8 @@ def write_report(evidence: Evidence) -> dict[str, Any]:
     """Write `report.md` and the figure of pretraining; returns the numbers for the JSON line."""
     lines = ["# Results", ""]
     figures: dict[str, Any] = {}
-    if storage.exists(f"{evidence.checkpoint}/config.json"):
-        records = read_records(evidence.checkpoint)
+    # None before the first checkpoint, where other stages were chosen and pretraining was stopped.
+    if records := read_records(evidence.checkpoint):
         storage.write_bytes(f"{evidence.out}/pretraining.png", pretraining_figure(records))
         figures["steps"] = len(records)
         lines += [

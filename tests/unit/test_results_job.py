@@ -57,3 +57,12 @@ def test_the_report_has_one_title_and_shows_figures_that_are_there(
     assert len(figures) == 2
     assert all((tmp_path / figure).is_file() for figure in figures)
     assert text.count(job.SAMPLES_NOTE) == 1
+
+
+def test_pretraining_without_a_checkpoint_is_not_reported(job: ModuleType, tmp_path: Path) -> None:
+    evidence = job.Evidence(data=None, out=str(tmp_path), budget=job.QUICK, threads=1)
+    write_leaderboard(str(tmp_path / "samples"), board("samples"))
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/config.json").write_text("{}")
+    assert set(job.write_report(evidence)) == {"samples"}
+    assert "steps of pretraining" not in (tmp_path / "report.md").read_text()
