@@ -373,6 +373,21 @@ def test_what_holds_fine_tuned_models_names_them_to_those_who_want_an_encoder(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_export_leaves_runs_and_fine_tuned_models_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MoleBlendModel(TINY).save_pretrained(str(tmp_path / "encoder"))
+    settings = {"config": {"order": {}}, "data_fingerprint": "d"}
+    storage.write_json(str(tmp_path / "run/config.json"), settings)
+    model = fine_tuned(tmp_path / "model", 0)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+    for out, told in ((str(tmp_path / "run"), "moleblend pretrain"), (model, "fine-tuned model")):
+        with pytest.raises(ConfigError, match=rf"^out: {re.escape(out)} .*{told}.*another `out`"):
+            mb.export(mb.ExportConfig(checkpoint=str(tmp_path / "encoder"), out=out))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+    again = mb.ExportConfig(checkpoint=str(tmp_path / "encoder"), out=str(tmp_path / "export"))
+    assert mb.export(again) == mb.export(again)
+
+
 def test_a_model_that_diverged_is_refused_and_not_part_of_an_ensemble(tmp_path: Path) -> None:
     sound = fine_tuned(tmp_path / "sound", 0)
     model = PropertyModel(MoleBlendModel(TINY), 1)

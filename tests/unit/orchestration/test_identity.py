@@ -17,7 +17,7 @@ from moleblend_ray.orchestration.pretraining.run_folder import open_run
 
 from .pretraining.test_run_identity import CONFIG, whole
 
-COMMANDS = ("prepare", "pretrain", "finetune", "sweep", "embed", "predict")
+COMMANDS = ("prepare", "pretrain", "finetune", "sweep", "embed", "predict", "export")
 NOTES = {
     "pretrain": {"config": {"order": {}, "model": {}}},
     **{
