@@ -126,6 +126,7 @@ def _source_file(info: storage.FileInfo, members: str, *, is_named: bool) -> Sou
     form = _format_of(name, is_named=is_named)
     if container is None and form is None:
         return None
+    _require_utf8(info.uri)
     head, probe = _probe(info)
     file = SourceFile(
         uri=info.uri,
@@ -139,6 +140,15 @@ def _source_file(info: storage.FileInfo, members: str, *, is_named: bool) -> Sou
         _check_compression(info, head)
         return file
     return _archive(file, container) if info.size else None
+
+
+def _require_utf8(uri: str) -> None:
+    """DataError for a name in another encoding, as of files that come from other systems: no document could hold it."""
+    shown = uri.encode(errors="backslashreplace").decode()
+    if shown != uri:
+        raise DataError(
+            f"{shown}: its name is not in UTF-8. Rename it, or leave it out of the source."
+        )
 
 
 def _format_of(name: str, *, is_named: bool) -> Format | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -40,6 +41,13 @@ def test_no_molecule_files_and_unknown_kinds_are_told(tmp_path: Path) -> None:
     (tmp_path / "Assay.XLSX").write_text("PK")
     with pytest.raises(DataError, match=r"found Assay\.XLSX; .* Save the sheet of a workbook as"):
         find_sources(str(tmp_path / "Assay.XLSX"))
+
+
+def test_a_name_in_another_encoding_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.csv")  # Latin-1
+    (tmp_path / name).write_text("smiles\nC\n")
+    with pytest.raises(DataError, match=r"caf\\udce9\.csv: its name is not in UTF-8\. Rename it"):
+        find_sources(str(tmp_path))
 
 
 def test_a_prepared_data_set_is_no_source(tmp_path: Path) -> None:
