@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import importlib
+import io
 import logging
 import os
 import re
@@ -154,6 +155,9 @@ continues. It is not 0, so that job systems with retries run the command again."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: those of this process); returns the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character of a table or a name that the terminal's encoding lacks must not end a command whose work is done.
+        sys.stdout.reconfigure(errors="replace")
     try:
         status = _main(arguments)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -110,6 +111,21 @@ def test_a_run_ends_with_a_table_of_what_and_where(
     assert "reasons.empty molecule" in shown
     assert "runs/data" in shown
     assert "secret" not in shown
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_an_encoding_that_lacks_a_character_does_not_end_a_command(
+    options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub_prepare(monkeypatch, lambda config: Summary(rows_in=7, reasons={"größe": 2}))
+    buffer = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(buffer, encoding="ascii"))
+    assert cli.main([*PREPARE, *options]) == 0
+    shown = buffer.getvalue().decode("ascii")
+    if options:
+        assert json.loads(shown)["reasons"] == {"größe": 2}
+    else:
+        assert "gr??e" in shown
 
 
 @pytest.mark.parametrize(("error", "status"), [(ConfigError, 2), (StorageError, 1)])

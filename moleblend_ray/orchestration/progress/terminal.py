@@ -33,7 +33,9 @@ _PROSE_WIDTH: Final = 40
 def json_text(value: Any) -> str:
     """A dataclass or plain mapping as one JSON document: secrets hidden, null for numbers that are not finite."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return json.dumps(json_values(plain), indent=1, ensure_ascii=False)
+    # Escaped where standard output could not hold it, so that programs read the names as they are.
+    is_unicode = (getattr(sys.stdout, "encoding", None) or "utf-8").lower().startswith("utf")
+    return json.dumps(json_values(plain), indent=1, ensure_ascii=not is_unicode)
 
 
 @contextmanager
