@@ -115,11 +115,17 @@ def _parse(file: RecordFile, content: bytes) -> list[Record]:
     try:
         records = [json.loads(line) for line in content.splitlines()]
     except ValueError as error:
-        raise DataError(f"{file.uri} is damaged: a line is not JSON ({error})") from error
+        raise _damaged(file, f"a line is not JSON ({error})") from error
     if not all(map(is_record, records)):
         number = next(number for number, one in enumerate(records, 1) if not is_record(one))
-        raise DataError(f"{file.uri} is damaged: line {number} is no record of a step")
+        raise _damaged(file, f"line {number} is no record of a step")
     return records
+
+
+def _damaged(file: RecordFile, problem: str) -> DataError:
+    return DataError(
+        f"{file.uri} is damaged: {problem}. Restore it, or delete it: nothing but the numbers of its steps is lost"
+    )
 
 
 def record_files(run_uri: str) -> list[RecordFile]:
@@ -139,6 +145,8 @@ def record_files(run_uri: str) -> list[RecordFile]:
 class Totals(NamedTuple):
     """The records of a run in a few numbers."""
 
+    steps: int
+    """Steps that have a record."""
     molecules: int
     """Seen in all steps, repetitions counted."""
     seconds: float
@@ -164,7 +172,8 @@ def sum_up(records: Iterable[Record]) -> Totals:
         molecules += int(record["molecules"])
         seconds += record["step_s"]
     width = max(1, min(_MOST_AVERAGED, count // 10))
-    return Totals(molecules, seconds, _mean_losses(first[:width]), _mean_losses([*last][-width:]))
+    losses = _mean_losses(first[:width]), _mean_losses([*last][-width:])
+    return Totals(count, molecules, seconds, *losses)
 
 
 def _mean_losses(records: Sequence[Record]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
 from moleblend_ray.data.dataset.node_cache import remove_unused
 from moleblend_ray.data.files import storage
-from moleblend_ray.errors import TrainingError
+from moleblend_ray.errors import TrainingError, without_credentials
 from moleblend_ray.orchestration.cluster.cluster_checks import (
     Need,
     require_room,
@@ -62,7 +62,7 @@ from moleblend_ray.orchestration.progress.progress import Progress
 from moleblend_ray.orchestration.streaming.stream import stream_data_config
 from moleblend_ray.training.commits import FINISHED_NAME, latest_committed
 from moleblend_ray.training.export import export_run
-from moleblend_ray.training.metrics import iter_records, sum_up
+from moleblend_ray.training.metrics import METRICS_DIR, iter_records, sum_up
 
 logger = logging.getLogger(__name__)
 
@@ -126,13 +126,20 @@ def _summarize(
     seconds: float,
 ) -> PretrainSummary:
     totals = sum_up(iter_records(config.out))
+    if totals.steps < outcome.step:
+        logger.warning(
+            "%s holds the numbers of %d of the %d steps: losses and rate of the summary are of these alone",
+            without_credentials(storage.join(config.out, METRICS_DIR)),
+            totals.steps,
+            outcome.step,
+        )
     return PretrainSummary(
         out=config.out,
         finished=not outcome.stopped_by,
         steps=outcome.step,
         resumed_from=resumed_from,
         world_size=outcome.world_size,
-        molecules=totals.molecules,
+        molecules=outcome.step * config.order.global_batch_size,
         loss_first=totals.loss_first,
         loss_last=totals.loss_last,
         molecules_per_s=totals.molecules / totals.seconds if totals.seconds else 0.0,

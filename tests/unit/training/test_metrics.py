@@ -65,7 +65,7 @@ def test_a_restart_within_a_file_keeps_the_steps_before_it(tmp_path: Path) -> No
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     write_records(str(tmp_path), records(0, 2), 0, 2)
     (tmp_path / "metrics" / "steps-00000000-00000002.jsonl").write_text('{"step": 0')
-    with pytest.raises(DataError, match=r"steps-00000000-00000002\.jsonl is damaged"):
+    with pytest.raises(DataError, match=r"steps-00000000-00000002\.jsonl is damaged: .*delete it"):
         read_records(str(tmp_path))
 
 
@@ -74,7 +74,7 @@ def test_the_ends_of_a_run_are_means_over_a_tenth_of_it() -> None:
     assert totals.loss_first == {"loss": 1.5, "loss_spd": 3.0}
     assert totals.loss_last == {"loss": 37.5, "loss_spd": 75.0}
     assert sum_up(records(0, 1)).loss_last == {"loss": 0.0, "loss_spd": 0.0}
-    assert sum_up([]) == (0, 0.0, {}, {})
+    assert sum_up([]) == (0, 0, 0.0, {}, {})
 
 
 def test_totals_are_of_all_steps_and_means_of_50_at_each_end_of_a_long_run() -> None:
