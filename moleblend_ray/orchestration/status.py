@@ -208,7 +208,7 @@ def _data(data: Mapping[str, Any]) -> str:
         share = 100 * quarantined / max(1, data.get("rows_in") or 1)
         text += f"; {quarantined:,} rows quarantined ({share:.2g} %)"
     elif "problem" in data:
-        text += " [dim](cannot be read from here)[/]"
+        text += f" [dim]({escape(str(data['problem']))})[/]"
     return text
 
 

@@ -273,7 +273,7 @@ def _anomalies(uri: str) -> int:
 
 
 def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> dict[str, Any]:
-    """The data set; without numbers if it cannot be read from here, or its manifest is very large."""
+    """The data set; without numbers if it cannot be read from here, was replaced, or its manifest is very large."""
     uri = member(config, "data", str)
     fingerprint = member(document, "data_fingerprint", str)
     found: dict[str, Any] = {"uri": uri, "fingerprint": fingerprint}
@@ -287,6 +287,8 @@ def _data(config: Mapping[str, Any], document: Mapping[str, Any], step: int) -> 
     except (StorageError, DataError) as error:
         # Its text may hold what clients make of a URI.
         return found | {"problem": f"cannot be read from here ({type(error).__name__})"}
+    if fingerprint and manifest.fingerprint != fingerprint:
+        return found | {"problem": "replaced by another data set since the run began"}
     molecules = manifest.num_molecules("train")
     batch = member(config, "order.global_batch_size", int)
     return found | {

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import toy
 
+from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.files import storage
 from moleblend_ray.training.commits import COMMIT_NAME, FINISHED_NAME, committed_steps, read_commit
 from moleblend_ray.training.config import CheckpointConfig
@@ -25,7 +26,9 @@ NUM_STEPS = 30
 EVERY = 5
 
 
-def document(data: str = "nowhere", num_steps: int = NUM_STEPS) -> dict[str, Any]:
+def document(
+    data: str = "nowhere", num_steps: int = NUM_STEPS, fingerprint: str = "toy"
+) -> dict[str, Any]:
     return {
         "config": {
             "data": data,
@@ -35,7 +38,7 @@ def document(data: str = "nowhere", num_steps: int = NUM_STEPS) -> dict[str, Any
             "checkpoint": {"every_steps": EVERY},
             "model": {"num_layers": 2, "dim": 32},
         },
-        "data_fingerprint": "toy",
+        "data_fingerprint": fingerprint,
         "versions": {"torch": "2"},
     }
 
@@ -317,7 +320,19 @@ def test_the_data_set_is_described_if_it_can_be_read(run: Path, tmp_path: Path) 
     from synthetic import write_dataset
 
     write_dataset(str(tmp_path / "data"), 40, shard_rows=20)
-    found = look(run, data=str(tmp_path / "data"))
+    data = str(tmp_path / "data")
+    found = look(run, data=data, fingerprint=load_manifest(data).fingerprint)
     assert found.data["molecules"] == 40
     assert found.data["epochs"] == pytest.approx(NUM_STEPS * 16 / 40)
-    assert "problem" in look(run).data
+    assert "cannot be read" in look(run).data["problem"]
+
+
+def test_numbers_of_another_data_set_at_that_place_are_not_those_of_the_run(
+    run: Path, tmp_path: Path
+) -> None:
+    from synthetic import write_dataset
+
+    write_dataset(str(tmp_path / "data"), 40, shard_rows=20)
+    found = look(run, data=str(tmp_path / "data")).data
+    assert found["problem"] == "replaced by another data set since the run began"
+    assert "molecules" not in found
