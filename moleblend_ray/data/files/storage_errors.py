@@ -40,6 +40,11 @@ def translate_errors(action: str, uri: str) -> Iterator[None]:
         raise
     except _backend_errors() as error:
         raise _explain(action, uri, error) from error
+    except ValueError as error:
+        # botocore's, where there is no scheme, or a host name with an underscore.
+        if not str(error).startswith("Invalid endpoint"):
+            raise
+        raise _explain(action, uri, error) from error
 
 
 def _backend_errors() -> tuple[type[Exception], ...]:
@@ -90,6 +95,11 @@ def _why(action: str, uri: str, error: Exception, reason: str) -> str:
         return "it is a directory, where a file is expected."
     if (lacking := _lacking_credentials(uri, error, reason)) is not None:
         return lacking
+    if kind == "EndpointResolutionError" or reason.startswith("Invalid endpoint"):
+        return (
+            f"the address of its server is none ({reason}). Correct AWS_ENDPOINT_URL; expected http://HOST:PORT or "
+            "https://HOST, without an underscore in the name of the host."
+        )
     if isinstance(error, PermissionError) and protocol_of(uri) == "file":
         return f"access was denied ({reason}). Check the owner and the rights of the path."
     # gcsfs tells a refusal by the text of an OSError.

@@ -497,6 +497,19 @@ def test_an_unreachable_server_is_told_with_the_variable_to_check(
         storage.read_bytes("s3://bucket/x")
 
 
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:9000", "http://minio_1:9000", "http://localhost:port", "http://"]
+)
+def test_an_endpoint_that_is_no_address_is_told_with_the_variable_to_correct(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
+    with pytest.raises(StorageError, match=r"Correct AWS_ENDPOINT_URL; expected http://HOST:PORT"):
+        storage.exists("s3://bucket/x")
+
+
 class _Signatures(BaseHTTPRequestHandler):
     """Notes for which region each request was signed, and finds nothing."""
 
