@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from moleblend_ray.errors import ConfigError
@@ -70,6 +71,14 @@ class WandbTracker:
                 f"tracking.mode is {config.mode!r} but wandb does not start: {error}. For an online run set "
                 "WANDB_API_KEY (or `wandb login`) where the workers run; or set tracking.mode=offline"
             ) from error
+        files = Path(self._run.dir).resolve()
+        if not files.is_relative_to(Path(config.dir).resolve()):
+            # wandb takes a temporary folder then, and is silent here.
+            logger.warning(
+                "tracking.dir: %s cannot be written on this machine; wandb's files are in %s",
+                config.dir,
+                files.parent,
+            )
 
     def log(self, record: Mapping[str, float | int], step: int) -> None:
         """Send the numbers of one step."""

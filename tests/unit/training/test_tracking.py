@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,10 +51,25 @@ def test_wandb_that_does_not_start_is_an_error_of_the_configuration(
         start_tracker(TrackingConfig(mode="online"), "runs/a", {})
 
 
+def test_files_that_wandb_does_not_keep_where_it_was_asked_to_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "below")
+    start_tracker(TrackingConfig(mode="offline", dir=folder), "runs/a", {}).finish()
+    (warning,) = (one for one in caplog.records if one.name.startswith("moleblend_ray"))
+    assert f"tracking.dir: {folder} cannot be written" in warning.message
+    elsewhere = Path(warning.message.rpartition(" are in ")[2])
+    assert list(elsewhere.glob("*.wandb"))
+    shutil.rmtree(elsewhere)
+
+
 def test_wandb_that_fails_later_warns_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken:
+        dir = str(tmp_path / "wandb/offline-run-1/files")
+
         def log(self, record: object, step: int) -> None:
             raise wandb.errors.CommError("the server is gone")
 
@@ -61,7 +77,7 @@ def test_wandb_that_fails_later_warns_once(
             raise BrokenPipeError
 
     monkeypatch.setattr(wandb, "init", lambda **_: Broken())
-    tracker = start_tracker(TrackingConfig(mode="online"), "runs/a", {})
+    tracker = start_tracker(TrackingConfig(mode="online", dir=str(tmp_path)), "runs/a", {})
     tracker.log({"loss": 1.0}, step=0)
     tracker.log({"loss": 1.0}, step=1)
     tracker.finish()
