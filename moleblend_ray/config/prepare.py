@@ -70,6 +70,10 @@ class PrepareConfig:
             *at_least(self, 1, "rows_per_chunk", "row_group_rows", "rows_per_shard"),
             *at_least(self, 0.25, "shuffle_memory_gib"),
             (
+                len(set(labels := self.label_columns or ())) == len(labels),
+                f"label_columns: expected each column once, found {list(labels)}",
+            ),
+            (
                 self.censored_labels or self.relation_column is None,
                 f"relation_column: expected with censored_labels=true only, found {self.relation_column!r} without",
             ),

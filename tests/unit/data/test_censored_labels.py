@@ -237,5 +237,10 @@ def test_a_relation_column_alone_is_refused() -> None:
         PrepareConfig(source="a.csv", out="b", relation_column="relation")
 
 
+def test_a_label_column_is_named_once() -> None:
+    with pytest.raises(ConfigError, match=r"label_columns: expected each column once.*'y', 'y'"):
+        PrepareConfig(source="a.csv", out="b", label_columns=("y", "y"))
+
+
 def test_statistics_of_before_have_no_bounds() -> None:
     assert Statistics(molecules=1, label_counts={"y": 1}).bound_counts == {}
