@@ -107,4 +107,9 @@ class PretrainConfig:
                 f"train.fsdp_replicas: expected a divisor of cluster.num_workers ({workers}), "
                 f"found {self.train.fsdp_replicas}",
             ),
+            (
+                self.checkpoint.keep_best == 0 or self.train.validate_every > 0,
+                f"checkpoint.keep_best: expected 0 while train.validate_every is 0, found {self.checkpoint.keep_best}: "
+                "without validations none is the best",
+            ),
         )

@@ -101,6 +101,7 @@ def open_run(
         raise DataError(f"{config.data} has no molecules to train on: its train split is empty")
     _require_coordinates(config, manifest)
     _require_descriptors(config, manifest)
+    _require_validation(config, manifest)
     identity = run_identity(config, manifest)
     commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
@@ -152,6 +153,19 @@ def _require_descriptors(config: PretrainConfig, manifest: Manifest) -> None:
             "another `out` with featurize.descriptors=true, or pretrain without: model.descriptor_head=false "
             "loss.descriptor_weight=0"
         )
+
+
+def _require_validation(config: PretrainConfig, manifest: Manifest) -> None:
+    """Refuse to keep the best of checkpoints that are never validated; say so if a run has no validations."""
+    if config.train.validate_every == 0 or manifest.num_molecules("valid"):
+        return
+    lacking = f"{without_credentials(config.data)} has no molecules for validation (valid_fraction of `moleblend prepare`)"
+    if config.checkpoint.keep_best:
+        raise DataError(
+            f"{lacking}, by whose losses checkpoint.keep_best={config.checkpoint.keep_best} chooses. Prepare a data set that "
+            "has some, or set checkpoint.keep_best=0"
+        )
+    logger.warning("%s: the run has no validation losses", lacking)
 
 
 def config_fingerprint(config: PretrainConfig) -> str:

@@ -20,9 +20,11 @@ from moleblend_ray.orchestration.pretraining.run_folder import (
     _require_coordinates,
     _require_descriptors,
     _require_same_run,
+    _require_validation,
     open_run,
     run_identity,
 )
+from moleblend_ray.training.config import CheckpointConfig, TrainConfig
 
 CONFIG = PretrainConfig(data="data", out="run")
 
@@ -74,6 +76,25 @@ def test_descriptors_to_predict_must_be_in_the_data() -> None:
     with pytest.raises(DataError, match=r"data has no descriptors.*featurize\.descriptors=true"):
         _require_descriptors(described, bare)
     _require_descriptors(described, cast("Manifest", SimpleNamespace(descriptors=object())))
+
+
+def test_a_run_without_validations_says_so_and_keeps_no_best(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bare = cast("Manifest", SimpleNamespace(num_molecules=lambda split: 0))
+    _require_validation(CONFIG, bare)
+    assert "data has no molecules for validation" in caplog.text
+    best = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(keep_best=2))
+    _require_validation(best, whole())
+    with pytest.raises(DataError, match=r"no molecules for validation.*checkpoint\.keep_best=0$"):
+        _require_validation(best, bare)
+    with pytest.raises(
+        ConfigError, match=r"keep_best: expected 0 while train\.validate_every is 0"
+    ):
+        dataclasses.replace(best, train=TrainConfig(validate_every=0))
+    caplog.clear()
+    _require_validation(dataclasses.replace(CONFIG, train=TrainConfig(validate_every=0)), bare)
+    assert not caplog.records
 
 
 def test_the_form_of_the_molecules_is_known_and_that_of_earlier_runs_is_not_compared() -> None:
