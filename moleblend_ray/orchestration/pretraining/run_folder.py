@@ -37,6 +37,14 @@ _FEW_PLACED: Final = 0.5
 """Share of molecules with coordinates below which a run says that it has few."""
 
 
+_OPTIONAL_HEADS: Final = {
+    "distance": "model.distance_head",
+    "environment": "model.environment_bins",
+    "descriptor": "model.descriptor_head",
+}
+"""Heads that are off by default, and the settings that ask for them."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainSummary:
     """What a call of `pretrain` did or found."""
@@ -102,6 +110,7 @@ def open_run(
     _require_coordinates(config, manifest)
     _require_descriptors(config, manifest)
     _require_validation(config, manifest)
+    _tell_untrained_heads(config)
     identity = run_identity(config, manifest)
     commit = latest_committed(config.out, verify_content=True)
     if commit is not None:
@@ -153,6 +162,17 @@ def _require_descriptors(config: PretrainConfig, manifest: Manifest) -> None:
             "another `out` with featurize.descriptors=true, or pretrain without: model.descriptor_head=false "
             "loss.descriptor_weight=0"
         )
+
+
+def _tell_untrained_heads(config: PretrainConfig) -> None:
+    """Name heads that were asked for and learn nothing, as their losses have no weight."""
+    for name, setting in _OPTIONAL_HEADS.items():
+        if getattr(config.model, f"{name}_head") and config.loss.weight(name) == 0.0:
+            logger.warning(
+                "%s is set, but loss.%s_weight is 0: that head costs time and is not trained",
+                setting,
+                name,
+            )
 
 
 def _require_validation(config: PretrainConfig, manifest: Manifest) -> None:

@@ -21,6 +21,7 @@ from moleblend_ray.orchestration.pretraining.run_folder import (
     _require_descriptors,
     _require_same_run,
     _require_validation,
+    _tell_untrained_heads,
     open_run,
     run_identity,
 )
@@ -76,6 +77,15 @@ def test_descriptors_to_predict_must_be_in_the_data() -> None:
     with pytest.raises(DataError, match=r"data has no descriptors.*featurize\.descriptors=true"):
         _require_descriptors(described, bare)
     _require_descriptors(described, cast("Manifest", SimpleNamespace(descriptors=object())))
+
+
+def test_heads_that_learn_nothing_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    _tell_untrained_heads(CONFIG)
+    model = ModelConfig(distance_head=True, environment_bins=8)
+    trained = LossConfig(distance_weight=0.1)
+    _tell_untrained_heads(dataclasses.replace(CONFIG, model=model, loss=trained))
+    (record,) = caplog.records
+    assert "model.environment_bins is set, but loss.environment_weight is 0" in record.message
 
 
 def test_a_run_without_validations_says_so_and_keeps_no_best(
