@@ -12,7 +12,9 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,16 +100,30 @@ def _cluster(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
     address = None if is_private(cluster) else cluster.address or os.environ["RAY_ADDRESS"]
     on_sigterm = signal.getsignal(signal.SIGTERM)
     settings = _QUIET_SETTINGS if address else _private_settings()
-    with environment_defaults(settings), _token_read_anew():
+    with environment_defaults(settings), _token_read_anew(), _lasting_thread() as run:
         if address:
             _attach(address)
         else:
-            _start(cluster, logical_cpus(cluster, data_cpus))
+            run(partial(_start, cluster, logical_cpus(cluster, data_cpus)))
         try:
             _take_sigterm_back(on_sigterm)
             yield
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _lasting_thread() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """The given function calls another one in a thread that lives as long as the body, and waits for it.
+
+    Linux ends the processes of a cluster with the thread that started them (Ray asks for this), and a thread of the caller's may
+    end before others that use the cluster.
+    """
+    if threading.current_thread() is threading.main_thread():
+        yield lambda call: call()
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="ray cluster") as thread:
+        yield lambda call: thread.submit(call).result()
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
+from typing import Any
 
 import pytest
 import ray
@@ -137,3 +139,40 @@ def test_a_cluster_ends_with_the_last_command_that_uses_it(
     assert events == ["start", "end"]
     with session.ray_session(ClusterConfig()):
         assert events == ["start", "end", "start"]
+
+
+def test_the_thread_that_starts_a_cluster_lives_as_long_as_its_last_user(
+    cluster_events: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With the thread, the kernel would end the processes that it started.
+    starters: list[threading.Thread] = []
+    start = session._start
+
+    def note(*arguments: Any) -> None:
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # It is for the main thread only.
+        starters.append(threading.current_thread())
+        start(*arguments)
+
+    monkeypatch.setattr(session, "_start", note)
+    joined, may_leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with session.ray_session(ClusterConfig()):
+            assert joined.wait(10)
+
+    def second() -> None:
+        with session.ray_session(ClusterConfig()):
+            joined.set()
+            may_leave.wait(10)
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second)]
+    threads[0].start()
+    while not cluster_events:
+        time.sleep(0.01)
+    threads[1].start()
+    threads[0].join()
+    assert [thread.is_alive() for thread in starters] == [True]
+    may_leave.set()
+    threads[1].join()
+    assert cluster_events == ["start", "end"]
+    assert [thread.is_alive() for thread in starters] == [False]
