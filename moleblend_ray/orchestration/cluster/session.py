@@ -21,6 +21,7 @@ from typing import Any
 import ray
 from ray._private.node import Node
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray.util.client import ray as ray_client
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError, MoleBlendError
@@ -80,6 +81,7 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
 @contextlib.contextmanager
 def _connected(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None]:
     global _users
+    _refuse_ray_client(cluster)
     with _users_lock:
         is_ours = _users > 0 or not ray.is_initialized()
         if is_ours and not _users:
@@ -92,6 +94,18 @@ def _connected(cluster: ClusterConfig, data_cpus: float | None) -> Iterator[None
             _users -= is_ours
             if is_ours and not _users:
                 _end_of_cluster.close()
+
+
+def _refuse_ray_client(cluster: ClusterConfig) -> None:
+    """ConfigError if the cluster would be reached through Ray Client, which lacks much of what Ray's libraries need."""
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or ""
+    is_connected = ray_client.is_connected()  # type: ignore[no-untyped-call]
+    if is_connected or (address.startswith("ray://") and not ray.is_initialized()):
+        found = "this process is connected by ray.init" if is_connected else f"found {address!r}"
+        raise ConfigError(
+            f"cluster.address: Ray Client (ray://) is not supported, {found}. Have the cluster run the command (`moleblend "
+            "submit`), or run it on a node of the cluster with address auto"
+        )
 
 
 @contextlib.contextmanager

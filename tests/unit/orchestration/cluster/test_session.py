@@ -14,6 +14,7 @@ import ray._private.state
 import ray.experimental.internal_kv
 from ray._private.node import Node
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
+from ray.util.client import ray as ray_client
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError, MoleBlendError
@@ -54,6 +55,22 @@ def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
         session.ray_session(ClusterConfig(address="head:6379")),
     ):
         pass
+
+
+def test_ray_client_is_refused_before_it_fails_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def enter(address: str | None) -> None:
+        with session.ray_session(ClusterConfig(address=address)):
+            pass
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"Ray Client .* not supported, found 'ray://head:10001'"):
+        enter("ray://head:10001")
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    with pytest.raises(ConfigError, match=r"Ray Client .*moleblend submit"):
+        enter(None)
+    monkeypatch.setattr(ray_client, "is_connected", lambda: True)
+    with pytest.raises(ConfigError, match=r"this process is connected by ray\.init"):
+        enter("auto")
 
 
 @pytest.mark.parametrize(
