@@ -9,9 +9,11 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -20,6 +22,7 @@ from typing import Any
 
 import ray
 from ray._private.node import Node
+from ray._private.services import resolve_ip_for_localhost
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray.util.client import ray as ray_client
 
@@ -58,6 +61,9 @@ _UNNEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
 # whoever has the token. It is in the environment, because Ray itself would keep it in a file in the user's home.
 _TOKEN = secrets.token_hex(32)
 
+
+_ANSWER_S = 15.0
+"""Seconds in which a head node must accept a connection; one that just starts takes some."""
 
 _users_lock = threading.Lock()
 _users = 0
@@ -221,17 +227,36 @@ def _private_settings() -> dict[str, str]:
 def _attach(address: str) -> None:
     logger.info("attaching to the Ray cluster at %s", address)
     try:
+        _await_answer(address)
         ray.init(
             address=address,
             # What matters is raised as an error or shown by `progress`; the rest is in the dashboard of the cluster.
             log_to_driver=logger.isEnabledFor(logging.DEBUG),
             logging_level=logging.WARNING,
         )
-    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:  # the last: no such port
         raise ConfigError(
             f"cluster.address: no Ray cluster answers at {address!r} ({error}). "
             "Start it, correct the address, or leave it (and RAY_ADDRESS) empty for a private one"
         ) from error
+
+
+def _await_answer(address: str) -> None:
+    """Raise OSError if nobody listens at ``address`` ("host:port") for a while. `ray.init` would try for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto"
+    host = resolve_ip_for_localhost(host.strip("[]"))  # as Ray does
+    deadline_s = time.monotonic() + _ANSWER_S
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=_ANSWER_S).close()
+        except OSError:
+            if time.monotonic() > deadline_s:
+                raise
+            time.sleep(1.0)
+        else:
+            return
 
 
 def _start(cluster: ClusterConfig, cpus: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from typing import Any
@@ -40,21 +41,31 @@ def test_the_object_store_is_what_was_asked_for_else_a_share_of_the_memory() -> 
     assert session.GIB // 4 <= session.object_store_bytes(ClusterConfig()) <= 8 * session.GIB
 
 
+@pytest.mark.parametrize("answers", [False, True], ids=["nobody", "another program"])
 def test_a_cluster_that_does_not_answer_is_an_error_that_names_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, answers: bool
 ) -> None:
-    def refuse(**_: object) -> None:
+    asked: list[str] = []
+
+    def refuse(*, address: str, **_: object) -> None:
+        asked.append(address)
         raise ConnectionError("no answer")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with (
-        pytest.raises(
-            ConfigError, match=r"cluster\.address: no Ray cluster answers at 'head:6379'"
-        ),
-        session.ray_session(ClusterConfig(address="head:6379")),
-    ):
-        pass
+    monkeypatch.setattr(session, "_ANSWER_S", 0.1)
+    monkeypatch.setattr(session, "resolve_ip_for_localhost", lambda host: host)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if not answers:
+            server.close()
+        with (
+            pytest.raises(ConfigError, match=rf"no Ray cluster answers at '{address}'"),
+            session.ray_session(ClusterConfig(address=address)),
+        ):
+            pass
+    # It would try for a quarter of an hour where nobody listens.
+    assert asked == ([address] if answers else [])
 
 
 def test_ray_client_is_refused_before_it_fails_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
