@@ -128,6 +128,10 @@ def is_smiles_header(line: bytes) -> bool:
     return bool(word) and b"smiles" in word[0].lower()
 
 
+REPLACEMENT: Final = "\ufffd"
+"""What stands in a text for bytes that are not UTF-8."""
+
+
 def decode(raw: bytes) -> str:
     """UTF-8 as text, with replacement characters for what is not UTF-8."""
     return raw.decode("utf-8", "replace")

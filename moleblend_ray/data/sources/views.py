@@ -36,7 +36,7 @@ from moleblend_ray.data.sources.reading import (
 )
 from moleblend_ray.data.sources.records import ColumnConfig, SourceFile
 from moleblend_ray.data.sources.rows import DELIMITERS, fields, without_empty_end
-from moleblend_ray.data.sources.text import Beginning, decode
+from moleblend_ray.data.sources.text import REPLACEMENT, Beginning, decode
 from moleblend_ray.errors import DataError, without_credentials
 
 logger = logging.getLogger(__name__)
@@ -117,6 +117,8 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> FileView:
     _warn_of_decimal_commas(
         file, columns, rows, [i for i in others if asked is None or columns[i] in asked]
     )
+    if id_column is not None:
+        _warn_of_lost_characters(file, id_column, [row[columns.index(id_column)] for row in rows])
     if known.labels is not None:
         numeric = [name for name in known.labels if name in columns]
     return FileView(
@@ -149,6 +151,18 @@ def _warn_of_decimal_commas(
             "%s: columns %s hold numbers with commas, which are not read: write decimal points",
             without_credentials(file.uri),
             ", ".join(found),
+        )
+
+
+def _warn_of_lost_characters(file: SourceFile, id_column: str, ids: Sequence[str]) -> None:
+    """Say if ids hold what :func:`decode` puts in place of text in another encoding: different ids may become equal."""
+    changed = next((one for one in ids if REPLACEMENT in one), None)
+    if changed is not None:
+        logger.warning(
+            "%s: column %s is not in UTF-8, and ids lose characters (%s): save the file in UTF-8",
+            without_credentials(file.uri),
+            id_column,
+            changed,
         )
 
 

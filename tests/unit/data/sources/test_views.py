@@ -59,6 +59,20 @@ def test_numbers_with_commas_are_told_and_not_guessed(
     assert "columns y hold numbers with commas" in caplog.text
 
 
+@pytest.mark.parametrize(("encoding", "tells"), [("latin-1", True), ("utf-8", False)])
+def test_ids_in_another_encoding_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, encoding: str, tells: bool
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text("smiles,name,note\nC,caf\xe9,\xe9\nCC,b,\xe9\n", encoding)
+    with caplog.at_level(logging.WARNING):
+        inspected(path, id_column="name")
+        assert ("column name is not in UTF-8, and ids lose characters" in caplog.text) == tells
+        caplog.clear()
+        inspected(path)
+    assert not caplog.records
+
+
 def test_columns_that_are_not_asked_for_may_hold_numbers_with_commas(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
