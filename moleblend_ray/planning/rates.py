@@ -76,7 +76,7 @@ def gpu(name: str) -> Gpu:
         close = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ConfigError(
-            f"gpu: expected one of {', '.join(known)}, found {name!r}{hint} For other GPUs give rate=, the molecules/s "
+            f"gpu: expected one of {', '.join(known)}, found {name!r}{hint}. For other GPUs give rate=, the molecules/s "
             "that you measured on it"
         )
     return Gpu(**known[name])
