@@ -37,6 +37,8 @@ _FORMATS: Final[dict[str, Format]] = {
     ".tsv": "tsv",
     ".smi": "smi",
     ".smiles": "smi",
+    ".cxsmiles": "smi",
+    ".ism": "smi",
     ".xyz": "xyz",
 }
 

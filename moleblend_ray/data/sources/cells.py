@@ -33,6 +33,9 @@ _LEADING_RELATION: Final = re.compile("\\s*(<=|<<|>=|>>|==|[<>=~\u2264\u2265])")
 _SIDES: Final = {">": 0, "<": 1}
 """Index of what a bound says: the least value, or the greatest."""
 
+_EXTENSION: Final = re.compile(r"(\|[^|]*\|)\s*(.*)", re.DOTALL)
+"""The part of a CXSMILES between bars, which holds none itself, and a name after it."""
+
 _LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
 _MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
 _PROPERTY: Final = re.compile(
@@ -153,8 +156,14 @@ def sd_properties(text: str) -> tuple[str, dict[str, str]]:
 
 
 def smiles_and_name(line: bytes) -> tuple[str, str]:
-    """SMILES and name in a line of a table of SMILES; the name is empty if there is none."""
+    """SMILES and name in a line of a table of SMILES; the name is empty if there is none.
+
+    The extension of a CXSMILES (ChemAxon Extended SMILES, ``C[C@H](N)O |&1:1| name``) stays with the SMILES.
+    """
     first, _, rest = decode(line).strip().partition("\t")
     if not rest:
         first, _, rest = first.partition(" ")
-    return first.strip(), rest.strip()
+    first, rest = first.strip(), rest.strip()
+    if extension := _EXTENSION.fullmatch(rest):
+        return f"{first} {extension[1]}", extension[2]
+    return first, rest

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
 from source_files import METHANE, records_of, smiles_of
 
+from moleblend_ray.chemistry.config import FeaturizeConfig
+from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.chemistry.rejection import Rejection
 
 
@@ -64,6 +67,34 @@ def test_a_byte_order_mark_is_no_part_of_the_first_title(tmp_path: Path) -> None
     text = "".join(METHANE.format(title=title) + "$$$$\n" for title in ("a", "b"))
     path.write_text(text, encoding="utf-8-sig")
     assert [record.mol_id for record in records_of(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["t.smi", "t.ism", "t.cxsmiles", "t.cxsmiles.gz"])
+def test_an_extension_of_a_smiles_is_no_name(tmp_path: Path, name: str) -> None:
+    lines = {
+        "C[C@H](N)O |&1:1|": ("C[C@H](N)O |&1:1|", None),
+        "C[C@H](N)O |&1:1,r| a b": ("C[C@H](N)O |&1:1,r|", "a b"),
+        "C[C@H](N)O |&1:1|\ta b": ("C[C@H](N)O |&1:1|", "a b"),
+        "C[C@H](N)O\t|&1:1|\ta": ("C[C@H](N)O |&1:1|", "a"),
+        "CCO a|b|": ("CCO", "a|b|"),
+        "CCO |a": ("CCO", "|a"),
+    }
+    text = "\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    records = records_of(tmp_path / name)
+    expected = list(lines.values())
+    assert list(zip(smiles_of(records), [r.mol_id for r in records], strict=True)) == expected
+    molecule = molecule_from_smiles(expected[1][0], FeaturizeConfig())
+    assert isinstance(molecule, Molecule)
+    assert molecule.smiles == "C[C@H](N)O"
+
+
+def test_a_library_of_extended_smiles_with_columns_is_a_table(tmp_path: Path) -> None:
+    rows = ["smiles\tid\tType\tMW", "C[C@H](N)O |&1:1|\tZ1\tM\t61.1", "CCO\tZ2\tS\t46.1"]
+    (tmp_path / "REAL.cxsmiles").write_text("\n".join(rows))
+    records = records_of(tmp_path / "REAL.cxsmiles", id_column="id")
+    assert smiles_of(records) == ["C[C@H](N)O |&1:1|", "CCO"]
+    assert [record.mol_id for record in records] == ["Z1", "Z2"]
 
 
 def test_several_lines_in_one_of_a_table_of_smiles_are_rejected(tmp_path: Path) -> None:
