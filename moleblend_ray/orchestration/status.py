@@ -170,7 +170,9 @@ def _run_overview(report: RunStatus) -> Table:
 def _progress(report: RunStatus) -> str:
     if not report.num_steps:
         return f"{report.step:,} steps"
-    share = min(1.0, report.step / report.num_steps)
+    if report.step > report.num_steps:
+        return f"{report.step:,} steps; the last command asked for {report.num_steps:,}"
+    share = report.step / report.num_steps
     done = round(share * _PROGRESS_WIDTH)
     bar = f"[cyan]{'━' * done}[/][dim]{'━' * (_PROGRESS_WIDTH - done)}[/]"
     text = f"{bar} {report.step:,} of {report.num_steps:,} steps ({100 * share:.3g} %)"

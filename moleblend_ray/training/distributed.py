@@ -7,8 +7,9 @@ the backward pass, so the sum is the gradient of the global batch at any world s
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -131,12 +132,21 @@ class _ExchangeAndAdd:
         torch.sum(received.view(group.size(), -1), 0, out=output_tensor)
 
 
+_BUFFERS: Final = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
+"""What the argument is called by which DDP sends buffers before each forward pass; PyTorch 2.13 warns of the former name."""
+
+
 def _replicate(objective: nn.Module, ranks: Ranks) -> nn.Module:
+    buffers: dict[str, Any] = {_BUFFERS: False}
     replica = DistributedDataParallel(
         objective,
         device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **buffers,
     )
     # A lambda, because DDP compares a hook's annotations with classes, and ours are strings.
     replica.register_comm_hook(None, lambda state, bucket: _sum_bucket(bucket))  # noqa: ARG005

@@ -48,6 +48,8 @@ def launch(world_size: int, tasks: dict[str, dict[str, Any]], folder: Path) -> d
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
+                # What PyTorch is about to take away.
+                "PYTHONWARNINGS": "error::FutureWarning",
             },
             stderr=subprocess.PIPE,
             text=True,

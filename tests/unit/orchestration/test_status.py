@@ -102,6 +102,11 @@ def test_a_pretraining_run_is_shown_in_words(tmp_path: Path) -> None:
     assert "one is due every 8 min 20 s" in text
 
 
+def test_a_run_beyond_the_steps_that_were_last_asked_for_says_so(tmp_path: Path) -> None:
+    text = shown(pretraining(tmp_path, num_steps=400))
+    assert "1,000 steps; the last command asked for 400" in text
+
+
 def test_its_document_is_complete_and_hides_credentials(tmp_path: Path) -> None:
     found = document(pretraining(tmp_path))
     assert (found["kind"], found["state"], found["step"]) == ("pretrain", "stalled", 1000)
