@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple
 from moleblend_ray.data.dataset.dataset_files import LEASES_DIR, is_prepared, listed
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.scratch import LEASE, is_held, scratch_folder, scratch_path
-from moleblend_ray.errors import DataError, StorageError, without_credentials
+from moleblend_ray.errors import ConfigError, DataError, StorageError, without_credentials
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class Lease:
     def _live(self) -> None:
         self._renew()
         with contextlib.suppress(StorageError):
-            if self._is_finished(self._out):
+            if self._is_done():
                 storage.delete_tree(storage.join(self._out, LEASES_DIR))
             elif not self._is_lost.is_set():
                 storage.write_json(_uri(self._out, self._number), self._content | {"ended": True})
@@ -127,8 +127,14 @@ class Lease:
         # Numbers begin anew where the work was finished or deleted.
         return found is not None and found.content.get("token") == self._content["token"]
 
+    def _is_done(self) -> bool:
+        try:
+            return self._is_finished(self._out)
+        except (DataError, ConfigError):  # damaged, or of another release: the next command tells
+            return False
+
     def _raise_lost(self) -> None:
-        if self._is_finished(self._out):
+        if self._is_done():
             raise InUseError(
                 f"Another command has finished {self._out} meanwhile: the same command says what it holds."
             )

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from moleblend_ray.data.dataset import lease as module
-from moleblend_ray.data.dataset.dataset_files import MANIFEST_NAME, listed
+from moleblend_ray.data.dataset.dataset_files import LEASES_DIR, MANIFEST_NAME, listed
 from moleblend_ray.data.dataset.lease import InUseError, command_at_work, leased
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.scratch import scratch_path
+from moleblend_ray.errors import DataError
 
 HOLDER = """
 import sys, time
@@ -80,6 +81,19 @@ def test_a_second_command_is_told_at_once_who_works_there(out: str) -> None:
         assert out in str(error.value)
         assert time.monotonic() - start_s < 5
         assert listed(out) == before
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_results_that_are_damaged_do_not_keep_a_lease_from_ending(tmp_path: Path) -> None:
+    def is_finished(out: str) -> bool:
+        raise DataError(f"{out}/results.json is damaged")
+
+    out = str(tmp_path / "out")
+    with leased(out, is_finished):
+        assert command_at_work(out)
+    assert command_at_work(out) is None
+    (lease,) = (tmp_path / "out" / LEASES_DIR).iterdir()
+    assert storage.read_object(str(lease), {"ended": bool})["ended"]
 
 
 def test_a_command_that_ended_holds_up_no_other_however_it_ended(out: str) -> None:
