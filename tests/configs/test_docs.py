@@ -58,6 +58,14 @@ def test_every_command_of_the_pages_is_accepted(
     assert status == 0, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_source_file_that_a_page_names_exists(page: Path) -> None:
+    named = set(re.findall(r"`((?:\w+/)+[a-z]\w*\.py)\b", page.read_text()))
+    # Those of the package also without its name, those beside the page without its folder.
+    folders = REPOSITORY, REPOSITORY / "moleblend_ray", page.parent
+    assert [path for path in named if not any((one / path).exists() for one in folders)] == []
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) > 30
 
