@@ -23,6 +23,7 @@ from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.reports.leaderboard import read_leaderboard
+from moleblend_ray.evaluation.results.cross_validation import Fold, combine_folds
 from moleblend_ray.evaluation.search import SearchSpace
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
@@ -64,8 +65,9 @@ def config_for(folder: Path) -> FinetuneConfig:
 @pytest.fixture(scope="module")
 def config(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
     folder = tmp_path_factory.mktemp("folds")
-    rows = [f"{'C' * length}{ring},{length}" for length in range(1, 10) for ring in RINGS]
-    (folder / "molecules.csv").write_text("\n".join(["smiles,size", *rows]) + "\n")
+    molecules = [(f"{'C' * length}{ring}", length) for length in range(1, 10) for ring in RINGS]
+    rows = [f"{text},{size},pair {row // 2}" for row, (text, size) in enumerate(molecules)]
+    (folder / "molecules.csv").write_text("\n".join(["smiles,size,pair", *rows]) + "\n")
     return config_for(folder)
 
 
@@ -219,8 +221,9 @@ def test_a_further_seed_is_trained_in_every_fold_and_a_sweep_searches_in_each(
     assert first
     assert all(after[path] == before[path] for path in first)
 
+    by_pair = dataclasses.replace(config.task, split=SplitKind.GROUP, split_column="pair")
     search = SweepConfig(
-        task=config.task,
+        task=by_pair,
         out=str(tmp_path / "sweep"),
         model=TINY,
         finetune=config.finetune,
@@ -238,3 +241,11 @@ def test_a_further_seed_is_trained_in_every_fold_and_a_sweep_searches_in_each(
         own = storage.read_json(f"{search.out}/{fold['results']}/results.json")
         best = min(own["trials"], key=lambda trial: trial["valid_score"])
         assert fold["chosen"]["learning_rate"] == best["settings"]["learning_rate"]
+        assert own["resampling"]["of"] == "groups"
+    assert (nested["resampling"]["of"], nested["resampling"]["units"]) == ("groups", 32)
+    table = pq.read_table(f"{search.out}/out_of_fold.parquet")
+    pairs = np.array([int(name.rpartition("_")[2]) // 2 for name in table["mol_id"].to_pylist()])
+    assert len(set(zip(pairs.tolist(), table["fold"].to_pylist(), strict=True))) == 32
+    folds = [Fold.read(search.out, fold) for fold in range(FOLDS)]
+    drawn = combine_folds(search.out, folds, pairs).entries["final"]["test_interval"]
+    assert nested["final"]["test_interval"] == list(drawn)
