@@ -6,9 +6,8 @@ import bz2
 import gzip
 import io
 import tarfile
-import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -204,15 +203,24 @@ def test_a_geometry_that_is_there_twice_is_told(
         find_sources(str(source))
 
 
+class Looked(list[SourceFile]):
+    """Files that count how often somebody looks at all of them."""
+
+    looks = 0
+
+    def __iter__(self) -> Iterator[SourceFile]:
+        self.looks += 1
+        return super().__iter__()
+
+
 def test_many_sd_files_are_looked_up_in_time_that_grows_with_their_number() -> None:
     files = [
         SourceFile(uri=f"/tranches/{number:05d}.sdf.gz", format="sdf", size=1, probe="")
-        for number in range(8000)
+        for number in range(200)
     ]
-    began_s = time.process_time()
-    assert associate(files, []) == files
-    # Each compared with all others takes more than ten seconds.
-    assert time.process_time() - began_s < 2.0
+    looked = Looked(files)
+    assert associate(looked, []) == files
+    assert looked.looks < 10
 
 
 def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
