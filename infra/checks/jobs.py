@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import re
 import shlex
@@ -90,12 +91,18 @@ def _job(manifest: Manifest) -> Iterator[Problem]:
             f"{COMPONENT}: expected {name!r}, the job, found {component!r}",
         )
     try:
-        config = load_config(load_reference(JOBS[name].config), name, overrides)
+        config = _config(name, tuple(overrides))
     except ConfigError as error:
         yield Problem(where, f"its arguments are refused: {' '.join(str(error).split())}")
         return
     yield from _paths(manifest, name, config)
     yield from _fits(manifest, name, config)
+
+
+@functools.cache
+def _config(name: str, overrides: tuple[str, ...]) -> Any:
+    """What the arguments of a job say. Composing them is most of the time of a check, and overlays have them in common."""
+    return load_config(load_reference(JOBS[name].config), name, overrides)
 
 
 def _paths(manifest: Manifest, name: str, config: Any) -> Iterator[Problem]:
