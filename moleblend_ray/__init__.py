@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FinetuneConfig,
         LeaderboardConfig,
         PredictConfig,
+        RefitConfig,
         SweepConfig,
         TaskConfig,
     )
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.downstream.cross_validation import cross_validate
     from moleblend_ray.orchestration.downstream.finetune import finetune
+    from moleblend_ray.orchestration.downstream.refit import refit
     from moleblend_ray.orchestration.downstream.sweep import sweep
     from moleblend_ray.orchestration.downstream.task_groups import finetune_tasks, sweep_tasks
     from moleblend_ray.orchestration.export import export
@@ -113,6 +115,7 @@ __all__ = [
     "PretrainConfig",
     "PriceSettings",
     "PropertyPredictor",
+    "RefitConfig",
     "RemoteFile",
     "ReplicateRule",
     "SamplesConfig",
@@ -146,6 +149,7 @@ __all__ = [
     "predict",
     "prepare",
     "pretrain",
+    "refit",
     "samples",
     "status",
     "sweep",
@@ -189,6 +193,7 @@ _HOMES = {
     "PretrainConfig": "config.pretrain",
     "PriceSettings": "planning.settings",
     "PropertyPredictor": "inference",
+    "RefitConfig": "config.downstream",
     "RemoteFile": "data.files.download",
     "ReplicateRule": "evaluation.tasks",
     "SamplesConfig": "config.tools",
@@ -221,6 +226,7 @@ _HOMES = {
     "predict": "orchestration.library.predict",
     "prepare": "orchestration.preparation.prepare",
     "pretrain": "orchestration.pretraining.pretrain",
+    "refit": "orchestration.downstream.refit",
     "samples": "orchestration.samples",
     "status": "orchestration.status",
     "sweep": "orchestration.downstream.sweep",

@@ -96,6 +96,12 @@ JOBS: Mapping[str, Job] = {
         "moleblend_ray.orchestration.downstream.task_groups:sweep_or_tasks",
         "checkpoint=runs/encoder task=bbbp task.source=bbbp.csv.gz out=runs/bbbp num_trials=10",
     ),
+    "refit": Job(
+        "finished fine-tuning or sweep -> models for use, trained on all of its molecules",
+        "moleblend_ray.config.downstream:RefitConfig",
+        "moleblend_ray.orchestration.downstream.refit:refit",
+        "results=runs/herg out=runs/herg-final",
+    ),
     "leaderboard": Job(
         "results of several tasks, or of several sweeps of them -> tables, a page and a figure",
         "moleblend_ray.config.downstream:LeaderboardConfig",

@@ -280,6 +280,32 @@ class SweepConfig(PropertyConfig):
 
 @typed
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RefitConfig:
+    """A finished fine-tuning or sweep -> models for use, trained on all of its molecules."""
+
+    results: str
+    """`out` of a finished fine-tuning, cross-validation or sweep of one task: its molecules, settings, seeds, and how many epochs were
+    best for each."""
+    out: str
+    """Directory of the models, as a path or URI that every worker reaches."""
+    gpus_per_worker: float = 1.0
+    """GPUs, or a share of one, that each training reserves when `cluster.use_gpu` is on."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Where the work runs. As many trainings run at once as fit into the cluster."""
+
+    def __post_init__(self) -> None:
+        check_all(
+            *locations(self, "results", "out"),
+            *above(self, 0, "gpus_per_worker"),
+            (
+                self.out != self.results,
+                f"out: expected another directory than results, found {self.out}",
+            ),
+        )
+
+
+@typed
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaderboardConfig:
     """Results of many tasks -> tables, a page and a figure; of several directories, their models side by side."""
 

@@ -32,7 +32,7 @@ from moleblend_ray.settings import to_dict
 
 if TYPE_CHECKING:
     # Its modules are for chemistry too, which pretraining does without.
-    from moleblend_ray.config.downstream import PropertyConfig
+    from moleblend_ray.config.downstream import PropertyConfig, RefitConfig
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ _NOTED: Final[Mapping[str, Any]] = {"config": dict[str, Any]}
 """What a note holds in any case."""
 
 
-def question(config: PropertyConfig) -> dict[str, Any]:
+def question(config: PropertyConfig | RefitConfig) -> dict[str, Any]:
     """The settings that determine the results, without those that say where they are computed or stored."""
     settings = to_dict(config)
     for name in ("out", "cluster", "gpus_per_worker"):

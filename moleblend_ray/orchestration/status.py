@@ -20,13 +20,16 @@ from moleblend_ray.errors import DataError, StorageError
 from moleblend_ray.evaluation.results.result_files import LEADERBOARD_NAME, command_of
 from moleblend_ray.evaluation.results.status import (
     PARTS_KINDS,
+    REFIT_JOB,
     TRAINING_JOBS,
     BegunStatus,
     PartsStatus,
+    RefitStatus,
     SweepStatus,
     TasksStatus,
     begun_status,
     parts_status,
+    refit_status,
     sweep_status,
     tasks_status,
 )
@@ -40,7 +43,9 @@ from moleblend_ray.quantities import bytes_text, duration_text
 from moleblend_ray.training.commits import CONFIG_NAME
 from moleblend_ray.training.status import RunStatus, run_status
 
-Status = RunStatus | SweepStatus | TasksStatus | PartsStatus | BegunStatus | DataStatus
+Status = (
+    RunStatus | SweepStatus | RefitStatus | TasksStatus | PartsStatus | BegunStatus | DataStatus
+)
 
 _STATE_STYLES: Final = {
     "finished": "bold green",
@@ -73,6 +78,8 @@ def status(config: StatusConfig) -> Status:
         return parts_status(uri, document)
     if job in TRAINING_JOBS:
         return sweep_status(uri, document)
+    if job == REFIT_JOB:
+        return refit_status(uri, document)
     if command_of(settings) == "pretrain":
         return run_status(uri, document)
     if storage.exists(storage.join(uri, f"{LEADERBOARD_NAME}.json")):
@@ -81,7 +88,7 @@ def status(config: StatusConfig) -> Status:
         return begun
     raise DataError(
         f"{uri} holds nothing that a command of moleblend began: expected the `out` of prepare, pretrain, sweep, "
-        "finetune, embed or predict. For a run give its own folder, not that of a checkpoint"
+        "finetune, refit, embed or predict. For a run give its own folder, not that of a checkpoint"
     )
 
 
@@ -105,6 +112,8 @@ def show_status(report: Status) -> RenderableType:
         return _run(report)
     if isinstance(report, SweepStatus):
         return _sweep(report)
+    if isinstance(report, RefitStatus):
+        return _refit(report)
     if isinstance(report, TasksStatus):
         return _tasks(report)
     if isinstance(report, PartsStatus):
@@ -280,6 +289,15 @@ def _sweep(report: SweepStatus) -> RenderableType:
     for index, (name, value) in enumerate(sorted(report.test.items(), key=lambda item: item[1])):
         label = f"test {escape(report.metric)}" if index == 0 else ""
         table.add_row(label, f"{value:.4g}  {escape(name)}")
+    return table
+
+
+def _refit(report: RefitStatus) -> RenderableType:
+    table = _overview_table(report.kind, report.uri, report.state, report.detail)
+    table.add_row("of", escape(str(redact(report.results))))
+    table.add_row("models", f"{report.models_done:,}")
+    if report.molecules is not None:
+        table.add_row("molecules", f"{report.molecules:,}, for each model")
     return table
 
 

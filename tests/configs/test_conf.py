@@ -28,6 +28,7 @@ REQUIRED = {
     "checkpoints": ("run=runs/run",),
     "finetune": ("task=esol", "task.source=s3://b/esol.csv", "out=runs/esol"),
     "sweep": ("task=bbbp", "task.source=s3://b/bbbp.csv", "out=runs/bbbp"),
+    "refit": ("results=runs/esol", "out=runs/esol-final"),
     "leaderboard": ("run=runs/sweeps", "out=runs/board"),
     "embed": ("checkpoint=runs/run", "source=s3://b/x.csv", "out=runs/vectors"),
     "predict": ("models=[runs/esol,runs/other]", "source=s3://b/x.csv", "out=runs/predictions"),

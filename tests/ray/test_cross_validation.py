@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from moleblend_ray.config.downstream import (
     BaselineConfig,
     FinetuneConfig,
     PredictConfig,
+    RefitConfig,
     SweepConfig,
     TaskConfig,
 )
 from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
+from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.reports.leaderboard import read_leaderboard
 from moleblend_ray.evaluation.results.cross_validation import Fold, combine_folds
 from moleblend_ray.evaluation.search import SearchSpace
@@ -33,6 +37,7 @@ from moleblend_ray.orchestration.downstream.cross_validation import (
     cross_validate,
 )
 from moleblend_ray.orchestration.downstream.finetune import finetune
+from moleblend_ray.orchestration.downstream.refit import refit
 from moleblend_ray.orchestration.library.predict import predict
 
 pytestmark = pytest.mark.ray
@@ -187,6 +192,54 @@ def test_all_models_predict_together_with_intervals_from_all_molecules(
     assert told["half_widths"] == {"size": column["half_width"]}
 
 
+def test_a_refit_trains_on_all_molecules_for_the_median_of_the_best_epochs(
+    config: FinetuneConfig, summary: CrossValidationSummary, tmp_path: Path
+) -> None:
+    results = storage.read_json(summary.results)
+    wanted = RefitConfig(results=config.out, out=str(tmp_path / "final"), cluster=config.cluster)
+    before = files_of(config.out)
+    found = refit(wanted)
+    assert files_of(config.out) == before
+    best = [seed["best_epoch"] for seed in results["final"]["seeds"]]
+    assert found.epochs == (statistics.median_high(best),)
+    assert (found.molecules, found.models) == (NUM_MOLECULES, 1)
+    made = files_of(found.out)
+    assert refit(wanted).already_finished
+    assert files_of(found.out) == made
+
+    (tmp_path / "new.csv").write_text("smiles\nCCCCCc1ccccc1\nCCO\n")
+    library = PredictConfig(
+        models=found.out,
+        source=str(tmp_path / "new.csv"),
+        out=str(tmp_path / "predictions"),
+        cluster=ClusterConfig(num_data_actors=1),
+    )
+    predict(library)
+    told = json.loads(Path(library.out, "predictions.json").read_text())
+    (model,) = told["models"]
+    smiles = pq.read_table(f"{config.out}/out_of_fold.parquet")["smiles"].to_pylist()
+    everything = ApplicabilityDomain.of(smiles).fingerprints
+    assert model["training_fingerprints"] == len(everything)
+    column = results["final"]["intervals"]["columns"]["size"]
+    assert told["half_widths"] == {"size": column["half_width"]}
+
+    # What an interrupted command lacks is made again, the same; a single split has been tested in each fold.
+    weights = Path(found.out, "models/seed-0/model.safetensors").read_bytes()
+    shutil.rmtree(Path(found.out, "models/seed-0"))
+    Path(found.out, "refit.json").unlink()
+    assert not refit(wanted).already_finished
+    assert Path(found.out, "models/seed-0/model.safetensors").read_bytes() == weights
+    of_fold = refit(
+        dataclasses.replace(
+            wanted, results=f"{config.out}/folds/fold-1", out=str(tmp_path / "of-fold")
+        )
+    )
+    assert of_fold.epochs == (best[1],)
+    assert not Path(config.out, "folds/fold-1/data").exists()
+    with pytest.raises(ConfigError, match=r"final holds results of other settings.*results: "):
+        refit(dataclasses.replace(wanted, results=f"{config.out}/folds/fold-1"))
+
+
 def test_it_stands_in_a_leaderboard_as_one_row(
     config: FinetuneConfig, summary: CrossValidationSummary
 ) -> None:
@@ -211,6 +264,9 @@ def test_a_further_seed_is_trained_in_every_fold_and_a_sweep_searches_in_each(
     config: FinetuneConfig, summary: CrossValidationSummary, tmp_path: Path
 ) -> None:
     before = files_of(config.out)
+    final = RefitConfig(results=config.out, out=str(tmp_path / "final"), cluster=config.cluster)
+    refit(final)
+    of_all = files_of(final.out)
     more = cross_validate(dataclasses.replace(config, seeds=(0, 1)))
     results = storage.read_json(more.results)
     assert [(seed["fold"], seed["seed"]) for seed in results["final"]["seeds"]] == [
@@ -220,6 +276,11 @@ def test_a_further_seed_is_trained_in_every_fold_and_a_sweep_searches_in_each(
     after = files_of(config.out)
     assert first
     assert all(after[path] == before[path] for path in first)
+    assert refit(final).models == 2
+    first = [path for path in of_all if "/models/seed-0/" in path]
+    after = files_of(final.out)
+    assert first
+    assert all(after[path] == of_all[path] for path in first)
 
     by_pair = dataclasses.replace(config.task, split=SplitKind.GROUP, split_column="pair")
     search = SweepConfig(
@@ -236,6 +297,8 @@ def test_a_further_seed_is_trained_in_every_fold_and_a_sweep_searches_in_each(
         cluster=config.cluster,
     )
     nested = storage.read_json(cross_validate(search).results)
+    with pytest.raises(ConfigError, match="each fold of the cross-validation chose settings"):
+        refit(dataclasses.replace(final, results=search.out))
     assert [fold["trials"] for fold in nested["folds"]] == [2] * FOLDS
     for fold in nested["folds"]:
         own = storage.read_json(f"{search.out}/{fold['results']}/results.json")

@@ -376,6 +376,7 @@ def least_arguments(job: str) -> list[str]:
         "pretrain": ["data=d"],
         "finetune": ["task=esol", "task.source=a.csv"],
         "sweep": ["task=esol", "task.source=a.csv"],
+        "refit": ["results=r"],
         "embed": ["checkpoint=c", "source=a.csv"],
         "predict": ["models=m", "source=a.csv"],
         "export": ["checkpoint=c"],

@@ -1,6 +1,7 @@
 """One fine-tuning run: train on the training part, choose the epoch on validation, predict with the chosen weights.
 
-The test part is not used unless :func:`predict` is called for it afterwards.
+The test part is not used unless :func:`predict` is called for it afterwards. :func:`refit_once` trains on all molecules, for as
+long as such a run found to be best.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -170,24 +171,18 @@ def finetune_once(
     ConfigError as :meth:`FinetuneSettings.require_fitting`.
     """
     started = time.monotonic()
-    settings.require_fitting(task.kind, start.model.num_layers)
-    if settings.descriptors:
-        molecules = molecules.with_descriptors()
-    model, trained = _new_model(molecules, train, valid, task, start, settings, seed)
-    normalise = trained.standardisation.normalise
-    bounds = molecules.bounds and molecules.bounds.map(normalise)
-    model.to(device)
-    trainer = _Trainer(
-        molecules=molecules,
-        targets=Targets.of(normalise(molecules.labels), bounds),
-        train=train,
-        model=model,
-        loss=_loss_function(task, settings, molecules.labels[train], device),
+    trainer, molecules, trained = _begin(
+        molecules,
+        train,
+        (ChoiceRows(train, valid),),
+        task=task,
+        start=start,
         settings=settings,
         seed=seed,
         device=device,
-        after_step=after_step or (lambda: None),
+        after_step=after_step,
     )
+    model = trainer.model
     micro_batch_size = predict_micro_batch_size or settings.micro_batch_size
     known = molecules.known(valid)
     history: list[EpochReport] = []
@@ -215,10 +210,87 @@ def finetune_once(
     return FinetuneResult(model=model.cpu().eval(), trained=trained, history=tuple(history))
 
 
+class ChoiceRows(NamedTuple):
+    """The molecules of a run that chose its settings."""
+
+    train: NDArray[np.int64]
+    """(K,) those that it was trained on."""
+    valid: NDArray[np.int64]
+    """(L,) those of validation."""
+
+
+def refit_once(
+    molecules: LabelledMolecules,
+    *,
+    epochs: int,
+    chosen_on: Sequence[ChoiceRows],
+    task: Task,
+    start: StartingPoint,
+    settings: FinetuneSettings,
+    seed: int,
+    device: torch.device,
+    after_step: Callable[[], None] | None = None,
+) -> tuple[PropertyModel, TrainedProperty]:
+    """Train on all ``molecules`` for the first ``epochs`` of ``settings.epochs``, without validation.
+
+    The learning rate goes the way of a run whose best epoch was ``epochs``, over more steps, as there are more molecules.
+    ``chosen_on``, at least one, are the parts of such runs: with ``settings.descriptors`` they choose the penalty of the linear model
+    again. The model is in evaluation mode on the CPU; other arguments as for :func:`finetune_once`.
+    """
+    everything = np.arange(len(molecules), dtype=np.int64)
+    trainer, _, trained = _begin(
+        molecules,
+        everything,
+        chosen_on,
+        task=task,
+        start=start,
+        settings=settings,
+        seed=seed,
+        device=device,
+        after_step=after_step,
+    )
+    for epoch in range(epochs):
+        trainer.run_epoch(epoch)
+    return trainer.model.cpu().eval(), trained
+
+
+def _begin(
+    molecules: LabelledMolecules,
+    train: NDArray[np.int64],
+    chosen_on: Sequence[ChoiceRows],
+    *,
+    task: Task,
+    start: StartingPoint,
+    settings: FinetuneSettings,
+    seed: int,
+    device: torch.device,
+    after_step: Callable[[], None] | None,
+) -> tuple[_Trainer, LabelledMolecules, TrainedProperty]:
+    """A run before its first step, its molecules, with descriptors if it reads them, and what its model predicts."""
+    settings.require_fitting(task.kind, start.model.num_layers)
+    if settings.descriptors:
+        molecules = molecules.with_descriptors()
+    model, trained = _new_model(molecules, train, chosen_on, task, start, settings, seed)
+    normalise = trained.standardisation.normalise
+    bounds = molecules.bounds and molecules.bounds.map(normalise)
+    trainer = _Trainer(
+        molecules=molecules,
+        targets=Targets.of(normalise(molecules.labels), bounds),
+        train=train,
+        model=model.to(device),
+        loss=_loss_function(task, settings, molecules.labels[train], device),
+        settings=settings,
+        seed=seed,
+        device=device,
+        after_step=after_step or (lambda: None),
+    )
+    return trainer, molecules, trained
+
+
 def _new_model(
     molecules: LabelledMolecules,
     train: NDArray[np.int64],
-    valid: NDArray[np.int64],
+    chosen_on: Sequence[ChoiceRows],
     task: Task,
     start: StartingPoint,
     settings: FinetuneSettings,
@@ -243,7 +315,7 @@ def _new_model(
     )
     if inputs is not None:
         balanced = settings.class_weights == "balanced"
-        linear = _linear_model(model, trained, molecules, train, valid, task, balanced=balanced)
+        linear = _linear_model(model, trained, molecules, train, chosen_on, task, balanced=balanced)
         # A column of one class teaches no linear model: there the encoder decides alone.
         share = LINEAR_SHARE * linear.weight.any(axis=1)
         model.set_linear(*map(torch.from_numpy, (linear.weight, linear.bias, share)))
@@ -255,12 +327,12 @@ def _linear_model(
     trained: TrainedProperty,
     molecules: LabelledMolecules,
     train: NDArray[np.int64],
-    valid: NDArray[np.int64],
+    chosen_on: Sequence[ChoiceRows],
     task: Task,
     *,
     balanced: bool,
 ) -> LinearModel:
-    """The linear model of descriptors with the penalty that validation prefers, fitted to the training part."""
+    """The linear model of descriptors, fitted to ``train`` with the penalty that validation prefers, over all of ``chosen_on``."""
     descriptors = descriptors_of(trained, molecules)
     assert descriptors is not None
     inputs = descriptors.double().numpy()
@@ -271,19 +343,29 @@ def _linear_model(
         beside: NDArray[np.float64] = trained.standardisation.normalise(values) - known
         return beside
 
-    examples = inputs[train], rest(molecules.labels)[train]
-    bounds = molecules.bounds and molecules.bounds.map(rest)[train]
+    labels, bounds = rest(molecules.labels), molecules.bounds and molecules.bounds.map(rest)
+
+    def fitted(rows: NDArray[np.int64], penalty: Mapping[str, float]) -> LinearModel:
+        of_rows = bounds and bounds[rows]
+        examples = inputs[rows], labels[rows]
+        return fit_linear(task.kind, *examples, penalty, balanced=balanced, bounds=of_rows)
+
     candidates = []
     for penalty in linear_grid(task.kind):
-        linear = fit_linear(task.kind, *examples, penalty, balanced=balanced, bounds=bounds)
-        predictions = trained.readout(linear(inputs[valid]) + known[valid])
-        found = score(task.metric, predictions, *molecules.known(valid))
-        candidates.append(_LinearCandidate(linear, found.value))
-    return best_candidate(task.metric, candidates).model
+        fits = [fitted(rows.train, penalty) for rows in chosen_on]
+        scores = []
+        for linear, (_, valid) in zip(fits, chosen_on, strict=True):
+            predictions = trained.readout(linear(inputs[valid]) + known[valid])
+            scores.append(score(task.metric, predictions, *molecules.known(valid)).value)
+        candidates.append(_LinearCandidate(penalty, fits[0], float(np.mean(scores))))
+    best = best_candidate(task.metric, candidates)
+    return best.first if chosen_on[0].train is train else fitted(train, best.penalty)
 
 
 class _LinearCandidate(NamedTuple):
-    model: LinearModel
+    penalty: Mapping[str, float]
+    first: LinearModel
+    """That of the first rows that choose."""
     valid_score: float
 
 
@@ -366,7 +448,7 @@ class _Trainer:
         self._molecules = molecules
         self._targets = targets
         self._train = train
-        self._model = model
+        self.model = model
         self._loss = loss
         self._settings = settings
         self._seed = seed
@@ -390,14 +472,14 @@ class _Trainer:
 
     def run_epoch(self, epoch: int) -> float:
         """One pass over the training molecules in the order of (seed, epoch); returns the mean loss per known label."""
-        self._model.train()
+        self.model.train()
         generator = np.random.default_rng((self._seed, epoch))
         order = generator.permutation(self._train)
         numbers = None
         if self._molecules.conformers is not None:
             numbers = generator.integers(self._molecules.conformers.counts[order])
         total, known = 0.0, 0
-        with _head_alone(self._model, enabled=epoch < self._settings.head_warmup_epochs):
+        with _head_alone(self.model, enabled=epoch < self._settings.head_warmup_epochs):
             for index in range(self._steps_per_epoch):
                 start = index * self._settings.batch_size
                 part = slice(start, start + self._settings.batch_size)
@@ -437,7 +519,7 @@ class _Trainer:
         """Add the gradients of a micro-batch; its loss, summed over labels, stays on the device, for which nothing waits here."""
         batch = MoleculeBatch.from_micro_batch(micro, device=self._device)
         with autocast(self._settings.precision, self._device):
-            outputs = self._model(batch)
+            outputs = self.model(batch)
         outputs = outputs.float()
         loss = self._loss(outputs, self._targets.for_outputs(outputs, micro.molecule_ids))
         torch.autograd.backward(loss / known)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from moleblend_ray.data.files import storage
 from moleblend_ray.errors import CheckpointError
 from moleblend_ray.evaluation.models.finetune import StartingPoint
 from moleblend_ray.evaluation.models.property_model import (
@@ -15,10 +14,10 @@ from moleblend_ray.evaluation.models.property_model import (
 )
 from moleblend_ray.evaluation.prediction.ensemble import (
     is_of_several_tasks,
+    list_of_models,
     model_folders,
     several_tasks,
 )
-from moleblend_ray.evaluation.results.result_files import RESULTS_NAME
 from moleblend_ray.evaluation.results.results import weights_fingerprint
 from moleblend_ray.model.moleblend import MoleBlendModel, PropertyModel
 from moleblend_ray.training.export import load_model
@@ -40,9 +39,9 @@ def load_encoder(checkpoint: str) -> LoadedEncoder:
     task or several, whose models have an encoder each.
     """
     fine_tuned = load_property_model(checkpoint) if is_property_model(checkpoint) else None
-    if fine_tuned is None and storage.exists(storage.join(checkpoint, RESULTS_NAME)):
+    if fine_tuned is None and list_of_models(checkpoint) is not None:
         raise CheckpointError(
-            f"{checkpoint} is the `out` of a fine-tuning or sweep, whose models have an encoder each; name one of them: "
+            f"{checkpoint} is the `out` of a fine-tuning, sweep or refit, whose models have an encoder each; name one of them: "
             + ", ".join(model_folders((checkpoint,)))
         )
     if is_of_several_tasks(checkpoint):

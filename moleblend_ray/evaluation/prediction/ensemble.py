@@ -24,6 +24,7 @@ from moleblend_ray.evaluation.reports.leaderboard import read_leaderboard
 from moleblend_ray.evaluation.results.result_files import (
     IDENTITY_NAME,
     LEADERBOARD_NAME,
+    REFIT_NAME,
     RESULTS_NAME,
 )
 from moleblend_ray.evaluation.results.results import weights_fingerprint
@@ -77,16 +78,15 @@ def combine(values: NDArray[np.float64], views: NDArray[np.int64]) -> Combined:
 
 
 def model_folders(models: Sequence[str]) -> tuple[str, ...]:
-    """The folders of all fine-tuned models: a URI is one folder, or a finished fine-tuning or sweep with one per seed.
+    """The folders of all fine-tuned models: a URI is one folder, or a finished fine-tuning, sweep or refit with one per seed.
 
     Raises CheckpointError for anything else.
     """
     found: list[str] = []
     for uri in models:
-        results = storage.join(uri, RESULTS_NAME)
         if is_property_model(uri):
             found.append(uri)
-        elif storage.exists(results):
+        elif (results := list_of_models(uri)) is not None:
             seeds = storage.read_object(results, {"final.seeds": list[Any]})["final"]["seeds"]
             for seed in seeds:
                 storage.require_members(results, seed, {"model": str})
@@ -97,10 +97,16 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
             raise CheckpointError(several_tasks(uri))
         else:
             raise CheckpointError(
-                f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning or sweep "
-                f"(no property.json, no {RESULTS_NAME}). Finish that command, or name its models/seed-N"
+                f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning, sweep or refit "
+                f"(no property.json, no {RESULTS_NAME}, no {REFIT_NAME}). Finish that command, or name its models/seed-N"
             )
     return tuple(found)
+
+
+def list_of_models(uri: str) -> str | None:
+    """The file that names the models of a finished fine-tuning, sweep or refit in ``uri``; None if there is none."""
+    candidates = (storage.join(uri, name) for name in (RESULTS_NAME, REFIT_NAME))
+    return next(filter(storage.exists, candidates), None)
 
 
 def is_of_several_tasks(uri: str) -> bool:

@@ -28,6 +28,9 @@ MODELS_DIR: Final = "models"
 SEED_RESULT_NAME: Final = "result.json"
 """The result of a seed, beside its model; written last."""
 
+REFIT_NAME: Final = "refit.json"
+"""Which models were trained on all molecules, and how; its presence means that all of them are there."""
+
 BASELINES_DIR: Final = "baselines"
 """Folder of the results of baselines, by kind."""
 

@@ -1,4 +1,4 @@
-"""The state of a command that fine-tunes, sweeps, embeds or predicts, from its files alone."""
+"""The state of a command that fine-tunes, sweeps, refits, embeds or predicts, from its files alone."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from moleblend_ray.evaluation.results.result_files import (
     PARTS_DIR,
     PREDICT,
     PREPARED_DIR,
+    REFIT_NAME,
     RESULTS_NAME,
     SEED_RESULT_NAME,
     fold_path,
@@ -43,6 +44,8 @@ PARTS_KINDS: Final = {
 """Name of its configuration -> command."""
 
 TRAINING_JOBS: Final = ("FinetuneConfig", "SweepConfig")
+
+REFIT_JOB: Final = "RefitConfig"
 
 _MODEL: Final[Mapping[str, Any]] = {"name": str, "test.mean": float}
 """What is read of each model of the results, fine-tuned or a baseline."""
@@ -108,6 +111,23 @@ class SweepStatus:
     """Folds of a cross-validation with results of their own."""
     folds: int | None = None
     """Number of its folds; None for a single split. Trials and seeds are those of all folds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitStatus:
+    """A training of the models of finished results on all molecules."""
+
+    kind: str
+    """``refit``."""
+    uri: str
+    state: str
+    """``finished``, ``running`` or ``unfinished``."""
+    detail: str
+    results: str
+    """Directory of the results."""
+    models_done: int
+    molecules: int | None
+    """Molecules that each model was trained on; None while unfinished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -303,6 +323,25 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
         if folds
         else 0,
         folds=folds,
+    )
+
+
+def refit_status(uri: str, identity: Mapping[str, Any]) -> RefitStatus:
+    """The status of a refit whose config.json is ``identity``."""
+    done = [info for info in _listed([uri], MODELS_DIR) if info.uri.endswith(SEED_RESULT_NAME)]
+    found = _read(uri, REFIT_NAME, {"molecules": int})
+    state, detail = "finished", f"its list of models ({REFIT_NAME}) is there"
+    if found is None:
+        state, then = _unfinished(uri, "the same command continues")
+        detail = f"not all models are trained{then}"
+    return RefitStatus(
+        kind="refit",
+        uri=uri,
+        state=state,
+        detail=detail,
+        results=member(identity, "config.results", str) or "",
+        models_done=len(done),
+        molecules=found["molecules"] if found else None,
     )
 
 

@@ -113,6 +113,17 @@ def write_predictions(
     write_table(storage.join(folder, PREDICTIONS_NAME), columns)
 
 
+def write_validation(folder: str, part: PartPredictions, columns: Sequence[str]) -> None:
+    """Write predictions for molecules of validation as those of the model in ``folder``."""
+    values: dict[str, object] = {
+        "mol_id": list(part.mol_ids),
+        "smiles": list(part.smiles),
+        "part": ["valid"] * len(part.smiles),
+        **label_columns(columns, part.labels, part.predictions, part.bounds),
+    }
+    write_table(storage.join(folder, PREDICTIONS_NAME), values)
+
+
 def label_columns(
     names: Sequence[str],
     labels: NDArray[np.float64],

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.scaffolds import Split, split_hash
 from moleblend_ray.config.downstream import (
     PropertyConfig,
+    RefitConfig,
     SweepConfig,
     TaskConfig,
 )
@@ -79,6 +80,7 @@ from moleblend_ray.orchestration.progress.progress import Progress, Reporter
 logger = logging.getLogger(__name__)
 
 K = TypeVar("K")
+R = TypeVar("R", bound="Counted")
 
 _MANY_MOLECULES: Final = 50_000
 """Molecules of which it takes seconds to find those that occur more than once."""
@@ -501,32 +503,47 @@ def train_runs(runs: Sequence[SeedRun], description: str, unit: str) -> list[See
     }
     if 0 < len(missing) < len(runs):
         logger.info("%d of %d %s were trained before", len(runs) - len(missing), len(runs), unit)
-    for number, result in _train_missing(missing, description, unit).items():
+    for number, result in run_all(missing, _start, description, unit).items():
         found[number] = result
     return [result for result in found if result is not None]
 
 
-def _train_missing(
-    runs: Mapping[int, SeedRun], description: str, unit: str
-) -> dict[int, SeedResult]:
-    """The results of these runs by their keys; shows the steps of all of them."""
+class Counted(Protocol):
+    """A training whose steps are counted."""
+
+    @property
+    def num_steps(self) -> int:
+        """Most optimizer steps."""
+
+
+def run_all(
+    runs: Mapping[int, R], start: Callable[[R, Reporter], Any], description: str, unit: str
+) -> dict[int, Any]:
+    """The results of these runs by their keys, in parallel as resources allow; shows the steps of all of them.
+
+    ``start`` gives a reference to the result of a run, which counts its steps by the reporter.
+    """
     if not runs:
         return {}
     total = sum(run.num_steps for run in runs.values())
     with Progress(description, unit="step", total=total) as progress:
         report = progress.reporter
-        steps_done = {number: run.num_steps for number, run in runs.items()}
         done = 0
 
-        def tell(finished: int, number: int, result: SeedResult) -> None:
+        def tell(finished: int, number: int, result: Any) -> None:
             nonlocal done
-            done += steps_done[number]
+            done += runs[number].num_steps
             of_all = f"{finished}/{len(runs)}"
-            report({"done": done, "total": total, unit: of_all, "valid": result.valid_score})
+            report({"done": done, "total": total, unit: of_all, **_valid_score(result)})
 
         report({"done": 0, "total": total, unit: f"0/{len(runs)}"})
-        references = {_start(run, report): number for number, run in runs.items()}
+        references = {start(run, report): number for number, run in runs.items()}
         return _gather(references, description, tell)
+
+
+def _valid_score(result: Any) -> dict[str, float]:
+    """What the display says of a result."""
+    return {"valid": result.valid_score} if isinstance(result, SeedResult) else {}
 
 
 def _start(run: SeedRun, report: Reporter) -> Any:
@@ -549,8 +566,7 @@ def collect(references: Mapping[Any, K], description: str) -> dict[K, Any]:
     with Progress(description, unit="run", total=total) as progress:
 
         def tell(finished: int, _key: K, result: Any) -> None:
-            values = {"valid": result.valid_score} if isinstance(result, SeedResult) else {}
-            progress.reporter({"done": finished, "total": total, **values})
+            progress.reporter({"done": finished, "total": total, **_valid_score(result)})
 
         return _gather(references, description, tell)
 
@@ -584,7 +600,7 @@ def _gather(
     return found
 
 
-def worker_resources(config: PropertyConfig) -> dict[str, float]:
+def worker_resources(config: PropertyConfig | RefitConfig) -> dict[str, float]:
     """Resources that one training reserves, as arguments of ``ray.remote``, on nodes with ``cluster.worker_labels``."""
     gpus = config.gpus_per_worker if config.cluster.use_gpu else 0.0
     return {"num_cpus": config.cluster.cpus_per_worker, "num_gpus": gpus}

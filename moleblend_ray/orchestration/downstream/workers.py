@@ -20,8 +20,10 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.data.files import storage
 from moleblend_ray.evaluation.models.finetune import EpochReport, StartingPoint, finetune_once
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
+from moleblend_ray.evaluation.results.refit import Everything, RefitModel, refit_and_save
 from moleblend_ray.evaluation.results.results import SeedResult
 from moleblend_ray.evaluation.results.runs import Experiment, train_and_test
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.search import with_drawn
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.evaluation.tasks import Task
@@ -184,5 +186,23 @@ def train_seed(
     steps = StepCount(reporter, settings.num_steps(len(experiment.split.train)))
     device = use_reserved(cluster)
     result = train_and_test(experiment, settings, seed, out, device, after_step=steps.add)
+    steps.end()
+    return result
+
+
+def refit_seed(
+    everything: Everything,
+    seed: int,
+    epochs: int,
+    validation: PartPredictions | None,
+    out: str,
+    cluster: ClusterConfig,
+    reporter: Reporter,
+) -> RefitModel:
+    """Train the chosen settings with one seed on all molecules; arguments as of :func:`refit_and_save`."""
+    steps_per_epoch = everything.settings.steps_per_epoch(len(everything.molecules))
+    steps = StepCount(reporter, epochs * steps_per_epoch)
+    device = use_reserved(cluster)
+    result = refit_and_save(everything, seed, epochs, validation, out, device, after_step=steps.add)
     steps.end()
     return result

@@ -498,6 +498,25 @@ def test_an_empty_uri_is_refused() -> None:
         load_config(StatusConfig, "status", ["run=''"])
 
 
+def test_a_refit_tells_its_models(tmp_path: Path) -> None:
+    question = {"job": "RefitConfig", "results": "s3://user:secret@bucket/esol"}
+    storage.write_json(str(tmp_path / "config.json"), {"config": question, "chosen": {}})
+    for seed in (0, 1):
+        storage.write_json(str(tmp_path / f"models/seed-{seed}/result.json"), {})
+    (tmp_path / "models/seed-2").mkdir()
+    text = shown(tmp_path)
+    assert "unfinished: not all models are trained; the same command continues" in text
+    assert "secret" not in text
+    assert "bucket/esol" in text
+    assert (found := document(tmp_path))["models_done"] == 2
+    assert (found["kind"], found["molecules"]) == ("refit", None)
+    with leased(str(tmp_path), lambda _: False):
+        assert document(tmp_path)["state"] == "running"
+    storage.write_json(str(tmp_path / "refit.json"), {"molecules": 1128})
+    assert "finished: its list of models (refit.json) is there" in shown(tmp_path)
+    assert "1,128, for each model" in shown(tmp_path)
+
+
 def test_an_object_store_is_looked_at_alike(s3_uri: str, tmp_path: Path) -> None:
     run = pretraining(tmp_path)
     for file in run.rglob("*"):
@@ -526,6 +545,7 @@ def test_names_of_files_are_those_of_results_that_exist() -> None:
         "DATA_DIR": "data",
         "MODELS_DIR": "models",
         "SEED_RESULT_NAME": "result.json",
+        "REFIT_NAME": "refit.json",
         "BASELINES_DIR": "baselines",
         "TUNE_DIR": "tune",
         "EPOCHS_DIR": "tune/epochs",

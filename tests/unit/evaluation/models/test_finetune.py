@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.models import finetune
 from moleblend_ray.evaluation.models.finetune import (
+    ChoiceRows,
     EpochReport,
     FinetuneResult,
     StartingPoint,
     build_pretrained,
+    descriptors_of,
     finetune_once,
     predict,
+    refit_once,
 )
+from moleblend_ray.evaluation.models.linear_model import LinearModel, fit_linear
 from moleblend_ray.evaluation.models.losses import masked_loss
 from moleblend_ray.evaluation.models.property_model import (
     Standardisation,
@@ -265,3 +270,88 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
 def _poisoned(start: StartingPoint) -> dict[str, torch.Tensor]:
     state = build_pretrained(start).encoder.state_dict()
     return {name: torch.full_like(value, torch.nan) for name, value in state.items()}
+
+
+SHAKY = FinetuneSettings(epochs=9, learning_rate=3e-2, batch_size=16, head_dropout=0.0)
+"""At this rate the best epoch is not the last one."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SHAKY,
+        dataclasses.replace(SHAKY, descriptors=True),
+        dataclasses.replace(SHAKY, atom_reference=True, head_warmup_epochs=2),
+    ],
+    ids=["plain", "descriptors", "reference"],
+)
+def test_a_refit_on_what_a_run_was_trained_on_gives_the_model_that_it_chose(
+    sized: LabelledMolecules, tiny_start: StartingPoint, settings: FinetuneSettings
+) -> None:
+    rows = np.arange(len(sized))
+    shared: Any = {
+        "task": ATOMS,
+        "start": tiny_start,
+        "settings": settings,
+        "seed": 5,
+        "device": CPU,
+    }
+    result = finetune_once(sized, rows, rows[:12], **shared)
+    best = result.history[-1].best_epoch
+    assert 0 < best < settings.epochs
+    chosen_on = (ChoiceRows(rows, rows[:12]),)
+    model, trained = refit_once(sized, epochs=best, chosen_on=chosen_on, **shared)
+    for name, value in result.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    np.testing.assert_array_equal(trained.standardisation.mean, result.trained.standardisation.mean)
+
+
+def test_a_refit_learns_from_all_molecules_with_the_penalty_that_validation_chose(
+    sized: LabelledMolecules, tiny_start: StartingPoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits: list[tuple[int, float]] = []
+
+    def fit(kind: Any, inputs: Any, labels: Any, penalty: Any, **settings: Any) -> LinearModel:
+        fits.append((len(labels), penalty["alpha"]))
+        return fit_linear(kind, inputs, labels, penalty, **settings)
+
+    monkeypatch.setattr(finetune, "fit_linear", fit)
+    noise = np.random.default_rng(0).normal(0, 100, sized.labels.shape)
+    sized = dataclasses.replace(sized, labels=sized.labels + noise)
+    rows = np.arange(len(sized))
+    parts = [ChoiceRows(rows[rows % 4 != fold], rows[rows % 4 == fold]) for fold in range(2)]
+    settings = dataclasses.replace(SETTINGS, descriptors=True)
+    shared: Any = {
+        "task": ATOMS,
+        "start": tiny_start,
+        "settings": settings,
+        "seed": 0,
+        "device": CPU,
+    }
+    model, trained = refit_once(sized, epochs=0, chosen_on=parts, **shared)
+    size, chosen = fits.pop()
+    assert size == len(sized)
+    # Each penalty was tried on both parts, and the mean decides.
+    assert len(fits) == 2 * len({alpha for _, alpha in fits})
+    assert {size for size, _ in fits} == {len(part.train) for part in parts}
+    labels = sized.labels
+    assert trained.standardisation.mean == pytest.approx(labels.mean(axis=0))
+    inputs = descriptors_of(trained, sized)
+    assert inputs is not None
+    normal = trained.standardisation.normalise(labels)
+    table = inputs.double().numpy()
+    errors = {}
+    for alpha in {alpha for _, alpha in fits}:
+        linears = [
+            fit_linear(ATOMS.kind, table[p.train], normal[p.train], {"alpha": alpha}) for p in parts
+        ]
+        errors[alpha] = np.mean(
+            [
+                np.sqrt(np.mean((linear(table[p.valid]) - normal[p.valid]) ** 2))
+                for linear, p in zip(linears, parts, strict=True)
+            ]
+        )
+    assert chosen == min(errors, key=lambda alpha: errors[alpha])
+    assert model.linear is not None
+    expected = fit_linear(ATOMS.kind, table, normal, {"alpha": chosen})
+    np.testing.assert_allclose(model.linear.weight.detach().numpy(), expected.weight, rtol=1e-5)

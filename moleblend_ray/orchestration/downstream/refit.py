@@ -1,0 +1,290 @@
+"""Models for use from a finished fine-tuning or sweep: each seed is trained on all labelled molecules, in its own Ray task."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import ray
+
+from moleblend_ray.config.accept import accepted
+from moleblend_ray.config.downstream import (
+    FinetuneConfig,
+    PropertyConfig,
+    RefitConfig,
+    SweepConfig,
+)
+from moleblend_ray.data.dataset.dataset_files import is_prepared
+from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.files import storage
+from moleblend_ray.errors import DataError, without_credentials
+from moleblend_ray.evaluation.models.finetune import ChoiceRows
+from moleblend_ray.evaluation.results.refit import (
+    Choice,
+    Everything,
+    RefitModel,
+    SeedFindings,
+    finished_model,
+)
+from moleblend_ray.evaluation.results.result_files import DATA_DIR, REFIT_NAME
+from moleblend_ray.evaluation.results.results import task_entry, versions
+from moleblend_ray.orchestration.cluster.cluster_checks import require_shared_paths
+from moleblend_ray.orchestration.cluster.placement import placed
+from moleblend_ray.orchestration.cluster.session import ray_session
+from moleblend_ray.orchestration.downstream.downstream import (
+    Inputs,
+    Loaded,
+    folds_of,
+    load,
+    read_inputs,
+    run_all,
+    split_of,
+    with_descriptors,
+    worker_resources,
+)
+from moleblend_ray.orchestration.downstream.workers import refit_seed
+from moleblend_ray.orchestration.identity import check_claim, claim, question
+from moleblend_ray.orchestration.progress.progress import Reporter
+from moleblend_ray.settings import build, to_dict
+
+logger = logging.getLogger(__name__)
+
+REFIT_VERSION: Final = 1
+"""Version of the layout of ``refit.json``."""
+
+_FINISHED: Final[Mapping[str, Any]] = {
+    "task.name": str,
+    "molecules": int,
+    "final.seeds": list[dict[str, Any]],
+    "seconds": float,
+}
+"""What is read of ``refit.json``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitSummary:
+    """Which models were trained, and where they are."""
+
+    out: str
+    """Directory of the models, which `moleblend predict models=` takes."""
+    task: str
+    """Name of the task."""
+    molecules: int
+    """Molecules that each model was trained on: all with labels."""
+    models: int
+    """Number of models, one for each seed."""
+    epochs: tuple[int, ...]
+    """Epochs of each."""
+    scores: str
+    """Directory of the results that tell how good such models are: those of validation and test had no part in theirs."""
+    seconds: float
+    """Wall time of the command that finished the work."""
+    already_finished: bool
+    """True if an earlier command had finished the work and this one did nothing."""
+
+
+def refit(config: RefitConfig) -> RefitSummary:
+    """Train the settings that a finished fine-tuning or sweep chose on all of its molecules, for as many epochs as were best.
+
+    Repeating a finished command does nothing; repeating an interrupted one, or one of results that have got further seeds, trains
+    those that are missing. InUseError if another command works on the same ``out``. ConfigError if ``results`` are not finished, or
+    have no settings that are common to all molecules.
+    """
+    config = accepted(config, RefitConfig)
+    began = time.monotonic()
+    choice = Choice.read(config.results)
+    identity = _identity(config, choice)
+    check_claim(config.out, identity)
+    if (stored := _finished(config.out, choice)) is not None:
+        logger.info("%s is finished", without_credentials(config.out))
+        return _summary(config, stored, already_finished=True)
+    own = _own_settings(config, choice)
+    inputs = read_inputs(own)
+    with leased(config.out, partial(_is_finished, choice)) as lease:
+        # The command that held the lease before may have finished the work.
+        if (stored := _finished(config.out, choice)) is not None:
+            return _summary(config, stored, already_finished=True)
+        with ray_session(config.cluster):
+            loaded = _load(config, choice, own, inputs)
+            claim(config.out, identity)
+            models = _train(config, choice, own, loaded)
+            lease.confirm()
+    document = {
+        "refit_version": REFIT_VERSION,
+        "results": without_credentials(config.results),
+        "task": task_entry(loaded.task, loaded.molecules),
+        "settings": to_dict(choice.settings),
+        "molecules": len(loaded.molecules),
+        "final": {"seeds": [dataclasses.asdict(model) for model in models]},
+        "versions": versions(),
+        "seconds": time.monotonic() - began,
+    }
+    storage.write_json(storage.join(config.out, REFIT_NAME), document)
+    return _summary(config, document, already_finished=False)
+
+
+def _identity(config: RefitConfig, choice: Choice) -> dict[str, Any]:
+    """What the models in ``out`` are made of. Seeds can be added."""
+    return {
+        "config": question(config),
+        "chosen": to_dict(choice.settings),
+        "data_fingerprint": choice.data_fingerprint,
+        "checkpoint_fingerprint": choice.checkpoint_fingerprint,
+    }
+
+
+def _own_settings(config: RefitConfig, choice: Choice) -> PropertyConfig:
+    """The settings of the command that made the results, where they lie now, on this cluster."""
+    of_sweep = "search" in choice.config
+    found = build(SweepConfig if of_sweep else FinetuneConfig, choice.config)
+    return dataclasses.replace(
+        found,
+        out=config.results,
+        gpus_per_worker=config.gpus_per_worker,
+        cluster=config.cluster,
+    )
+
+
+def _load(config: RefitConfig, choice: Choice, own: PropertyConfig, inputs: Inputs) -> Loaded:
+    """The labelled molecules. DataError if these or the weights to start from are not those that the settings were chosen with."""
+    require_shared_paths({"out": config.out})
+    if not is_prepared(storage.join(config.results, DATA_DIR)):
+        # Results are only read.
+        own = dataclasses.replace(own, out=config.out)
+    loaded = load(own, inputs)
+    for what, there, now in (
+        ("molecules", choice.data_fingerprint, loaded.molecules.fingerprint),
+        ("weights of the checkpoint", choice.checkpoint_fingerprint, loaded.start.fingerprint),
+    ):
+        if there != now:
+            raise DataError(
+                f"the {what} have changed since {without_credentials(config.results)} was made: expected the fingerprint {there}, "
+                f"found {now}. Bring them back, or fine-tune anew"
+            )
+    return loaded
+
+
+def _train(
+    config: RefitConfig, choice: Choice, own: PropertyConfig, loaded: Loaded
+) -> list[RefitModel]:
+    """The models of all seeds, of which finished ones are kept."""
+    everything = _everything(own, choice, loaded)
+    logger.info(
+        "%s: training on all %d molecules, %s epochs",
+        loaded.task.name,
+        len(loaded.molecules),
+        ", ".join(str(tested.epochs) for tested in choice.seeds.values()),
+    )
+    shared = ray.put(everything)
+    runs = {
+        seed: _Run(config=config, shared=shared, everything=everything, seed=seed, tested=tested)
+        for seed, tested in choice.seeds.items()
+    }
+    found = {
+        seed: finished_model(config.out, seed, run.tested.epochs, choice.settings)
+        for seed, run in runs.items()
+    }
+    missing = {seed: run for seed, run in runs.items() if found[seed] is None}
+    found |= run_all(missing, _start, f"{loaded.task.name} on all molecules", "models")
+    return [model for model in found.values() if model is not None]
+
+
+def _everything(own: PropertyConfig, choice: Choice, loaded: Loaded) -> Everything:
+    """What all models are trained on."""
+    molecules = loaded.molecules
+    chosen_on: tuple[ChoiceRows, ...] = ()
+    if choice.settings.descriptors:
+        molecules = with_descriptors(molecules)
+        chosen_on = tuple(_chosen_on(own, loaded))
+    return Everything(
+        task=loaded.task,
+        molecules=molecules,
+        chosen_on=chosen_on,
+        start=loaded.start,
+        settings=choice.settings,
+    )
+
+
+def _chosen_on(own: PropertyConfig, loaded: Loaded) -> list[ChoiceRows]:
+    """The parts by which settings were chosen, of a cross-validation those of each fold."""
+    task = own.task
+    if not task.is_cross_validated:
+        splits = [split_of(own, loaded)]
+    else:
+        numbers = folds_of(own, loaded)
+        folds = [dataclasses.replace(task, fold=fold) for fold in range(task.folds or 0)]
+        splits = [split_of(dataclasses.replace(own, task=one), loaded, numbers) for one in folds]
+    return [ChoiceRows(split.train, split.valid) for split in splits]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Run:
+    """One training on all molecules."""
+
+    config: RefitConfig
+    shared: Any
+    """Reference to ``everything`` in the object store (``ray.ObjectRef``)."""
+    everything: Everything
+    seed: int
+    tested: SeedFindings
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps."""
+        everything = self.everything
+        return self.tested.epochs * everything.settings.steps_per_epoch(len(everything.molecules))
+
+
+def _start(run: _Run, report: Reporter) -> Any:
+    """A reference to the model of the run, which begins as soon as there are resources for it."""
+    cluster = run.config.cluster
+    options = {**worker_resources(run.config), **placed(cluster.worker_labels)}
+    return (
+        ray.remote(refit_seed)
+        .options(**options)
+        .remote(
+            run.shared,
+            run.seed,
+            run.tested.epochs,
+            run.tested.validation(run.everything.molecules.columns),
+            run.config.out,
+            cluster,
+            report,
+        )
+    )
+
+
+def _finished(out: str, choice: Choice) -> dict[str, Any] | None:
+    """What ``refit.json`` in ``out`` says, if it has a model for each seed and its number of epochs."""
+    uri = storage.join(out, REFIT_NAME)
+    if not storage.exists(uri):
+        return None
+    stored = storage.read_object(uri, _FINISHED)
+    there = {seed.get("seed"): seed.get("epochs") for seed in stored["final"]["seeds"]}
+    asked = {seed: tested.epochs for seed, tested in choice.seeds.items()}
+    return stored if there == asked else None
+
+
+def _is_finished(choice: Choice, out: str) -> bool:
+    return _finished(out, choice) is not None
+
+
+def _summary(
+    config: RefitConfig, document: Mapping[str, Any], *, already_finished: bool
+) -> RefitSummary:
+    seeds = document["final"]["seeds"]
+    return RefitSummary(
+        out=config.out,
+        task=document["task"]["name"],
+        molecules=document["molecules"],
+        models=len(seeds),
+        epochs=tuple(seed["epochs"] for seed in seeds),
+        scores=config.results,
+        seconds=document["seconds"],
+        already_finished=already_finished,
+    )
