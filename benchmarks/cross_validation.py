@@ -1,11 +1,12 @@
-"""What a cross-validation tells of new molecules, and what its models predict, beside a single split with as many models.
+"""What a cross-validation tells of new molecules, and what its models predict, beside a single split with as many models; and what
+a refit of each predicts, whose models were trained on all molecules that are not held out.
 
     python benchmarks/cross_validation.py TABLE --column COLUMN --out DIR [--repeats 3] [--folds 5] [--split random] [SETTING=VALUE ...]
 
 Each repeat holds out a fifth of the molecules at random, which nothing sees. With the others, one command cross-validates and
 another trains as many models (seeds) on one split. Of both: how far the reported score is from that of their models on the
 molecules held out, whether the interval of the score holds that, the error of the mean of all models there, and how many labels
-are inside the intervals of `predict`. SETTING=VALUE is for both commands (`model=tiny finetune.epochs=20`). Finished commands in DIR
+are inside the intervals of `predict`. Of the models of `refit`: their error, one by one and together, and the labels inside. SETTING=VALUE is for both commands (`model=tiny finetune.epochs=20`). Finished commands in DIR
 are not repeated. Prints one JSON line last.
 """
 
@@ -21,8 +22,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from moleblend_ray.config.compose import load_config
-from moleblend_ray.config.downstream import FinetuneConfig
+from moleblend_ray.config.downstream import FinetuneConfig, RefitConfig
 from moleblend_ray.inference import PropertyPredictor
+from moleblend_ray.orchestration.downstream.refit import refit
 from moleblend_ray.orchestration.downstream.task_groups import TasksSummary, finetune_or_tasks
 
 HELD_OUT = 0.2
@@ -89,24 +91,38 @@ def judged(folder: Path, name: str, overrides: list[str], column: str) -> dict[s
     assert not isinstance(summary, TasksSummary)
     results = json.loads(Path(summary.results).read_text())
     new = pd.read_csv(folder / "new.csv")
-    labels = new[column].to_numpy()
     # The score is the mean of those of single models, so it is compared with theirs.
-    models = [f"{out}/{seed['model']}" for seed in results["final"]["seeds"]]
-    own = [predicted(model, new, column) for model in models]
-    alone = float(np.mean([rmse(one["prediction"], labels) for one in own]))
-    together = predicted(out, new, column)
-    inside = (together["lower"] <= labels) & (labels <= together["upper"])
+    scored = on_new(out, results["final"]["seeds"], new, column)
+    alone = scored["new_molecules"]
     low, high = summary.test_interval or (np.nan, np.nan)
+    of_all = refit(RefitConfig(results=out, out=f"{out}-refit"))
+    seeds = json.loads(Path(of_all.out, "refit.json").read_text())["final"]["seeds"]
     return {
         "reported": round(summary.test_score, 4),
         "interval": [round(low, 4), round(high, 4)],
-        "new_molecules": round(alone, 4),
         "off_by": round(summary.test_score - alone, 4),
         "interval_holds": bool(low <= alone <= high),
+        **scored,
+        "seconds": round(summary.seconds),
+        "refit": {
+            "epochs": list(of_all.epochs),
+            **on_new(of_all.out, seeds, new, column),
+            "seconds": round(of_all.seconds),
+        },
+    }
+
+
+def on_new(out: str, seeds: list[dict[str, Any]], new: pd.DataFrame, column: str) -> dict[str, Any]:
+    """What the models in ``out`` give for the molecules that were held out: mean error of each, error of their mean, intervals."""
+    labels = new[column].to_numpy()
+    own = [predicted(f"{out}/{seed['model']}", new, column) for seed in seeds]
+    together = predicted(out, new, column)
+    inside = (together["lower"] <= labels) & (labels <= together["upper"])
+    return {
+        "new_molecules": round(float(np.mean([rmse(one["prediction"], labels) for one in own])), 4),
         "mean_of_models": round(rmse(together["prediction"], labels), 4),
         "half_width": round(float((together["upper"] - together["lower"])[0]) / 2, 4),
         "inside": round(float(inside.mean()), 4),
-        "seconds": round(summary.seconds),
     }
 
 
