@@ -21,6 +21,7 @@ PATH_FIELDS = frozenset(
         "dir",
         "models",
         "out",
+        "results",
         "run",
         "source",
         "split_file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,7 @@ from moleblend_ray.config.compose import (
     load_config,
     model_preset,
 )
+from moleblend_ray.config.paths import with_absolute_paths
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.settings import build, to_dict
 
@@ -62,6 +64,23 @@ def test_every_file_belongs_to_a_job_or_to_a_group_of_one() -> None:
 def test_every_job_composes_and_validates(job: str) -> None:
     config = load(job)
     assert build(type(config), to_dict(config)) == config
+
+
+def texts_of(value: object) -> Iterator[str]:
+    """Every text in plain settings, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from texts_of(item)
+
+
+@pytest.mark.parametrize("job", list(REQUIRED))
+def test_every_local_path_of_a_job_is_made_absolute(job: str) -> None:
+    given = list(texts_of(to_dict(load(job))))
+    found = list(texts_of(to_dict(with_absolute_paths(load(job)))))
+    assert any(text.startswith("runs/") for text in given)
+    assert not [text for text in found if text.startswith("runs/")]
 
 
 @pytest.mark.parametrize(("job", "group", "choice"), JOB_CHOICES)

@@ -111,7 +111,8 @@ class Choice:
         path = storage.join(uri, RESULTS_NAME)
         if not storage.exists(path):
             raise ConfigError(
-                f"results: {uri} has no {RESULTS_NAME}; expected the `out` of a finished fine-tuning or sweep of one task"
+                f"results: {uri} has no {RESULTS_NAME}; expected the `out` of a finished fine-tuning or sweep, of several tasks the "
+                "folder of one of them"
             )
         results = storage.read_object(path, _RESULTS)
         if results["chosen"] is None:

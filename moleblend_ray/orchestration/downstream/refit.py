@@ -80,8 +80,8 @@ class RefitSummary:
     """Number of models, one for each seed."""
     epochs: tuple[int, ...]
     """Epochs of each."""
-    scores: str
-    """Directory of the results that tell how good such models are: those of validation and test had no part in theirs."""
+    results: str
+    """Directory of the results, whose scores tell how good such models are."""
     seconds: float
     """Wall time of the command that finished the work."""
     already_finished: bool
@@ -284,7 +284,7 @@ def _summary(
         molecules=document["molecules"],
         models=len(seeds),
         epochs=tuple(seed["epochs"] for seed in seeds),
-        scores=config.results,
+        results=config.results,
         seconds=document["seconds"],
         already_finished=already_finished,
     )
