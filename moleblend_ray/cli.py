@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import gc
 import importlib
 import io
 import logging
@@ -505,7 +506,20 @@ def _job(name: str) -> Job:
 def load_reference(reference: str) -> Any:
     """Import and return what "module:name" refers to."""
     module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    with _no_collections():
+        return getattr(importlib.import_module(module), name)
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """No search for garbage in the body: imports leave little, and looking through all that they make is a fifth of their time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _paths(config: object) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -444,3 +445,16 @@ def test_sigterm_ends_every_job_by_status_75_and_leaves_its_handler_behind(
     assert len(closed) == 1
     assert signal.getsignal(signal.SIGTERM) == before
     assert "stopped by SIGTERM; the same command continues" in capsys.readouterr().err
+
+
+def test_no_garbage_is_looked_for_while_a_command_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "works.py").write_text("import gc\nlooked = gc.isenabled()\n")
+    (tmp_path / "fails.py").write_text("raise ImportError\n")
+    assert cli.load_reference("works:looked") is False
+    assert gc.isenabled()
+    with pytest.raises(ImportError):
+        cli.load_reference("fails:looked")
+    assert gc.isenabled()
