@@ -21,7 +21,6 @@ atoms of all molecules; also how many times longer predictions take with contrib
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -142,7 +141,7 @@ def terms(mol: Chem.Mol) -> NDArray[np.float64]:
 
 def batches(predictor: mb.PropertyPredictor, smiles: Sequence[str]) -> list[MoleculeBatch]:
     """One for each molecule, as the models see it with ``atom_contributions``."""
-    asked = dataclasses.replace(predictor.predictor, atom_contributions=True)
+    asked = predictor.predictor.with_contributions(asked=True)
     table = _featurize(smiles, asked.conformers, asked, 256).molecules
     blocks = (
         block_from_table(table.slice(row, 1), np.zeros(1, np.int64)) for row in range(len(table))

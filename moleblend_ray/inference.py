@@ -6,7 +6,6 @@ same code, so a molecule gets the same numbers (up to rounding: what shares a ba
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.prediction.embedding import Embedder
 from moleblend_ray.evaluation.prediction.encoders import load_encoder
 from moleblend_ray.evaluation.prediction.ensemble import load_members
+from moleblend_ray.evaluation.prediction.panel import Panel, build_predictor
 from moleblend_ray.evaluation.prediction.prediction import Predictor
 from moleblend_ray.evaluation.settings import COVERAGE
 from moleblend_ray.settings import typed
@@ -123,9 +123,9 @@ class MoleculeEncoder:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PropertyPredictor:
-    """One fine-tuned model, or several that answer the same question, which take SMILES."""
+    """One fine-tuned model, or several, which take SMILES. Those of one task are an ensemble, and several tasks a panel."""
 
-    predictor: Predictor
+    predictor: Predictor | Panel
     """The models and how they are asked."""
 
     @classmethod
@@ -138,12 +138,13 @@ class PropertyPredictor:
         device: str | torch.device = "cpu",
         batch_size: int | None = None,
     ) -> PropertyPredictor:
-        """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings and sweeps, by path or URI.
+        """The fine-tuned models of folders (``models/seed-N``), or of all seeds of finished fine-tunings, sweeps and refits, of one task or
+        several, by path or URI.
 
         Predictions are means over models and ``conformers`` (0: without coordinates; None: as many as the models were fine-tuned with,
         none for models that see 2D relations alone); ``batch_size`` conformers are computed at once (None: 64 on a CPU, 1,024 on a GPU). Intervals around predicted
         numbers, and sets of classes, hold the share ``interval`` of labels (above 0 and below 1; None: neither). A CheckpointError if there is no
-        model, a ConfigError if two answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
+        model, a ConfigError if two of one task answer different questions, if only some were fine-tuned without coordinates and ``conformers`` is
         None, for a device that is not there or another wrong argument.
         """
         given = _locations("models", models)
@@ -151,7 +152,7 @@ class PropertyPredictor:
             conformers = int(conformers)
         asked = _Asked(conformers=conformers, interval=interval, batch_size=batch_size)
         place = _usable(device)
-        predictor = Predictor.build(
+        predictor = build_predictor(
             load_members(given),
             conformers=asked.conformers,
             threshold=None,
@@ -174,13 +175,15 @@ class PropertyPredictor:
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
         ``p0:NAME`` and ``p1:NAME``, the p-values of classes, and ``classes:NAME``, those that the molecule goes with,
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
+        Of several tasks NAME is the task, or ``task/column`` of one with several columns, and the last two are ``similarity:TASK`` and
+        ``in_domain:TASK``.
 
         ``atom_contributions`` adds ``atom_contributions:NAME`` and ``atom_contributions_std:NAME`` as ``moleblend predict`` does, lists of the
         atoms in the order of ``canonical_smiles``, which follows ``smiles``. This takes about as many times longer as a molecule has
         atoms.
         """
         asked = _listed(smiles)
-        predictor = dataclasses.replace(self.predictor, atom_contributions=atom_contributions)
+        predictor = self.predictor.with_contributions(asked=atom_contributions)
         found = _featurize(asked, predictor.conformers, predictor, max_atoms)
         part = predictor.part(found.molecules)
         row_of = np.full(len(asked), -1, dtype=np.int64)
@@ -280,7 +283,7 @@ def _encodable(text: str) -> str:
 
 
 def _featurize(
-    smiles: Sequence[Any], conformers: int, model: Embedder | Predictor, max_atoms: int
+    smiles: Sequence[Any], conformers: int, model: Embedder | Predictor | Panel, max_atoms: int
 ) -> Featurized:
     """The molecules as ``model`` takes them, rows of a shard, and those that were turned away; ``source_row`` is the place
     in ``smiles``."""

@@ -383,7 +383,8 @@ class PredictConfig(LibraryConfig):
 
     models: str | tuple[str, ...]
     """Fine-tuned model (models/seed-N of a fine-tuning or sweep), or a finished `out` of one, which means the models
-    of all its seeds; or a list of these. All must answer the same question; several are an ensemble."""
+    of all its seeds; or a list of these. Several models of one task are an ensemble. Those of several tasks, or the `out` of several,
+    predict the properties of all in one table."""
     conformers: int | None = None
     """Conformers of each molecule over which predictions are averaged. Where the source has no coordinates so many
     are made, with seeds; of coordinates that are there, the first. 0: none, so the models see 2D relations alone. null:

@@ -137,6 +137,22 @@ def test_defaults_that_other_code_gave_pytorch_change_nothing(
     assert found[1] == expected[1]
 
 
+def test_models_of_several_tasks_predict_together_each_under_its_name(tmp_path: Path) -> None:
+    uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    saved = load_property_model(uris[2])
+    trained = dataclasses.replace(saved.trained, task="logp", unit="")
+    save_property_model(saved.model, trained, uris[2])
+    given = ["CCO", "nothing", "CCCl"]
+    table = mb.PropertyPredictor.from_pretrained(uris).predict(given, atom_contributions=True)
+    assert table["rejected"].to_pylist()[1].startswith("unparsable_smiles: ")
+    for task, models in (("esol", uris[:2]), ("logp", uris[2:])):
+        alone = mb.PropertyPredictor.from_pretrained(models).predict(given, atom_contributions=True)
+        for name in ("prediction", "std", "atom_contributions"):
+            assert table[f"{name}:{task}"].equals(alone[f"{name}:y"])
+        assert table[f"in_domain:{task}"].equals(alone["in_domain"])
+    assert table.schema.field("prediction:esol").metadata == {b"unit": b"log(mol/L)"}
+
+
 def test_an_ensemble_predicts_in_the_unit_with_its_spread(tmp_path: Path) -> None:
     uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("ab")]
     table = mb.PropertyPredictor.from_pretrained(uris).predict(["CCO", "\ud800", "CCCl"])

@@ -78,7 +78,8 @@ def combine(values: NDArray[np.float64], views: NDArray[np.int64]) -> Combined:
 
 
 def model_folders(models: Sequence[str]) -> tuple[str, ...]:
-    """The folders of all fine-tuned models: a URI is one folder, or a finished fine-tuning, sweep or refit with one per seed.
+    """The folders of all fine-tuned models: a URI is one folder, or a finished fine-tuning, sweep or refit with one per seed, or the
+    `out` of several tasks, with those of all that are finished.
 
     Raises CheckpointError for anything else.
     """
@@ -94,7 +95,9 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
             _require_models(results, folders)
             found += folders
         elif is_of_several_tasks(uri):
-            raise CheckpointError(several_tasks(uri))
+            if not (tasks := _finished_tasks(uri)):
+                raise CheckpointError(several_tasks(uri))
+            found += model_folders(tasks)
         else:
             raise CheckpointError(
                 f"{uri} is neither the folder of a fine-tuned model nor the `out` of a finished fine-tuning, sweep or refit "
@@ -119,9 +122,14 @@ def is_of_several_tasks(uri: str) -> bool:
     return has_board and not has_note
 
 
+def _finished_tasks(uri: str) -> list[str]:
+    """The directories of the tasks in ``uri`` that have results."""
+    return [storage.join(uri, row.results) for row in read_leaderboard(uri).finished]
+
+
 def several_tasks(uri: str) -> str:
     """What is told to those who ask for one model at ``uri``, where several tasks have theirs."""
-    finished = [storage.join(uri, row.results) for row in read_leaderboard(uri).finished]
+    finished = _finished_tasks(uri)
     listed = f"name one of them: {', '.join(finished)}" if finished else "none of them is finished"
     return f"{uri} is the `out` of a fine-tuning or sweep of several tasks, each with models of its own; {listed}"
 
@@ -139,8 +147,8 @@ def _require_models(results: str, folders: Sequence[str]) -> None:
 def load_members(models: Sequence[str]) -> tuple[Member, ...]:
     """All models that ``models`` name, in evaluation mode on the CPU.
 
-    Raises ConfigError if two of them answer different questions, or are the same model: the spread of copies would look
-    like certainty.
+    Raises ConfigError if two of the same task answer different questions, or two are the same model: the spread of copies would
+    look like certainty.
     """
     members: list[Member] = []
     for uri in model_folders(models):
@@ -212,10 +220,10 @@ def _check_pair(first: Member, second: Member) -> None:
     differing = [
         f"{name} {one[name]!r} and {two[name]!r}" for name in one if one[name] != two[name]
     ]
-    if differing:
+    if differing and one["task"] == two["task"]:
         raise ConfigError(
-            f"models: {first.uri} and {second.uri} answer different questions: {'; '.join(differing)}. "
-            "Predict with each kind into its own `out`"
+            f"models: {first.uri} and {second.uri} answer different questions, and have one task, {one['task']!r}: "
+            f"{'; '.join(differing)}. Predict with each kind into its own `out`"
         )
     if first.fingerprint == second.fingerprint:
         raise ConfigError(f"models: {first.uri} and {second.uri} are the same model; name it once")

@@ -136,6 +136,10 @@ class Predictor:
             atom_contributions=atom_contributions,
         )
 
+    def with_contributions(self, *, asked: bool) -> Predictor:
+        """The same models, asked for contributions of atoms or not."""
+        return dataclasses.replace(self, atom_contributions=asked)
+
     @property
     def form(self) -> MoleculeForm | None:
         """The form that molecules should have; None: unknown. For contributions, atoms have the order of the canonical SMILES."""

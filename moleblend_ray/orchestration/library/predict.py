@@ -24,6 +24,7 @@ from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.prediction.ensemble import load_members
+from moleblend_ray.evaluation.prediction.panel import Panel, build_predictor
 from moleblend_ray.evaluation.prediction.prediction import Predictor
 from moleblend_ray.evaluation.results.result_files import PREDICT
 from moleblend_ray.orchestration.library.part_writer import PartsJob
@@ -50,7 +51,7 @@ class PredictSummary:
     columns: tuple[str, ...]
     """Names of the predicted properties."""
     unit: str
-    """Unit of the predictions; empty for classes, for which the probability of class 1 is predicted."""
+    """Unit of the predictions, of several tasks all of them; empty for classes, for which the probability of class 1 is predicted."""
     models: int
     """Number of models."""
     half_widths: dict[str, float | None]
@@ -120,9 +121,9 @@ def predict_job(config: PredictConfig) -> PartsJob:
     )
 
 
-def load_predictor(config: PredictConfig, device: torch.device) -> Predictor:
+def load_predictor(config: PredictConfig, device: torch.device) -> Predictor | Panel:
     """Load all models to ``device``."""
-    return Predictor.build(
+    return build_predictor(
         load_members(config.model_uris()),
         conformers=config.conformers,
         threshold=config.applicability,

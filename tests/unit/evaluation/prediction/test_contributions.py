@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def lists(table: pa.Table, name: str) -> list[np.ndarray]:
 
 def by_hand(predictor: mb.PropertyPredictor, smiles: str, conformers: int) -> np.ndarray:
     """(S, C, N, 2): models, conformers, atoms; one forward pass for each."""
-    asked = dataclasses.replace(predictor.predictor, atom_contributions=True)
+    asked = predictor.predictor.with_contributions(asked=True)
     table = _featurize([smiles], conformers, asked, 256).molecules
     taken = max(1, table["num_conformers"][0].as_py())
     zero = np.zeros(1, np.int64)
@@ -122,7 +121,9 @@ def test_contributions_of_a_sum_over_atoms_are_its_terms(tmp_path: Path) -> None
             parameter.zero_()
         model.reference.copy_(torch.randn(model.reference.shape))
     table = predictor.predict(SMILES[:2], atom_contributions=True)
-    terms = model.reference.numpy() * predictor.predictor.trained.standardisation.std
+    terms = (
+        model.reference.numpy() * predictor.predictor.members[0].saved.trained.standardisation.std
+    )
     for row, found in enumerate(lists(table, "atom_contributions")):
         atoms = Chem.MolFromSmiles(table["canonical_smiles"][row].as_py()).GetAtoms()
         expected = [
@@ -163,7 +164,7 @@ def test_a_linear_model_of_descriptors_contributes_nothing(tmp_path: Path) -> No
             output: torch.Tensor = mixed(batch, descriptors)
         return output.double().numpy()[None]
 
-    predictor = dataclasses.replace(alone.predictor, atom_contributions=True)
+    predictor = alone.predictor.with_contributions(asked=True)
     table = _featurize(SMILES[:1], 0, predictor, 256).molecules
     found = atom_contributions(
         table, np.ones(1, np.int64), ask, shape=(1, 2), batch_size=8, device=torch.device("cpu")

@@ -122,9 +122,13 @@ def test_the_folder_of_several_tasks_is_answered_by_those_that_have_models(tmp_p
         "final": {"name": "a model", "valid": spread, "test": spread},
     }
     storage.write_json(str(out / "esol/results.json"), results)
-    for ask in asks:
-        with pytest.raises(CheckpointError, match=r"name one of them: \S+/many/esol$"):
-            ask(str(out))
+    with pytest.raises(CheckpointError, match=r"name one of them: \S+/many/esol$"):
+        load_encoder(str(out))
+    # The models of all tasks that are finished predict together.
+    results["final"] |= {"seeds": [{"model": "models/seed-0"}]}  # type: ignore[operator]
+    storage.write_json(str(out / "esol/results.json"), results)
+    model = save_model(out / "esol/models/seed-0", 0)
+    assert model_folders([str(out)]) == (model,)
 
 
 def test_a_run_that_has_a_leaderboard_of_its_fine_tunings_is_still_a_run(tmp_path: Path) -> None:
@@ -138,13 +142,12 @@ def test_a_run_that_has_a_leaderboard_of_its_fine_tunings_is_still_a_run(tmp_pat
 @pytest.mark.parametrize(
     "changes",
     [
-        {"task": "logp"},
         {"columns": ("z",)},
         {"unit": "g/L"},
         {"kind": TaskKind.CLASSIFICATION},
     ],
 )
-def test_models_of_two_questions_are_refused_naming_both(
+def test_models_of_one_task_with_two_questions_are_refused_naming_both(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     first = save_model(tmp_path / "first", 0)
@@ -152,6 +155,9 @@ def test_models_of_two_questions_are_refused_naming_both(
     (name,) = changes
     with pytest.raises(ConfigError, match=rf"{first} and {second} .* different .*: {name}"):
         load_members([first, second])
+    # Of two tasks they may be.
+    other = dataclasses.replace(SOLUBILITY, task="logp", **changes)
+    assert len(load_members([first, save_model(tmp_path / "third", 1, other)])) == 2
 
 
 def test_models_may_differ_in_what_their_labels_were_standardised_by(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,9 @@ import torch
 from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data.dataset.block import GraphColumns, block_from_table, gather
-from moleblend_ray.evaluation.models.batches import without_coordinates
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.errors import ConfigError
+from moleblend_ray.evaluation.models.batches import MOLECULE_COLUMNS, without_coordinates
 from moleblend_ray.evaluation.models.finetune import predict
 from moleblend_ray.evaluation.models.property_model import (
     SavedProperty,
@@ -23,6 +26,7 @@ from moleblend_ray.evaluation.models.property_model import (
 from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain
 from moleblend_ray.evaluation.molecules.similarity import packed_ecfp
 from moleblend_ray.evaluation.prediction.ensemble import Member
+from moleblend_ray.evaluation.prediction.panel import Panel, build_predictor
 from moleblend_ray.evaluation.prediction.prediction import Predictor
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import TaskKind
@@ -428,3 +432,87 @@ def test_intervals_and_sets_are_there_only_if_asked(table: pa.Table) -> None:
         assert without.part(table).num_rows == table.num_rows
         alone = dataclasses.replace(one, validation=None)
         assert without.fingerprint == predictor(alone).fingerprint
+
+
+def of_task(one: Member, task: str, **changes: object) -> Member:
+    """The model, as if it had been trained for another task."""
+    trained = dataclasses.replace(one.saved.trained, task=task, **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(one, saved=SavedProperty(one.saved.model, trained))
+
+
+def panel(*members: Member, **settings: Any) -> Predictor | Panel:
+    defaults: dict[str, Any] = {
+        "conformers": None,
+        "threshold": None,
+        "batch_size": 64,
+        "device": CPU,
+    }
+    return build_predictor(members, **{**defaults, **settings})
+
+
+def test_a_panel_says_of_each_task_what_its_models_alone_say(table: pa.Table) -> None:
+    esol = [of_task(member(seed), "esol", conformers=3) for seed in (0, 1)]
+    flat = of_task(member(2, kind=TaskKind.CLASSIFICATION, training=FLAT), "herg", conformers=0)
+    found = panel(esol[0], flat, esol[1], interval=0.9)
+    assert isinstance(found, Panel)
+    assert (found.conformers, len(found.members)) == (3, 3)
+    part = found.part(table)
+    assert part.schema.equals(found.schema, check_metadata=True)
+    assert part["conformer_status"] == table["conformer_status"]
+    for task, members in (("esol", esol), ("herg", [flat])):
+        alone = predictor(*members, conformers=None, interval=0.9).part(table)
+        own = [name for name in part.column_names if task in name]
+        assert len(own) == alone.num_columns - len(MOLECULE_COLUMNS)
+        for name, field in zip(own, list(alone.schema)[len(MOLECULE_COLUMNS) :], strict=True):
+            statistic, _, column = field.name.partition(":")
+            assert name == (f"{statistic}:{task}/{column}" if column else f"{statistic}:{task}")
+            assert part[name].equals(alone[field.name])
+            assert part.schema.field(name).metadata == field.metadata
+    assert "conformer_std:esol/a" in part.column_names
+    assert "classes:herg/a" in part.column_names
+    assert part["similarity:esol"] != part["similarity:herg"]
+
+
+def test_a_panel_describes_all_of_its_models() -> None:
+    esol = [of_task(member(seed), "esol") for seed in (0, 1)]
+    herg = of_task(member(2, kind=TaskKind.CLASSIFICATION), "herg")
+    found = panel(*esol, herg)
+    told = found.describe()
+    assert told["columns"] == ["esol/a", "esol/b", "herg/a", "herg/b"]
+    assert told["units"] == {"esol/a": "kcal/mol", "esol/b": "kcal/mol", "herg/a": "", "herg/b": ""}
+    assert told["unit"] == "kcal/mol"
+    assert [model["uri"] for model in told["models"]] == ["model-0", "model-1", "model-2"]
+    assert [len(one["models"]) for one in told["tasks"].values()] == [2, 1]
+    others = [panel(esol[0], herg), panel(*esol, of_task(herg, "hERG"))]
+    assert len({one.fingerprint for one in (found, *others)}) == 3
+
+
+def test_models_of_one_task_are_no_panel() -> None:
+    assert isinstance(panel(member(0), member(1)), Predictor)
+
+
+def test_the_contributions_of_a_panel_are_those_of_its_models(table: pa.Table) -> None:
+    one, two = of_task(member(0), "esol"), of_task(member(1), "logp")
+    found = panel(one, two, conformers=0).with_contributions(asked=True)
+    assert found.form is not None
+    assert found.form.canonical_order
+    part = found.part(table)
+    for task, single in (("esol", one), ("logp", two)):
+        alone = predictor(single, conformers=0).with_contributions(asked=True).part(table)
+        assert part[f"atom_contributions:{task}/b"].equals(alone["atom_contributions:b"])
+    again = found.with_contributions(asked=False)
+    assert not [name for name in again.schema.names if name.startswith("atom_")]
+
+
+def test_tasks_that_need_other_molecules_make_no_panel() -> None:
+    seeing = of_task(member(0), "esol")
+    model = PropertyModel(MoleBlendModel(TINY), 2, ReadoutConfig(relations="3d"))
+    distances = of_task(
+        dataclasses.replace(seeing, saved=SavedProperty(model, seeing.saved.trained)), "gap"
+    )
+    with pytest.raises(ConfigError, match=r"those of gap see distances alone.*those of esol can"):
+        panel(seeing, distances)
+    salty = of_task(member(1), "logp", molecules=MoleculeForm(salts="largest_fragment"))
+    plain = of_task(seeing, "esol", molecules=MoleculeForm())
+    with pytest.raises(ConfigError, match="different forms"):
+        panel(plain, salty)
