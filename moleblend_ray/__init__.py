@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from moleblend_ray.orchestration.download import download
     from moleblend_ray.orchestration.downstream.cross_validation import cross_validate
     from moleblend_ray.orchestration.downstream.finetune import finetune
-    from moleblend_ray.orchestration.downstream.refit import refit
+    from moleblend_ray.orchestration.downstream.refit import refit, refit_tasks
     from moleblend_ray.orchestration.downstream.sweep import sweep
     from moleblend_ray.orchestration.downstream.task_groups import finetune_tasks, sweep_tasks
     from moleblend_ray.orchestration.export import export
@@ -150,6 +150,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "refit",
+    "refit_tasks",
     "samples",
     "status",
     "sweep",
@@ -227,6 +228,7 @@ _HOMES = {
     "prepare": "orchestration.preparation.prepare",
     "pretrain": "orchestration.pretraining.pretrain",
     "refit": "orchestration.downstream.refit",
+    "refit_tasks": "orchestration.downstream.refit",
     "samples": "orchestration.samples",
     "status": "orchestration.status",
     "sweep": "orchestration.downstream.sweep",

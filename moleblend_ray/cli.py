@@ -100,7 +100,7 @@ JOBS: Mapping[str, Job] = {
     "refit": Job(
         "finished fine-tuning or sweep -> models for use, trained on all of its molecules",
         "moleblend_ray.config.downstream:RefitConfig",
-        "moleblend_ray.orchestration.downstream.refit:refit",
+        "moleblend_ray.orchestration.downstream.refit:refit_or_tasks",
         "results=runs/herg out=runs/herg-final",
     ),
     "leaderboard": Job(

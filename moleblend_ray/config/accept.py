@@ -24,7 +24,7 @@ FUNCTIONS: Final[Mapping[str, str]] = {
     "PredictConfig": "mb.predict",
     "PrepareConfig": "mb.prepare",
     "PretrainConfig": "mb.pretrain",
-    "RefitConfig": "mb.refit",
+    "RefitConfig": "mb.refit (of several tasks mb.refit_tasks)",
     "SamplesConfig": "mb.samples",
     "StatusConfig": "mb.status",
     "SweepConfig": "mb.sweep (of several tasks mb.sweep_tasks, of folds mb.cross_validate)",

@@ -284,8 +284,8 @@ class RefitConfig:
     """A finished fine-tuning or sweep -> models for use, trained on all of its molecules."""
 
     results: str
-    """`out` of a finished fine-tuning, cross-validation or sweep of one task: its molecules, settings, seeds, and how many epochs were
-    best for each."""
+    """`out` of a finished fine-tuning, cross-validation or sweep, of one task or several: its molecules, settings, seeds, and how many
+    epochs were best for each."""
     out: str
     """Directory of the models, as a path or URI that every worker reaches."""
     gpus_per_worker: float = 1.0

@@ -88,6 +88,9 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
         if is_property_model(uri):
             found.append(uri)
         elif (results := list_of_models(uri)) is not None:
+            if (tasks := _refitted_tasks(uri, results)) is not None:
+                found += model_folders(tasks)
+                continue
             seeds = storage.read_object(results, {"final.seeds": list[Any]})["final"]["seeds"]
             for seed in seeds:
                 storage.require_members(results, seed, {"model": str})
@@ -95,7 +98,7 @@ def model_folders(models: Sequence[str]) -> tuple[str, ...]:
             _require_models(results, folders)
             found += folders
         elif is_of_several_tasks(uri):
-            if not (tasks := _finished_tasks(uri)):
+            if not (tasks := _finished_tasks(uri, tells=True)):
                 raise CheckpointError(several_tasks(uri))
             found += model_folders(tasks)
         else:
@@ -122,9 +125,27 @@ def is_of_several_tasks(uri: str) -> bool:
     return has_board and not has_note
 
 
-def _finished_tasks(uri: str) -> list[str]:
-    """The directories of the tasks in ``uri`` that have results."""
-    return [storage.join(uri, row.results) for row in read_leaderboard(uri).finished]
+def _refitted_tasks(uri: str, results: str) -> list[str] | None:
+    """The directories in ``uri`` of the tasks that its list of models ``results`` names; None if it names models."""
+    if "tasks" not in storage.read_object(results):
+        return None
+    tasks = storage.read_object(results, {"tasks": list[dict[str, Any]]})["tasks"]
+    for task in tasks:
+        storage.require_members(results, task, {"folder": str})
+    return [storage.join(uri, task["folder"]) for task in tasks]
+
+
+def _finished_tasks(uri: str, *, tells: bool = False) -> list[str]:
+    """The directories of the tasks in ``uri`` that have results; ``tells`` which have none."""
+    board = read_leaderboard(uri)
+    lacking = [row.name for row in board.rows if row not in board.finished]
+    if tells and board.finished and lacking:
+        logger.warning(
+            "%s: %s have no results, and are not predicted",
+            without_credentials(uri),
+            ", ".join(lacking),
+        )
+    return [storage.join(uri, row.results) for row in board.finished]
 
 
 def several_tasks(uri: str) -> str:

@@ -127,7 +127,7 @@ class RefitStatus:
     """Directory of the results."""
     models_done: int
     molecules: int | None
-    """Molecules that each model was trained on; None while unfinished."""
+    """Molecules that each model was trained on; None while unfinished, and of several tasks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,8 +328,9 @@ def sweep_status(uri: str, identity: Mapping[str, Any]) -> SweepStatus:
 
 def refit_status(uri: str, identity: Mapping[str, Any]) -> RefitStatus:
     """The status of a refit whose config.json is ``identity``."""
-    done = [info for info in _listed([uri], MODELS_DIR) if info.uri.endswith(SEED_RESULT_NAME)]
-    found = _read(uri, REFIT_NAME, {"molecules": int})
+    # Of several tasks, each has a folder.
+    done = [info for info in storage.list_files(uri) if info.uri.endswith(f"/{SEED_RESULT_NAME}")]
+    found = _read(uri, REFIT_NAME, {"results": str})
     state, detail = "finished", f"its list of models ({REFIT_NAME}) is there"
     if found is None:
         state, then = _unfinished(uri, "the same command continues")
@@ -341,7 +342,7 @@ def refit_status(uri: str, identity: Mapping[str, Any]) -> RefitStatus:
         detail=detail,
         results=member(identity, "config.results", str) or "",
         models_done=len(done),
-        molecules=found["molecules"] if found else None,
+        molecules=member(found, "molecules", int),
     )
 
 

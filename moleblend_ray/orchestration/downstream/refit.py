@@ -22,8 +22,16 @@ from moleblend_ray.config.downstream import (
 from moleblend_ray.data.dataset.dataset_files import is_prepared
 from moleblend_ray.data.dataset.lease import leased
 from moleblend_ray.data.files import storage
-from moleblend_ray.errors import DataError, without_credentials
+from moleblend_ray.errors import (
+    ConfigError,
+    DataError,
+    MoleBlendError,
+    TrainingError,
+    without_credentials,
+)
 from moleblend_ray.evaluation.models.finetune import ChoiceRows
+from moleblend_ray.evaluation.prediction.ensemble import is_of_several_tasks
+from moleblend_ray.evaluation.reports.leaderboard import Status, read_leaderboard
 from moleblend_ray.evaluation.results.refit import (
     Choice,
     Everything,
@@ -86,6 +94,90 @@ class RefitSummary:
     """Wall time of the command that finished the work."""
     already_finished: bool
     """True if an earlier command had finished the work and this one did nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefitTasksSummary:
+    """Which models of several tasks were trained, and where they are."""
+
+    out: str
+    """Directory of the models, a folder for each task; `moleblend predict models=` takes it for all of them."""
+    tasks: int
+    """Number of tasks with results."""
+    models: int
+    """Number of models of all tasks."""
+    results: str
+    """Directory of the results, whose scores tell how good such models are."""
+    seconds: float
+    """Wall time of this command."""
+    already_finished: bool
+    """True if earlier commands had finished every task."""
+
+
+def refit_or_tasks(config: RefitConfig) -> RefitSummary | RefitTasksSummary:
+    """What `moleblend refit` does: the models of one task, or of several."""
+    config = accepted(config, RefitConfig)
+    return refit_tasks(config) if is_of_several_tasks(config.results) else refit(config)
+
+
+def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
+    """:func:`refit` of each task with results in ``config.results``, into a folder of the same name in ``config.out``.
+
+    Repeating the command trains what is missing. After all tasks it raises TrainingError that names those that failed, if any.
+    ConfigError if ``results`` are not those of several tasks, or none of them has some.
+    """
+    config = accepted(config, RefitConfig)
+    began = time.monotonic()
+    check_claim(config.out, {"config": question(config)})
+    folders = _folders_of_tasks(config.results)
+    summaries, failed = {}, {}
+    with ray_session(config.cluster):
+        claim(config.out, {"config": question(config)})
+        for name, folder in folders.items():
+            own = dataclasses.replace(
+                config,
+                results=storage.join(config.results, folder),
+                out=storage.join(config.out, folder),
+            )
+            try:
+                summaries[name] = refit(own)
+            except MoleBlendError as error:
+                logger.error("%s: %s", name, error)
+                failed[name] = " ".join(str(error).split())
+    if failed:
+        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
+        raise TrainingError(
+            f"{len(failed)} of {len(folders)} tasks failed: {listed}. The others are in {config.out}; the same command tries only "
+            "these again"
+        )
+    document = {
+        "refit_version": REFIT_VERSION,
+        "results": without_credentials(config.results),
+        "tasks": [{"name": name, "folder": folder} for name, folder in folders.items()],
+    }
+    storage.write_json(storage.join(config.out, REFIT_NAME), document)
+    return RefitTasksSummary(
+        out=config.out,
+        tasks=len(summaries),
+        models=sum(one.models for one in summaries.values()),
+        results=config.results,
+        seconds=time.monotonic() - began,
+        already_finished=all(one.already_finished for one in summaries.values()),
+    )
+
+
+def _folders_of_tasks(results: str) -> dict[str, str]:
+    """Name of each task with results -> its folder."""
+    if not is_of_several_tasks(results):
+        raise ConfigError(
+            f"results: {results} is not the `out` of several tasks; in Python, call refit for one"
+        )
+    board = read_leaderboard(results)
+    if not board.finished:
+        raise ConfigError(f"results: none of the tasks in {results} is finished")
+    if lacking := [row.name for row in board.rows if row.status is not Status.FINISHED]:
+        logger.warning("%s have no results, and get no models", ", ".join(lacking))
+    return {row.name: row.results for row in board.finished}
 
 
 def refit(config: RefitConfig) -> RefitSummary:

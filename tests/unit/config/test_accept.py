@@ -30,7 +30,7 @@ TAKING = functions_of_settings()
 
 
 def test_the_functions_of_all_settings_are_known() -> None:
-    assert len(TAKING) == 18
+    assert len(TAKING) == 19
     takes: dict[str, set[str]] = {}
     for name, (_, classes) in TAKING.items():
         for settings in classes:

@@ -512,7 +512,7 @@ def test_a_refit_tells_its_models(tmp_path: Path) -> None:
     assert (found["kind"], found["molecules"]) == ("refit", None)
     with leased(str(tmp_path), lambda _: False):
         assert document(tmp_path)["state"] == "running"
-    storage.write_json(str(tmp_path / "refit.json"), {"molecules": 1128})
+    storage.write_json(str(tmp_path / "refit.json"), {"results": "esol", "molecules": 1128})
     assert "finished: its list of models (refit.json) is there" in shown(tmp_path)
     assert "1,128, for each model" in shown(tmp_path)
 
