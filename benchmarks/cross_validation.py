@@ -1,7 +1,8 @@
 """What a cross-validation tells of new molecules, and what its models predict, beside a single split with as many models; and what
 a refit of each predicts, whose models were trained on all molecules that are not held out.
 
-    python benchmarks/cross_validation.py TABLE --column COLUMN --out DIR [--repeats 3] [--folds 5] [--split random] [SETTING=VALUE ...]
+    python benchmarks/cross_validation.py TABLE --column COLUMN --out DIR [--repeats 3] [--folds 5] [--split random]
+        [--only single_split] [SETTING=VALUE ...]
 
 Each repeat holds out a fifth of the molecules at random, which nothing sees. With the others, one command cross-validates and
 another trains as many models (seeds) on one split. Of both: how far the reported score is from that of their models on the
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--split", default="random")
+    parser.add_argument("--only", choices=("cross_validation", "single_split"))
     arguments, settings = parser.parse_known_args()
     found = [measure(repeat, arguments, settings) for repeat in range(arguments.repeats)]
     config = {name: str(value) for name, value in vars(arguments).items() if name != "out"}
@@ -71,7 +73,9 @@ def measure(repeat: int, arguments: argparse.Namespace, settings: list[str]) -> 
         "single_split": [f"seeds={seeds}"],
     }
     return {
-        name: judged(folder, name, [*common, *own], arguments.column) for name, own in ways.items()
+        name: judged(folder, name, [*common, *own], arguments.column)
+        for name, own in ways.items()
+        if arguments.only in (None, name)
     }
 
 

@@ -267,7 +267,7 @@ def _train(
     """The models of all seeds, of which finished ones are kept."""
     everything = _everything(own, choice, loaded)
     logger.info(
-        "%s: training on all %d molecules, %s epochs",
+        "%s: training on all %d molecules, epochs: %s",
         loaded.task.name,
         len(loaded.molecules),
         ", ".join(str(tested.epochs) for tested in choice.seeds.values()),
