@@ -349,7 +349,8 @@ def _is_scored_with(members: Sequence[Member], conformers: int) -> bool:
     if not scored - {conformers}:
         return True
     logger.warning(
-        "%s stay empty: the models' errors are known for %s conformers, and these predictions are from %d",
+        "%s: %s stay empty: the models' errors are known for %s conformers, and these predictions are from %d",
+        members[0].saved.trained.task,
         _what_stays_empty(members),
         " or ".join(map(str, sorted(scored))),
         conformers,
@@ -369,8 +370,9 @@ def _learned(
     found = of([member.validation for member in members])
     if found is None:
         logger.warning(
-            "%s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent "
+            "%s: %s stay empty: it is not known how wrong these models together are for validation molecules (%s is absent "
             "beside one of them, or they had different molecules, some of them in common)",
+            members[0].saved.trained.task,
             _what_stays_empty(members),
             PREDICTIONS_NAME,
         )
@@ -387,7 +389,8 @@ def _half_widths(members: Sequence[Member], interval: float) -> NDArray[np.float
     named = zip(members[0].saved.trained.columns, widths, strict=True)
     if few := [name for name, width in named if math.isnan(width)]:
         logger.warning(
-            "intervals stay empty for %s: there are too few validation labels to tell what holds %g of them",
+            "%s: intervals stay empty for %s: there are too few validation labels to tell what holds %g of them",
+            members[0].saved.trained.task,
             ", ".join(few),
             interval,
         )
@@ -406,7 +409,8 @@ def _class_calibration(members: Sequence[Member], interval: float) -> ClassCalib
         cases = [f"{columns[column]} ({value})" for column, value in np.argwhere(never)]
         more = f" and {len(cases) - _NAMED} more" if len(cases) > _NAMED else ""
         logger.warning(
-            "with %g, these classes are in every set, as there are too few validation molecules of them: %s%s",
+            "%s: with %g, these classes are in every set, as there are too few validation molecules of them: %s%s",
+            members[0].saved.trained.task,
             interval,
             ", ".join(cases[:_NAMED]),
             more,

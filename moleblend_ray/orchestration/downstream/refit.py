@@ -130,20 +130,21 @@ def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
     began = time.monotonic()
     check_claim(config.out, {"config": question(config)})
     folders = _folders_of_tasks(config.results)
-    summaries, failed = {}, {}
+    summaries: list[RefitSummary] = []
+    failed: dict[str, str] = {}
     with ray_session(config.cluster):
         claim(config.out, {"config": question(config)})
-        for name, folder in folders.items():
+        for folder in folders:
             own = dataclasses.replace(
                 config,
                 results=storage.join(config.results, folder),
                 out=storage.join(config.out, folder),
             )
             try:
-                summaries[name] = refit(own)
+                summaries.append(refit(own))
             except MoleBlendError as error:
-                logger.error("%s: %s", name, error)
-                failed[name] = " ".join(str(error).split())
+                logger.error("%s: %s", folder, error)
+                failed[folder] = " ".join(str(error).split())
     if failed:
         listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
         raise TrainingError(
@@ -153,21 +154,24 @@ def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
     document = {
         "refit_version": REFIT_VERSION,
         "results": without_credentials(config.results),
-        "tasks": [{"name": name, "folder": folder} for name, folder in folders.items()],
+        "tasks": [
+            {"name": one.task, "folder": folder}
+            for one, folder in zip(summaries, folders, strict=True)
+        ],
     }
     storage.write_json(storage.join(config.out, REFIT_NAME), document)
     return RefitTasksSummary(
         out=config.out,
         tasks=len(summaries),
-        models=sum(one.models for one in summaries.values()),
+        models=sum(one.models for one in summaries),
         results=config.results,
         seconds=time.monotonic() - began,
-        already_finished=all(one.already_finished for one in summaries.values()),
+        already_finished=all(one.already_finished for one in summaries),
     )
 
 
-def _folders_of_tasks(results: str) -> dict[str, str]:
-    """Name of each task with results -> its folder."""
+def _folders_of_tasks(results: str) -> list[str]:
+    """The folder of each task with results."""
     if not is_of_several_tasks(results):
         raise ConfigError(
             f"results: {results} is not the `out` of several tasks; in Python, call refit for one"
@@ -177,7 +181,7 @@ def _folders_of_tasks(results: str) -> dict[str, str]:
         raise ConfigError(f"results: none of the tasks in {results} is finished")
     if lacking := [row.name for row in board.rows if row.status is not Status.FINISHED]:
         logger.warning("%s have no results, and get no models", ", ".join(lacking))
-    return {row.name: row.results for row in board.finished}
+    return [row.results for row in board.finished]
 
 
 def refit(config: RefitConfig) -> RefitSummary:
@@ -205,18 +209,18 @@ def refit(config: RefitConfig) -> RefitSummary:
             loaded = _load(config, choice, own, inputs)
             claim(config.out, identity)
             models = _train(config, choice, own, loaded)
-            lease.confirm()
-    document = {
-        "refit_version": REFIT_VERSION,
-        "results": without_credentials(config.results),
-        "task": task_entry(loaded.task, loaded.molecules),
-        "settings": to_dict(choice.settings),
-        "molecules": len(loaded.molecules),
-        "final": {"seeds": [dataclasses.asdict(model) for model in models]},
-        "versions": versions(),
-        "seconds": time.monotonic() - began,
-    }
-    storage.write_json(storage.join(config.out, REFIT_NAME), document)
+        document = {
+            "refit_version": REFIT_VERSION,
+            "results": without_credentials(config.results),
+            "task": task_entry(loaded.task, loaded.molecules),
+            "settings": to_dict(choice.settings),
+            "molecules": len(loaded.molecules),
+            "final": {"seeds": [dataclasses.asdict(model) for model in models]},
+            "versions": versions(),
+            "seconds": time.monotonic() - began,
+        }
+        lease.confirm()
+        storage.write_json(storage.join(config.out, REFIT_NAME), document)
     return _summary(config, document, already_finished=False)
 
 

@@ -1,0 +1,133 @@
+"""Refits without Ray: several tasks of which one fails, and inputs that have changed."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moleblend_ray.config.downstream import FinetuneConfig, RefitConfig, TaskConfig
+from moleblend_ray.data.files import storage
+from moleblend_ray.errors import ConfigError, DataError, TrainingError
+from moleblend_ray.evaluation.results.refit import Choice
+from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.orchestration.downstream import refit as refit_module
+from moleblend_ray.orchestration.downstream.refit import RefitSummary, refit_tasks
+
+SPREAD = {"mean": 1.0, "std": 0.0, "values": [1.0]}
+
+
+def several(folder: Path, **status: str) -> str:
+    """The `out` of a command for several tasks, each in a state."""
+    rows = [
+        {
+            "name": name,
+            "status": state,
+            "reason": "",
+            "results": name if state == "finished" else "",
+        }
+        for name, state in status.items()
+    ]
+    storage.write_json(str(folder / "leaderboard.json"), {"tasks": rows})
+    for name, state in status.items():
+        results = {
+            "task": {"name": name, "metric": "rmse", "higher_is_better": False, "unit": ""},
+            "data": {"molecules": 9, "split": {"kind": "random", "hash": "0"}},
+            "final": {"name": "a model", "valid": SPREAD, "test": SPREAD},
+        }
+        if state == "finished":
+            storage.write_json(str(folder / name / "results.json"), results)
+    return str(folder)
+
+
+def summary_of(config: RefitConfig, *, already_finished: bool = False) -> RefitSummary:
+    return RefitSummary(
+        out=config.out,
+        task=storage.name_of(config.results),
+        molecules=9,
+        models=2,
+        epochs=(3, 4),
+        results=config.results,
+        seconds=1.0,
+        already_finished=already_finished,
+    )
+
+
+def test_a_task_that_fails_stops_no_other_and_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = several(tmp_path / "results", bbbp="failed", esol="finished", herg="finished")
+    config = RefitConfig(results=results, out=str(tmp_path / "out"))
+    broken, asked = {"esol"}, []
+
+    def refit(own: RefitConfig) -> RefitSummary:
+        name = storage.name_of(own.results)
+        asked.append(storage.name_of(own.out))
+        if name in broken:
+            raise DataError("its molecules are gone")
+        return summary_of(own)
+
+    monkeypatch.setattr(refit_module, "refit", refit)
+    monkeypatch.setattr(refit_module, "ray_session", lambda _: contextlib.nullcontext())
+    with pytest.raises(
+        TrainingError, match=r"1 of 2 tasks failed: esol: its molecules are gone\. "
+    ):
+        refit_tasks(config)
+    assert asked == ["esol", "herg"]
+    assert "bbbp have no results" in caplog.text
+    assert not storage.exists(f"{config.out}/refit.json")
+    broken.clear()
+    found = refit_tasks(config)
+    assert (found.tasks, found.models, found.already_finished) == (2, 4, False)
+    assert storage.read_json(f"{config.out}/refit.json")["tasks"] == [
+        {"name": "esol", "folder": "esol"},
+        {"name": "herg", "folder": "herg"},
+    ]
+    other = several(tmp_path / "other", esol="finished")
+    with pytest.raises(ConfigError, match=r"they differ in config\.results"):
+        refit_tasks(RefitConfig(results=other, out=config.out))
+
+
+def test_what_is_not_of_several_tasks_or_without_results_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with pytest.raises(ConfigError, match="is not the `out` of several tasks"):
+        refit_tasks(RefitConfig(results=str(tmp_path), out=out))
+    waiting = several(tmp_path / "results", esol="waiting")
+    with pytest.raises(ConfigError, match=r"none of the tasks in .* is finished"):
+        refit_tasks(RefitConfig(results=waiting, out=out))
+    with pytest.raises(ConfigError, match="out: expected another directory than results"):
+        RefitConfig(results=out, out=out)
+
+
+@pytest.mark.parametrize(("molecules", "weights"), [("other", "w"), ("d", "other"), ("d", None)])
+def test_changed_molecules_or_weights_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, molecules: str, weights: str | None
+) -> None:
+    def load(own: FinetuneConfig, _: Any) -> Any:
+        loaded_into.append(own.out)
+        return SimpleNamespace(
+            molecules=SimpleNamespace(fingerprint=molecules),
+            start=SimpleNamespace(fingerprint=weights),
+        )
+
+    loaded_into: list[str] = []
+    monkeypatch.setattr(refit_module, "load", load)
+    monkeypatch.setattr(refit_module, "require_shared_paths", lambda _: None)
+    choice = Choice(
+        settings=FinetuneSettings(),
+        seeds={},
+        columns=("y",),
+        data_fingerprint="d",
+        checkpoint_fingerprint="w",
+        config={},
+    )
+    config = RefitConfig(results=str(tmp_path / "results"), out=str(tmp_path / "out"))
+    own = FinetuneConfig(task=TaskConfig(name="esol", source="esol.csv"), out=config.results)
+    what = "weights of the checkpoint" if molecules == "d" else "molecules"
+    with pytest.raises(DataError, match=rf"the {what} have changed since \S+/results was made"):
+        refit_module._load(config, choice, own, None)  # type: ignore[arg-type]
+    # Results are only read: molecules that are prepared again are not written there.
+    assert loaded_into == [config.out]
