@@ -25,14 +25,18 @@ def element_counts(block: MoleculeBlock) -> NDArray[np.float64]:
 def fit_reference(counts: NDArray[np.float64], labels: NDArray[np.float64]) -> NDArray[np.float64]:
     """(119, T): what an atom of each element adds to (M, T) ``labels``, by least squares with a constant.
 
-    Missing labels are left out. For elements that do not occur, or that these molecules cannot tell apart from others,
-    the solution of least norm is taken.
+    Missing labels are left out. An element that no molecule with a label of the column has adds exactly 0 there, by which it is
+    known later, and so do all elements where these labels are equal. For elements that these molecules cannot tell apart from
+    others, the solution of least norm is taken.
     """
-    used = np.flatnonzero(counts.any(axis=0))
-    design = np.concatenate([counts[:, used], np.ones((len(counts), 1))], axis=1)
     reference = np.zeros((counts.shape[1], labels.shape[1]))
     for column, values in enumerate(labels.T):
         known = ~np.isnan(values)
-        solution, *_ = np.linalg.lstsq(design[known], values[known], rcond=None)
+        # Of equal labels, a fit would leave nothing but rounding, which would become the scale of the column.
+        if not known.any() or values[known].min() == values[known].max():
+            continue
+        used = np.flatnonzero(counts[known].any(axis=0))
+        design = np.concatenate([counts[known][:, used], np.ones((known.sum(), 1))], axis=1)
+        solution, *_ = np.linalg.lstsq(design, values[known], rcond=None)
         reference[used, column] = solution[:-1]
     return reference

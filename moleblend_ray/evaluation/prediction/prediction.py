@@ -305,15 +305,15 @@ class Predictor:
         return pa.array(similarity), pa.array(inside)
 
     def _has_all_references(self, table: pa.Table) -> NDArray[np.bool_]:
-        """(M,) whether every element of a molecule is in the element references of those models that have one.
+        """(M,) whether every element of a molecule is in the element references of those models and properties that have one.
 
-        The sum over atoms lacks an element that no training molecule has: an energy of hundreds of hartree.
+        The sum over atoms lacks an element that no training molecule with a label of the property has: an energy of hundreds of
+        hartree.
         """
         lacking = np.zeros(NUM_ELEMENTS, dtype=np.bool_)
         for member in self.members:
-            known = member.saved.model.reference.any(dim=1).cpu().numpy()
-            if known.any():
-                lacking |= ~known
+            known = (member.saved.model.reference != 0).cpu().numpy()
+            lacking |= ~known[:, known.any(axis=0)].all(axis=1)
         if not lacking.any():
             return np.ones(len(table), dtype=np.bool_)
         counts = element_counts(block_from_table(table, np.arange(len(table), dtype=np.int64)))

@@ -358,6 +358,22 @@ def test_an_atom_reference_is_the_fit_of_scikit_learn(molecules: LabelledMolecul
         )
 
 
+def test_an_element_without_labels_of_a_column_adds_nothing_there(
+    make_labelled: MakeLabelled,
+) -> None:
+    """By an exact 0 it is known later that predictions of this column lack the element."""
+    smiles = [*all_smiles(), "CCCBr", "BrCCCCO"]
+    counts = element_counts(make_labelled(smiles, np.zeros(len(smiles))).block)
+    bromine, sulfur = 34, 15
+    values = counts @ np.arange(1.0, 120.0)
+    sparse = np.where(counts[:, bromine] > 0, np.nan, values)
+    reference = fit_reference(counts, np.stack([values, sparse, np.full(len(values), 5.3)], axis=1))
+    assert (reference[bromine] != 0).tolist() == [True, False, False]
+    assert (reference[sulfur] != 0).tolist() == [True, True, False]
+    # Labels that are all equal are the constant, and leave no rounding.
+    np.testing.assert_array_equal(reference[:, 2], 0.0)
+
+
 def test_elements_are_counted_with_their_hydrogens(make_labelled: MakeLabelled) -> None:
     counts = element_counts(make_labelled(["CCO", "c1ccncc1"], np.zeros(2)).block)
     assert counts[0, [HYDROGEN, 5, 6, 7]].tolist() == [6, 2, 0, 1]

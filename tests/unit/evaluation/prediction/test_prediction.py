@@ -271,6 +271,22 @@ def test_an_element_that_the_element_reference_lacks_is_outside(table: pa.Table)
     assert inside == [[True] * len(table), [not has for has in has_nitrogen]]
 
 
+def test_an_element_that_one_property_lacks_is_outside(table: pa.Table) -> None:
+    """Labels of the other property tell nothing of what its atoms add to this one."""
+    referenced = member(0)
+    hydrogen, carbon, nitrogen, oxygen = HYDROGEN, 5, 6, 7
+    reference = referenced.saved.model.reference
+    reference[[hydrogen, carbon, nitrogen, oxygen]] = -1.0
+    reference[nitrogen, 1] = 0.0
+    has_nitrogen = ["n" in text.lower() for text in (*FLEXIBLE, *FLAT)]
+    found = predictor(referenced, conformers=1, threshold=0.0).part(table)
+    assert found["in_domain"].to_pylist() == [not has for has in has_nitrogen]
+    # A property without a reference (labels that are all equal) lacks nothing.
+    reference[:, 1] = 0.0
+    found = predictor(referenced, conformers=1, threshold=0.0).part(table)
+    assert all(found["in_domain"].to_pylist())
+
+
 def test_without_the_training_molecules_of_one_model_likeness_is_not_known(
     table: pa.Table,
 ) -> None:
