@@ -267,11 +267,13 @@ def parse_parquet(chunk: RowChunk, layout: SourceLayout) -> Iterator[RawRecord]:
 
 
 def strings(table: pa.Table, name: str | None) -> list[str | None]:
-    """(M,) the texts of a column, None where it has none, also if there is no such column."""
+    """(M,) the texts of a column, None where it has none (null or, of numbers, NaN), also if there is no such column."""
     if name is None or name not in table.column_names:
         return [None] * table.num_rows
+    # Some libraries write NaN for missing numbers; as a text it would be one id, or one group, of all of them.
     return [
-        None if value is None else _text(value).strip() for value in _plain(table[name]).to_pylist()
+        None if value is None or value != value else _text(value).strip()
+        for value in _plain(table[name]).to_pylist()
     ]
 
 

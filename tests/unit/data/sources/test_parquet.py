@@ -70,6 +70,14 @@ def test_whole_numbers_with_gaps_are_the_same_names_as_without(tmp_path: Path) -
         assert found == (expected or [str(2.0**53), "1e+300", "-3", "1"])
 
 
+def test_ids_that_are_nan_are_missing(tmp_path: Path) -> None:
+    """As null; ``nan`` would be the name of many molecules."""
+    ids = pa.array(np.array([7.0, np.nan, np.nan]))
+    pq.write_table(pa.table({"smiles": ["C", "CC", "CCC"], "mol_id": ids}), tmp_path / "t.parquet")
+    found = [record.mol_id for record in records_of(tmp_path / "t.parquet")]
+    assert found == ["7", None, None]
+
+
 def test_bytes_that_are_not_utf8_are_replaced(tmp_path: Path) -> None:
     names = pa.array([b"caf\xe9", b"b"]).cast(pa.binary()).view(pa.string())
     pq.write_table(pa.table({"smiles": ["C", "CC"], "mol_id": names}), tmp_path / "t.parquet")

@@ -237,6 +237,17 @@ def test_times_in_parquet_files_are_read_too(tmp_path: Path) -> None:
         assert named.codes(np.arange(20), [""] * 20).tolist() == expected
 
 
+def test_numbers_that_are_nan_in_parquet_files_are_missing(tmp_path: Path) -> None:
+    """Some libraries write NaN where pandas writes null; all such rows are not of one group."""
+    path = tmp_path / "table.parquet"
+    years = pa.array(np.array([2019, np.nan, 2020, np.nan, 2019]))
+    pq.write_table(pa.table({"smiles": ["C"] * 5, "year": years}), path)
+    rows, ids = np.arange(5), [""] * 5
+    assert groups_of_column(str(path), "year").codes(rows, ids).tolist() == [0, -1, 1, -1, 0]
+    codes = times_of_column(str(path), "year").codes(rows, ids)
+    assert (codes == UNNAMED).tolist() == [False, True, False, True, False]
+
+
 def test_molecules_of_one_time_stay_together_in_the_newer_part() -> None:
     years = np.array([2001.0] * 7 + [2002.0] * 2 + [2003.0])
     rows = np.arange(10)
