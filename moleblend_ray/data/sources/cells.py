@@ -147,12 +147,24 @@ def sd_text(raw: bytes) -> str:
 
 
 def sd_properties(text: str) -> tuple[str, dict[str, str]]:
-    """The molblock and the properties of an SD record."""
+    """The molblock and the properties of an SD record.
+
+    A property that is there more than once with different values has all of them, with semicolons, and so is no number: which one
+    is right, nobody knows. Where the ``$$$$`` line of a record is missing, the last one is that of another molecule.
+    """
     end = _MOLBLOCK_END.search(text)
     if end is None:
         return text, {}
-    found = _PROPERTY.finditer(text, end.end())
-    return text[: end.end()], {match["name"]: match["value"].strip() for match in found}
+    found = [
+        (match["name"], match["value"].strip()) for match in _PROPERTY.finditer(text, end.end())
+    ]
+    properties = dict(found)
+    if len(properties) < len(found):
+        values: dict[str, dict[str, None]] = {name: {} for name in properties}
+        for name, value in found:
+            values[name][value] = None
+        properties = {name: "; ".join(different) for name, different in values.items()}
+    return text[: end.end()], properties
 
 
 def smiles_and_name(line: bytes) -> tuple[str, str]:

@@ -52,6 +52,18 @@ def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -
     assert record.unreadable == ("x",)
 
 
+def test_a_property_with_two_values_has_none(tmp_path: Path) -> None:
+    """As where files without a last ``$$$$`` were joined: the second value is that of another molecule."""
+    path = tmp_path / "m.sdf"
+    first = METHANE.format(title="a") + "> <x>\n1\n\n> <y>\n7\n\n> <z>\n\n"
+    second = METHANE.format(title="b") + "> <x>\n2\n\n> <y>\n7\n\n> <z>\n3\n\n"
+    path.write_text(first + second + "$$$$\n" + second + "$$$$\n")
+    joined, plain = records_of(path, label_columns=("x", "y", "z"))
+    np.testing.assert_equal(joined.labels, [np.nan, 7.0, np.nan])
+    assert joined.unreadable == ("x", "z")
+    np.testing.assert_equal(plain.labels, [2.0, 7.0, 3.0])
+
+
 def test_names_of_properties_may_contain_angle_brackets(tmp_path: Path) -> None:
     path = tmp_path / "m.sdf"
     values = ">  <logD (pH>7)>  (1)\n1\n\n>  <logD (pH>2)>\n>2\n\n> 25 <a<b> DT5\n3\n\n$$$$\n"
