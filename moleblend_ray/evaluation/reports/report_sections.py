@@ -95,15 +95,22 @@ def count_text(counts: Mapping[str, int]) -> str:
     return f"{counts['labels']:,}{positives}"
 
 
-def intervals_section(task: Mapping[str, Any], intervals: Mapping[str, Any] | None) -> list[str]:
-    """How wide the intervals of predictions are, and whether they hold what they say for the test part."""
+def intervals_section(
+    task: Mapping[str, Any], intervals: Mapping[str, Any] | None, *, of_folds: bool = False
+) -> list[str]:
+    """How wide the intervals of predictions are, and whether they hold what they say for the test part, or, ``of_folds``, those from
+    the other folds of a cross-validation for each."""
     if not intervals:
         return []
     share = f"{intervals['coverage']:.0%}".replace("%", " %")
     unit = f", {table_cell(task['unit'])}" if task["unit"] else ""
     lines = [
         f"`moleblend predict` gives intervals that hold {share} of the labels of molecules like those of validation. The last "
-        "column tells how many labels of the test part are inside; they had no part in the widths.",
+        + (
+            "column tells how many labels are inside if the width is that of the other folds, in which they had no part."
+            if of_folds
+            else "column tells how many labels of the test part are inside; they had no part in the widths."
+        ),
         "",
         f"| column | prediction ±{unit} | validation labels | test labels inside |",
         "|---|---|---|---|",
@@ -113,14 +120,20 @@ def intervals_section(task: Mapping[str, Any], intervals: Mapping[str, Any] | No
     return [*lines, *remark_of_more(columns), ""]
 
 
-def class_sets_section(sets: Mapping[str, Any] | None) -> list[str]:
-    """How often the sets of classes tell something, and whether they hold what they say for the test part."""
+def class_sets_section(sets: Mapping[str, Any] | None, *, of_folds: bool = False) -> list[str]:
+    """How often the sets of classes tell something, and whether they hold what they say for the test part, or, ``of_folds``, those
+    from the other folds of a cross-validation for each."""
     if not sets:
         return []
     share = f"{sets['coverage']:.0%}".replace("%", " %")
     lines = [
         f"`moleblend predict` gives each molecule the classes that it goes with, so that {share} of those like the validation "
-        "molecules of each class have it in their set. The last columns tell how many of the test part do; they had no part in this.",
+        "molecules of each class have it in their set. "
+        + (
+            "The other columns are of sets from the other folds, in which a molecule had no part."
+            if of_folds
+            else "The last columns tell how many of the test part do; they had no part in this."
+        ),
         "",
         "| column | validation labels 0, 1 | sets of one class | both | neither | test 0 inside | test 1 inside |",
         "|---|---|---|---|---|---|---|",

@@ -127,7 +127,7 @@ def combine_folds(
     model = Scored(final["test"]["mean"], scoring.draws(tested))
     final |= {
         "test_interval": scoring.resampling.interval(model.draws, model.score),
-        **_uncertainties(TaskKind(task["kind"]), columns, chosen_by, together),
+        **_uncertainties(TaskKind(task["kind"]), columns, chosen_by, together, _rows_of(sizes)),
     }
     baselines, absent = _baselines(out, folds, scoring, model)
     return CrossValidation(
@@ -237,14 +237,16 @@ def _uncertainties(
     columns: Sequence[str],
     valid: Sequence[Sequence[PartPredictions]],
     test: PartPredictions,
+    folds: Sequence[slice],
 ) -> dict[str, Any]:
-    """What ``results.json`` says of the intervals or sets of classes that all models together give."""
+    """What ``results.json`` says of the intervals or sets of classes that all models together give, and of how many labels those
+    from the other ``folds`` hold."""
     of_all = [part for parts in valid for part in parts]
     found: dict[str, Any] = {}
     if kind is TaskKind.REGRESSION:
-        found["intervals"] = intervals_entry(columns, of_all, test)
+        found["intervals"] = intervals_entry(columns, of_all, test, folds)
     else:
-        found["class_sets"] = class_sets_entry(columns, of_all, test)
+        found["class_sets"] = class_sets_entry(columns, of_all, test, folds)
     if test.bounds is not None:
         found["bounds"] = bounds_entry(columns, test.bounds, test.predictions)
     return found

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.evaluation.scoring.intervals import on_validation
+from moleblend_ray.evaluation.scoring.intervals import by_folds, on_validation
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.settings import COVERAGE
 
@@ -55,9 +55,12 @@ class ClassCalibration:
     def of(cls, parts: Sequence[PartPredictions | None]) -> ClassCalibration | None:
         """From the validation molecules of all models of an ensemble (:func:`on_validation`); None if they do not tell."""
         mean = on_validation(parts)
-        if mean is None:
-            return None
-        columns = zip(mean.predictions.T, mean.labels.T, strict=True)
+        return None if mean is None else cls.of_mean(mean)
+
+    @classmethod
+    def of_mean(cls, valid: PartPredictions) -> ClassCalibration:
+        """From the mean predictions for validation molecules."""
+        columns = zip(valid.predictions.T, valid.labels.T, strict=True)
         return cls(
             probabilities=tuple(
                 (np.sort(values[labels == 0]), np.sort(values[labels == 1]))
@@ -89,14 +92,21 @@ class ClassCalibration:
 
 
 def class_sets_entry(
-    columns: Sequence[str], valid: Sequence[PartPredictions], test: PartPredictions
+    columns: Sequence[str],
+    valid: Sequence[PartPredictions],
+    test: PartPredictions,
+    folds: Sequence[slice] = (),
 ) -> dict[str, Any] | None:
     """The part of ``results.json`` about the sets of classes that the mean of models gives: its predictions for the validation
-    molecules are of ``valid``, those for the test molecules ``test``. None as for :meth:`ClassCalibration.of`."""
-    calibration = ClassCalibration.of(valid)
-    if calibration is None:
+    molecules are of ``valid``, those for the test molecules ``test``. None as for :meth:`ClassCalibration.of`.
+
+    ``folds`` are those of a cross-validation (:func:`by_folds`).
+    """
+    mean = on_validation(valid)
+    if mean is None:
         return None
-    found = calibration.p_values(test.predictions).sets(COVERAGE)
+    calibration = ClassCalibration.of_mean(mean)
+    found = by_folds(mean, test, folds, _sets_of_each)
     counts = calibration.counts
     return {
         "coverage": COVERAGE,
@@ -108,6 +118,11 @@ def class_sets_entry(
             for index, name in enumerate(columns)
         },
     }
+
+
+def _sets_of_each(valid: PartPredictions, test: PartPredictions) -> NDArray[np.int64]:
+    """(M, T) indices in :data:`SET_NAMES` of the sets of the ``test`` molecules."""
+    return ClassCalibration.of_mean(valid).p_values(test.predictions).sets(COVERAGE)
 
 
 def _on_test(found: NDArray[np.int64], labels: NDArray[np.float64]) -> dict[str, Any]:

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions, joined
 from moleblend_ray.evaluation.settings import COVERAGE
+
+N = TypeVar("N", np.float64, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,9 +39,12 @@ class Calibration:
     def of(cls, parts: Sequence[PartPredictions | None]) -> Calibration | None:
         """From the validation molecules of all models of an ensemble (:func:`on_validation`); None if they do not tell."""
         mean = on_validation(parts)
-        if mean is None:
-            return None
-        errors = np.abs(mean.predictions - mean.labels)
+        return None if mean is None else cls.of_mean(mean)
+
+    @classmethod
+    def of_mean(cls, valid: PartPredictions) -> Calibration:
+        """From the mean predictions for validation molecules."""
+        errors = np.abs(valid.predictions - valid.labels)
         return cls(errors=tuple(np.sort(column[~np.isnan(column)]) for column in errors.T))
 
     def half_widths(self, coverage: float) -> NDArray[np.float64]:
@@ -79,16 +84,24 @@ def mean_of(parts: Sequence[PartPredictions]) -> PartPredictions:
 
 
 def intervals_entry(
-    columns: Sequence[str], valid: Sequence[PartPredictions], test: PartPredictions
+    columns: Sequence[str],
+    valid: Sequence[PartPredictions],
+    test: PartPredictions,
+    folds: Sequence[slice] = (),
 ) -> dict[str, Any] | None:
     """The part of ``results.json`` about the intervals of the mean of models, of which ``valid`` are the predictions for the
-    validation molecules and ``test`` the mean for the test molecules; None as for :meth:`Calibration.of`."""
-    calibration = Calibration.of(valid)
-    if calibration is None:
+    validation molecules and ``test`` the mean for the test molecules; None as for :meth:`Calibration.of`.
+
+    ``folds`` are those of a cross-validation (:func:`by_folds`). Labels count as tested where there is a width.
+    """
+    mean = on_validation(valid)
+    if mean is None:
         return None
+    calibration = Calibration.of_mean(mean)
     widths = calibration.half_widths(COVERAGE)
-    inside = np.abs(test.predictions - test.labels) <= widths
-    known = ~np.isnan(test.labels)
+    of_test = by_folds(mean, test, folds, _widths_of_each)
+    inside = np.abs(test.predictions - test.labels) <= of_test
+    known = ~np.isnan(test.labels) & (~np.isnan(of_test) | np.isnan(widths))
     return {
         "coverage": COVERAGE,
         "columns": {
@@ -101,6 +114,34 @@ def intervals_entry(
             for index, name in enumerate(columns)
         },
     }
+
+
+def by_folds(
+    valid: PartPredictions,
+    test: PartPredictions,
+    folds: Sequence[slice],
+    of: Callable[[PartPredictions, PartPredictions], NDArray[N]],
+) -> NDArray[N]:
+    """(M, T) what ``of`` gives for the ``test`` molecules from the ``valid`` ones.
+
+    In a cross-validation all molecules are both. Those of each of ``folds``, rows of ``test``, are then judged by the
+    validation molecules of the other folds: what a label had a part in, it cannot test.
+    """
+    if not folds:
+        return of(valid, test)
+    every, found = np.arange(len(test.smiles), dtype=np.int64), []
+    for rows in folds:
+        asked = test.take(every[rows])
+        own = set(asked.smiles)
+        others = np.flatnonzero([text not in own for text in valid.smiles])
+        found.append(of(valid.take(others), asked))
+    return np.concatenate(found)
+
+
+def _widths_of_each(valid: PartPredictions, test: PartPredictions) -> NDArray[np.float64]:
+    """(M, T) half widths of the intervals of each of the ``test`` molecules."""
+    widths = Calibration.of_mean(valid).half_widths(COVERAGE)
+    return np.tile(widths, (len(test.smiles), 1))
 
 
 def _half_width(errors: NDArray[np.float64], coverage: float) -> float:

@@ -49,6 +49,16 @@ class PartPredictions:
             and np.array_equal(self.labels, other.labels, equal_nan=True)
         )
 
+    def take(self, rows: NDArray[np.int64]) -> PartPredictions:
+        """The molecules at ``rows``."""
+        return PartPredictions(
+            mol_ids=tuple(self.mol_ids[row] for row in rows),
+            smiles=tuple(self.smiles[row] for row in rows),
+            labels=self.labels[rows],
+            predictions=self.predictions[rows],
+            bounds=None if self.bounds is None else self.bounds[rows],
+        )
+
 
 def joined(parts: Sequence[PartPredictions]) -> PartPredictions:
     """Several parts, at least one, as one, in their order; all have bounds, or none has."""

@@ -22,9 +22,11 @@ from moleblend_ray.evaluation.results.cross_validation import (
     write_out_of_fold,
 )
 from moleblend_ray.evaluation.results.result_files import fold_path
+from moleblend_ray.evaluation.scoring.class_sets import ClassCalibration
+from moleblend_ray.evaluation.scoring.intervals import Calibration
 from moleblend_ray.evaluation.scoring.resampling import Resampling
 from moleblend_ray.evaluation.scoring.scores import score
-from moleblend_ray.evaluation.scoring.stored_predictions import write_predictions
+from moleblend_ray.evaluation.scoring.stored_predictions import read_predictions, write_predictions
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
 
 SIZE = 20
@@ -185,6 +187,60 @@ def test_folds_by_group_are_drawn_by_group(tmp_path: Path) -> None:
     assert (drawn["of"], drawn["units"]) == ("groups", 15)
 
 
+def test_labels_inside_are_counted_with_widths_from_the_other_folds(tmp_path: Path) -> None:
+    folds = folds_in(tmp_path)
+    found = combine_folds(str(tmp_path), folds)
+    tested = found.predictions
+    errors = np.abs(tested.predictions - tested.labels)[:, 0]
+    parts = [
+        [
+            read_predictions(str(tmp_path / fold_path(fold) / f"model/seed-{seed}"), "valid", ["y"])
+            for seed in SEEDS
+        ]
+        for fold in range(FOLDS)
+    ]
+    inside = 0
+    for fold in range(FOLDS):
+        # Its molecules are those by which the fold before it was chosen.
+        others = [
+            part for number, of in enumerate(parts) if number != (fold - 1) % FOLDS for part in of
+        ]
+        calibration = Calibration.of(others)
+        assert calibration is not None
+        assert len(calibration.errors[0]) == (FOLDS - 1) * SIZE
+        inside += int((errors[found.rows[fold]] <= calibration.half_widths(0.9)[0]).sum())
+    column = found.entries["final"]["intervals"]["columns"]["y"]
+    assert (column["test_inside"], column["test_labels"]) == (inside, FOLDS * SIZE)
+    of_all = Calibration.of([part for of in parts for part in of])
+    assert of_all is not None
+    assert column["half_width"] == of_all.half_widths(0.9)[0]
+    # All labels had a part in this width.
+    assert inside != int((errors <= column["half_width"]).sum())
+
+
+def test_sets_of_classes_are_counted_with_those_from_the_other_folds(tmp_path: Path) -> None:
+    found = combine_folds(str(tmp_path), folds_in(tmp_path, TaskKind.CLASSIFICATION))
+    tested = found.predictions
+    parts = [
+        [
+            read_predictions(str(tmp_path / fold_path(fold) / f"model/seed-{seed}"), "valid", ["y"])
+            for seed in SEEDS
+        ]
+        for fold in range(FOLDS)
+    ]
+    sets = []
+    for fold in range(FOLDS):
+        others = [
+            part for number, of in enumerate(parts) if number != (fold - 1) % FOLDS for part in of
+        ]
+        calibration = ClassCalibration.of(others)
+        assert calibration is not None
+        sets.append(calibration.p_values(tested.predictions[found.rows[fold]]).sets(0.9))
+    counts = np.bincount(np.concatenate(sets)[:, 0], minlength=4).tolist()
+    column = found.entries["final"]["class_sets"]["columns"]["y"]
+    assert list(column["test_sets"].values()) == counts
+
+
 def test_every_molecule_has_the_mean_prediction_of_the_seeds_of_its_fold(tmp_path: Path) -> None:
     found = combine_folds(str(tmp_path), folds_in(tmp_path, bounds=True))
     write_out_of_fold(str(tmp_path), found, ["y"])
@@ -269,6 +325,7 @@ def test_the_report_tells_of_all_folds_and_what_each_chose(
     assert "**3 of the 60 molecules are also in other folds**" in text
     assert "One curve for each fold." in text
     assert "the mean of all 6 models" in text
+    assert "are of sets from the other folds" in text
     model, forest = (
         f"{found.entries['folds'][1]['test_scores'][name]:.4f}" for name in ("model", "forest")
     )

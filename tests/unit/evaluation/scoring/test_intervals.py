@@ -122,3 +122,34 @@ def test_results_tell_how_many_test_labels_are_inside() -> None:
     assert entry is not None
     assert entry["columns"]["a"]["half_width"] is None
     assert entry["columns"]["a"]["test_inside"] == 0
+
+
+def test_a_fold_that_is_harder_than_the_others_is_not_inside() -> None:
+    """Judged by the errors of its own molecules as well, nine of ten labels would be inside of any folds."""
+    errors = np.concatenate([np.linspace(1.0, 2.0, 40), np.linspace(10.0, 20.0, 20)])
+    every = part(np.zeros(60), errors)
+    folds = [slice(0, 20), slice(20, 40), slice(40, 60)]
+    valid = [every.take(np.arange(60)[rows]) for rows in folds]
+    for of, inside in (((), 55), (folds, 40)):
+        entry = intervals_entry(("a",), valid, every, of)
+        assert entry is not None
+        column = entry["columns"]["a"]
+        assert column["half_width"] == pytest.approx(np.sort(errors)[54])
+        assert (column["test_inside"], column["test_labels"]) == (inside, 60)
+
+
+def test_a_fold_without_enough_labels_in_the_others_is_not_counted() -> None:
+    labels = np.zeros(16)
+    labels[:4] = np.nan
+    every = part(labels, np.ones(16))
+    folds = [slice(0, 8), slice(8, 16)]
+    valid = [every.take(np.arange(16)[rows]) for rows in folds]
+    entry = intervals_entry(("a",), valid, every, folds)
+    assert entry is not None
+    # 12 labels in all, of which 8 are in the second fold and 4 in the first: neither tells anything of the other.
+    assert entry["columns"]["a"] == {
+        "half_width": 1.0,
+        "valid_labels": 12,
+        "test_labels": 0,
+        "test_inside": 0,
+    }
