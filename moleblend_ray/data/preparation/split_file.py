@@ -63,7 +63,7 @@ def read_split_file(uri: str) -> SplitTable:
     ======================================  ==============================================================
 
     Text files may be compressed (.gz, .bz2, .xz, .zst). DataError if the file is damaged or of another kind, names a record
-    twice or an id in two splits, or holds anything else than indices or ids.
+    twice or an id in two splits, has a column of rows and one of ids, or holds anything else than indices or ids.
     """
     archive, mark, member = uri.partition(".zip!")
     if mark:
@@ -254,13 +254,20 @@ def _from_table(uri: str, usual: str) -> SplitTable:
         table = pa.csv.read_csv(io.BytesIO(content), parse_options=options, convert_options=texts)
     except pa.ArrowException as error:
         raise DataError(f"{uri} is not a table: {' '.join(str(error).split())}") from error
-    key = next((n for n in (*_ROW_COLUMNS, *_ID_COLUMNS) if n in table.column_names), None)
-    if key is None or "split" not in table.column_names:
+    keys = [n for n in table.column_names if n in (*_ROW_COLUMNS, *_ID_COLUMNS)]
+    if not keys or table.column_names.count("split") != 1:
         raise DataError(
-            f"{uri}: it has columns {table.column_names}; expected 'split' and one of "
+            f"{uri}: it has columns {table.column_names}; expected 'split' once and one of "
             f"{', '.join((*_ROW_COLUMNS, *_ID_COLUMNS))}. Index files without a header are given as "
             "their directory."
         )
+    # An index beside ids may be that of the split file itself, and not the rows of the source.
+    if len(keys) > 1:
+        raise DataError(
+            f"{uri}: it names molecules by {' and by '.join(map(repr, keys))}; expected one of them. Take the others out: ids stay "
+            "right if rows are taken out of the source or change their order."
+        )
+    (key,) = keys
     splits = table["split"].to_pylist()
     if key in _ID_COLUMNS:
         return _by_id(uri, list(zip(table[key].to_pylist(), splits, strict=True)))

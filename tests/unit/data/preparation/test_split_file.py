@@ -180,6 +180,8 @@ def test_a_table_of_ids_keeps_them_as_they_are_written(tmp_path: Path) -> None:
         ("s.json", "no", "not a JSON document"),
         ("s.csv", "a,b\n1,2\n", r"columns \['a', 'b'\]; expected 'split'"),
         ("s.csv", "row,split\nx,train\n", "column 'row' is string"),
+        ("s.csv", "index,id,split\n0,m5,train\n1,m3,test\n", "by 'index' and by 'id'; expected"),
+        ("s.csv", "id,split,split\nm5,train,test\n", "expected 'split' once"),
         ("s.npz", "no", "no .npz file"),
         ("s.pt", "no", "cannot be read as a dictionary of NumPy arrays"),
         ("s.zip", "no", "no zip archive"),
