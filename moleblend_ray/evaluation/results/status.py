@@ -332,7 +332,8 @@ def refit_status(uri: str, identity: Mapping[str, Any]) -> RefitStatus:
     done = [info for info in storage.list_files(uri) if info.uri.endswith(f"/{SEED_RESULT_NAME}")]
     found = _read(uri, REFIT_NAME, {"results": str})
     state, detail = "finished", f"its list of models ({REFIT_NAME}) is there"
-    if found is None:
+    # Models may be added for further seeds or tasks of the results.
+    if found is None or command_at_work(uri) is not None:
         state, then = _unfinished(uri, "the same command continues")
         detail = f"not all models are trained{then}"
     return RefitStatus(

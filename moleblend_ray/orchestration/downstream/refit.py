@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -129,45 +130,75 @@ def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
     config = accepted(config, RefitConfig)
     began = time.monotonic()
     check_claim(config.out, {"config": question(config)})
-    folders = _folders_of_tasks(config.results)
-    summaries: list[RefitSummary] = []
-    failed: dict[str, str] = {}
-    with ray_session(config.cluster):
-        claim(config.out, {"config": question(config)})
-        for folder in folders:
-            own = dataclasses.replace(
-                config,
-                results=storage.join(config.results, folder),
-                out=storage.join(config.out, folder),
-            )
-            try:
-                summaries.append(refit(own))
-            except MoleBlendError as error:
-                logger.error("%s: %s", folder, error)
-                failed[folder] = " ".join(str(error).split())
-    if failed:
-        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
-        raise TrainingError(
-            f"{len(failed)} of {len(folders)} tasks failed: {listed}. The others are in {config.out}; the same command tries only "
-            "these again"
-        )
-    document = {
-        "refit_version": REFIT_VERSION,
-        "results": without_credentials(config.results),
-        "tasks": [
-            {"name": one.task, "folder": folder}
-            for one, folder in zip(summaries, folders, strict=True)
-        ],
-    }
-    storage.write_json(storage.join(config.out, REFIT_NAME), document)
+    own = _own_configs(config)
+    with contextlib.ExitStack() as stack:
+        # Finished tasks only look at files: they need neither a session, which takes seconds to start, nor a lease.
+        if works := not _are_finished(own, config.out):
+            stack.enter_context(leased(config.out, partial(_are_finished, own)))
+            stack.enter_context(ray_session(config.cluster))
+            claim(config.out, {"config": question(config)})
+        summaries = _refit_each(own, config.out)
+        if works:
+            document = {
+                "refit_version": REFIT_VERSION,
+                "results": without_credentials(config.results),
+                "tasks": [
+                    {"name": one.task, "folder": folder} for folder, one in summaries.items()
+                ],
+            }
+            storage.write_json(storage.join(config.out, REFIT_NAME), document)
     return RefitTasksSummary(
         out=config.out,
         tasks=len(summaries),
-        models=sum(one.models for one in summaries),
+        models=sum(one.models for one in summaries.values()),
         results=config.results,
         seconds=time.monotonic() - began,
-        already_finished=all(one.already_finished for one in summaries),
+        already_finished=all(one.already_finished for one in summaries.values()),
     )
+
+
+def _own_configs(config: RefitConfig) -> dict[str, RefitConfig]:
+    """Folder -> what :func:`refit` of each task with results takes."""
+    return {
+        folder: dataclasses.replace(
+            config,
+            results=storage.join(config.results, folder),
+            out=storage.join(config.out, folder),
+        )
+        for folder in _folders_of_tasks(config.results)
+    }
+
+
+def _refit_each(own: Mapping[str, RefitConfig], out: str) -> dict[str, RefitSummary]:
+    """Folder -> the models of its task. TrainingError, after all of them, that names those that failed."""
+    summaries: dict[str, RefitSummary] = {}
+    failed: dict[str, str] = {}
+    for folder, config in own.items():
+        try:
+            summaries[folder] = refit(config)
+        except MoleBlendError as error:
+            logger.error("%s: %s", folder, error)
+            failed[folder] = " ".join(str(error).split())
+    if failed:
+        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
+        raise TrainingError(
+            f"{len(failed)} of {len(own)} tasks failed: {listed}. The others are in {out}; the same command tries only these again"
+        )
+    return summaries
+
+
+def _are_finished(own: Mapping[str, RefitConfig], out: str) -> bool:
+    """Whether ``out`` names the models of these tasks, and has all of them."""
+    uri = storage.join(out, REFIT_NAME)
+    if not storage.exists(uri):
+        return False
+    listed = storage.read_object(uri, {"tasks": list[dict[str, Any]]})["tasks"]
+    if [task.get("folder") for task in listed] != list(own):
+        return False
+    try:
+        return all(_is_finished(Choice.read(one.results), one.out) for one in own.values())
+    except MoleBlendError:  # which `refit` of this task raises
+        return False
 
 
 def _folders_of_tasks(results: str) -> list[str]:

@@ -515,6 +515,8 @@ def test_a_refit_tells_its_models(tmp_path: Path) -> None:
     storage.write_json(str(tmp_path / "refit.json"), {"results": "esol", "molecules": 1128})
     assert "finished: its list of models (refit.json) is there" in shown(tmp_path)
     assert "1,128, for each model" in shown(tmp_path)
+    with leased(str(tmp_path), lambda _: False):  # for further seeds of the results
+        assert document(tmp_path)["state"] == "running"
 
 
 def test_an_object_store_is_looked_at_alike(s3_uri: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 
 from moleblend_ray.config.downstream import FinetuneConfig, RefitConfig, TaskConfig
+from moleblend_ray.config.status import StatusConfig
+from moleblend_ray.data.dataset.lease import InUseError
 from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.results.refit import Choice
 from moleblend_ray.evaluation.settings import FinetuneSettings
 from moleblend_ray.orchestration.downstream import refit as refit_module
 from moleblend_ray.orchestration.downstream.refit import RefitSummary, refit_tasks
+from moleblend_ray.orchestration.status import status
 
 SPREAD = {"mean": 1.0, "std": 0.0, "values": [1.0]}
 
@@ -89,6 +93,60 @@ def test_a_task_that_fails_stops_no_other_and_is_tried_again(
     other = several(tmp_path / "other", esol="finished")
     with pytest.raises(ConfigError, match=r"they differ in config\.results"):
         refit_tasks(RefitConfig(results=other, out=config.out))
+
+
+def test_of_two_commands_for_several_tasks_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = several(tmp_path / "results", esol="finished", herg="finished")
+    config = RefitConfig(results=results, out=str(tmp_path / "out"))
+    asked, refused = [], []
+
+    def refit(own: RefitConfig) -> RefitSummary:
+        asked.append(storage.name_of(own.out))
+        # Between the tasks the command works, too.
+        assert status(StatusConfig(run=config.out)).state == "running"
+        with pytest.raises(InUseError, match="another command works on"):
+            refit_tasks(config)
+        refused.append(True)
+        return summary_of(own)
+
+    monkeypatch.setattr(refit_module, "refit", refit)
+    monkeypatch.setattr(refit_module, "ray_session", lambda _: contextlib.nullcontext())
+    assert refit_tasks(config).models == 4
+    assert (asked, len(refused)) == (["esol", "herg"], 2)
+
+
+def test_finished_tasks_need_no_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = several(tmp_path / "results", esol="finished", herg="finished")
+    config = RefitConfig(results=results, out=str(tmp_path / "out"))
+    complete = set()
+
+    def refit(own: RefitConfig) -> RefitSummary:
+        complete.add(own.out)
+        return summary_of(own, already_finished=own.out in before)
+
+    @contextlib.contextmanager
+    def session(_: Any) -> Iterator[None]:
+        sessions.append(True)
+        yield
+
+    sessions: list[bool] = []
+    before: set[str] = set()
+    monkeypatch.setattr(refit_module, "refit", refit)
+    monkeypatch.setattr(refit_module, "ray_session", session)
+    monkeypatch.setattr(Choice, "read", lambda _: None)
+    monkeypatch.setattr(refit_module, "_is_finished", lambda _, out: out in before)
+    refit_tasks(config)
+    before |= complete
+    assert refit_tasks(config).already_finished
+    assert len(sessions) == 1
+    # A task that has results since.
+    several(tmp_path / "results", bbbp="finished", esol="finished", herg="finished")
+    assert not refit_tasks(config).already_finished
+    listed = storage.read_json(f"{config.out}/refit.json")["tasks"]
+    assert [task["name"] for task in listed] == ["bbbp", "esol", "herg"]
+    assert len(sessions) == 2
 
 
 def test_what_is_not_of_several_tasks_or_without_results_is_refused(tmp_path: Path) -> None:
