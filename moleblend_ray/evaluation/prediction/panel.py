@@ -32,7 +32,8 @@ def build_predictor(
     atom_contributions: bool = False,
 ) -> Predictor | Panel:
     """What asks ``members``, at least one: a panel if they have several tasks. Arguments and errors as of :meth:`Predictor.build`;
-    ConfigError also if tasks differ in the form of molecules, or in whether molecules without coordinates can be predicted."""
+    ConfigError also if tasks differ in the form of molecules, or in whether molecules without coordinates can be predicted, or if two
+    properties would have one name."""
     by_task: dict[str, list[Member]] = {}
     for member in members:
         by_task.setdefault(member.saved.trained.task, []).append(member)
@@ -63,6 +64,7 @@ class Panel:
     """Task -> its models, at least two tasks."""
 
     def __post_init__(self) -> None:
+        self._check_names()
         needing = [task for task, one in self.predictors.items() if one.needs_coordinates]
         if needing and len(needing) < len(self.predictors):
             others = [task for task in self.predictors if task not in needing]
@@ -70,6 +72,18 @@ class Panel:
                 f"models: those of {', '.join(needing)} see distances alone, so molecules without coordinates would be rejected, which "
                 f"those of {', '.join(others)} can do without. Predict with each kind into its own `out`"
             )
+
+    def _check_names(self) -> None:
+        """Raise ConfigError if two properties would have one name."""
+        owner: dict[str, str] = {}
+        for task, one in self.predictors.items():
+            for name in _names(one.trained).values():
+                if name in owner:
+                    raise ConfigError(
+                        f"models: those of the tasks {owner[name]!r} and {task!r} both predict what is called {name!r} in a table of "
+                        "several tasks. Predict with each into its own `out`, or fine-tune one with another task.name"
+                    )
+                owner[name] = task
 
     def with_contributions(self, *, asked: bool) -> Panel:
         """The same models, asked for contributions of atoms or not."""
@@ -102,8 +116,8 @@ class Panel:
     @property
     def form(self) -> MoleculeForm | None:
         """The form that molecules should have; None: unknown."""
-        forms = (one.form for one in self.predictors.values())
-        return next((form for form in forms if form is not None), None)
+        known = (one for one in self.predictors.values() if one.trained_form is not None)
+        return next(known, next(iter(self.predictors.values()))).form
 
     @property
     def fingerprint(self) -> str:

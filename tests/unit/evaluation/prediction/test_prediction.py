@@ -503,6 +503,23 @@ def test_a_panel_describes_all_of_its_models() -> None:
     assert len({one.fingerprint for one in (found, *others)}) == 3
 
 
+def test_two_properties_of_one_name_make_no_panel() -> None:
+    several = of_task(member(0), "tox")  # columns a and b
+    single = of_task(member(1), "tox/a", columns=("y",))
+    with pytest.raises(ConfigError, match=r"'tox' and 'tox/a' both predict what is called 'tox/a'"):
+        panel(several, single)
+    assert isinstance(panel(several, of_task(member(1), "tox/A", columns=("y",))), Panel)
+
+
+def test_the_form_of_molecules_is_that_of_any_task_that_tells_it() -> None:
+    earlier = of_task(member(0), "esol")
+    hydrogens = of_task(member(1), "gap", molecules=MoleculeForm(explicit_hydrogens=True))
+    found = panel(earlier, hydrogens, conformers=0)
+    assert found.form == MoleculeForm(explicit_hydrogens=True)
+    ordered = MoleculeForm(explicit_hydrogens=True, canonical_order=True)
+    assert found.with_contributions(asked=True).form == ordered
+
+
 def test_models_of_one_task_are_no_panel() -> None:
     assert isinstance(panel(member(0), member(1)), Predictor)
 
