@@ -34,10 +34,20 @@ from moleblend_ray.errors import ConfigError, DataError, without_credentials
 from moleblend_ray.vocabulary import FEATURIZER_VERSION
 
 
+class PreparedOtherwiseError(ConfigError):
+    """A finished data set was made of other sources, or with other options."""
+
+    def __init__(self, message: str, problems: str = "") -> None:
+        """``problems`` say how they differ."""
+        super().__init__(message)
+        self.problems = problems
+
+
 def finished_manifest(
     out: str, files: Sequence[SourceFile], options: ConvertOptions
 ) -> Manifest | None:
-    """The manifest of ``out``, None if it is not finished; ConfigError if sources or options were others."""
+    """The manifest of ``out``, None if it is not finished; PreparedOtherwiseError if sources or options were
+    others."""
     if not is_prepared(out):
         return None
     manifest = load_manifest(out)
@@ -51,9 +61,11 @@ def finished_manifest(
     if (changed := changed_files(manifest.sources, files)) is not None:
         problems.append(f"sources: {changed}")
     if problems:
-        raise ConfigError(
-            f"out: {out} holds a data set prepared otherwise. {'; '.join(problems)}. "
-            f"Give another `out`, or delete {out} to prepare it anew."
+        listed = "; ".join(problems)
+        raise PreparedOtherwiseError(
+            f"out: {out} holds a data set prepared otherwise. {listed}. "
+            f"Give another `out`, or delete {out} to prepare it anew.",
+            listed,
         )
     _check_shards(out, manifest)
     return manifest

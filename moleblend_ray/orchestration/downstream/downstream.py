@@ -121,6 +121,11 @@ def read_inputs(config: PropertyConfig) -> Inputs:
     lacks one that the task needs, ``out`` is of something else, or settings do not fit the model or the labels."""
     # Molecules would be prepared into results of something else.
     check_claim(config.out, {"config": question(config)})
+    return inputs_of(config)
+
+
+def inputs_of(config: PropertyConfig) -> Inputs:
+    """:func:`read_inputs`, whatever ``out`` is of."""
     task = config.task.resolve()
     start = starting_point(config)
     for settings in settings_tried(config):

@@ -19,11 +19,14 @@ from moleblend_ray.config.downstream import (
     PropertyConfig,
     RefitConfig,
     SweepConfig,
+    TaskConfig,
 )
 from moleblend_ray.data.dataset.dataset_files import is_prepared
 from moleblend_ray.data.dataset.lease import leased
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.claim import PreparedOtherwiseError
 from moleblend_ray.errors import (
+    HIDDEN,
     ConfigError,
     DataError,
     MoleBlendError,
@@ -49,8 +52,8 @@ from moleblend_ray.orchestration.downstream.downstream import (
     Inputs,
     Loaded,
     folds_of,
+    inputs_of,
     load,
-    read_inputs,
     run_all,
     split_of,
     with_descriptors,
@@ -58,6 +61,7 @@ from moleblend_ray.orchestration.downstream.downstream import (
 )
 from moleblend_ray.orchestration.downstream.workers import refit_seed
 from moleblend_ray.orchestration.identity import check_claim, claim, question
+from moleblend_ray.orchestration.preparation.molecules import RAW_SETTINGS
 from moleblend_ray.orchestration.progress.progress import Reporter
 from moleblend_ray.settings import build, to_dict
 
@@ -225,13 +229,15 @@ def refit(config: RefitConfig) -> RefitSummary:
     config = accepted(config, RefitConfig)
     began = time.monotonic()
     choice = Choice.read(config.results)
+    # First, as of other results everything else differs, too.
+    check_claim(config.out, {"config": question(config)})
     identity = _identity(config, choice)
     check_claim(config.out, identity)
     if (stored := _finished(config.out, choice)) is not None:
         logger.info("%s is finished", without_credentials(config.out))
         return _summary(config, stored, already_finished=True)
     own = _own_settings(config, choice)
-    inputs = read_inputs(own)
+    inputs = inputs_of(own)
     with leased(config.out, partial(_is_finished, choice)) as lease:
         # The command that held the lease before may have finished the work.
         if (stored := _finished(config.out, choice)) is not None:
@@ -271,10 +277,32 @@ def _own_settings(config: RefitConfig, choice: Choice) -> PropertyConfig:
     found = build(SweepConfig if of_sweep else FinetuneConfig, choice.config)
     return dataclasses.replace(
         found,
+        task=_readable(found.task, config.results),
+        checkpoint=_told("checkpoint", found.checkpoint),
         out=config.results,
         gpus_per_worker=config.gpus_per_worker,
         cluster=config.cluster,
     )
+
+
+def _readable(task: TaskConfig, results: str) -> TaskConfig:
+    """The task, with the prepared molecules beside the results for a source whose credentials these do not tell."""
+    prepared = storage.join(results, DATA_DIR)
+    _told("task.split_file", task.split_file)
+    if HIDDEN in task.source and task.split_column is None and is_prepared(prepared):
+        return dataclasses.replace(task, source=prepared, **RAW_SETTINGS)
+    _told("task.source", task.source)
+    return task
+
+
+def _told(name: str, uri: str | None) -> str | None:
+    """The location ``uri`` of a setting, if results tell all of it; else a ConfigError."""
+    if uri is not None and HIDDEN in uri:
+        raise ConfigError(
+            f"results: credentials in URIs are written nowhere, so {name}, {uri}, cannot be read again for a refit. Repeat the "
+            "fine-tuning or sweep from a copy, or with credentials from the environment"
+        )
+    return uri
 
 
 def _load(config: RefitConfig, choice: Choice, own: PropertyConfig, inputs: Inputs) -> Loaded:
@@ -283,7 +311,14 @@ def _load(config: RefitConfig, choice: Choice, own: PropertyConfig, inputs: Inpu
     if not is_prepared(storage.join(config.results, DATA_DIR)):
         # Results are only read.
         own = dataclasses.replace(own, out=config.out)
-    loaded = load(own, inputs)
+    try:
+        loaded = load(own, inputs)
+    except PreparedOtherwiseError as error:
+        # Not what this error says: the data set is that of the results.
+        raise DataError(
+            f"the molecules have changed since {without_credentials(config.results)} was made: {error.problems}. Bring them back, or "
+            "fine-tune anew"
+        ) from error
     for what, there, now in (
         ("molecules", choice.data_fingerprint, loaded.molecules.fingerprint),
         ("weights of the checkpoint", choice.checkpoint_fingerprint, loaded.start.fingerprint),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,21 @@ from typing import Any
 
 import pytest
 
+from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import FinetuneConfig, RefitConfig, TaskConfig
 from moleblend_ray.config.status import StatusConfig
 from moleblend_ray.data.dataset.lease import InUseError
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.preparation.claim import PreparedOtherwiseError
 from moleblend_ray.errors import ConfigError, DataError, TrainingError
 from moleblend_ray.evaluation.results.refit import Choice
 from moleblend_ray.evaluation.settings import FinetuneSettings
+from moleblend_ray.evaluation.tasks import SplitKind, TaskKind
 from moleblend_ray.orchestration.downstream import refit as refit_module
 from moleblend_ray.orchestration.downstream.refit import RefitSummary, refit_tasks
+from moleblend_ray.orchestration.identity import question
 from moleblend_ray.orchestration.status import status
+from moleblend_ray.settings import to_dict
 
 SPREAD = {"mean": 1.0, "std": 0.0, "values": [1.0]}
 
@@ -189,3 +195,85 @@ def test_changed_molecules_or_weights_are_named(
         refit_module._load(config, choice, own, None)  # type: ignore[arg-type]
     # Results are only read: molecules that are prepared again are not written there.
     assert loaded_into == [config.out]
+
+
+def results_from(folder: Path, source: str, **settings: Any) -> tuple[RefitConfig, Choice]:
+    """A refit of results whose command read ``source``, and what it reads of them."""
+    task = TaskConfig(
+        name="mine",
+        source=source,
+        columns=("y",),
+        kind=TaskKind.REGRESSION,
+        smiles_column="structure",
+        **settings,
+    )
+    config = redact(to_dict(FinetuneConfig(task=task, out=str(folder / "results"))))
+    choice = Choice(
+        settings=FinetuneSettings(),
+        seeds={},
+        columns=("y",),
+        data_fingerprint="d",
+        checkpoint_fingerprint=None,
+        config=config,
+    )
+    return RefitConfig(results=str(folder / "results"), out=str(folder / "out")), choice
+
+
+def test_prepared_molecules_take_the_place_of_a_source_with_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = "https://bucket.example/assay.csv?X-Amz-Signature=secret"
+    config, choice = results_from(tmp_path, link)
+    with pytest.raises(ConfigError, match=r"task\.source, https\S+=\*\*\*, cannot be read again"):
+        refit_module._own_settings(config, choice)
+    monkeypatch.setattr(refit_module, "is_prepared", lambda _: True)
+    task = refit_module._own_settings(config, choice).task
+    assert (task.source, task.smiles_column) == (f"{config.results}/data", "smiles")
+    plain, choice = results_from(tmp_path, str(tmp_path / "assay.csv"))
+    task = refit_module._own_settings(plain, choice).task
+    assert (task.source, task.smiles_column) == (str(tmp_path / "assay.csv"), "structure")
+    # The column is in the file alone.
+    config, choice = results_from(tmp_path, link, split_column="date", split=SplitKind.TIME)
+    with pytest.raises(ConfigError, match=r"task\.source, https"):
+        refit_module._own_settings(config, choice)
+
+
+def test_a_checkpoint_whose_credentials_results_hide_is_named(tmp_path: Path) -> None:
+    config, choice = results_from(tmp_path, "assay.csv")
+    changed = {**choice.config, "checkpoint": "https://***@host.example/encoder"}
+    with pytest.raises(
+        ConfigError, match=r"checkpoint, https://\*\*\*@host\.example/encoder, cannot"
+    ):
+        refit_module._own_settings(config, dataclasses.replace(choice, config=changed))
+
+
+def test_an_out_of_other_results_is_refused_by_these_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, choice = results_from(tmp_path, "assay.csv")
+    monkeypatch.setattr(Choice, "read", lambda _: choice)
+    panel = dataclasses.replace(config, results=str(tmp_path / "panel"))
+    storage.write_json(f"{config.out}/config.json", {"config": question(panel)})
+    storage.write_json(f"{config.out}/refit.json", {"tasks": []})
+    with pytest.raises(
+        ConfigError, match=r"differ in config\.results: '\S+' there, '\S+' here\. Give"
+    ):
+        refit_module.refit(config)
+
+
+def test_a_source_that_has_changed_is_named_and_no_results_are_to_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, choice = results_from(tmp_path, "assay.csv")
+
+    def load(own: FinetuneConfig, _: Any) -> None:
+        raise PreparedOtherwiseError(f"delete {own.out}/data", "sources: there 9 bytes; now 10")
+
+    monkeypatch.setattr(refit_module, "load", load)
+    monkeypatch.setattr(refit_module, "require_shared_paths", lambda _: None)
+    own = FinetuneConfig(task=TaskConfig(name="esol", source="esol.csv"), out=config.results)
+    with pytest.raises(
+        DataError, match=r"sources: there 9 bytes; now 10\. Bring them back, or"
+    ) as e:
+        refit_module._load(config, choice, own, None)  # type: ignore[arg-type]
+    assert "delete" not in str(e.value)
