@@ -231,13 +231,14 @@ def refit_once(
     device: torch.device,
     after_step: Callable[[], None] | None = None,
 ) -> tuple[PropertyModel, TrainedProperty]:
-    """Train on all ``molecules`` for the first ``epochs`` of ``settings.epochs``, without validation.
+    """Train on all ``molecules`` for ``epochs`` instead of ``settings.epochs``, without validation.
 
-    The learning rate goes the way of a run whose best epoch was ``epochs``, over more steps, as there are more molecules.
-    ``chosen_on``, at least one, are the parts of such runs: with ``settings.descriptors`` they choose the penalty of the linear model
+    The learning rate falls to its end within them. Stopped in the middle of its way, as the best epoch of a run is, the weights are
+    less settled. ``chosen_on``, at least one, are the parts of such runs: with ``settings.descriptors`` they choose the penalty of the linear model
     again. The model is in evaluation mode on the CPU; other arguments as for :func:`finetune_once`.
     """
     everything = np.arange(len(molecules), dtype=np.int64)
+    settings = dataclasses.replace(settings, epochs=epochs)
     trainer, _, trained = _begin(
         molecules,
         everything,
