@@ -19,13 +19,17 @@ from typing import Any, Final
 import torch
 
 from moleblend_ray.data.files import storage
-from moleblend_ray.data.files.documents import require_types
+from moleblend_ray.data.files.documents import member, require_types
 from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.evaluation.models.finetune import ChoiceRows, StartingPoint, refit_once
 from moleblend_ray.evaluation.models.property_model import save_property_model
 from moleblend_ray.evaluation.molecules.applicability import ApplicabilityDomain, save_domain
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
-from moleblend_ray.evaluation.results.result_files import RESULTS_NAME, SEED_RESULT_NAME
+from moleblend_ray.evaluation.results.result_files import (
+    IDENTITY_NAME,
+    RESULTS_NAME,
+    SEED_RESULT_NAME,
+)
 from moleblend_ray.evaluation.results.runs import model_path
 from moleblend_ray.evaluation.scoring.stored_predictions import (
     PREDICTIONS_NAME,
@@ -104,6 +108,8 @@ class Choice:
     """Fingerprint of the weights that training started from."""
     config: Mapping[str, Any]
     """All settings of the command."""
+    split_fingerprint: str | None = None
+    """Fingerprint of the splits that come with the data; None if there are none, or it was not noted."""
 
     @classmethod
     def read(cls, uri: str) -> Choice:
@@ -131,7 +137,17 @@ class Choice:
             data_fingerprint=results["data"]["fingerprint"],
             checkpoint_fingerprint=results["checkpoint"]["fingerprint"],
             config=results["config"],
+            split_fingerprint=_noted_split(uri),
         )
+
+
+def _noted_split(uri: str) -> str | None:
+    """The fingerprint of splits that is noted beside results."""
+    note = storage.join(uri, IDENTITY_NAME)
+    if not storage.exists(note):
+        return None
+    found: str | None = member(storage.read_object(note), "split_fingerprint", str)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -55,6 +55,7 @@ from moleblend_ray.orchestration.downstream.downstream import (
     inputs_of,
     load,
     run_all,
+    split_identity,
     split_of,
     with_descriptors,
     worker_resources,
@@ -306,7 +307,8 @@ def _told(name: str, uri: str | None) -> str | None:
 
 
 def _load(config: RefitConfig, choice: Choice, own: PropertyConfig, inputs: Inputs) -> Loaded:
-    """The labelled molecules. DataError if these or the weights to start from are not those that the settings were chosen with."""
+    """The labelled molecules. DataError if these, their parts or the weights to start from are not those that the settings were
+    chosen with."""
     require_shared_paths({"out": config.out})
     if not is_prepared(storage.join(config.results, DATA_DIR)):
         # Results are only read.
@@ -319,9 +321,13 @@ def _load(config: RefitConfig, choice: Choice, own: PropertyConfig, inputs: Inpu
             f"the molecules have changed since {without_credentials(config.results)} was made: {error.problems}. Bring them back, or "
             "fine-tune anew"
         ) from error
+    # Earlier results do not tell.
+    noted_split = choice.split_fingerprint and split_identity(loaded.named).get("split_fingerprint")
     for what, there, now in (
         ("molecules", choice.data_fingerprint, loaded.molecules.fingerprint),
         ("weights of the checkpoint", choice.checkpoint_fingerprint, loaded.start.fingerprint),
+        # Which rows are replicates of each other depends on it, and by which molecules descriptors are judged.
+        ("parts of the molecules", choice.split_fingerprint, noted_split),
     ):
         if there != now:
             raise DataError(

@@ -62,6 +62,9 @@ def test_each_seed_trains_as_long_as_was_best_for_it(tmp_path: Path) -> None:
     assert {seed: tested.epochs for seed, tested in choice.seeds.items()} == {0: 7, 3: 12}
     assert choice.seeds[3].folders == (f"{tmp_path}/models/seed-3",)
     assert (choice.settings, choice.columns) == (SETTINGS, ("y0",))
+    assert choice.split_fingerprint is None
+    storage.write_json(f"{tmp_path}/config.json", {"config": {}, "split_fingerprint": "s" * 64})
+    assert Choice.read(str(tmp_path)).split_fingerprint == "s" * 64
 
 
 def test_without_a_score_in_any_epoch_the_last_weights_were_kept(tmp_path: Path) -> None:

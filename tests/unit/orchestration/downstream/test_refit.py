@@ -166,15 +166,23 @@ def test_what_is_not_of_several_tasks_or_without_results_is_refused(tmp_path: Pa
         RefitConfig(results=out, out=out)
 
 
-@pytest.mark.parametrize(("molecules", "weights"), [("other", "w"), ("d", "other"), ("d", None)])
-def test_changed_molecules_or_weights_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, molecules: str, weights: str | None
+@pytest.mark.parametrize(
+    ("molecules", "weights", "split"),
+    [("other", "w", "s"), ("d", "other", "s"), ("d", None, "s"), ("d", "w", "other")],
+)
+def test_changed_molecules_weights_or_parts_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    molecules: str,
+    weights: str | None,
+    split: str,
 ) -> None:
     def load(own: FinetuneConfig, _: Any) -> Any:
         loaded_into.append(own.out)
         return SimpleNamespace(
             molecules=SimpleNamespace(fingerprint=molecules),
             start=SimpleNamespace(fingerprint=weights),
+            named=SimpleNamespace(digest=split),
         )
 
     loaded_into: list[str] = []
@@ -187,10 +195,12 @@ def test_changed_molecules_or_weights_are_named(
         data_fingerprint="d",
         checkpoint_fingerprint="w",
         config={},
+        split_fingerprint="s",
     )
     config = RefitConfig(results=str(tmp_path / "results"), out=str(tmp_path / "out"))
     own = FinetuneConfig(task=TaskConfig(name="esol", source="esol.csv"), out=config.results)
     what = "weights of the checkpoint" if molecules == "d" else "molecules"
+    what = what if split == "s" else "parts of the molecules"
     with pytest.raises(DataError, match=rf"the {what} have changed since \S+/results was made"):
         refit_module._load(config, choice, own, None)  # type: ignore[arg-type]
     # Results are only read: molecules that are prepared again are not written there.
