@@ -382,7 +382,7 @@ class PredictConfig(LibraryConfig):
     """Molecules -> class probabilities or values, with their uncertainty, in the source's order."""
 
     models: str | tuple[str, ...]
-    """Fine-tuned model (models/seed-N of a fine-tuning or sweep), or a finished `out` of one, which means the models
+    """Fine-tuned model (models/seed-N of a fine-tuning, sweep or refit), or a finished `out` of one, which means the models
     of all its seeds; or a list of these. Several models of one task are an ensemble. Those of several tasks, or the `out` of several,
     predict the properties of all in one table."""
     conformers: int | None = None

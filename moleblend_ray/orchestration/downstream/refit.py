@@ -238,7 +238,13 @@ def refit(config: RefitConfig) -> RefitSummary:
         logger.info("%s is finished", without_credentials(config.out))
         return _summary(config, stored, already_finished=True)
     own = _own_settings(config, choice)
-    inputs = inputs_of(own)
+    try:
+        inputs = inputs_of(own)
+    except storage.NotFoundError as error:
+        raise DataError(
+            f"what {without_credentials(config.results)} was made of is not in its place any more, and a refit reads it again: {error} "
+            "Bring it back, or fine-tune anew"
+        ) from error
     with leased(config.out, partial(_is_finished, choice)) as lease:
         # The command that held the lease before may have finished the work.
         if (stored := _finished(config.out, choice)) is not None:

@@ -287,3 +287,14 @@ def test_a_source_that_has_changed_is_named_and_no_results_are_to_be_deleted(
     ) as e:
         refit_module._load(config, choice, own, None)  # type: ignore[arg-type]
     assert "delete" not in str(e.value)
+
+
+def test_a_source_that_is_gone_is_told_to_be_that_of_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, choice = results_from(tmp_path, str(tmp_path / "assay.csv"))
+    monkeypatch.setattr(Choice, "read", lambda _: choice)
+    with pytest.raises(
+        DataError, match=r"what \S+/results was made of is not in its place.*assay\.csv"
+    ):
+        refit_module.refit(config)
