@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nodes import title
 from synthetic import write_dataset
 
 from moleblend_ray.config.cluster import ClusterConfig
@@ -157,8 +158,7 @@ def train_workers() -> list[Any]:
     return [
         process
         for process in psutil.Process().children(recursive=True)
-        # None of one that has just ended.
-        if "TrainWorker" in " ".join(process.as_dict(["cmdline"])["cmdline"] or ())
+        if "TrainWorker" in title(process)
     ]
 
 
