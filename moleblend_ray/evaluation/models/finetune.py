@@ -234,8 +234,8 @@ def refit_once(
     """Train on all ``molecules`` for ``epochs`` instead of ``settings.epochs``, without validation.
 
     The learning rate falls to its end within them. Stopped in the middle of its way, as the best epoch of a run is, the weights are
-    less settled. ``chosen_on``, at least one, are the parts of such runs: with ``settings.descriptors`` they choose the penalty of the linear model
-    again. The model is in evaluation mode on the CPU; other arguments as for :func:`finetune_once`.
+    less settled. ``chosen_on`` are the parts of such runs: with ``settings.descriptors``, where there must be at least one, they choose
+    the penalty of the linear model again; otherwise they are not read. The model is in evaluation mode on the CPU; other arguments as for :func:`finetune_once`.
     """
     everything = np.arange(len(molecules), dtype=np.int64)
     settings = dataclasses.replace(settings, epochs=epochs)

@@ -30,7 +30,6 @@ from moleblend_ray.errors import (
     ConfigError,
     DataError,
     MoleBlendError,
-    TrainingError,
     without_credentials,
 )
 from moleblend_ray.evaluation.models.finetune import ChoiceRows
@@ -60,6 +59,7 @@ from moleblend_ray.orchestration.downstream.downstream import (
     with_descriptors,
     worker_resources,
 )
+from moleblend_ray.orchestration.downstream.task_groups import raise_for_failures
 from moleblend_ray.orchestration.downstream.workers import refit_seed
 from moleblend_ray.orchestration.identity import check_claim, claim, question
 from moleblend_ray.orchestration.preparation.molecules import RAW_SETTINGS
@@ -139,7 +139,7 @@ def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
     with contextlib.ExitStack() as stack:
         # Finished tasks only look at files: they need neither a session, which takes seconds to start, nor a lease.
         if works := not _are_finished(own, config.out):
-            stack.enter_context(leased(config.out, partial(_are_finished, own)))
+            lease = stack.enter_context(leased(config.out, partial(_are_finished, own)))
             stack.enter_context(ray_session(config.cluster))
             claim(config.out, {"config": question(config)})
         summaries = _refit_each(own, config.out)
@@ -151,6 +151,7 @@ def refit_tasks(config: RefitConfig) -> RefitTasksSummary:
                     {"name": one.task, "folder": folder} for folder, one in summaries.items()
                 ],
             }
+            lease.confirm()
             storage.write_json(storage.join(config.out, REFIT_NAME), document)
     return RefitTasksSummary(
         out=config.out,
@@ -184,11 +185,7 @@ def _refit_each(own: Mapping[str, RefitConfig], out: str) -> dict[str, RefitSumm
         except MoleBlendError as error:
             logger.error("%s: %s", folder, error)
             failed[folder] = " ".join(str(error).split())
-    if failed:
-        listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
-        raise TrainingError(
-            f"{len(failed)} of {len(own)} tasks failed: {listed}. The others are in {out}; the same command tries only these again"
-        )
+    raise_for_failures(out, failed, len(own))
     return summaries
 
 

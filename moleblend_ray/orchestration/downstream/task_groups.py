@@ -162,7 +162,7 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
                 row = TaskRow(name=name, status=Status.FAILED, reason=error)
                 states[name] = read_row(config.out, name) or row
             board = _write_board(config.out, states)
-    _raise_for_failures(config.out, failed, len(board.rows))
+    raise_for_failures(config.out, failed, len(board.rows))
     return _summary(config.out, board, time.monotonic() - began, finished_before == set(configs))
 
 
@@ -234,7 +234,8 @@ def _error_of(run: Callable[[C], Any], config: C) -> str | None:
     return None
 
 
-def _raise_for_failures(out: str, failed: Mapping[str, str], num_tasks: int) -> None:
+def raise_for_failures(out: str, failed: Mapping[str, str], num_tasks: int) -> None:
+    """TrainingError that names the ``failed`` of several tasks with their reasons, if there are some."""
     if failed:
         listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
         raise TrainingError(
