@@ -38,6 +38,10 @@ _EXTENSION: Final = re.compile(r"(\|[^|]*\|)\s*(.*)", re.DOTALL)
 
 _LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
 _MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
+_MOLBLOCK_IN_PROPERTY: Final = re.compile(
+    r"^>.*<.*>.*\n(?:.*\n){3}.* V[23]000.*\n(?:(?!M  END).*\n)*M  END", re.MULTILINE
+)
+"""Its header lines come at once after the name, where a record that begins has the empty line after a value before it."""
 _PROPERTY: Final = re.compile(
     r"^>.*?<(?P<name>.*)>.*\n(?P<value>(?:[^\n]+(?:\n|\Z))*)", re.MULTILINE
 )
@@ -150,7 +154,7 @@ def sd_properties(text: str) -> tuple[str, dict[str, str]]:
     """The molblock and the properties of an SD record.
 
     A property that is there more than once with different values has all of them, with semicolons, and so is no number: which one
-    is right, nobody knows. Where the ``$$$$`` line of a record is missing, the last one is that of another molecule.
+    is right, nobody knows.
     """
     end = _MOLBLOCK_END.search(text)
     if end is None:
@@ -165,6 +169,14 @@ def sd_properties(text: str) -> tuple[str, dict[str, str]]:
             values[name][value] = None
         properties = {name: "; ".join(different) for name, different in values.items()}
     return text[: end.end()], properties
+
+
+def count_molblocks(text: str) -> int:
+    """The molblocks of an SD record, without those that are values of properties: several where a ``$$$$`` line is missing."""
+    # Cheap for nearly all records, which have one.
+    if text.count("\nM  END") < 2:
+        return text.count("\nM  END")
+    return len(_MOLBLOCK_END.findall(_MOLBLOCK_IN_PROPERTY.sub("", text)))
 
 
 def smiles_and_name(line: bytes) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.chemistry.xyz import bonded_geometry, parse_xyz
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.cells import (
+    count_molblocks,
     read_censored,
     read_labels,
     relation_of,
@@ -82,10 +83,23 @@ def _parse_sdf(row: int, item: Item, layout: SourceLayout) -> RawRecord:
     text = sd_text(item.text)
     block, properties = sd_properties(text)
     title = text.partition("\n")[0].strip()
+    if several := _several_molblocks(text):
+        # The title is that of the first, but of which one a property is, nobody knows.
+        mol_id = "" if layout.id_column else title
+        return _rejected(row, several, text, layout)._replace(mol_id=mol_id or None)
     mol_id = properties.get(layout.id_column, "") if layout.id_column else title
     excerpt = text[:EXCERPT_CHARACTERS]
     labels = _labels(layout, properties)
     return RawRecord(row, mol_id or None, MolBlock(block), excerpt=excerpt, **labels)
+
+
+def _several_molblocks(text: str) -> Rejection | None:
+    """Why an SD record is rejected that holds more than one molecule."""
+    found = count_molblocks(text)
+    if found < 2:
+        return None
+    detail = f"{found} molblocks in one record: the line $$$$ after each molecule is missing"
+    return Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
 
 
 def _parse_smiles(row: int, item: Item, layout: SourceLayout) -> RawRecord:
@@ -157,6 +171,8 @@ def _geometry(raw: bytes, smiles: str | None, mol_id: str) -> MolBlock | Rejecti
         detail = f"the geometry has {raw.problem}"
         return Rejection(code=RejectionCode.INVALID_RECORD, detail=detail)
     text = sd_text(raw)
+    if several := _several_molblocks(text):
+        return several
     block, _ = sd_properties(text)
     if smiles is not None:
         found, expected = formula_of_molblock(block), formula_of_smiles(smiles)

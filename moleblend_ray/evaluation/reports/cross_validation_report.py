@@ -26,6 +26,7 @@ from moleblend_ray.evaluation.reports.report_sections import (
     facts,
     figure_remark,
     intervals_section,
+    refit_sentence,
     remark_of_more,
     replicates_line,
     start_sentence,
@@ -185,17 +186,16 @@ def _columns_section(
 
 def _models_section(results: Mapping[str, Any]) -> list[str]:
     """What the models were trained with, how to use them, and which baselines are missing."""
-    folds = results["folds"]
-    lines = [start_sentence(results["checkpoint"]), ""]
-    if results["chosen"] is not None:
-        lines += facts(results["chosen"])
-    else:
-        lines += _chosen_in_each(folds)
-    lines += [
-        "",
+    folds, chosen = results["folds"], results["chosen"]
+    use = (
         f"`moleblend predict` with this directory gives the mean of all {len(results['final']['seeds'])} models. No molecule here is new "
-        "to all of them, so this mean has no score of its own; it is usually better than that of a single one.",
-    ]
+        "to all of them, so this mean has no score of its own; it is usually better than that of a single one."
+    )
+    lines = [start_sentence(results["checkpoint"]), ""]
+    if chosen is None:
+        lines += [*_chosen_in_each(folds), "", use]
+    else:
+        lines += [*facts(chosen), "", f"{use} {refit_sentence(results['data']['molecules'])}"]
     absent = results["baselines_absent"]
     if absent:
         lines += [""]

@@ -29,6 +29,7 @@ from moleblend_ray.evaluation.reports.report_sections import (
     facts,
     figure_remark,
     intervals_section,
+    refit_sentence,
     remark_of_more,
     replicates_line,
     start_sentence,
@@ -124,12 +125,26 @@ def _text(
         "",
         *facts(results["chosen"]),
     ]
+    if "fold" not in split:
+        lines += ["", _use_text(results)]
     if results["baselines"] or results["baselines_absent"]:
         lines += ["", *_baselines_section(results["baselines"], results["baselines_absent"])]
     if trials:
         lines += ["", *_trials_section(task, trials, "trials.png" in figures)]
     lines += ["", "## Versions", "", *facts(results["versions"]), ""]
     return "\n".join(lines)
+
+
+def _use_text(results: Mapping[str, Any]) -> str:
+    """What predicts, and what it has not learned from."""
+    data, seeds = results["data"], results["final"]["seeds"]
+    models = (
+        f"the mean of all {len(seeds)} models" if len(seeds) > 1 else "predictions of the model"
+    )
+    return (
+        f"`moleblend predict` with this directory gives {models}, trained on {data['split']['train']:,} molecules. "
+        + refit_sentence(data["molecules"])
+    )
 
 
 def _similarity_line(similarity: Mapping[str, Any] | None, num_test: int) -> list[str]:

@@ -89,6 +89,14 @@ def remark_of_more(columns: Mapping[str, Any]) -> list[str]:
     return ["", f"The first {MAX_COLUMN_ROWS}; all {len(columns)} are in `results.json`."]
 
 
+def refit_sentence(molecules: int) -> str:
+    """What to do for models that know all molecules; the scored ones know those of training."""
+    return (
+        f"`moleblend refit results=OUT out=NEW`, with the address of this directory for OUT, trains the chosen settings on all {molecules:,} "
+        "molecules, for use once the score is known."
+    )
+
+
 def count_text(counts: Mapping[str, int]) -> str:
     """Number of labels, and of classes that of ones."""
     positives = f" ({counts['positives']:,})" if "positives" in counts else ""

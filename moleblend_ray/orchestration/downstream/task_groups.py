@@ -238,9 +238,9 @@ def raise_for_failures(out: str, failed: Mapping[str, str], num_tasks: int) -> N
     """TrainingError that names the ``failed`` of several tasks with their reasons, if there are some."""
     if failed:
         listed = "; ".join(f"{name}: {reason.rstrip('.')}" for name, reason in failed.items())
+        others = f"The others are in {out}; the" if len(failed) < num_tasks else "The"
         raise TrainingError(
-            f"{len(failed)} of {num_tasks} tasks failed: {listed}. The others are in {out}; the same command "
-            "tries only these again"
+            f"{len(failed)} of {num_tasks} tasks failed: {listed}. {others} same command tries only these again"
         )
 
 

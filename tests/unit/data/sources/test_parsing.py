@@ -11,6 +11,7 @@ from source_files import METHANE, records_of, smiles_of
 
 from moleblend_ray.chemistry.config import FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
+from moleblend_ray.chemistry.records import MolBlock
 from moleblend_ray.chemistry.rejection import Rejection
 
 
@@ -53,15 +54,44 @@ def test_properties_without_a_blank_line_or_with_several_lines(tmp_path: Path) -
 
 
 def test_a_property_with_two_values_has_none(tmp_path: Path) -> None:
-    """As where files without a last ``$$$$`` were joined: the second value is that of another molecule."""
     path = tmp_path / "m.sdf"
-    first = METHANE.format(title="a") + "> <x>\n1\n\n> <y>\n7\n\n> <z>\n\n"
-    second = METHANE.format(title="b") + "> <x>\n2\n\n> <y>\n7\n\n> <z>\n3\n\n"
-    path.write_text(first + second + "$$$$\n" + second + "$$$$\n")
-    joined, plain = records_of(path, label_columns=("x", "y", "z"))
-    np.testing.assert_equal(joined.labels, [np.nan, 7.0, np.nan])
-    assert joined.unreadable == ("x", "z")
-    np.testing.assert_equal(plain.labels, [2.0, 7.0, 3.0])
+    twice = "> <x>\n1\n\n> <y>\n7\n\n> <z>\n\n> <x>\n2\n\n> <y>\n7\n\n> <z>\n3\n\n"
+    path.write_text(METHANE.format(title="a") + twice + "$$$$\n")
+    (record,) = records_of(path, label_columns=("x", "y", "z"))
+    np.testing.assert_equal(record.labels, [np.nan, 7.0, np.nan])
+    assert record.unreadable == ("x", "z")
+
+
+@pytest.mark.parametrize("value", ["2\n\n", "\n", "2\n3\n\n", ""])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_molecules_without_a_line_between_them_are_told_and_not_taken_for_the_first(
+    tmp_path: Path, value: str, line_end: str
+) -> None:
+    path = tmp_path / "m.sdf"
+    first, second = (METHANE.format(title=title) for title in "ab")
+    first += f"> <x>\n{value}" if value else ""
+    text = first + second + "> <x>\n1\n\n$$$$\n" + second + "> <x>\n1\n\n$$$$\n"
+    path.write_text(text, newline=line_end)
+    joined, plain = records_of(path, label_columns=("x",))
+    assert isinstance(joined.content, Rejection)
+    assert joined.content.code == "invalid_record"
+    assert joined.content.detail.startswith("2 molblocks in one record: the line $$$$")
+    assert joined.mol_id == "a"
+    assert np.isnan(joined.labels).all()
+    assert plain.mol_id == "b"
+    np.testing.assert_equal(plain.labels, [1.0])
+
+
+@pytest.mark.parametrize("title", ["", "scaffold"])
+def test_a_molblock_that_is_the_value_of_a_property_is_no_molecule_of_the_file(
+    tmp_path: Path, title: str
+) -> None:
+    path = tmp_path / "m.sdf"
+    scaffold = METHANE.format(title=title)
+    path.write_text(METHANE.format(title="a") + f"> <scaffold>\n{scaffold}\n> <x>\n1\n\n$$$$\n")
+    (record,) = records_of(path, label_columns=("x",))
+    assert isinstance(record.content, MolBlock)
+    np.testing.assert_equal(record.labels, [1.0])
 
 
 def test_names_of_properties_may_contain_angle_brackets(tmp_path: Path) -> None:

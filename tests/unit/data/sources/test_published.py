@@ -237,6 +237,19 @@ def test_a_geometry_of_another_molecule_goes_to_the_quarantine(
     assert "the geometry has heavy atoms C" in rejected[0]["detail"]
 
 
+def test_geometries_without_a_line_between_them_are_those_of_no_row(
+    tmp_path: Path, samples: list[SampleMolecule]
+) -> None:
+    last = NUM_WITH_GEOMETRY - 1
+    geometry = sdf(samples[:last]).removesuffix(b"$$$$\n") + sdf(samples[last : last + 1])
+    manifest = convert(write_pcqm(tmp_path / "raw", samples, geometry), tmp_path / "out")
+    (rejected,) = molecules(tmp_path / "out", manifest, "quarantine").to_pylist()
+    assert (rejected["source_row"], rejected["reason"]) == (last - 1, "invalid_record")
+    assert rejected["excerpt"] == samples[last - 1].smiles
+    assert rejected["detail"].startswith("2 molblocks in one record")
+    assert manifest.counts.with_coordinates == last - 1
+
+
 @pytest.mark.usefixtures("small_limit")
 def test_a_geometry_that_is_too_large_costs_no_other_row(
     tmp_path: Path, samples: list[SampleMolecule]

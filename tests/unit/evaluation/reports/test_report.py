@@ -362,6 +362,16 @@ def test_molecules_that_were_seen_in_another_part_are_told_beside_the_scores(
     assert "\n- 9 of them are different" in text
 
 
+def test_what_predicts_and_what_learns_from_all_molecules_is_told(tmp_path: Path) -> None:
+    results = results_of()
+    text = report_of(tmp_path, results)
+    assert "gives the mean of all 2 models, trained on 8 molecules. `moleblend refit" in text
+    assert "on all 12 molecules, for use once the score is known." in text
+    # The models of one fold are for its score alone: those of all folds are refitted together.
+    results["data"]["split"] |= {"folds": 5, "fold": 1}
+    assert "moleblend refit" not in report_of(tmp_path, results)
+
+
 def test_scores_of_small_units_keep_their_digits(tmp_path: Path) -> None:
     """Potencies in mol/L, or energies in hartree."""
     trial = {"number": 0, "settings": {"epochs": 3}, "epochs": 3, "status": "finished"}

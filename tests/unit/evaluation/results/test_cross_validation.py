@@ -332,4 +332,6 @@ def test_the_report_tells_of_all_folds_and_what_each_chose(
     assert f"| [1](folds/fold-1/report.md) | 20 | 20 | 20 | {model} | {forest} |" in text
     assert "| y | 60 (30) |" in text
     assert ("| epochs | 10 | 11 | 12 |" in text) == (chosen is None)
+    # Which is refused where each fold chose settings of its own.
+    assert ("`moleblend refit" in text) == (chosen is not None)
     assert (tmp_path / "figures/test.png").stat().st_size > 1000

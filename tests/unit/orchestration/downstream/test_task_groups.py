@@ -136,7 +136,8 @@ def test_a_failing_addition_leaves_the_scores_that_are_there_in_the_leaderboard(
         raise TrainingError(f"no room for {config.task.name}")
 
     with pytest.raises(
-        TrainingError, match="2 of 2 tasks failed: esol: no room for esol; bbbp: no"
+        TrainingError,
+        match=r"2 of 2 tasks failed: esol: no room for esol; bbbp: no room for bbbp\. The same",
     ):
         _run_tasks(dataclasses.replace(config, seeds=(0, 1)), run)
     rows = storage.read_json(str(tmp_path / "out/leaderboard.json"))["tasks"]
