@@ -170,7 +170,6 @@ def test_every_qm9_sdf_record_featurizes(shared_data: Path) -> None:
         ("bbbp", 2050, 11),
         ("tox21", 7831, 8),
         ("clintox", 1484, 4),
-        pytest.param("hiv", 41127, 7, marks=pytest.mark.slow),
     ],
 )
 def test_unparsable_smiles_are_those_the_collection_lists(
