@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS='tests/unit -x'
 ARGS ?=
+# More options for pip: make install PIP_OPTIONS=--no-compile
+PIP_OPTIONS ?=
 # Processes for tests that need no cluster.
 TEST_PROCESSES ?= 2
 # Folder of molecules for make results, laid out as jobs/results.py says; none: molecules made here.
@@ -32,9 +34,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing torch ...'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS) torch
 	@echo 'installing moleblend-ray and its requirements ...'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_OPTIONS) -e '.[test,dev]'
 	touch $@
 
 # First what needs one core a test, a file on each of $(TEST_PROCESSES), in the order of their names: those with the most tests
