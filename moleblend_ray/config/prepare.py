@@ -17,7 +17,7 @@ class PrepareConfig:
     """Molecules in SDF, CSV/TSV, SMILES or Parquet -> checksummed Parquet shards with a manifest and a quarantine."""
 
     source: str | tuple[str, ...]
-    """File, directory or glob of molecules, or a list of them, as paths or URIs: .sdf, .csv, .tsv, .smi, .cxsmiles (each also .gz,
+    """File, directory or glob of molecules, or a list of them, as paths or URIs: .sdf, .csv, .tsv, .smi, .cxsmiles, .mol (each also .gz,
     .bz2, .xz or .zst), .tar or .zip of these or of QM9's .xyz, .parquet."""
     out: str
     """Directory of the prepared dataset, as a path or URI."""

@@ -33,6 +33,7 @@ CONTAINERS: Final[dict[str, Container]] = {
 _FORMATS: Final[dict[str, Format]] = {
     ".sdf": "sdf",
     ".sd": "sdf",
+    ".mol": "sdf",
     ".csv": "csv",
     ".tsv": "tsv",
     ".smi": "smi",

@@ -22,7 +22,7 @@ from moleblend_ray.errors import ConfigError, DataError, without_credentials
 logger = logging.getLogger(__name__)
 
 _EXPECTED: Final = (
-    ".sdf, .csv, .tsv, .smi, .cxsmiles (each also with .gz, .bz2, .xz or .zst), .tar (likewise) or .zip of these or of "
+    ".sdf, .csv, .tsv, .smi, .cxsmiles, .mol (each also with .gz, .bz2, .xz or .zst), .tar (likewise) or .zip of these or of "
     "QM9's .xyz, or .parquet"
 )
 _PARQUET: Final = (".parquet", ".pq")

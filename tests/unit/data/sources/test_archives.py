@@ -89,6 +89,17 @@ def chunks_of(uri: Path | str, rows_per_chunk: int) -> Iterator[RowChunk]:
     yield from read_chunks(layout, 0, rows_per_chunk)
 
 
+def test_mol_files_without_a_last_line_are_a_record_each(tmp_path: Path) -> None:
+    block = METHANE.partition(">")[0]
+    files = {f"{name}.mol": block.format(title=name).encode() for name in "abc"}
+    (tmp_path / "all.tar").write_bytes(tar(files))
+    (tmp_path / "d.mol").write_bytes(files["a.mol"].rstrip(b"\n"))
+    for rows_per_chunk in (1, 2, 10):
+        records = records_of(tmp_path, rows_per_chunk)
+        assert [record.mol_id for record in records] == ["a", "b", "c", "a"]
+        assert all(isinstance(record.content, MolBlock) for record in records)
+
+
 def consume(chunks: Iterator[RowChunk]) -> int:
     return sum(chunk.num_rows for chunk in chunks)
 
