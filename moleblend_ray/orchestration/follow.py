@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeVar, cast
 
 import aiohttp
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from moleblend_ray.errors import MoleBlendError, without_credentials
@@ -70,7 +71,7 @@ class Follower:
     def run(self) -> JobDetails | None:
         """Follow the job to its end; None if a second SIGINT has ended the following before.
 
-        Raises SubmitError if the cluster is out of reach for longer than ``patience_s``.
+        Raises SubmitError if the cluster is out of reach for longer than ``patience_s``, or another one answers in its place.
         """
         return asyncio.run(self._run())
 
@@ -171,7 +172,21 @@ class Follower:
                 logger.info("%s: %s", self._id, details.message or "not started yet")
 
     async def _details(self) -> JobDetails:
-        return await _in_thread(self._client.get_job_info, self._id)
+        """What the cluster says about the job. SubmitError where a new head node answers, which waiting would not change."""
+        try:
+            return await _in_thread(self._client.get_job_info, self._id)
+        except AuthenticationError as error:
+            raise SubmitError(
+                f"{self._id}: the cluster refuses the token that it took before: another one answers at this address now. "
+                "A job ends with its head node; what it has committed is kept, and the same command continues it"
+            ) from error
+        except RuntimeError as error:
+            if not is_unknown(error):
+                raise
+            raise SubmitError(
+                f"{self._id}: the cluster no longer knows this job: its head node was started anew, and a job ends with its "
+                "head node. What it has committed is kept, and the same command continues it"
+            ) from error
 
     async def _show_the_rest(self) -> None:
         """Show the part of the log that the stream did not bring: the head ends the stream together with the job."""
@@ -217,7 +232,7 @@ class Follower:
     async def _stop(self) -> None:
         try:
             await _in_thread(self._client.stop_job, self._id)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, AuthenticationError) as error:
             self._is_stopping = False
             logger.error("%s: could not be asked to stop: %s", self._id, first_line(error))
 
@@ -251,6 +266,11 @@ async def _in_thread(call: Callable[..., T], *arguments: Any) -> T:
 def _write_out(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def is_unknown(error: RuntimeError) -> bool:
+    """Whether the head node itself says that there is no such job; a proxy before it may answer 404 for a while."""
+    return "404" in str(error) and "does not exist" in str(error)
 
 
 def first_line(error: BaseException) -> str:

@@ -32,7 +32,13 @@ import moleblend_ray
 from moleblend_ray.config.compose import config_dir
 from moleblend_ray.config.submit import SubmitConfig, check_job, environment, losses
 from moleblend_ray.errors import ConfigError, without_credentials
-from moleblend_ray.orchestration.follow import RUNNING, Follower, SubmitError, first_line
+from moleblend_ray.orchestration.follow import (
+    RUNNING,
+    Follower,
+    SubmitError,
+    first_line,
+    is_unknown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -243,7 +249,7 @@ def _asked(call: Callable[[str], T], submission_id: str) -> T:
     try:
         return call(submission_id)
     except RuntimeError as error:
-        if "404" in str(error):
+        if is_unknown(error):
             raise ConfigError(
                 f"{submission_id}: the cluster knows no such job. `ray job list` shows those it has; a new cluster "
                 "knows none of the one before"

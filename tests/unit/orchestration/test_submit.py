@@ -177,6 +177,42 @@ def test_a_cluster_that_stays_away_ends_the_following_and_not_the_job() -> None:
     assert cluster.stopped == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            RuntimeError(f"Request failed with status code 404: Job {JOB} does not exist."),
+            r"no longer knows this job: .*the same command continues",
+        ),
+        (AuthenticationError("Unauthorized: Invalid token"), r"refuses the token .*another one"),
+    ],
+)
+def test_a_cluster_that_was_replaced_ends_the_following_at_once(
+    answer: Exception, said: str
+) -> None:
+    class Replaced(Cluster):
+        def get_job_info(self, job: str) -> JobDetails:
+            raise answer
+
+    cluster = Replaced([[LOG[:30], Away]], details(JobStatus.RUNNING))
+    with pytest.raises(SubmitError, match=said):
+        follow(cluster)
+
+
+def test_a_proxy_that_finds_no_head_node_for_a_while_is_asked_again() -> None:
+    class Behind(Cluster):
+        def get_job_info(self, job: str) -> JobDetails:
+            if self.unreachable:
+                self.unreachable -= 1
+                raise RuntimeError("Request failed with status code 404: 404 page not found.")
+            return super().get_job_info(job)
+
+    done = details(JobStatus.SUCCEEDED, 0)
+    cluster = Behind([[LOG[:30], Away], [LOG, lambda: cluster.finish()]], done)
+    cluster.unreachable = 1
+    assert follow(cluster) == (LOG, done)
+
+
 def test_what_the_log_said_before_can_be_left_out() -> None:
     cluster = Cluster(
         [[LOG, "end\n", lambda: cluster.finish()]], details(JobStatus.STOPPED), log=LOG
