@@ -41,6 +41,7 @@ _MOST_HEADS: Final = 1000
 """Pods that the budget of head pods asks for: more than there are."""
 _RESOURCES: Final = ("cpu", "memory", "ephemeral-storage")
 _EXPOSING: Final = ("Ingress", "HTTPRoute", "Gateway", "VirtualService", "Route")
+_SUBMITTER: Final = ["python", "/opt/moleblend/submitter.py"]
 _SECRET_TEXT: Final = re.compile(
     r"(?<![A-Z0-9])A[KS]IA[A-Z0-9]{16}(?![A-Z0-9])|://[^/\s:@]+:[^/\s@]+@|-----BEGIN [A-Z ]*PRIVATE KEY"
 )
@@ -418,6 +419,26 @@ def _ends(manifest: Manifest) -> Iterator[Problem]:
             "expected shutdownAfterJobFinishes with GPUs: rules leave the cluster of a stopped job",
         )
     yield from _graces(manifest)
+    yield from _submitter(manifest)
+
+
+def _submitter(manifest: Manifest) -> Iterator[Problem]:
+    """The operator's own command for the submitter ends with the stream of the log, and the job would be taken for failed."""
+    spec, where = manifest["spec"], f"{identity(manifest)} spec.submitterPodTemplate"
+    if spec.get("submissionMode", "K8sJobMode") != "K8sJobMode":
+        return
+    containers = entries(section(spec, "submitterPodTemplate"), "spec", "containers") or [{}]
+    if containers[0].get("command") != _SUBMITTER:
+        yield Problem(
+            f"{where}.spec.containers[0].command",
+            f"expected {_SUBMITTER}, found {containers[0].get('command')}: where the stream of the log breaks, the operator "
+            "would delete a cluster that works",
+        )
+    elif containers[0].get("args") != [spec.get("entrypoint"), spec.get("runtimeEnvYAML")]:
+        yield Problem(
+            f"{where}.spec.containers[0].args",
+            "expected spec.entrypoint and spec.runtimeEnvYAML: the job would be another than the RayJob says",
+        )
 
 
 def _graces(manifest: Manifest) -> Iterator[Problem]:

@@ -34,8 +34,8 @@ from moleblend_ray.errors import ConfigError
 HOME: Final = "/home/ray/moleblend-ray"
 """Where infra/docker/Dockerfile puts jobs/."""
 _SHELL: Final = re.compile(r"[$`'\"\\;&|<>(){}*?~#!]")
-"""Characters with a meaning in a shell. The operator writes the entrypoint into a script of the submitter, and Ray passes it to
-a shell on the head node: both would need quoting."""
+"""Characters with a meaning in a shell. Ray passes the entrypoint to one on the head node, and Kubernetes replaces `$(NAME)` in the
+arguments of the submitter."""
 
 _SHARED_VOLUMES: Final = frozenset({"persistentVolumeClaim", "nfs", "csi"})
 """Kinds of volumes that several pods may have in common."""
@@ -72,7 +72,7 @@ def _job(manifest: Manifest) -> Iterator[Problem]:
     if odd := _SHELL.search(entrypoint):
         yield Problem(
             where,
-            f"{odd[0]!r} means something to the two shells that read it: use arguments without it",
+            f"{odd[0]!r} means something to the shell that reads it: use arguments without it",
         )
         return
     python, script, *overrides = [*shlex.split(entrypoint), "", ""]

@@ -32,7 +32,8 @@ def problems(bundle: Bundle) -> Iterator[Problem]:
     for manifest in bundle.of_kind("RayJob", "RayCluster"):
         for pods in pods_of(manifest):
             yield from _gpus(pods)
-        yield from _head(manifest)
+            if pods.role in ("head", "submitter"):
+                yield from _stays(manifest, pods)
 
 
 def _gpus(pods: Pods) -> Iterator[Problem]:
@@ -55,32 +56,29 @@ def _gpus(pods: Pods) -> Iterator[Problem]:
             )
 
 
-def _head(manifest: Manifest) -> Iterator[Problem]:
-    """A head that may get a spot node: its loss ends the run."""
+def _stays(manifest: Manifest, pods: Pods) -> Iterator[Problem]:
+    """A head or submitter that may get a spot node: its loss ends the run, or one of its few tries."""
     found = cluster_of(manifest)
     if found is None:
         return
-    where, cluster = found
-    pod = section(cluster, "headGroupSpec", "template", "spec")
-    place = f"{where}.headGroupSpec.template.spec"
-    taints = [entry.get("key") for entry in entries(pod, "tolerations")]
+    place = f"{pods.where}.spec"
+    taints = [entry.get("key") for entry in entries(pods.spec, "tolerations")]
     if set(taints) & set(_SPOT_TAINTS):
         yield Problem(
             f"{place}.tolerations",
-            "expected no spot node for the head: its loss ends the run",
+            f"expected no spot node for the {pods.role}: its loss ends the run",
         )
     wanted = {
         label
-        for group in worker_groups(cluster)
+        for group in worker_groups(found[1])
         for label in _spot_labels(section(group, "template", "spec"), "In")
     }
     # Not all clouds taint their spot nodes, so only an affinity keeps other pods away from them everywhere.
-    open_to_head = wanted - _spot_labels(pod, "NotIn")
-    if open_to_head:
+    if open_to_it := wanted - _spot_labels(pods.spec, "NotIn"):
         yield Problem(
             f"{place}.affinity",
-            f"expected operator NotIn for {sorted(open_to_head)}, by which the workers ask for spot nodes: the loss of the "
-            "head ends the run",
+            f"expected operator NotIn for {sorted(open_to_it)}, by which the workers ask for spot nodes: the loss of the "
+            f"{pods.role} ends the run",
         )
 
 

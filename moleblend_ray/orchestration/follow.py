@@ -40,7 +40,7 @@ class SubmitError(MoleBlendError):
 
 class Follower:
     """Shows the log of a job until the job ends. If the connection breaks, the log continues where it was. SIGINT and
-    SIGTERM stop the job."""
+    SIGTERM stop the job, or only end the following."""
 
     def __init__(
         self,
@@ -49,17 +49,19 @@ class Follower:
         *,
         write: Callable[[str], Any] | None = None,
         skip_log: bool = False,
+        stops_job: bool = True,
         patience_s: float = PATIENCE_S,
         look_s: float = _LOOK_S,
         pause_s: float = _PAUSE_S,
     ) -> None:
         """``write``: receives the text of the log, by default for standard output; ``skip_log``: show only new text;
-        ``patience_s``: how long the cluster may be out of reach; ``look_s``: interval between looks at the job's
+        ``stops_job``: whether the first signal stops the job, and only a second SIGINT ends the following alone; ``patience_s``: how long the cluster may be out of reach; ``look_s``: interval between looks at the job's
         status; ``pause_s``: pause before connecting again, doubled after each failure."""
         self._client = client
         self._id = submission_id
         self._write = write or _write_out
         self._skip_log = skip_log
+        self._stops_job = stops_job
         self._patience_s = patience_s
         self._look_s = look_s
         self._pause_s = pause_s
@@ -69,7 +71,7 @@ class Follower:
         self._left = asyncio.Event()
 
     def run(self) -> JobDetails | None:
-        """Follow the job to its end; None if a second SIGINT has ended the following before.
+        """Follow the job to its end; None if a signal has ended the following before, and not the job.
 
         Raises SubmitError if the cluster is out of reach for longer than ``patience_s``, or another one answers in its place.
         """
@@ -205,7 +207,7 @@ class Follower:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """While the body runs, SIGINT and SIGTERM ask the job to stop; a second SIGINT leaves the job alone."""
+        """While the body runs, SIGINT and SIGTERM ask the job to stop (if they are to); a second SIGINT leaves the job alone."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -219,7 +221,9 @@ class Follower:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
-        if not self._is_stopping:
+        if not self._stops_job:
+            self._left.set()
+        elif not self._is_stopping:
             self._is_stopping = True
             logger.warning(
                 "%s: asked to commit its step and stop; Ctrl-C again ends this command, not the job",

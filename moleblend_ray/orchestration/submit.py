@@ -26,7 +26,8 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus
+from ray.job_submission import JobSubmissionClient as JobSubmissionClient
 
 import moleblend_ray
 from moleblend_ray.config.compose import config_dir
@@ -147,6 +148,12 @@ def connect(config: SubmitConfig) -> JobSubmissionClient:
             "%s: the token is sent over the network unencrypted. A port forward or https:// is safer",
             shown,
         )
+    return open_client(address, token)
+
+
+def open_client(address: str, token: str | None) -> JobSubmissionClient:
+    """As :func:`connect`, of the dashboard at a URL; ``token``: None for one that asks for none."""
+    shown = without_credentials(address)
     # These log a line for each connection and each upload.
     for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)

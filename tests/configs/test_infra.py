@@ -10,13 +10,18 @@ import stat
 import subprocess
 import sys
 import textwrap
+from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from ray.job_submission import JobDetails, JobStatus
 
 from infra.checks.house import package_version
 from infra.checks.jobs import HOME
+from moleblend_ray.orchestration.follow import SubmitError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCKER = REPOSITORY / "infra" / "docker"
@@ -44,7 +49,12 @@ def test_the_recipe_copies_only_what_exists_and_is_not_ignored() -> None:
         for line in re.findall(r"^COPY (?!--)(.+)$", RECIPE, re.M)
         for source in line.split()[:-1]
     }
-    assert {"jobs", "constraints.txt", "infra/docker/leave.py"} <= sources
+    assert {
+        "jobs",
+        "constraints.txt",
+        "infra/docker/leave.py",
+        "infra/docker/submitter.py",
+    } <= sources
     assert {source for source in sources if not (REPOSITORY / source).exists()} == set()
     ignore = (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
     assert ignore[1] == "*"
@@ -114,15 +124,20 @@ def test_the_documentation_builds_both_images_under_the_names_of_the_manifests()
         )
 
 
-@pytest.fixture(scope="module")
-def leave() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("leave", DOCKER / "leave.py")
+def script(name: str) -> ModuleType:
+    """A script of the images as a module."""
+    spec = importlib.util.spec_from_file_location(name, DOCKER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["leave"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def leave() -> ModuleType:
+    return script("leave")
 
 
 def process(proc: Path, pid: int, parent: int, *words: str, name: str = "x") -> None:
@@ -263,3 +278,116 @@ def test_the_jobs_of_a_head_get_sigterm_and_the_time_to_commit(
         if job.poll() is None:
             job.send_signal(signal.SIGKILL)
             job.wait()
+
+
+class Head:
+    """Ray's client of a head node whose stream of the log ends in order, again and again, while the job runs."""
+
+    def __init__(self, status: JobStatus, streams: int = 3, *, knows: bool = False) -> None:
+        self.end, self.streams, self.knows = status, streams, knows
+        self.sent: list[dict[str, Any]] = []
+        self.stopped = False
+
+    def submit_job(self, **job: Any) -> None:
+        assert not self.knows
+        self.sent.append(job)
+        self.knows = True
+
+    def stop_job(self, job: str) -> None:
+        self.stopped = True
+
+    def get_job_info(self, job: str) -> JobDetails:
+        if not self.knows:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+        status = JobStatus.RUNNING if self.streams else self.end
+        return JobDetails(type="SUBMISSION", status=status, entrypoint="python", driver_exit_code=1)
+
+    def get_job_logs(self, job: str) -> str:
+        return "one\ntwo\n"
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.streams -= 1
+        yield "one\n"
+
+
+@pytest.fixture
+def submitter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = script("submitter")
+    monkeypatch.setattr(module, "Follower", partial(module.Follower, look_s=0.02, pause_s=0.01))
+    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+    monkeypatch.setenv("RAY_JOB_SUBMISSION_ID", "moleblend-pretrain-base-1-x7k2p")
+    monkeypatch.setenv("RAY_DASHBOARD_ADDRESS", "head-svc.moleblend.svc:8265")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "token-of-the-cluster")
+    return module
+
+
+def submit(module: ModuleType, head: Head, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What the pod of the submitter ends with; the head answers at the third try."""
+    refusals = iter([SubmitError("no answer"), SubmitError("no answer")])
+
+    def connect(url: str, token: str) -> Head:
+        assert (url, token) == ("http://head-svc.moleblend.svc:8265", "token-of-the-cluster")
+        for refusal in refusals:
+            raise refusal
+        return head
+
+    monkeypatch.setattr(module, "open_client", connect)
+    environment = 'env_vars:\n  # Time to stop.\n  RAY_JOB_STOP_WAIT_TIME_S: "120"\n'
+    status: int = module.main(["python jobs/pretrain.py data=s3://b/d", environment])
+    return status
+
+
+@pytest.mark.parametrize("status", [JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED])
+def test_the_submitter_ends_with_the_job_and_not_with_the_stream_of_its_log(
+    status: JobStatus,
+    submitter: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    head = Head(status)
+    # What became of the job, the operator asks itself: another status would have it submitted once more.
+    assert submit(submitter, head, monkeypatch) == 0
+    assert head.streams == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert head.sent == [
+        {
+            "entrypoint": "python jobs/pretrain.py data=s3://b/d",
+            "submission_id": "moleblend-pretrain-base-1-x7k2p",
+            "runtime_env": {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}},
+        }
+    ]
+
+
+def test_a_second_pod_of_the_submitter_attaches_to_the_job(
+    submitter: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = Head(JobStatus.SUCCEEDED, knows=True)
+    assert submit(submitter, head, monkeypatch) == 0
+    assert head.sent == []
+
+
+def test_a_pod_of_the_submitter_that_is_evicted_leaves_the_job_alone(
+    submitter: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Evicted(Head):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield "one\n"
+
+    head = Evicted(JobStatus.SUCCEEDED)
+    assert submit(submitter, head, monkeypatch) == 1
+    assert not head.stopped
+
+
+def test_a_head_node_that_was_replaced_gets_the_job_from_the_next_pod(
+    submitter: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(Head):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.knows = False
+            yield "one\n"
+
+    head = Replaced(JobStatus.SUCCEEDED)
+    assert submit(submitter, head, monkeypatch) == 1
+    assert submit(submitter, head, monkeypatch) == 1
+    assert len(head.sent) == 2

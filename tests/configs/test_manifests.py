@@ -44,6 +44,11 @@ class Edit:
         return self.job["rayClusterSpec"]
 
     @property
+    def submitter(self) -> Any:
+        """The container that submits it."""
+        return self.job["submitterPodTemplate"]["spec"]["containers"][0]
+
+    @property
     def head(self) -> Any:
         """Its head."""
         return self.cluster["headGroupSpec"]
@@ -155,6 +160,7 @@ def all_images(edit: Edit, image: str) -> None:
 def arguments(edit: Edit, old: str, new: str) -> None:
     assert old in edit.job["entrypoint"]
     edit.job["entrypoint"] = edit.job["entrypoint"].replace(old, new)
+    edit.submitter["args"][0] = edit.job["entrypoint"]
 
 
 def no_shutdown(edit: Edit, *rules: dict[str, Any], keep: bool = False) -> None:
@@ -308,6 +314,9 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "cluster for ever": ("gpu", lambda e: (e.job.pop("shutdownAfterJobFinishes"), e.job.pop("ttlSecondsAfterFinished")), r"expected shutdownAfterJobFinishes or deletionRules"),
     "deletion rules with GPUs": ("gpu", lambda e: no_shutdown(e, rule("DeleteCluster", jobStatus="SUCCEEDED")), r"deletionStrategy: expected shutdownAfterJobFinishes with GPUs"),
     "retries left out": ("gpu", lambda e: e.job.pop("backoffLimit"), r"spec\.backoffLimit: expected a number"),
+    "submitter that ends with the log": ("gpu", lambda e: e.submitter.pop("command"), r"submitterPodTemplate\.spec\.containers\[0\]\.command: expected \['python', '/opt/moleblend/submitter\.py'\], found None: where the stream"),
+    "submitter of another job": ("gpu", lambda e: e.submitter["args"].__setitem__(0, "python jobs/embed.py"), r"submitterPodTemplate\.spec\.containers\[0\]\.args: expected spec\.entrypoint and spec\.runtimeEnvYAML"),
+    "submitter on spot": ("spot", lambda e: e.job["submitterPodTemplate"]["spec"].pop("affinity"), r"submitterPodTemplate\.spec\.affinity: expected operator NotIn for \['cloud\.google\.com/gke-spot'.*the loss of the submitter"),
     "three seconds to stop": ("gpu", lambda e: e.job.pop("runtimeEnvYAML"), r"RAY_JOB_STOP_WAIT_TIME_S: expected seconds"),
     "grace below the wait": ("gpu", lambda e: e.train_pod.update(terminationGracePeriodSeconds=130), r"terminationGracePeriodSeconds: expected at least 140 .*, found 130"),
     "no hook": ("gpu", lambda e: e.trainer.pop("lifecycle"), r"lifecycle\.preStop: expected leave\.py worker --seconds N"),
@@ -324,8 +333,8 @@ BROKEN: dict[str, tuple[str, Change, str]] = {
     "relative script": ("gpu", lambda e: arguments(e, "/home/ray/moleblend-ray/", ""), r"spec\.entrypoint: expected python /home/ray/moleblend-ray/jobs/JOB\.py, found python jobs/pretrain\.py"),
     "misspelt setting": ("gpu", lambda e: arguments(e, "stream.max_actors", "stream.max_actor"), r"its arguments are refused: .*stream\.max_actor\b"),
     "setting out of range": ("gpu", lambda e: arguments(e, "cluster.num_workers=4", "cluster.num_workers=3"), r"its arguments are refused: .*cluster\.num_workers"),
-    "shell braces": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "s3://BUCKET/data search.choices={readout:[token,sum]}"), r"'\{' means something to the two shells"),
-    "shell variable": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "$BUCKET/data"), r"'\$' means something to the two shells"),
+    "shell braces": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "s3://BUCKET/data search.choices={readout:[token,sum]}"), r"'\{' means something to the shell that reads it"),
+    "shell variable": ("gpu", lambda e: arguments(e, "s3://BUCKET/data", "$BUCKET/data"), r"'\$' means something to the shell that reads it"),
     "job of another name": ("gpu", lambda e: arguments(e, "jobs/pretrain.py", "jobs/embed.py"), r"app\.kubernetes\.io/component: expected 'embed', the job, found 'pretrain'"),
     "local path": ("gpu", lambda e: arguments(e, "out=s3://BUCKET/", "out=/BUCKET/"), r"out=/BUCKET/runs/base-1/pretrain: expected a URI"),
     "files of the pod as output": ("gpu", lambda e: arguments(e, "out=s3://BUCKET/", "out=file:///tmp/"), r"headGroupSpec\.template\.spec\.containers\[0\]\.volumeMounts: out=file:///tmp/runs/base-1/pretrain: expected a shared volume"),
