@@ -26,19 +26,20 @@ from moleblend_ray.orchestration.submit import JobSubmissionClient, open_client
 
 logger = logging.getLogger("submitter")
 
-PATIENCE_S: Final = 600.0
-"""Seconds during which a head that does not answer is asked again."""
+_CONNECT_S: Final = 60.0
+"""Seconds during which a head node that has not answered yet is asked again: the operator has seen it ready. One that has answered
+may be replaced, which takes longer."""
 _PAUSE_S: Final = 5.0
 
 
-def main(arguments: Sequence[str], patience_s: float = PATIENCE_S) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Submit the job unless an earlier pod has, and follow it to its end; the exit status."""
     entrypoint, runtime_env = arguments
     job = os.environ["RAY_JOB_SUBMISSION_ID"]
     try:
-        client = _connect(patience_s)
+        client = _connect()
         submit_once(client, job, entrypoint, yaml.safe_load(runtime_env) or {})
-        ended = Follower(client, job, stops_job=False, patience_s=patience_s).run()
+        ended = Follower(client, job, stops_job=False).run()
     except MoleBlendError as error:
         logger.error("%s", error)
         return 1
@@ -49,11 +50,11 @@ def main(arguments: Sequence[str], patience_s: float = PATIENCE_S) -> int:
     return 0
 
 
-def _connect(patience_s: float) -> JobSubmissionClient:
+def _connect() -> JobSubmissionClient:
     """A client of the head node. Its dashboard may not answer yet."""
     address = os.environ["RAY_DASHBOARD_ADDRESS"]
     url = address if "://" in address else f"http://{address}"
-    deadline_s = time.monotonic() + patience_s
+    deadline_s = time.monotonic() + _CONNECT_S
     while True:
         try:
             return open_client(url, os.environ.get("RAY_AUTH_TOKEN"))
