@@ -59,6 +59,7 @@ MAX_CODE_BYTES: Final = 16 * 2**20
 node."""
 
 _REQUEST_S: Final = 60.0
+_NO_PROXY: Final = {"http": "", "https": "", "all": ""}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +131,13 @@ def _follow(
 
 
 class _Client(JobSubmissionClient):
-    """Ray's client with a time limit for requests: it would wait forever for a head whose machine is gone."""
+    """Ray's client with a time limit for requests: it would wait forever for a head whose machine is gone. A port forward is asked
+    without the proxy that the environment names for other hosts."""
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
         options.setdefault("timeout", _REQUEST_S)
+        if _is_loopback(self._address):
+            options.setdefault("proxies", _NO_PROXY)
         return super()._do_request(method, endpoint, **options)
 
 

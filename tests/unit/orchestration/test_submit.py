@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus
 from ray.tune.execution import class_cache
@@ -571,6 +573,30 @@ def test_an_address_that_is_given_counts_before_the_environment(
     assert all(url.startswith("http://127.0.0.1:9/") for url in asked)
     assert os.environ[name] == "http://127.0.0.1:7"
     assert len({"RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"} & os.environ.keys()) == 1
+
+
+def test_a_port_forward_is_asked_without_the_proxy_for_other_hosts(
+    no_token: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dashboard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"version": "4", "ray_version": ray.__version__}).encode())
+
+        def log_message(self, format: str, *_: Any) -> None:
+            pass
+
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Dashboard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            connect(SubmitConfig(job="data", address=f"http://127.0.0.1:{server.server_port}"))
+        finally:
+            server.shutdown()
 
 
 # ------------------------------------------------------------------------------------------------------ the command
