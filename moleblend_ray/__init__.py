@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from moleblend_ray.evaluation.settings import FinetuneSettings
     from moleblend_ray.evaluation.tasks import Metric, ReplicateRule, SplitKind, TaskKind
     from moleblend_ray.inference import MoleculeEncoder, PropertyPredictor
+    from moleblend_ray.model.batch import MoleculeBatch
     from moleblend_ray.model.config import BlendConfig, LossConfig, ModelConfig
     from moleblend_ray.model.moleblend import MoleBlendModel as MoleBlend
     from moleblend_ray.orchestration.checkpoints import inspect_checkpoints
@@ -105,6 +106,7 @@ __all__ = [
     "ModelConfig",
     "MoleBlend",
     "MoleBlendError",
+    "MoleculeBatch",
     "MoleculeEncoder",
     "NetworkSettings",
     "OptimConfig",
@@ -184,6 +186,7 @@ _HOMES = {
     "ModelConfig": "model.config",
     "MoleBlend": "model.moleblend:MoleBlendModel",
     "MoleBlendError": "errors",
+    "MoleculeBatch": "model.batch",
     "MoleculeEncoder": "inference",
     "NetworkSettings": "planning.settings",
     "OptimConfig": "training.config",

@@ -6,7 +6,9 @@ same code, so a molecule gets the same numbers (up to rounding: what shares a ba
 
 from __future__ import annotations
 
+import numbers
 import os
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
@@ -28,12 +30,14 @@ from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.preparation.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
+from moleblend_ray.evaluation.models.batches import batch_in_order
 from moleblend_ray.evaluation.prediction.embedding import Embedder
 from moleblend_ray.evaluation.prediction.encoders import load_encoder
 from moleblend_ray.evaluation.prediction.ensemble import load_members
 from moleblend_ray.evaluation.prediction.panel import Panel, build_predictor
 from moleblend_ray.evaluation.prediction.prediction import Predictor
 from moleblend_ray.evaluation.settings import COVERAGE
+from moleblend_ray.model.batch import MoleculeBatch
 from moleblend_ray.settings import typed
 
 _NO_LABELS: Final = np.empty(0)
@@ -100,25 +104,53 @@ class MoleculeEncoder:
         ``raise`` a DataError that names it, or give it a row of ``nan``.
         """
         check_all(
-            (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}"),
-            (
-                conformers in (None, False, True),
-                f"conformers: expected True, False or None (each molecule has one), found {conformers!r}",
-            ),
+            (invalid in ("raise", "nan"), f"invalid: expected raise or nan, found {invalid!r}")
         )
         given = _listed(smiles)
-        count = self.embedder.conformers if conformers is None else int(bool(conformers))
-        self.embedder.require_coordinates(count)
-        found = _featurize(given, count, self.embedder, max_atoms)
-        rejected = found.quarantine.to_pylist()
-        if rejected and invalid == "raise":
-            raise DataError(_problem(rejected, given))
+        found = self._featurized(given, conformers, max_atoms)
+        if invalid == "raise":
+            _require_all(found, given)
         vectors = np.full((len(given), self.dim), np.nan, dtype=np.float32)
         if len(found.molecules):
             part = self.embedder.part(found.molecules)
             flat = part["embedding"].combine_chunks().flatten().to_numpy()
             vectors[part["source_row"].to_numpy()] = flat.reshape(-1, self.dim)
         return vectors
+
+    def batch(
+        self,
+        smiles: Iterable[str],
+        *,
+        conformers: bool | None = None,
+        max_atoms: int = MAX_ATOMS,
+    ) -> MoleculeBatch:
+        """The molecules as tensors, in the order of ``smiles`` (M texts, at least one), for a training loop of your own:
+        ``mb.load_model(uri).embed(batch)`` is (M, D), with gradients.
+
+        The tensors are on the encoder's device. ``conformers`` and ``max_atoms`` are those of :meth:`encode`; a DataError names
+        the SMILES that are no molecules.
+        """
+        given = _listed(smiles)
+        if not given:
+            raise DataError(
+                "expected a list of SMILES, found an empty one: a batch has at least one molecule"
+            )
+        found = self._featurized(given, conformers, max_atoms)
+        _require_all(found, given)
+        return batch_in_order(found.molecules, self.embedder.device)
+
+    def _featurized(
+        self, smiles: Sequence[Any], conformers: bool | None, max_atoms: int
+    ) -> Featurized:
+        check_all(
+            (
+                conformers in (None, False, True),
+                f"conformers: expected True, False or None (each molecule has one), found {conformers!r}",
+            )
+        )
+        count = self.embedder.conformers if conformers is None else int(bool(conformers))
+        self.embedder.require_coordinates(count)
+        return _featurize(smiles, count, self.embedder, max_atoms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +203,7 @@ class PropertyPredictor:
     ) -> pa.Table:
         """One row per SMILES, in their order (``.to_pandas()`` makes a data frame of it).
 
-        ``smiles`` is as given (null if it is no text); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
+        ``smiles`` is as given (null if it is missing); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
         ``p0:NAME`` and ``p1:NAME``, the p-values of classes, and ``classes:NAME``, those that the molecule goes with,
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
@@ -274,7 +306,26 @@ def _listed(smiles: Iterable[Any]) -> list[Any]:
         items = iter(smiles)
     except TypeError as error:
         raise DataError(f"expected a list of SMILES, found {smiles!r}") from error
-    return [item.as_py() if isinstance(item, pa.Scalar) else item for item in items]
+    listed = [item.as_py() if isinstance(item, pa.Scalar) else item for item in items]
+    for place, item in enumerate(listed):
+        if not _is_text_or_missing(item):
+            raise DataError(
+                f"expected SMILES as texts, found {type(item).__name__} at {place}: {reprlib.repr(item)}. Of a molecule of RDKit take "
+                "Chem.MolToSmiles(molecule), of bytes their text: item.decode()"
+            )
+    return listed
+
+
+def _is_text_or_missing(item: Any) -> bool:
+    """Whether it is a text, or what tables hold where one is missing: None, a number, or what differs from itself (NaN, NaT)."""
+    if item is None or isinstance(item, str | numbers.Number):
+        return True
+    try:
+        return bool(item != item)
+    except TypeError:  # pandas.NA, of which nobody knows
+        return True
+    except ValueError:  # an array
+        return False
 
 
 def _encodable(text: str) -> str:
@@ -307,13 +358,17 @@ def _featurize(
     return featurize_records(records, "smiles", (), config)
 
 
-def _problem(rejected: Sequence[dict[str, object]], smiles: Sequence[Any]) -> str:
+def _require_all(found: Featurized, smiles: Sequence[Any]) -> None:
+    """DataError that names those ``smiles`` that are no molecules."""
+    rejected = found.quarantine.to_pylist()
+    if not rejected:
+        return
     named = "; ".join(
         f"{row['source_row']}: {smiles[int(str(row['source_row']))]!r} ({row['reason']}: {row['detail']})"
         for row in rejected[:_NAMED]
     )
     more = f" and {len(rejected) - _NAMED} more" if len(rejected) > _NAMED else ""
-    return (
+    raise DataError(
         f"{len(rejected)} of {len(smiles)} SMILES are no molecules for this encoder: {named}{more}. Leave them out, or take "
-        'rows of nan for them with invalid="nan"'
+        'rows of nan for them with encode(..., invalid="nan")'
     )

@@ -8,8 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from source_files import records_of, smiles_of
 
+import moleblend_ray as mb
 from moleblend_ray import cli
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.settings import leaf_paths
@@ -168,3 +170,21 @@ def test_the_recipe_for_an_export_of_chembl_turns_every_relation(
     assert at_most == [False] + [True] * 3 + [False] * 5
     assert at_least == [False] * 4 + [True] * 3 + [False] * 2
     assert [record.labels[0] == 7.0 for record in records] == [True] + [False] * 6 + [True] * 2
+
+
+def test_the_training_loop_of_the_python_page_trains_what_it_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (REPOSITORY / "docs" / "python.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (loop,) = (block for block in blocks if "loss.backward()" in block)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = mb.ModelConfig(
+        num_layers=1, dim=16, ffn_dim=16, num_heads=2, num_kernels=4, pair_dim=2
+    )
+    mb.MoleBlend(config).save_pretrained("first")
+    batches = [(["CCO", "C"], torch.ones(2)), (["c1ccccc1"], torch.zeros(1))]
+    exec(loop.replace("s3://bucket/runs/first", "first"), {"batches": batches})
+    before, after = (mb.load_model(uri).encoder.state_dict() for uri in ("first", "runs/own"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)

@@ -321,6 +321,51 @@ def test_columns_of_tables_are_taken_by_place_with_their_gaps(
         assert table["prediction:y"].null_count == 1
 
 
+def test_what_is_no_text_is_refused_and_not_a_missing_molecule(
+    tmp_path: Path, encoder: mb.MoleculeEncoder
+) -> None:
+    # Otherwise a list of RDKit's molecules would get a table without a single prediction.
+    chem = pytest.importorskip("rdkit.Chem")
+    predictor = mb.PropertyPredictor.from_pretrained(fine_tuned(tmp_path / "m", 0))
+    for wrong, told in (
+        (chem.MolFromSmiles("CCO"), r"found Mol at 1: .*Chem\.MolToSmiles"),
+        (b"CCO", r"found bytes at 1: b'CCO'.*decode"),
+        (np.array([b"CCO"])[0], "found bytes_ at 1"),
+        (["CCO"], "found list at 1"),
+        (np.array(["CCO", "C"]), "found ndarray at 1"),
+    ):
+        given: list[Any] = ["C", wrong]
+        with pytest.raises(DataError, match=told):
+            encoder.encode(given, invalid="nan")
+        for ask in (predictor.predict, encoder.batch):
+            with pytest.raises(DataError, match=told):
+                ask(given)
+
+
+def test_a_batch_has_the_molecules_in_their_order_for_a_training_loop(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    MoleBlendModel(TINY).save_pretrained(tmp_path)
+    encoder, model = mb.MoleculeEncoder.from_pretrained(tmp_path), mb.load_model(tmp_path)
+    smiles = [*SMILES, "CC.[Na+]", "C" * 40]  # Not in the order of their size.
+    for conformers in (True, False):
+        batch = encoder.batch(iter(smiles), conformers=conformers)
+        assert isinstance(batch, mb.MoleculeBatch)
+        vectors = model.embed(batch)
+        np.testing.assert_allclose(
+            vectors.detach().numpy(),
+            encoder.encode(smiles, conformers=conformers),
+            rtol=1e-4,
+            atol=1e-5,
+        )
+    vectors.square().sum().backward()
+    for name, weight in model.encoder.named_parameters():
+        assert weight.grad is not None, name
+    with pytest.raises(DataError, match=r"1 of 2 SMILES.* 1: 'C1CC'"):
+        encoder.batch(["C", "C1CC"])
+    with pytest.raises(DataError, match="at least one molecule"):
+        encoder.batch([])
+
+
 def test_a_whole_table_is_not_taken_for_its_column_names(
     tmp_path: Path, encoder: mb.MoleculeEncoder
 ) -> None:

@@ -230,6 +230,15 @@ def build_micro_batches(
     return build_steps(block, range(step, step + 1), stream, micro_batch_size)
 
 
+def build_micro_batch(block: MoleculeBlock) -> MicroBatch:
+    """All molecules of a block, at least one, in their order, as step 0 of stream 0."""
+    begins = np.zeros(1, np.int64)
+    described = block.descriptors.shape[1] > 0
+    headers = _headers(range(1), 0, 1, begins, block.num_atoms, described=described)
+    (micro,) = _pack(block, np.arange(len(block)), begins, headers)
+    return micro
+
+
 def build_steps(
     block: MoleculeBlock, steps: range, stream: int, micro_batch_size: int
 ) -> list[MicroBatch]:
