@@ -54,6 +54,14 @@ _PRIVATE_SETTINGS = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
+_QUIET_LEVELS = {
+    "ray.data": logging.WARNING,
+    # It warns that there will be no progress bar, although that was asked for.
+    "ray.data._internal.progress": logging.ERROR,
+    # Tune would print the traceback of a failed trial; the reason is in the results and in our own log.
+    "ray.tune": logging.CRITICAL,
+}
+
 _UNNEEDED = ("start_api_server", "start_monitor", "start_log_monitor")
 """Methods of Ray's node, each of which starts a process."""
 
@@ -69,6 +77,8 @@ _users_lock = threading.Lock()
 _users = 0
 """Bodies in this process, of several threads, that use the cluster which the first of them started or attached to."""
 _end_of_cluster = contextlib.ExitStack()
+_quiet_users = 0
+_end_of_quiet = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
@@ -77,10 +87,10 @@ def ray_session(cluster: ClusterConfig, *, data_cpus: float | None = None) -> It
 
     A private cluster has room for the workers and for data actors that reserve `data_cpus` CPUs in total (None: one per
     actor of `cluster.num_data_actors`). What is started or connected here is shut down here, after the bodies of other
-    threads that joined it. A connection that existed before is left alone. Signals are handled as before in the end.
+    threads that joined it. A connection that existed before is left alone. In the end signals are handled as before, and Ray Data and
+    Ray Tune say what they said before.
     """
-    with signal_handlers_kept(), _connected(cluster, data_cpus), one_board_actor():
-        _quiet_data()
+    with signal_handlers_kept(), _connected(cluster, data_cpus), one_board_actor(), _quiet():
         yield
 
 
@@ -326,15 +336,39 @@ def _native_stderr_held() -> Iterator[None]:
             os.close(screen)
 
 
-def _quiet_data() -> None:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's libraries say nothing in the body of the first thread that comes, and what they said before after that of the last."""
+    global _quiet_users
+    with _users_lock:
+        if not _quiet_users:
+            _end_of_quiet.enter_context(_libraries_quieted())
+        _quiet_users += 1
+    try:
+        yield
+    finally:
+        with _users_lock:
+            _quiet_users -= 1
+            if not _quiet_users:
+                _end_of_quiet.close()
+
+
+@contextlib.contextmanager
+def _libraries_quieted() -> Iterator[None]:
     from ray.data import DataContext
 
     context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    # It warns that there will be no progress bar, although that was asked for.
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+    bars, starts = context.enable_progress_bars, context.print_on_execution_start
+    levels = {name: logging.getLogger(name).level for name in _QUIET_LEVELS}
+    context.enable_progress_bars = context.print_on_execution_start = False
+    for name, level in _QUIET_LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = bars, starts
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _memory_bytes() -> int:

@@ -179,8 +179,6 @@ def _results_of(out: str) -> dict[str, Any] | None:
 def run_trials(config: SweepConfig, bench: Bench) -> list[TrialResult]:
     """Run the search, or the rest of an interrupted one."""
     keep_keys_from_trials()
-    # Tune would print the traceback of a failed trial; the reason is in the results and in our own log.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     experiment = bench.experiment
     trainable = tune.with_resources(
         tune.with_parameters(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import ray
 import ray._private.state
 import ray.experimental.internal_kv
 from ray._private.node import Node
+from ray.data import DataContext
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.util.client import ray as ray_client
 
@@ -119,7 +122,7 @@ def cluster_events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("PYTHONBREAKPOINT", raising=False)
     monkeypatch.setattr(session, "_start", start)
-    monkeypatch.setattr(session, "_quiet_data", lambda: None)
+    monkeypatch.setattr(session, "_libraries_quieted", contextlib.nullcontext)
     monkeypatch.setattr(ray, "is_initialized", lambda: events[-1:] == ["start"])
     monkeypatch.setattr(ray, "shutdown", lambda: events.append("end"))
     return events
@@ -136,6 +139,28 @@ def test_a_session_leaves_signals_and_the_environment_as_they_were(
     assert (dict(os.environ), [signal.getsignal(number) for number in numbers]) == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_ray_data_and_tune_speak_again_after_the_last_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those who use them in the same process would miss their progress bars and reasons of failures."""
+
+    def state() -> list[object]:
+        context = DataContext.get_current()
+        levels = [logging.getLogger(name).level for name in session._QUIET_LEVELS]
+        return [context.enable_progress_bars, context.print_on_execution_start, *levels]
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(DataContext.get_current(), "enable_progress_bars", True)
+    before, quiet = state(), [False, False, *session._QUIET_LEVELS.values()]
+    first, second = (contextlib.ExitStack() for _ in range(2))
+    first.enter_context(session.ray_session(ClusterConfig()))
+    second.enter_context(session.ray_session(ClusterConfig()))
+    first.close()  # as of another thread
+    assert state() == quiet
+    second.close()
+    assert state() == before != quiet
 
 
 def test_only_the_start_of_a_private_cluster_leaves_processes_out() -> None:
