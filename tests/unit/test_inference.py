@@ -137,6 +137,17 @@ def test_defaults_that_other_code_gave_pytorch_change_nothing(
     assert found[1] == expected[1]
 
 
+def test_loading_and_asking_leaves_the_random_numbers_of_the_caller(tmp_path: Path) -> None:
+    MoleBlendModel(TINY).save_pretrained(tmp_path / "encoder")
+    model = fine_tuned(tmp_path / "property", 0)
+    before = torch.get_rng_state()
+    mb.load_model(tmp_path / "encoder")
+    mb.MoleculeEncoder.from_pretrained(tmp_path / "encoder").encode(["CCO"])
+    mb.MoleculeEncoder.from_pretrained(model).encode(["CCO"])
+    mb.PropertyPredictor.from_pretrained(model).predict(["CCO"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_models_of_several_tasks_predict_together_each_under_its_name(tmp_path: Path) -> None:
     uris = [fine_tuned(tmp_path / name, seed) for seed, name in enumerate("abc")]
     saved = load_property_model(uris[2])

@@ -237,8 +237,9 @@ def load_property_model(uri: str) -> SavedProperty:
         trained = _trained(document)
         pretrained = MoleBlendModel.without_weights(ModelConfig(**document["model"]))
         state = safetensors.torch.load(storage.read_bytes(storage.join(uri, WEIGHTS_NAME)))
-        # On the CPU and in float32 like the encoder, whatever PyTorch's defaults are.
-        with torch.device("cpu"):
+        # On the CPU and in float32 like the encoder, whatever PyTorch's defaults are. The head is drawn before it gets its
+        # weights, from PyTorch's generator, which is the caller's.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             model = PropertyModel(
                 pretrained,
                 len(trained.columns),

@@ -74,10 +74,13 @@ class Embedder:
     ) -> Embedder:
         """Move the encoder ``start``, and the fine-tuned model that it comes from, to ``device``. ``batch_size`` None: as many molecules as
         suit it."""
+        # Its relation heads are drawn, from PyTorch's generator, which is the caller's.
+        with torch.random.fork_rng(devices=[]):
+            model = build_pretrained(start)
         if fine_tuned is not None:
             fine_tuned = fine_tuned._replace(model=fine_tuned.model.to(device).eval())
         return cls(
-            model=build_pretrained(start).to(device).eval(),
+            model=model.to(device).eval(),
             fine_tuned=fine_tuned,
             form=start.molecules,
             uri=uri,
