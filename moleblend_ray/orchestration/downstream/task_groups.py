@@ -24,6 +24,7 @@ from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.downstream import FinetuneConfig, PropertyConfig, SweepConfig
 from moleblend_ray.data.dataset.dataset_files import is_prepared
 from moleblend_ray.data.dataset.lease import leased
+from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources import SourceSet
 from moleblend_ray.errors import CheckpointError, ConfigError, MoleBlendError, TrainingError
@@ -115,8 +116,8 @@ def sweep_tasks(config: SweepConfig) -> TasksSummary:
     leaderboard.
 
     Repeating the command continues where it was interrupted, tries failed tasks again, and repeats nothing that is
-    finished. Before any work it raises ConfigError or DataError if settings or files are missing, or differ from those
-    of ``out``. After all tasks it raises TrainingError that names the tasks that failed, if any.
+    finished. Before any work it raises ConfigError, DataError or CheckpointError if settings or files are missing, or differ
+    from those of ``out``. After all tasks it raises TrainingError that names the tasks that failed, if any.
     """
     config = accepted(config, SweepConfig)
     for task in config.task.tasks().values():
@@ -137,21 +138,23 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
     configs = _task_configs(config, sources)
     _check_questions(config.out, configs)
     finished_before = {name for name, task_config in configs.items() if has_results(task_config)}
+    is_finished = finished_before == set(configs)
     for name, source in sources.found.items():
         if name not in finished_before:
             refuse_raw_settings(dataclasses.replace(config.task, name=name, source=source))
     # What is finished needs its molecules no more: nothing is prepared again for it.
-    prepares = finished_before != set(configs) or _is_shared_prepared(config, sources)
+    prepares = not is_finished or _is_shared_prepared(config, sources)
     shared = _look_at_shared(config, sources) if prepares else {}
+    form = None if is_finished and not shared else starting_point(config).molecules
     with contextlib.ExitStack() as stack:
         # Finished tasks only look at files: they need neither a session, which takes seconds to start, nor a lease.
-        if finished_before != set(configs):
+        if not is_finished:
             stack.enter_context(leased(config.out, partial(_are_finished, configs)))
             stack.enter_context(ray_session(config.cluster))
             check_cluster(config)
         board = _write_board(config.out, states)
         failed: dict[str, str] = {}
-        _prepare_shared(config, shared)
+        _prepare_shared(config, shared, form)
         for number, (name, task_config) in enumerate(configs.items(), start=1):
             logger.info("task %d of %d: %s", number, len(configs), name)
             error = _error_of(run, task_config)
@@ -163,7 +166,7 @@ def _run_tasks(config: C, run: Callable[[C], Any]) -> TasksSummary:
                 states[name] = read_row(config.out, name) or row
             board = _write_board(config.out, states)
     raise_for_failures(config.out, failed, len(board.rows))
-    return _summary(config.out, board, time.monotonic() - began, finished_before == set(configs))
+    return _summary(config.out, board, time.monotonic() - began, is_finished)
 
 
 def _find_sources(config: PropertyConfig) -> TaskSources:
@@ -301,9 +304,11 @@ def _look_at_shared(config: PropertyConfig, sources: TaskSources) -> dict[str, _
     }
 
 
-def _prepare_shared(config: PropertyConfig, shared: Mapping[str, _Shared]) -> None:
-    """Prepare, check or complete the molecules that several tasks share, with every numeric column as a label."""
-    form = starting_point(config).molecules if shared else None
+def _prepare_shared(
+    config: PropertyConfig, shared: Mapping[str, _Shared], form: MoleculeForm | None
+) -> None:
+    """Prepare, check or complete the molecules that several tasks share, in the ``form`` of the starting point, with every
+    numeric column as a label."""
     for source, found in shared.items():
         split = _shared_split(config, source)
         if split is not None and found.rows is not None:

@@ -195,6 +195,19 @@ def test_a_column_that_a_shared_source_lacks_or_that_says_no_splits_is_found_bef
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_is_not_there_is_told_before_ray_is_started_and_leaves_nothing(
+    tmp_path: Path, no_cluster: None
+) -> None:
+    """What it left made `out` one of several tasks, and refused a command for one of them."""
+    fill(tmp_path, "esol.csv", "bbbp.csv")
+    config = dataclasses.replace(config_for(tmp_path, "bbbp", "esol"), checkpoint="/absent/run")
+    run: list[object] = []
+    with pytest.raises(CheckpointError, match="/absent/run names no model"):
+        _run_tasks(config, run.append)
+    assert run == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_settings_of_raw_molecules_are_refused_if_a_task_that_is_left_has_prepared_ones(
     tmp_path: Path, no_cluster: None
 ) -> None:
