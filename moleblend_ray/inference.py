@@ -30,7 +30,6 @@ from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.preparation.shard_writer import Featurized, featurize_records
 from moleblend_ray.data.sources.records import RawRecord
 from moleblend_ray.errors import ConfigError, DataError
-from moleblend_ray.evaluation.models.batches import batch_in_order
 from moleblend_ray.evaluation.prediction.embedding import Embedder
 from moleblend_ray.evaluation.prediction.encoders import load_encoder
 from moleblend_ray.evaluation.prediction.ensemble import load_members
@@ -137,7 +136,7 @@ class MoleculeEncoder:
             )
         found = self._featurized(given, conformers, max_atoms)
         _require_all(found, given)
-        return batch_in_order(found.molecules, self.embedder.device)
+        return MoleculeBatch.from_table(found.molecules, self.embedder.device)
 
     def _featurized(
         self, smiles: Sequence[Any], conformers: bool | None, max_atoms: int

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moleblend_ray.compilation import kernel
-from moleblend_ray.data.batches.batch import MicroBatch
-from moleblend_ray.data.dataset.block import NUM_ATOM_FEATURES
+from moleblend_ray.data.batches.batch import MicroBatch, build_micro_batch
+from moleblend_ray.data.dataset.block import NUM_ATOM_FEATURES, block_from_table
+from moleblend_ray.errors import DataError
 from moleblend_ray.relations.topology import HOP_BITS, HOP_MASK
 from moleblend_ray.vocabulary import NUM_HOPS
+
+if TYPE_CHECKING:  # benchmarks of the model need no pyarrow
+    import pyarrow as pa
 
 _TORCH_TYPES: Final = {
     np.dtype(np.int64): torch.int64,
@@ -92,6 +96,19 @@ class MoleculeBatch:
     """(B,) int64, packed token row of each molecule's graph token."""
     size_groups: tuple[SizeGroup, ...]
     """All molecules in order, in groups of similar size, for kernels that hold a whole molecule in a tile."""
+
+    @classmethod
+    def from_table(cls, table: pa.Table, device: torch.device | str = "cpu") -> MoleculeBatch:
+        """The rows of a shard, or of a part of one, in their order, each with its first conformer if it has one.
+
+        DataError if there are none, or if the columns are not those of a shard.
+        """
+        if not len(table):
+            raise DataError(
+                "expected rows of a shard, found none: a batch has at least one molecule"
+            )
+        block = block_from_table(table, np.arange(len(table)))
+        return cls.from_micro_batch(build_micro_batch(block), device)
 
     @classmethod
     def from_micro_batch(

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.batches.batch import build_micro_batch, build_micro_batches
+from moleblend_ray.data.batches.batch import build_micro_batches
 from moleblend_ray.data.config import CPU_MICRO_BATCH, GPU_MICRO_BATCH
 from moleblend_ray.data.dataset.block import GraphColumns, gather
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs, DescriptorTable
@@ -83,13 +83,6 @@ def batches_by_size(
         for micro in build_micro_batches(block, 0, 0, batch_size):
             batch = MoleculeBatch.from_micro_batch(micro, device=device)
             yield micro.molecule_ids, batch
-
-
-def batch_in_order(table: pa.Table, device: torch.device) -> MoleculeBatch:
-    """The molecules of a shard table, at least one, as one batch in their order, each with its first conformer if it has one."""
-    rows = np.arange(len(table))
-    block = gather([GraphColumns.from_table(table)], np.zeros_like(rows), rows, rows)
-    return MoleculeBatch.from_micro_batch(build_micro_batch(block), device)
 
 
 class ViewDescriptors(NamedTuple):

@@ -6,8 +6,10 @@ import molecule_zoo as zoo
 import numpy as np
 import pytest
 import torch
+from synthetic import random_block, shard_table, with_random_descriptors
 
 from moleblend_ray.data.batches.batch import build_micro_batches, unpack_micro_batch
+from moleblend_ray.errors import DataError
 from moleblend_ray.model.batch import MoleculeBatch, size_groups
 from moleblend_ray.vocabulary import UNREACHABLE
 
@@ -27,6 +29,29 @@ def test_padding_puts_each_molecule_where_it_belongs() -> None:
     assert not batch.spd[1, 3:].any()
     assert not batch.path_codes[1, :, 3:].any()
     assert batch.degrees[2].tolist() == [2] * 5
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_rows_of_a_shard_are_a_batch_in_their_order(described: bool) -> None:
+    rng = np.random.default_rng(0)
+    block = random_block(rng, 12)
+    if described:
+        block, _ = with_random_descriptors(rng, block)
+    table = shard_table(block, rng.integers(0, 3, len(block))).slice(2, 9)
+    batch = MoleculeBatch.from_table(table)
+    assert batch.num_atoms.tolist() == block.num_atoms[2:11].tolist()
+    assert batch.num_atoms.tolist() != sorted(batch.num_atoms.tolist())
+    for row, alone in enumerate(MoleculeBatch.from_table(table.slice(i, 1)) for i in range(9)):
+        n = int(alone.num_atoms)
+        for name in ("atom_features", "degrees", "positions", "position_mask"):
+            assert torch.equal(getattr(batch, name)[row, :n], getattr(alone, name)[0])
+        for name in ("spd", "path_codes"):
+            assert torch.equal(getattr(batch, name)[row, :n, :n], getattr(alone, name)[0])
+    assert len(batch.descriptors) == 9 * described
+    with pytest.raises(DataError, match="found none"):
+        MoleculeBatch.from_table(table.slice(0, 0))
+    with pytest.raises(DataError, match="lacks the column 'num_atoms'"):
+        MoleculeBatch.from_table(table.select(["smiles"]))
 
 
 def test_unknown_positions_become_zero_even_if_stored_as_nan() -> None:
