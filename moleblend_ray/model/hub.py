@@ -49,7 +49,11 @@ FORMAT_VERSION: Final = 1
 
 
 def save_pretrained(model: MoleBlendModel, uri: str) -> None:
-    """Write the weights, the configuration and the origin of ``model`` into the directory ``uri``."""
+    """Write the weights, the configuration and the origin of ``model`` into the directory ``uri``, also over another model.
+
+    ConfigError if it holds a run, results or a fine-tuned model, whose files have these names.
+    """
+    _refuse_what_commands_made(uri)
     tensors = {
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
@@ -62,6 +66,21 @@ def save_pretrained(model: MoleBlendModel, uri: str) -> None:
         **({} if model.origin is None else {"origin": model.origin.to_json()}),
     }
     storage.write_json(storage.join(uri, CONFIG_NAME), document)
+
+
+def _refuse_what_commands_made(uri: str) -> None:
+    """Raise ConfigError if ``uri`` has a configuration that is not of a pretrained model."""
+    note = storage.join(uri, CONFIG_NAME)
+    if storage.exists(storage.join(uri, PROPERTY_NAME)) or (
+        storage.exists(note) and not _is_model_config(storage.read_json(note))
+    ):
+        raise ConfigError(
+            f"{uri} holds a run, results or a fine-tuned model, which would be lost. Save the model to a folder of its own"
+        )
+
+
+def _is_model_config(document: Any) -> bool:
+    return isinstance(document, dict) and isinstance(document.get("format_version"), int)
 
 
 def from_pretrained(uri: str) -> MoleBlendModel:
@@ -307,9 +326,12 @@ def _read_config(uri: str) -> tuple[ModelConfig, Origin | None]:
         raise CheckpointError(
             f"There is no pretrained model at {folder}: it has no {CONFIG_NAME}."
         ) from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if not isinstance(version, int):
-        raise CheckpointError(f"{uri} is not the configuration of a model of this project.")
+    if not _is_model_config(document):
+        raise CheckpointError(
+            f"{uri} is not the configuration of a model of this project. If its folder is a pretraining run, "
+            "moleblend_ray.load_model takes it; the model itself is in its folder export."
+        )
+    version = document["format_version"]
     if version > FORMAT_VERSION:
         raise CheckpointError(
             f"{uri} has format version {version}, this program reads up to {FORMAT_VERSION}: upgrade moleblend-ray."

@@ -130,7 +130,10 @@ class MoleBlendModel(nn.Module):
         return hub.from_pretrained(os.fspath(uri))
 
     def save_pretrained(self, uri: str | os.PathLike[str]) -> None:
-        """Write the weights and the configuration into the directory ``uri``."""
+        """Write the weights and the configuration into the directory ``uri``, also over another model.
+
+        ConfigError if it holds a run, results or a fine-tuned model.
+        """
         from moleblend_ray.model import hub  # it needs this class
 
         hub.save_pretrained(self, os.fspath(uri))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moleblend_ray.data.files import storage
-from moleblend_ray.errors import CheckpointError
+from moleblend_ray.errors import CheckpointError, ConfigError
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import from_pretrained, import_official, save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -47,6 +47,32 @@ def test_the_class_saves_and_loads_as_the_functions_do(tmp_path: Path) -> None:
     assert not loaded.training
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", {"config": {"order": {}}, "data_fingerprint": "d"}),
+        ("property.json", {"format_version": 3}),
+    ],
+    ids=["run", "fine-tuned model"],
+)
+def test_a_model_is_not_saved_over_what_commands_have_made(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    """As after ``model = load_model(uri)``: ``model.save_pretrained(uri)`` would take the run its settings."""
+    storage.write_json(str(tmp_path / name), content)
+    before = (tmp_path / name).read_bytes()
+    with pytest.raises(ConfigError, match=r"would be lost\. Save the model to a folder of its own"):
+        MoleBlendModel(TINY).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == before
+
+
+def test_a_run_is_told_from_the_model_in_it(tmp_path: Path) -> None:
+    storage.write_json(str(tmp_path / "config.json"), {"config": {}})
+    with pytest.raises(CheckpointError, match=r"not the configuration .*load_model takes it"):
+        from_pretrained(str(tmp_path))
 
 
 def test_an_export_killed_over_another_model_leaves_none(
