@@ -14,7 +14,6 @@ import json
 import numbers
 import os
 import re
-import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,8 +36,8 @@ def typed(cls: type[T]) -> type[T]:
     """The dataclass `cls`, whose constructor makes of every value what its annotation says, as `build` does, before its own
     checks; a ConfigError naming every value of which that cannot be made.
 
-    So settings in Python are checked like those on the command line, and a word, a list or a number of NumPy is stored
-    as a member, a tuple or an int.
+    So settings in Python are checked like those on the command line, and a word, a list or array, or a number of NumPy is
+    stored as a member, a tuple or an int.
     """
     make = cls.__init__
 
@@ -179,7 +178,7 @@ class _Builder:
         )
 
     def value(self, annotation: Any, value: object, path: str) -> Any:
-        value = _without_numpy(value)
+        value = _as_plain(value)
         options = _options(annotation)
         inner = nested_dataclass(annotation)
         if inner is not None and isinstance(value, Mapping):
@@ -343,11 +342,10 @@ def _scalar(annotation: type, value: object) -> Any:
     return value if type(value) is annotation else _INVALID
 
 
-def _without_numpy(value: Any) -> Any:
-    """A number, truth value or text of NumPy, as data frames hold them, as one of Python."""
-    # Who has such a value has imported it.
-    numpy = sys.modules.get("numpy")
-    return value.item() if numpy is not None and isinstance(value, numpy.generic) else value
+def _as_plain(value: Any) -> Any:
+    """A number, truth value, text or array of NumPy, a column or index of a data frame, or a tensor, as those of Python."""
+    tolist = None if isinstance(value, type) else getattr(value, "tolist", None)
+    return tolist() if callable(tolist) else value
 
 
 def _number(annotation: type, value: object) -> Any:

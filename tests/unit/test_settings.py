@@ -227,6 +227,20 @@ def test_truth_values_and_words_of_numpy_are_taken_as_its_numbers_are() -> None:
         mb.FinetuneSettings(**wrong)
 
 
+def test_arrays_and_names_of_columns_are_taken_as_lists_are() -> None:
+    pd = pytest.importorskip("pandas")
+    columns = pd.DataFrame(columns=["smiles", "a", "b"]).columns[1:]
+    for names in (columns, np.array(["a", "b"]), columns.to_series()):
+        made = Outer(name="a", names=names, inner={"sizes": np.arange(3)})  # type: ignore[arg-type]
+        assert (made.names, made.inner.sizes) == (("a", "b"), (0, 1, 2))
+        json.dumps(to_dict(made))
+    for sizes in (np.array([0.5]), np.array(3), np.array([[1]])):
+        with pytest.raises(ConfigError, match=r"sizes.*: expected (list of )?int, found"):
+            Inner(sizes=sizes)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="sizes: expected list of int, found "):
+        Inner(sizes=np.ndarray)  # type: ignore[arg-type]
+
+
 def test_a_constructor_names_every_value_of_another_type_before_its_own_checks() -> None:
     with pytest.raises(ConfigError) as raised:
         Inner(rate="1", mode="kep", sizes=3)  # type: ignore[arg-type]
@@ -247,8 +261,8 @@ def test_a_constructor_names_every_value_of_another_type_before_its_own_checks()
 
 def classes_of_settings() -> Iterator[type]:
     """Every class of settings that a user can make, sections included."""
-    models = {"MoleculeEncoder", "PropertyPredictor"}
-    waiting: list[object] = [getattr(mb, name) for name in set(mb.__all__) - models]
+    others = {"MoleculeBatch", "MoleculeEncoder", "PropertyPredictor"}
+    waiting: list[object] = [getattr(mb, name) for name in set(mb.__all__) - others]
     seen: set[type] = set()
     while waiting:
         cls = waiting.pop()
