@@ -16,6 +16,7 @@ import logging
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Final
@@ -31,7 +32,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
 from moleblend_ray.data.dataset.node_cache import remove_unused
 from moleblend_ray.data.files import storage
-from moleblend_ray.errors import TrainingError, without_credentials
+from moleblend_ray.errors import StorageError, TrainingError, without_credentials
 from moleblend_ray.orchestration.cluster.cluster_checks import (
     Need,
     require_room,
@@ -86,6 +87,10 @@ _LONGEST_INTERVAL: Final = 16
 
 class WorkersLostError(TrainingError):
     """Workers failed more often than ``train.max_failures`` allows."""
+
+
+class OutOfReachError(TrainingError):
+    """Workers could not be started or fed, as the storage did not answer."""
 
 
 def pretrain(config: PretrainConfig) -> PretrainSummary:
@@ -178,12 +183,14 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
 
 
 def _train_until_done(settings: WorkerSettings, ray_notes: str) -> WorkerOutcome:
-    """Start new trainers as long as workers leave because nodes change, or fail after new checkpoints."""
+    """Start new trainers as long as workers leave because nodes change, or fail after new checkpoints, and a few times while the
+    storage is out of reach."""
     cluster, out = settings.config.cluster, settings.config.out
     environment = _TRAIN_SETTINGS | (_ELASTIC_SETTINGS if cluster.min_workers else {})
     interval_s = cluster.resize_interval_s
+    begin_step, outages = _newest_step(out), 0
     while True:
-        begin_step, begin_s = _newest_step(out), time.monotonic()
+        begin_s = time.monotonic()
         try:
             with environment_defaults(environment):
                 outcome = _fit(_new_trainer(settings, ray_notes, interval_s))
@@ -191,10 +198,18 @@ def _train_until_done(settings: WorkerSettings, ray_notes: str) -> WorkerOutcome
             if settings.stop_flag.is_terminated.is_set():
                 logger.warning("stopped, as asked: %s", error)
                 return WorkerOutcome(step=_newest_step(out), world_size=0, stopped_by="sigterm")
+            if isinstance(error, OutOfReachError) and outages < settings.config.train.max_failures:
+                logger.warning("%s: starting anew", error)
+                outages += 1
+                with contextlib.suppress(StorageError):  # It is still out of reach.
+                    newest = _newest_step(out)
+                    begin_step, outages = newest, 1 if newest > begin_step else outages
+                continue
             # A long run on many machines loses machines many times; it goes on as long as there is progress.
             if not isinstance(error, WorkersLostError) or _newest_step(out) <= begin_step:
                 raise
             logger.warning("%s Training got on since the first of them: starting anew", error)
+            begin_step, outages = _newest_step(out), 0
             continue
         if outcome.stopped_by not in ("drain", "resize"):
             return outcome
@@ -208,6 +223,7 @@ def _train_until_done(settings: WorkerSettings, ray_notes: str) -> WorkerOutcome
         )
         settings.stop_flag.ask("")
         settings.reporter.count("planned_restarts")
+        begin_step, outages = _newest_step(out), 0
         if outcome.stopped_by == "resize":
             # If others take the room again and again, the run must not restart each time.
             is_busy = time.monotonic() - begin_s < _QUIET_INTERVALS * interval_s
@@ -303,7 +319,8 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> WorkerOutcome:
     except ray.train.ControllerError as error:
         if isinstance(error.controller_failure, StoppedWhileWaitingError):
             raise error.controller_failure from None
-        raise TrainingError(
+        kind = OutOfReachError if _is_of_storage(error.controller_failure) else TrainingError
+        raise kind(
             f"the workers could not be started or fed: {_root_cause(error.controller_failure)}"
         ) from error
     except ray.exceptions.RayTaskError:
@@ -318,10 +335,24 @@ def _fit(trainer: ray.train.torch.TorchTrainer) -> WorkerOutcome:
     return outcome
 
 
+def _is_of_storage(error: BaseException) -> bool:
+    """Whether an error began with storage that did not do what was asked; not so if it answered that nothing is there."""
+    return any(
+        isinstance(link, StorageError) and not isinstance(link, storage.NotFoundError)
+        for link in _chain(error)
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that caused it up to the first."""
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
+
+
 def _root_cause(error: BaseException) -> str:
     """The message of the first error of a chain, without the tracebacks that Ray adds."""
-    while (cause := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = cause
+    *_, error = _chain(error)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     message = lines[-1] if "Traceback" in lines[0] else lines[0]
     return f"{type(error).__name__}: {message.rstrip('.')}"
