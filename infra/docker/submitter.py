@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import yaml
+from ray.job_submission import JobSubmissionClient
 
 from moleblend_ray.errors import MoleBlendError
 from moleblend_ray.orchestration.follow import Follower, SubmitError, first_line, is_unknown
-from moleblend_ray.orchestration.submit import JobSubmissionClient, open_client
+from moleblend_ray.orchestration.submit import open_client
 
 logger = logging.getLogger("submitter")
 

@@ -55,8 +55,9 @@ class Follower:
         pause_s: float = _PAUSE_S,
     ) -> None:
         """``write``: receives the text of the log, by default for standard output; ``skip_log``: show only new text;
-        ``stops_job``: whether the first signal stops the job, and only a second SIGINT ends the following alone; ``patience_s``: how long the cluster may be out of reach; ``look_s``: interval between looks at the job's
-        status; ``pause_s``: pause before connecting again, doubled after each failure."""
+        ``stops_job``: whether the first signal stops the job, and only a second SIGINT ends the following alone;
+        ``patience_s``: how long the cluster may be out of reach; ``look_s``: interval between looks at the job's status;
+        ``pause_s``: pause before connecting again, doubled after each failure."""
         self._client = client
         self._id = submission_id
         self._write = write or _write_out

@@ -26,8 +26,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobDetails, JobStatus
-from ray.job_submission import JobSubmissionClient as JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 import moleblend_ray
 from moleblend_ray.config.compose import config_dir

@@ -39,7 +39,7 @@ _EXTENSION: Final = re.compile(r"(\|[^|]*\|)\s*(.*)", re.DOTALL)
 _LAST_RECORD_END: Final = re.compile(rb"^\$\$\$\$[^\n]*\n?\Z", re.MULTILINE)
 _MOLBLOCK_END: Final = re.compile(r"^M  END.*\n?", re.MULTILINE)
 _MOLBLOCK_IN_PROPERTY: Final = re.compile(
-    r"^>.*<.*>.*\n(?:.*\n){3}.* V[23]000.*\n(?:(?!M  END).*\n)*M  END", re.MULTILINE
+    r"^>.*\n(?:.*\n){3}.* V[23]000.*\n(?:(?!M  END).*\n)*M  END", re.MULTILINE
 )
 """Its header lines come at once after the name, where a record that begins has the empty line after a value before it."""
 _PROPERTY: Final = re.compile(
