@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 from moleblend_ray.chemistry.samples import write_samples
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.tools import SamplesConfig
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +27,8 @@ def samples(config: SamplesConfig) -> SamplesSummary:
     if "://" not in config.out:
         rows = write_samples(config.out, config.num_molecules, config.seed)
         return SamplesSummary(molecules=rows, bytes=storage.size(config.out))
-    with tempfile.TemporaryDirectory() as folder:
-        local = Path(folder) / "samples.parquet"
+    with scratch_folder("samples") as folder:
+        local = folder / "samples.parquet"
         rows = write_samples(local, config.num_molecules, config.seed)
         storage.upload(str(local), config.out)
     return SamplesSummary(molecules=rows, bytes=storage.size(config.out))

@@ -15,7 +15,6 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 import moleblend_ray
 from moleblend_ray.config.compose import config_dir
 from moleblend_ray.config.submit import SubmitConfig, check_job, environment, losses
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.orchestration.follow import (
     RUNNING,
@@ -314,16 +314,16 @@ def staged_code(config: SubmitConfig) -> Iterator[str | None]:
     if config.code == "image":
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="moleblend-submit-") as folder:
+    with scratch_folder("submit") as folder:
         package = Path(moleblend_ray.__file__).parent
         leave_out = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", ".*")
-        shutil.copytree(package, Path(folder) / package.name, ignore=leave_out)
+        shutil.copytree(package, folder / package.name, ignore=leave_out)
         # In a checkout it is beside the package, in a wheel inside.
-        conf = Path(folder) / package.name / "conf"
+        conf = folder / package.name / "conf"
         if not conf.exists():
             shutil.copytree(config_dir(), conf, ignore=leave_out)
-        check_size(Path(folder))
-        yield folder
+        check_size(folder)
+        yield str(folder)
 
 
 def check_size(folder: Path, limit: int = MAX_CODE_BYTES) -> None:

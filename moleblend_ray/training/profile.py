@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Final
 
 import torch
 from torch.profiler import ProfilerActivity
 
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import StorageError
 
 logger = logging.getLogger(__name__)
@@ -55,8 +54,8 @@ def _write(
     order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     table = profile.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            trace = Path(folder) / "trace.json.gz"
+        with scratch_folder("profile") as folder:
+            trace = folder / "trace.json.gz"
             profile.export_chrome_trace(str(trace))
             storage.upload(trace, f"{uri}.json.gz")
         storage.write_bytes(f"{uri}.txt", table.encode())

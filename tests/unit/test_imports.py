@@ -85,13 +85,20 @@ WITHIN = {
     ),
 }
 
-# Library -> path prefixes, below the package, of the modules that may import it.
+# Library or module -> path prefixes, below the package, of the modules that may import it.
 HOMES = {
     "ray": ("orchestration/",),
     "rdkit": ("chemistry/",),
     "torch": ("model/", "training/", "evaluation/", "inference.py", "config/", "orchestration/"),
     "hydra": ("config/compose.py",),
     "omegaconf": ("config/compose.py",),
+    # Temporary folders are those of scratch.py, which do not stay behind a killed process. The others: files shared by processes,
+    # and a file without a name.
+    "tempfile": (
+        "data/files/scratch.py",
+        "data/dataset/node_cache.py",
+        "orchestration/cluster/session.py",
+    ),
 }
 
 # What of data/ turns raw molecules into shards; the rest must run without chemistry.

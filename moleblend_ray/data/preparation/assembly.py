@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -33,6 +32,7 @@ from moleblend_ray.data.dataset.shard_reader import ShardReader
 from moleblend_ray.data.dataset.shards import DESCRIPTOR_FIELD, DUPLICATE
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.ahead import mapped_ahead
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.data.preparation.claim import remove_work_files
 from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.preparation.receipts import (
@@ -245,19 +245,19 @@ def count_repeats(parts: Iterable[NDArray[np.uint64]]) -> int:
     """
     held: list[NDArray[np.uint64]] = []
     num_held = repeats = 0
-    with tempfile.TemporaryDirectory(prefix="moleblend-ids-") as folder:
+    with scratch_folder("ids") as folder:
         for part in parts:
             held.append(part)
             num_held += len(part)
             if num_held > _MAX_HASHES_IN_MEMORY:
-                _spill(np.concatenate(held), Path(folder))
+                _spill(np.concatenate(held), folder)
                 held, num_held = [], 0
-        spilled = sorted(Path(folder).iterdir())
+        spilled = sorted(folder.iterdir())
         if spilled:
-            _spill(np.concatenate([*held, np.empty(0, np.uint64)]), Path(folder))
+            _spill(np.concatenate([*held, np.empty(0, np.uint64)]), folder)
             held = []
         repeats = _repeats(np.concatenate([*held, np.empty(0, np.uint64)]))
-        for path in sorted(Path(folder).iterdir()):
+        for path in sorted(folder.iterdir()):
             repeats += _repeats(np.fromfile(path, np.uint64))
     return repeats
 

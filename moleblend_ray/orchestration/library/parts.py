@@ -9,13 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import pyarrow as pa
@@ -40,6 +38,7 @@ from moleblend_ray.data.dataset.shards import QUARANTINE_SCHEMA, read_file
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.ahead import mapped_ahead
 from moleblend_ray.data.files.documents import member, require_types
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.data.preparation.claim import changed_files
 from moleblend_ray.data.preparation.options import needs_exchange
 from moleblend_ray.data.sources import SourceSet, find_sources
@@ -332,8 +331,8 @@ def _write_rejected(out: str, data_uri: str, manifest: Manifest) -> int:
     # There is one for each chunk: 244,000 of a billion molecules.
     tables = mapped_ahead(read, manifest.shards_of("quarantine"), _THREADS)
     rows = 0
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, REJECTED_NAME)
+    with scratch_folder("rejected") as folder:
+        path = folder / REJECTED_NAME
         with pq.ParquetWriter(path, QUARANTINE_SCHEMA) as writer:
             while some := list(islice(tables, _CHUNKS_A_ROW_GROUP)):
                 table = pa.concat_tables(some)

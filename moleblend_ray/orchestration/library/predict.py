@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import pyarrow as pa
@@ -22,6 +20,7 @@ from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.ahead import mapped_ahead
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.prediction.ensemble import load_members
 from moleblend_ray.evaluation.prediction.panel import Panel, build_predictor
@@ -147,8 +146,8 @@ def _write_csv(out: str, summary: Mapping[str, Any]) -> None:
     parts = summary["parts"]
     # Summaries of earlier versions do not tell.
     files = {part.get("source_uri") for part in parts}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, CSV_NAME)
+    with scratch_folder("csv") as folder:
+        path = folder / CSV_NAME
         with path.open("wb") as file:
             tables = mapped_ahead(read, parts, _THREADS)
             for index, (part, table) in enumerate(zip(parts, tables, strict=True)):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.dataset.manifest import Manifest, load_manifest
 from moleblend_ray.data.dataset.node_cache import remove_unused
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.files.scratch import scratch_folder
 from moleblend_ray.errors import StorageError, TrainingError, without_credentials
 from moleblend_ray.orchestration.cluster.cluster_checks import (
     Need,
@@ -164,7 +164,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
         stop_on_sigterm() as stop_flag,
         Progress("pretrain", unit="step", total=config.train.num_steps, out=config.out) as progress,
         # Ray needs a folder for its own notes; nothing of the run is in it.
-        tempfile.TemporaryDirectory(prefix="moleblend-ray-train-") as ray_notes,
+        scratch_folder("ray-train") as ray_notes,
     ):
         last.callback(remove_unused)  # Actors that end with the cluster leave row groups behind.
         _require_fitting_cluster(config)
@@ -176,7 +176,7 @@ def _train_on_workers(config: PretrainConfig, manifest: Manifest, start_step: in
             reporter=progress.reporter,
             stop_flag=stop_flag,
         )
-        outcome = _train_until_done(settings, ray_notes)
+        outcome = _train_until_done(settings, str(ray_notes))
     if outcome.error is not None:
         raise outcome.error
     return outcome
