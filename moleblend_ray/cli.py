@@ -441,7 +441,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     known, unknown = parser.parse_known_intermixed_args(mine)
     if unknown:
         command = f"moleblend {known.job} --help" if known.job else "moleblend --help"
-        meant = _as_settings(unknown)
+        # Of Python's versions, some count the value of an unknown option as unknown, others do not.
+        options = [text for text in unknown if text.startswith("--")]
+        meant = _as_settings(options, mine)
         hint = f" (did you mean {meant}?)" if meant else ""
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}; settings are KEY=VALUE{hint}: {command}"
@@ -450,10 +452,16 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return known
 
 
-def _as_settings(options: Sequence[str]) -> str:
-    """Options with a value as the settings that they may mean: `--out a --data=b` as "out=a data=b"."""
-    pairs = re.findall(r"--([\w.-]+)[= ]([^-\s]\S*)", " ".join(options))
-    return " ".join(f"{key.replace('-', '_')}={value}" for key, value in pairs)
+def _as_settings(options: Sequence[str], arguments: Sequence[str]) -> str:
+    """Those of ``options`` with a value in ``arguments`` as the settings that they may mean: `--out a --data=b` as "out=a data=b"."""
+    pairs = []
+    for option in options:
+        key, separator, value = option.removeprefix("--").partition("=")
+        if not separator:
+            value = next(iter(arguments[arguments.index(option) + 1 :]), "")
+        if value and not value.startswith("-"):
+            pairs.append(f"{key.replace('-', '_')}={value}")
+    return " ".join(pairs)
 
 
 def _parser() -> argparse.ArgumentParser:
