@@ -1,6 +1,7 @@
 # One command on a fresh machine: `make demo` or `make test`. Everything goes into $(VENV), nothing is global.
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # More arguments for pytest: make test ARGS='tests/unit -x'
@@ -23,6 +24,7 @@ help:
 	@echo 'make test      all tests (of real molecules: where they lie beside this folder)'
 	@echo 'make lint      ruff and mypy, of tests and benchmarks too (style, types: one of them)'
 	@echo 'make audit     published advisories for the pinned versions (asks the network); audit-offline: do they fit together'
+	@echo 'make test-lowest   all tests with the oldest versions that pyproject.toml allows, in $(LOWEST)'
 	@echo 'make manifests   render and check the KubeRay manifests'
 	@echo 'make cluster-test   all jobs submitted to a local Ray head with token, two nodes and S3 storage (minutes)'
 	@echo 'make format    let ruff rewrite the sources'
@@ -71,6 +73,15 @@ audit: install
 
 audit-offline: install
 	$(BIN)/python -m pip check --disable-pip-version-check
+
+# With the oldest versions of what pyproject.toml names (UV_FIND_LINKS: a folder with a build of PyTorch for CPUs).
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra test --extra gcs --python $(LOWEST)/bin/python -o $(LOWEST)/requirements.txt pyproject.toml
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python -r $(LOWEST)/requirements.txt --no-deps -e .
+	touch $(LOWEST)/.installed
+	$(MAKE) test VENV=$(LOWEST)
 
 manifests: install
 	$(BIN)/python -m infra.checks

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import ray
@@ -49,7 +50,10 @@ def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
     assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
 
 
-def test_a_private_cluster_starts_after_one_of_the_caller_and_before_the_next() -> None:
+def test_a_private_cluster_starts_after_one_of_the_caller_and_before_the_next(
+    tmp_path: Path,
+) -> None:
+    """Also if the path of Python holds a space, with workers that have environment variables of their own."""
     script = """
 import ray
 from moleblend_ray.config.cluster import ClusterConfig
@@ -58,14 +62,22 @@ from moleblend_ray.orchestration.cluster.session import ray_session
 def start() -> None:
     ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level=40)
 
+def told() -> str:
+    import os
+    return os.environ["TOLD"]
+
 start()
 ray.shutdown()
 with ray_session(ClusterConfig(address="local", local_cpus=1)):
-    print("private")
+    told = ray.remote(runtime_env={"env_vars": {"TOLD": "private"}})(told)
+    print(ray.get(told.remote(), timeout=60))
 start()
 print("own")
 """
-    command = [sys.executable, "-c", script]
+    prefix = tmp_path / "of two words"
+    prefix.symlink_to(sys.prefix)
+    python = prefix / Path(sys.executable).relative_to(sys.prefix)
+    command = [str(python), "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["private", "own"]

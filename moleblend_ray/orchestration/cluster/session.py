@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -284,6 +285,7 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.WARNING,
+                runtime_env=_quoted_python(),
             )
     except Exception as error:
         # Ray has no class of its own for this.
@@ -293,6 +295,16 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
             "Ray did not start on this machine in the 30 s that it waits: the machine is busy or short of memory. Run the "
             "same command again later, or start Ray beforehand (`ray start --head`) and give cluster.address=auto"
         ) from error
+
+
+def _quoted_python() -> dict[str, str] | None:
+    """The runtime environment with which workers start although the path of Python holds a space.
+
+    Ray starts those with environment variables of their own, such as Ray Train's, by a shell for which it does not quote the path:
+    they would never start, and training would wait for them without a word.
+    """
+    quoted = shlex.quote(sys.executable)
+    return None if quoted == sys.executable else {"py_executable": quoted}
 
 
 @contextlib.contextmanager

@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S: Final = 10.0
 
+_SILENT_S: Final = 60.0
+"""Seconds without a first report after which this is told, then after twice as many, and so on."""
+
 Values = Mapping[str, float | int | str]
 
 
@@ -270,6 +273,7 @@ class Progress:
         )
         self._poll_interval_s = 0.5 if is_terminal else 1.0
         self._seen = ("", 0)
+        self._silence = _Silence(description, time.monotonic())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
 
@@ -314,11 +318,34 @@ class Progress:
             # As an argument, as a message may contain characters that have a meaning in a format string.
             logging.getLogger(name).log(level, "%s", message, extra={"origin": origin})
         values, counts = _with_unfinished(snapshot)
+        self._silence.observe(time.monotonic(), is_silent=not (values or counts))
         self.metrics.show(values, counts)
         if isinstance(self._display, _Bar):
             self._display.show(values)
         else:
             self._display.show(values, is_last=is_last)
+
+
+class _Silence:
+    """Tells that nothing has been reported so far. Processes that cannot start, or wait for room on a cluster, say nothing themselves."""
+
+    def __init__(self, description: str, began_s: float) -> None:
+        self._description = description
+        self._began_s = began_s
+        self._told_at_s = _SILENT_S
+        self._is_over = False
+
+    def observe(self, now_s: float, *, is_silent: bool) -> None:
+        self._is_over |= not is_silent
+        waited_s = now_s - self._began_s
+        if self._is_over or waited_s < self._told_at_s:
+            return
+        self._told_at_s = 2 * waited_s
+        logger.info(
+            "%s: nothing done after %.0f s: its processes start, wait for room on the cluster, or work on the first part",
+            self._description,
+            waited_s,
+        )
 
 
 def _with_unfinished(

@@ -144,3 +144,17 @@ def test_what_processes_count_moves_the_display_until_a_piece_is_reported() -> N
     # A piece was begun again: its rows were counted twice.
     board.update({"done": 150, "total": 150})
     assert shown()["done"] == 150
+
+
+def test_work_of_which_nothing_is_heard_is_told_ever_more_rarely_until_the_first_report(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    silence = progress._Silence("pretrain", 1000.0)
+    for second in range(300):
+        silence.observe(1000.0 + second, is_silent=True)
+    silence.observe(1300.0, is_silent=False)
+    for second in range(300, 2000):
+        silence.observe(1000.0 + second, is_silent=True)
+    told = [message.split(" s:")[0] for message in caplog.messages]
+    assert told == [f"pretrain: nothing done after {seconds}" for seconds in (60, 120, 240)]
