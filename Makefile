@@ -14,7 +14,7 @@ TEST_PROCESSES ?= 2
 DATA ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install test demo results results-quick lint style types audit audit-offline manifests cluster-test format clean
+.PHONY: help install test test-lowest demo results results-quick lint style types audit audit-offline manifests cluster-test format clean
 
 help:
 	@echo 'make install   create $(VENV) with the package, its tests and its linters'

@@ -14,6 +14,7 @@ import ray
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.orchestration.cluster import cluster_checks, session
+from moleblend_ray.orchestration.progress import progress
 from moleblend_ray.orchestration.progress.progress import Progress, Reporter
 
 pytestmark = pytest.mark.ray
@@ -41,10 +42,13 @@ def work(reporter: Reporter) -> None:
 
 
 def test_reports_and_warnings_of_a_worker_are_logged_on_the_driver(
-    ray_cluster: None, caplog: pytest.LogCaptureFixture
+    ray_cluster: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(progress, "_SILENT_S", 0.0)
     with Progress("pretrain", unit="step") as shown:
+        shown._show_newest(is_last=True)
+        assert any("pretrain: nothing done after" in message for message in caplog.messages)
         ray.get(work.remote(shown.reporter))
     assert "rank 1: odd molecule 5" in caplog.messages
     assert "pretrain: 4/4 steps loss=0.25" in caplog.messages
