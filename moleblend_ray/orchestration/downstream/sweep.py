@@ -348,7 +348,7 @@ def _can_continue(experiment_path: str, varied: Collection[str]) -> bool:
             for uri in state:
                 storage.delete(uri)
     logger.warning(
-        "the search in %s was interrupted before its state was stored, and begins again; trials that were over are "
+        "the search in %s has no whole state that this version can continue, and begins again; trials that were over are "
         "not trained again",
         without_credentials(experiment_path),
     )
@@ -407,10 +407,15 @@ def _is_whole(trials_uri: str, searcher_uri: str, generator_uri: str) -> bool:
 
 
 def _unpickled(uri: str) -> Any:
-    """The content of a file that Tune would unpickle itself; None if the file is missing or incomplete."""
+    """The content of a file that Tune would unpickle itself; None if the file is missing or incomplete, or names classes that
+    are no longer where they were."""
     try:
         return pickle.loads(storage.read_bytes(uri))
     except (storage.NotFoundError, EOFError, pickle.UnpicklingError):
+        return None
+    except (ImportError, AttributeError) as error:
+        # Of this project, Ray, Optuna, or the user's searcher.
+        logger.warning("%s was written by another version: %s", without_credentials(uri), error)
         return None
 
 

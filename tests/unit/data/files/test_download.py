@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -90,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
         body = content[start or 0 :]
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:stop_after])
+        with contextlib.suppress(ConnectionError):  # a client may refuse an answer by its header
+            self.wfile.write(body[:stop_after])
 
     def start_of(self, content: bytes) -> int | None:
         """First byte of the requested range; None if the whole file is requested."""

@@ -95,6 +95,19 @@ def test_a_search_without_settings_or_state_begins_again(
     assert "begins again" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["moleblend_ray.of_old Searcher", "ray.tune.search Bayesian"])
+@pytest.mark.parametrize("file", ["tuner.pkl", f"searcher-state-{NEW}.pkl"])
+def test_a_state_of_classes_that_have_moved_is_not_continued(
+    search: Path, file: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, of_class = name.split()
+    (search / file).write_bytes(f"c{module}\n{of_class}\n.".encode())  # pickle's "global" opcode
+    is_settings = file == "tuner.pkl"
+    assert _can_continue(str(search), VARIED) != is_settings
+    assert not search.exists() if is_settings else states(search) == {OLD}
+    assert f"{file} was written by another version: " in caplog.text
+
+
 def test_a_search_that_draws_what_is_varied_no_more_begins_again(
     search: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
