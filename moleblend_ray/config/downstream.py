@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from moleblend_ray.checks import Check, above, at_least, check_all, locations, within
 from moleblend_ray.chemistry.config import MAX_ATOMS, MAX_CONFORMERS, SMILES_COLUMN
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.data.sources.classes import class_checks, names_of_class_labels
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.search import SearchSpace
@@ -42,6 +43,9 @@ class TaskConfig:
     """Label columns; empty: the task table's (required for a table of your own)."""
     kind: TaskKind | None = None
     """Classification (0, 1, empty) or regression; null: the task table's (required for a table of your own)."""
+    classes: tuple[str, ...] = ()
+    """Words of classes that `columns` hold instead of 0 and 1, such as [inactive,active]: of two, the second is 1. Of more, each
+    is a question of its own, `COLUMN=CLASS`."""
     metric: Metric | None = None
     """Score by which configurations are chosen and reported; null: the task's usual one."""
     split: SplitKind | None = None
@@ -89,7 +93,11 @@ class TaskConfig:
     def __post_init__(self) -> None:
         by_user = self.split_column or self.split_file
         by_column = self.split in (SplitKind.TIME, SplitKind.GROUP)
-        of_one_task = ("columns", "kind", "unit", "split_file", "censored") if self.is_group else ()
+        of_one_task = (
+            ("columns", "kind", "classes", "unit", "split_file", "censored")
+            if self.is_group
+            else ()
+        )
         check_all(
             *locations(self, "source", "split_file"),
             *within(self, 0, MAX_CONFORMERS, "conformers"),
@@ -97,6 +105,11 @@ class TaskConfig:
             (
                 len(set(self.columns)) == len(self.columns),
                 f"columns: expected each once, found {list(self.columns)}",
+            ),
+            *class_checks(self.classes),
+            (
+                not self.classes or bool(self.columns),
+                "classes: expected with columns, which say where they are; found without",
             ),
             (
                 self.smiles_column not in self.columns,
@@ -142,6 +155,10 @@ class TaskConfig:
         kinds = {task.kind for task in self.tasks().values()}
         check_all(
             (
+                not self.classes or kinds == {TaskKind.CLASSIFICATION},
+                "classes: expected for classification only; found with regression",
+            ),
+            (
                 not self.censored or kinds == {TaskKind.REGRESSION},
                 "censored: expected for regression only, as classes have no bounds; found with classification",
             ),
@@ -165,6 +182,10 @@ class TaskConfig:
         """``source`` as several, of which a task has one."""
         return (self.source,)
 
+    def label_columns(self) -> tuple[str, ...] | None:
+        """Columns of raw molecules that hold the labels of the task, which is none of a group; None: all of numbers."""
+        return self.columns or self.resolve().columns or None
+
     def tasks(self) -> dict[str, Task]:
         """Every task that is asked for, by name, in order; a ConfigError if one is unknown and not described."""
         return {name: self._resolve(name) for name in task_names(self.name)}
@@ -182,7 +203,11 @@ class TaskConfig:
         is_given = self.split_column is not None or self.split_file is not None
         return resolve_task(
             name,
-            columns=self.columns,
+            columns=tuple(
+                label
+                for column in self.columns
+                for label in names_of_class_labels(column, self.classes)
+            ),
             kind=self.kind,
             metric=self.metric,
             split=SplitKind.GIVEN if is_given and self.split is None else self.split,

@@ -8,6 +8,7 @@ from typing import Literal
 from moleblend_ray.checks import at_least, below_one, check_all, locations
 from moleblend_ray.chemistry.config import SMILES_COLUMN, FeaturizeConfig
 from moleblend_ray.config.cluster import ClusterConfig
+from moleblend_ray.data.sources.classes import class_checks
 from moleblend_ray.settings import typed
 
 
@@ -27,6 +28,9 @@ class PrepareConfig:
     """Column (or SDF property) with the molecule's id; null numbers the rows."""
     label_columns: tuple[str, ...] | None = None
     """Numeric columns (or SDF properties) to keep as labels; null keeps every numeric column."""
+    classes: tuple[str, ...] = ()
+    """Words of classes that `label_columns` hold instead of numbers, such as [inactive,active]: of two, the second becomes 1. Of
+    more, each becomes a label of its own, `COLUMN=CLASS`."""
     censored_labels: bool = False
     """Keep bounds such as >10 or <0.5 in label columns, beside the labels; otherwise such a cell counts as missing."""
     relation_column: str | None = None
@@ -72,6 +76,15 @@ class PrepareConfig:
             (
                 len(set(labels := self.label_columns or ())) == len(labels),
                 f"label_columns: expected each column once, found {list(labels)}",
+            ),
+            *class_checks(self.classes),
+            (
+                not self.classes or bool(self.label_columns),
+                "classes: expected with label_columns, which say where they are; found without",
+            ),
+            (
+                not (self.classes and self.censored_labels),
+                "classes: expected without censored_labels, as classes have no bounds; found both",
             ),
             (
                 self.censored_labels or self.relation_column is None,

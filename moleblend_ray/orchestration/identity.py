@@ -42,6 +42,7 @@ _LATER_SETTINGS: Final[Mapping[str, Any]] = {
     "task": {
         "censored": False,
         "relation_column": None,
+        "classes": [],
         "replicates": "keep",
         "folds": None,
         "fold": None,

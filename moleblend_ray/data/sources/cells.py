@@ -10,7 +10,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.data.sources.classes import FEWEST_CLASSES, ClassLabel, names_of_class_labels
 from moleblend_ray.data.sources.text import decode
+from moleblend_ray.errors import ConfigError
 
 _MISSING: Final = frozenset({"", "na", "n/a", "#n/a", "<na>", "null", "none", "?"})
 """In lower case; spreadsheets and pandas write those with signs."""
@@ -59,6 +61,11 @@ def number(text: str) -> float | None:
     return None if math.isinf(value) or "_" in text else value
 
 
+def _is_missing(text: str) -> bool:
+    value = number(text)
+    return value is not None and math.isnan(value)
+
+
 def relation_of(text: str) -> str | None:
     """What a relation says of a number: ``=``, or ``<`` or ``>`` if the number is a bound; None if it is no relation.
 
@@ -66,9 +73,7 @@ def relation_of(text: str) -> str | None:
     relations.
     """
     word = text.strip(" \t'\"")
-    value = number(word)
-    is_missing = value is not None and math.isnan(value)
-    return "=" if is_missing else _RELATIONS.get(word)
+    return "=" if _is_missing(word) else _RELATIONS.get(word)
 
 
 def censored_number(text: str, relation: str | None = "=") -> tuple[float, str] | None:
@@ -119,6 +124,43 @@ def read_labels(
             else:
                 labels[index] = value
     return labels, tuple(unreadable)
+
+
+def class_key(text: str) -> str | float:
+    """What a cell must have in common with the word of a class to be of it: the number, or the text without case and blanks
+    around it."""
+    value = number(text)
+    return text.strip().casefold() if value is None or math.isnan(value) else value
+
+
+def class_labels(columns: Iterable[str], words: Sequence[str]) -> tuple[ClassLabel, ...]:
+    """The labels that columns of these classes become. Of two classes, the second is 1. ConfigError for equal classes."""
+    keys = [class_key(word) for word in words]
+    if len(set(keys)) < len(keys):
+        raise ConfigError(f"classes: expected different ones, found {list(words)}")
+    ones = keys[1:] if len(keys) == FEWEST_CLASSES else keys
+    return tuple(
+        ClassLabel(name, column, {key: float(key == one) for key in keys})
+        for column in columns
+        for name, one in zip(names_of_class_labels(column, words), ones, strict=True)
+    )
+
+
+def read_classes(
+    labels: Sequence[ClassLabel], cells: Mapping[str, str]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    """Label values (L,), NaN where missing, and the names of labels whose cell holds another class, each cell for the first of
+    its labels."""
+    found = np.full(len(labels), np.nan)
+    wrong: dict[str, str] = {}
+    for index, label in enumerate(labels):
+        text = cells.get(label.column, "")
+        value = label.values.get(class_key(text))
+        if value is not None:
+            found[index] = value
+        elif not _is_missing(text):
+            wrong.setdefault(label.column, label.name)
+    return found, tuple(wrong.values())
 
 
 def read_censored(

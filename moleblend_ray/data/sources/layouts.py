@@ -9,6 +9,7 @@ from typing import Final
 
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data.dataset.manifest import LabelColumn
+from moleblend_ray.data.sources.cells import class_labels
 from moleblend_ray.data.sources.columns import ColumnError, no_column
 from moleblend_ray.data.sources.parsing import parse_items
 from moleblend_ray.data.sources.reading import SAMPLE_RECORDS, first_items, open_items
@@ -42,43 +43,65 @@ def inspect_sources(files: Sequence[SourceFile], config: ColumnConfig) -> Source
     labels = _merge_labels(views)
     if config.label_columns is not None:
         labels = _chosen_labels(config.label_columns, views, labels)
+    of_classes = (
+        class_labels((label.name for label in labels), config.classes) if config.classes else ()
+    )
+    if of_classes:
+        labels = tuple(LabelColumn(label.name) for label in of_classes)
     if config.censored_labels:
         labels = tuple(label._replace(censored=True) for label in labels)
     names = tuple(label.name for label in labels)
     if config.relation_column is not None:
         _check_relations(config.relation_column, names, views)
-    layouts = tuple(_layout(view, names, config) for view in views)
+    columns = tuple(label.column for label in of_classes) or names
+    layouts = tuple(
+        SourceLayout(
+            file=view.file,
+            columns=view.columns,
+            smiles_column=view.smiles_column,
+            id_column=view.id_column,
+            labels=names,
+            own_labels=_own_labels(view, names, columns),
+            has_geometry=view.has_geometry,
+            censored=config.censored_labels,
+            relation_column=config.relation_column,
+            class_labels=of_classes,
+        )
+        for view in views
+    )
     for layout in layouts:
         if layout.file.geometry is not None:
             _check_geometry(layout)
+    without = {column for column in columns if _is_without_values(column, views)}
+    words = (
+        word for view in views for column in columns for word in view.without_values.get(column, ())
+    )
     return SourceSet(
         layouts=layouts,
         labels=labels,
-        labels_without_numbers=tuple(
-            label.name for label in labels if _is_without_numbers(label.name, views)
+        labels_without_values=tuple(
+            name for name, column in zip(names, columns, strict=True) if column in without
         ),
+        words=tuple(dict.fromkeys(words)) if without else (),
+        classes=config.classes,
     )
 
 
-def _is_without_numbers(name: str, views: Sequence[FileView]) -> bool:
+def _is_without_values(column: str, views: Sequence[FileView]) -> bool:
     return all(
-        name in view.without_numbers or (view.is_whole and name not in view.columns)
+        column in view.without_values or (view.is_whole and column not in view.columns)
         for view in views
     )
 
 
-def _layout(view: FileView, labels: tuple[str, ...], config: ColumnConfig) -> SourceLayout:
-    return SourceLayout(
-        file=view.file,
-        columns=view.columns,
-        smiles_column=view.smiles_column,
-        id_column=view.id_column,
-        labels=labels,
-        # A property that is not in the sample of an SD file may come later in the file.
-        own_labels=tuple(n for n in labels if n in view.columns or view.file.format == "sdf"),
-        has_geometry=view.has_geometry,
-        censored=config.censored_labels,
-        relation_column=config.relation_column,
+def _own_labels(view: FileView, labels: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
+    """The labels that the file has, each of the column at the same index."""
+    # A property that is not in the sample of an SD file may come later in the file.
+    is_open = view.file.format == "sdf"
+    return tuple(
+        label
+        for label, column in zip(labels, columns, strict=True)
+        if is_open or column in view.columns
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moleblend_ray.chemistry.records import GeometryRow, SmilesText
 from moleblend_ray.chemistry.rejection import Rejection, RejectionCode
 from moleblend_ray.data.files import storage
-from moleblend_ray.data.sources.cells import number, read_censored, relation_of
+from moleblend_ray.data.sources.cells import number, read_censored, read_classes, relation_of
 from moleblend_ray.data.sources.damage import unreadable as damaged
 from moleblend_ray.data.sources.records import (
     EXCERPT_CHARACTERS,
@@ -159,7 +159,7 @@ def parquet_chunks(
         layout.smiles_column,
         layout.id_column,
         layout.relation_column,
-        *layout.own_labels,
+        *layout.label_columns,
     ]
     wanted += [*_GEOMETRY_COLUMNS] if layout.has_geometry else []
     columns = [name for name in layout.columns if name in wanted]
@@ -298,6 +298,11 @@ def _label_matrix(
     shape = table.num_rows, len(layout.labels)
     labels, unreadable = np.full(shape, np.nan), np.zeros(shape, dtype=np.bool_)
     bounds = np.full((shape[0], 2, shape[1]), np.nan)
+    if layout.class_labels:
+        for row, words in enumerate(_class_cells(table, layout)):
+            labels[row], wrong = read_classes(layout.class_labels, words)
+            unreadable[row] = [name in wrong for name in layout.labels]
+        return labels, unreadable, bounds
     relations = _relations(table, layout)
     for index, name in enumerate(layout.labels):
         if name not in table.column_names:
@@ -319,6 +324,14 @@ def _label_matrix(
         unreadable[:, index] = np.isinf(values)
         labels[:, index] = np.where(np.isfinite(values), values, np.nan)
     return labels, unreadable, bounds
+
+
+def _class_cells(table: pa.Table, layout: SourceLayout) -> Iterator[dict[str, str]]:
+    """The cells of each row that hold classes, by column."""
+    columns = layout.label_columns
+    texts = [strings(table, name) for name in columns]
+    for row in range(table.num_rows):
+        yield {name: column[row] or "" for name, column in zip(columns, texts, strict=True)}
 
 
 def _relations(table: pa.Table, layout: SourceLayout) -> list[str | None]:

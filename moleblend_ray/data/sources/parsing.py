@@ -15,6 +15,7 @@ from moleblend_ray.data.files import storage
 from moleblend_ray.data.sources.cells import (
     count_molblocks,
     read_censored,
+    read_classes,
     read_labels,
     relation_of,
     sd_properties,
@@ -154,6 +155,9 @@ def _parse_row(row: int, item: Item, layout: SourceLayout) -> RawRecord:
 
 def _labels(layout: SourceLayout, cells: Mapping[str, str]) -> dict[str, Any]:
     """The fields ``labels``, ``unreadable`` and ``bounds`` of a record."""
+    if layout.class_labels:
+        labels, unreadable = read_classes(layout.class_labels, cells)
+        return {"labels": labels, "unreadable": unreadable}
     if not layout.censored:
         labels, unreadable = read_labels(layout.labels, cells)
         return {"labels": labels, "unreadable": unreadable}

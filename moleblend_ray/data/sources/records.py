@@ -14,6 +14,7 @@ from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.records import SourceRecord
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.data.dataset.manifest import LabelColumn
+from moleblend_ray.data.sources.classes import ClassLabel
 
 Format = Literal["sdf", "csv", "tsv", "semicolon", "smi", "xyz", "parquet"]
 """``semicolon``: CSV with semicolons, as spreadsheets write it in many countries. ``smi``: lines with a SMILES and a
@@ -41,6 +42,8 @@ class ColumnConfig:
     relation_column: str | None = None
     """With ``censored_labels``: column or SD property that says of all labels of a record whether they are bounds (``>``,
     ``<``, ``=``)."""
+    classes: tuple[str, ...] = ()
+    """Words of classes that ``label_columns`` hold instead of numbers; () if they hold numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +88,16 @@ class SourceLayout:
     """Whether bounds are kept beside labels."""
     relation_column: str | None = None
     """Column that says which labels are bounds; None: only their cells do."""
+    class_labels: tuple[ClassLabel, ...] = ()
+    """How each of ``labels`` follows from classes; () if columns hold the labels themselves."""
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns of this file that hold labels."""
+        if not self.class_labels:
+            return self.own_labels
+        own = set(self.own_labels)
+        return tuple(dict.fromkeys(one.column for one in self.class_labels if one.name in own))
 
     @property
     def holds_atoms(self) -> bool:
@@ -105,9 +118,13 @@ class SourceSet:
 
     layouts: tuple[SourceLayout, ...]
     labels: tuple[LabelColumn, ...]
-    labels_without_numbers: tuple[str, ...] = ()
-    """Labels of which no record of any file holds a number, as far as the files are short enough to tell before they are
-    read."""
+    labels_without_values: tuple[str, ...] = ()
+    """Labels of which no record of any file holds a number, or a class, as far as the files are short enough to tell before they
+    are read."""
+    words: tuple[str, ...] = ()
+    """Some different texts that the columns of these labels hold instead."""
+    classes: tuple[str, ...] = ()
+    """As asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,6 +160,8 @@ class RowChunk:
         # Chunks without bounds have the digests of earlier versions, whose unfinished data sets can be continued.
         if layout.censored:
             read_as += (layout.relation_column,)
+        if layout.class_labels:
+            read_as += tuple((one.column, list(one.values.items())) for one in layout.class_labels)
         content = hashlib.blake2b(json.dumps(read_as).encode(), digest_size=16)
         content.update(self.payload)
         return content.hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -12,7 +12,13 @@ from moleblend_ray.chemistry.config import SMILES_COLUMN
 from moleblend_ray.chemistry.rejection import Rejection
 from moleblend_ray.chemistry.xyz import QM9_PROPERTIES, parse_xyz
 from moleblend_ray.data.dataset.manifest import LabelColumn
-from moleblend_ray.data.sources.cells import holds_number, is_numeric, sd_properties, sd_text
+from moleblend_ray.data.sources.cells import (
+    class_key,
+    holds_number,
+    is_numeric,
+    sd_properties,
+    sd_text,
+)
 from moleblend_ray.data.sources.columns import (
     ColumnError,
     no_column,
@@ -44,6 +50,8 @@ logger = logging.getLogger(__name__)
 _DECIMAL_COMMA: Final = re.compile("[<>=~\u2264\u2265\\s]*[+-]?\\d+,\\d+")
 _PANDAS_INDEX: Final = re.compile(r"__index_level_\d+__")
 """What pandas calls row numbers that it writes as a column."""
+_SHOWN_WORDS: Final = 11
+"""Different texts of a column that are kept to be shown: one more than look like classes."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
@@ -63,8 +71,9 @@ class FileView:
     is_empty: bool = False
     is_whole: bool = True
     """Whether ``columns`` is complete; an SD file longer than the sample may have more properties."""
-    without_numbers: frozenset[str] = frozenset()
-    """Columns in which no cell of the whole file is a number; none if the file is longer than the sample."""
+    without_values: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Columns in which no cell of the whole file is a number (or, where such are asked for, a class) -> some of their different
+    texts; none if the file is longer than the sample."""
 
 
 def look_at(file: SourceFile, config: ColumnConfig) -> FileView:
@@ -112,7 +121,7 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> FileView:
     numeric = [
         columns[i] for i in others if rows and is_numeric((row[i] for row in rows), censored)
     ]
-    without = [columns[i] for i in others if not holds_number(row[i] for row in rows)]
+    texts = {columns[i]: [row[i] for row in rows] for i in others}
     asked = config.label_columns
     _warn_of_decimal_commas(
         file, columns, rows, [i for i in others if asked is None or columns[i] in asked]
@@ -129,8 +138,24 @@ def _look_at_table(file: SourceFile, config: ColumnConfig) -> FileView:
         numeric=tuple(LabelColumn(name, known.units.get(name)) for name in numeric),
         units=dict(known.units),
         is_empty=not sample,
-        without_numbers=frozenset(without if is_whole else ()),
+        without_values=_without_values(texts, config) if is_whole else {},
     )
+
+
+def _without_values(
+    texts: Mapping[str, Sequence[str]], config: ColumnConfig
+) -> dict[str, tuple[str, ...]]:
+    """Of columns and their cells, those columns in which none is a number or, if asked for, a class -> some different cells."""
+    keys = {class_key(word) for word in config.classes}
+
+    def has_value(cells: Sequence[str]) -> bool:
+        return any(class_key(cell) in keys for cell in cells) if keys else holds_number(cells)
+
+    return {
+        name: tuple(dict.fromkeys(cell.strip() for cell in cells if cell.strip()))[:_SHOWN_WORDS]
+        for name, cells in texts.items()
+        if not has_value(cells)
+    }
 
 
 def _warn_of_decimal_commas(
@@ -212,9 +237,7 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> FileView:
         if name not in (config.id_column, config.relation_column)
         and is_numeric((record.get(name, "") for record in properties), config.censored_labels)
     ]
-    without = [
-        name for name in names if not holds_number(record.get(name, "") for record in properties)
-    ]
+    texts = {name: [record.get(name, "") for record in properties] for name in names}
     return FileView(
         file=file,
         columns=names,
@@ -222,7 +245,7 @@ def _look_at_sdf(file: SourceFile, config: ColumnConfig) -> FileView:
         numeric=tuple(LabelColumn(name, None) for name in numeric),
         is_empty=not sample,
         is_whole=is_whole,
-        without_numbers=frozenset(without if is_whole else ()),
+        without_values=_without_values(texts, config) if is_whole else {},
     )
 
 
@@ -253,8 +276,7 @@ def _look_at_parquet(file: SourceFile, config: ColumnConfig) -> FileView:
         if name in columns and not is_label_type(schema.field(name).type):
             raise ColumnError(
                 "label_columns",
-                f"{name!r} of {file.uri} is {schema.field(name).type}; expected numbers, true and false, or texts of "
-                "them.",
+                f"{name!r} of {file.uri} is {schema.field(name).type}; expected numbers, true and false, or texts.",
             )
     with_geometry = has_geometry(file, schema)
     smiles_column: str | None = None

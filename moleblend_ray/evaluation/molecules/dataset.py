@@ -38,7 +38,12 @@ _LARGEST_LABEL = 1e100
 _SMALLEST_SCALE = 1e-100
 """If no label of a column is as large as this, the squares of their differences are rounded to 0."""
 
-_WRITE_NUMBERS = "write classes as 0 and 1, and numbers with a decimal point (no comma), without units or signs such as >"
+_MOST_WORDS = 10
+"""Shown of a column's different words."""
+_WRITE_NUMBERS = (
+    "write classes as 0 and 1, or name their words (task.classes=[inactive,active]), and numbers with a decimal point (no comma), "
+    "without units or signs such as >"
+)
 _MEASURE_SOME = (
     "bounds such as >10 alone do not tell the scale of labels, so some must be measured; write numbers with a decimal point (no "
     "comma) and without units"
@@ -274,11 +279,24 @@ def require_numbers(uri: str, sources: SourceSet, task: Task, *, with_bounds: bo
             f"{uri} has no column of numbers for the labels of task {task.name!r}. Set task.columns to columns of your "
             f"file, and {_WRITE_NUMBERS}"
         )
-    if set(names) <= set(sources.labels_without_numbers):
+    if not set(names) <= set(sources.labels_without_values):
+        return
+    if sources.classes:
         raise DataError(
-            f"{uri}: no row has a number in any of the columns {list(names)}: "
-            + (_MEASURE_SOME if with_bounds else _WRITE_NUMBERS)
+            f"{uri}: no row has one of the classes {', '.join(sources.classes)} in any of the columns that task.columns names"
+            f"{_words_found(sources.words)}. Name the classes as the file does"
         )
+    raise DataError(
+        f"{uri}: no row has a number in any of the columns {list(names)}{_words_found(sources.words)}: "
+        + (_MEASURE_SOME if with_bounds else _WRITE_NUMBERS)
+    )
+
+
+def _words_found(words: Sequence[str]) -> str:
+    if not words:
+        return ""
+    shown = ", ".join(words[:_MOST_WORDS]) + (" and others" if len(words) > _MOST_WORDS else "")
+    return f", which hold {shown}"
 
 
 def labels_of_task(

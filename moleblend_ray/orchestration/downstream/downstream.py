@@ -131,7 +131,7 @@ def inputs_of(config: PropertyConfig) -> Inputs:
     for settings in settings_tried(config):
         settings.require_fitting(task.kind, start.model.num_layers)
     named = named_splits(config.task)
-    sources = look_at_source(config.task, task.columns or None)
+    sources = look_at_source(config.task, config.task.label_columns())
     if sources is None:
         labels_of_task(
             config.task.source,
@@ -434,7 +434,7 @@ def prepare_task(
     return prepare_molecules(
         task,
         storage.join(config.out, DATA_DIR),
-        label_columns=task.resolve().columns or None,
+        label_columns=task.label_columns(),
         conformers=task.conformers,
         form=form,
         cluster=config.cluster,

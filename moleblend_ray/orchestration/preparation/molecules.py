@@ -53,7 +53,7 @@ RAW_SETTINGS: Final[Mapping[str, Any]] = {
     field.name: field.default
     for field in dataclasses.fields(LibraryConfig)
     if field.name in ("smiles_column", "id_column", "max_atoms")
-} | {"relation_column": None}
+} | {"relation_column": None, "classes": ()}
 """Settings of tasks and libraries that say how raw molecules are read -> their defaults."""
 
 
@@ -72,19 +72,20 @@ def look_at_source(
         smiles_column=molecules.smiles_column,
         id_column=molecules.id_column,
         label_columns=label_columns,
-        **_bound_settings(molecules),
+        **_label_settings(molecules),
     )
     with _settings_named_as_in(molecules):
         return inspect_sources(find_sources(*molecules.sources()), columns)
 
 
-def _bound_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> dict[str, Any]:
-    """What becomes of bounds among the labels, as `prepare` calls these settings."""
+def _label_settings(molecules: TaskConfig | EmbedConfig | PredictConfig) -> dict[str, Any]:
+    """How labels are read, as `prepare` calls these settings."""
     if not isinstance(molecules, TaskConfig):
         return {}
     return {
         "censored_labels": molecules.censored,
         "relation_column": molecules.relation_column,
+        "classes": molecules.classes,
     }
 
 
@@ -146,7 +147,7 @@ def prepare_molecules(
         smiles_column=molecules.smiles_column,
         id_column=molecules.id_column,
         label_columns=label_columns,
-        **_bound_settings(molecules),
+        **_label_settings(molecules),
         featurize=FeaturizeConfig(
             **asdict(form or MoleculeForm()),
             max_atoms=molecules.max_atoms,

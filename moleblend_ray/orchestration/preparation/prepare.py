@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from moleblend_ray.config.accept import accepted
 from moleblend_ray.config.prepare import PrepareConfig
 from moleblend_ray.data.dataset.lease import Lease, leased
-from moleblend_ray.data.dataset.manifest import Manifest
+from moleblend_ray.data.dataset.manifest import LabelInfo, Manifest
 from moleblend_ray.data.dataset.shards import DUPLICATE
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.preparation.assembly import write_manifest
@@ -207,6 +207,7 @@ def _options(config: PrepareConfig, splits: NamedSplits | None) -> ConvertOption
             label_columns=config.label_columns,
             censored_labels=config.censored_labels,
             relation_column=config.relation_column,
+            classes=config.classes,
         ),
         featurize=config.featurize,
         rows_per_chunk=config.rows_per_chunk,
@@ -257,7 +258,7 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates
                 "label %r: %d cells hold %s and count as missing%s",
                 label.name,
                 label.num_unreadable,
-                "no number" if label.num_bounds is None else "neither a number nor a bound",
+                _unreadable_text(config, label),
                 f" (or {config.relation_column!r} holds no relation for them, or another one)"
                 if config.relation_column is not None
                 else "",
@@ -292,6 +293,12 @@ def _log_outcome(manifest: Manifest, config: PrepareConfig, *, wants_coordinates
             counts.quarantined_by_reason.get(DUPLICATE, 0),
             counts.without_inchikey,
         )
+
+
+def _unreadable_text(config: PrepareConfig, label: LabelInfo) -> str:
+    if config.classes:
+        return f"none of the classes {', '.join(config.classes)}"
+    return "no number" if label.num_bounds is None else "neither a number nor a bound"
 
 
 def _summary(

@@ -167,6 +167,13 @@ def test_a_group_is_all_its_tasks_and_none_by_itself(
         ),
         ({"split": "time", "split_file": "x.csv"}, "split_column: expected a column of dates or"),
         ({"censored": "true"}, "censored: expected for regression only"),
+        ({"classes": "[a,b]", "name": "bbbp"}, "classes: expected with columns, which say where"),
+        ({"classes": "[a]", "columns": "[y]"}, "classes: expected all of them, at least 2"),
+        (
+            {"classes": "[a,b]", "columns": "[y]", "name": "esol"},
+            "classes: expected for classification only",
+        ),
+        ({"name": "moleculenet", "classes": "[a,b]"}, "classes: expected for one task only"),
         ({"name": "qm9", "censored": "true"}, "censored: expected for one task only"),
         ({"name": "esol", "relation_column": "rel"}, "relation_column: expected with censored=tr"),
         ({"folds": 2}, "folds: expected null or 3 to 1000, found 2"),

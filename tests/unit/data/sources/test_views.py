@@ -88,13 +88,13 @@ def test_labels_without_a_number_are_told_of_files_that_the_sample_holds_whole(
 ) -> None:
     columns = ("a", "b", "c")
     (tmp_path / "1.csv").write_text("smiles,a,b,c\nC,>10,yes,\nC,,,n/a\n")
-    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == columns
+    assert inspected(tmp_path, label_columns=columns).labels_without_values == columns
     (tmp_path / "2.csv").write_text("smiles,b\nC,true\n")
-    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ("a", "c")
+    assert inspected(tmp_path, label_columns=columns).labels_without_values == ("a", "c")
     (tmp_path / "3.sdf").write_text(sd_record("m", c=1))
-    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ("a",)
+    assert inspected(tmp_path, label_columns=columns).labels_without_values == ("a",)
     (tmp_path / "4.csv").write_text("smiles,a\n" + "C,>10\n" * 1000 + "C,3\n")
-    assert inspected(tmp_path, label_columns=columns).labels_without_numbers == ()
+    assert inspected(tmp_path, label_columns=columns).labels_without_values == ()
 
 
 def test_explicit_label_columns_keep_their_order_and_take_true_and_false(tmp_path: Path) -> None:

@@ -403,6 +403,11 @@ def test_a_missing_column_is_found_before_ray_is_started(
         ('smiles,y\nCCO,"1,5"\nC,\n', ("y",), r"write .* decimal point \(no comma\)"),
         ("smiles;y\nCCO;1,5\nC;>10\n", ("y",), r"write .* decimal point \(no comma\)"),
         ("smiles,y\nCCO,\nC,?\n", ("y",), "no row has a number"),
+        (
+            "smiles,y\nCCO,active\nC,inactive\n",
+            ("y",),
+            r"which hold active, inactive: write classes as 0 and 1, or name their words \(task\.classes=",
+        ),
     ],
 )
 def test_a_table_without_a_label_is_found_before_ray_is_started(
@@ -438,7 +443,9 @@ def test_bounds_alone_are_no_labels_and_are_told_as_such(tmp_path: Path, no_ray:
         kind=TaskKind.REGRESSION,
         censored=True,
     )
-    with pytest.raises(DataError, match=r"columns \['y'\]: bounds .* alone .* must be measured"):
+    with pytest.raises(
+        DataError, match=r"\['y'\], which hold >10, <2: bounds .* alone .* must be measured"
+    ):
         finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
 
 
@@ -708,7 +715,7 @@ def test_results_of_before_a_setting_existed_are_those_without_it(
     note = {"config": question(config), "data_fingerprint": "d"}
     before = json.loads(json.dumps(note))
     del before["config"]["finetune"]["descriptors"]
-    for name in ("censored", "relation_column", "replicates"):
+    for name in ("censored", "relation_column", "classes", "replicates"):
         del before["config"]["task"][name]
     for name in ("environment_bins", "descriptor_head"):
         del before["config"]["model"][name]
@@ -730,6 +737,42 @@ def test_raw_molecules_are_prepared_with_the_bounds_that_the_task_wants(
         prepare_task(dataclasses.replace(config, checkpoint=None), None)
     found = [(one.censored_labels, one.relation_column) for one in given]
     assert found == [(False, None), (True, None), (True, "part")]
+
+
+def test_raw_molecules_are_prepared_with_the_classes_of_the_task_which_are_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[PrepareConfig] = []
+    monkeypatch.setattr(molecules_module, "prepare", lambda config, **_: given.append(config))
+    source = tmp_path / "table.csv"
+    source.write_text("smiles,y\nCCO,low\nC,High\n")
+    common = {"name": "mine", "source": str(source), "columns": ("y",)}
+    for classes, labels in (
+        ((), ("y",)),
+        (("low", "high"), ("y",)),
+        (("low", "mid", "high"), ("y=low", "y=mid", "y=high")),
+    ):
+        task = TaskConfig(**common, classes=classes, kind=TaskKind.CLASSIFICATION)  # type: ignore[arg-type]
+        assert task.resolve().columns == labels
+        prepare_task(FinetuneConfig(task=task, out=str(tmp_path / "out")), None)
+        assert (given[-1].label_columns, given[-1].classes) == (("y",), classes)
+
+
+def test_a_table_without_any_of_the_classes_is_found_before_ray_is_started(
+    tmp_path: Path, no_ray: None
+) -> None:
+    source = tmp_path / "table.csv"
+    source.write_text("smiles,y\nCCO,Active\nC,Inactive\n")
+    task = TaskConfig(
+        name="mine",
+        source=str(source),
+        columns=("y",),
+        classes=("yes", "no"),
+        kind=TaskKind.CLASSIFICATION,
+    )
+    message = "no row has one of the classes yes, no .*, which hold Active, Inactive. Name the cl"
+    with pytest.raises(DataError, match=message):
+        finetune_module.finetune(FinetuneConfig(task=task, out=str(tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""Classes that label columns write as words: the labels that a column of them becomes.
+
+A model answers questions of yes or no. Two classes are one question, and more are one for each class (one against the rest), so
+that all that is there for several label columns serves them, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
+
+from moleblend_ray.checks import Check
+
+FEWEST_CLASSES: Final = 2
+
+
+class ClassLabel(NamedTuple):
+    """A label that is 0 or 1 by the class in a cell."""
+
+    name: str
+    column: str
+    """Column of the cell."""
+    values: Mapping[str | float, float]
+    """The label for each class, by ``class_key``."""
+
+
+def class_checks(words: Sequence[str]) -> tuple[Check, ...]:
+    """What must hold of the setting ``classes``, whose words may also be none."""
+    return (
+        (
+            len(words) != 1,
+            f"classes: expected all of them, at least {FEWEST_CLASSES}, found {list(words)}",
+        ),
+        (
+            all(words := [word.strip() for word in words]),
+            f"classes: expected a word for each, found {list(words)}",
+        ),
+    )
+
+
+def names_of_class_labels(column: str, words: Sequence[str]) -> tuple[str, ...]:
+    """Names of the labels that a column of these classes becomes: ``COLUMN=CLASS`` for each, but its own if there are two, or
+    none are named and it holds labels."""
+    if len(words) <= FEWEST_CLASSES:
+        return (column,)
+    return tuple(f"{column}={word}" for word in words)
