@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -70,16 +71,23 @@ def seconds(call: Callable[[], None]) -> float:
     return time.monotonic() - start_s
 
 
+@pytest.fixture
+def no_waiting(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """No command waits to see whether another one lives."""
+    with caplog.at_level(logging.INFO):
+        yield
+    assert "looking for up to" not in caplog.text
+
+
+@pytest.mark.usefixtures("no_waiting")
 def test_a_second_command_is_told_at_once_who_works_there(out: str) -> None:
     with leased(out):
         before = listed(out)
-        start_s = time.monotonic()
         with pytest.raises(
             InUseError, match=r"another command works on .* \(process \d+ on .*started 2"
         ) as error:
             enter(out)
         assert out in str(error.value)
-        assert time.monotonic() - start_s < 5
         assert listed(out) == before
 
 
@@ -96,6 +104,7 @@ def test_results_that_are_damaged_do_not_keep_a_lease_from_ending(tmp_path: Path
     assert storage.read_object(str(lease), {"ended": bool})["ended"]
 
 
+@pytest.mark.usefixtures("no_waiting")
 def test_a_command_that_ended_holds_up_no_other_however_it_ended(out: str) -> None:
     def fail() -> None:
         with leased(out):
@@ -103,10 +112,11 @@ def test_a_command_that_ended_holds_up_no_other_however_it_ended(out: str) -> No
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert seconds(lambda: enter(out)) < 5
+    enter(out)
     assert [storage.name_of(uri) for uri in listed(out)] == ["000001.json", "000002.json"]
 
 
+@pytest.mark.usefixtures("no_waiting")
 @pytest.mark.parametrize("age_s", [0, 3600])
 def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path, age_s: int) -> None:
     out = str(tmp_path)
@@ -125,7 +135,7 @@ def test_a_killed_command_of_this_machine_holds_up_no_other(tmp_path: Path, age_
     # Another command of this machine removes what killed ones left behind.
     enter(str(tmp_path / "other"))
     assert command_at_work(out) is None
-    assert seconds(lambda: enter(out)) < 5
+    enter(out)
 
 
 def test_a_look_tells_which_command_works_there(out: str) -> None:
@@ -141,7 +151,8 @@ def test_a_look_finds_a_command_of_another_machine_while_it_renews_its_lease(
 ) -> None:
     with leased(out):
         time.sleep(1.5 * EXPIRY_S)
-        assert command_at_work(out) is not None
+        # On a busy machine a renewal may come late: without any, none of the looks would find it.
+        assert any(command_at_work(out) is not None for _ in range(50))
     leave_as_killed(out, monkeypatch)
     time.sleep(EXPIRY_S)
     assert command_at_work(out) is None
@@ -152,7 +163,7 @@ def test_a_killed_command_of_another_machine_holds_up_no_other_for_long(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_as_killed(out, monkeypatch)
-    assert EXPIRY_S <= seconds(lambda: enter(out)) < EXPIRY_S + 5
+    assert EXPIRY_S <= seconds(lambda: enter(out)) < 30  # where the usual expiry takes 60
 
 
 def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
@@ -165,7 +176,7 @@ def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
         with leased(str(tmp_path), is_finished=lambda _: reached.wait(60)):
             pass
 
-    assert seconds(work) < 5
+    assert seconds(work) < 30  # where the storage takes 60
     reached.set()
 
 
