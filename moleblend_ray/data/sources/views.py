@@ -51,7 +51,7 @@ _DECIMAL_COMMA: Final = re.compile("[<>=~\u2264\u2265\\s]*[+-]?\\d+,\\d+")
 _PANDAS_INDEX: Final = re.compile(r"__index_level_\d+__")
 """What pandas calls row numbers that it writes as a column."""
 _SHOWN_WORDS: Final = 11
-"""Different texts of a column that are kept to be shown: one more than look like classes."""
+"""Different texts of a column that are kept to be shown: one more than an error shows."""
 _COUNT_COLUMNS: Final = frozenset({"n_atoms", "n_heavy"})
 _SMILES_TABLE: Final = ("smiles", "name")
 
