@@ -205,6 +205,7 @@ class PropertyPredictor:
         ``smiles`` is as given (null if it is missing); ``rejected`` says why there is no prediction (null: there is one). Then the columns that ``moleblend predict``
         writes: ``prediction:NAME`` in the property's unit or as a probability, ``lower:NAME`` and ``upper:NAME`` of a number's interval,
         ``p0:NAME`` and ``p1:NAME``, the p-values of classes, and ``classes:NAME``, those that the molecule goes with,
+        ``class:COLUMN``, the most probable class of a column of more than two,
         ``std:NAME`` over models, ``conformer_std:NAME`` over several conformers, ``similarity`` to the nearest training molecule and ``in_domain``.
         Of several tasks NAME is the task, or ``task/column`` of one with several columns, and the last two are ``similarity:TASK`` and
         ``in_domain:TASK``.

@@ -7,11 +7,12 @@ that all that is there for several label columns serves them, too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from moleblend_ray.checks import Check
 
 FEWEST_CLASSES: Final = 2
+"""Of so many one label tells."""
 
 
 class ClassLabel(NamedTuple):
@@ -22,6 +23,27 @@ class ClassLabel(NamedTuple):
     """Column of the cell."""
     values: Mapping[str | float, float]
     """The label for each class, by ``class_key``."""
+
+
+class Alternatives(NamedTuple):
+    """The labels that a column of more than two classes becomes: of a molecule one of them is 1."""
+
+    column: str
+    labels: tuple[str, ...]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The classes."""
+        return tuple(label.removeprefix(f"{self.column}=") for label in self.labels)
+
+    @classmethod
+    def of_options(cls, options: Mapping[str, Any]) -> tuple[Alternatives, ...]:
+        """Those of a prepared data set, by the ``options`` of its manifest."""
+        found = options.get("columns", {})
+        words, columns = found.get("classes", ()), found.get("label_columns") or ()
+        if len(words) <= FEWEST_CLASSES:
+            return ()
+        return tuple(cls(column, names_of_class_labels(column, words)) for column in columns)
 
 
 def class_checks(words: Sequence[str]) -> tuple[Check, ...]:

@@ -313,6 +313,7 @@ def _new_model(
         conformers=molecules.num_conformers,
         molecules=molecules.form,
         descriptors=inputs,
+        alternatives=molecules.alternatives,
     )
     if inputs is not None:
         balanced = settings.class_weights == "balanced"

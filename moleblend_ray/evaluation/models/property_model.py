@@ -18,6 +18,7 @@ from torch import Tensor
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.documents import lack
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind, no_column_has
@@ -123,6 +124,8 @@ class TrainedProperty:
     """The form of the molecules of fine-tuning; None: unknown."""
     descriptors: DescriptorInputs | None = None
     """Descriptors that the model reads; None: none."""
+    alternatives: tuple[Alternatives, ...] = ()
+    """Which of the properties exclude each other, as classes of one column."""
 
     @classmethod
     def of(
@@ -134,6 +137,7 @@ class TrainedProperty:
         conformers: int,
         molecules: MoleculeForm | None,
         descriptors: DescriptorInputs | None = None,
+        alternatives: tuple[Alternatives, ...] = (),
     ) -> TrainedProperty:
         """What a model predicts that was fine-tuned on ``task``, with ``molecules`` of a form and up to ``conformers`` of each."""
         return cls(
@@ -145,6 +149,7 @@ class TrainedProperty:
             conformers=conformers,
             molecules=molecules,
             descriptors=descriptors,
+            alternatives=alternatives,
         )
 
     @property
@@ -211,6 +216,8 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
     }
     if trained.molecules is not None:
         document["molecules"] = dataclasses.asdict(trained.molecules)
+    if trained.alternatives:
+        document["alternatives"] = {one.column: list(one.labels) for one in trained.alternatives}
     if trained.descriptors is not None:
         document |= {
             "format_version": FORMAT_VERSION,
@@ -307,4 +314,8 @@ def _trained(document: dict[str, Any]) -> TrainedProperty:
         conformers=document.get("conformers", 1),
         molecules=None if molecules is None else MoleculeForm.from_json(molecules),
         descriptors=DescriptorInputs.from_json(inputs) if inputs else None,
+        alternatives=tuple(
+            Alternatives(column, tuple(labels))
+            for column, labels in document.get("alternatives", {}).items()
+        ),
     )

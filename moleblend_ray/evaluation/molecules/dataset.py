@@ -24,6 +24,7 @@ from moleblend_ray.data.dataset.shards import (
     LABEL_PREFIX,
 )
 from moleblend_ray.data.preparation.splits import MoleculeGroups, NamedSplits, SplitsOfData
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.data.sources.records import SourceSet
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
@@ -87,6 +88,8 @@ class LabelledMolecules:
     """Bounds of labels that have no number; None if they count as missing."""
     unit: str | None = None
     """The unit that the data state for every column; None if they state none, or several."""
+    alternatives: tuple[Alternatives, ...] = ()
+    """Which of the labels exclude each other, as classes of one column."""
 
     def __len__(self) -> int:
         return len(self.block)
@@ -205,6 +208,11 @@ def load_labelled(
         conformers=ConformerSet.of(table, num_conformers) if num_conformers > 1 else None,
         form=MoleculeForm.of_options(manifest.options),
         unit=_common_unit(manifest, columns),
+        alternatives=tuple(
+            one
+            for one in Alternatives.of_options(manifest.options)
+            if set(one.labels) <= set(columns)
+        ),
     )
 
 

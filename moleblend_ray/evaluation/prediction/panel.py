@@ -186,4 +186,6 @@ def _names(trained: TrainedProperty) -> dict[str, str]:
 def _named(field: str, task: str, names: Mapping[str, str]) -> str:
     """The name of a column of predictions (``std:y``, ``in_domain``) in a panel."""
     statistic, _, column = field.partition(":")
-    return f"{statistic}:{names[column]}" if column else f"{statistic}:{task}"
+    # A column of several classes is none of the labels that it becomes.
+    known = names.get(column, f"{task}/{column}") if column else task
+    return f"{statistic}:{known}"

@@ -42,6 +42,7 @@ from moleblend_ray.evaluation.prediction.ensemble import (
     form_of,
     question_of,
 )
+from moleblend_ray.evaluation.scoring.alternatives import most_probable
 from moleblend_ray.evaluation.scoring.class_sets import SET_NAMES, ClassCalibration
 from moleblend_ray.evaluation.scoring.intervals import Calibration
 from moleblend_ray.evaluation.scoring.stored_predictions import PREDICTIONS_NAME, PartPredictions
@@ -243,6 +244,7 @@ class Predictor:
             made |= self._of_atoms(table, views, ask)
         for index in range(len(self.trained.columns)):
             columns += [made[name][index] for name in self._statistics]
+        columns += _most_probable_classes(self.trained, combined.mean)
         similarity, in_domain = self._applicability(table)
         return pa.table([*columns, similarity, in_domain], schema=self.schema)
 
@@ -337,10 +339,23 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
                 for name in trained.columns
                 for statistic in statistics
             ),
+            *(pa.field(f"class:{one.column}", pa.string()) for one in trained.alternatives),
             pa.field("similarity", pa.float64()),
             pa.field("in_domain", pa.bool_()),
         ]
     )
+
+
+def _most_probable_classes(
+    trained: TrainedProperty, probabilities: NDArray[np.float64]
+) -> list[pa.Array]:
+    """The most probable class of each molecule, for each column of several classes."""
+    return [
+        pa.array(
+            np.array(one.words)[most_probable(one, trained.columns, probabilities)], pa.string()
+        )
+        for one in trained.alternatives
+    ]
 
 
 def _is_scored_with(members: Sequence[Member], conformers: int) -> bool:

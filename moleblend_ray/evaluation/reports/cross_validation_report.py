@@ -18,6 +18,7 @@ from moleblend_ray.evaluation.reports.report_scores import (
 )
 from moleblend_ray.evaluation.reports.report_sections import (
     MAX_COLUMN_ROWS,
+    alternatives_section,
     bounds_remark,
     bounds_section,
     class_sets_section,
@@ -79,6 +80,7 @@ def _text(results: Mapping[str, Any]) -> str:
         *other_scores_section(task, (final, *results["baselines"])),
         *intervals_section(task, final.get("intervals"), of_folds=True),
         *class_sets_section(final.get("class_sets"), of_folds=True),
+        *alternatives_section(final.get("alternatives")),
         *bounds_section(task, data["labels"], final.get("bounds")),
         "![test molecules](figures/test.png)",
         *(["", "One curve for each fold."] if task["kind"] == "classification" else []),

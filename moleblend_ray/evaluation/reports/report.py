@@ -21,6 +21,7 @@ from moleblend_ray.evaluation.reports.report_scores import (
 )
 from moleblend_ray.evaluation.reports.report_sections import (
     MAX_COLUMN_ROWS,
+    alternatives_section,
     bounds_remark,
     bounds_section,
     class_sets_section,
@@ -101,6 +102,7 @@ def _text(
         *other_scores_section(task, (results["final"], *results["baselines"])),
         *intervals_section(task, results["final"].get("intervals")),
         *class_sets_section(results["final"].get("class_sets")),
+        *alternatives_section(results["final"].get("alternatives")),
         *bounds_section(task, data.get("labels", {}), results["final"].get("bounds")),
         f"![test molecules](figures/{figures[0]})",
         *figure_remark(results["final"]),

@@ -160,6 +160,30 @@ def class_sets_section(sets: Mapping[str, Any] | None, *, of_folds: bool = False
     return [*lines, *remark_of_more(columns), ""]
 
 
+def alternatives_section(alternatives: Mapping[str, Any] | None) -> list[str]:
+    """How often the most probable class is right, of columns with more than two, and which are taken for which."""
+    lines: list[str] = []
+    for name, found in (alternatives or {}).items():
+        words, counts = found["classes"], found["test_confusion"]
+        right = sum(row[index] for index, row in enumerate(counts))
+        recalls = [row[index] / sum(row) for index, row in enumerate(counts) if any(row)]
+        balanced = sum(recalls) / len(recalls) if recalls else 0.0
+        lines += [
+            f"`moleblend predict` also names the most probable class of {table_cell(name)}, by the mean of all models. It is right for "
+            f"{share_text(right, sum(map(sum, counts)))} of the test molecules of which the class is known; the mean over classes "
+            f"(balanced accuracy) is {100 * balanced:.0f} %, and by chance {100 / len(words):.0f} %:",
+            "",
+            f"| class | {' | '.join(f'predicted {table_cell(word)}' for word in words)} |",
+            "|---" * (len(words) + 1) + "|",
+            *(
+                f"| {table_cell(word)} | {' | '.join(f'{count:,}' for count in row)} |"
+                for word, row in zip(words, counts, strict=True)
+            ),
+            "",
+        ]
+    return lines
+
+
 def bounds_section(
     task: Mapping[str, Any], labels: Mapping[str, Any], bounds: Mapping[str, Any] | None
 ) -> list[str]:

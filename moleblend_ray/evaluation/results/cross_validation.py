@@ -128,6 +128,7 @@ def combine_folds(
     final |= {
         "test_interval": scoring.resampling.interval(model.draws, model.score),
         **_uncertainties(TaskKind(task["kind"]), columns, chosen_by, together, _rows_of(sizes)),
+        **_alternatives(folds),
     }
     baselines, absent = _baselines(out, folds, scoring, model)
     return CrossValidation(
@@ -250,6 +251,22 @@ def _uncertainties(
     if test.bounds is not None:
         found["bounds"] = bounds_entry(columns, test.bounds, test.predictions)
     return found
+
+
+def _alternatives(folds: Sequence[Fold]) -> dict[str, Any]:
+    """What ``results.json`` says of the most probable class, if a column has more than two: the sums over the ``folds``, as each
+    molecule is tested once."""
+    entries = [fold.results["final"].get("alternatives", {}) for fold in folds]
+    found = {
+        column: {
+            "classes": first["classes"],
+            "test_confusion": np.sum(
+                [entry[column]["test_confusion"] for entry in entries], axis=0
+            ).tolist(),
+        }
+        for column, first in entries[0].items()
+    }
+    return {"alternatives": found} if found else {}
 
 
 def _baselines(

@@ -13,6 +13,7 @@ from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError, without_credentials
 from moleblend_ray.evaluation.molecules.applicability import similarity_entry
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry
+from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.evaluation.results.additions import missing_in
 from moleblend_ray.evaluation.results.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results.results import (
@@ -31,6 +32,7 @@ from moleblend_ray.evaluation.results.results import (
     versions,
 )
 from moleblend_ray.evaluation.results.runs import read_of_results
+from moleblend_ray.evaluation.scoring.alternatives import alternatives_entry
 from moleblend_ray.evaluation.scoring.class_sets import class_sets_entry
 from moleblend_ray.evaluation.scoring.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.scoring.resampling import Resampling, Scored
@@ -86,6 +88,7 @@ def write_results(
             **final,
             "test_interval": resampling.interval(scored.draws, scored.score),
             **_together(experiment.task, columns, valid, test, resampling),
+            **_of_alternatives(experiment.molecules, test),
         },
         "baselines": [
             {
@@ -180,6 +183,16 @@ def _together(
     if mean.bounds is not None:
         found["bounds"] = bounds_entry(columns, mean.bounds, mean.predictions)
     return found
+
+
+def _of_alternatives(
+    molecules: LabelledMolecules, test: Sequence[PartPredictions]
+) -> dict[str, Any]:
+    """What ``results.json`` says of the most probable class, if a column has more than two."""
+    if not molecules.alternatives:
+        return {}
+    found = alternatives_entry(molecules.alternatives, molecules.columns, mean_of(test))
+    return {"alternatives": found}
 
 
 def has_results(config: PropertyConfig, out: str | None = None) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.models import finetune
 from moleblend_ray.evaluation.models.finetune import (
@@ -253,7 +254,8 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     tmp_path: Path, sized: LabelledMolecules, tiny_start: StartingPoint
 ) -> None:
     form = MoleculeForm(explicit_hydrogens=True)
-    prepared = dataclasses.replace(sized, form=form)
+    alternatives = (Alternatives("y", ("y0",)),)
+    prepared = dataclasses.replace(sized, form=form, alternatives=alternatives)
     result, _ = run(prepared, ATOMS, tiny_start, FinetuneSettings(epochs=1))
     trained = result.trained
     save_property_model(result.model, trained, f"{tmp_path}/model")
@@ -265,6 +267,7 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     )
     assert (back.trained.columns, back.trained.task) == (("y0",), "atoms")
     assert back.trained.molecules == form
+    assert back.trained.alternatives == alternatives
 
 
 def _poisoned(start: StartingPoint) -> dict[str, torch.Tensor]:

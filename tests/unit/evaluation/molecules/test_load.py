@@ -15,6 +15,7 @@ from moleblend_ray.data.preparation.claim import claim_output
 from moleblend_ray.data.preparation.options import ConvertOptions
 from moleblend_ray.data.preparation.shard_writer import convert_chunk
 from moleblend_ray.data.sources import ColumnConfig, find_sources, inspect_sources, read_chunks
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.dataset import load_labelled
 from moleblend_ray.evaluation.tasks import Task, TaskKind, resolve_task
@@ -31,11 +32,14 @@ def prepare(tmp_path: Path) -> Prepare:
         label_columns: tuple[str, ...] | None = None,
         featurize: FeaturizeConfig = FeaturizeConfig(),  # noqa: B008 (frozen)
         censored: bool = False,
+        classes: tuple[str, ...] = (),
     ) -> str:
         source, out = tmp_path / "molecules.csv", str(tmp_path / "data")
         source.write_text(text)
         options = ConvertOptions(
-            columns=ColumnConfig(label_columns=label_columns, censored_labels=censored),
+            columns=ColumnConfig(
+                label_columns=label_columns, censored_labels=censored, classes=classes
+            ),
             featurize=featurize,
             rows_per_chunk=3,
             row_group_rows=2,
@@ -109,6 +113,19 @@ def test_cells_that_hold_no_number_are_counted_and_told_where_there_is_nothing_e
     assert (len(molecules), molecules.num_unlabelled, molecules.num_unreadable) == (2, 1, 1)
     with pytest.raises(DataError, match=r"\['a'\]; 3 of their cells hold something else than a"):
         load_labelled(uri, number("a"))
+
+
+def test_classes_of_one_column_are_alternatives_where_all_are_asked_for(prepare: Prepare) -> None:
+    text = "smiles,a,b\nCCO,low,mid\nCCN,High,low\nCCC,,mid\nCO,mid,\n"
+    uri = prepare(text, ("a", "b"), classes=("low", "mid", "high"))
+    columns = ("a=low", "a=mid", "a=high", "b=mid")
+    task = resolve_task("mine", columns=columns, kind=TaskKind.CLASSIFICATION)
+    found = load_labelled(uri, task)
+    assert found.alternatives == (Alternatives("a", columns[:3]),)
+    by_smiles = dict(zip(found.smiles, found.labels.tolist(), strict=True))
+    np.testing.assert_equal(by_smiles["CCN"], [0.0, 0.0, 1.0, 0.0])
+    np.testing.assert_equal(by_smiles["CCC"], [np.nan, np.nan, np.nan, 1.0])
+    assert found.take(np.array([0])).alternatives == found.alternatives
 
 
 def test_molecules_of_which_only_a_bound_is_known_count_where_bounds_do(prepare: Prepare) -> None:

@@ -15,6 +15,7 @@ from moleblend_ray.chemistry.config import ConformerConfig, FeaturizeConfig
 from moleblend_ray.chemistry.molecule import Molecule, molecule_from_smiles
 from moleblend_ray.data.dataset.block import GraphColumns, block_from_table, gather
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.models.batches import MOLECULE_COLUMNS, without_coordinates
 from moleblend_ray.evaluation.models.finetune import predict
@@ -487,6 +488,26 @@ def test_a_panel_says_of_each_task_what_its_models_alone_say(table: pa.Table) ->
     assert "conformer_std:esol/a" in part.column_names
     assert "classes:herg/a" in part.column_names
     assert part["similarity:esol"] != part["similarity:herg"]
+
+
+def test_the_most_probable_class_of_a_column_is_named_also_in_a_panel(table: pa.Table) -> None:
+    one = of_task(
+        member(0, kind=TaskKind.CLASSIFICATION),
+        "assay",
+        columns=("y=low", "y=high"),
+        alternatives=(Alternatives("y", ("y=low", "y=high")),),
+    )
+    alone = predictor(one).part(table)
+    chances = [alone[f"prediction:y={word}"].to_numpy() for word in ("low", "high")]
+    expected = np.where(chances[0] >= chances[1], "low", "high").tolist()
+    assert set(expected) == {"low", "high"}
+    assert alone["class:y"].to_pylist() == expected
+    assert alone.column_names[-3:] == ["class:y", "similarity", "in_domain"]
+    both = panel(one, of_task(member(1), "esol")).part(table)
+    assert both["class:assay/y"].to_pylist() == expected
+    assert not any(
+        name.startswith("class:") for name in predictor(member(1)).part(table).column_names
+    )
 
 
 def test_a_panel_describes_all_of_its_models() -> None:

@@ -286,6 +286,30 @@ def test_sets_of_classes_are_shown_with_what_they_hold_of_each_class(tmp_path: P
     assert "| c | 5, 0 | 0 | 2 | 0 | 2 of 2 (100 %) | none |" in text
 
 
+def test_the_most_probable_class_is_told_with_what_is_taken_for_what(tmp_path: Path) -> None:
+    results = results_of()
+    assert "most probable class" not in report_of(tmp_path, results)
+    results["final"]["alternatives"] = {
+        "a|b": {
+            "classes": ["low", "m|d", "high"],
+            "test_confusion": [[1500, 300, 200], [0, 0, 0], [1, 2, 7]],
+        },
+        "empty": {"classes": ["x", "y", "z"], "test_confusion": [[0] * 3] * 3},
+    }
+    text = report_of(tmp_path, results)
+    assert (
+        "class of a\\|b, by the mean of all models. It is right for 1,507 of 2,010 (75 %) of"
+        in text
+    )
+    # Of the classes that the test part has: 0.75 and 0.7.
+    assert "(balanced accuracy) is 72 %, and by chance 33 %:" in text
+    assert (
+        "| class | predicted low | predicted m\\|d | predicted high |\n|---|---|---|---|\n" in text
+    )
+    assert "| low | 1,500 | 300 | 200 |\n| m\\|d | 0 | 0 | 0 |\n| high | 1 | 2 | 7 |\n" in text
+    assert "It is right for none of the test molecules" in text
+
+
 def test_bounds_are_told_with_those_that_predictions_respect(tmp_path: Path) -> None:
     results = results_of()
     assert "bound" not in report_of(tmp_path, results)

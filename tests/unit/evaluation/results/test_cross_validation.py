@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -158,6 +158,20 @@ def test_a_score_is_the_mean_of_folds_and_its_interval_surrounds_it(
         for fold in range(FOLDS)
         for seed in SEEDS
     ]
+
+
+def test_most_probable_classes_are_counted_over_all_folds(tmp_path: Path) -> None:
+    folds = folds_in(tmp_path, TaskKind.CLASSIFICATION)
+    assert "alternatives" not in combine_folds(str(tmp_path), folds).entries["final"]
+    counts = np.random.default_rng(0).integers(0, 9, (FOLDS, 3, 3))
+    for fold, own in zip(folds, counts, strict=True):
+        cast("dict[str, Any]", fold.results)["final"]["alternatives"] = {
+            "y": {"classes": ["a", "b", "c"], "test_confusion": own.tolist()}
+        }
+    found = combine_folds(str(tmp_path), folds).entries["final"]["alternatives"]
+    assert found == {
+        "y": {"classes": ["a", "b", "c"], "test_confusion": counts.sum(axis=0).tolist()}
+    }
 
 
 def test_an_interval_is_of_means_over_folds_of_the_same_draws(tmp_path: Path) -> None:
