@@ -18,6 +18,7 @@ from moleblend_ray.data.dataset.manifest import load_manifest
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.documents import member
 from moleblend_ray.errors import HIDDEN, DataError, StorageError
+from moleblend_ray.quantities import duration_text
 from moleblend_ray.training.anomalies import ANOMALIES_DIR
 from moleblend_ray.training.commits import (
     FINISHED_NAME,
@@ -199,8 +200,16 @@ def _state(
     if age_s is None:
         return _state_without_commit(checkpoints)
     interval_s = schedule.interval_s
-    if interval_s is not None and age_s <= _OVERDUE_INTERVALS * interval_s + _OVERDUE_S:
-        return _State("running", "the next checkpoint is not overdue")
+    if interval_s is not None:
+        limit_s = _OVERDUE_INTERVALS * interval_s + _OVERDUE_S
+        if age_s <= interval_s:
+            return _State("running", "the next checkpoint is not due yet")
+        if age_s <= limit_s:
+            return _State(
+                "running",
+                f"the next checkpoint is due, and overdue {duration_text(limit_s)} after the last one, as new workers take their time "
+                "to start",
+            )
     if not schedule.is_due(step):
         return _State(
             "stopped",

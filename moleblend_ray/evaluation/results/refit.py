@@ -30,6 +30,7 @@ from moleblend_ray.evaluation.results.result_files import (
     RESULTS_NAME,
     SEED_RESULT_NAME,
 )
+from moleblend_ray.evaluation.results.results import require_version
 from moleblend_ray.evaluation.results.runs import model_path
 from moleblend_ray.evaluation.scoring.stored_predictions import (
     PREDICTIONS_NAME,
@@ -113,14 +114,17 @@ class Choice:
 
     @classmethod
     def read(cls, uri: str) -> Choice:
-        """From the results in ``uri``. Raises ConfigError if there are none, or if each fold chose settings of its own."""
+        """From the results in ``uri``. Raises ConfigError if there are none, if another release made them, or if each fold chose
+        settings of its own."""
         path = storage.join(uri, RESULTS_NAME)
         if not storage.exists(path):
             raise ConfigError(
                 f"results: {uri} has no {RESULTS_NAME}; expected the `out` of a finished fine-tuning or sweep, of several tasks the "
                 "folder of one of them"
             )
-        results = storage.read_object(path, _RESULTS)
+        results = storage.read_object(path, {"results_version": Any})
+        require_version(path, results)
+        storage.require_members(path, results, _RESULTS)
         if results["chosen"] is None:
             raise ConfigError(
                 f"results: in {uri} each fold of the cross-validation chose settings of its own, and a refit needs the same for "

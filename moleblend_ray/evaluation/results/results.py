@@ -19,7 +19,7 @@ from torch import Tensor
 from moleblend_ray.chemistry.scaffolds import FRACTIONS
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.documents import require_types
-from moleblend_ray.errors import DataError
+from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.evaluation.molecules.repeats import Repeats
@@ -32,6 +32,18 @@ logger = logging.getLogger(__name__)
 
 RESULTS_VERSION = 2
 """Version of the layout of ``results.json``. In version 1 there was a single ``baseline`` instead of a list."""
+
+
+def require_version(uri: str, results: Mapping[str, Any]) -> None:
+    """Raise ConfigError if ``results``, of the file ``uri``, have another layout than this release reads."""
+    version = results.get("results_version")
+    if version != RESULTS_VERSION:
+        raise ConfigError(
+            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the "
+            "results there were made by another release, with other baselines. Their models and predictions can still "
+            "be used. Run the command that made them with another `out` for the results of this release"
+        )
+
 
 _PACKAGES = ("moleblend-ray", "torch", "ray", "rdkit", "numpy", "scikit-learn", "optuna", "pyarrow")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data.files import storage
-from moleblend_ray.errors import ConfigError, without_credentials
+from moleblend_ray.errors import without_credentials
 from moleblend_ray.evaluation.molecules.applicability import similarity_entry
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
@@ -27,6 +27,7 @@ from moleblend_ray.evaluation.results.results import (
     ensemble_entry,
     labels_entry,
     repeats_entry,
+    require_version,
     seeds_entry,
     task_entry,
     versions,
@@ -222,7 +223,7 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
     if not storage.exists(uri):
         return None
     results = storage.read_object(uri, {"results_version": Any})
-    _check_version(uri, results)
+    require_version(uri, results)
     storage.require_members(uri, results, {"config": dict[str, Any]})
     data_uri = storage.join(config.out, DATA_DIR)
 
@@ -241,13 +242,3 @@ def finished_results(config: PropertyConfig) -> dict[str, Any] | None:
         return None
     logger.info("%s is finished: %s", config.out, without_credentials(uri))
     return results
-
-
-def _check_version(uri: str, results: Mapping[str, Any]) -> None:
-    version = results.get("results_version")
-    if version != RESULTS_VERSION:
-        raise ConfigError(
-            f"{uri} has layout version {version}, and this release of moleblend-ray reads {RESULTS_VERSION}: the "
-            "results there were made by another release, with other baselines. Their models and predictions can still "
-            "be used. Give another `out` to compute the results of this release"
-        )

@@ -117,7 +117,10 @@ def test_a_stop_on_request_is_told_from_a_killed_run(tmp_path: Path) -> None:
     soon = look(run, timedelta(seconds=170))
     assert soon.expected_interval_s is not None
     assert soon.expected_interval_s < 10
-    assert (soon.state, soon.detail) == ("running", "the next checkpoint is not overdue")
+    assert soon.state == "running"
+    assert soon.detail.startswith("the next checkpoint is due, and overdue 3 min ")
+    at_once = look(run, timedelta(seconds=-1))
+    assert (at_once.state, at_once.detail) == ("running", "the next checkpoint is not due yet")
     # A run that was killed at its last step, before its summary, was not asked to stop.
     assert look(run, timedelta(hours=3), num_steps=8).state == "stalled"
 

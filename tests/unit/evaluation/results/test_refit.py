@@ -24,6 +24,7 @@ from moleblend_ray.evaluation.results.refit import (
     finished_model,
     refit_and_save,
 )
+from moleblend_ray.evaluation.results.results import RESULTS_VERSION
 from moleblend_ray.evaluation.results.runs import Experiment, train_and_test
 from moleblend_ray.evaluation.scoring.intervals import Calibration
 from moleblend_ray.evaluation.settings import FinetuneSettings
@@ -49,6 +50,7 @@ def results(folder: Path, *seeds: dict[str, Any], **changed: Any) -> str:
         "task": {"columns": ["y0"]},
         "data": {"fingerprint": "d" * 64},
         "checkpoint": {"fingerprint": None},
+        "results_version": RESULTS_VERSION,
         "chosen": to_dict(SETTINGS),
         "final": {"seeds": list(seeds)},
         **changed,
@@ -90,6 +92,8 @@ def test_what_is_no_choice_for_all_molecules_is_refused(tmp_path: Path) -> None:
         ConfigError, match=r"has no results\.json; expected the `out` of a finished"
     ):
         Choice.read(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"results\.json has layout version 1, and this release"):
+        Choice.read(results(tmp_path, entry(0, 3), results_version=1))
     with pytest.raises(ConfigError, match="each fold of the cross-validation chose settings"):
         Choice.read(results(tmp_path, entry(0, 3), chosen=None))
     with pytest.raises(DataError, match=r"results\.json.*'best_epoch'"):
