@@ -134,16 +134,23 @@ def class_key(text: str) -> str | float:
 
 
 def class_labels(columns: Iterable[str], words: Sequence[str]) -> tuple[ClassLabel, ...]:
-    """The labels that columns of these classes become. Of two classes, the second is 1. ConfigError for equal classes."""
+    """The labels that columns of these classes become. Of two classes, the second is 1. ConfigError for equal classes and
+    labels."""
     keys = [class_key(word) for word in words]
     if len(set(keys)) < len(keys):
         raise ConfigError(f"classes: expected different ones, found {list(words)}")
     ones = keys[1:] if len(keys) == FEWEST_CLASSES else keys
-    return tuple(
+    labels = tuple(
         ClassLabel(name, column, {key: float(key == one) for key in keys})
         for column in columns
         for name, one in zip(names_of_class_labels(column, words), ones, strict=True)
     )
+    names = [label.name for label in labels]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(
+            f"classes: two columns would have the label {twice[0]!r}. Rename one of them, or leave it out"
+        )
+    return labels
 
 
 def read_classes(

@@ -144,6 +144,11 @@ def test_several_columns_have_labels_in_their_order() -> None:
     assert wrong == ("a=x",)
 
 
+def test_two_columns_with_one_label_are_refused() -> None:
+    with pytest.raises(ConfigError, match="classes: two columns would have the label 'a=b=c'"):
+        class_labels(("a", "a=b"), ("c", "b=c", "d"))
+
+
 def test_a_chunk_that_is_read_with_other_classes_is_another_one(tmp_path: Path) -> None:
     files = find_sources(str(write_csv(tmp_path)))
     digests = set()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,7 @@ def test_weights_in_bfloat16_give_finite_losses() -> None:
 
 def test_a_handful_of_molecules_is_learnt_by_heart() -> None:
     torch.manual_seed(0)
+    started = time.monotonic()
     config = dataclasses.replace(QUIET, distance_head=True, dim=64, num_heads=8, pair_dim=16)
     model = MoleBlendModel(config)
     losses = LossConfig(
@@ -163,6 +165,7 @@ def test_a_handful_of_molecules_is_learnt_by_heart() -> None:
     assert last["edge"] < 0.1 * first["edge"]
     for name in ("direction", "distance", "denoise"):
         assert last[name] < 0.35 * first[name], (name, first[name], last[name])
+    assert time.monotonic() - started < 60
 
 
 def dropping(kind: str) -> ModelConfig:
