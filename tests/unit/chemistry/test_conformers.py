@@ -183,7 +183,7 @@ def test_a_molecule_that_hangs_rdkit_costs_its_time_limit_and_no_more() -> None:
     mol = hopeless()
     started = time.monotonic()
     embedding = make_conformers(mol, "any", ConformerConfig(timeout_s=0.2))
-    assert 0.2 <= time.monotonic() - started < 30  # where it would take minutes
+    assert 0.2 <= time.monotonic() - started < 0.7
     assert embedding.status is ConformerStatus.FAILED
     assert embedding.detail == "timeout: not done after 0.2 s"
     assert embedding.positions.shape == (0, mol.GetNumAtoms(), 3)
@@ -196,7 +196,7 @@ def test_embedding_in_this_process_ends_soon_after_its_time_is_up() -> None:
     embedding = embed_conformers(hopeless(), "any", ConformerConfig(timeout_s=1.0, count=3))
     assert embedding.status is ConformerStatus.FAILED
     assert embedding.detail == "timeout: 0 of 3 conformers within 1 s"
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 8.0
 
 
 def test_a_crash_of_rdkit_fails_the_molecule_and_not_the_process(

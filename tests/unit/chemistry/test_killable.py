@@ -65,7 +65,7 @@ def test_a_request_that_hangs_ends_at_its_deadline_and_the_next_is_answered(
     started = time.monotonic()
     with pytest.raises(WorkerTimeoutError):
         worker.call("sum(range(10**12))", 0.2)
-    assert 0.2 <= time.monotonic() - started < 30  # where it would take hours
+    assert 0.2 <= time.monotonic() - started < 0.7
     assert not os.path.exists(f"/proc/{child}")  # killed and reaped: no zombie
     assert worker.call("1 + 1", 5.0) == 2
 

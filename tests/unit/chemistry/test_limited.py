@@ -52,7 +52,7 @@ def test_a_call_that_hangs_ends_at_its_limit_and_the_next_has_its_value() -> Non
     began = time.monotonic()
     with pytest.raises(LimitExceededError, match=r"^timeout: not done after 0\.2 s$"):
         limited(sum, range(10**12), timeout_s=0.2)
-    assert time.monotonic() - began < 30  # where it would take hours
+    assert time.monotonic() - began < 2
     assert limited(math.sqrt, 4.0) == 2.0
 
 
@@ -113,7 +113,7 @@ def test_a_record_that_hangs_rdkit_is_rejected_in_its_time_and_its_neighbours_ar
     outcomes = molecules_from_records(
         [SmilesText(smiles) for smiles in ("CCO", ENDLESS, "C1CC", ENDLESS, C60)], HASTY
     )
-    assert time.monotonic() - began < 60  # with two new children
+    assert time.monotonic() - began < 20  # with two new children
     rejection = Rejection(code=RejectionCode.TOO_COMPLEX, detail="timeout: not done after 0.3 s")
     ethanol, first, open_ring, second, fullerene = outcomes
     assert first == second == rejection

@@ -298,7 +298,7 @@ def test_a_second_ctrl_c_leaves_a_cluster_that_does_not_answer() -> None:
         assert follower.run() is None
     finally:
         answers.set()
-    assert time.monotonic() - began_s < 20  # where an answer takes 30
+    assert time.monotonic() - began_s < 5
 
 
 def test_a_job_that_never_had_a_process_says_why(caplog: pytest.LogCaptureFixture) -> None:

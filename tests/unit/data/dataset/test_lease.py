@@ -163,7 +163,7 @@ def test_a_killed_command_of_another_machine_holds_up_no_other_for_long(
     out: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     leave_as_killed(out, monkeypatch)
-    assert EXPIRY_S <= seconds(lambda: enter(out)) < 30  # where the usual expiry takes 60
+    assert EXPIRY_S <= seconds(lambda: enter(out)) < EXPIRY_S + 5
 
 
 def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
@@ -176,7 +176,7 @@ def test_a_command_whose_storage_is_out_of_reach_does_not_wait_long_to_end(
         with leased(str(tmp_path), is_finished=lambda _: reached.wait(60)):
             pass
 
-    assert seconds(work) < 30  # where the storage takes 60
+    assert seconds(work) < 5
     reached.set()
 
 
