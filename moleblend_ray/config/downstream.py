@@ -45,7 +45,7 @@ class TaskConfig:
     """Classification (0, 1, empty) or regression; null: the task table's (required for a table of your own)."""
     classes: tuple[str, ...] = ()
     """Words of classes that `columns` hold instead of 0 and 1, such as [inactive,active]: of two, the second is 1. Of more, each
-    is a question of its own, `COLUMN=CLASS`."""
+    has a label, `COLUMN=CLASS`, and their probabilities add up to 1."""
     metric: Metric | None = None
     """Score by which configurations are chosen and reported; null: the task's usual one."""
     split: SplitKind | None = None
@@ -73,7 +73,7 @@ class TaskConfig:
     from the number, as ChEMBL's do."""
     replicates: ReplicateRule = ReplicateRule.KEEP
     """What becomes of several rows of one molecule (equal canonical SMILES). keep: each counts. mean, median: one row with the
-    mean or the median of their labels, of classes with the more frequent one."""
+    mean or the median of their labels, of classes with the most frequent one."""
     smiles_column: str = SMILES_COLUMN
     """Column with the SMILES in tables."""
     id_column: str | None = None

@@ -72,4 +72,5 @@ def test_results_count_and_predictions_name_the_most_probable_class(
 
     table = PropertyPredictor.from_pretrained(str(out)).predict(["CCCc1ccccc1", "no molecule"])
     chances = [table[f"prediction:{label}"][0].as_py() for label in LABELS]
+    assert sum(chances) == pytest.approx(1.0)
     assert table["class:chain"].to_pylist() == [WORDS[int(np.argmax(chances))], None]

@@ -1,7 +1,7 @@
 """Classes that label columns write as words: the labels that a column of them becomes.
 
-A model answers questions of yes or no. Two classes are one question, and more are one for each class (one against the rest), so
-that all that is there for several label columns serves them, too.
+Two classes are one label, and more are one for each class, of which a molecule has one. So all that is there for several label
+columns serves them, too.
 """
 
 from __future__ import annotations
@@ -26,24 +26,40 @@ class ClassLabel(NamedTuple):
 
 
 class Alternatives(NamedTuple):
-    """The labels that a column of more than two classes becomes: of a molecule one of them is 1."""
+    """The classes of one column, of which a molecule has one."""
 
     column: str
     labels: tuple[str, ...]
+    """What the column becomes: one label, which is 1 for the second of two classes, or a label for each class."""
+    words: tuple[str, ...]
+    """The classes."""
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """The classes."""
-        return tuple(label.removeprefix(f"{self.column}=") for label in self.labels)
+    def is_exclusive(self) -> bool:
+        """Whether there is a label for each class, of which one is 1."""
+        return len(self.labels) > 1
+
+    def places(self, columns: Sequence[str]) -> list[int]:
+        """Indices of the labels in ``columns``, which have all of them."""
+        return [list(columns).index(label) for label in self.labels]
 
     @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> tuple[Alternatives, ...]:
         """Those of a prepared data set, by the ``options`` of its manifest."""
         found = options.get("columns", {})
         words, columns = found.get("classes", ()), found.get("label_columns") or ()
-        if len(words) <= FEWEST_CLASSES:
+        if not words:
             return ()
-        return tuple(cls(column, names_of_class_labels(column, words)) for column in columns)
+        return tuple(
+            cls(column, names_of_class_labels(column, words), tuple(words)) for column in columns
+        )
+
+
+def exclusive_places(
+    alternatives: Sequence[Alternatives], columns: Sequence[str]
+) -> tuple[list[int], ...]:
+    """Indices in ``columns`` of labels of which one is 1, for each column of more than two classes."""
+    return tuple(one.places(columns) for one in alternatives if one.is_exclusive)
 
 
 def class_checks(words: Sequence[str]) -> tuple[Check, ...]:

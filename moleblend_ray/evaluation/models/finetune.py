@@ -22,6 +22,7 @@ from torch import Tensor
 from moleblend_ray.data.batches.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.dataset.block import MoleculeBlock
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
+from moleblend_ray.data.sources.classes import exclusive_places
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.models.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.models.layerwise_training import (
@@ -30,7 +31,12 @@ from moleblend_ray.evaluation.models.layerwise_training import (
     renew_highest,
 )
 from moleblend_ray.evaluation.models.linear_model import LinearModel, fit_linear, linear_grid
-from moleblend_ray.evaluation.models.losses import Targets, masked_loss, positive_weights
+from moleblend_ray.evaluation.models.losses import (
+    Exclusive,
+    Targets,
+    masked_loss,
+    positive_weights,
+)
 from moleblend_ray.evaluation.models.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs
@@ -274,12 +280,13 @@ def _begin(
     model, trained = _new_model(molecules, train, chosen_on, task, start, settings, seed)
     normalise = trained.standardisation.normalise
     bounds = molecules.bounds and molecules.bounds.map(normalise)
+    exclusive = exclusive_places(molecules.alternatives, molecules.columns)
     trainer = _Trainer(
         molecules=molecules,
-        targets=Targets.of(normalise(molecules.labels), bounds),
+        targets=Targets.of(normalise(molecules.labels), bounds, exclusive),
         train=train,
         model=model.to(device),
-        loss=_loss_function(task, settings, molecules.labels[train], device),
+        loss=_loss_function(task, settings, molecules.labels[train], exclusive, device),
         settings=settings,
         seed=seed,
         device=device,
@@ -346,11 +353,18 @@ def _linear_model(
         return beside
 
     labels, bounds = rest(molecules.labels), molecules.bounds and molecules.bounds.map(rest)
+    exclusive = exclusive_places(molecules.alternatives, molecules.columns)
 
     def fitted(rows: NDArray[np.int64], penalty: Mapping[str, float]) -> LinearModel:
-        of_rows = bounds and bounds[rows]
-        examples = inputs[rows], labels[rows]
-        return fit_linear(task.kind, *examples, penalty, balanced=balanced, bounds=of_rows)
+        return fit_linear(
+            task.kind,
+            inputs[rows],
+            labels[rows],
+            penalty,
+            balanced=balanced,
+            bounds=bounds and bounds[rows],
+            exclusive=exclusive,
+        )
 
     candidates = []
     for penalty in linear_grid(task.kind):
@@ -395,14 +409,23 @@ def _scale_labels(
 
 
 def _loss_function(
-    task: Task, settings: FinetuneSettings, labels: NDArray[np.float64], device: torch.device
+    task: Task,
+    settings: FinetuneSettings,
+    labels: NDArray[np.float64],
+    exclusive: Exclusive,
+    device: torch.device,
 ) -> _Loss:
     """:func:`masked_loss` as the settings ask for it; ``labels`` (M, T) are those of the training part."""
     weights = None
     if task.kind is TaskKind.CLASSIFICATION and settings.class_weights == "balanced":
-        weights = torch.from_numpy(positive_weights(labels).astype(np.float32)).to(device)
+        found = positive_weights(labels, exclusive).astype(np.float32)
+        weights = torch.from_numpy(found).to(device)
     return functools.partial(
-        masked_loss, task.kind, positive_weight=weights, regression_loss=settings.regression_loss
+        masked_loss,
+        task.kind,
+        positive_weight=weights,
+        regression_loss=settings.regression_loss,
+        exclusive=exclusive,
     )
 
 

@@ -50,14 +50,23 @@ def fit_linear(
     *,
     balanced: bool = False,
     bounds: LabelBounds | None = None,
+    exclusive: Sequence[Sequence[int]] = (),
 ) -> LinearModel:
     """Fit each column of ``labels`` (N, T), NaN where missing, to ``inputs`` (N, D).
 
-    Columns without labels, or with equal ones, get zeros. ``balanced`` weights both classes alike. Of numbers that are known by
-    ``bounds`` only, the squared distance to what these allow counts.
+    Columns without labels, or with equal ones, get zeros. ``balanced`` weights all classes alike. Of numbers that are known by
+    ``bounds`` only, the squared distance to what these allow counts. Of each group of ``exclusive`` columns one label is 1, and
+    the softmax of their logits is fitted.
     """
     found = LinearModel(np.zeros((labels.shape[1], inputs.shape[1])), np.zeros(labels.shape[1]))
+    for places in exclusive:
+        _fit_classes(
+            found, places, _scikit_model(kind, penalty, balanced), inputs, labels[:, places]
+        )
+    grouped = {place for places in exclusive for place in places}
     for column, values in enumerate(labels.T):
+        if column in grouped:
+            continue
         known = ~np.isnan(values)
         targets = values[known]
         if len(targets) and targets.min() < targets.max():
@@ -67,6 +76,27 @@ def fit_linear(
                 weights = _fitted_to_bounds(model, inputs, values, bounds[:, column], weights)
             found.weight[column], found.bias[column] = weights[:-1], weights[-1]
     return found
+
+
+def _fit_classes(
+    found: LinearModel,
+    places: Sequence[int],
+    model: Any,
+    inputs: NDArray[Any],
+    labels: NDArray[np.float64],
+) -> None:
+    """Fit the columns ``places`` of ``found`` to the classes of which (N, K) ``labels`` say one is 1, where they do."""
+    known = (labels == 1).sum(axis=1) == 1
+    classes = labels[known].argmax(axis=1)
+    if len(np.unique(classes)) <= 1:
+        return
+    model.fit(inputs[known], classes)
+    own = np.array(places)[model.classes_]
+    weight, bias = model.coef_, model.intercept_
+    if len(weight) == 1:
+        # Of two classes scikit-learn has one function, of the second.
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    found.weight[own], found.bias[own] = weight, bias
 
 
 def _fitted(model: Any, inputs: NDArray[Any], targets: NDArray[Any]) -> NDArray[np.float64]:

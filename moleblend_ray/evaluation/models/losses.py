@@ -1,10 +1,11 @@
 """The losses of fine-tuning: over labels of which some are missing, and some are known by a bound only.
 
-Shape legend: M molecules, B molecules of a batch, T properties.
+Shape legend: M molecules, B molecules of a batch, T properties, K classes of one column.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -23,6 +24,9 @@ _REGRESSION_LOSSES: Final = {
     "huber": F.smooth_l1_loss,
 }
 
+Exclusive = Sequence[Sequence[int]]
+"""Groups of columns: of a molecule, one label of each group is 1, as they are the classes of one question."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Targets:
@@ -32,25 +36,35 @@ class Targets:
     """(M, T) float32, the least value that is right: the label, a lower bound, -inf; NaN where nothing is known."""
     at_most: Tensor
     """(M, T) float32, the greatest one: the label, an upper bound, inf; NaN likewise."""
+    exclusive: Exclusive = ()
+    """Columns of which one is 1."""
 
     @classmethod
-    def of(cls, labels: NDArray[np.float64], bounds: LabelBounds | None) -> Targets:
+    def of(
+        cls, labels: NDArray[np.float64], bounds: LabelBounds | None, exclusive: Exclusive = ()
+    ) -> Targets:
         """From (M, T) labels on this scale, NaN where missing, and their bounds."""
         exact = torch.from_numpy(labels.astype(np.float32))
         if bounds is None:
-            return cls(at_least=exact, at_most=exact)
+            return cls(at_least=exact, at_most=exact, exclusive=exclusive)
         known = torch.from_numpy(bounds.known)
         least, most = (
             torch.from_numpy(np.nan_to_num(side.astype(np.float32), nan=none))
             for side, none in ((bounds.at_least, -np.inf), (bounds.at_most, np.inf))
         )
         return cls(
-            at_least=torch.where(known, least, exact), at_most=torch.where(known, most, exact)
+            at_least=torch.where(known, least, exact),
+            at_most=torch.where(known, most, exact),
+            exclusive=exclusive,
         )
 
     def num_known(self, rows: NDArray[np.int64]) -> int:
-        """Number of labels of the molecules ``rows`` that a number or a bound tells something of."""
-        return int((~torch.isnan(self.at_least[torch.from_numpy(rows)])).sum())
+        """Number of labels of the molecules ``rows`` that a number or a bound tells something of; the class of a molecule in a
+        column counts once."""
+        known = ~torch.isnan(self.at_least[torch.from_numpy(rows)])
+        others = _others(self.exclusive, known.shape[1])
+        classes = sum(int(known[:, places].any(dim=1).sum()) for places in self.exclusive)
+        return int(known[:, others].sum()) + classes
 
     def for_outputs(self, outputs: Tensor, rows: NDArray[np.int64]) -> Tensor:
         """(B, T) targets of the molecules ``rows`` (B,), on the device of ``outputs`` (B, T); NaN where nothing is known.
@@ -72,11 +86,22 @@ def masked_loss(
     *,
     positive_weight: Tensor | None = None,
     regression_loss: str = "mse",
+    exclusive: Exclusive = (),
 ) -> Tensor:
-    """Sum over the known labels of BCE (of logits) or the regression loss; (B, T) both, NaN targets do not count.
+    """Sum over the known labels of BCE (of logits), cross entropy of ``exclusive`` columns, or the regression loss; (B, T) both,
+    NaN targets do not count.
 
     ``positive_weight`` (T,) is the weight of the positive labels of each column.
     """
+    if exclusive:
+        weights = torch.ones_like(outputs[0]) if positive_weight is None else positive_weight
+        others = _others(exclusive, outputs.shape[1])
+        total = masked_loss(
+            kind, outputs[:, others], targets[:, others], positive_weight=weights[others]
+        )
+        for own in map(list, exclusive):
+            total = total + _cross_entropy(outputs[:, own], targets[:, own], weights[own])
+        return total
     known = ~torch.isnan(targets)
     # As NaN times zero is NaN, unknown labels are replaced before the loss, not masked after it.
     targets = torch.where(known, targets, 0.0)
@@ -89,7 +114,35 @@ def masked_loss(
     return torch.where(known, losses, 0.0).sum()
 
 
-def positive_weights(labels: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(T,) negatives per positive in (M, T) labels; 1 for a column with one class or without labels."""
+def _cross_entropy(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    """Sum over molecules of -log of the probability, the softmax of (B, K) ``logits``, of the class whose label is 1, times the
+    ``weight`` (K,) of this class.
+
+    Of repeats that contradict each other some labels may be missing and the others 0: the class is then one of those missing.
+    Where all are missing, or none can be 1, nothing is told.
+    """
+    is_class = labels == 1
+    possible = torch.where(is_class.any(dim=1, keepdim=True), is_class, labels.isnan())
+    possible = possible | ~possible.any(dim=1, keepdim=True)
+    losses = logits.logsumexp(dim=1) - logits.masked_fill(~possible, -torch.inf).logsumexp(dim=1)
+    return (losses * (possible * weight).sum(dim=1) / possible.sum(dim=1)).sum()
+
+
+def positive_weights(labels: NDArray[np.float64], exclusive: Exclusive = ()) -> NDArray[np.float64]:
+    """(T,) negatives per positive in (M, T) labels; 1 for a column with one class or without labels.
+
+    Of ``exclusive`` columns those that give each class the same weight in all, and a molecule a mean weight of 1.
+    """
     positives, negatives = (labels == 1).sum(axis=0), (labels == 0).sum(axis=0)
-    return np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
+    weights = np.where((positives > 0) & (negatives > 0), negatives / np.maximum(positives, 1), 1.0)
+    for places in exclusive:
+        counts = positives[places]
+        mean = counts.sum() / np.count_nonzero(counts) if counts.any() else 1.0
+        weights[places] = np.where(counts > 0, mean / np.maximum(counts, 1), 1.0)
+    return weights
+
+
+def _others(exclusive: Exclusive, num_columns: int) -> list[int]:
+    """The columns that are in no group."""
+    grouped = {place for group in exclusive for place in group}
+    return [place for place in range(num_columns) if place not in grouped]

@@ -18,7 +18,7 @@ from torch import Tensor
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.documents import lack
-from moleblend_ray.data.sources.classes import Alternatives
+from moleblend_ray.data.sources.classes import Alternatives, exclusive_places
 from moleblend_ray.errors import CheckpointError, ConfigError, DataError
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs
 from moleblend_ray.evaluation.tasks import Task, TaskKind, no_column_has
@@ -31,11 +31,14 @@ logger = logging.getLogger(__name__)
 _NAMED: Final = 5
 """Columns that a message names; the others it counts."""
 
-FORMAT_VERSION: Final = 3
+FORMAT_VERSION: Final = 4
 """Version of the two files; it increases with every change that older code cannot read."""
 
+_VERSION_OF_DESCRIPTORS: Final = 3
+"""What older code can read is written in its version: models without classes in words ..."""
+
 _VERSION_WITHOUT_DESCRIPTORS: Final = 2
-"""What older code can read is written in its version."""
+"""... and those that read no descriptors either."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +73,7 @@ class Standardisation:
         return (labels - self.mean) / self.std
 
     def restore(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Outputs in the labels' unit (logits for classes)."""
+        """Outputs in the labels' unit (as they are for classes)."""
         return outputs * self.std + self.mean
 
 
@@ -125,7 +128,7 @@ class TrainedProperty:
     descriptors: DescriptorInputs | None = None
     """Descriptors that the model reads; None: none."""
     alternatives: tuple[Alternatives, ...] = ()
-    """Which of the properties exclude each other, as classes of one column."""
+    """Which of the properties are the classes of one column."""
 
     @classmethod
     def of(
@@ -159,7 +162,18 @@ class TrainedProperty:
 
     def readout(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M, T) head outputs as numbers in the unit, or as probabilities of class 1."""
-        return self.predictions(self.standardisation.restore(outputs))
+        return self.predictions(self.restore(outputs))
+
+    def restore(self, outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(..., T) head outputs as numbers in the unit, or as log-odds of class 1; of classes that exclude each other, those of
+        their softmax, so that their probabilities add up to 1."""
+        values = self.standardisation.restore(outputs)
+        for places in exclusive_places(self.alternatives, self.columns):
+            logits = values[..., places]
+            for index, place in enumerate(places):
+                others = np.logaddexp.reduce(np.delete(logits, index, axis=-1), axis=-1)
+                values[..., place] = logits[..., index] - others
+        return values
 
     def predictions(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """(..., T) restored outputs as predictions: numbers as they are, log-odds as probabilities of class 1."""
@@ -202,8 +216,13 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
         name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()
     }
     storage.write_bytes(storage.join(uri, WEIGHTS_NAME), safetensors.torch.save(tensors))
+    version = _VERSION_WITHOUT_DESCRIPTORS
+    if trained.descriptors is not None:
+        version = _VERSION_OF_DESCRIPTORS
+    if trained.alternatives:
+        version = FORMAT_VERSION
     document: dict[str, Any] = {
-        "format_version": _VERSION_WITHOUT_DESCRIPTORS,
+        "format_version": version,
         "model": dataclasses.asdict(model.config),
         "readout": dataclasses.asdict(model.readout),
         "task": trained.task,
@@ -217,12 +236,12 @@ def save_property_model(model: PropertyModel, trained: TrainedProperty, uri: str
     if trained.molecules is not None:
         document["molecules"] = dataclasses.asdict(trained.molecules)
     if trained.alternatives:
-        document["alternatives"] = {one.column: list(one.labels) for one in trained.alternatives}
-    if trained.descriptors is not None:
-        document |= {
-            "format_version": FORMAT_VERSION,
-            "descriptors": trained.descriptors.to_json(),
+        document["alternatives"] = {
+            one.column: {"labels": list(one.labels), "words": list(one.words)}
+            for one in trained.alternatives
         }
+    if trained.descriptors is not None:
+        document["descriptors"] = trained.descriptors.to_json()
     storage.write_json(storage.join(uri, PROPERTY_NAME), document)
 
 
@@ -301,6 +320,8 @@ _DESCRIPTION: Final[Mapping[str, Any]] = {
 def _trained(document: dict[str, Any]) -> TrainedProperty:
     if problem := lack(document, _DESCRIPTION):
         raise TypeError(problem)
+    if "alternatives" in document and document["format_version"] < FORMAT_VERSION:
+        raise ValueError("its classes do not exclude each other. Fine-tune it again")
     inputs, molecules = document.get("descriptors"), document.get("molecules")
     return TrainedProperty(
         task=document["task"],
@@ -315,7 +336,7 @@ def _trained(document: dict[str, Any]) -> TrainedProperty:
         molecules=None if molecules is None else MoleculeForm.from_json(molecules),
         descriptors=DescriptorInputs.from_json(inputs) if inputs else None,
         alternatives=tuple(
-            Alternatives(column, tuple(labels))
-            for column, labels in document.get("alternatives", {}).items()
+            Alternatives(column, tuple(one["labels"]), tuple(one["words"]))
+            for column, one in document.get("alternatives", {}).items()
         ),
     )

@@ -89,7 +89,7 @@ class LabelledMolecules:
     unit: str | None = None
     """The unit that the data state for every column; None if they state none, or several."""
     alternatives: tuple[Alternatives, ...] = ()
-    """Which of the labels exclude each other, as classes of one column."""
+    """Which of the labels are the classes of one column."""
 
     def __len__(self) -> int:
         return len(self.block)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.data.sources.classes import exclusive_places
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
@@ -74,8 +75,8 @@ def with_replicates(
     """The molecules with their replicates as ``rule`` says, and what was found.
 
     A merged molecule is its first row with other labels. Of numbers that is the mean or the median of those that were measured,
-    and if there are none, what all bounds allow. Of classes it is the more frequent one, by either rule. Labels that contradict
-    each other (as many of either class, bounds that exclude each other) are missing. ``within_parts`` keeps rows in different
+    and if there are none, what all bounds allow. Of classes it is the most frequent one, by either rule. Labels that contradict
+    each other (of classes as frequent as each other, bounds that exclude each other) are missing. ``within_parts`` keeps rows in different
     parts of the data apart. DataError if no label is left.
     """
     group, first = _groups(molecules, within_parts=within_parts)
@@ -92,6 +93,8 @@ def with_replicates(
     if rule is ReplicateRule.KEEP or not found.molecules:
         return molecules, found
     labels = np.stack([_merged(kind, rule, values, group) for values in molecules.labels.T], axis=1)
+    for places in exclusive_places(molecules.alternatives, molecules.columns):
+        labels[:, places] = _most_frequent(molecules.labels[:, places], group)
     bounds = molecules.bounds and _merged_bounds(molecules.bounds, labels, group)
     filled = labels if bounds is None else bounds.filled(labels)
     before = (
@@ -158,6 +161,17 @@ def _merged(
         return merge(values, group, count)
     means = _means(values, group, count)
     return np.where(means == 0.5, np.nan, np.round(means))
+
+
+def _most_frequent(labels: NDArray[np.float64], group: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(G, K) labels of K classes, of which one is 1, from those of the rows (M, K): 1 for the most frequent class of each
+    molecule, NaN for all that are it together, and where nothing is known."""
+    counts = np.stack(
+        [np.bincount(group, weights=column == 1, minlength=group.max() + 1) for column in labels.T],
+        axis=1,
+    )
+    most = counts == counts.max(axis=1, keepdims=True)
+    return np.where(most, np.where(most.sum(axis=1, keepdims=True) == 1, 1.0, np.nan), 0.0)
 
 
 def _means(

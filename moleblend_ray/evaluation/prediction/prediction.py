@@ -265,8 +265,7 @@ class Predictor:
         answers = []
         for member, inputs in zip(self.members, shown, strict=True):
             output = member.saved.model(batch, inputs.of(rows, self.device))
-            standardisation = member.saved.trained.standardisation
-            answers.append(standardisation.restore(output.double().cpu().numpy()))
+            answers.append(member.saved.trained.restore(output.double().cpu().numpy()))
         return np.stack(answers)
 
     def _values(self, table: pa.Table, views: NDArray[np.int64], ask: Ask) -> NDArray[np.float64]:
@@ -349,7 +348,7 @@ def prediction_schema(trained: TrainedProperty, statistics: Sequence[str]) -> pa
 def _most_probable_classes(
     trained: TrainedProperty, probabilities: NDArray[np.float64]
 ) -> list[pa.Array]:
-    """The most probable class of each molecule, for each column of several classes."""
+    """The most probable class of each molecule, for each column of classes in words."""
     return [
         pa.array(
             np.array(one.words)[most_probable(one, trained.columns, probabilities)], pa.string()

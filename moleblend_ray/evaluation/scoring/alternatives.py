@@ -17,7 +17,7 @@ def most_probable(
 ) -> NDArray[np.int64]:
     """(M,) index of the most probable class of each molecule, from the ``probabilities`` (M, T) of all ``columns``; of equal
     ones the first."""
-    found: NDArray[np.int64] = probabilities[:, _places(one, columns)].argmax(axis=1)
+    found: NDArray[np.int64] = _of_classes(one, columns, probabilities).argmax(axis=1)
     return found
 
 
@@ -39,14 +39,18 @@ def alternatives_entry(
 def _confusion(
     one: Alternatives, columns: Sequence[str], part: PartPredictions
 ) -> NDArray[np.int64]:
-    labels = part.labels[:, _places(one, columns)]
+    labels = _of_classes(one, columns, part.labels)
     known = (labels == 1).sum(axis=1) == 1
     true = labels[known].argmax(axis=1)
     found = most_probable(one, columns, part.predictions[known])
-    counts = np.zeros((len(one.labels), len(one.labels)), dtype=np.int64)
+    counts = np.zeros((len(one.words), len(one.words)), dtype=np.int64)
     np.add.at(counts, (true, found), 1)
     return counts
 
 
-def _places(one: Alternatives, columns: Sequence[str]) -> list[int]:
-    return [list(columns).index(label) for label in one.labels]
+def _of_classes(
+    one: Alternatives, columns: Sequence[str], values: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(M, K) labels or probabilities of the K classes, from those (M, T) of all ``columns``."""
+    found = values[:, one.places(columns)]
+    return found if one.is_exclusive else np.concatenate([1.0 - found, found], axis=1)

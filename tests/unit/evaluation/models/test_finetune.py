@@ -254,7 +254,7 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     tmp_path: Path, sized: LabelledMolecules, tiny_start: StartingPoint
 ) -> None:
     form = MoleculeForm(explicit_hydrogens=True)
-    alternatives = (Alternatives("y", ("y0",)),)
+    alternatives = (Alternatives("y", ("y0",), ("no", "yes")),)
     prepared = dataclasses.replace(sized, form=form, alternatives=alternatives)
     result, _ = run(prepared, ATOMS, tiny_start, FinetuneSettings(epochs=1))
     trained = result.trained

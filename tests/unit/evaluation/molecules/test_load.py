@@ -121,7 +121,7 @@ def test_classes_of_one_column_are_alternatives_where_all_are_asked_for(prepare:
     columns = ("a=low", "a=mid", "a=high", "b=mid")
     task = resolve_task("mine", columns=columns, kind=TaskKind.CLASSIFICATION)
     found = load_labelled(uri, task)
-    assert found.alternatives == (Alternatives("a", columns[:3]),)
+    assert found.alternatives == (Alternatives("a", columns[:3], ("low", "mid", "high")),)
     by_smiles = dict(zip(found.smiles, found.labels.tolist(), strict=True))
     np.testing.assert_equal(by_smiles["CCN"], [0.0, 0.0, 1.0, 0.0])
     np.testing.assert_equal(by_smiles["CCC"], [np.nan, np.nan, np.nan, 1.0])

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
@@ -56,6 +57,20 @@ def test_it_is_told_if_all_labels_contradict_each_other(make_labelled: MakeLabel
     molecules = make_labelled(["CCO", "CCN", "OCC", "NCC"], np.array([1.0, 1.0, 0.0, 0.0]))
     with pytest.raises(DataError, match=r"replicates=mean: .* each of the 2 .* 'mol_0' \(CCO\)"):
         merged(molecules, MEAN, kind=TaskKind.CLASSIFICATION)
+
+
+def test_a_molecule_has_the_most_frequent_of_several_classes(make_labelled: MakeLabelled) -> None:
+    smiles = ["CCO", "OCC", "C(O)C", "OCC", "CCN", "NCC", "CCC", "CCC", "CC"]
+    classes = np.array([0, 1, 0, 2, 1, 2, -1, 2, -1])
+    labels = np.eye(3)[classes]
+    labels[classes < 0] = NAN
+    several = Alternatives("y", ("y0", "y1", "y2"), ("a", "b", "c"))
+    molecules = dataclasses.replace(make_labelled(smiles, labels), alternatives=(several,))
+    found, replicates = merged(molecules, MEAN, kind=TaskKind.CLASSIFICATION)
+    # Half of ethanol's rows, ethylamine's two contradict each other, propane's second is the only one; ethane has none.
+    assert found.smiles == ("CCO", "CCN", "CCC")
+    np.testing.assert_equal(found.labels, [[1, 0, 0], [0, NAN, NAN], [0, 0, 1]])
+    assert (replicates.undecided, replicates.dropped) == (2, 1)
 
 
 def test_kept_rows_are_counted_with_the_deviation_within_molecules(

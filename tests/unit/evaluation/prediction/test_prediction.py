@@ -495,7 +495,7 @@ def test_the_most_probable_class_of_a_column_is_named_also_in_a_panel(table: pa.
         member(0, kind=TaskKind.CLASSIFICATION),
         "assay",
         columns=("y=low", "y=high"),
-        alternatives=(Alternatives("y", ("y=low", "y=high")),),
+        alternatives=(Alternatives("y", ("y=low", "y=high"), ("low", "high")),),
     )
     alone = predictor(one).part(table)
     chances = [alone[f"prediction:y={word}"].to_numpy() for word in ("low", "high")]
@@ -503,8 +503,18 @@ def test_the_most_probable_class_of_a_column_is_named_also_in_a_panel(table: pa.
     assert set(expected) == {"low", "high"}
     assert alone["class:y"].to_pylist() == expected
     assert alone.column_names[-3:] == ["class:y", "similarity", "in_domain"]
+    # A softmax.
+    np.testing.assert_allclose(chances[0] + chances[1], 1.0, rtol=1e-9)
     both = panel(one, of_task(member(1), "esol")).part(table)
     assert both["class:assay/y"].to_pylist() == expected
+    two = of_task(
+        member(0, kind=TaskKind.CLASSIFICATION), "assay", columns=("y", "z"),
+        alternatives=(Alternatives("z", ("z",), ("no", "yes")),),
+    )  # fmt: skip
+    part = predictor(two).part(table)
+    is_one = part["prediction:z"].to_numpy() > 0.5
+    assert part["class:z"].to_pylist() == np.where(is_one, "yes", "no").tolist()
+    assert part.column_names[-3:] == ["class:z", "similarity", "in_domain"]
     assert not any(
         name.startswith("class:") for name in predictor(member(1)).part(table).column_names
     )

@@ -9,7 +9,8 @@ from moleblend_ray.data.sources.classes import Alternatives
 from moleblend_ray.evaluation.scoring.alternatives import alternatives_entry, most_probable
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 
-ONE = Alternatives("y", ("y=low", "y=mid", "y=high"))
+ONE = Alternatives("y", ("y=low", "y=mid", "y=high"), ("low", "mid", "high"))
+TWO = Alternatives("other", ("other",), ("no", "yes"))
 COLUMNS = ("y=high", "other", "y=low", "y=mid")
 """In another order, and with a label beside them that is more probable."""
 
@@ -19,6 +20,17 @@ def test_a_class_is_the_most_probable_of_its_column_wherever_its_labels_are() ->
         ONE, COLUMNS, np.array([[0.1, 0.9, 0.2, 0.0], [0.4, 0.9, 0.1, 0.3], [0.2, 0.9, 0.2, 0.2]])
     )
     assert [ONE.words[index] for index in found] == ["low", "high", "low"]
+
+
+def test_the_second_of_two_classes_is_that_of_probabilities_above_a_half() -> None:
+    probabilities = np.tile(np.array([[0.4], [0.5], [0.6]]), 4)
+    assert most_probable(TWO, COLUMNS, probabilities).tolist() == [0, 0, 1]
+    labels = np.full((3, 4), np.nan)
+    labels[1:, 1] = [1.0, 1.0]
+    names = ("a", "b", "c")
+    part = PartPredictions(mol_ids=names, smiles=names, labels=labels, predictions=probabilities)
+    entry = {"classes": ["no", "yes"], "test_confusion": [[0, 0], [1, 1]]}
+    assert alternatives_entry([TWO], COLUMNS, part) == {"other": entry}
 
 
 def test_molecules_are_counted_by_class_and_most_probable_class() -> None:
@@ -46,13 +58,16 @@ def test_molecules_are_counted_by_class_and_most_probable_class() -> None:
     [
         ({}, ()),
         ({"label_columns": ["y"]}, ()),
-        ({"label_columns": ["y"], "classes": ["no", "yes"]}, ()),
+        (
+            {"label_columns": ["y"], "classes": ["no", "yes"]},
+            (Alternatives("y", ("y",), ("no", "yes")),),
+        ),
         ({"label_columns": ["y"], "classes": ["low", "mid", "high"]}, (ONE,)),
         (
             {"label_columns": ["a=b", "c"], "classes": ["1", "2=x", "3"]},
             (
-                Alternatives("a=b", ("a=b=1", "a=b=2=x", "a=b=3")),
-                Alternatives("c", ("c=1", "c=2=x", "c=3")),
+                Alternatives("a=b", ("a=b=1", "a=b=2=x", "a=b=3"), ("1", "2=x", "3")),
+                Alternatives("c", ("c=1", "c=2=x", "c=3"), ("1", "2=x", "3")),
             ),
         ),
     ],
@@ -61,5 +76,3 @@ def test_a_prepared_data_set_tells_its_alternatives(
     columns: dict[str, list[str]], expected: tuple[Alternatives, ...]
 ) -> None:
     assert Alternatives.of_options({"columns": columns} if columns else {}) == expected
-    for one in expected:
-        assert one.words == tuple(columns["classes"])
