@@ -44,6 +44,12 @@ class Metric(StrEnum):
     PR_AUC = "pr_auc"
     """Average precision (area under the precision-recall curve by steps), averaged over the columns that have both
     classes. A random order scores the share of positives."""
+    BALANCED_ACCURACY = "balanced_accuracy"
+    """Mean over both classes of the share that is taken for what it is (a probability above a half is class 1), averaged over
+    the columns that have both. Of more than two classes, the mean over all: the most probable one counts."""
+    MCC = "mcc"
+    """Matthews' correlation coefficient of the same decisions with the labels (Biochim. Biophys. Acta 405, 442 (1975)), averaged
+    over the columns that have both classes. Of more than two classes, each against the rest."""
     RMSE = "rmse"
     """Root mean square error in the task's units, averaged over columns."""
     MAE = "mae"
@@ -57,11 +63,8 @@ class Metric(StrEnum):
     @property
     def kind(self) -> TaskKind:
         """Type of the labels that it scores."""
-        return (
-            TaskKind.CLASSIFICATION
-            if self in (Metric.ROC_AUC, Metric.PR_AUC)
-            else TaskKind.REGRESSION
-        )
+        of_classes = (Metric.ROC_AUC, Metric.PR_AUC, Metric.BALANCED_ACCURACY, Metric.MCC)
+        return TaskKind.CLASSIFICATION if self in of_classes else TaskKind.REGRESSION
 
     @property
     def is_error(self) -> bool:
@@ -69,9 +72,14 @@ class Metric(StrEnum):
         return self in (Metric.RMSE, Metric.MAE)
 
     @property
+    def decides(self) -> bool:
+        """Whether it judges which class a molecule is taken for, and not the order of the molecules."""
+        return self in (Metric.BALANCED_ACCURACY, Metric.MCC)
+
+    @property
     def is_ratio(self) -> bool:
         """Whether a difference can be told in percent: correlations have no zero that means "nothing left to gain"."""
-        return self not in (Metric.R2, Metric.SPEARMAN)
+        return self not in (Metric.R2, Metric.SPEARMAN, Metric.MCC)
 
     @property
     def higher_is_better(self) -> bool:
@@ -87,6 +95,8 @@ class Metric(StrEnum):
 _SHOWN_NAMES: Final = {
     Metric.ROC_AUC: "ROC-AUC",
     Metric.PR_AUC: "PR-AUC",
+    Metric.BALANCED_ACCURACY: "balanced accuracy",
+    Metric.MCC: "MCC",
     Metric.RMSE: "RMSE",
     Metric.MAE: "MAE",
     Metric.R2: "R²",

@@ -14,6 +14,9 @@ from moleblend_ray.checks import Check
 FEWEST_CLASSES: Final = 2
 """Of so many one label tells."""
 
+Exclusive = Sequence[Sequence[int]]
+"""Groups of label columns: of a molecule, one label of each group is 1, as they are the classes of one question."""
+
 
 class ClassLabel(NamedTuple):
     """A label that is 0 or 1 by the class in a cell."""
@@ -44,21 +47,24 @@ class Alternatives(NamedTuple):
         return [list(columns).index(label) for label in self.labels]
 
     @classmethod
+    def of_words(cls, column: str, words: Sequence[str]) -> Alternatives:
+        """Those of a column of these classes."""
+        return cls(column, names_of_class_labels(column, words), tuple(words))
+
+    @classmethod
     def of_options(cls, options: Mapping[str, Any]) -> tuple[Alternatives, ...]:
         """Those of a prepared data set, by the ``options`` of its manifest."""
         found = options.get("columns", {})
         words, columns = found.get("classes", ()), found.get("label_columns") or ()
         if not words:
             return ()
-        return tuple(
-            cls(column, names_of_class_labels(column, words), tuple(words)) for column in columns
-        )
+        return tuple(cls.of_words(column, words) for column in columns)
 
 
 def exclusive_places(
     alternatives: Sequence[Alternatives], columns: Sequence[str]
 ) -> tuple[list[int], ...]:
-    """Indices in ``columns`` of labels of which one is 1, for each column of more than two classes."""
+    """Indices in ``columns`` of the labels of each column of more than two classes (an :data:`Exclusive`)."""
     return tuple(one.places(columns) for one in alternatives if one.is_exclusive)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data.dataset.descriptors import DescriptorScaling
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.evaluation.models.linear_model import fit_linear, linear_grid
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.scoring.scores import score
@@ -128,12 +129,14 @@ class BaselineData:
     """Rows scored at the end; empty while settings are chosen."""
     bounds: LabelBounds | None = None
     """Bounds of labels that have no number, for training; None if they count as missing."""
+    exclusive: Exclusive = ()
+    """Groups of columns of which one is 1, for scores: each column has a model of its own."""
 
     def known(
         self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None]:
+    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None, Exclusive]:
         """Labels, columns and bounds of the molecules ``rows``, as :func:`score` takes them."""
-        return self.labels[rows], self.columns, self.bounds and self.bounds[rows]
+        return self.labels[rows], self.columns, self.bounds and self.bounds[rows], self.exclusive
 
     def without_test(self) -> BaselineData:
         """The data with training and validation molecules only, in this order: what the choice of settings may see."""
@@ -230,8 +233,8 @@ def predict_group(
 ) -> list[NDArray[np.float64]]:
     """(K, T) predictions for the molecules ``rows`` (K,) by each settings of a group, fitted to ``data.train``.
 
-    There is one model per column, fitted to its known labels. Numbers are in the labels' unit; for classes the values
-    only rank the molecules. For a column without training labels the prediction is 0; if all training labels are equal,
+    There is one model per column, fitted to its known labels. Numbers are in the labels' unit; for classes they are
+    probabilities of class 1. For a column without training labels the prediction is 0; if all training labels are equal,
     it is that label. Both score like chance. ``num_jobs`` threads are used; they change the time, and at most rounding.
     """
     # Imported here, as it takes some time and configurations import this module as well.
@@ -355,6 +358,7 @@ def _fit_forest(examples: Examples, group: Sequence[Settings]) -> list[NDArray[n
 def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
     """One fit with the most rounds, and its outputs after each number of rounds in the group, which differ in nothing
     else."""
+    from scipy.special import expit
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     count = len(examples.targets)
@@ -377,7 +381,7 @@ def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray
     inputs, asked = examples.inputs[:, usable], examples.asked[:, usable]
     if examples.kind is TaskKind.CLASSIFICATION:
         model = HistGradientBoostingClassifier(max_iter=max(rounds), **fixed)
-        stages = model.fit(inputs, examples.classes).staged_decision_function(asked)
+        stages = map(expit, model.fit(inputs, examples.classes).staged_decision_function(asked))
     else:
         model = HistGradientBoostingRegressor(max_iter=max(rounds), **fixed)
         stages = model.fit(inputs, examples.targets).staged_predict(asked)
@@ -390,12 +394,15 @@ def _fit_boosting(examples: Examples, group: Sequence[Settings]) -> list[NDArray
 
 
 def _fit_linear(examples: Examples, group: Sequence[Settings]) -> list[NDArray[np.float64]]:
+    from scipy.special import expit
+
     labels = examples.targets[:, None]
     models = (
         fit_linear(examples.kind, examples.inputs, labels, settings, bounds=examples.bounds)
         for settings in group
     )
-    return [model(examples.asked)[:, 0] for model in models]
+    outputs = [model(examples.asked)[:, 0] for model in models]
+    return list(map(expit, outputs)) if examples.kind is TaskKind.CLASSIFICATION else outputs
 
 
 _FITS: Final[

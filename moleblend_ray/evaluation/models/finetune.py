@@ -22,7 +22,7 @@ from torch import Tensor
 from moleblend_ray.data.batches.batch import MicroBatch, build_micro_batches
 from moleblend_ray.data.dataset.block import MoleculeBlock
 from moleblend_ray.data.dataset.molecule_form import MoleculeForm
-from moleblend_ray.data.sources.classes import exclusive_places
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import TrainingError
 from moleblend_ray.evaluation.models.atom_reference import element_counts, fit_reference
 from moleblend_ray.evaluation.models.layerwise_training import (
@@ -31,12 +31,7 @@ from moleblend_ray.evaluation.models.layerwise_training import (
     renew_highest,
 )
 from moleblend_ray.evaluation.models.linear_model import LinearModel, fit_linear, linear_grid
-from moleblend_ray.evaluation.models.losses import (
-    Exclusive,
-    Targets,
-    masked_loss,
-    positive_weights,
-)
+from moleblend_ray.evaluation.models.losses import Targets, masked_loss, positive_weights
 from moleblend_ray.evaluation.models.property_model import Standardisation, TrainedProperty
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
 from moleblend_ray.evaluation.molecules.descriptor_inputs import DescriptorInputs
@@ -280,13 +275,12 @@ def _begin(
     model, trained = _new_model(molecules, train, chosen_on, task, start, settings, seed)
     normalise = trained.standardisation.normalise
     bounds = molecules.bounds and molecules.bounds.map(normalise)
-    exclusive = exclusive_places(molecules.alternatives, molecules.columns)
     trainer = _Trainer(
         molecules=molecules,
-        targets=Targets.of(normalise(molecules.labels), bounds, exclusive),
+        targets=Targets.of(normalise(molecules.labels), bounds, molecules.exclusive),
         train=train,
         model=model.to(device),
-        loss=_loss_function(task, settings, molecules.labels[train], exclusive, device),
+        loss=_loss_function(task, settings, molecules.labels[train], molecules.exclusive, device),
         settings=settings,
         seed=seed,
         device=device,
@@ -353,7 +347,6 @@ def _linear_model(
         return beside
 
     labels, bounds = rest(molecules.labels), molecules.bounds and molecules.bounds.map(rest)
-    exclusive = exclusive_places(molecules.alternatives, molecules.columns)
 
     def fitted(rows: NDArray[np.int64], penalty: Mapping[str, float]) -> LinearModel:
         return fit_linear(
@@ -363,7 +356,7 @@ def _linear_model(
             penalty,
             balanced=balanced,
             bounds=bounds and bounds[rows],
-            exclusive=exclusive,
+            exclusive=molecules.exclusive,
         )
 
     candidates = []

@@ -5,7 +5,6 @@ Shape legend: M molecules, B molecules of a batch, T properties, K classes of on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import TaskKind
 
@@ -23,9 +23,6 @@ _REGRESSION_LOSSES: Final = {
     "l1": F.l1_loss,
     "huber": F.smooth_l1_loss,
 }
-
-Exclusive = Sequence[Sequence[int]]
-"""Groups of columns: of a molecule, one label of each group is 1, as they are the classes of one question."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

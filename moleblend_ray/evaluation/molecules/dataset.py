@@ -24,7 +24,7 @@ from moleblend_ray.data.dataset.shards import (
     LABEL_PREFIX,
 )
 from moleblend_ray.data.preparation.splits import MoleculeGroups, NamedSplits, SplitsOfData
-from moleblend_ray.data.sources.classes import Alternatives
+from moleblend_ray.data.sources.classes import Alternatives, Exclusive, exclusive_places
 from moleblend_ray.data.sources.records import SourceSet
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
@@ -126,11 +126,16 @@ class LabelledMolecules:
             descriptors=None if self.descriptors is None else self.descriptors.take(indices),
         )
 
+    @property
+    def exclusive(self) -> Exclusive:
+        """Groups of columns of which one is 1."""
+        return exclusive_places(self.alternatives, self.columns)
+
     def known(
         self, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None]:
+    ) -> tuple[NDArray[np.float64], tuple[str, ...], LabelBounds | None, Exclusive]:
         """Labels, columns and bounds of the molecules ``rows``, as :func:`score` takes them."""
-        return self.labels[rows], self.columns, self.bounds and self.bounds[rows]
+        return self.labels[rows], self.columns, self.bounds and self.bounds[rows], self.exclusive
 
     def with_descriptors(self) -> LabelledMolecules:
         """The same with descriptors, which are computed if they are not there."""

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.sources.classes import exclusive_places
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
@@ -93,7 +92,7 @@ def with_replicates(
     if rule is ReplicateRule.KEEP or not found.molecules:
         return molecules, found
     labels = np.stack([_merged(kind, rule, values, group) for values in molecules.labels.T], axis=1)
-    for places in exclusive_places(molecules.alternatives, molecules.columns):
+    for places in molecules.exclusive:
         labels[:, places] = _most_frequent(molecules.labels[:, places], group)
     bounds = molecules.bounds and _merged_bounds(molecules.bounds, labels, group)
     filled = labels if bounds is None else bounds.filled(labels)

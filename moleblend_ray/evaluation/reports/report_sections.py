@@ -161,7 +161,7 @@ def class_sets_section(sets: Mapping[str, Any] | None, *, of_folds: bool = False
 
 
 def alternatives_section(alternatives: Mapping[str, Any] | None) -> list[str]:
-    """How often the most probable class is right, of columns with more than two, and which are taken for which."""
+    """How often the most probable class is right, of columns of classes in words, and which are taken for which."""
     lines: list[str] = []
     for name, found in (alternatives or {}).items():
         words, counts = found["classes"], found["test_confusion"]

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.sources.classes import Alternatives, Exclusive, exclusive_places
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry
 from moleblend_ray.evaluation.results.result_files import OUT_OF_FOLD_NAME, RESULTS_NAME, fold_path
 from moleblend_ray.evaluation.results.results import Spread
@@ -122,6 +123,13 @@ def combine_folds(
         # What is most of a fold would leave it without most of its molecules in a third of the draws.
         resampling=Resampling.of(together.smiles, most_of_one=min(sizes) // 2, groups=groups),
         sizes=sizes,
+        exclusive=exclusive_places(
+            [
+                Alternatives.of_words(column, found["classes"])
+                for column, found in finals[0].get("alternatives", {}).items()
+            ],
+            columns,
+        ),
     )
     final = _model_entry(folds, finals)
     model = Scored(final["test"]["mean"], scoring.draws(tested))
@@ -172,11 +180,12 @@ class _Scoring:
     columns: tuple[str, ...]
     resampling: Resampling
     sizes: tuple[int, ...]
+    exclusive: Exclusive
 
     def draws(self, folds: Sequence[Sequence[PartPredictions]]) -> Array:
         """(D,) mean score over the folds for each draw, of the predictions of all seeds for each fold."""
         found = [
-            self.resampling.scores(self.metric, parts, self.columns, rows)
+            self.resampling.scores(self.metric, parts, self.columns, rows, exclusive=self.exclusive)
             for parts, rows in zip(folds, _rows_of(self.sizes), strict=True)
         ]
         mean: Array = np.mean(found, axis=0)
@@ -254,7 +263,7 @@ def _uncertainties(
 
 
 def _alternatives(folds: Sequence[Fold]) -> dict[str, Any]:
-    """What ``results.json`` says of the most probable class, if a column has more than two: the sums over the ``folds``, as each
+    """What ``results.json`` says of the most probable class, if classes have words: the sums over the ``folds``, as each
     molecule is tested once."""
     entries = [fold.results["final"].get("alternatives", {}) for fold in folds]
     found = {

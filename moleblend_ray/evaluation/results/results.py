@@ -19,6 +19,7 @@ from torch import Tensor
 from moleblend_ray.chemistry.scaffolds import FRACTIONS
 from moleblend_ray.data.files import storage
 from moleblend_ray.data.files.documents import require_types
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import ConfigError, DataError
 from moleblend_ray.evaluation.models.baselines import BaselineKind
 from moleblend_ray.evaluation.molecules.dataset import LabelledMolecules
@@ -202,14 +203,22 @@ def seeds_entry(name: str, seeds: Sequence[SeedResult]) -> dict[str, Any]:
 
 
 def ensemble_entry(
-    task: Task, columns: Sequence[str], valid: PartPredictions, test: PartPredictions
+    task: Task,
+    columns: Sequence[str],
+    valid: PartPredictions,
+    test: PartPredictions,
+    exclusive: Exclusive = (),
 ) -> dict[str, Any]:
-    """The part of ``results.json`` for the mean of the predictions of all seeds, for validation and test molecules."""
-    found = test.predictions, test.labels, columns, test.bounds
+    """The part of ``results.json`` for the mean of the predictions of all seeds, for validation and test molecules; ``exclusive``
+    as for :func:`score`."""
+    chosen_by, tested = (
+        (task.metric, part.predictions, part.labels, columns, part.bounds, exclusive)
+        for part in (valid, test)
+    )
     return {
-        "valid": score(task.metric, valid.predictions, valid.labels, columns, valid.bounds).value,
-        "test": score(task.metric, *found).value,
-        "test_others": other_scores(task.metric, *found),
+        "valid": score(*chosen_by).value,
+        "test": score(*tested).value,
+        "test_others": other_scores(*tested),
     }
 
 

@@ -28,7 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moleblend_ray.chemistry.scaffolds import murcko_scaffold
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import DataError
+from moleblend_ray.evaluation.scoring.scores import decided, formulas_of
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
 from moleblend_ray.evaluation.tasks import Metric
 
@@ -112,16 +114,20 @@ class Resampling:
         parts: Sequence[PartPredictions],
         columns: Sequence[str],
         rows: slice | None = None,
+        *,
+        exclusive: Exclusive = (),
     ) -> Array:
         """(D,) score of each draw of the molecules, which are the same in all ``parts``, mean over these (the seeds of a model).
 
         ``rows``: only these of the molecules are in ``parts``, such as those of a fold. A score is the mean over the columns that
-        have one in this draw; NaN if none has.
+        have one in this draw, with groups of ``exclusive`` ones as for :func:`score`; NaN if none has.
         """
         chunks = []
         for drawn in self._drawn():
             weights = drawn if rows is None else drawn[rows]
-            scores = [_weighted_score(metric, part, len(columns), weights) for part in parts]
+            scores = [
+                _weighted_score(metric, part, len(columns), exclusive, weights) for part in parts
+            ]
             chunks.append(np.mean(scores, axis=0))
         return np.concatenate(chunks)
 
@@ -202,17 +208,24 @@ def gains(metric: Metric, model: N, other: N) -> N:
 
 
 def _weighted_score(
-    metric: Metric, part: PartPredictions, num_columns: int, weights: Array
+    metric: Metric,
+    part: PartPredictions,
+    num_columns: int,
+    exclusive: Exclusive,
+    weights: Array,
 ) -> Array:
     """(D',) mean over columns of the score of each draw."""
     labels, predictions = part.labels, part.predictions
     if part.bounds is not None and metric.is_error:
         labels = np.where(part.bounds.known, part.bounds.within(predictions), labels)
+    if metric.decides:
+        predictions = decided(predictions, exclusive)
+    formulas = formulas_of(metric, num_columns, exclusive, _FORMULAS, _recall)
     found = np.full((num_columns, weights.shape[1]), np.nan)
     for column in range(num_columns):
         known = np.flatnonzero(~np.isnan(labels[:, column]))
         if len(known) and not np.isnan(part.labels[:, column]).all():
-            found[column] = _FORMULAS[metric](
+            found[column] = formulas[column](
                 labels[known, column], predictions[known, column], weights[known]
             )
     with warnings.catch_warnings():
@@ -261,6 +274,25 @@ def _average_precision(labels: Array, predictions: Array, weights: Array) -> Arr
     return np.where(negative.sum(axis=0) > 0, score, np.nan)
 
 
+def _recall(labels: Array, decisions: Array, weights: Array) -> Array:
+    found = _ratio((labels * decisions) @ weights, labels @ weights)
+    return np.where((1.0 - labels) @ weights > 0, found, np.nan)
+
+
+def _balanced_accuracy(labels: Array, decisions: Array, weights: Array) -> Array:
+    of_ones = _recall(labels, decisions, weights)
+    return (of_ones + _recall(1.0 - labels, 1.0 - decisions, weights)) / 2
+
+
+def _mcc(labels: Array, decisions: Array, weights: Array) -> Array:
+    total, true, chosen = weights.sum(axis=0), labels @ weights, decisions @ weights
+    product = total * ((labels * decisions) @ weights) - true * chosen
+    norm = np.sqrt(true * (total - true) * chosen * (total - chosen))
+    score = np.divide(product, norm, out=np.zeros_like(norm), where=norm > 0)
+    # As in scores: equal decisions have no correlation, equal labels no score.
+    return np.where(true * (total - true) > 0, score, np.nan)
+
+
 def _spearman(labels: Array, predictions: Array, weights: Array) -> Array:
     ranks, predicted = (_midranks(values, weights) for values in (labels, predictions))
     mean = (weights.sum(axis=0) + 1.0) / 2
@@ -278,6 +310,8 @@ def _spearman(labels: Array, predictions: Array, weights: Array) -> Array:
 _FORMULAS: Final[Mapping[Metric, Callable[[Array, Array, Array], Array]]] = {
     Metric.ROC_AUC: _roc_auc,
     Metric.PR_AUC: _average_precision,
+    Metric.BALANCED_ACCURACY: _balanced_accuracy,
+    Metric.MCC: _mcc,
     Metric.RMSE: _rmse,
     Metric.MAE: _mae,
     Metric.R2: _r2,

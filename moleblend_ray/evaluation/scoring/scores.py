@@ -11,11 +11,17 @@ from typing import Final, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of, no_column_has
 
 logger = logging.getLogger(__name__)
+
+DECISION: Final = 0.5
+"""Above this probability a molecule is taken for class 1."""
+
+F = TypeVar("F", bound=Callable[..., object])
 
 _NAMED: Final = 5
 """Columns that a message names; the others it counts."""
@@ -41,12 +47,14 @@ def score(
     labels: NDArray[np.floating],
     columns: Sequence[str],
     bounds: LabelBounds | None = None,
+    exclusive: Exclusive = (),
 ) -> Score:
     """Score (M, T) predictions against (M, T) labels; NaN labels are ignored, unscorable columns are named.
 
     Of labels that are known by ``bounds`` only, the distance of a prediction to what these allow counts as its error; they
-    have no part in correlations. For classes, predictions may be any monotone score, such as a logit. Raises TrainingError if
-    a prediction is not finite, DataError if no column can be scored.
+    have no part in correlations. For classes, predictions are probabilities of class 1; metrics of the order alone take any
+    monotone score. Of each group of ``exclusive`` columns one label is 1, and the most probable one is decided for. Raises
+    TrainingError if a prediction is not finite, DataError if no column can be scored.
     """
     if not np.isfinite(predictions).all():
         raise TrainingError(
@@ -56,12 +64,15 @@ def score(
     expected = labels
     if bounds is not None and metric.is_error:
         expected = np.where(bounds.known, bounds.within(predictions.astype(np.float64)), labels)
+    if metric.decides:
+        predictions = decided(predictions, exclusive)
+    formulas = formulas_of(metric, len(columns), exclusive, _FORMULAS, recall)
     scored: dict[str, float] = {}
     for index, column in enumerate(columns):
         if not _is_scorable(metric, labels[~np.isnan(labels[:, index]), index]):
             continue
         known = ~np.isnan(expected[:, index])
-        scored[column] = _FORMULAS[metric](
+        scored[column] = formulas[index](
             expected[known, index].astype(np.float64), predictions[known, index].astype(np.float64)
         )
     if not scored:
@@ -113,6 +124,7 @@ def other_scores(
     labels: NDArray[np.floating],
     columns: Sequence[str],
     bounds: LabelBounds | None = None,
+    exclusive: Exclusive = (),
 ) -> dict[str, float]:
     """Values of the other metrics for the same type of labels, of those that these labels allow; as :func:`score`."""
     found = {}
@@ -120,8 +132,32 @@ def other_scores(
         if other is not metric:
             # Labels that are all equal have errors, but no correlation.
             with contextlib.suppress(DataError):
-                found[other.value] = score(other, predictions, labels, columns, bounds).value
+                found[other.value] = score(
+                    other, predictions, labels, columns, bounds, exclusive
+                ).value
     return found
+
+
+def decided(predictions: NDArray[np.floating], exclusive: Exclusive) -> NDArray[np.float64]:
+    """(M, T) 1 where the probabilities ``predictions`` (M, T) say that the label is 1, otherwise 0: above a half, or in a group of
+    ``exclusive`` columns the greatest, of equal ones the first."""
+    found = (predictions > DECISION).astype(np.float64)
+    for places in exclusive:
+        found[:, places] = np.eye(len(places))[predictions[:, places].argmax(axis=1)]
+    return found
+
+
+def formulas_of(
+    metric: Metric, num_columns: int, exclusive: Exclusive, formulas: Mapping[Metric, F], recall: F
+) -> list[F]:
+    """The formula for each column, that of the metric in ``formulas``. The balanced accuracy of several classes is the mean of the
+    ``recall`` of each."""
+    grouped = {place for places in exclusive for place in places}
+    is_mean = metric is Metric.BALANCED_ACCURACY
+    return [
+        recall if is_mean and column in grouped else formulas[metric]
+        for column in range(num_columns)
+    ]
 
 
 def _is_scorable(metric: Metric, known: NDArray[np.floating]) -> bool:
@@ -151,6 +187,25 @@ def average_precision(labels: NDArray[np.float64], predictions: NDArray[np.float
     molecules = np.bincount(inverse, minlength=len(values))
     precision = np.cumsum(positives) / np.cumsum(molecules)
     return float(precision @ positives / positives.sum())
+
+
+def recall(labels: NDArray[np.float64], decisions: NDArray[np.float64]) -> float:
+    """Share of the positives that are decided for; labels (K,) and decisions (K,) are 0 and 1, one label at least is 1."""
+    return float(decisions[labels == 1].mean())
+
+
+def balanced_accuracy(labels: NDArray[np.float64], decisions: NDArray[np.float64]) -> float:
+    """Mean over both classes of the share that is decided for. Labels (K,), both of them present, and decisions (K,) are 0 and
+    1."""
+    return (recall(labels, decisions) + recall(1.0 - labels, 1.0 - decisions)) / 2
+
+
+def mcc(labels: NDArray[np.float64], decisions: NDArray[np.float64]) -> float:
+    """Matthews' correlation coefficient of labels (K,), both of them present, and decisions (K,), which are 0 and 1; 0 if all
+    decisions are equal."""
+    if decisions.min() == decisions.max():
+        return 0.0
+    return float(np.corrcoef(labels, decisions)[0, 1])
 
 
 def r2(labels: NDArray[np.float64], predictions: NDArray[np.float64]) -> float:
@@ -188,6 +243,8 @@ def _midranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 _FORMULAS: Final[Mapping[Metric, Callable[[NDArray[np.float64], NDArray[np.float64]], float]]] = {
     Metric.ROC_AUC: roc_auc,
     Metric.PR_AUC: average_precision,
+    Metric.BALANCED_ACCURACY: balanced_accuracy,
+    Metric.MCC: mcc,
     Metric.RMSE: _rmse,
     Metric.MAE: _mae,
     Metric.R2: r2,

@@ -37,7 +37,7 @@ class PartPredictions:
     labels: NDArray[np.float64]
     """(M, T), NaN where unknown."""
     predictions: NDArray[np.float64]
-    """(M, T) numbers in the unit of the labels, or probabilities of class 1; of baselines any number that is greater for it."""
+    """(M, T) numbers in the unit of the labels, or probabilities of class 1."""
     bounds: LabelBounds | None = None
     """Bounds of labels that have no number; None if the models were trained without."""
 

@@ -276,6 +276,7 @@ class _FeatureBaselines:
                 labels=experiment.molecules.labels,
                 bounds=experiment.molecules.bounds,
                 columns=experiment.molecules.columns,
+                exclusive=experiment.molecules.exclusive,
                 train=experiment.split.train,
                 valid=experiment.split.valid,
                 test=experiment.split.test,

@@ -10,6 +10,7 @@ from typing import Any
 from moleblend_ray.config.describe import redact
 from moleblend_ray.config.downstream import PropertyConfig
 from moleblend_ray.data.files import storage
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import without_credentials
 from moleblend_ray.evaluation.molecules.applicability import similarity_entry
 from moleblend_ray.evaluation.molecules.censoring import bounds_entry
@@ -63,7 +64,7 @@ def write_results(
     """Write the report, then ``results.json``, whose presence means that everything is done."""
     experiment, start = bench.experiment, bench.experiment.start
     name = "from scratch" if config.checkpoint is None else "fine-tuned"
-    columns = experiment.molecules.columns
+    columns, exclusive = experiment.molecules.columns, experiment.molecules.exclusive
     valid, test = (
         read_of_results(config.out, model.final, part, columns) for part in ("valid", "test")
     )
@@ -72,7 +73,8 @@ def write_results(
         test[0].smiles, groups=None if groups is None else groups[experiment.split.test]
     )
     final = seeds_entry(f"MoleBLEND, {name}", model.final)
-    scored = Scored(final["test"]["mean"], resampling.scores(experiment.task.metric, test, columns))
+    draws = resampling.scores(experiment.task.metric, test, columns, exclusive=exclusive)
+    scored = Scored(final["test"]["mean"], draws)
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -88,13 +90,15 @@ def write_results(
         "final": {
             **final,
             "test_interval": resampling.interval(scored.draws, scored.score),
-            **_together(experiment.task, columns, valid, test, resampling),
+            **_together(experiment.task, columns, valid, test, resampling, exclusive),
             **_of_alternatives(experiment.molecules, test),
         },
         "baselines": [
             {
                 **baseline_entry(result),
-                **_compared(config.out, experiment.task, columns, result, resampling, scored),
+                **_compared(
+                    config.out, experiment.task, columns, result, resampling, scored, exclusive
+                ),
             }
             for result in baselines.results
         ],
@@ -120,11 +124,12 @@ def _compared(
     baseline: BaselineResult,
     resampling: Resampling,
     model: Scored,
+    exclusive: Exclusive,
 ) -> dict[str, Any]:
     """What ``results.json`` says of how sure the score of a baseline is, and that the model is better."""
     test = read_of_results(out, baseline.seeds, "test", columns)
     mean = Spread.of([seed.test_score for seed in baseline.seeds]).mean
-    scored = Scored(mean, resampling.scores(task.metric, test, columns))
+    scored = Scored(mean, resampling.scores(task.metric, test, columns, exclusive=exclusive))
     return resampling.comparison(task.metric, model, scored)
 
 
@@ -165,14 +170,15 @@ def _together(
     valid: Sequence[PartPredictions],
     test: Sequence[PartPredictions],
     resampling: Resampling,
+    exclusive: Exclusive = (),
 ) -> dict[str, Any]:
     """What ``results.json`` says of the mean of all models, which `moleblend predict` gives: its score, if there are several,
     of numbers the intervals, of classes the sets, and of censored labels the bounds that it respects."""
     mean = mean_of(test)
     found: dict[str, Any] = {}
     if len(test) > 1:
-        together = ensemble_entry(task, columns, mean_of(valid), mean)
-        draws = resampling.scores(task.metric, [mean], columns)
+        together = ensemble_entry(task, columns, mean_of(valid), mean, exclusive)
+        draws = resampling.scores(task.metric, [mean], columns, exclusive=exclusive)
         found["ensemble"] = {
             **together,
             "test_interval": resampling.interval(draws, together["test"]),
@@ -189,7 +195,7 @@ def _together(
 def _of_alternatives(
     molecules: LabelledMolecules, test: Sequence[PartPredictions]
 ) -> dict[str, Any]:
-    """What ``results.json`` says of the most probable class, if a column has more than two."""
+    """What ``results.json`` says of the most probable class, if classes have words."""
     if not molecules.alternatives:
         return {}
     found = alternatives_entry(molecules.alternatives, molecules.columns, mean_of(test))

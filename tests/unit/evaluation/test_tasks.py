@@ -74,7 +74,9 @@ def test_published_tasks_are_scored_by_roc_auc_or_by_an_error() -> None:
 def test_a_metric_of_other_labels_is_refused_with_those_that_fit() -> None:
     with pytest.raises(ConfigError, match="scored by one of rmse, mae, r2, spearman"):
         resolve_task("esol", metric=Metric.PR_AUC)
-    with pytest.raises(ConfigError, match="scored by one of roc_auc, pr_auc"):
+    with pytest.raises(
+        ConfigError, match=r"scored by one of roc_auc, pr_auc, balanced_accuracy, mcc$"
+    ):
         resolve_task("bbbp", metric=Metric.R2)
     assert resolve_task("muv", metric=Metric.PR_AUC).metric is Metric.PR_AUC
 

@@ -36,7 +36,7 @@ from moleblend_ray.evaluation.results.baseline_runs import (
 )
 from moleblend_ray.evaluation.scoring.scores import score
 from moleblend_ray.evaluation.scoring.stored_predictions import read_predictions
-from moleblend_ray.evaluation.tasks import TaskKind, resolve_task
+from moleblend_ray.evaluation.tasks import Metric, TaskKind, resolve_task
 
 from ..conftest import all_smiles
 
@@ -113,6 +113,19 @@ def test_every_baseline_learns_what_the_molecules_show(
     else:
         # The metric is the mean over columns, as is what a constant would have.
         assert min(scores) < 0.5 * data.labels[data.valid].std(axis=0).mean()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_of_classes_are_probabilities(kind: BaselineKind) -> None:
+    data = data_for(kind, TaskKind.CLASSIFICATION)
+    for group in groups_for(data, kind):
+        for found in predict_group(data, kind, group, ROWS, 0, 1):
+            assert found.min() >= 0.0
+            assert found.max() <= 1.0
+            # As often in the mean as in what was learnt.
+            shares = data.labels[data.train].mean(axis=0)
+            np.testing.assert_allclose(found[data.train].mean(axis=0), shares, atol=0.1)
+            assert score(Metric.BALANCED_ACCURACY, found, *data.known(ROWS)).value > 0.6
 
 
 @pytest.mark.shared_data

@@ -484,9 +484,10 @@ def test_a_status_of_another_version_is_named(tmp_path: Path) -> None:
 
 
 def test_a_gain_in_percent_is_given_where_it_means_something() -> None:
-    for metric, has_gain in (("roc_auc", True), ("mae", True), ("r2", False), ("spearman", False)):
+    with_gain = ("roc_auc", "balanced_accuracy", "mae")
+    for metric in (*with_gain, "r2", "spearman", "mcc"):
         row = row_of_results(results("own", metric, [0.5], entry(FOREST, [0.1], [0.01])), "own")
-        assert (row.gain(row.models[0]) is not None) == has_gain
+        assert (row.gain(row.models[0]) is not None) == (metric in with_gain)
 
 
 def test_equal_baselines_are_shown_once_and_others_with_the_label_of_their_board() -> None:

@@ -163,14 +163,54 @@ def test_a_score_is_the_mean_of_folds_and_its_interval_surrounds_it(
 def test_most_probable_classes_are_counted_over_all_folds(tmp_path: Path) -> None:
     folds = folds_in(tmp_path, TaskKind.CLASSIFICATION)
     assert "alternatives" not in combine_folds(str(tmp_path), folds).entries["final"]
-    counts = np.random.default_rng(0).integers(0, 9, (FOLDS, 3, 3))
+    counts = np.random.default_rng(0).integers(0, 9, (FOLDS, 2, 2))
     for fold, own in zip(folds, counts, strict=True):
-        cast("dict[str, Any]", fold.results)["final"]["alternatives"] = {
-            "y": {"classes": ["a", "b", "c"], "test_confusion": own.tolist()}
-        }
+        with_words(fold, ["a", "b"], own)
     found = combine_folds(str(tmp_path), folds).entries["final"]["alternatives"]
-    assert found == {
-        "y": {"classes": ["a", "b", "c"], "test_confusion": counts.sum(axis=0).tolist()}
+    assert found == {"y": {"classes": ["a", "b"], "test_confusion": counts.sum(axis=0).tolist()}}
+
+
+def test_draws_of_folds_decide_for_one_of_several_classes(tmp_path: Path) -> None:
+    """As the scores of the folds do, which lie in the middle of those of the draws."""
+    words = ["a", "b", "c"]
+    columns = tuple(f"y={word}" for word in words)
+    rng = np.random.default_rng(0)
+    every = [f"{'C' * (row % 10 + 1)}{'O' * (row // 10 + 1)}" for row in range(FOLDS * SIZE)]
+    # Molecules of all classes in each fold; all probabilities below a half, and the greatest mostly right.
+    labels = np.eye(3)[np.arange(len(every)) % 3]
+    predictions = rng.uniform(0.0, 0.3, labels.shape) + 0.15 * labels
+    folds = folds_in(tmp_path, TaskKind.CLASSIFICATION)
+    for fold in folds:
+        results = cast("dict[str, Any]", fold.results)
+        results["task"] |= {"columns": list(columns), "metric": "balanced_accuracy"}
+        with_words(fold, words, np.zeros((3, 3)))
+        results["baselines"] = []
+        test = np.arange(SIZE) + SIZE * fold.number
+        split = SimpleNamespace(valid=test, test=test)
+        molecules = SimpleNamespace(
+            mol_ids=tuple(every), smiles=tuple(every), labels=labels, columns=columns, bounds=None
+        )
+        for seed in results["final"]["seeds"]:
+            folder = str(tmp_path / fold.folder / seed["model"])
+            write_predictions(folder, molecules, split, predictions)
+        value = score(
+            Metric.BALANCED_ACCURACY,
+            predictions[test],
+            labels[test],
+            columns,
+            exclusive=([0, 1, 2],),
+        ).value
+        assert 0.6 < value < 1.0
+        results["final"]["test"] = spread(value)
+    final = combine_folds(str(tmp_path), folds).entries["final"]
+    low, high = final["test_interval"]
+    assert 0.5 < low < final["test"]["mean"] < high
+
+
+def with_words(fold: Fold, words: list[str], counts: np.ndarray) -> None:
+    """Let the classes of a fold have words, and these ``counts`` of which is taken for which."""
+    cast("dict[str, Any]", fold.results)["final"]["alternatives"] = {
+        "y": {"classes": words, "test_confusion": counts.tolist()}
     }
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from moleblend_ray.data.sources.classes import Exclusive
 from moleblend_ray.errors import DataError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.scoring import resampling as module
@@ -48,11 +49,11 @@ def repeated(part: PartPredictions, times: NDArray[np.int64]) -> PartPredictions
     return part_of(part.labels[rows], part.predictions[rows], bounds)
 
 
-def plain_score(metric: Metric, part: PartPredictions) -> float:
+def plain_score(metric: Metric, part: PartPredictions, exclusive: Exclusive = ()) -> float:
     """The score of a list of molecules; NaN if it has none."""
     names = [str(column) for column in range(part.labels.shape[1])]
     try:
-        return score(metric, part.predictions, part.labels, names, part.bounds).value
+        return score(metric, part.predictions, part.labels, names, part.bounds, exclusive).value
     except DataError:
         return NAN
 
@@ -118,6 +119,23 @@ def test_a_draw_is_scored_as_a_list_with_repetitions(
     found = scores_of(metric, part, times)
     expected = [plain_score(metric, repeated(part, row)) for row in times]
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", [Metric.ROC_AUC, Metric.BALANCED_ACCURACY, Metric.MCC])
+def test_classes_of_one_column_count_together_in_draws_as_in_scores(metric: Metric) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.zeros((30, 4))
+    labels[:, [2, 0, 3]] = np.eye(3)[rng.integers(0, 3, 30)]
+    labels[:, 1] = rng.integers(0, 2, 30)
+    part = part_of(labels, rng.random((30, 4)))
+    draws, names, groups = one_by_one(30), list("abcd"), ([2, 0, 3],)
+    found = draws.scores(metric, [part], names, exclusive=groups)
+    times = np.concatenate([chunk.T for chunk in draws._drawn()]).astype(np.int64)
+    for draw in range(25):
+        expected = plain_score(metric, repeated(part, times[draw]), groups)
+        assert found[draw] == pytest.approx(expected)
+    apart = draws.scores(metric, [part], names)
+    assert np.allclose(found, apart) == (metric is Metric.ROC_AUC)
 
 
 def test_bounds_count_in_errors_as_in_scores() -> None:

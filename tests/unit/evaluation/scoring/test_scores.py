@@ -9,6 +9,8 @@ import pytest
 from scipy.stats import spearmanr
 from sklearn.metrics import (
     average_precision_score,
+    balanced_accuracy_score,
+    matthews_corrcoef,
     mean_absolute_error,
     r2_score,
     roc_auc_score,
@@ -41,6 +43,8 @@ def random_task(seed: int, *, classes: bool) -> tuple[np.ndarray, np.ndarray]:
 REFERENCES: dict[Metric, Callable[..., float]] = {
     Metric.ROC_AUC: roc_auc_score,
     Metric.PR_AUC: average_precision_score,
+    Metric.BALANCED_ACCURACY: lambda labels, found: balanced_accuracy_score(labels, found > 0.5),
+    Metric.MCC: lambda labels, found: matthews_corrcoef(labels, found > 0.5),
     Metric.RMSE: root_mean_squared_error,
     Metric.MAE: mean_absolute_error,
     Metric.R2: r2_score,
@@ -63,6 +67,40 @@ def test_scores_are_the_mean_over_columns_of_another_implementation_on_known_lab
     assert found.value == pytest.approx(np.mean(expected), abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_of_several_classes_the_most_probable_one_is_decided_for(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes = rng.integers(0, 3, 80)
+    probabilities = rng.dirichlet((1, 1, 1), 80)
+    # Not in order, beside a label of its own; of some molecules the class is not known.
+    places = [3, 0, 2]
+    labels, predictions = np.zeros((80, 4)), np.empty((80, 4))
+    labels[:, places], predictions[:, places] = np.eye(3)[classes], probabilities
+    labels[:, 1] = rng.integers(0, 2, 80)
+    predictions[:, 1] = rng.random(80)
+    labels[:9, places] = np.nan
+    columns = ("y=c", "other", "y=b", "y=a")
+    found = score(Metric.BALANCED_ACCURACY, predictions, labels, columns, exclusive=(places,))
+    decisions = probabilities.argmax(axis=1)
+    of_classes = balanced_accuracy_score(classes[9:], decisions[9:])
+    assert np.mean([found.columns[columns[place]] for place in places]) == pytest.approx(of_classes)
+    assert found.columns["other"] == pytest.approx(
+        balanced_accuracy_score(labels[:, 1], predictions[:, 1] > 0.5)
+    )
+    found = score(Metric.MCC, predictions, labels, columns, exclusive=(places,))
+    for number, place in enumerate(places):
+        assert found.columns[columns[place]] == pytest.approx(
+            matthews_corrcoef(classes[9:] == number, decisions[9:] == number)
+        )
+    others = other_scores(Metric.ROC_AUC, predictions, labels, columns, None, (places,))
+    assert others["mcc"] == found.value
+    # The order alone does not know of groups.
+    arguments = predictions, labels, columns
+    assert score(Metric.ROC_AUC, *arguments, exclusive=(places,)) == score(
+        Metric.ROC_AUC, *arguments
+    )
+
+
 def test_a_metric_with_the_labels_unit_is_an_error_of_which_less_is_better() -> None:
     assert {metric for metric in Metric if metric.is_error} == {Metric.RMSE, Metric.MAE}
     assert all(metric.higher_is_better != metric.is_error for metric in Metric)
@@ -75,6 +113,8 @@ def test_equal_predictions_have_no_order_and_explain_nothing() -> None:
     classes = np.array([[1.0], [0.0], [0.0]])
     assert score(Metric.ROC_AUC, constant, classes, ("y",)).value == 0.5
     assert score(Metric.PR_AUC, constant, classes, ("y",)).value == pytest.approx(1 / 3)
+    assert score(Metric.BALANCED_ACCURACY, constant, classes, ("y",)).value == 0.5
+    assert score(Metric.MCC, constant, classes, ("y",)).value == 0.0
 
 
 @pytest.mark.parametrize("metric", [metric for metric in Metric if not metric.is_error])
@@ -90,6 +130,8 @@ def test_columns_with_equal_labels_or_no_label_are_left_out_and_named(metric: Me
     [
         (Metric.ROC_AUC, "labels of both classes"),
         (Metric.PR_AUC, "labels of both classes"),
+        (Metric.BALANCED_ACCURACY, "labels of both classes"),
+        (Metric.MCC, "labels of both classes"),
         (Metric.R2, "labels that differ"),
     ],
 )

@@ -55,7 +55,7 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
         assert together["valid"] == together["test"]
         assert together["test"] == (1.0 if is_class else pytest.approx(0.3))
         assert set(together["test_others"]) == (
-            {"pr_auc"} if is_class else {"mae", "r2", "spearman"}
+            {"pr_auc", "balanced_accuracy", "mcc"} if is_class else {"mae", "r2", "spearman"}
         )
     if is_class:
         sets = found["class_sets"]["columns"]["y"]
