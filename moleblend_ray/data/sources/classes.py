@@ -68,6 +68,11 @@ def exclusive_places(
     return tuple(one.places(columns) for one in alternatives if one.is_exclusive)
 
 
+def in_groups(exclusive: Exclusive) -> frozenset[int]:
+    """Indices of all columns that are in a group."""
+    return frozenset(place for group in exclusive for place in group)
+
+
 def class_checks(words: Sequence[str]) -> tuple[Check, ...]:
     """What must hold of the setting ``classes``, whose words may also be none."""
     return (

@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moleblend_ray.data.sources.classes import Exclusive, in_groups
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import TaskKind
 
@@ -50,7 +51,7 @@ def fit_linear(
     *,
     balanced: bool = False,
     bounds: LabelBounds | None = None,
-    exclusive: Sequence[Sequence[int]] = (),
+    exclusive: Exclusive = (),
 ) -> LinearModel:
     """Fit each column of ``labels`` (N, T), NaN where missing, to ``inputs`` (N, D).
 
@@ -63,7 +64,7 @@ def fit_linear(
         _fit_classes(
             found, places, _scikit_model(kind, penalty, balanced), inputs, labels[:, places]
         )
-    grouped = {place for places in exclusive for place in places}
+    grouped = in_groups(exclusive)
     for column, values in enumerate(labels.T):
         if column in grouped:
             continue

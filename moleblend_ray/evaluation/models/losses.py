@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moleblend_ray.data.sources.classes import Exclusive
+from moleblend_ray.data.sources.classes import Exclusive, in_groups
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import TaskKind
 
@@ -141,5 +141,5 @@ def positive_weights(labels: NDArray[np.float64], exclusive: Exclusive = ()) -> 
 
 def _others(exclusive: Exclusive, num_columns: int) -> list[int]:
     """The columns that are in no group."""
-    grouped = {place for group in exclusive for place in group}
+    grouped = in_groups(exclusive)
     return [place for place in range(num_columns) if place not in grouped]

@@ -11,7 +11,7 @@ from typing import Final, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moleblend_ray.data.sources.classes import Exclusive
+from moleblend_ray.data.sources.classes import Exclusive, in_groups
 from moleblend_ray.errors import DataError, TrainingError
 from moleblend_ray.evaluation.molecules.censoring import LabelBounds
 from moleblend_ray.evaluation.tasks import Metric, TaskKind, metrics_of, no_column_has
@@ -152,7 +152,7 @@ def formulas_of(
 ) -> list[F]:
     """The formula for each column, that of the metric in ``formulas``. The balanced accuracy of several classes is the mean of the
     ``recall`` of each."""
-    grouped = {place for places in exclusive for place in places}
+    grouped = in_groups(exclusive)
     is_mean = metric is Metric.BALANCED_ACCURACY
     return [
         recall if is_mean and column in grouped else formulas[metric]
