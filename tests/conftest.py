@@ -84,10 +84,10 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray cluster for the whole session: starting one costs seconds."""
     import ray
 
-    from moleblend_ray.orchestration.cluster.session import few_processes
+    from moleblend_ray.orchestration.cluster.session import quick_start
     from moleblend_ray.orchestration.progress.progress import one_board_actor
 
-    with few_processes():
+    with quick_start():
         ray.init(
             "local",
             num_cpus=8,

@@ -32,7 +32,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import OrderConfig, StreamConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.cluster.session import quick_start
 from moleblend_ray.orchestration.pretraining import pretrain as driver
 from moleblend_ray.orchestration.pretraining import pretrain_worker
 from moleblend_ray.orchestration.pretraining.pretrain import pretrain
@@ -137,7 +137,7 @@ def start_cluster(labels: dict[str, str] | None = None) -> tuple[Cluster, list[A
         "include_dashboard": False,
         "_system_config": QUICK_TO_SEE_A_LOST_NODE,
     }
-    with few_processes():
+    with quick_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, labels=labels or {}) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)

@@ -28,7 +28,7 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState  # type: ignore[a
 
 from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.downstream import SweepConfig, TaskConfig
-from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.cluster.session import quick_start
 from moleblend_ray.orchestration.downstream import sweep
 from moleblend_ray.orchestration.downstream.searchers import METRIC
 
@@ -50,7 +50,7 @@ def trial_until(over: Path) -> Any:
 def main(out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     head = {"num_cpus": 0, "include_dashboard": False}
-    with few_processes():
+    with quick_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     # What an autoscaler of version 2 reports; the nodes are added below.

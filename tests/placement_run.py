@@ -29,7 +29,7 @@ from moleblend_ray.config.cluster import ClusterConfig
 from moleblend_ray.config.pretrain import PretrainConfig
 from moleblend_ray.data.config import StreamConfig
 from moleblend_ray.model.config import ModelConfig
-from moleblend_ray.orchestration.cluster.session import few_processes
+from moleblend_ray.orchestration.cluster.session import quick_start
 from moleblend_ray.orchestration.pretraining.pretrain import pretrain
 from moleblend_ray.training.config import CheckpointConfig, TrainConfig
 
@@ -65,7 +65,7 @@ def seen(look: Callable[[], list[dict[str, Any]]], what: str) -> list[dict[str, 
 def main(data: str, out: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     head = {"num_cpus": 0, "include_dashboard": False}
-    with few_processes():
+    with quick_start():
         cluster = Cluster(initialize_head=True, head_node_args=head)
     ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.WARNING)
     # Without an autoscaler, such a cluster is refused at once. This is what one of version 2 reports; the nodes are added below.

@@ -277,7 +277,7 @@ def _start(cluster: ClusterConfig, cpus: int) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     logger.info("starting a private Ray cluster with %d logical CPUs", cpus)
     try:
-        with _native_stderr_held(), few_processes():
+        with _native_stderr_held(), quick_start():
             ray.init(
                 address="local",
                 num_cpus=cpus,
@@ -308,16 +308,28 @@ def _quoted_python() -> dict[str, str] | None:
 
 
 @contextlib.contextmanager
-def few_processes() -> Iterator[None]:
-    """In the body, `ray.init` starts no processes that only a cluster for others needs.
+def quick_start() -> Iterator[None]:
+    """In the body, `ray.init` starts no processes that only a cluster for others needs, and waits for no port.
 
     These are the server of the dashboard (which without a dashboard would send statistics alone, and for whose start `ray.init`
     waits), the monitor of an autoscaler, and the reader of the output of workers, for drivers that show it. They take two seconds of
     a core to start, of each command.
+
+    The agent of the node tries for 3.4 seconds to get its usual port, 52365, if another cluster on the machine has it, and then does
+    without; `ray.init` waits for it. Any port will do, as nobody asks for this one.
     """
-    before = {name: getattr(Node, name) for name in _UNNEEDED}
-    for name in _UNNEEDED:
-        setattr(Node, name, lambda *_, **__: None)
+
+    def start_raylet(node: Any, *arguments: Any, **settings: Any) -> None:
+        node._ray_params.dashboard_agent_listen_port = 0
+        before["start_raylet"](node, *arguments, **settings)
+
+    changed = {
+        **dict.fromkeys(_UNNEEDED, lambda *_, **__: None),
+        "start_raylet": start_raylet,
+    }
+    before = {name: getattr(Node, name) for name in changed}
+    for name, start in changed.items():
+        setattr(Node, name, start)
     try:
         yield
     finally:

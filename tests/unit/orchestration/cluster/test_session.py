@@ -9,13 +9,15 @@ import signal
 import socket
 import threading
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray
 import ray._private.state
 import ray.experimental.internal_kv
 from ray._private.node import Node
+from ray._private.parameter import RayParams
 from ray.data import DataContext
 from ray.train.v2._internal.constants import ENABLE_PREEMPTION_WATCHER_ENV_VAR
 from ray.util.client import ray as ray_client
@@ -163,10 +165,28 @@ def test_ray_data_and_tune_speak_again_after_the_last_command(
     assert state() == before != quiet
 
 
+def test_the_agent_of_a_private_cluster_gets_a_port_that_no_other_cluster_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ports = []
+    monkeypatch.setattr(Node, "start_raylet", lambda node, *_: ports.append(_port_of(node)))
+    usual = cast("Node", SimpleNamespace(_ray_params=RayParams()))
+    node = cast("Node", SimpleNamespace(_ray_params=RayParams()))
+    with session.quick_start():
+        Node.start_raylet(node, "plasma", "fallback", 1)
+    Node.start_raylet(usual, "plasma", "fallback", 1)
+    assert ports == [0, 52365]
+
+
+def _port_of(node: Any) -> int:
+    port: int = node._ray_params.dashboard_agent_listen_port
+    return port
+
+
 def test_only_the_start_of_a_private_cluster_leaves_processes_out() -> None:
     # Methods that Ray no longer has would leave nothing out.
     before = {name: getattr(Node, name) for name in session._UNNEEDED}
-    with session.few_processes():
+    with session.quick_start():
         assert [getattr(Node, name)(None, some=1) for name in session._UNNEEDED] == [None] * 3
     assert {name: getattr(Node, name) for name in session._UNNEEDED} == before
 
