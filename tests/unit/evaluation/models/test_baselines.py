@@ -128,6 +128,21 @@ def test_predictions_of_classes_are_probabilities(kind: BaselineKind) -> None:
             assert score(Metric.BALANCED_ACCURACY, found, *data.known(ROWS)).value > 0.6
 
 
+def test_settings_are_judged_by_the_most_probable_of_several_classes() -> None:
+    kind = BaselineKind.DESCRIPTORS
+    size = np.array([float(sum(c.isalpha() for c in text)) for text in SMILES])
+    labels = np.eye(3)[np.digitize(size, [7, 9])]
+    data = data_for(kind, TaskKind.CLASSIFICATION, labels)
+    task = dataclasses.replace(data.task, metric=Metric.BALANCED_ACCURACY)
+    data = dataclasses.replace(data, task=task, exclusive=([0, 1, 2],))
+    (group,) = groups_for(data, kind)
+    expected = []
+    for found in predict_group(data, kind, group, data.valid, 0, 1):
+        right = found.argmax(axis=1) == labels[data.valid].argmax(axis=1)
+        expected.append(np.mean([right[of_class == 1].mean() for of_class in labels[data.valid].T]))
+    assert validation_scores(data, kind, group, 0, 1) == pytest.approx(expected)
+
+
 @pytest.mark.shared_data
 @pytest.mark.parametrize("kind", KINDS)
 def test_solubility_is_predicted_better_than_by_the_mean(

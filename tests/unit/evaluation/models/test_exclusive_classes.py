@@ -38,8 +38,8 @@ from ..conftest import MakeLabelled, all_smiles
 NAN = float("nan")
 CPU = torch.device("cpu")
 CLASSES = TaskKind.CLASSIFICATION
-PLACES = [2, 0, 3]
-"""Of the three classes of a column, beside a label of its own in column 1."""
+PLACES = [2, 3, 0]
+"""Of the classes low, mid and high of a column, beside a label of its own in column 1."""
 LABELS = ("y=high", "other", "y=low", "y=mid")
 ALTERNATIVES = (Alternatives("y", ("y=low", "y=mid", "y=high"), ("low", "mid", "high")),)
 
@@ -97,10 +97,12 @@ def test_repeats_that_contradict_each_other_tell_that_it_is_one_of_their_classes
 
 
 def test_a_class_counts_as_one_label() -> None:
-    labels = np.array([[0, 1, 1, 0], [NAN, NAN, NAN, NAN], [1, NAN, 0, 0], [NAN, 0, NAN, NAN]])
+    labels = np.array(
+        [[0, 1, 1, 0], [NAN] * 4, [1, NAN, 0, 0], [NAN, 0, NAN, NAN], [NAN, 1, 0, NAN]]
+    )
     targets = Targets.of(labels, None, (PLACES,))
-    assert [targets.num_known(np.array([row])) for row in range(4)] == [2, 0, 1, 1]
-    assert Targets.of(labels, None).num_known(np.arange(4)) == 8
+    assert [targets.num_known(np.array([row])) for row in range(5)] == [2, 0, 1, 1, 2]
+    assert Targets.of(labels, None).num_known(np.arange(5)) == 10
 
 
 def test_balanced_weights_give_each_class_the_same_in_all() -> None:
@@ -194,6 +196,15 @@ def train(
     )  # fmt: skip
 
 
+def test_scores_of_a_part_know_which_labels_are_classes_of_one_column(
+    sized: LabelledMolecules,
+) -> None:
+    rows = np.array([3, 5, 9])
+    labels, columns, bounds, exclusive = sized.known(rows)
+    np.testing.assert_array_equal(labels, sized.labels[rows])
+    assert (columns, bounds, exclusive) == (LABELS, None, (PLACES,))
+
+
 @pytest.mark.parametrize("weights", ["none", "balanced"])
 def test_a_new_head_loses_the_logarithm_of_the_number_of_classes(
     sized: LabelledMolecules, tiny_start: StartingPoint, weights: Literal["none", "balanced"]
@@ -231,6 +242,12 @@ def test_classes_are_learnt_stored_and_read_back(
     np.testing.assert_allclose(probabilities[:, PLACES].sum(axis=1), 1.0, rtol=1e-9)
     right = probabilities[:, PLACES].argmax(axis=1) == sized.labels[:, PLACES].argmax(axis=1)
     assert right.mean() > 0.8
+    if descriptors:
+        # Weights of a softmax with a penalty add up to 0, those of a model for each class do not.
+        assert result.model.linear is not None
+        weights = result.model.linear.weight[PLACES].detach().numpy()
+        np.testing.assert_allclose(weights.sum(axis=0), 0.0, atol=1e-6)
+        assert np.abs(weights).max() > 1e-3
 
     save_property_model(result.model, result.trained, f"{tmp_path}/model")
     back = load_property_model(f"{tmp_path}/model")

@@ -16,7 +16,7 @@ from moleblend_ray.errors import ConfigError
 from moleblend_ray.evaluation.results.results import RESULTS_VERSION
 from moleblend_ray.evaluation.scoring.resampling import Resampling
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
-from moleblend_ray.evaluation.tasks import TaskKind
+from moleblend_ray.evaluation.tasks import Metric, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
 from moleblend_ray.model.moleblend import MoleBlendModel
@@ -63,6 +63,29 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
     else:
         width = found["intervals"]["columns"]["y"]["half_width"]
         assert width == pytest.approx(0.3 if num_models == 2 else 0.5)
+
+
+def test_the_mean_of_all_models_decides_for_one_of_several_classes() -> None:
+    columns = ("y=a", "y=b", "y=c")
+    labels = np.eye(3)[np.arange(30) % 3]
+    names = tuple(f"C{row}" for row in range(len(labels)))
+    # The right class has most, and less than half; of every fifth molecule the next class has.
+    right = 0.3 + 0.15 * np.where((np.arange(30) % 5 == 0)[:, None], np.roll(labels, 1, 1), labels)
+    models = [
+        PartPredictions(mol_ids=names, smiles=names, labels=labels, predictions=right + noise)
+        for noise in (-0.01, 0.01)
+    ]
+    task = TaskConfig(
+        name="own", source="a.csv", columns=columns, kind=TaskKind.CLASSIFICATION,
+        metric=Metric.BALANCED_ACCURACY,
+    ).resolve()  # fmt: skip
+    found = result_writing._together(
+        task, columns, models, models, Resampling.of(names), exclusive=([0, 1, 2],)
+    )
+    together = found["ensemble"]
+    assert together["valid"] == together["test"] == pytest.approx(0.8)
+    low, high = together["test_interval"]
+    assert 0.6 < low < 0.8 < high < 1.0
 
 
 def test_a_checkpoint_replaced_under_its_name_is_not_what_the_results_are_of(
