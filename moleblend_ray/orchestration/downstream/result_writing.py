@@ -19,8 +19,8 @@ from moleblend_ray.evaluation.results.additions import missing_in
 from moleblend_ray.evaluation.results.result_files import DATA_DIR, RESULTS_NAME
 from moleblend_ray.evaluation.results.results import (
     RESULTS_VERSION,
-    BaselineResult,
     Baselines,
+    SeedResult,
     Spread,
     Training,
     baseline_entry,
@@ -39,7 +39,7 @@ from moleblend_ray.evaluation.scoring.class_sets import class_sets_entry
 from moleblend_ray.evaluation.scoring.intervals import intervals_entry, mean_of
 from moleblend_ray.evaluation.scoring.resampling import Resampling, Scored
 from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
-from moleblend_ray.evaluation.tasks import SplitKind, Task, TaskKind
+from moleblend_ray.evaluation.tasks import Metric, SplitKind, Task, TaskKind
 from moleblend_ray.orchestration.downstream.downstream import (
     Bench,
     named_splits,
@@ -73,8 +73,12 @@ def write_results(
         test[0].smiles, groups=None if groups is None else groups[experiment.split.test]
     )
     final = seeds_entry(f"MoleBLEND, {name}", model.final)
-    draws = resampling.scores(experiment.task.metric, test, columns, exclusive=exclusive)
-    scored = Scored(final["test"]["mean"], draws)
+    metric = experiment.task.metric
+
+    def scored(seeds: Sequence[SeedResult]) -> Scored:
+        return _scored(config.out, seeds, metric, columns, resampling, exclusive)
+
+    of_model = scored(model.final)
     results: dict[str, Any] = {
         "results_version": RESULTS_VERSION,
         "config": to_dict(config),
@@ -89,16 +93,14 @@ def write_results(
         "trials": [dataclasses.asdict(trial) for trial in model.trials],
         "final": {
             **final,
-            "test_interval": resampling.interval(scored.draws, scored.score),
+            "test_interval": resampling.interval(of_model.draws, of_model.score),
             **_together(experiment.task, columns, valid, test, resampling, exclusive),
             **_of_alternatives(experiment.molecules, test),
         },
         "baselines": [
             {
                 **baseline_entry(result),
-                **_compared(
-                    config.out, experiment.task, columns, result, resampling, scored, exclusive
-                ),
+                **resampling.comparison(metric, of_model, scored(result.seeds)),
             }
             for result in baselines.results
         ],
@@ -117,20 +119,18 @@ def write_results(
     return results
 
 
-def _compared(
+def _scored(
     out: str,
-    task: Task,
+    seeds: Sequence[SeedResult],
+    metric: Metric,
     columns: Sequence[str],
-    baseline: BaselineResult,
     resampling: Resampling,
-    model: Scored,
     exclusive: Exclusive,
-) -> dict[str, Any]:
-    """What ``results.json`` says of how sure the score of a baseline is, and that the model is better."""
-    test = read_of_results(out, baseline.seeds, "test", columns)
-    mean = Spread.of([seed.test_score for seed in baseline.seeds]).mean
-    scored = Scored(mean, resampling.scores(task.metric, test, columns, exclusive=exclusive))
-    return resampling.comparison(task.metric, model, scored)
+) -> Scored:
+    """A model or a baseline on the test molecules, mean over its ``seeds``."""
+    test = read_of_results(out, seeds, "test", columns)
+    mean = Spread.of([seed.test_score for seed in seeds]).mean
+    return Scored(mean, resampling.scores(metric, test, columns, exclusive=exclusive))
 
 
 def _data_part(config: PropertyConfig, bench: Bench) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import torch
 from moleblend_ray.config.downstream import FinetuneConfig, TaskConfig
 from moleblend_ray.data.files import storage
 from moleblend_ray.errors import ConfigError
-from moleblend_ray.evaluation.results.results import RESULTS_VERSION
+from moleblend_ray.evaluation.results.results import RESULTS_VERSION, SeedResult
 from moleblend_ray.evaluation.scoring.resampling import Resampling
-from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions
+from moleblend_ray.evaluation.scoring.stored_predictions import PartPredictions, write_predictions
 from moleblend_ray.evaluation.tasks import Metric, TaskKind
 from moleblend_ray.model.config import ModelConfig
 from moleblend_ray.model.hub import save_pretrained
@@ -65,16 +66,47 @@ def test_results_score_what_predictions_will_be_the_mean_of_all_models(
         assert width == pytest.approx(0.3 if num_models == 2 else 0.5)
 
 
-def test_the_mean_of_all_models_decides_for_one_of_several_classes() -> None:
-    columns = ("y=a", "y=b", "y=c")
+def parts_of_three_classes() -> list[PartPredictions]:
+    """Of two models. The right class has most, and less than half; of every fifth molecule the next class has."""
     labels = np.eye(3)[np.arange(30) % 3]
     names = tuple(f"C{row}" for row in range(len(labels)))
-    # The right class has most, and less than half; of every fifth molecule the next class has.
     right = 0.3 + 0.15 * np.where((np.arange(30) % 5 == 0)[:, None], np.roll(labels, 1, 1), labels)
-    models = [
+    return [
         PartPredictions(mol_ids=names, smiles=names, labels=labels, predictions=right + noise)
         for noise in (-0.01, 0.01)
     ]
+
+
+def test_draws_of_every_model_decide_for_one_of_several_classes(tmp_path: Path) -> None:
+    columns, seeds = ("y=a", "y=b", "y=c"), []
+    rows = np.arange(30)
+    for seed, part in enumerate(parts_of_three_classes()):
+        molecules = SimpleNamespace(**dataclasses.asdict(part), columns=columns)
+        split = SimpleNamespace(valid=rows, test=rows)
+        write_predictions(f"{tmp_path}/seed-{seed}", molecules, split, part.predictions)
+        seeds.append(
+            SeedResult(
+                seed=seed,
+                valid_score=0.8,
+                test_score=0.8,
+                test_columns={},
+                columns_left_out=(),
+                epochs=1,
+                best_epoch=1,
+                seconds=1.0,
+                model=f"seed-{seed}",
+            )
+        )
+    resampling = Resampling.of(part.smiles)
+    arguments = str(tmp_path), seeds, Metric.BALANCED_ACCURACY, columns, resampling
+    found = result_writing._scored(*arguments, ([0, 1, 2],))
+    assert found.score == pytest.approx(0.8)
+    assert found.draws.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_the_mean_of_all_models_decides_for_one_of_several_classes() -> None:
+    columns, models = ("y=a", "y=b", "y=c"), parts_of_three_classes()
+    names = models[0].smiles
     task = TaskConfig(
         name="own", source="a.csv", columns=columns, kind=TaskKind.CLASSIFICATION,
         metric=Metric.BALANCED_ACCURACY,
