@@ -192,7 +192,9 @@ def finetune_once(
         train_loss = trainer.run_epoch(epoch - 1)
         predictions = predict_mean(model, trained, molecules, valid, micro_batch_size, device)
         found = score(task.metric, predictions, *known)
-        best.offer(epoch, found.value)
+        # Where one class is rare, all are decided for the other one in many epochs, in which the order gets better.
+        order = score(Metric.ROC_AUC, predictions, *known).value if task.metric.decides else 0.0
+        best.offer(epoch, found.value, order)
         history.append(
             EpochReport(
                 epoch=epoch,
@@ -428,15 +430,18 @@ class _BestEpoch:
     def __init__(self, model: PropertyModel, metric: Metric) -> None:
         self.epoch = 0
         self.score = worst_score(metric)
+        self._order = -np.inf
         self._model = model
         self._metric = metric
         # Not a copy: if no epoch has a score, the weights of the last one stay.
         self._state = model.state_dict()
 
-    def offer(self, epoch: int, score: float) -> None:
-        """Keep the present weights of the model if ``score`` is better than that of all earlier epochs."""
-        if is_better(self._metric, score, self.score):
-            self.epoch, self.score = epoch, score
+    def offer(self, epoch: int, score: float, order: float = 0.0) -> None:
+        """Keep the present weights of the model if ``score`` is better than that of all earlier epochs, or as good as the best one
+        with a greater ``order``."""
+        is_equal = score == self.score and order > self._order
+        if is_equal or is_better(self._metric, score, self.score):
+            self.epoch, self.score, self._order = epoch, score, order
             self._state = {
                 name: value.detach().cpu().clone()
                 for name, value in self._model.state_dict().items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -268,6 +269,29 @@ def test_a_saved_model_comes_back_with_its_weights_units_and_columns(
     assert (back.trained.columns, back.trained.task) == (("y0",), "atoms")
     assert back.trained.molecules == form
     assert back.trained.alternatives == alternatives
+
+
+@pytest.mark.parametrize(("metric", "epochs", "best"), [(Metric.MCC, 4, 3), (Metric.PR_AUC, 2, 1)])
+def test_of_epochs_that_decide_alike_the_one_with_the_best_order_is_chosen(
+    sized: LabelledMolecules,
+    tiny_start: StartingPoint,
+    monkeypatch: pytest.MonkeyPatch,
+    metric: Metric,
+    epochs: int,
+    best: int,
+) -> None:
+    task = resolve_task("rare", columns=("y0",), kind=TaskKind.CLASSIFICATION, metric=metric)
+    orders = iter([0.5, 0.6, 0.7, 0.7, 0.8])
+
+    def scored(asked: Metric, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(value=next(orders) if asked is Metric.ROC_AUC else 0.0)
+
+    monkeypatch.setattr(finetune, "score", scored)
+    classes = dataclasses.replace(sized, labels=(sized.labels > 7).astype(float))
+    result, _ = run(classes, task, tiny_start, FinetuneSettings(epochs=5, patience=1))
+    last = result.history[-1]
+    # With a patience of 1 it ends one epoch after the best.
+    assert (last.epoch, last.best_epoch, last.best_valid_score) == (epochs, best, 0.0)
 
 
 def _poisoned(start: StartingPoint) -> dict[str, torch.Tensor]:
