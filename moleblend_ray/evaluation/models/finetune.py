@@ -436,11 +436,11 @@ class _BestEpoch:
         # Not a copy: if no epoch has a score, the weights of the last one stay.
         self._state = model.state_dict()
 
-    def offer(self, epoch: int, score: float, order: float = 0.0) -> None:
+    def offer(self, epoch: int, score: float, order: float) -> None:
         """Keep the present weights of the model if ``score`` is better than that of all earlier epochs, or as good as the best one
         with a greater ``order``."""
-        is_equal = score == self.score and order > self._order
-        if is_equal or is_better(self._metric, score, self.score):
+        is_ordered_better = score == self.score and order > self._order
+        if is_ordered_better or is_better(self._metric, score, self.score):
             self.epoch, self.score, self._order = epoch, score, order
             self._state = {
                 name: value.detach().cpu().clone()
